@@ -1,0 +1,74 @@
+"""Boosted ensembles of exits, and the gradient rescaling they are trained with.
+
+A boosted network is an additive model over its heads: the logits used at exit n are F_n = t_n F_(n-1) + f_n, so each
+head learns what the heads before it got wrong (BoostNet, AAAI 2023). One recursion serves training and inference.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def temperatures_per_exit(temperatures: float | Sequence[float], n_exits: int) -> tuple[float, ...]:
+    """Expand a temperature setting to one value per exit.
+
+    One value is used for every exit, two are the ends of a line from the first exit to the last, `n_exits` values are
+    taken as they are. The first is never used: it would multiply F_0 = 0.
+
+    Raises:
+        ValueError: the number of values is none of 1, 2 or `n_exits`.
+    """
+    values = [float(temperatures)] if isinstance(temperatures, (int, float)) else [float(t) for t in temperatures]
+    if len(values) == n_exits:
+        return tuple(values)
+    if len(values) == 1:
+        return tuple(values * n_exits)
+    if len(values) == 2:
+        first, last = values
+        return tuple(first + (last - first) * i / (n_exits - 1) for i in range(n_exits))
+    raise ValueError(f"{len(values)} temperatures for {n_exits} exits: give 1, 2 (linear) or {n_exits}")
+
+
+class Boosting(nn.Module):
+    """F_n = t_n stop_gradient(F_(n-1)) + f_n over a list of head logits (BoostNet, section 3).
+
+    Args:
+        temperatures: t_1..t_N (t_1 is unused). All zero gives a plain multi-exit network.
+        stop_gradient: cut the gradient of loss n from the heads before n, as published. False is the paper's ablation.
+    """
+
+    def __init__(self, temperatures: Sequence[float], stop_gradient: bool = True) -> None:
+        super().__init__()
+        self.temperatures = tuple(float(t) for t in temperatures)
+        self.stop_gradient = stop_gradient
+
+    def forward(self, head_logits: list[Tensor]) -> list[Tensor]:
+        """Map N raw head logits [rows, classes] to the N ensembled logits of the same shape."""
+        ensembled = [head_logits[0]]
+        for temperature, logits in zip(self.temperatures[1:], head_logits[1:], strict=True):
+            if temperature == 0.0:
+                ensembled.append(logits)
+                continue
+            previous = ensembled[-1].detach() if self.stop_gradient and self.training else ensembled[-1]
+            # In float32 whatever the autocast type: rounded logits would tie and lose their ranking.
+            ensembled.append(temperature * previous.float() + logits.float())
+        return ensembled
+
+
+class _RescaleGradient(torch.autograd.Function):
+    """Identity forward, multiplication by a constant backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.factor = factor
+        return x.view_as(x)  # a view: the bare input was once left unscaled under torch.compile (pytorch #102970)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+        return grad * ctx.factor, None
+
+
+def rescale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return `x` unchanged, bit for bit, with its gradient multiplied by `factor` (IMTA, ICCV 2019)."""
+    return _RescaleGradient.apply(x, factor)

@@ -1,0 +1,268 @@
+"""MSDNet, the multi-scale dense network with an exit after every block (Huang et al., ICLR 2018).
+
+An ordinary module: `forward(images)` returns the list of its N ensembled logits and knows nothing about serving.
+Stages are cut from it by `models.staging`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.boosting import Boosting, rescale_gradient, temperatures_per_exit
+
+Rescaling = Literal["off", "coarsest", "all"]
+
+
+@dataclass(frozen=True)
+class MSDNetConfig:
+    """Hyper-parameters of an MSDNet, named as in the field; the defaults are those of CIFAR anytime prediction."""
+
+    n_classes: int = 100
+    image_size_px: int = 32
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    n_blocks: int = 10  # one exit a block
+    base: int = 4  # layers of the first block
+    step: int = 2  # layers of each later block
+    step_mode: Literal["even", "lin_grow"] = "even"
+    n_channels: int = 16  # channel units after the stem
+    growth_rate: int = 6  # channel units one layer adds
+    growth_factors: tuple[int, ...] = (1, 2, 4)  # channels per unit at each scale, finest first
+    bottleneck_factors: tuple[int, ...] = (1, 2, 4)
+    bottleneck: bool = True
+    prune: Literal["max", "min"] = "max"  # how scales are dropped with depth
+    reduction: float = 0.5  # of the channel units, where a scale is dropped
+
+    def __post_init__(self) -> None:
+        # JSON and TOML give lists; a frozen configuration holds tuples.
+        object.__setattr__(self, "growth_factors", tuple(self.growth_factors))
+        object.__setattr__(self, "bottleneck_factors", tuple(self.bottleneck_factors))
+        if len(self.growth_factors) != len(self.bottleneck_factors):
+            raise ValueError("growth_factors and bottleneck_factors must have one entry per scale each")
+        if self.n_blocks < 1 or self.base < 1 or self.step < 1:
+            raise ValueError("n_blocks, base and step must be at least 1")
+
+    @property
+    def n_scales(self) -> int:
+        return len(self.growth_factors)
+
+    @property
+    def layers_per_block(self) -> list[int]:
+        later = (self.step if self.step_mode == "even" else self.step * i + 1 for i in range(1, self.n_blocks))
+        return [self.base, *later]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one MSD layer does: scales in and out, and channel units before, after, and after its transition."""
+
+    n_scales_in: int
+    n_scales_out: int
+    units_in: int
+    units_out: int
+    units_reduced: int | None  # None where no transition follows
+
+
+def layer_plans(config: MSDNetConfig) -> Iterator[LayerPlan]:
+    """Yield the plan of every layer in order (layers are numbered from 1 over the whole network)."""
+    depth, n_scales = sum(config.layers_per_block), config.n_scales
+    interval = math.ceil(depth / n_scales)
+    units = config.n_channels
+    for layer in range(1, depth + 1):
+        if config.prune == "max":
+            scales_in = n_scales - max(0, layer - 2) // interval
+            scales_out = n_scales - (layer - 1) // interval
+            transition = scales_in > scales_out
+        else:
+            scales_in = min(n_scales, depth - layer + 2)
+            scales_out = min(n_scales, depth - layer + 1)
+            transition = layer in (depth // 3, 2 * depth // 3)
+        grown = units + config.growth_rate
+        reduced = math.floor(config.reduction * grown) if transition else None
+        yield LayerPlan(scales_in, scales_out, units, grown, reduced)
+        units = grown if reduced is None else reduced
+
+
+def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=bias), nn.BatchNorm2d(n_out), nn.ReLU(True)
+    )
+
+
+def branch(n_in: int, n_out: int, bottleneck_factor: int | None, stride: int) -> nn.Sequential:
+    """A 3x3 convolution, behind a 1x1 bottleneck unless `bottleneck_factor` is None; post-activation order."""
+    if bottleneck_factor is None:
+        return conv_bn_relu(n_in, n_out, 3, stride)
+    width = min(n_in, bottleneck_factor * n_out)
+    return nn.Sequential(*conv_bn_relu(n_in, width, 1), *conv_bn_relu(width, n_out, 3, stride))
+
+
+class Stem(nn.Module):
+    """The first map at every scale, finest first."""
+
+    def __init__(self, config: MSDNetConfig) -> None:
+        super().__init__()
+        widths = [config.n_channels * factor for factor in config.growth_factors]
+        if config.stem == "cifar":
+            finest = conv_bn_relu(3, widths[0], 3)
+        else:
+            finest = nn.Sequential(*conv_bn_relu(3, widths[0], 7, 2, bias=True), nn.MaxPool2d(3, 2, 1))
+        coarser = (conv_bn_relu(a, b, 3, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.scales = nn.ModuleList([finest, *coarser])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = []
+        for scale in self.scales:
+            images = scale(images)
+            maps.append(images)
+        return maps
+
+
+class MSDLayer(nn.Module):
+    """Grow every scale kept: from itself, and from the next finer map where there is one."""
+
+    def __init__(self, config: MSDNetConfig, plan: LayerPlan) -> None:
+        super().__init__()
+        self.n_dropped = plan.n_scales_in - plan.n_scales_out
+        self.same, self.down = nn.ModuleList(), nn.ModuleList()
+        first_scale = config.n_scales - plan.n_scales_out
+        self.has_finest = first_scale == config.n_scales - plan.n_scales_in
+        for scale in range(first_scale, config.n_scales):
+            width = config.growth_rate * config.growth_factors[scale]
+            n_in = plan.units_in * config.growth_factors[scale]
+            factor = config.bottleneck_factors[scale] if config.bottleneck else None
+            if scale == first_scale and self.has_finest:
+                self.same.append(branch(n_in, width, factor, 1))
+                continue
+            finer_in = plan.units_in * config.growth_factors[scale - 1]
+            finer_factor = config.bottleneck_factors[scale - 1] if config.bottleneck else None
+            self.down.append(branch(finer_in, width // 2, finer_factor, 2))
+            self.same.append(branch(n_in, width // 2, factor, 1))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        grown = []
+        kept = maps[self.n_dropped :]
+        if self.has_finest:
+            grown.append(torch.cat([kept[0], self.same[0](kept[0])], 1))
+        first = len(grown)
+        finer_maps = maps[self.n_dropped + first - 1 :]
+        for down, same, finer, x in zip(self.down, self.same[first:], finer_maps, kept[first:], strict=False):
+            grown.append(torch.cat([x, down(finer), same(x)], 1))
+        return grown
+
+
+class Transition(nn.Module):
+    """A 1x1 convolution at every scale, reducing the channel units."""
+
+    def __init__(self, factors: Sequence[int], units_in: int, units_out: int) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(conv_bn_relu(units_in * f, units_out * f, 1) for f in factors)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
+
+
+class Head(nn.Module):
+    """Two strided convolutions, pooling and a linear layer on the coarsest map."""
+
+    def __init__(self, n_in: int, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *conv_bn_relu(n_in, width, 3, 2), *conv_bn_relu(width, width, 3, 2), nn.AvgPool2d(2)
+        )
+        self.classifier = nn.Linear(width, n_classes)
+
+    def forward(self, coarsest: Tensor) -> Tensor:
+        return self.classifier(self.features(coarsest).flatten(1))
+
+
+class MSDNet(nn.Module):
+    """A boosted MSDNet.
+
+    Args:
+        config: the architecture; `CONFIGS` holds the published ones.
+        temperatures: of the boosted ensemble (see `temperatures_per_exit`); 0 gives plain MSDNet.
+        gradient_rescaling: `coarsest` scales the gradient on the coarsest map as the released code does, so that loss
+            j reaches block i with weight 1/(N-i) (BoostNet Eq. 7); `all` does it on every scale; `off` not at all.
+        stop_gradient: see `Boosting`.
+
+    Weights start from torch's defaults: in every published PyTorch MSDNet the intended initialisation is never applied.
+    """
+
+    def __init__(
+        self,
+        config: MSDNetConfig,
+        temperatures: float | Sequence[float] = 0.5,
+        gradient_rescaling: Rescaling = "coarsest",
+        stop_gradient: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_rescaling = gradient_rescaling
+        self.stem = Stem(config)
+        self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
+        plans = layer_plans(config)
+        units = config.n_channels
+        for n_layers in config.layers_per_block:
+            layers: list[nn.Module] = []
+            for _ in range(n_layers):
+                plan = next(plans)
+                layers.append(MSDLayer(config, plan))
+                units = plan.units_out
+                if plan.units_reduced is not None:
+                    factors = config.growth_factors[-plan.n_scales_out :]
+                    layers.append(Transition(factors, plan.units_out, plan.units_reduced))
+                    units = plan.units_reduced
+            self.blocks.append(nn.Sequential(*layers))
+            n_in = units * config.growth_factors[-1]
+            self.heads.append(Head(n_in, 128 if config.stem == "cifar" else n_in, config.n_classes))
+        self.boosting = Boosting(temperatures_per_exit(temperatures, config.n_blocks), stop_gradient)
+
+    @property
+    def n_exits(self) -> int:
+        return len(self.heads)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map normalised images [rows, 3, size, size] to N ensembled logits [rows, classes]."""
+        maps = self.stem(images)
+        head_logits = []
+        for i, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
+            maps = self._rescale(block(maps), 1.0 / (self.n_exits - i))
+            head_logits.append(head(maps[-1]))
+            maps = self._rescale(maps, self.n_exits - i - 1.0)
+        return self.boosting(head_logits)
+
+    def _rescale(self, maps: list[Tensor], factor: float) -> list[Tensor]:
+        if not self.training or self.gradient_rescaling == "off":
+            return maps
+        n_untouched = len(maps) - 1 if self.gradient_rescaling == "coarsest" else 0
+        return [*maps[:n_untouched], *(rescale_gradient(x, factor) for x in maps[n_untouched:])]
+
+
+def _imagenet(step: int) -> MSDNetConfig:
+    return MSDNetConfig(
+        n_classes=1000,
+        image_size_px=224,
+        stem="imagenet",
+        n_blocks=5,
+        base=step,
+        step=step,
+        n_channels=32,
+        growth_rate=16,
+        growth_factors=(1, 2, 4, 4),
+        bottleneck_factors=(1, 2, 4, 4),
+    )
+
+
+CONFIGS: dict[str, MSDNetConfig] = {
+    "C-any": MSDNetConfig(),
+    "C-batch-4": MSDNetConfig(n_blocks=6, base=4),
+    "C-batch-8": MSDNetConfig(n_blocks=6, base=8),
+    "C-batch-12": MSDNetConfig(n_blocks=6, base=12),
+    "C-lin-5": MSDNetConfig(n_blocks=5, base=1, step=1, step_mode="lin_grow"),
+    "C-lin-7": MSDNetConfig(n_blocks=7, base=1, step=1, step_mode="lin_grow"),
+    **{f"I-{step}": _imagenet(step) for step in (4, 5, 6, 7)},
+}
