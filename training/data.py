@@ -1,0 +1,214 @@
+"""Image sets in memory, and the split that holds images out for calibration.
+
+Every set is held as uint8 arrays [images, height, width, 3] with int64 labels, so that it can live on the training
+device and be augmented there in batches.
+"""
+
+import hashlib
+import io
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+
+
+class DataError(Exception):
+    """An image set that can't be read; the message names the path, the cause and the fix."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled image set with a training and a test part, and the constants it is normalised with."""
+
+    name: str
+    train_images: np.ndarray  # uint8 [images, height, width, 3]
+    train_labels: np.ndarray  # int64 [images]
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def image_size_px(self) -> int:
+        return int(self.train_images.shape[1])
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which training images are trained on and which are held out for calibration.
+
+    The held-out images are the last of one seeded permutation. It is stored with the run, because a split made anew
+    would leak training images into the calibration.
+    """
+
+    train: np.ndarray  # int64 indices into the training part
+    held_out: np.ndarray
+
+    @classmethod
+    def make(cls, n_images: int, n_held_out: int, seed: int) -> "Split":
+        if not 0 < n_held_out < n_images:
+            raise DataError(f"cannot hold out {n_held_out} of {n_images} training images: choose from 1 to {n_images - 1}")
+        order = np.random.default_rng(seed).permutation(n_images).astype(np.int64)
+        return cls(np.sort(order[:-n_held_out]), np.sort(order[-n_held_out:]))
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.train.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        np.savez(path, train=self.train, held_out=self.held_out)
+
+    @classmethod
+    def load(cls, path: Path) -> "Split":
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(arrays["train"], arrays["held_out"])
+
+
+def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
+    """Read the image set at `path`, whatever its form.
+
+    Forms: CIFAR-100 as the official `cifar-100-python.tar.gz`, its unpacked folder, or a folder of lossless WebP strips
+    (`cifar100-images-*.zip` with `cifar100-labels.npz`); and an ImageFolder with `train/CLASS/*` and `val/CLASS/*` or
+    `test/CLASS/*`, read at `image_size_px` (shorter side resized, centre cropped).
+
+    Raises:
+        DataError: nothing of these forms is there, or it is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; give CIFAR-100's tar.gz or folder, or an image folder")
+    if path.is_file() and path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return _cifar100_from_tar(path)
+    for folder in (path, path / "cifar-100-python"):
+        if (folder / "train").is_file() and (folder / "meta").is_file():
+            return _cifar100_from_parts({part: (folder / part).read_bytes() for part in ("train", "test", "meta")}, folder)
+    tar = path / "cifar-100-python.tar.gz"
+    if tar.is_file():
+        return _cifar100_from_tar(tar)
+    if (path / "cifar100-labels.npz").is_file():
+        return _cifar100_from_strips(path)
+    if (path / "train").is_dir():
+        return _image_folder(path, image_size_px)
+    raise DataError(
+        f"{path}: not an image set this reads. Expected cifar-100-python.tar.gz, its folder (train, test, meta), "
+        "or an image folder with train/CLASS/ and val/CLASS/"
+    )
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads the official CIFAR pickles, which hold only dictionaries, lists, strings and one numpy array."""
+
+    _ALLOWED = {
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise DataError(f"the file asks for {module}.{name}, which no CIFAR file does: it is refused")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _cifar100_from_tar(path: Path) -> ImageSet:
+    parts = {}
+    try:
+        with tarfile.open(path) as archive:
+            for part in ("train", "test", "meta"):
+                member = archive.extractfile(f"cifar-100-python/{part}")
+                if member is None:
+                    raise DataError(f"{path}: cifar-100-python/{part} is not a file")
+                parts[part] = member.read()
+    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+        raise DataError(f"{path}: not the official CIFAR-100 archive ({error}); download it again") from error
+    return _cifar100_from_parts(parts, path)
+
+
+def _cifar100_from_parts(parts: dict[str, bytes], source: Path) -> ImageSet:
+    try:
+        content = {name: _ArraysOnly(io.BytesIO(data), encoding="bytes").load() for name, data in parts.items()}
+        images = {
+            part: np.ascontiguousarray(content[part][b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+            for part in ("train", "test")
+        }
+        labels = {part: np.asarray(content[part][b"fine_labels"], np.int64) for part in ("train", "test")}
+        names = [name.decode() for name in content["meta"][b"fine_label_names"]]
+    except (pickle.UnpicklingError, KeyError, EOFError, ValueError, AttributeError) as error:
+        raise DataError(f"{source}: damaged CIFAR-100 file ({error}); unpack the archive again") from error
+    return _cifar100(images["train"], labels["train"], images["test"], labels["test"], names)
+
+
+def _cifar100_from_strips(folder: Path) -> ImageSet:
+    strips: dict[str, np.ndarray] = {}
+    for archive in sorted(folder.glob("cifar100-images-*.zip")):
+        with zipfile.ZipFile(archive) as members:
+            for name in members.namelist():
+                strips[name] = np.asarray(Image.open(io.BytesIO(members.read(name))).convert("RGB"))
+    images = {}
+    for part in ("train", "test"):
+        rows = [strips[name] for name in sorted(strips) if name.startswith(part)]
+        if not rows:
+            raise DataError(f"{folder}: no {part} strips in cifar100-images-*.zip; copy all the parts there")
+        images[part] = np.concatenate(rows).reshape(-1, 32, 32, 3)
+    with np.load(folder / "cifar100-labels.npz", allow_pickle=False) as arrays:
+        labels = {part: arrays[f"{part}_labels"].astype(np.int64) for part in ("train", "test")}
+        names = [str(name) for name in arrays["class_names"]]
+    for part in ("train", "test"):
+        if len(images[part]) != len(labels[part]):
+            raise DataError(f"{folder}: {len(images[part])} {part} images, {len(labels[part])} labels: a part is missing")
+    return _cifar100(images["train"], labels["train"], images["test"], labels["test"], names)
+
+
+def _cifar100(
+    train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray, names: list[str]
+) -> ImageSet:
+    return ImageSet(
+        "cifar100", train_images, train_labels, test_images, test_labels, names, CIFAR100_MEAN, CIFAR100_STD
+    )
+
+
+def _image_folder(root: Path, image_size_px: int) -> ImageSet:
+    test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if test_root is None:
+        raise DataError(f"{root}: has train/ but neither val/ nor test/; put the test images there, a folder a class")
+    class_names = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    if len(class_names) < 2:
+        raise DataError(f"{root / 'train'}: {len(class_names)} class folders; there must be at least 2")
+    train = _read_classes(root / "train", class_names, image_size_px)
+    test = _read_classes(test_root, class_names, image_size_px)
+    return ImageSet(root.resolve().name, *train, *test, class_names, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _read_classes(folder: Path, class_names: list[str], image_size_px: int) -> tuple[np.ndarray, np.ndarray]:
+    found = list(_images_of(folder, class_names))
+    if not found:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
+    images = np.empty((len(found), image_size_px, image_size_px, 3), np.uint8)
+    for row, (path, _) in enumerate(found):
+        try:
+            with Image.open(path) as image:
+                rgb = ImageOps.exif_transpose(image).convert("RGB")
+                images[row] = np.asarray(ImageOps.fit(rgb, (image_size_px, image_size_px), Image.Resampling.BILINEAR))
+        except OSError as error:
+            raise DataError(f"{path}: not a readable image ({error}); remove or replace it") from error
+    return images, np.asarray([label for _, label in found], np.int64)
+
+
+def _images_of(folder: Path, class_names: list[str]) -> Iterator[tuple[Path, int]]:
+    for label, name in enumerate(class_names):
+        for path in sorted((folder / name).glob("*")):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                yield path, label

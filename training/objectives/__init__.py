@@ -1,0 +1,44 @@
+"""What is minimised. An objective prepares the network it trains and turns a batch into one loss.
+
+    boosted   sum of the cross-entropies of the ensembled logits F_n = t_n F_(n-1) + f_n (BoostNet)
+    joint     the same sum with t = 0: plain multi-exit training, the baseline
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.recipe import Objective
+
+
+def network_arguments(objective: Objective) -> dict[str, object]:
+    """The arguments that an objective sets on the network it trains (see `models.registry`)."""
+    boosted = objective.name == "boosted"
+    return {
+        "temperatures": objective.temperatures if boosted else [0.0],
+        "gradient_rescaling": objective.gradient_rescaling,
+        "stop_gradient": objective.stop_gradient,
+    }
+
+
+@dataclass(frozen=True)
+class ExitLosses:
+    """One forward pass, one loss per exit with weight 1 each, one summed loss (BoostNet, section 3)."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed loss and the per-exit losses [exits] (detached), both float32."""
+        losses = [
+            # In float32 whatever the autocast type: a bf16 softmax holds about three digits.
+            functional.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+            for logits in network(images)
+        ]
+        per_exit = torch.stack(losses)
+        return per_exit.sum(), per_exit.detach()
+
+
+def build_objective(objective: Objective) -> ExitLosses:
+    return ExitLosses(objective.label_smoothing)

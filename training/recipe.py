@@ -1,0 +1,85 @@
+"""A recipe: everything that decides what a training run gives, but for the images and the seed. TOML on disk."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+
+class RecipeError(Exception):
+    """A recipe that can't be used; the message names the field and the fix."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Network(_Section):
+    """Arguments of `models.registry.build_network`; the number of classes comes from the image set."""
+
+    architecture: str = "msdnet"
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Objective(_Section):
+    name: Literal["boosted", "joint"] = "boosted"
+    temperatures: list[float] = [0.5]  # 1, 2 (linear) or one per exit; `joint` ignores them: it is t = 0
+    gradient_rescaling: Literal["off", "coarsest", "all"] = "coarsest"
+    stop_gradient: bool = True
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Optimisation(_Section):
+    epochs: Annotated[int, Field(ge=1)] = 300
+    batch_rows: Annotated[int, Field(ge=1)] = 64  # over all processes
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the peak
+    schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
+    milestones: list[int] = [150, 225]  # multistep: after these epochs ...
+    decay: float = 0.1  # ... the rate is multiplied by this
+    warmup_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # one_cycle: share of the run in which the rate rises
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+
+
+class Numerics(_Section):
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+
+
+class Augmentation(_Section):
+    crop_padding_px: Annotated[int, Field(ge=0)] = 4
+
+
+class Recipe(_Section):
+    description: str
+    network: Network
+    objective: Objective = Objective()
+    optimisation: Optimisation = Optimisation()
+    numerics: Numerics = Numerics()
+    augmentation: Augmentation = Augmentation()
+    held_out_images: Annotated[int, Field(ge=1)] = 5000
+
+    @classmethod
+    def load(cls, name_or_path: str) -> "Recipe":
+        """Read a recipe by the name of one that ships (`cifar100-fast`) or by path.
+
+        Raises:
+            RecipeError: there is none, or a field is wrong.
+        """
+        path = Path(name_or_path)
+        if path.suffix != ".toml":
+            path = RECIPE_FOLDER / f"{name_or_path}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.toml")))
+            raise RecipeError(f"no recipe {name_or_path!r}; those that ship: {known}; or give the path of a .toml file")
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text()))
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path}: not valid TOML: {error}") from error
+        except ValidationError as error:
+            lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise RecipeError(f"{path}: these fields are wrong:\n" + "\n".join(lines)) from error
