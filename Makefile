@@ -1,0 +1,51 @@
+# ExitServe: the verbs of the day. `make serve` and `make test` need nothing but Python 3.11 or later and make.
+PYTHON ?= python3
+PORT   ?= 8000
+BUNDLE ?= models/zoo/cifar100-msdnet
+RECIPE ?= cifar100-fast
+RUN    ?= runs/$(RECIPE)
+DATA   ?= $(EXITSERVE_DATA)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help serve test check format bench train clean
+
+help:            ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+serve: $(VENV)/.serve  ## serve BUNDLE on PORT (installs what serving needs into .venv)
+	$(BIN)/python -m service --bundle $(BUNDLE) --port $(PORT)
+
+test: $(VENV)/.dev     ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev    ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev   ## mend what lint and format can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev    ## measure the engine on BUNDLE (keep the machine idle meanwhile)
+	$(BIN)/python -m benchmarks.engine --bundle $(BUNDLE)
+
+train: $(VENV)/.dev    ## train RECIPE on DATA into RUN; the same command resumes
+	$(BIN)/python -m training train $(RUN) --recipe $(RECIPE) --data $(DATA)
+
+clean:           ## remove the environment and caches (runs/ stay)
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ExitServe needs Python 3.11 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.serve
