@@ -1,0 +1,221 @@
+"""A network read as a graph: its operations in program order, and for each the first exit that needs it.
+
+Both `models.cost` and `models.staging` look through this, so that what is charged is what runs.
+"""
+
+import copy
+import inspect
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+class StagingError(ValueError):
+    """A network cannot be cut into stages; the message names the cause and the fix."""
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    """A snapshot of a network in evaluation mode, as a graph over its images.
+
+    Attributes:
+        module: the graph and the weights it uses. Every operation is out of place, so it may run in a later stage than
+            the operation after it in the program.
+        images: the input.
+        anchored: the number of rows and the device, which may be read from any value that depends on the images.
+        exits: the logits of exits 1..N.
+        values: what each operation gives, as fake tensors of two rows.
+    """
+
+    module: fx.GraphModule
+    images: fx.Node
+    anchored: frozenset[fx.Node]
+    exits: tuple[fx.Node, ...]
+    values: dict[fx.Node, Any]
+
+    def first_exits(self) -> dict[fx.Node, int]:
+        """Map every operation that depends on the images to the first exit (1-based) that needs it, in program order.
+
+        Left out are operations that no exit needs, and those that don't depend on the images: they are constants.
+        """
+        dependent = {self.images}
+        for node in self.module.graph.nodes:
+            if node not in self.anchored and any(source in dependent for source in node.all_input_nodes):
+                dependent.add(node)
+        first: dict[fx.Node, int] = {}
+        for exit_number, logits in enumerate(self.exits, start=1):
+            pending = [logits]
+            while pending:
+                node = pending.pop()
+                if node in dependent and node not in first:
+                    first[node] = exit_number
+                    pending.extend(node.all_input_nodes)
+        for node in self.module.graph.nodes:
+            # An operation with several results runs once; what crosses between stages are its tensors, not the tuple.
+            if node in first and node.target is operator.getitem and not isinstance(self.values[node.args[0]], Tensor):
+                first[node] = first[node.args[0]]
+        return {node: first[node] for node in self.module.graph.nodes if node in first}
+
+
+def trace(network: nn.Module, images: Tensor, preprocess: nn.Module | None = None) -> TracedNetwork:
+    """Read a network as a graph.
+
+    Args:
+        network: any module whose `forward(images)` returns a list or tuple of logits [rows, classes], cheapest exit
+            first, and which torch.fx can trace in evaluation mode.
+        images: an example [rows, ...]; its shape, type and device count, the number of rows does not.
+        preprocess: run on the images first, as one operation (normalisation).
+
+    Raises:
+        StagingError: the network is none of that.
+    """
+    network = copy.deepcopy(network).eval()
+    graph = _trace(network)
+    module = fx.GraphModule(network, graph)
+    image_node = next(node for node in graph.nodes if node.op == "placeholder")
+    if preprocess is not None:
+        module.add_submodule("preprocess", copy.deepcopy(preprocess).eval())
+        with graph.inserting_after(image_node):
+            normalised = graph.call_module("preprocess", (image_node,))
+        image_node.replace_all_uses_with(normalised, delete_user_cb=lambda user: user is not normalised)
+    with graph.inserting_after(image_node):
+        rows = graph.call_method("size", (image_node, 0))
+    values = other_values = _run_fake(module, images, n_rows=2)
+    if any(node is not rows and _size(value, value, rows) is not None for node, value in values.items()):
+        other_values = _run_fake(module, images, n_rows=3)  # tells sizes that follow the rows from those that don't
+    exits = _exits_of(network, graph, values)
+    positions = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        _make_out_of_place(module, node, values, positions)
+        _fix_sizes(node, rows, values[node], other_values[node])
+    graph.lint()
+    devices = {node for node, value in values.items() if isinstance(value, torch.device)}
+    return TracedNetwork(module, image_node, frozenset(devices | {rows}), exits, values)
+
+
+def _trace(network: nn.Module) -> fx.Graph:
+    _, *others = inspect.signature(network.forward).parameters.values()
+    defaults = {p.name: p.default for p in others if p.default is not p.empty}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Was not able to add assertion")
+            graph = fx.Tracer().trace(network, defaults)
+    except Exception as error:  # torch.fx runs the network's own code: anything may come out
+        raise StagingError(
+            f"torch.fx cannot trace {type(network).__name__}: {error}. A network with exits must not branch or loop on "
+            "the values of tensors: compute every exit and return the list (the server does the leaving), and mark "
+            "helper functions that torch.fx should not look into with torch.fx.wrap"
+        ) from error
+    _, *fixed = (node for node in graph.nodes if node.op == "placeholder")
+    for node in fixed:  # arguments left at their defaults, which torch.fx only asserts
+        for user in list(node.users):
+            for assertion in [*user.users]:
+                graph.erase_node(assertion)
+            graph.erase_node(user)
+        graph.erase_node(node)
+    return graph
+
+
+def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.Node, Any]:
+    interpreter = fx.Interpreter(module, garbage_collect_values=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        example = torch.empty(n_rows, *images.shape[1:], dtype=images.dtype, device=images.device)
+        try:
+            interpreter.run(example)
+        except Exception as error:  # the network's own operations run here
+            raise StagingError(
+                f"the network fails on images of shape {tuple(example.shape)} and type {example.dtype}: {error}. Give "
+                "an example of the shape and type that the network takes, on the network's own device"
+            ) from error
+    return dict(interpreter.env)
+
+
+def _exits_of(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -> tuple[fx.Node, ...]:
+    returned = graph.output_node().args[0]
+    name = type(network).__name__
+    if not isinstance(returned, (list, tuple)) or not all(isinstance(node, fx.Node) for node in returned):
+        raise StagingError(f"{name} returns no list of logits: return [logits_1, ..., logits_N], cheapest first")
+    exits: tuple[Any, ...] = tuple(returned)
+    for number, node in enumerate(exits, start=1):
+        shape = tuple(values[node].shape) if isinstance(values[node], Tensor) else None
+        if shape is None or len(shape) != 2 or shape[0] != 2 or shape != tuple(values[exits[0]].shape):
+            raise StagingError(
+                f"exit {number} of {name} gives {shape or type(values[node]).__name__} for two images: every exit must "
+                "give logits [rows, classes], with the same classes at every exit"
+            )
+    return exits
+
+
+def _make_out_of_place(
+    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], positions: dict[fx.Node, int]
+) -> None:
+    """Give an in-place operation a result of its own: its input may be read later, or kept between stages."""
+    changed, target = node.args[0] if node.args else None, node.target
+    if not isinstance(changed, fx.Node) or not isinstance(values.get(changed), Tensor):
+        return
+    if target is operator.setitem:
+        raise StagingError(f"{changed.name} is assigned into: build the tensor with torch.cat or torch.where instead")
+    if node.op == "call_module":
+        operation = module.get_submodule(str(target))
+        if getattr(operation, "inplace", False) is not True:
+            return
+        operation.inplace = False  # type: ignore[assignment]
+    elif target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[target]
+    elif node.op == "call_method" and _ends_in_place(str(target)):
+        node.target = str(target)[:-1]
+    elif node.op == "call_function" and _ends_in_place(name := getattr(target, "__name__", "")):
+        node.target = getattr(torch, name[:-1])
+    elif node.op == "call_function" and (arguments := _inplace_arguments(node)) is not None:
+        node.args, node.kwargs = arguments
+    else:
+        return
+    changed.replace_all_uses_with(node, delete_user_cb=lambda user: positions[user] > positions[node])
+
+
+def _ends_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1])
+
+
+def _inplace_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of a function called with `inplace=True`, with `inplace=False` instead."""
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature
+        return None
+    if bound.arguments.get("inplace") is not True:
+        return None
+    bound.arguments["inplace"] = False
+    return bound.args, bound.kwargs
+
+
+def _fix_sizes(node: fx.Node, rows: fx.Node, value: Any, other_value: Any) -> None:
+    """Write sizes into the graph, so that no exit waits for a map of which the shape alone is read."""
+    if node is rows or (size := _size(value, other_value, rows)) is None:
+        return
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda argument: size if argument is node else argument)
+        user.kwargs = map_arg(user.kwargs, lambda argument: size if argument is node else argument)
+
+
+def _size(value: Any, other_value: Any, rows: fx.Node) -> Any:
+    """What stands for a size seen at two and at three rows: a constant, `rows`, a tuple of these; else None."""
+    if isinstance(value, (tuple, list)):
+        sizes = [_size(a, b, rows) for a, b in zip(value, other_value, strict=True)]
+        return None if any(size is None for size in sizes) else tuple(sizes)
+    if isinstance(value, (bool, int, float, torch.dtype)) and value == other_value:
+        return value
+    return rows if isinstance(value, int) and (value, other_value) == (2, 3) else None
