@@ -1,0 +1,131 @@
+"""Errors as RFC 9457 problem documents: every one says what happened and what to do about it."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger(__name__)
+
+TYPE_PREFIX = "urn:exitserve:problem:"
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
+    """A request that cannot be answered.
+
+    Args:
+        status: HTTP status code.
+        kind: stable name for programs, the last part of the document's `type`.
+        title: the same for every problem of one kind.
+        detail: cause and remedy of this one.
+        headers: HTTP headers that belong to it.
+        extensions: further members of the document (RFC 9457, section 3.2).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        title: str,
+        detail: str,
+        headers: Mapping[str, str] | None = None,
+        **extensions: Any,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.kind, self.title, self.detail = status, kind, title, detail
+        self.headers = dict(headers or {})
+        self.extensions = extensions
+
+    def response(self, path: str, request_id: str) -> Response:
+        document = {
+            "type": TYPE_PREFIX + self.kind,
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "instance": path,
+            "request_id": request_id,
+            **self.extensions,
+        }
+        # `default=str`: an error about odd input must not fail on that input in turn.
+        body = orjson.dumps(document, default=str)
+        return Response(body, self.status, headers=self.headers, media_type=MEDIA_TYPE)
+
+
+def body_too_large(limit_bytes: int) -> Problem:
+    return Problem(
+        413,
+        "body-too-large",
+        "Request body too large",
+        f"The body is larger than the {limit_bytes:,} bytes this server takes: send a smaller image, "
+        "or raise --max-body-bytes.",
+        limit_bytes=limit_bytes,
+    )
+
+
+def not_ready(detail: str) -> Problem:
+    return Problem(503, "not-ready", "Not ready", detail, headers={"Retry-After": "1"})
+
+
+def respond(request: Request, problem: Problem) -> Response:
+    return problem.response(request.url.path, request.scope.get("request_id", ""))
+
+
+async def _on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return respond(request, error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    if error.status_code == 404:
+        problem = Problem(
+            404, "not-found", "Not found", f"There is nothing at {path!r}: / and /docs list what there is."
+        )
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        problem = Problem(
+            405, "method-not-allowed", "Method not allowed", f"{path} does not answer {method}: use {allowed or 'GET'}."
+        )
+    else:
+        problem = Problem(error.status_code, "http-error", "Request refused", str(error.detail))
+    problem.headers |= error.headers or {}
+    return respond(request, problem)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return respond(
+        request,
+        Problem(422, "bad-parameter", "Bad parameter", f"{where}: {first['msg']}. See /docs for what is taken."),
+    )
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    # Starlette raises the error again after this answer, so the server's log has the trace: none here.
+    request_id = request.scope.get("request_id", "")
+    logger.error("request %s failed: %s", request_id, type(error).__name__)
+    return respond(
+        request,
+        Problem(
+            500,
+            "internal-error",
+            "Internal error",
+            f"The server failed on this request. Report it with request id {request_id}, which its log carries too.",
+        ),
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` with a problem document."""
+    app.add_exception_handler(Problem, _on_problem)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(Exception, _on_bug)

@@ -1,0 +1,233 @@
+"""From the bytes of an image file to the uint8 pixels a network reads.
+
+What happens to a picture, in this order: its header is read and its size checked before a pixel is allocated; it is
+decoded; cut to the network's aspect ratio around its centre and scaled in one antialiased (bilinear) step, which for
+equal aspect ratios is a plain resize and for the network's own size nothing at all; turned as its EXIF orientation
+says; laid on white where it is transparent; and made RGB. The network normalises.
+
+A JPEG at least six times larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below three times the
+size needed: photographs of 224 pixels made 32 that way differ from fully decoded ones by 0.3 grey levels on average,
+by 8 at most, and take half the time.
+"""
+
+import asyncio
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The plugins are named here because Pillow would else search and import all of its own at the first WebP.
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        PngImagePlugin.PngImageFile,
+        JpegImagePlugin.JpegImageFile,
+        WebPImagePlugin.WebPImageFile,
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+    )
+)
+FORMAT_NAMES = "PNG, JPEG, WebP, BMP or GIF"
+ANIMATED_FORMATS = frozenset({"PNG", "WEBP", "GIF"})
+
+# Below both, decoding costs less than handing the work to another thread (about 0.3 ms at worst).
+SMALL_BYTES = 64 * 1024
+SMALL_PIXELS = 128 * 128
+
+EXIF_ORIENTATION_TAG = 0x0112
+EXIF_SOURCES = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = frozenset({5, 6, 7, 8})
+DRAFT_FACTOR = 3
+
+
+class ImageError(Exception):
+    """The body is no image this server can classify.
+
+    Args:
+        kind: `empty-image`, `not-an-image`, `broken-image`, `image-too-large` or `animated-image`.
+        message: cause and remedy, for the person who sent it.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class ImageDecoder:
+    """Decode image files to a network's input size.
+
+    Small ones are decoded on the event loop, where that is the cheapest, larger ones on `n_threads` threads (Pillow
+    lets go of the interpreter lock while it decodes), so that no large image delays a small one.
+
+    Args:
+        height_px, width_px: the network's input.
+        max_pixels: larger images are refused from their header.
+        observe_seconds: told what every decoding took.
+    """
+
+    def __init__(
+        self,
+        height_px: int,
+        width_px: int,
+        max_pixels: int,
+        n_threads: int = 2,
+        observe_seconds: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
+        self.height_px, self.width_px, self.max_pixels = height_px, width_px, max_pixels
+        self.observe_seconds = observe_seconds
+        self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
+
+    async def decode(self, body: bytes) -> NDArray[np.uint8]:
+        """Return the pixels of an image file, uint8 [height_px, width_px, 3].
+
+        Raises:
+            ImageError: the body is not an image, or one that is refused.
+        """
+        started = perf_counter()
+        run_elsewhere = asyncio.get_running_loop().run_in_executor
+        if len(body) > SMALL_BYTES:
+            pixels = await run_elsewhere(self.pool, self.decode_now, body)
+        else:
+            image = self.open(body)
+            if image.width * image.height <= SMALL_PIXELS:
+                pixels = self.load(image)
+            else:
+                pixels = await run_elsewhere(self.pool, self.load, image)
+        self.observe_seconds(perf_counter() - started)
+        return pixels
+
+    def decode_now(self, body: bytes) -> NDArray[np.uint8]:
+        """The same as `decode`, on the calling thread."""
+        return self.load(self.open(body))
+
+    def open(self, body: bytes) -> Image.Image:
+        """Read the header alone and decide whether the image may be decoded."""
+        if not body:
+            raise ImageError("empty-image", f"The body is empty: send the bytes of one {FORMAT_NAMES} image.")
+        self._refuse_large(*_webp_canvas(body))
+        try:
+            image = Image.open(io.BytesIO(body), formats=FORMATS)
+            animated = image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise self._too_large("more than 89 million") from None
+        except UnidentifiedImageError:
+            raise ImageError(
+                "not-an-image",
+                f"The {len(body):,} bytes sent are not a {FORMAT_NAMES} image, whatever their name or content type "
+                f"says (they begin with {body[:12]!r}).",
+            ) from None
+        except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
+            raise _broken(error) from None
+        self._refuse_large(*image.size)
+        if animated:
+            raise ImageError("animated-image", "The image is animated: send one still frame of it.")
+        return image
+
+    def load(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Decode an opened image to uint8 [height_px, width_px, 3]."""
+        try:
+            return self._load(image)
+        except Exception as error:  # as above
+            raise _broken(error) from None
+
+    def _load(self, image: Image.Image) -> NDArray[np.uint8]:
+        if image.size != (self.width_px, self.height_px):
+            side = DRAFT_FACTOR * max(self.width_px, self.height_px)
+            image.draft(image.mode, (side, side))  # JPEG alone can; it takes the scale that leaves `side` at least
+        image.load()
+        if image.mode == "RGB" and image.size == (self.width_px, self.height_px) and not image.info:
+            return np.asarray(image)
+        orientation = _orientation(image)
+        size = (self.width_px, self.height_px)
+        small = _scaled(image, size[::-1] if orientation in SWAPS_SIDES else size)
+        if orientation in TURNS:
+            small = small.transpose(TURNS[orientation])
+        return np.asarray(_as_rgb(small))
+
+    def _refuse_large(self, width_px: int, height_px: int) -> None:
+        if width_px * height_px > self.max_pixels:
+            raise self._too_large(f"{width_px} x {height_px} =")
+
+    def _too_large(self, size: str) -> ImageError:
+        return ImageError(
+            "image-too-large",
+            f"The image has {size} pixels and this server takes {self.max_pixels:,}: send a smaller one (the network "
+            f"sees {self.width_px} x {self.height_px}), or raise --max-pixels.",
+        )
+
+
+def _broken(error: Exception) -> ImageError:
+    return ImageError("broken-image", f"The image is damaged or cut short ({error}): send the whole file again.")
+
+
+def _webp_canvas(body: bytes) -> tuple[int, int]:
+    """Width and height from a WebP header, (0, 0) for any other file.
+
+    Opening a WebP allocates its whole canvas, up to 16,383 x 16,383, so its size has to be known before. (WebP
+    container specification, "Extended File Format"; RFC 6386, section 9.1; WebP lossless specification, section 3.)
+    """
+    if body[:4] != b"RIFF" or body[8:12] != b"WEBP" or len(body) < 30:
+        return 0, 0
+    kind = body[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(body[24:27], "little") + 1, int.from_bytes(body[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(body[26:28], "little") & 0x3FFF, int.from_bytes(body[28:30], "little") & 0x3FFF
+
+
+def _orientation(image: Image.Image) -> int:
+    if not EXIF_SOURCES & image.info.keys():
+        return 1
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION_TAG, 1))
+    except Exception:  # a damaged note about the picture does not damage the picture
+        return 1
+
+
+def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut `image` to the aspect ratio of `size` around its centre and scale it to `size`, antialiased."""
+    if image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")  # black and white can be averaged only as greys
+    if image.size == size:
+        return image
+    scale = min(image.width / size[0], image.height / size[1])
+    half_width, half_height = size[0] * scale / 2, size[1] * scale / 2
+    centre_x, centre_y = image.width / 2, image.height / 2
+    box = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
+    return image.resize(size, Image.Resampling.BILINEAR, box)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would cut, not scale
+        grey = (np.asarray(image, np.float32) / 257.0 + 0.5).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA"):
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

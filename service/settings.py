@@ -1,0 +1,180 @@
+"""Everything an operator can set, in one place: from the command line or the environment, checked before anything runs.
+
+Each field is a command line option (`max_pixels` is `--max-pixels`) and an environment variable
+(`EXITSERVE_MAX_PIXELS`); the command line wins. Secrets come from the environment or a file alone, because a command
+line can be read by every user of the machine.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "EXITSERVE_"
+NOT_ON_THE_COMMAND_LINE = frozenset({"admin_token"})
+
+
+class SettingsError(Exception):
+    """A setting is wrong; the message names it and says what to do."""
+
+
+class Settings(BaseSettings):
+    """What the server was told, validated. Frozen: nothing changes a setting while the server runs."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    bundle: Path = Field(Path("models/zoo/cifar100-msdnet"), description="folder of the bundle to serve")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
+
+    budget_fraction: float | None = Field(
+        None, gt=0, le=1, description="average compute per image, as a fraction of the full network's"
+    )
+    budget_mflops: float | None = Field(None, gt=0, description="the same in millions of multiply-adds")
+    budget_accuracy: float | None = Field(None, gt=0, lt=1, description="the same as the accuracy it has to reach")
+    burst_images: float = Field(
+        100, ge=1, le=1_000_000, description="budgets that may be saved up while traffic is easy, in images"
+    )
+
+    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0 is one per processor core")
+    max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
+    max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="images in work; more are refused with 429")
+
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**30, description="largest request body, in bytes")
+    max_pixels: int = Field(32_000_000, ge=1024, le=89_000_000, description="largest image, as width x height")
+    body_timeout_s: float = Field(20.0, gt=0, le=3600, description="time a client has to send one body, in seconds")
+    drain_s: float = Field(
+        25.0, gt=0, le=3600, description="after SIGTERM, time for accepted requests to be answered, in seconds"
+    )
+
+    admin_token: SecretStr | None = Field(
+        None, description="bearer token that PUT /budget asks for; without one, this machine's own clients may"
+    )
+    admin_token_file: Path | None = Field(None, description="file that holds the admin token")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message logged")
+    access_log: bool = Field(False, description="log one line per request")
+
+    @field_validator("admin_token")
+    @classmethod
+    def _token_is_usable(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None:
+            _check_token(token.get_secret_value())
+        return token
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        budgets = ("budget_fraction", "budget_mflops", "budget_accuracy")
+        given = [name for name in budgets if getattr(self, name) is not None]
+        if len(given) > 1:
+            named = " and ".join(f"{flag(name)} ({variable(name)})" for name in given)
+            raise ValueError(f"{named} say the same thing twice: give one of them")
+        if self.admin_token is not None and self.admin_token_file is not None:
+            raise ValueError(
+                f"{variable('admin_token')} and {flag('admin_token_file')} are both given: give one of them"
+            )
+        return self
+
+    @property
+    def n_lanes(self) -> int:
+        """Lanes to open; 0 in the setting means one per core this process may use."""
+        return self.lanes or len(os.sched_getaffinity(0))
+
+    def read_admin_token(self) -> str | None:
+        """Return the admin token, read from its file where it is in one; None where none is configured.
+
+        Raises:
+            SettingsError: the file cannot be read or holds no usable token.
+        """
+        if self.admin_token is not None:
+            return self.admin_token.get_secret_value()
+        if self.admin_token_file is None:
+            return None
+        try:
+            token = self.admin_token_file.read_text(encoding="utf-8").strip()
+            _check_token(token)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise SettingsError(f"{flag('admin_token_file')} {self.admin_token_file}: {reason}") from None
+        return token
+
+
+def _check_token(token: str) -> None:
+    if len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("a token is at least 8 printable ASCII characters without spaces")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def load_settings(arguments: Sequence[str]) -> Settings:
+    """Read the settings from command line `arguments` and the environment.
+
+    Raises:
+        SettingsError: a value is refused; the message names the setting, its value and what it has to be.
+        SystemExit: from argparse, for `--help` (0) and options that do not exist (2).
+    """
+    given = vars(command_line().parse_args(arguments))
+    given.pop("command")
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_explain(dict(detail)) for detail in error.errors())) from None
+
+
+def _explain(detail: dict[str, object]) -> str:
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    location = detail["loc"]
+    if not isinstance(location, tuple) or not location:
+        return message
+    name = str(location[0])
+    told = "" if name in NOT_ON_THE_COMMAND_LINE else f" {detail['input']!r}"
+    names = variable(name) if name in NOT_ON_THE_COMMAND_LINE else f"{flag(name)} ({variable(name)})"
+    help_text = Settings.model_fields[name].description
+    return f"{names}{told}: {message[0].lower()}{message[1:]}. It is the {help_text}."
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The command line, written from the settings' own fields so that help and behaviour cannot drift apart."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serve a bundle of early-exit stages over HTTP, at the average compute per image you set.",
+        epilog=(
+            "Examples:\n"
+            "  python -m service --budget-fraction 0.4\n"
+            "  python -m service serve --bundle models/zoo/cifar100-msdnet --host 0.0.0.0 --port 8080\n"
+            "  curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/classify\n\n"
+            f"Set by the environment alone: {variable('admin_token')}, the "
+            f"{Settings.model_fields['admin_token'].description}."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", choices=["serve"], default="serve", help="serve is the default")
+    for name, field in Settings.model_fields.items():
+        if name in NOT_ON_THE_COMMAND_LINE:
+            continue
+        text = f"{field.description} (default: {_shown_default(field)}; {variable(name)})"
+        if field.annotation is bool:
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag(name), metavar=name.rsplit("_", 1)[-1].upper(), help=text.replace("%", "%%"))
+    return parser
+
+
+def _shown_default(field: FieldInfo) -> str:
+    if field.default is None:
+        return "none"
+    if isinstance(field.default, bool):
+        return "yes" if field.default else "no"
+    return str(field.default)

@@ -1,0 +1,292 @@
+"""Real image files in, the network's pixels out; and every kind of file that has to be refused."""
+
+import asyncio
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from service.images import SMALL_PIXELS, ImageDecoder, ImageError
+
+SIZE_PX = 32
+DECODER = ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=32_000_000)
+
+
+def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def noise(height_px: int = SIZE_PX, width_px: int = SIZE_PX, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
+
+
+def photo(height_px: int, width_px: int) -> NDArray[np.uint8]:
+    """A smooth picture, so that scaling it in two ways may be compared: red grows to the right, green downwards."""
+    y, x = np.mgrid[0:height_px, 0:width_px]
+    blue = 128 + 80 * np.sin(6 * x / width_px) * np.cos(6 * y / height_px)
+    return np.stack([255 * x / (width_px - 1), 255 * y / (height_px - 1), blue], -1).astype(np.uint8)
+
+
+def kind_of_error(body: bytes, decoder: ImageDecoder = DECODER) -> str:
+    with pytest.raises(ImageError) as caught:
+        decoder.decode_now(body)
+    assert str(caught.value).endswith((".", ")"))
+    return caught.value.kind
+
+
+@pytest.mark.parametrize(
+    ("file_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("PNG", {"interlace": 1})]
+)
+def test_lossless_files_of_the_networks_size_come_through_bit_for_bit(file_format: str, options: Any) -> None:
+    pixels = noise()
+    decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), file_format, **options))
+    assert decoded.dtype == np.uint8
+    np.testing.assert_array_equal(decoded, pixels)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "GIF", "WEBP"])
+def test_lossy_files_come_close(file_format: str) -> None:
+    pixels = photo(SIZE_PX, SIZE_PX)
+    decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), file_format))
+    assert decoded.shape == (SIZE_PX, SIZE_PX, 3)
+    assert np.abs(decoded.astype(int) - pixels).mean() < 8
+
+
+@pytest.mark.parametrize(("height_px", "width_px"), [(1, 1), (7, 300), (300, 7), (224, 224), (33, 32), (480, 640)])
+@pytest.mark.parametrize("network", [(32, 32), (24, 48)])
+def test_any_size_becomes_the_networks_own(height_px: int, width_px: int, network: tuple[int, int]) -> None:
+    body = encoded(Image.fromarray(noise(height_px, width_px)), "PNG")
+    assert ImageDecoder(*network, max_pixels=10**6).decode_now(body).shape == (*network, 3)
+
+
+def test_a_wide_image_is_cut_around_its_centre() -> None:
+    pixels = np.zeros((64, 192, 3), np.uint8)
+    pixels[:, 64:128] = (10, 200, 30)
+    decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), "PNG"))
+    inside = decoded[:, 1:-1]  # the outermost columns see their neighbours, as when scaling before cutting
+    np.testing.assert_array_equal(inside, np.broadcast_to(np.array((10, 200, 30)), inside.shape))
+    assert decoded[:, [0, -1], 1].min() > 150
+
+
+def test_scaling_is_antialiased() -> None:
+    checkers = np.indices((256, 256)).sum(0) % 2 * 255
+    decoded = DECODER.decode_now(encoded(Image.fromarray(np.uint8(checkers)), "PNG"))
+    assert np.abs(decoded.astype(int) - 127).max() <= 3  # taking nearest pixels would give 0 or 255
+
+
+def test_a_large_jpeg_decoded_small_equals_one_decoded_whole() -> None:
+    pixels = Image.fromarray(photo(1200, 1600))
+    small = DECODER.decode_now(encoded(pixels, "JPEG", quality=95))
+    whole = DECODER.decode_now(encoded(pixels, "PNG"))
+    assert np.abs(small.astype(int) - whole).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("network", [(32, 32), (20, 40)])
+def test_exif_orientation_is_followed(orientation: int, file_format: str, network: tuple[int, int]) -> None:
+    """The stored pixels are the upright picture turned the opposite way, so that following the note restores it."""
+    undo: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }
+    upright = photo(60, 120)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo[orientation](upright))
+    body = encoded(Image.fromarray(stored), file_format, exif=exif, **({} if file_format == "PNG" else {"quality": 95}))
+    decoder = ImageDecoder(*network, max_pixels=10**6)
+    expected = decoder.decode_now(encoded(Image.fromarray(upright), "PNG"))
+    assert np.abs(decoder.decode_now(body).astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"]
+)
+def test_a_damaged_exif_note_does_not_damage_the_picture(exif: bytes) -> None:
+    pixels = photo(SIZE_PX, SIZE_PX)
+    decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), "PNG", exif=exif))
+    np.testing.assert_array_equal(decoded, pixels)
+
+
+def test_grey_palette_and_cmyk_become_rgb() -> None:
+    grey = photo(SIZE_PX, SIZE_PX)[..., 2]
+    expected = np.repeat(grey[..., None], 3, -1)
+    np.testing.assert_array_equal(DECODER.decode_now(encoded(Image.fromarray(grey), "PNG")), expected)
+    palette = Image.fromarray(expected).quantize(256)
+    np.testing.assert_array_equal(DECODER.decode_now(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    cmyk = encoded(Image.fromarray(expected).convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(DECODER.decode_now(cmyk).astype(int) - expected).mean() < 4
+    bilevel = encoded(Image.fromarray(grey > 128), "PNG")
+    np.testing.assert_array_equal(DECODER.decode_now(bilevel)[..., 0], np.where(grey > 128, 255, 0))
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 100])
+def test_sixteen_bit_grey_is_scaled_not_cut(side_px: int) -> None:
+    deep = np.linspace(0, 65535, side_px * side_px).reshape(side_px, side_px).astype(np.uint16)
+    shallow = (deep / 257).round().astype(np.uint8)
+    decoded = DECODER.decode_now(encoded(Image.fromarray(deep), "PNG"))
+    expected = DECODER.decode_now(encoded(Image.fromarray(shallow), "PNG"))
+    assert np.abs(decoded.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 90])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparent_parts_become_white(mode: str, side_px: int) -> None:
+    half = side_px // 2
+    image = Image.new("RGBA", (side_px, side_px), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, half, side_px))
+    if mode == "L":
+        grey = np.full((side_px, side_px), 7, np.uint8)
+        grey[:, :half] = 0
+        body = encoded(Image.fromarray(grey), "PNG", transparency=7)
+    elif mode == "P":
+        indexed = Image.fromarray(np.array([np.arange(side_px) >= half] * side_px, np.uint8), "L").convert("P")
+        indexed.putpalette([0, 0, 0, 9, 9, 9])
+        body = encoded(indexed, "PNG", transparency=1)
+    else:
+        body = encoded(image.convert(mode), "PNG")
+    decoded = DECODER.decode_now(body)
+    assert decoded[:, : SIZE_PX // 2 - 1].max() == 0
+    assert decoded[:, SIZE_PX // 2 + 1 :].min() == 255
+
+
+def test_what_is_no_image_is_refused() -> None:
+    assert kind_of_error(b"") == "empty-image"
+    assert kind_of_error(b"just a text in a file named cat.png") == "not-an-image"
+    assert kind_of_error(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "not-an-image"
+    assert kind_of_error(encoded(Image.fromarray(noise()), "TIFF")) == "not-an-image"
+    assert kind_of_error(b"BM" + bytes(60)) in ("broken-image", "not-an-image")
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_truncated_image_is_refused(file_format: str, kept: float) -> None:
+    body = encoded(Image.fromarray(noise(100, 100)), file_format)
+    assert kind_of_error(body[: int(len(body) * kept)]) in ("broken-image", "not-an-image")
+
+
+def test_a_damaged_png_is_refused() -> None:
+    body = bytearray(encoded(Image.fromarray(noise()), "PNG"))
+    body[len(body) // 2] ^= 0xFF
+    assert kind_of_error(bytes(body)) == "broken-image"
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
+def test_animated_images_are_refused(file_format: str) -> None:
+    frames = [Image.fromarray(noise(seed=seed)) for seed in range(3)]
+    body = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
+    assert kind_of_error(body) == "animated-image"
+
+
+def test_a_phones_jpeg_with_a_second_picture_inside_is_its_first() -> None:
+    pixels = Image.fromarray(photo(64, 64))
+    body = encoded(pixels, "MPO", save_all=True, append_images=[Image.fromarray(noise(64, 64))])
+    alone = DECODER.decode_now(encoded(pixels, "JPEG"))
+    assert np.abs(DECODER.decode_now(body).astype(int) - alone).max() <= 2
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_bomb(side_px: int) -> bytes:
+    """A black one-bit picture: 100 megapixels in 12 kB."""
+    rows = zlib.compress(bytes((side_px // 8 + 1) * side_px), 9)
+    header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def webp_bomb(side_px: int) -> bytes:
+    """The header of a lossless WebP whose canvas alone would take gigabytes."""
+    bits = (side_px - 1) | (side_px - 1) << 14
+    data = b"\x2f" + bits.to_bytes(4, "little") + bytes(16)
+    return b"RIFF" + struct.pack("<I", 12 + len(data)) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
+
+
+@pytest.mark.parametrize("side_px", [5_800, 9_472, 10_000, 40_000])
+def test_a_bomb_is_refused_from_its_header(side_px: int) -> None:
+    body = png_bomb(side_px) if side_px <= 10_000 else png_bomb(8)[:16] + struct.pack(">II", side_px, side_px)
+    body = body if side_px <= 10_000 else body + png_bomb(8)[24:]
+    if side_px > 10_000:  # the checksum of the patched header
+        body = body[:29] + struct.pack(">I", zlib.crc32(body[12:29])) + body[33:]
+    started = perf_counter()
+    assert kind_of_error(body) == "image-too-large"
+    assert perf_counter() - started < 0.1
+
+
+def test_a_webp_bomb_is_refused_before_its_canvas_exists() -> None:
+    for body in (
+        webp_bomb(16_383),
+        b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2 + bytes(8),
+        b"RIFF\x1e\0\0\0WEBPVP8 \x0a\0\0\0\0\0\0\x9d\x01\x2a" + b"\xff\x3f" * 2 + bytes(8),
+    ):
+        started = perf_counter()
+        assert kind_of_error(body) == "image-too-large"
+        assert perf_counter() - started < 0.1
+
+
+def test_the_pixel_limit_is_inclusive() -> None:
+    body = encoded(Image.fromarray(noise(40, 50)), "PNG")
+    assert ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=2000).decode_now(body).shape == (SIZE_PX, SIZE_PX, 3)
+    assert kind_of_error(body, ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=1999)) == "image-too-large"
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, int(SMALL_PIXELS**0.5) + 8, 400])
+def test_the_event_loop_gets_the_same_pixels_by_either_way(side_px: int) -> None:
+    times: list[float] = []
+    decoder = ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=10**6, observe_seconds=times.append)
+    body = encoded(Image.fromarray(noise(side_px, side_px)), "PNG")
+    np.testing.assert_array_equal(asyncio.run(decoder.decode(body)), decoder.decode_now(body))
+    assert len(times) == 1
+    assert times[0] > 0
+
+
+SEEDS = [
+    encoded(Image.fromarray(photo(24, 24)), file_format) for file_format in ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+] + [webp_bomb(40), png_bomb(40)]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+)
+def test_damaged_files_are_decoded_or_refused_and_nothing_else(
+    body: bytes, changes: list[tuple[float, int]], kept: float
+) -> None:
+    damaged = bytearray(body)
+    for where, value in changes:
+        damaged[int(where * len(damaged))] = value
+    damaged = damaged[: max(1, int(len(damaged) * kept))] if kept < 0.8 else damaged
+    try:
+        decoded = DECODER.decode_now(bytes(damaged))
+    except ImageError:
+        return
+    assert decoded.shape == (SIZE_PX, SIZE_PX, 3)
+    assert decoded.dtype == np.uint8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(min_size=1, max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a"]))
+def test_random_bytes_are_refused(data: bytes, magic: bytes) -> None:
+    with pytest.raises(ImageError):
+        DECODER.decode_now(magic + data)
