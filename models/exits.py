@@ -1,0 +1,300 @@
+"""How a network with exits decides: scores that say how sure a head is, shares for a budget, thresholds from shares.
+
+Numpy alone, no torch: the server imports this. Exits are columns, exit 1 first. An image leaves at the first exit whose
+score reaches that exit's threshold (`score >= threshold`); the last exit takes whoever gets there. The curve of all
+operating points is in `models.frontier`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Logits = NDArray[np.floating[Any]]
+ROUNDING = 1e-9  # images; a share times a count falls this far below the whole number it means
+
+
+def _leaders(logits: Logits) -> tuple[Floats, Floats]:
+    """Split logits [rows, classes >= 2] into the top one [rows] and all with the top one at -inf, in float64."""
+    others = np.array(logits, dtype=np.float64, order="C")  # one row is one run of memory, so its sum has one order
+    if others.ndim != 2 or others.shape[1] < 2:
+        raise ValueError(f"logits must have the shape [rows, classes] with 2 classes or more, not {others.shape}")
+    rows = np.arange(len(others))
+    top_class = others.argmax(axis=1)
+    top = others[rows, top_class]
+    others[rows, top_class] = -np.inf
+    return top, others
+
+
+def _never_unless_finite(scores: Floats) -> Floats:
+    scores[~np.isfinite(scores)] = -np.inf
+    return scores
+
+
+def max_softmax(logits: Logits) -> Floats:
+    """Return the log-odds of the largest softmax output [rows]: top logit minus logsumexp of the others.
+
+    It orders images as the softmax maximum does, the score of MSDNet (ICLR 2018) and BoostNet (AAAI 2023), but does not
+    saturate: in float32 many easy images have a maximum of exactly 1.0, and ties break exit quotas.
+    """
+    with np.errstate(all="ignore"):
+        top, others = _leaders(logits)
+        second = others.max(axis=1)
+        others -= second[:, None]
+        np.exp(others, out=others)
+        return _never_unless_finite(top - second - np.log(others.sum(axis=1)))
+
+
+def logit_margin(logits: Logits) -> Floats:
+    """Return the top logit minus the runner-up [rows]."""
+    with np.errstate(all="ignore"):
+        top, others = _leaders(logits)
+        return _never_unless_finite(top - others.max(axis=1))
+
+
+SCORES: dict[str, Callable[[Logits], Floats]] = {"max_softmax": max_softmax, "logit_margin": logit_margin}
+"""Exit scores by name: logits [rows, classes] to float64 [rows], higher = surer, -inf where the logits are not finite.
+
+A row's score depends on that row alone, bit for bit, whatever batch it is in.
+"""
+
+
+def confidence(logits: Logits) -> Floats:
+    """Return the largest softmax output [rows], in (0, 1]: what people are shown; 0 where the logits are not finite."""
+    with np.errstate(all="ignore"):
+        top, others = _leaders(logits)
+        others -= top[:, None]
+        largest: Floats = 1.0 / (1.0 + np.exp(others, out=others).sum(axis=1))
+    largest[~(np.isfinite(top) & np.isfinite(largest))] = 0.0
+    return largest
+
+
+def check_costs(costs_cumulative: Sequence[float]) -> list[float]:
+    """Return cumulative costs [N] as floats.
+
+    Raises:
+        ValueError: there is none, or they are not positive, finite and strictly increasing.
+    """
+    costs = [float(cost) for cost in costs_cumulative]
+    if not costs or costs[0] <= 0 or not math.isfinite(costs[-1]) or not all(a < b for a, b in pairwise(costs)):
+        raise ValueError(f"cumulative costs must be positive, finite and strictly increasing, not {costs}")
+    return costs
+
+
+def truncated_geometric_shares(p: float, n_exits: int) -> Floats:
+    """Return shares [N] where every exit but the last takes the share `p` of those that reach it (BoostNet Eq. 9)."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"the exit probability must be in [0, 1], not {p}")
+    reaching = np.power(1.0 - p, np.arange(n_exits), dtype=np.float64)
+    return np.concatenate([p * reaching[:-1], reaching[-1:]])
+
+
+def ratio_shares(ratio: float, n_exits: int) -> Floats:
+    """Return shares [N] proportional to ratio^n, the form behind published curves (MSDNet's code); 1 is uniform.
+
+    Ratio 0 sends everything to exit 1 and infinity to exit N.
+    """
+    if not ratio >= 0.0:
+        raise ValueError(f"the ratio of exit shares must be 0 or more, not {ratio}")
+    # The largest power is 1, so that neither end overflows.
+    exponents = np.arange(n_exits) if ratio <= 1.0 else np.arange(n_exits)[::-1]
+    powers = np.power(ratio if ratio <= 1.0 else 1.0 / ratio, exponents, dtype=np.float64)
+    shares: Floats = powers / powers.sum()
+    return shares
+
+
+def expected_cost(p: float, costs_cumulative: Sequence[float]) -> float:
+    """Return C_avg(p) = sum over n of (1-p)^(n-1) c_n with c_n the cost of part n alone (BoostNet Eq. 9)."""
+    return _cost_and_slope(1.0 - p, check_costs(costs_cumulative))[0]
+
+
+def _cost_and_slope(going_on: float, costs: list[float]) -> tuple[float, float]:
+    """Horner's scheme for C_avg and its derivative, both in x = 1 - p."""
+    cost = slope = 0.0
+    for part in reversed([costs[0], *(b - a for a, b in pairwise(costs))]):
+        slope = slope * going_on + cost
+        cost = cost * going_on + part
+    return cost, slope
+
+
+def solve_exit_probability(costs_cumulative: Sequence[float], budget: float) -> float:
+    """Return the p in [0, 1] whose expected cost is `budget` (BoostNet Eq. 9).
+
+    Newton's method from 0.5, kept inside a shrinking bracket by bisection.
+
+    Raises:
+        ValueError: the budget lies outside [cost of exit 1, cost of exit N], where no p exists.
+    """
+    costs = check_costs(costs_cumulative)
+    _check_budget(costs, budget)
+    if budget <= costs[0]:
+        return 1.0
+    if budget >= costs[-1]:
+        return 0.0
+    low, high, x = 0.0, 1.0, 0.5  # x = 1 - p; the cost rises with it
+    for _ in range(100):
+        cost, slope = _cost_and_slope(x, costs)
+        if cost > budget:
+            high = x
+        else:
+            low = x
+        newton = x - (cost - budget) / slope
+        guarded = newton if low < newton < high else 0.5 * (low + high)
+        if abs(guarded - x) <= 1e-16:
+            break
+        x = guarded
+    return 1.0 - x
+
+
+def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
+    """Return the ratio whose `ratio_shares` cost `budget` on average, by bisection over ratio / (1 + ratio).
+
+    Raises:
+        ValueError: the budget lies outside [cost of exit 1, cost of exit N].
+    """
+    costs = check_costs(costs_cumulative)
+    _check_budget(costs, budget)
+    if budget >= costs[-1]:
+        return math.inf if len(costs) > 1 else 0.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        too_dear = middle < 1.0 and float(ratio_shares(middle / (1.0 - middle), len(costs)) @ costs) > budget
+        low, high = (low, middle) if too_dear else (middle, high)
+    return low / (1.0 - low)
+
+
+def _check_budget(costs: list[float], budget: float) -> None:
+    if not costs[0] <= budget <= costs[-1]:
+        raise ValueError(f"budget {budget:g} is outside what the exits cost: give {costs[0]:g} to {costs[-1]:g}")
+
+
+class Calibrator:
+    """Held-out scores [M, N], sorted once, from which any number of threshold vectors is drawn.
+
+    Raises:
+        ValueError: the scores are empty, not two-dimensional, or hold NaN.
+    """
+
+    def __init__(self, scores: NDArray[Any]) -> None:
+        self.scores = np.asarray(scores, dtype=np.float64)
+        if self.scores.ndim != 2 or 0 in self.scores.shape or np.isnan(self.scores).any():
+            raise ValueError(f"scores must have the shape [images, exits] and no NaN; these have {self.scores.shape}")
+        self.n_images, self.n_exits = self.scores.shape
+        self._order = np.argsort(-self.scores, axis=0, kind="stable").T.copy()  # [N, M], surest image first
+
+    def thresholds(self, shares: Sequence[float] | Floats) -> Floats:
+        """Return thresholds [N] at which the held-out images leave in the given shares [N]; the last is -inf.
+
+        The calibration of MSDNet (ICLR 2018): exit by exit, the surest of the images still there leave until the quota
+        is full. Quotas are cumulative, `floor(M (q_1 + ... + q_n))` gone by exit n, so no rounding remainder piles up
+        at the last exit. Without ties they are met exactly. Images tied at a threshold all leave, since serving
+        compares with `>=`; the exits after it take fewer, so ties only save and cannot send the rest to the last exit.
+        A threshold lies halfway between the last image to leave and the best to stay, where rounding cannot flip
+        either. It is +inf where nobody is to leave and -inf where all that are left do.
+
+        Raises:
+            ValueError: the shares are not N numbers in [0, 1] that sum to 1.
+        """
+        quotas = np.asarray(shares, dtype=np.float64)
+        if quotas.shape != (self.n_exits,) or not (quotas >= 0).all() or not abs(quotas.sum() - 1) < 1e-6:
+            raise ValueError(f"shares must be {self.n_exits} numbers in [0, 1] that sum to 1, not {quotas.tolist()}")
+        gone_by = np.floor(self.n_images * np.cumsum(quotas) + ROUNDING)
+        thresholds = np.full(self.n_exits, -np.inf)
+        here = np.ones(self.n_images, dtype=bool)
+        n_gone = 0
+        for exit_index in range(self.n_exits - 1):
+            n_leaving = int(gone_by[exit_index]) - n_gone
+            if max(n_gone, int(gone_by[exit_index])) >= self.n_images:
+                break  # all that are left leave here, and so would any image that comes later
+            if n_leaving <= 0:  # by the shares, or because ties took more than theirs before
+                thresholds[exit_index] = np.inf
+                continue
+            order = self._order[exit_index]
+            surest_first = self.scores[order[here[order]], exit_index]
+            thresholds[exit_index] = _between(surest_first[n_leaving - 1], surest_first[n_leaving:])
+            here &= self.scores[:, exit_index] < thresholds[exit_index]
+            n_gone = self.n_images - int(here.sum())
+        return thresholds
+
+
+def _between(last_to_leave: float, staying: Floats) -> float:
+    """Return a threshold that the first reaches and, ties aside, none of those that stay (best first) do."""
+    best_to_stay = staying[np.searchsorted(-staying, -last_to_leave, side="right") :][:1]
+    if best_to_stay.size == 0 or not np.isfinite([last_to_leave, best_to_stay[0]]).all():
+        return float(last_to_leave)
+    middle = 0.5 * float(last_to_leave) + 0.5 * float(best_to_stay[0])
+    return middle if middle > best_to_stay[0] else float(last_to_leave)  # neighbouring numbers have none in between
+
+
+def thresholds_for_shares(scores: NDArray[Any], shares: Sequence[float] | Floats) -> Floats:
+    """Return thresholds [N] for shares [N] of held-out scores [M, N]; see `Calibrator.thresholds`."""
+    return Calibrator(scores).thresholds(shares)
+
+
+def take_exits(scores: NDArray[Any], thresholds: Sequence[float] | Floats) -> NDArray[np.intp]:
+    """Return the exit [M], counted from 0, at which each image of scores [M, N] leaves under thresholds [N]."""
+    leaves = np.asarray(scores, dtype=np.float64) >= np.asarray(thresholds, dtype=np.float64)
+    leaves[:, -1] = True
+    first: NDArray[np.intp] = leaves.argmax(axis=1)
+    return first
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a set of images did under one threshold vector: measured, not targeted."""
+
+    mean_cost: float  # in the unit of the costs given
+    accuracy: float  # share of images answered right, 0 to 1
+    shares: tuple[float, ...]  # of the images, by exit
+
+
+def outcome(
+    scores: NDArray[Any],
+    correct: NDArray[np.bool_],
+    costs_cumulative: Sequence[float],
+    thresholds: Sequence[float] | Floats,
+) -> Outcome:
+    """Measure thresholds [N] on images with scores [M, N] whose answers at each exit are `correct` [M, N] or not."""
+    exits = take_exits(scores, thresholds)
+    counts = np.bincount(exits, minlength=len(costs_cumulative))
+    n_right = int(np.asarray(correct)[np.arange(len(exits)), exits].sum())
+    mean_cost = math.fsum(count * cost for count, cost in zip(counts.tolist(), costs_cumulative, strict=True))
+    return Outcome(mean_cost / len(exits), n_right / len(exits), tuple((counts / len(exits)).tolist()))
+
+
+def thresholds_for_budget(scores: NDArray[Any], costs_cumulative: Sequence[float], budget: float) -> Floats:
+    """Return thresholds [N] of the geometric family (BoostNet Eq. 9) whose cost on scores [M, N] is the budget.
+
+    The measured mean cost never exceeds the budget. Without ties it stays below it by less than what one image moved
+    from exit 1 to exit N costs: (C_N - C_1) / M.
+
+    Raises:
+        ValueError: the budget lies outside [cost of exit 1, cost of exit N], or a shape does not fit.
+    """
+    costs = check_costs(costs_cumulative)
+    _check_budget(costs, budget)
+    calibrator = Calibrator(scores)
+    if len(costs) != calibrator.n_exits:
+        raise ValueError(f"{len(costs)} costs for scores of {calibrator.n_exits} exits: give one cost an exit")
+
+    def measured(p: float) -> tuple[float, Floats]:
+        thresholds = calibrator.thresholds(truncated_geometric_shares(p, calibrator.n_exits))
+        counts = np.bincount(take_exits(calibrator.scores, thresholds), minlength=len(costs))
+        return float(counts @ np.array(costs)) / calibrator.n_images, thresholds
+
+    cost, best = measured(0.0)
+    if cost <= budget:
+        return best
+    best = measured(1.0)[1]
+    dear, affordable = 0.0, 1.0
+    for _ in range(60):  # the measured cost is a staircase in p, so bisection down to one step of it
+        p = 0.5 * (dear + affordable)
+        cost, thresholds = measured(p)
+        dear, affordable, best = (dear, p, thresholds) if cost <= budget else (p, affordable, best)
+    return best

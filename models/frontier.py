@@ -1,0 +1,204 @@
+"""The cost-accuracy frontier: every operating point of a network with exits on one line from cheapest to best.
+
+Built once from held-out images, then only looked up: a position in [0, 1] gives thresholds, and the cost and accuracy
+to expect of them. Look-ups are plain Python over tuples and take microseconds, so a server may steer by them.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.exits import (
+    Calibrator,
+    Floats,
+    Outcome,
+    check_costs,
+    outcome,
+    ratio_shares,
+    solve_exit_probability,
+    solve_ratio,
+    truncated_geometric_shares,
+)
+
+N_POINTS = 257  # operating points tried from the cost of exit 1 to that of exit N, evenly spaced
+TOLERANCE = 0.0005  # of held-out accuracy that the end of a frontier may lie under the best point: 0.05 points
+
+
+def _geometric(costs: Sequence[float], cost: float) -> Floats:
+    return truncated_geometric_shares(solve_exit_probability(costs, cost), len(costs))
+
+
+def _ratio(costs: Sequence[float], cost: float) -> Floats:
+    return ratio_shares(solve_ratio(costs, cost), len(costs))
+
+
+FAMILIES: dict[str, Callable[[Sequence[float], float], Floats]] = {"geometric": _geometric, "ratio": _ratio}
+"""Exit shares [N] for cumulative costs [N] and a mean cost: BoostNet's Eq. 9 and the form of MSDNet's released code."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """One operating point; what it costs and gets right is what held-out images did."""
+
+    position: float  # 0 to 1
+    cost: float  # mean an image, in the unit of the costs the frontier was built with
+    accuracy: float  # share of images answered right
+    shares: tuple[float, ...]  # of the images, by exit
+    thresholds: tuple[float, ...]  # by exit, -inf at the last
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Operating points in order of cost, measured on held-out images; between points everything is interpolated.
+
+    Position is proportional to expected cost, from 0, where everything leaves at exit 1, to 1, past which going deeper
+    brought nothing. No threshold ever falls along the frontier, so moving up lets every image go as deep as before or
+    deeper: cost rises with position on any traffic, at points and between them.
+
+    A threshold that nothing reaches is stored just above the highest held-out score, one that everything reaches just
+    below the lowest, so that both interpolate. `at(0)` has -inf, so that nothing new goes on there.
+    """
+
+    family: str
+    position: tuple[float, ...]  # P of them, strictly increasing from 0 to 1; (0.0,) where exit 1 cannot be improved
+    cost: tuple[float, ...]  # P, strictly increasing
+    accuracy: tuple[float, ...]  # P
+    shares: tuple[tuple[float, ...], ...]  # P x N
+    thresholds: tuple[tuple[float, ...], ...]  # P x N
+    best_accuracy: tuple[float, ...] = field(init=False)  # P: the running maximum of the accuracy
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "best_accuracy", tuple(accumulate(self.accuracy, max)))
+
+    def at(self, position: float) -> FrontierPoint:
+        """Return the point at `position`; outside [0, 1] (or where it is no number) that at the nearer end (at 0)."""
+        if not position > 0.0 or len(self.position) == 1:
+            return self._point(0, (float("-inf"),) * len(self.thresholds[0]))
+        above = bisect_right(self.position, position)
+        if above == len(self.position):
+            return self._point(above - 1, self.thresholds[-1])
+        i, j = above - 1, above
+        weight = (position - self.position[i]) / (self.position[j] - self.position[i])
+        lower, upper = self.thresholds[i], self.thresholds[j]
+        return FrontierPoint(
+            position,
+            self.cost[i] + weight * (self.cost[j] - self.cost[i]),
+            self.accuracy[i] + weight * (self.accuracy[j] - self.accuracy[i]),
+            tuple([a + weight * (b - a) for a, b in zip(self.shares[i], self.shares[j], strict=True)]),
+            (*[a + weight * (b - a) for a, b in zip(lower[:-1], upper[:-1], strict=True)], lower[-1]),
+        )
+
+    def _point(self, i: int, thresholds: tuple[float, ...]) -> FrontierPoint:
+        return FrontierPoint(self.position[i], self.cost[i], self.accuracy[i], self.shares[i], thresholds)
+
+    def position_at_cost(self, cost: float) -> float:
+        """Return the position whose expected cost is `cost`, or the nearer end: a budget is a ceiling, not a target."""
+        if not cost > self.cost[0]:
+            return 0.0
+        return min((cost - self.cost[0]) / (self.cost[-1] - self.cost[0]), 1.0) if len(self.cost) > 1 else 0.0
+
+    def position_at_accuracy(self, accuracy: float) -> float:
+        """Return the lowest position whose expected accuracy (0 to 1) reaches `accuracy`.
+
+        Raises:
+            ValueError: no position reaches it; the message gives the highest within reach.
+        """
+        j = bisect_left(self.best_accuracy, accuracy)
+        if j == len(self.best_accuracy):
+            highest = self.best_accuracy[-1]
+            raise ValueError(f"no point reaches an accuracy of {accuracy:g}: the best within reach is {highest:.4f}")
+        if j == 0:
+            return 0.0
+        before, after = self.accuracy[j - 1], self.accuracy[j]
+        weight = (accuracy - before) / (after - before)
+        return self.position[j - 1] + weight * (self.position[j] - self.position[j - 1])
+
+
+def build_frontier(
+    scores: NDArray[Any],
+    correct: NDArray[np.bool_],
+    costs_cumulative: Sequence[float],
+    family: str | None = None,
+    n_points: int = N_POINTS,
+) -> Frontier:
+    """Calibrate a family of thresholds on held-out images and measure it on them.
+
+    Args:
+        scores: exit scores [M, N] of M held-out images.
+        correct: whether each exit's answer was right [M, N].
+        costs_cumulative: what stopping at each exit costs [N].
+        family: a key of `FAMILIES`; by default the one that is more accurate on average over all budgets.
+        n_points: mean costs tried from that of exit 1 to that of exit N; points that cost no more than the one before
+            are left out.
+
+    The frontier ends at the cheapest point within `TOLERANCE`, and at least one image, of the best held-out accuracy:
+    the best of hundreds of points on a plateau is the luckiest, often far to the right of where the plateau starts. At
+    5,000 images 0.05 points are two images, well within the standard error of a paired difference (0.1 to 0.2 points
+    where 25 to 100 images change sides), so nothing that these images can tell is given up.
+
+    Raises:
+        ValueError: a shape, a cost or the family does not fit.
+    """
+    costs = check_costs(costs_cumulative)
+    calibrator = Calibrator(scores)
+    answers = np.asarray(correct, dtype=bool)
+    if answers.shape != calibrator.scores.shape or len(costs) != calibrator.n_exits:
+        raise ValueError(
+            f"scores {calibrator.scores.shape}, correct {answers.shape} and {len(costs)} costs must be [images, exits] "
+            "twice and one cost an exit"
+        )
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r} of exit shares; known: {', '.join(FAMILIES)}")
+    names = list(FAMILIES) if family is None else [family]
+    return max((_measure(name, calibrator, answers, costs, n_points) for name in names), key=_mean_accuracy(costs))
+
+
+def _mean_accuracy(costs: list[float]) -> Callable[[Frontier], float]:
+    budgets = np.linspace(costs[0], costs[-1], N_POINTS)
+    return lambda frontier: float(np.interp(budgets, frontier.cost, frontier.best_accuracy).mean())
+
+
+def _measure(
+    family: str, calibrator: Calibrator, correct: NDArray[np.bool_], costs: list[float], n_points: int
+) -> Frontier:
+    targets = np.linspace(costs[0], costs[-1], n_points if len(costs) > 1 else 1)
+    drawn = np.array([calibrator.thresholds(FAMILIES[family](costs, cost)) for cost in targets.tolist()])
+    thresholds = _interpolable(drawn, calibrator.scores)
+    points: list[tuple[Outcome, tuple[float, ...]]] = []
+    for row in thresholds.tolist():
+        measured = outcome(calibrator.scores, correct, costs, row)
+        if not points or measured.mean_cost > points[-1][0].mean_cost:
+            points.append((measured, tuple(row)))
+    allowed = max(TOLERANCE, 1.0 / len(correct)) + 1e-12
+    best = max(measured.accuracy for measured, _ in points)
+    end = next(i for i, (measured, _) in enumerate(points) if measured.accuracy >= best - allowed)
+    kept = [measured for measured, _ in points[: end + 1]]
+    first, spread = kept[0].mean_cost, kept[-1].mean_cost - kept[0].mean_cost
+    return Frontier(
+        family=family,
+        position=tuple((measured.mean_cost - first) / spread if spread else 0.0 for measured in kept),
+        cost=tuple(measured.mean_cost for measured in kept),
+        accuracy=tuple(measured.accuracy for measured in kept),
+        shares=tuple(measured.shares for measured in kept),
+        thresholds=tuple(row for _, row in points[: end + 1]),
+    )
+
+
+def _interpolable(thresholds: Floats, scores: Floats) -> Floats:
+    """Make thresholds [P, N], in order of cost, finite but for the last exit's, and never falling.
+
+    Quotas alone let a threshold fall here and there: at the cheap end, where few images reach it, or by ties. So it may
+    be no higher than at any dearer point, where more images have a say in it.
+    """
+    finite = np.ma.masked_invalid(scores)
+    lowest, highest = finite.min(axis=0).filled(0.0), finite.max(axis=0).filled(0.0)
+    gap = 1e-3 * (highest - lowest) + 1e-6
+    bounded = np.clip(thresholds, lowest - gap, highest + gap)
+    bounded[:, -1] = -np.inf
+    never_falling: Floats = np.minimum.accumulate(bounded[::-1], axis=0)[::-1]
+    return never_falling
