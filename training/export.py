@@ -1,0 +1,158 @@
+"""From a trained network to stage graphs: one ONNX file a stage, all reading one file of weights.
+
+The weights are stored once, as trained, in a safetensors file; the graphs refer to them by file and offset (ONNX
+external data), and the runtime folds normalisation into convolutions when it loads them.
+"""
+
+import json
+import logging
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxscript import optimizer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.staging import Stage, ValueSpec, split
+
+OPSET = 20
+
+
+class Normalise(nn.Module):
+    """From images as decoded, uint8 [rows, height, width, 3], to network input, float32 [rows, 3, height, width].
+
+    Args:
+        mean, std: per channel, of pixel values in 0..1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        means, stds = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) for values in (mean, std))
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", (1 / (255 * stds)).float())
+        self.register_buffer("shift", (-means / stds).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.permute(0, 3, 1, 2).float() * self.scale + self.shift
+
+
+def export_stages(
+    network: nn.Module,
+    image_size_px: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    folder: Path,
+    weights_name: str = "weights.safetensors",
+) -> list[dict[str, Any]]:
+    """Write `folder/stages/stage_K.onnx` for every exit K, and the weights they share.
+
+    Stage 1 takes images as uint8 [rows, height, width, 3] and normalises them. Every value has a free first axis
+    (rows) and the name it has in `models.staging`.
+
+    Args:
+        network: any network that `models.staging.split` takes; it maps float images [rows, 3, height, width].
+        image_size_px: one side of a square, or (height, width).
+        folder: the bundle's; made if it isn't there.
+
+    Returns:
+        Per stage what a bundle's manifest says of it: `file`, `inputs` and `outputs` (each `name`, `shape` without the
+        rows, `dtype`; the logits come first), `state_bytes_per_row` (kept of a row that goes on after this stage).
+
+    Raises:
+        StagingError: the network cannot be cut into stages.
+    """
+    height_px, width_px = (image_size_px, image_size_px) if isinstance(image_size_px, int) else image_size_px
+    images = torch.randint(0, 256, (2, height_px, width_px, 3), dtype=torch.uint8)
+    staged = split(network.cpu(), images, Normalise(mean, std))
+    (folder / "stages").mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, folder / weights_name)
+    offsets = _read_offsets(folder / weights_name)
+    descriptions, state = [], {"images": images}
+    for number, stage in enumerate(staged.stages, start=1):
+        file = f"stages/stage_{number}.onnx"
+        inputs = tuple(state[name] for name in stage.inputs)
+        model = _to_onnx(stage, inputs)
+        _refer_to_weights(model, weights_name, offsets)
+        ir.save(model, folder / file)
+        with torch.no_grad():
+            state.update(zip(stage.outputs, stage(*inputs), strict=True))
+        descriptions.append(
+            {
+                "file": file,
+                "inputs": [_describe(staged.values[name]) for name in stage.inputs],
+                "outputs": [_describe(staged.values[name]) for name in stage.outputs],
+                "state_bytes_per_row": sum(spec.bytes_per_row for spec in staged.state_after(number)),
+            }
+        )
+    return descriptions
+
+
+def _describe(spec: ValueSpec) -> dict[str, Any]:
+    return {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+
+
+def _to_onnx(stage: Stage, inputs: tuple[Tensor, ...]) -> ir.Model:
+    rows = torch.export.Dim("rows", min=1)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            stage,
+            inputs,
+            dynamo=True,
+            input_names=list(stage.inputs),
+            output_names=list(stage.outputs),
+            dynamic_shapes={name: {0: rows} for name in stage.inputs},
+            opset_version=OPSET,
+            optimize=False,  # else the exporter folds normalisation into copies of the weights
+            verbose=False,
+        )
+    assert program is not None  # None is for the exporter that torch replaced
+    model = program.model
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    ClearMetadataAndDocStringPass()(model)  # of stack traces with this machine's paths
+    return model
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's remarks on its own internals and on torchvision, which isn't used."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies: name to (offset from the start of the file, length), in bytes."""
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_bytes))
+    start = 8 + header_bytes
+    return {
+        name: (start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _refer_to_weights(model: ir.Model, weights_name: str, offsets: dict[str, tuple[int, int]]) -> None:
+    for name, value in model.graph.initializers.items():
+        if name in offsets and isinstance(value.const_value, ir.Tensor):
+            offset, length = offsets[name]
+            value.const_value = ir.ExternalTensor(
+                weights_name, offset, length, value.const_value.dtype, shape=value.const_value.shape, name=name
+            )
