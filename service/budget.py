@@ -1,0 +1,155 @@
+"""Keeps the average compute per image at the number that the operator sets.
+
+Two parts with one task each. `Ledger` is the promise: whatever the traffic and whatever the thresholds, any n
+consecutive answers spend at most n x budget + burst x budget. `Steering` is the aim: it moves the thresholds along the
+frontier so that steady traffic ends just under the budget and the ledger hardly ever has to refuse anything.
+
+Plain Python over numbers: no clock, no thread, no array. One owner (the engine's thread) calls it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from models.frontier import Frontier
+from service.ledger import Account, Ledger
+from service.steering import MEGA, Steering
+
+Reason = Literal["confident", "final", "budget"]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """A snapshot. Costs are mflops (millions of multiply-adds), averages per image."""
+
+    budget_mflops: float
+    fraction: float  # of the full network
+    burst_images: float
+    position: float  # on the frontier, 0 to 1, without the swing of the moment
+    thresholds: tuple[float, ...]  # of this moment, one per exit, finite or +-inf
+    expected_mflops: float  # these three are what held-out images do at `position`
+    expected_accuracy: float
+    expected_shares: tuple[float, ...]
+    frontier_limited: bool  # the frontier ends below the budget: going deeper brought nothing on held-out images
+    rolling_mflops: float | None  # mean over the last 1,000 answers; None before the first
+    settled_mflops: float
+    reserved_mflops: float
+    answered: int
+    abandoned: int
+    spent_answered_mflops: float
+    spent_abandoned_mflops: float
+
+
+class BudgetController:
+    """Decides, image by image and exit by exit, who goes on.
+
+    Args:
+        frontier: of the network served, with costs in mflops.
+        costs_mflops: what leaving at each exit costs, cumulative, as executed.
+        budget_mflops: average per image.
+        burst_images: how many images' budget a window of answers may overspend; see `Ledger`.
+        steer: False keeps the thresholds at the budget's point on the frontier; the ledger bounds all the same.
+
+    Raises:
+        ValueError: the budget lies outside the cost of the first exit to that of the last.
+    """
+
+    def __init__(
+        self,
+        frontier: Frontier,
+        costs_mflops: Sequence[float],
+        budget_mflops: float,
+        burst_images: float = 32.0,
+        steer: bool = True,
+    ) -> None:
+        self.costs = tuple(round(cost * MEGA) for cost in costs_mflops)
+        self.ledger = Ledger(self._checked(budget_mflops), burst_images)
+        self.steering = Steering(frontier, self.costs, self.ledger.allowance)
+        self._frontier = frontier
+        self._steer = steer
+        self._hold()
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return self._held.thresholds if self._held else self.steering.thresholds
+
+    @property
+    def total_spent_mflops(self) -> float:
+        return (self.ledger.spent_answered + self.ledger.spent_abandoned) / MEGA
+
+    def set(self, budget_mflops: float) -> None:
+        """Give images admitted from now on another budget (average mflops per image).
+
+        Raises:
+            ValueError: it lies outside the cost of the first exit to that of the last.
+        """
+        self.ledger.set_allowance(self._checked(budget_mflops))
+        self.steering.set_budget(self.ledger.allowance)
+        self._hold()
+
+    def admit(self) -> Account:
+        """Open the account of an image, committed to stage 1."""
+        account = self.ledger.open(self.costs[0])
+        self.steering.admit(account)
+        return account
+
+    def charge(self, account: Account) -> None:
+        """Charge the stage that an image is committed to, when it runs."""
+        account.spent = account.committed
+
+    def decide(self, account: Account, score: float) -> Reason | None:
+        """Return why an image leaves at the exit it has just passed with `score`, or None: it goes on, committed."""
+        passed = account.stages
+        if passed == len(self.costs):
+            return "final"
+        if score >= self.thresholds[passed - 1]:
+            return "confident"
+        if not self.ledger.commit(account, self.costs[passed]):
+            return "budget"
+        self.steering.go_on(passed)
+        return None
+
+    def settle(self, account: Account, answered: bool = True) -> None:
+        """Close the account of an image that has answered, or of one given up (abandoned or failed)."""
+        self.steering.settle(account, answered)
+        self.ledger.close(account, answered)
+
+    def refresh(self) -> None:
+        """Let steering catch up; call it once a batch."""
+        self.steering.refresh()
+
+    def state(self) -> BudgetState:
+        ledger, point = self.ledger, self._held or self.steering.point
+        rolling = ledger.rolling_average
+        return BudgetState(
+            budget_mflops=ledger.allowance / MEGA,
+            fraction=ledger.allowance / self.costs[-1],
+            burst_images=ledger.burst_images,
+            position=point.position,
+            thresholds=self.thresholds,
+            expected_mflops=point.cost,
+            expected_accuracy=point.accuracy,
+            expected_shares=point.shares,
+            frontier_limited=self.steering.highest < ledger.allowance,
+            rolling_mflops=None if rolling is None else rolling / MEGA,
+            settled_mflops=ledger.settled / MEGA,
+            reserved_mflops=ledger.reserved / MEGA,
+            answered=ledger.answered,
+            abandoned=ledger.abandoned,
+            spent_answered_mflops=ledger.spent_answered / MEGA,
+            spent_abandoned_mflops=ledger.spent_abandoned / MEGA,
+        )
+
+    def _checked(self, budget_mflops: float) -> int:
+        low, high = self.costs[0] / MEGA, self.costs[-1] / MEGA
+        if not low <= budget_mflops <= high:  # also catches NaN
+            raise ValueError(
+                f"a budget of {budget_mflops:g} mflops is out of reach: the first exit costs {low:g} and the last "
+                f"{high:g}; give a number between the two"
+            )
+        return round(budget_mflops * MEGA)
+
+    def _hold(self) -> None:
+        """Where thresholds are not steered, keep to the budget's own point."""
+        position = self._frontier.position_at_cost(self.ledger.allowance / MEGA)
+        self._held = None if self._steer else self._frontier.at(position)

@@ -1,0 +1,143 @@
+"""Moves along the frontier so that the spending of steady traffic averages just under the budget.
+
+Plain Python over numbers: no clock, no thread, no array. Costs inside are multiply-adds, those of a frontier mflops.
+"""
+
+from collections import deque
+
+from models.frontier import Frontier, FrontierPoint
+from service.ledger import ROLLING_ANSWERS, Account
+
+MEGA = 1_000_000
+
+
+class Steering:
+    """A balance over all images, forecast to the end of those in flight, and thresholds that keep it where it belongs.
+
+    Every image is admitted with an aim and settles with what it spent; `_settled` is the sum of the differences. What
+    is controlled is the forecast: `_settled`, plus the aims of the images in flight, less what each is expected to
+    spend in all, given the exits it has passed. A decision moves the forecast at once, long before the answer, so the
+    loop has no delay and may be quick. It steers for the cost
+
+        aim + (forecast - reference) / HORIZON_IMAGES + integral
+
+    and as the forecast already integrates the error in cost, the average is right without the last term; that one only
+    brings the forecast back to its reference where live images lastingly differ from the calibration. It stands still
+    while the frontier cannot go where it should, and the forecast is bounded: traffic that cannot use its budget does
+    not save it up.
+
+    What an observer sees is the average of the last 1,000 answers, that is, the balance now less the balance 1,000
+    answers ago. Hence two refinements. The reference follows the deviation that the balance had where the coming window
+    starts (`ECHO` of it, so that old deviations die out). And hard images answer last: when traffic stops, the window
+    ends with the excess of all that were in flight, so the aim stays below the budget by that much, too.
+
+    Simulated on i.i.d. images (six exits, 5,000 images, 32 at a time, 2 lanes, budgets of 25 to 80 % of the full cost,
+    16 seeds each): the last 1,000 end at 0.996 of the budget with a standard deviation of 0.0015, all within [0.99, 1.0].
+    """
+
+    AIM_UNDER = 0.004  # of the budget: where the average is to end
+    HORIZON_IMAGES = 16.0  # shorter is tighter, but thresholds that swing cost accuracy
+    INTEGRAL_IMAGES = 1_000.0  # time constant
+    ECHO = 0.7
+    MEAN_IMAGES = 500.0  # time constant of the running means below
+    MAX_FORECAST_IMAGES = 16.0
+    MAX_EXCESS_IMAGES = 6.0
+    TABLE_STEPS = 1_024
+
+    def __init__(self, frontier: Frontier, costs: tuple[int, ...], budget: int) -> None:
+        self._costs = costs
+        self._table = [frontier.at(i / self.TABLE_STEPS) for i in range(self.TABLE_STEPS + 1)]
+        self._lowest, self.highest = self._table[0].cost * MEGA, self._table[-1].cost * MEGA
+        self._in_flight = [0] * len(costs)  # images, by exits passed
+        self._aims = 0.0  # of the images in flight
+        self._owed = 0.0  # the same, less what these images are expected to spend
+        self._settled = 0.0
+        self._settled_mean = 0.0
+        self._excess_mean = 0.0  # of what the images in flight are expected to spend beyond their aims
+        self._integral = 0.0
+        self._history: deque[float] = deque()  # `_settled` after each of the last 1,000 answers
+        self.set_budget(budget)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Those of this moment, one per exit."""
+        return self._point_at(self._wanted()).thresholds
+
+    @property
+    def point(self) -> FrontierPoint:
+        """The operating point, without the swing of the moment."""
+        return self._point_at(self._aim + self._integral)
+
+    def set_budget(self, budget: int) -> None:
+        """Aim images admitted from now on at another budget; those in flight keep the aim they came with."""
+        self._budget = budget
+        self._history.clear()
+        self._settled_mean = self._settled
+        self._integral = min(max(self._integral, -0.5 * budget), 0.5 * budget)
+        self.refresh()
+
+    def admit(self, account: Account) -> None:
+        account.aim = self._aim
+        self._in_flight[0] += 1
+        self._aims += account.aim
+        self._owed += account.aim - self._expected[0]
+
+    def go_on(self, passed: int) -> None:
+        """Note that an image goes on beyond exit `passed` (1-based)."""
+        self._in_flight[passed - 1] -= 1
+        self._in_flight[passed] += 1
+        self._owed += self._expected[passed - 1] - self._expected[passed]
+
+    def settle(self, account: Account, answered: bool) -> None:
+        passed = account.stages - 1
+        self._in_flight[passed] -= 1
+        self._aims -= account.aim
+        self._owed -= account.aim - self._expected[passed]
+        self._settled += (account.aim if answered else min(account.aim, account.spent)) - account.spent
+        if not answered:
+            return
+        self._history.append(self._settled)
+        if len(self._history) > ROLLING_ANSWERS:
+            self._history.popleft()
+        self._settled_mean += (self._settled - self._settled_mean) / self.MEAN_IMAGES
+        self._excess_mean += (-self._owed - self._excess_mean) / self.MEAN_IMAGES
+        error, wanted = self._error(), self._wanted()
+        if (wanted > self._lowest or error > 0) and (wanted < self.highest or error < 0):
+            moved = self._integral + error / (self.HORIZON_IMAGES * self.INTEGRAL_IMAGES)
+            self._integral = min(max(moved, -0.5 * self._budget), 0.5 * self._budget)
+
+    def refresh(self) -> None:
+        """Bring what follows slowly up to date; once a batch is often enough."""
+        excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_IMAGES * self._budget)
+        self._aim = self._budget * (1.0 - self.AIM_UNDER) - excess / ROLLING_ANSWERS
+        self._expected = self._expected_costs()
+        self._owed = self._aims - sum(n * cost for n, cost in zip(self._in_flight, self._expected, strict=True))
+        most = self.MAX_FORECAST_IMAGES * self._budget
+        self._settled = min(max(self._settled, -most - self._owed), most - self._owed)
+        self._reference = 0.0
+        if len(self._history) == ROLLING_ANSWERS:
+            at_window_start = self._history[min(sum(self._in_flight), ROLLING_ANSWERS - 1)]
+            deviation = self.ECHO * (at_window_start - self._settled_mean)
+            self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
+
+    def _error(self) -> float:
+        return self._settled + self._owed - self._reference
+
+    def _wanted(self) -> float:
+        return self._aim + self._error() / self.HORIZON_IMAGES + self._integral
+
+    def _point_at(self, cost: float) -> FrontierPoint:
+        reach = self.highest - self._lowest
+        position = (cost - self._lowest) / reach if reach > 0 else 0.0
+        return self._table[int(min(max(position, 0.0), 1.0) * self.TABLE_STEPS)]
+
+    def _expected_costs(self) -> list[float]:
+        """What an image spends in all at the operating point, by exits passed."""
+        shares = self.point.shares
+        going_on = spending = 0.0
+        expected = [0.0] * len(self._costs)
+        for i in range(len(self._costs) - 1, -1, -1):
+            going_on += shares[i]
+            spending += shares[i] * self._costs[i]
+            expected[i] = spending / going_on if going_on > 1e-9 else float(self._costs[i])
+        return expected
