@@ -1,0 +1,170 @@
+"""Decides which rows run next, and together: one queue per stage, rows regrouped at every exit.
+
+Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any hashable
+object and waits in at most one queue.
+"""
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Generic, TypeVar
+
+Row = TypeVar("Row", bound=Hashable)
+
+
+@dataclass(slots=True, eq=False)
+class _Entry(Generic[Row]):
+    row: Row | None  # None once dropped: whoever comes upon it skips it
+    added_s: float
+    group: int  # rows added together
+
+
+@dataclass(slots=True, eq=False)
+class _Queue(Generic[Row]):
+    entries: deque[_Entry[Row]] = field(default_factory=deque)
+    n_rows: int = 0  # those not dropped
+
+    def head(self) -> _Entry[Row] | None:
+        while self.entries and self.entries[0].row is None:
+            self.entries.popleft()
+        return self.entries[0] if self.entries else None
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A way to choose the next batch: the stage, from queued rows per stage (one at least), and what may share it."""
+
+    choose: Callable[[Sequence[int], Sequence[int]], int]  # (queued rows, rows from which a batch is ripe) -> stage
+    merge: bool = True  # False: only rows that have been together since stage 1 share a batch
+
+
+def _deepest_ripe(queued: Sequence[int], ripe: Sequence[int]) -> int:
+    """The deepest queue with enough rows for an efficient batch, else the longest (the deeper of two)."""
+    for stage in range(len(queued) - 1, -1, -1):
+        if queued[stage] >= ripe[stage]:
+            return stage
+    return max(range(len(queued)), key=lambda stage: (queued[stage], stage))
+
+
+def _deepest(queued: Sequence[int], ripe: Sequence[int]) -> int:
+    return max(stage for stage, n_rows in enumerate(queued) if n_rows)
+
+
+POLICIES: dict[str, Policy] = {
+    "default": Policy(_deepest_ripe),
+    "deepest": Policy(_deepest),
+    "no-merge": Policy(_deepest, merge=False),  # compaction alone
+}
+
+
+def ripe_rows(fixed_s: float, per_row_s: float, max_rows: int, max_fixed_share: float = 0.15) -> int:
+    """Return the rows from which the fixed part of `fixed + rows x per_row` is at most `max_fixed_share` of it."""
+    if fixed_s <= 0 or per_row_s <= 0:
+        return 1
+    return min(max_rows, ceil(fixed_s * (1 - max_fixed_share) / (per_row_s * max_fixed_share)))
+
+
+class Scheduler(Generic[Row]):
+    """One queue per stage; `pick` takes the next batch from one of them.
+
+    Work is conserved: `pick` returns None only when every queue is empty. A batch that merges rows costs nothing to
+    wait for, since others run meanwhile; deep rows go first, as they free memory and clients soonest.
+
+    No row starves. Once it has waited `max_wait_s`, rows that joined any queue after it can no longer be picked before
+    it, and each pick clears a queue of older rows or takes `max_rows` of them. So it is picked at the latest
+    `n_stages + W // max_rows` picks later, with W the rows queued when its time was up (`W` picks where the policy does
+    not merge).
+
+    Args:
+        n_stages: stages, one queue each.
+        max_rows: the largest batch.
+        max_wait_s: how long the order may favour efficiency before it becomes strictly oldest first.
+        ripe: per stage, the rows from which a batch is efficient; see `ripe_rows`.
+        policy: a key of `POLICIES`.
+
+    Raises:
+        ValueError: the policy is unknown, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        n_stages: int,
+        max_rows: int = 32,
+        max_wait_s: float = 0.05,
+        ripe: Sequence[int] | None = None,
+        policy: str = "default",
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"unknown scheduling policy {policy!r}: give one of {', '.join(POLICIES)}")
+        if n_stages < 1 or max_rows < 1 or max_wait_s < 0:
+            raise ValueError("n_stages and max_rows must be at least 1, max_wait_s at least 0")
+        self.max_rows = max_rows
+        self.max_wait_s = max_wait_s
+        self.ripe = tuple(ripe) if ripe is not None else (1,) * n_stages
+        self._policy = POLICIES[policy]
+        self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
+        self._place: dict[Row, tuple[_Queue[Row], _Entry[Row]]] = {}
+        self._n_groups = 0
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def queued_rows(self, stage: int) -> int:
+        return self._queues[stage].n_rows
+
+    def add(self, rows: Iterable[Row], stage: int, now_s: float) -> None:
+        """Queue rows for a stage: arrivals for stage 0, or the survivors of one batch for the stage after it.
+
+        Raises:
+            ValueError: a row already waits.
+        """
+        queue = self._queues[stage]
+        self._n_groups += 1
+        for row in rows:
+            if row in self._place:
+                raise ValueError(f"{row!r} already waits")
+            entry = _Entry(row, now_s, self._n_groups)
+            self._place[row] = queue, entry
+            queue.entries.append(entry)
+            queue.n_rows += 1
+
+    def drop(self, row: Row) -> bool:
+        """Take a row out of its queue; False if it does not wait in any (it runs, or is gone)."""
+        place = self._place.pop(row, None)
+        if place is None:
+            return False
+        queue, entry = place
+        entry.row = None
+        queue.n_rows -= 1
+        return True
+
+    def pick(self, now_s: float) -> tuple[int, list[Row]] | None:
+        """Take the next batch: its stage and its rows, oldest first; None if nothing waits."""
+        if not self._place:
+            return None
+        stage = self._overdue_stage(now_s)
+        if stage is None:
+            stage = self._policy.choose([queue.n_rows for queue in self._queues], self.ripe)
+        return stage, self._take(stage)
+
+    def _overdue_stage(self, now_s: float) -> int | None:
+        heads = ((queue.head(), stage) for stage, queue in enumerate(self._queues))
+        oldest, stage = min((head.added_s, stage) for head, stage in heads if head is not None)
+        return stage if now_s - oldest > self.max_wait_s else None
+
+    def _take(self, stage: int) -> list[Row]:
+        queue = self._queues[stage]
+        rows: list[Row] = []
+        together = self._policy.merge or stage == 0  # a batch is made up before stage 0
+        head = queue.head()
+        group = head.group if head is not None else 0
+        while head is not None and head.row is not None and len(rows) < self.max_rows:
+            if not together and head.group != group:
+                break
+            rows.append(head.row)
+            del self._place[head.row]
+            queue.entries.popleft()
+            head = queue.head()
+        queue.n_rows -= len(rows)
+        return rows
