@@ -2,22 +2,54 @@
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-HELP = """Train a network with exits and make a bundle that the service serves. Four steps, each reading what the one before left in the run's folder:
+if TYPE_CHECKING:
+    import torch
 
-    python -m training train     runs/first --recipe cifar100-fast --data DATA
-    python -m training calibrate runs/first --data DATA   (exit scores of the held-out images)
-    python -m training evaluate  runs/first --data DATA   (accuracy per exit, budget curve, plots)
-    python -m training export    runs/first --output models/zoo/my-network
+    from training.checkpoint import RunFolder
+    from training.data import ImageSet
+
+HELP = """Train a network with exits and make a bundle that the service serves. Four steps, each reading what the one
+before left in the run's folder:
+
+\b
+  1. python -m training train     runs/first --recipe cifar100-fast --data DATA
+  2. python -m training calibrate runs/first --data DATA    exit scores of the held-out images
+  3. python -m training evaluate  runs/first                accuracy per exit, budget curve, plots
+  4. python -m training export    runs/first --output models/zoo/first
 
 DATA is CIFAR-100 (cifar-100-python.tar.gz or its folder) or a folder with train/CLASS/* and val/CLASS/*.
-A run that is stopped, by --time-limit or by force, goes on where it was when the same command is given again."""
+A run that is stopped, by --time-limit, Ctrl-C or force, goes on where it was when the same command is given again."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+    def resolve(self) -> "torch.device":
+        import torch
+
+        from training.checkpoint import RunError
+
+        found = torch.cuda.is_available()
+        if self is Device.cuda and not found:
+            raise RunError("--device cuda: no GPU is visible to torch; leave the option out, or install a CUDA build")
+        return torch.device("cuda" if found and self is not Device.cpu else "cpu")
+
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
 
 
 @app.callback(help=HELP)
@@ -25,49 +57,121 @@ def main() -> None:
     pass
 
 
-RunArgument = Annotated[Path, typer.Argument(help="Folder of the run: made if new, resumed if it holds a checkpoint.")]
-DataOption = Annotated[Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")]
-
-
 @app.command()
 def train(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(help="Folder of the run: made if new, resumed if it holds a checkpoint.")],
     data: DataOption,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe that ships (training/recipes/) or path of a .toml file.")] = "cifar100-fast",
-    seed: Annotated[int, typer.Option(help="Of the split, the initial weights, the order and the augmentation.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    processes: Annotated[int, typer.Option(help="Processes to train with: GPUs, or CPU cores (two beat one process of two threads).")] = 1,
-    time_limit_minutes: Annotated[Optional[float], typer.Option("--time-limit", help="Minutes after which to save and stop.")] = None,
-    image_size_px: Annotated[int, typer.Option("--image-size", help="Side in pixels at which an image folder is read.")] = 224,
+    recipe: Annotated[str, typer.Option(help="A recipe that ships (training/recipes/) or a .toml file.")] = (
+        "cifar100-fast"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the split, the first weights, the order and the augmentation.")] = 0,
+    device: DeviceOption = Device.auto,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes to train with: as many as GPUs, or as CPU cores.")
+    ] = 1,
+    time_limit_minutes: Annotated[
+        float | None, typer.Option("--time-limit", min=0, help="Minutes after which to save and stop.")
+    ] = None,
+    image_size_px: Annotated[
+        int, typer.Option("--image-size", min=8, help="Side in pixels at which an image folder is read.")
+    ] = 224,
 ) -> None:
-    """Step 1: train; writes checkpoint.pt, log.jsonl, run.json and split.npz into the run's folder."""
-    if processes > 1 and "RANK" not in os.environ:
-        from torch.distributed.run import main as torchrun
-
-        torchrun(["--standalone", f"--nproc-per-node={processes}", "-m", "training", *sys.argv[1:]])
-        return
-    import torch
-
+    """Step 1: train; writes run.json, split.npz, checkpoint.pt and log.jsonl into the run's folder."""
     from training.checkpoint import RunFolder
     from training.data import load_image_set
     from training.loop import Trainer
-    from training.processes import Processes
+    from training.processes import Processes, launch
     from training.recipe import Recipe
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    group = Processes.join(device)
+    loaded = Recipe.load(recipe)
+    torch_device = device.resolve()
+    if processes > 1 and "RANK" not in os.environ:
+        raise typer.Exit(launch(processes, sys.argv[1:]))
+    command = f"python -m training train RUN --recipe {Path(recipe).name} --data DATA --seed {seed}"
+    group = Processes.join(torch_device.type)
     try:
-        trainer = Trainer(Recipe.load(recipe), load_image_set(data, image_size_px), data, RunFolder(run), seed, group)
-        finished = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
+        command += f" --processes {group.count}" if group.count > 1 else ""
+        trainer = Trainer(loaded, load_image_set(data, image_size_px), RunFolder(run), seed, group, command)
+        ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
     finally:
         group.leave()
-    if group.is_first:
-        again = "finished; next: python -m training calibrate" if finished else "stopped in time; the same command goes on"
-        typer.echo(f"{run}: step {trainer.progress.step} of {trainer.total_steps}, {again}")
+    if not group.is_first:
+        return
+    if ended == "finished":
+        typer.echo(f"{run}: trained; next: python -m training calibrate {run} --data {data}")
+    else:
+        typer.echo(
+            f"{run}: stopped by the {ended} and saved at step {trainer.progress.step} of {trainer.total_steps}; "
+            "give the same command again to go on"
+        )
 
 
-if __name__ == "__main__":
+@app.command()
+def calibrate(run: RunArgument, data: DataOption, device: DeviceOption = Device.auto) -> None:
+    """Step 2: run the network over held-out and test images; writes calibration.json, heldout.npz and test.npz."""
+    from training.calibration import calibrate as calibrate_run
+    from training.checkpoint import RunFolder
+
+    folder = RunFolder(run)
+    torch_device = device.resolve()
+    record = calibrate_run(folder, _images_of(folder, data), torch_device)
+    total = folder.read_description()["recipe"]["optimisation"]["epochs"]
+    if record.epochs < total:
+        typer.echo(f"note: trained for {record.epochs:.4g} of {total} epochs so far")
+    typer.echo(
+        f"{run}: calibrated on {record.heldout_images} held-out images, read {record.test_images} test images; "
+        f"next: python -m training evaluate {run}"
+    )
+
+
+@app.command()
+def evaluate(run: RunArgument) -> None:
+    """Step 3: accuracy per exit and for a budget; prints tables, writes results.json, two .csv and the plots."""
+    from rich.console import Console
+
+    from training.calibration import CalibrationRecord, ExitOutputs
+    from training.checkpoint import RunFolder
+    from training.evaluation import evaluate as evaluate_outputs
+    from training.packing import cost_of
+    from training.plots import plot_run
+    from training.tables import print_evaluation
+
+    folder = RunFolder(run)
+    record = CalibrationRecord.load(folder)
+    evaluation = evaluate_outputs(
+        ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test), cost_of(folder, record)
+    )
+    evaluation.save(folder, record)
+    plots = plot_run(folder, evaluation, is_cifar100=record.data_name == "cifar100")
+    print_evaluation(evaluation, Console())
+    typer.echo(
+        f"{run}: wrote results.json, anytime.csv, budgeted.csv, {', '.join(plots)}; "
+        f"next: python -m training export {run} --output FOLDER"
+    )
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option(help="Folder of the bundle: new, or a bundle to replace.")],
+    name: Annotated[str | None, typer.Option(help="Of the bundle; the output folder's by default.")] = None,
+) -> None:
+    """Step 4: write the bundle that the service serves: stages, weights, calibration, model card."""
+    from training.checkpoint import RunFolder
+    from training.packing import pack
+
+    version = pack(RunFolder(run), output, name or output.resolve().name)
+    typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
+
+
+def _images_of(folder: "RunFolder", data: Path) -> "ImageSet":
+    from training.data import load_image_set
+
+    return load_image_set(data, folder.read_description()["data"].get("image_size_px", 224))
+
+
+def run_command() -> None:
+    """Run the command line; bad input is told in a sentence, with status 2."""
     from training.checkpoint import RunError
     from training.data import DataError
     from training.recipe import RecipeError
@@ -75,5 +179,12 @@ if __name__ == "__main__":
     try:
         app()
     except (DataError, RecipeError, RunError) as error:
-        typer.echo(f"error: {error}", err=True)
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_command()

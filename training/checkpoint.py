@@ -1,15 +1,15 @@
-"""Checkpoints that resume exactly, and the folder of a run."""
+"""The folder of a run: what made it, checkpoints that resume exactly, and the names of all it holds."""
 
 import json
 import os
 import platform
 import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from training.recipe import Recipe
 
@@ -18,12 +18,22 @@ class RunError(Exception):
     """A run folder that can't be used; the message names the file and the fix."""
 
 
+@dataclass
+class Progress:
+    """How far a run has come; saved with it."""
+
+    step: int = 0
+    seconds: float = 0.0  # spent training, over all the times it was resumed
+    epoch_losses: list[float] = field(default_factory=list)  # by exit: sum over the steps of the epoch under way
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what made it and what it made: run.json, split.npz, checkpoint.pt, log.jsonl and results."""
+    """Where a run keeps what made it and what it made. Each step of the way reads the files of the steps before."""
 
     path: Path
 
+    # train
     @property
     def description(self) -> Path:
         return self.path / "run.json"
@@ -40,55 +50,111 @@ class RunFolder:
     def log(self) -> Path:
         return self.path / "log.jsonl"
 
+    # calibrate
     @property
-    def outputs(self) -> Path:
-        return self.path / "outputs.npz"
+    def calibration(self) -> Path:
+        return self.path / "calibration.json"
+
+    @property
+    def heldout(self) -> Path:
+        return self.path / "heldout.npz"
+
+    @property
+    def test(self) -> Path:
+        return self.path / "test.npz"
+
+    # evaluate
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def frontier_plot(self) -> Path:
+        return self.path / "frontier.png"
 
     def read_description(self) -> dict[str, Any]:
+        """Read run.json: everything that made the run.
+
+        Raises:
+            RunError: there is no run, or the file is damaged.
+        """
         if not self.description.is_file():
             raise RunError(f"{self.path}: no run there (run.json is missing); `python -m training train` makes one")
-        return json.loads(self.description.read_text())
+        try:
+            description: dict[str, Any] = json.loads(self.description.read_text())
+        except ValueError as error:
+            raise RunError(f"{self.description}: damaged ({error}); train into another folder") from error
+        return description
 
     def append_log(self, record: dict[str, Any]) -> None:
         with self.log.open("a") as log:
             log.write(json.dumps(record) + "\n")
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """One record an epoch, in order."""
+        if not self.log.is_file():
+            return []
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def trim_log(self, n_epochs: int) -> None:
+        """Forget epochs after the first `n_epochs`: a run killed between its log and its checkpoint does them again."""
+        kept = [record for record in self.read_log() if record["epoch"] <= n_epochs]
+        self.log.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write beside the old checkpoint, then replace it: a run that is killed while writing loses nothing."""
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        partial.replace(self.checkpoint)
 
     def load_checkpoint(self) -> dict[str, Any]:
+        """Read the last checkpoint: `network`, `optimiser` and `progress`.
+
+        Raises:
+            RunError: there is none yet, or it is damaged.
+        """
         if not self.checkpoint.is_file():
             raise RunError(f"{self.path}: no checkpoint.pt yet; `python -m training train` writes one after every epoch")
         try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise RunError(f"{self.checkpoint}: can't be read ({error}); remove it and train again") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(f"{self.checkpoint}: can't be read ({reason}); remove it and train again") from error
+        return state
+
+    def restore_weights(self, network: nn.Module, state: dict[str, Any]) -> None:
+        """Give a network the weights of a checkpoint.
+
+        Raises:
+            RunError: they are another network's, for instance one of more classes.
+        """
+        try:
+            network.load_state_dict(state["network"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(f"{self.checkpoint}: not the weights of this recipe and these images ({reason})") from error
 
 
-def describe_run(recipe: Recipe, seed: int, data_name: str, data_path: Path, n_processes: int) -> dict[str, Any]:
-    """Everything that made a run: recipe, seed, code, machine and command."""
+def describe_run(recipe: Recipe, seed: int, data: dict[str, Any], n_processes: int, command: str) -> dict[str, Any]:
+    """Everything that made a run: recipe, seed, images, code, machine and command. Names no path of this machine."""
     return {
         "recipe": recipe.model_dump(),
         "seed": seed,
-        "data": {"name": data_name, "path": data_path.name},
+        "data": data,
         "processes": n_processes,
         "commit": _commit(),
-        "command": "python -m training " + " ".join(sys.argv[1:]),
+        "command": command,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{torch.cuda.get_device_name()}" if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
 
 
 def _commit() -> str | None:
-    here = Path(__file__).parent
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        run = ["git", "-C", str(here)]
-        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{commit}{' (with uncommitted changes)' if dirty else ''}"
+    return commit + (" (with uncommitted changes)" if changed.stdout.strip() else "")

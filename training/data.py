@@ -70,9 +70,24 @@ class Split:
         np.savez(path, train=self.train, held_out=self.held_out)
 
     @classmethod
-    def load(cls, path: Path) -> "Split":
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(arrays["train"], arrays["held_out"])
+    def load(cls, path: Path, n_images: int) -> "Split":
+        """Read a stored split of `n_images` training images.
+
+        Raises:
+            DataError: it is missing or damaged, or does not place every image in exactly one part.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                split = cls(arrays["train"], arrays["held_out"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: the run's split can't be read ({error}); train into another folder") from error
+        both = np.sort(np.concatenate([split.train, split.held_out]))
+        if not np.array_equal(both, np.arange(n_images)):
+            raise DataError(
+                f"{path}: a split of {len(both)} images, but --data holds {n_images} training images; "
+                "give the images that the run was started with"
+            )
+        return split
 
 
 def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:

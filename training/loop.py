@@ -6,123 +6,143 @@ step and resumed gives the same numbers as one that was not.
 
 import json
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from models.registry import build_network
 from training.augment import DeviceImages
-from training.checkpoint import RunError, RunFolder, describe_run
-from training.data import ImageSet, Split
-from training.objectives import build_objective, network_arguments
-from training.processes import Processes
+from training.checkpoint import Progress, RunError, RunFolder, describe_run
+from training.data import DataError, ImageSet, Split
+from training.objectives import build_objective, network_of
+from training.processes import Processes, StopRequest
 from training.recipe import Recipe
 from training.schedule import learning_rate
 
 EVALUATION_ROWS = 500
 
 
-def network_of(recipe: Recipe, n_classes: int) -> nn.Module:
-    arguments = {**recipe.network.arguments, "n_classes": n_classes, **network_arguments(recipe.objective)}
-    return build_network(recipe.network.architecture, arguments)
-
-
-@dataclass
-class Progress:
-    """How far a run has come; saved with it."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
 class Trainer:
-    """A run in a folder: started anew or resumed from its checkpoint, trained until done or out of time."""
+    """A run in a folder: started anew or resumed from its checkpoint, trained until done or told to stop.
+
+    Args:
+        images: the set to train on; the recipe's share of its training part is held out.
+        seed: of the split, the initial weights, the order and the augmentation.
+        command: how the run was started, for its description.
+
+    Raises:
+        RunError: the folder holds a run of another recipe, seed or number of processes, or is damaged.
+        DataError: the images don't fit the recipe, or the run that is resumed.
+    """
 
     def __init__(
-        self, recipe: Recipe, images: ImageSet, data_path: Path, folder: RunFolder, seed: int, processes: Processes
+        self,
+        recipe: Recipe,
+        images: ImageSet,
+        folder: RunFolder,
+        seed: int,
+        processes: Processes,
+        command: str = "",
     ) -> None:
         self.recipe, self.folder, self.seed, self.processes = recipe, folder, seed, processes
-        device = processes.device
+        device, o = processes.device, recipe.optimisation
         torch.manual_seed(seed)  # the initial weights, the same in every process
         network = network_of(recipe, len(images.class_names)).to(device)
         layout = torch.channels_last if recipe.numerics.channels_last else torch.contiguous_format
         self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        self.wrapped = processes.wrap(self.network)
         self.loss_of = build_objective(recipe.objective)
-        o = recipe.optimisation
         self.optimiser = torch.optim.SGD(
             self.network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
         )
         self.progress = Progress()
-        description = describe_run(recipe, seed, images.name, data_path, processes.count)
-        self.split = self._resume(description) or self._start(description, images)
-        padding = recipe.augmentation.crop_padding_px
-        normalisation = images.mean, images.std, device
+        self.split = self._resume(images) if folder.checkpoint.is_file() else self._start(images, command)
         train, held_out = self.split.train, self.split.held_out
+        normalisation = images.mean, images.std, device
+        padding = recipe.augmentation.crop_padding_px
         self.train_images = DeviceImages(images.train_images[train], images.train_labels[train], *normalisation, padding)
         self.held_out = DeviceImages(images.train_images[held_out], images.train_labels[held_out], *normalisation)
-        self.steps_per_epoch = -(-len(self.train_images) // o.batch_rows)
+        self.steps_per_epoch = o.steps_per_epoch(len(train))
+        if self.steps_per_epoch == 0 or o.batch_rows < 4 * processes.count or len(held_out) < processes.count:
+            raise DataError(
+                f"{len(train)} training and {len(held_out)} held-out images, batches of {o.batch_rows} rows and "
+                f"{processes.count} processes don't go together: give more images, a batch_rows of no more than the "
+                "training images and of at least four a process, or fewer processes"
+            )
+        self.total_steps = o.epochs * self.steps_per_epoch
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
+        self.wrapped = processes.wrap(self.network)
 
-    def _start(self, description: dict[str, Any], images: ImageSet) -> Split:
+    def _start(self, images: ImageSet, command: str) -> Split:
         split = Split.make(len(images.train_labels), self.recipe.held_out_images, self.seed)
         if self.processes.is_first:
+            data = {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256}
+            description = describe_run(self.recipe, self.seed, data, self.processes.count, command)
             self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.trim_log(0)
             split.save(self.folder.split)
             self.folder.description.write_text(json.dumps(description, indent=2) + "\n")
         return split
 
-    def _resume(self, description: dict[str, Any]) -> Split | None:
-        if not self.folder.checkpoint.is_file():
-            return None
+    def _resume(self, images: ImageSet) -> Split:
         made_by = self.folder.read_description()
-        for key in ("recipe", "seed", "processes"):
-            if made_by[key] != description[key]:
-                raise RunError(
-                    f"{self.folder.path}: holds a run with another {key}; resume it with its own, or give another folder"
-                )
+        same = {
+            "recipe": Recipe.model_validate(made_by["recipe"]) == self.recipe,
+            "seed": made_by["seed"] == self.seed,
+            "number of processes": made_by["processes"] == self.processes.count,
+            "image set": made_by["data"]["name"] == images.name,
+        }
+        for what, is_same in same.items():
+            if not is_same:
+                raise RunError(f"{self.folder.path}: holds a run with another {what}; give its own, or another folder")
+        split = Split.load(self.folder.split, len(images.train_labels))
         state = self.folder.load_checkpoint()
-        self.network.load_state_dict(state["network"])
+        self.folder.restore_weights(self.network, state)
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
-        return Split.load(self.folder.split)
+        return split
 
-    @property
-    def total_steps(self) -> int:
-        return self.recipe.optimisation.epochs * self.steps_per_epoch
+    def train(self, time_limit_s: float | None = None) -> Literal["finished", "time limit", "signal"]:
+        """Train to the last epoch, until the time limit, or until SIGINT or SIGTERM, and say which.
 
-    def train(self, time_limit_s: float | None = None) -> bool:
-        """Train until the last epoch or the time limit, saving a checkpoint after every epoch and on stopping.
-
-        Returns:
-            Whether the run is complete; if not, training again with the same folder resumes it exactly.
+        A checkpoint is saved after every epoch and on stopping; training again in the same folder goes on exactly there.
         """
-        began, seconds_before = time.monotonic(), self.progress.seconds
-        epoch_losses, epoch_rows, epoch_began = None, 0, began
-        with self._bar() as bar:
-            while self.progress.step < self.total_steps:
-                per_exit, n_rows = self._step(self.progress.step)
-                epoch_losses = per_exit if epoch_losses is None else epoch_losses + per_exit
+        progress = self.progress
+        if self.processes.is_first:
+            self.folder.trim_log(progress.step // self.steps_per_epoch)
+        losses = torch.tensor(progress.epoch_losses or 0.0, device=self.processes.device)
+        began, seconds_before = time.monotonic(), progress.seconds
+        epoch_began, epoch_rows = began, 0
+        with self._bar() as bar, StopRequest() as request:
+            while progress.step < self.total_steps:
+                per_exit, n_rows = self._step(progress.step)
+                losses = losses + per_exit
                 epoch_rows += n_rows
-                self.progress.step += 1
-                bar.update(n_rows)
+                progress.step += 1
+                bar.update(self._rows_before(progress.step) - bar.n)
                 now = time.monotonic()
-                self.progress.seconds = seconds_before + now - began
-                finished_epoch = self.progress.step % self.steps_per_epoch == 0
+                progress.seconds = seconds_before + now - began
+                finished_epoch = progress.step % self.steps_per_epoch == 0
                 if finished_epoch:
-                    n_steps = max(1, round(epoch_rows / self.recipe.optimisation.batch_rows))
-                    self._log(epoch_losses / n_steps, epoch_rows / (now - epoch_began), bar)
-                    epoch_losses, epoch_rows, epoch_began = None, 0, time.monotonic()
-                out_of_time = time_limit_s is not None and self.processes.any(now - began > time_limit_s)
-                if finished_epoch or out_of_time:
+                    self._log(self._mean(losses) / self.steps_per_epoch, epoch_rows / (now - epoch_began), bar)
+                    losses, epoch_rows, epoch_began = torch.zeros_like(losses), 0, time.monotonic()
+                out_of_time = time_limit_s is not None and now - began > time_limit_s
+                stopping = self.processes.any(out_of_time or request.received)
+                if finished_epoch or stopping:
+                    progress.epoch_losses = self._mean(losses).tolist()
                     self._save()
-                if out_of_time and self.progress.step < self.total_steps:
-                    return False
-        return True
+                if stopping and progress.step < self.total_steps:
+                    return "signal" if self.processes.any(request.received) else "time limit"
+        return "finished"
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return self.processes.sum(values) / self.processes.count
+
+    def _rows_before(self, step: int) -> int:
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        rows = self.recipe.optimisation.batch_rows
+        return epoch * min(len(self.train_images), self.steps_per_epoch * rows) + batch * rows
 
     def _batch_rows_of(self, step: int) -> Tensor:
         """Rows of the training images that `step` trains on: an own shuffle for every epoch, shared by all processes."""
@@ -156,46 +176,48 @@ class Trainer:
     def held_out_accuracy(self) -> list[float]:
         """Top-1 accuracy at every exit on the held-out images, which the processes share out."""
         self.network.eval()
-        counts = None
-        for rows in torch.arange(len(self.held_out)).split(EVALUATION_ROWS)[self.processes.rank :: self.processes.count]:
-            images, labels = self.held_out.plain(rows.to(self.processes.device))
+        own = torch.arange(len(self.held_out))[self.processes.rank :: self.processes.count].to(self.processes.device)
+        n_right = []
+        for rows in own.split(EVALUATION_ROWS):
+            images, labels = self.held_out.plain(rows)
             with self._autocast():
-                right = torch.stack([(x.argmax(1) == labels).sum() for x in self.network(images)])
-            counts = right if counts is None else counts + right
-        assert counts is not None, "every process has a share of the held-out images"
-        return (self.processes.sum(counts) / len(self.held_out)).tolist()
+                n_right.append(torch.stack([(x.argmax(1) == labels).sum() for x in self.network(images)]))
+        accuracy = self.processes.sum(torch.stack(n_right).sum(0)) / len(self.held_out)
+        return [round(x, 4) for x in accuracy.tolist()]
 
     def _log(self, losses: Tensor, images_per_s: float, bar: "tqdm[Any]") -> None:
         self.processes.average_buffers(self.network)
         accuracy = self.held_out_accuracy()
-        epoch = self.progress.step // self.steps_per_epoch
+        epoch, epochs = self.progress.step // self.steps_per_epoch, self.recipe.optimisation.epochs
         record = {
             "epoch": epoch,
             "losses": [round(x, 4) for x in losses.tolist()],
-            "held_out_accuracy": [round(x, 4) for x in accuracy],
+            "held_out_accuracy": accuracy,
             "images_per_s": round(images_per_s, 1),
             "seconds": round(self.progress.seconds, 1),
         }
         if self.processes.is_first:
             self.folder.append_log(record)
             percent = " ".join(f"{100 * x:.1f}" for x in accuracy)
-            bar.write(f"epoch {epoch}: loss {float(losses.sum()):.3f}, held-out top-1 per exit {percent}")
+            minutes_left = (epochs - epoch) * len(self.train_images) / images_per_s / 60
+            bar.write(
+                f"epoch {epoch} of {epochs}: loss {float(losses.mean()):.3f}, held-out top-1 per exit {percent}; "
+                f"{images_per_s:.0f} images/s, {minutes_left:.0f} min left"
+            )
 
     def _save(self) -> None:
         self.processes.average_buffers(self.network)
         if self.processes.is_first:
-            progress = {"step": self.progress.step, "seconds": self.progress.seconds}
-            state = {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(), "progress": progress}
-            self.folder.save_checkpoint(state)
+            network, optimiser = self.network.state_dict(), self.optimiser.state_dict()
+            self.folder.save_checkpoint({"network": network, "optimiser": optimiser, "progress": asdict(self.progress)})
 
     def _bar(self) -> "tqdm[Any]":
-        rows = self.recipe.optimisation.batch_rows
+        """On a terminal: images done, rate and time left. Elsewhere the line an epoch has to do."""
         return tqdm(
-            total=self.total_steps * rows,
-            initial=self.progress.step * rows,
+            total=self._rows_before(self.total_steps),
+            initial=self._rows_before(self.progress.step),
             unit="image",
             unit_scale=True,
             desc=self.folder.path.name,
-            disable=not self.processes.is_first,
+            disable=None if self.processes.is_first else True,
         )
-

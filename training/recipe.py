@@ -27,7 +27,7 @@ class Network(_Section):
 class Objective(_Section):
     name: Literal["boosted", "joint"] = "boosted"
     temperatures: list[float] = [0.5]  # 1, 2 (linear) or one per exit; `joint` ignores them: it is t = 0
-    gradient_rescaling: Literal["off", "coarsest", "all"] = "coarsest"
+    gradient_rescaling: Literal["off", "coarsest", "all"] = "coarsest"  # of the earlier stages (BoostNet Eq. 7)
     stop_gradient: bool = True
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -43,6 +43,11 @@ class Optimisation(_Section):
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+
+    def steps_per_epoch(self, n_images: int) -> int:
+        """Steps an epoch; a last batch of less than a quarter is left out, as too few rows for batch statistics."""
+        n_full, remainder = divmod(n_images, self.batch_rows)
+        return n_full + (4 * remainder >= self.batch_rows)
 
 
 class Numerics(_Section):

@@ -5,22 +5,38 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.recipe import Objective
+from models.registry import build_network
+from training.recipe import Objective, Recipe, RecipeError
 
 
-def network_arguments(objective: Objective) -> dict[str, object]:
-    """The arguments that an objective sets on the network it trains (see `models.registry`)."""
-    boosted = objective.name == "boosted"
+def network_arguments(recipe: Recipe, n_classes: int) -> dict[str, Any]:
+    """The arguments of the network that a recipe trains (see `models.registry`): its own, and those its objective sets."""
+    objective = recipe.objective
     return {
-        "temperatures": objective.temperatures if boosted else [0.0],
+        **recipe.network.arguments,
+        "n_classes": n_classes,
+        "temperatures": objective.temperatures if objective.name == "boosted" else [0.0],
         "gradient_rescaling": objective.gradient_rescaling,
         "stop_gradient": objective.stop_gradient,
     }
+
+
+def network_of(recipe: Recipe, n_classes: int) -> nn.Module:
+    """Build the network that a recipe trains, with fresh weights.
+
+    Raises:
+        RecipeError: there is no such architecture, or it does not take the recipe's arguments.
+    """
+    try:
+        return build_network(recipe.network.architecture, network_arguments(recipe, n_classes))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"network: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""What every exit says of images the network was not trained on: the raw material of thresholds and of evaluation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+from tqdm import tqdm
+
+from models.exits import SCORES
+from training.augment import DeviceImages
+from training.checkpoint import Progress, RunError, RunFolder
+from training.data import DataError, ImageSet, Split
+from training.objectives import network_of
+from training.recipe import Recipe
+
+BATCH_ROWS = 250
+
+
+@dataclass(frozen=True)
+class ExitOutputs:
+    """Answers and scores of M images at N exits."""
+
+    labels: NDArray[np.int64]  # [M]
+    predictions: NDArray[np.int64]  # [M, N]
+    correct: NDArray[np.bool_]  # [M, N]: the prediction is the label
+    correct_top5: NDArray[np.bool_]  # [M, N]: the label is among the five largest logits
+    scores: dict[str, NDArray[np.float32]]  # by name in `models.exits.SCORES`: [M, N], higher = surer
+
+    def save(self, path: Path) -> None:
+        arrays = {f"scores_{name}": values for name, values in self.scores.items()}
+        np.savez_compressed(
+            path,
+            labels=self.labels,
+            predictions=self.predictions,
+            correct=self.correct,
+            correct_top5=self.correct_top5,
+            **arrays,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "ExitOutputs":
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        if not path.is_file():
+            raise RunError(f"{path.parent}: {path.name} is missing; run `python -m training calibrate` first")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                scores = {name: arrays[f"scores_{name}"] for name in SCORES}
+                names = ("labels", "predictions", "correct", "correct_top5")
+                return cls(**{name: arrays[name] for name in names}, scores=scores)
+        except (ValueError, KeyError, OSError) as error:
+            raise RunError(f"{path}: damaged or of another version ({error}); calibrate again") from error
+
+
+class CalibrationRecord(BaseModel):
+    """What was calibrated, on what: the later steps need no image set, and notice a network that was trained on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int  # of the checkpoint
+    epochs: float  # trained so far
+    seconds: float  # of training
+    scores: list[str]
+    data_name: str
+    split_sha256: str
+    train_images: int  # trained on
+    heldout_images: int
+    test_images: int
+    class_names: list[str]
+    image_size_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def load(cls, folder: RunFolder) -> "CalibrationRecord":
+        """Read the record of a run.
+
+        Raises:
+            RunError: there is none, or it is of an older checkpoint than the run's.
+        """
+        if not folder.calibration.is_file():
+            raise RunError(f"{folder.path}: not calibrated yet; run `python -m training calibrate` first")
+        try:
+            record = cls.model_validate_json(folder.calibration.read_text())
+        except ValueError as error:
+            raise RunError(f"{folder.calibration}: damaged or of another version; calibrate again") from error
+        step = folder.load_checkpoint()["progress"]["step"]
+        if step != record.step:
+            raise RunError(
+                f"{folder.path}: calibrated at step {record.step}, but trained on to step {step} since; "
+                "run `python -m training calibrate` again"
+            )
+        return record
+
+
+def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> CalibrationRecord:
+    """Run a trained network over its stored held-out images and over the test images, and keep what each exit says.
+
+    Both are read with the test transform. The published code reads the held-out images through random crops and flips
+    instead, which makes them look harder than the test images are.
+
+    Raises:
+        RunError, DataError: the run has no checkpoint, or `images` is not the set it was trained on.
+    """
+    made_by = folder.read_description()
+    recipe = Recipe.model_validate(made_by["recipe"])
+    split = _checked_split(folder, made_by["data"], images)
+    network, progress = load_trained(folder, recipe, len(images.class_names))
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parts = {
+        folder.heldout: (images.train_images[split.held_out], images.train_labels[split.held_out]),
+        folder.test: (images.test_images, images.test_labels),
+    }
+    for path, (pixels, labels) in parts.items():
+        part = DeviceImages(pixels, labels, images.mean, images.std, device)
+        run_exits(network, part, description=path.stem).save(path)
+    steps_per_epoch = recipe.optimisation.steps_per_epoch(len(split.train))
+    record = CalibrationRecord(
+        step=progress.step,
+        epochs=progress.step / steps_per_epoch,
+        seconds=progress.seconds,
+        scores=list(SCORES),
+        data_name=images.name,
+        split_sha256=split.sha256,
+        train_images=len(split.train),
+        heldout_images=len(split.held_out),
+        test_images=len(images.test_labels),
+        class_names=images.class_names,
+        image_size_px=images.image_size_px,
+        mean=images.mean,
+        std=images.std,
+    )
+    folder.calibration.write_text(record.model_dump_json(indent=2) + "\n")
+    return record
+
+
+def load_trained(folder: RunFolder, recipe: Recipe, n_classes: int) -> tuple[nn.Module, Progress]:
+    """Rebuild the network of a run with its trained weights, in evaluation mode, on the CPU."""
+    state = folder.load_checkpoint()
+    network = network_of(recipe, n_classes)
+    folder.restore_weights(network, state)
+    return network.eval(), Progress(**state["progress"])
+
+
+@torch.inference_mode()
+def run_exits(network: nn.Module, images: DeviceImages, description: str) -> ExitOutputs:
+    """Answers and scores of a network [exits N] for images [M], in float32, a batch at a time."""
+    collected: list[list[NDArray[np.float32]]] = []
+    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
+    for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
+        pixels, _ = images.plain(rows)
+        collected.append([logits.float().cpu().numpy() for logits in network(pixels)])
+    logits = [np.concatenate(parts) for parts in zip(*collected, strict=True)]
+    return outputs_of(logits, images.labels.cpu().numpy())
+
+
+def outputs_of(logits: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> ExitOutputs:
+    """Answers and scores from the logits [M, classes] of every exit."""
+    predictions = np.stack([x.argmax(axis=1) for x in logits], axis=1)
+    # Counting classes above the label's own needs no sort; among equals the label wins.
+    n_above = np.stack([(x > x[np.arange(len(labels)), labels][:, None]).sum(axis=1) for x in logits], axis=1)
+    scores = {
+        name: np.stack([score(x) for x in logits], axis=1).astype(np.float32) for name, score in SCORES.items()
+    }
+    return ExitOutputs(labels, predictions, predictions == labels[:, None], n_above < 5, scores)
+
+
+def _checked_split(folder: RunFolder, made_with: dict[str, object], images: ImageSet) -> Split:
+    """The stored split, if it is whole and belongs to these images: a wrong one would calibrate on trained images."""
+    split = Split.load(folder.split, len(images.train_labels))
+    if images.name != made_with["name"]:
+        raise DataError(f"{folder.path}: trained on {made_with['name']!r}, but --data holds {images.name!r}")
+    if made_with.get("split_sha256", split.sha256) != split.sha256:
+        raise RunError(f"{folder.split}: not the split that this run was trained with; it can't be calibrated")
+    return split
