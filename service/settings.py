@@ -123,8 +123,9 @@ def load_settings(arguments: Sequence[str]) -> Settings:
         SettingsError: a value is refused; the message names the setting, its value and what it has to be.
         SystemExit: from argparse, for `--help` (0) and options that do not exist (2).
     """
+    if list(arguments[:1]) == ["serve"]:
+        arguments = arguments[1:]
     given = vars(command_line().parse_args(arguments))
-    given.pop("command")
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -147,6 +148,7 @@ def command_line() -> argparse.ArgumentParser:
     """The command line, written from the settings' own fields so that help and behaviour cannot drift apart."""
     parser = argparse.ArgumentParser(
         prog="python -m service",
+        usage="python -m service [serve] [--SETTING VALUE ...]   (--help lists the settings)",
         description="Serve a bundle of early-exit stages over HTTP, at the average compute per image you set.",
         epilog=(
             "Examples:\n"
@@ -160,7 +162,6 @@ def command_line() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=["serve"], default="serve", help="serve is the default")
     for name, field in Settings.model_fields.items():
         if name in NOT_ON_THE_COMMAND_LINE:
             continue

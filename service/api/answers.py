@@ -1,0 +1,131 @@
+"""What the server says, as documented shapes. They write the OpenAPI document; the hot route fills bytes itself."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Ranked(BaseModel):
+    label: str = Field(examples=["bicycle"])
+    class_id: int = Field(examples=[8])
+    confidence: float = Field(examples=[0.9312], description="softmax probability")
+
+
+class Timings(BaseModel):
+    decode_ms: float = Field(examples=[0.06], description="from the bytes of the file to the network's pixels")
+    queue_ms: float = Field(examples=[0.31], description="waiting, all stages together")
+    stages_ms: float = Field(examples=[2.87], description="in batches, all stages together")
+    total_ms: float = Field(examples=[3.35], description="from the last byte of the body to this answer")
+
+
+class Classification(BaseModel):
+    """One image's answer."""
+
+    label: str = Field(examples=["bicycle"], description="the most probable class")
+    class_id: int = Field(examples=[8])
+    confidence: float = Field(examples=[0.9312], description="softmax probability of the label at the exit taken")
+    top_k: list[Ranked] = Field(description="the most probable classes, surest first")
+    exit: int = Field(examples=[2], description="the exit taken, from 1 to `exits`")
+    exits: int = Field(examples=[6])
+    reason: Literal["confident", "final", "budget"] = Field(
+        examples=["confident"],
+        description="why here: sure enough, no exit left, or no budget left to go on",
+    )
+    mflops: float = Field(examples=[24.06], description="millions of multiply-adds this image was charged")
+    full_mflops: float = Field(examples=[60.28], description="what the last exit costs")
+    model: str = Field(examples=["cifar100-msdnet"])
+    version: str = Field(examples=["3f9a1c2b7d4e"])
+    timings: Timings
+    request_id: str = Field(examples=["9f2c11d0-000042"])
+
+
+class BudgetRequest(BaseModel):
+    """The average compute per image to keep: exactly one of the three."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "oneOf": [{"required": ["average_mflops"]}, {"required": ["fraction"]}, {"required": ["accuracy"]}],
+            "examples": [{"average_mflops": 40}, {"fraction": 0.4}, {"accuracy": 0.74}],
+        },
+    )
+
+    average_mflops: float | None = Field(None, description="millions of multiply-adds, on average over images")
+    fraction: float | None = Field(None, description="of what the last exit costs")
+    accuracy: float | None = Field(None, description="expected on images like the held-out ones, 0 to 1")
+
+
+class Range(BaseModel):
+    lowest: float
+    highest: float
+
+
+class Expected(BaseModel):
+    average_mflops: float = Field(description="what images like the held-out ones will cost on average")
+    accuracy: float = Field(description="share of images like the held-out ones that will be right")
+    exit_shares: list[float] = Field(description="of such images, by exit")
+
+
+class Rolling(BaseModel):
+    images: int = Field(description="answers averaged over: the last 1,000, or all so far")
+    average_mflops: float | None = Field(description="what they really cost; null before the first answer")
+
+
+class LedgerState(BaseModel):
+    """The account behind the hard bound: n images never cost more than n budgets and `burst_images` more."""
+
+    answered: int
+    total_mflops: float = Field(description="charged over all answers since the start")
+    saved_mflops: float = Field(description="left over by easy images, for hard ones to use")
+    burst_images: float = Field(description="the most that is saved up, in budgets")
+
+
+class BudgetState(BaseModel):
+    """The budget in each of the three ways to say it, and what keeping it means."""
+
+    average_mflops: float = Field(description="the ceiling that is kept")
+    fraction: float = Field(description="the same as a fraction of the full network")
+    accuracy: float = Field(description="the accuracy to expect under it")
+    set_as: Literal["average_mflops", "fraction", "accuracy"] = Field(description="how it was given")
+    expected: Expected
+    frontier_ends_below_budget: bool = Field(
+        description="true where going deeper stops paying before the budget is spent: the rest is saved"
+    )
+    thresholds: list[float | None] = Field(
+        description="score from which an image leaves, by exit, right now; null where every image leaves"
+    )
+    rolling: Rolling
+    ledger: LedgerState
+    allowed: dict[Literal["average_mflops", "fraction", "accuracy"], Range]
+
+
+class FrontierCurve(BaseModel):
+    """Expected accuracy and exit shares against average cost, measured on held-out images."""
+
+    average_mflops: list[float]
+    fraction: list[float]
+    accuracy: list[float]
+    exit_shares: list[list[float]]
+    thresholds: list[list[float | None]]
+
+
+class Health(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
+class Readiness(BaseModel):
+    status: Literal["ready"] = "ready"
+
+
+class ProblemDocument(BaseModel):
+    """An error after RFC 9457."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(examples=["urn:exitserve:problem:broken-image"], description="stable, for programs")
+    title: str
+    status: int
+    detail: str = Field(description="cause and remedy, for people")
+    instance: str = Field(description="the path that was asked")
+    request_id: str

@@ -1,0 +1,159 @@
+"""Reads request bodies within a limit of bytes and time, and takes the image out of them."""
+
+import asyncio
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+
+from service.api.problems import Problem, body_too_large
+
+# What a body may call itself; what it is, its first bytes decide.
+IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
+ALIASES = frozenset(
+    {"image/jpg", "image/pjpeg", "image/apng", "image/x-png", "image/x-ms-bmp", "application/octet-stream"}
+)
+RAW_TYPES = ALIASES.union(IMAGE_TYPES)
+FIELD = "image"
+
+
+async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
+    """Read the whole body.
+
+    Raises:
+        Problem: 413 where it says it is, or turns out to be, longer than `limit_bytes`; 408 where it takes too long.
+        ClientDisconnect: the client left while sending.
+    """
+    announced = request.headers.get("content-length", "0")
+    # A length that is no number never gets here: the HTTP parser refuses it.
+    if announced.isascii() and announced.isdigit() and int(announced) > limit_bytes:
+        raise body_too_large(limit_bytes)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _receive(request, limit_bytes)
+    except TimeoutError:
+        raise Problem(
+            408,
+            "body-too-slow",
+            "Request body too slow",
+            f"The body did not arrive whole within {timeout_s:g} s: send it again, faster or smaller.",
+            headers={"Connection": "close"},
+        ) from None
+
+
+async def _receive(request: Request, limit_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    n_bytes = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk: bytes = message.get("body", b"")
+        n_bytes += len(chunk)
+        if n_bytes > limit_bytes:
+            raise body_too_large(limit_bytes)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def read_image(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
+    """Read the bytes of the one image in a request: its raw body, or the field `image` of a multipart form.
+
+    Raises:
+        Problem: as `read_body`; 415 for other content types, 400 for a broken form, 422 for one without one image.
+    """
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type in RAW_TYPES:
+        return await read_body(request, limit_bytes, timeout_s)
+    if media_type != "multipart/form-data":
+        raise Problem(
+            415,
+            "unsupported-media-type",
+            "Unsupported media type",
+            f"{media_type or 'A body without a content type'} is not taken: send one of {', '.join(IMAGE_TYPES)} "
+            f"as the body, or multipart/form-data with a field {FIELD!r}.",
+            headers={"Accept-Post": ", ".join((*IMAGE_TYPES, "multipart/form-data"))},
+        )
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise _broken_form("its content type names no boundary")
+    return image_field(await read_body(request, limit_bytes, timeout_s), boundary)
+
+
+def image_field(body: bytes, boundary: bytes) -> bytes:
+    """Return the bytes of the field `image` of a multipart form; other fields are passed over.
+
+    Raises:
+        Problem: 400 where the form is broken, 422 where it has no field `image` or several.
+    """
+    form = _Form()
+    try:
+        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise _broken_form(str(error)) from None
+    if not form.ended:
+        raise _broken_form("it ends before its closing boundary")
+    if len(form.images) != 1:
+        found = f"{len(form.images)} fields" if form.images else "no field"
+        raise Problem(
+            422,
+            "not-one-image",
+            "Not one image",
+            f"The form has {found} called {FIELD!r}: send one (curl -F {FIELD}=@cat.png).",
+        )
+    return form.images[0]
+
+
+def _broken_form(why: str) -> Problem:
+    return Problem(
+        400,
+        "broken-form",
+        "Broken multipart form",
+        f"The multipart form cannot be read, {why}: let your client library build it and set the content type.",
+    )
+
+
+class _Form:
+    """Collects the parts called `image` while the parser runs."""
+
+    def __init__(self) -> None:
+        self.images: list[bytes] = []
+        self.ended = False
+        self._name = self._value = b""
+        self._wanted = False
+        self._chunks: list[bytes] = []
+
+    def callbacks(self) -> dict[str, object]:
+        names = ("part_begin", "header_field", "header_value", "header_end", "part_data", "part_end", "end")
+        return {f"on_{name}": getattr(self, name) for name in names}
+
+    def part_begin(self) -> None:
+        self._wanted, self._chunks = False, []
+        self._name = self._value = b""
+
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def header_end(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._wanted = parse_options_header(self._value)[1].get(b"name") == FIELD.encode()
+        self._name = self._value = b""
+
+    def part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._wanted:
+            self._chunks.append(data[start:end])
+
+    def part_end(self) -> None:
+        if self._wanted:
+            self.images.append(b"".join(self._chunks))
+
+    def end(self) -> None:
+        self.ended = True

@@ -1,0 +1,91 @@
+"""Where the server stands between starting and stopping, and the gate that every request passes."""
+
+import os
+import re
+from enum import StrEnum
+from itertools import count
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import not_ready
+
+# Asked by machines that have to hear from a server in any state.
+ALWAYS_OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
+CLIENTS_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+
+
+class Phase(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Lifecycle:
+    """One of four phases, and the number of requests in work. Owned by the event loop."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.STARTING
+        self.detail = "The server is warming up: try again in a moment."
+        self.requests_in_flight = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.phase is Phase.READY
+
+    def become_ready(self) -> None:
+        if self.phase is Phase.STARTING:
+            self.phase, self.detail = Phase.READY, "Ready."
+
+    def drain(self) -> None:
+        self.phase, self.detail = Phase.DRAINING, "The server is stopping and takes no new work: use another one."
+
+    def fail(self, why: str) -> None:
+        self.phase, self.detail = Phase.FAILED, f"The server cannot work, {why}: its log says more; restart it."
+
+
+class Gate:
+    """The outermost application: names every request, counts those in work, and closes when the server drains.
+
+    Requests that came in before are answered to the end; the rest get 503 and a closed connection, so that clients
+    and load balancers go elsewhere.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+        self.app = app
+        self.lifecycle = lifecycle
+        prefix = os.urandom(4).hex()
+        self._new_ids = (f"{prefix}-{number:06d}" for number in count(1))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = scope["request_id"] = self._request_id(scope)
+        header = (b"x-request-id", request_id.encode())
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        if scope["path"] in ALWAYS_OPEN:
+            await self.app(scope, receive, send_named)
+            return
+        if self.lifecycle.phase is Phase.DRAINING:
+            problem = not_ready(self.lifecycle.detail)
+            problem.headers["Connection"] = "close"
+            await problem.response(scope["path"], request_id)(scope, receive, send_named)
+            return
+        self.lifecycle.requests_in_flight += 1
+        try:
+            await self.app(scope, receive, send_named)
+        finally:
+            self.lifecycle.requests_in_flight -= 1
+
+    def _request_id(self, scope: Scope) -> str:
+        """The client's own id where it sends a decent one, for tracing across services; a new one otherwise."""
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and CLIENTS_REQUEST_ID.fullmatch(value):
+                return bytes(value).decode()
+        return next(self._new_ids)

@@ -1,0 +1,41 @@
+"""Reads query strings: what is not known is refused, because a misspelt parameter must not be ignored in silence."""
+
+from collections.abc import Collection
+from urllib.parse import parse_qsl
+
+from service.api.problems import Problem
+
+
+def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
+    """Return the parameters of a query string, each given once and each one of `known`.
+
+    Raises:
+        Problem: 422 where a parameter is unknown or repeated; it lists the known ones.
+    """
+    if not query_string:
+        return {}
+    pairs = parse_qsl(query_string.decode("ascii", "replace"), keep_blank_values=True, max_num_fields=None)
+    values = dict(pairs)
+    unknown = values.keys() - set(known)
+    if unknown:
+        raise bad_parameter(f"{', '.join(sorted(unknown))[:200]} is not known here", known)
+    if len(values) < len(pairs):
+        raise bad_parameter("a parameter is given twice", known)
+    return values
+
+
+def integer(name: str, text: str, lowest: int, highest: int, known: Collection[str]) -> int:
+    """Return a parameter's value.
+
+    Raises:
+        Problem: 422 where it is no integer from `lowest` to `highest`.
+    """
+    if len(text) <= 9 and text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
+        return int(text)
+    raise bad_parameter(f"{name} is {text[:40]!r} and has to be an integer from {lowest} to {highest}", known)
+
+
+def bad_parameter(what: str, known: Collection[str]) -> Problem:
+    names = list(known)
+    listed = f"Known parameters: {', '.join(names)}." if names else "This call takes no parameters."
+    return Problem(422, "bad-parameter", "Bad query parameter", f"In the query, {what}. {listed}", known=names)

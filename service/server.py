@@ -1,0 +1,107 @@
+"""One process that listens, serves, and stops without losing a request."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from time import monotonic
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from service.api.lifecycle import Lifecycle
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+# For requests that were on their way when readiness went: they still hear that the server is stopping.
+LINGER_S = 0.25
+
+
+class ListenError(Exception):
+    """The address cannot be listened on; the message says which and what to do."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket, first of all, so that a taken port is known before anything slow is done.
+
+    Raises:
+        ListenError: the address is taken, forbidden or unknown.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ListenError(f"--host {host!r} is no address of this machine ({error.strerror})") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ListenError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose another with --port (0 takes a free one)."
+        ) from None
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn with another end: on SIGTERM or SIGINT readiness goes, what was accepted is answered, then it stops.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="uvloop",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=settings.access_log,
+                server_header=False,
+                # A client's own headers must not decide whether it counts as local.
+                proxy_headers=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self.lifecycle = lifecycle
+        self.drain_s = settings.drain_s
+        self.n_unanswered = 0
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        yield
+
+    def _on_signal(self, number: int) -> None:
+        if self._draining is not None:
+            logger.warning("second signal: stopping at once, %d unanswered", self.lifecycle.requests_in_flight)
+            logging.shutdown()
+            os._exit(128 + number)
+        logger.info("stopping: answering %d requests first", self.lifecycle.requests_in_flight)
+        self.lifecycle.drain()
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        started = monotonic()
+        while (elapsed := monotonic() - started) < self.drain_s:
+            if self.lifecycle.requests_in_flight == 0 and elapsed >= LINGER_S:
+                break
+            await asyncio.sleep(0.01)
+        self.n_unanswered = self.lifecycle.requests_in_flight
+        if self.n_unanswered:
+            logger.error("%d requests were not answered within --drain-s %g", self.n_unanswered, self.drain_s)
+        self.should_exit = True

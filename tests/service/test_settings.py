@@ -1,0 +1,116 @@
+"""Settings: where they come from, which are refused, and that the error says what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import (
+    NOT_ON_THE_COMMAND_LINE,
+    Settings,
+    SettingsError,
+    command_line,
+    flag,
+    load_settings,
+    variable,
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(variable(name), raising=False)
+
+
+def test_defaults_are_safe() -> None:
+    settings = load_settings([])
+    assert settings.host == "127.0.0.1"
+    assert settings.port == 8000
+    assert settings.read_admin_token() is None
+    assert settings.n_lanes >= 1
+
+
+def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXITSERVE_PORT", "9001")
+    monkeypatch.setenv("EXITSERVE_MAX_PIXELS", "5000")
+    monkeypatch.setenv("EXITSERVE_ACCESS_LOG", "yes")
+    settings = load_settings(["serve", "--port", "9002", "--bundle", "some/where"])
+    assert (settings.port, settings.max_pixels, settings.access_log) == (9002, 5000, True)
+    assert settings.bundle == Path("some/where")
+    assert not load_settings(["--no-access-log"]).access_log
+
+
+def test_help_teaches_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        load_settings(["--help"])
+    assert exit_info.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert variable(name) in shown
+        assert field.description is not None
+        assert field.description in shown
+        offered = f" {flag(name)} " in shown or f" {flag(name)}, " in shown
+        assert offered == (name not in NOT_ON_THE_COMMAND_LINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "reason"),
+    [
+        (["--port", "99999"], "port", "65535"),
+        (["--port", "http"], "port", "integer"),
+        (["--budget-fraction", "1.5"], "budget_fraction", "less than or equal to 1"),
+        (["--budget-fraction", "nan"], "budget_fraction", "less than or equal to 1"),
+        (["--budget-mflops", "-3"], "budget_mflops", "greater than 0"),
+        (["--burst-images", "0"], "burst_images", "greater than or equal to 1"),
+        (["--max-batch-rows", "0"], "max_batch_rows", "greater than or equal to 1"),
+        (["--log-level", "loud"], "log_level", "'debug'"),
+        (["--drain-s", "0"], "drain_s", "greater than 0"),
+        (["--budget-fraction", "0.4", "--budget-accuracy", "0.7"], "budget_accuracy", "give one of them"),
+    ],
+)
+def test_an_error_names_the_setting_and_the_fix(arguments: list[str], field: str, reason: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(arguments)
+    message = str(caught.value)
+    assert flag(field) in message
+    assert variable(field) in message
+    assert reason in message
+
+
+def test_all_errors_are_told_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(["--port", "x", "--lanes", "-1"])
+    assert "--port" in str(caught.value)
+    assert "--lanes" in str(caught.value)
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        load_settings(["--prot", "80"])
+    assert exit_info.value.code == 2
+    assert "--prot" in capsys.readouterr().err
+
+
+def test_the_token_is_never_on_the_command_line_nor_in_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--admin-token " not in command_line().format_help()
+    monkeypatch.setenv("EXITSERVE_ADMIN_TOKEN", "correct-horse-battery")
+    settings = load_settings([])
+    assert settings.read_admin_token() == "correct-horse-battery"
+    assert "horse" not in repr(settings) + str(settings.model_dump())
+    monkeypatch.setenv("EXITSERVE_ADMIN_TOKEN", "horse")
+    with pytest.raises(SettingsError, match="at least 8") as caught:
+        load_settings([])
+    assert "horse" not in str(caught.value)
+
+
+def test_the_token_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    file.write_text("correct-horse-battery\n")
+    assert load_settings(["--admin-token-file", str(file)]).read_admin_token() == "correct-horse-battery"
+    with pytest.raises(SettingsError, match="No such file"):
+        load_settings(["--admin-token-file", str(tmp_path / "nowhere")]).read_admin_token()
+    file.write_text("short")
+    with pytest.raises(SettingsError, match="at least 8"):
+        load_settings(["--admin-token-file", str(file)]).read_admin_token()
+    monkeypatch.setenv("EXITSERVE_ADMIN_TOKEN", "correct-horse-battery")
+    with pytest.raises(SettingsError, match="give one of them"):
+        load_settings(["--admin-token-file", str(file)])
