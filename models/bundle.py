@@ -1,0 +1,259 @@
+"""A bundle: one folder with all a server needs of a trained network, nothing executable, every byte accounted for.
+
+    manifest.json          what the network is, and the size and sha256 of every other file
+    calibration.npz        held-out scores and right answers, from which any exit policy is made
+    stages/stage_K.onnx    one graph an exit; they may refer to weights.safetensors
+    weights.safetensors    (optional) the weights as trained
+    README.md, frontier.png
+
+Reading one trusts nothing: sizes and digests are checked before anything is parsed, and whatever does not fit gives a
+`BundleError` that names the file, the reason and the fix. No torch here: the server imports this.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from models.calibration import CALIBRATION, MAX_CALIBRATION_BYTES, Calibration
+from models.exits import SCORES
+from models.frontier import Frontier, build_frontier
+from models.manifest import FORMAT_VERSION, FileInfo, Manifest
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 2**20  # class names of the largest sets take about one
+COPY_AGAIN = "copy or export the bundle again"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be used: which file, why, and what to do."""
+
+    def __init__(self, path: Path, file: str, reason: str, fix: str) -> None:
+        super().__init__(f"{path / file if file else path}: {reason}; {fix}")
+        self.path, self.file, self.reason, self.fix = path, file, reason, fix
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle whose files were found to be what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+    calibration: Calibration
+
+    @property
+    def stage_paths(self) -> tuple[Path, ...]:
+        return tuple(self.path / stage.file for stage in self.manifest.stages)
+
+    @property
+    def costs_mflops(self) -> tuple[float, ...]:
+        """What stopping at each exit costs [N], as executed and cumulative: what a server charges."""
+        return tuple(exit_.executed_mflops for exit_ in self.manifest.exits)
+
+    def frontier(self, score: str | None = None) -> Frontier:
+        """Build the frontier of an exit score (by default the manifest's), with costs in millions of multiply-adds.
+
+        Raises:
+            BundleError: that score is not calibrated.
+        """
+        name = score or self.manifest.score
+        if name not in self.calibration.scores:
+            known = ", ".join(self.calibration.scores)
+            raise BundleError(self.path, CALIBRATION, f"no scores {name!r}", f"choose one of {known}")
+        return build_frontier(self.calibration.scores[name], self.calibration.correct, self.costs_mflops)
+
+
+def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
+    """Read a bundle and check all of it.
+
+    Args:
+        path: the bundle's folder.
+        verify: also check the digests. Without it sizes and contents are still checked, but not each byte: for a
+            bundle that was verified before, on a slow disk.
+
+    Raises:
+        BundleError: it is missing, damaged, foreign, or of a newer format.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        kind = "not a folder" if folder.exists() else "there is no such folder"
+        raise BundleError(folder, "", kind, "give the folder of a bundle, the one that holds manifest.json")
+    manifest = _read_manifest(folder)
+    for file, info in manifest.files.items():
+        _check_file(folder, file, info, verify)
+    _refuse_undeclared(folder, manifest)
+    digest = files_digest(manifest.files)
+    if manifest.version != digest:
+        reason = f"version {manifest.version} does not belong to these files, whose digest is {digest}"
+        raise BundleError(folder, MANIFEST, reason, COPY_AGAIN)
+    calibration = _read_calibration(folder, manifest)
+    return Bundle(folder, manifest, calibration)
+
+
+def files_digest(files: Mapping[str, FileInfo]) -> str:
+    """Return a bundle's version: 12 hex digits over the names, sizes and digests of all files but the manifest."""
+    lines = [f"{file} {info.bytes} {info.sha256}\n" for file, info in sorted(files.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+def write_bundle(
+    folder: Path | str,
+    manifest: Mapping[str, Any],
+    calibration: Calibration,
+    contents: Path,
+    replace: bool = False,
+) -> Bundle:
+    """Make a bundle, all of it or nothing.
+
+    Args:
+        folder: where it is to stand; it appears by one rename, complete and already checked.
+        manifest: plain JSON values for every field of `Manifest` but `format_version`, `version` and `files`.
+        calibration: written as `calibration.npz`.
+        contents: a folder whose files make up the rest: `stages/`, `README.md` and so on. It is copied.
+        replace: put it in the place of a bundle that stands there.
+
+    Raises:
+        BundleError: what was given does not make a bundle that `load_bundle` accepts, or `folder` is taken.
+    """
+    target = Path(folder)
+    if target.exists() and not replace:
+        raise BundleError(target, "", "something stands there already", "give another folder, or replace it")
+    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise BundleError(target, "", "it holds something that is no bundle", "give another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the rename stays on one disk.
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        shutil.copytree(contents, made, dirs_exist_ok=True)
+        (made / MANIFEST).unlink(missing_ok=True)
+        calibration.save(made / CALIBRATION)
+        files = {
+            file.relative_to(made).as_posix(): FileInfo(sha256=_sha256(file), bytes=file.stat().st_size)
+            for file in sorted(made.rglob("*"))
+            if file.is_file()
+        }
+        complete = {
+            **manifest,
+            "format_version": FORMAT_VERSION,
+            "version": files_digest(files),
+            "files": {file: info.model_dump() for file, info in files.items()},
+        }
+        try:
+            text = json.dumps(complete, indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise BundleError(target, MANIFEST, f"not plain JSON ({error})", "give plain finite values") from error
+        (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        made.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        try:
+            load_bundle(made)
+        except BundleError as error:
+            raise BundleError(target, error.file, error.reason, "mend what is being written") from error
+        _put_in_place(made, target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return load_bundle(target, verify=False)
+
+
+def _put_in_place(made: Path, target: Path) -> None:
+    """A folder cannot take a full one's name in one step: the old one steps aside first, and back if that fails."""
+    if not target.exists():
+        made.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    target.rename(aside / "bundle")
+    try:
+        made.rename(target)
+    except OSError:
+        (aside / "bundle").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = _inside(folder, MANIFEST, "not a bundle, or an incomplete one")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(folder, MANIFEST, f"larger than {MAX_MANIFEST_BYTES} bytes", "not a bundle's manifest")
+    text = path.read_bytes()
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(folder, MANIFEST, f"not JSON ({error})", COPY_AGAIN) from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(folder, MANIFEST, "it states no format_version", "this is no bundle of ExitServe")
+    if version > FORMAT_VERSION:
+        reason = f"format {version}, and this ExitServe reads up to format {FORMAT_VERSION}"
+        raise BundleError(folder, MANIFEST, reason, "update ExitServe, or export the bundle with this version")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        reason = f"{where + ': ' if where else ''}{first['msg']}{more}"
+        raise BundleError(folder, MANIFEST, reason, "export the bundle again") from error
+
+
+def _inside(folder: Path, file: str, if_missing: str) -> Path:
+    """Return the path of a bundle's file, having made sure that it is a plain file that lies in the bundle."""
+    path = folder / file
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise BundleError(folder, file, f"missing: {if_missing}", COPY_AGAIN) from error
+    if not real.is_relative_to(folder.resolve()):
+        raise BundleError(folder, file, "a link that leads out of the bundle", "put the file itself there")
+    if not real.is_file():
+        raise BundleError(folder, file, "not a plain file", COPY_AGAIN)
+    return path
+
+
+def _check_file(folder: Path, file: str, info: FileInfo, verify: bool) -> None:
+    path = _inside(folder, file, "the manifest lists it")
+    size = path.stat().st_size
+    if size != info.bytes:
+        reason = f"{size} bytes where the manifest says {info.bytes}"
+        raise BundleError(folder, file, reason, f"it was cut short or changed: {COPY_AGAIN}")
+    if verify and _sha256(path) != info.sha256:
+        raise BundleError(folder, file, "its sha256 is not the manifest's", f"it was changed: {COPY_AGAIN}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_undeclared(folder: Path, manifest: Manifest) -> None:
+    """A graph may refer to any file in the folder, so none may lie there that no digest covers (hidden ones aside)."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [*names, *(name for name in folders if Path(root, name).is_symlink())]:
+            file = Path(root, name).relative_to(folder).as_posix()
+            if file not in manifest.files and file != MANIFEST and not name.startswith("."):
+                raise BundleError(folder, file, "not listed in the manifest", "remove it, or export the bundle again")
+
+
+def _read_calibration(folder: Path, manifest: Manifest) -> Calibration:
+    if manifest.files[CALIBRATION].bytes > MAX_CALIBRATION_BYTES:
+        raise BundleError(folder, CALIBRATION, f"larger than {MAX_CALIBRATION_BYTES} bytes", "hold out fewer images")
+    try:
+        calibration = Calibration.load(folder / CALIBRATION)
+    except ValueError as error:
+        raise BundleError(folder, CALIBRATION, str(error), "calibrate and export the bundle again") from error
+    shape = (manifest.data.heldout_images, len(manifest.exits))
+    if calibration.correct.shape != shape:
+        reason = f"shape {calibration.correct.shape} where the manifest says {shape[0]} images and {shape[1]} exits"
+        raise BundleError(folder, CALIBRATION, reason, "calibrate and export the bundle again")
+    if manifest.score not in calibration.scores or manifest.score not in SCORES:
+        stored = ", ".join(sorted(set(calibration.scores) & set(SCORES))) or "none"
+        reason = f"score {manifest.score!r} is not among those calibrated and known here ({stored})"
+        raise BundleError(folder, MANIFEST, reason, "name one of them, or calibrate again")
+    return calibration

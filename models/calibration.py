@@ -1,0 +1,118 @@
+"""Held-out scores and right answers of every exit, in one `calibration.npz`: what thresholds and frontiers are made of.
+
+Read as carefully as if a stranger had sent it: sizes are bounded and headers checked before anything is allocated, and
+there is no pickle.
+"""
+
+import io
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+CALIBRATION = "calibration.npz"
+MAX_CALIBRATION_BYTES = (
+    256 * 2**20
+)  # packed and unpacked; a million images with ten exits and two scores take 90 million
+MAX_HEADER_BYTES = 4096
+MAX_MEMBERS = 64
+CORRECT = "correct"
+PREFIX = "scores_"
+# What zipfile raises at files that are damaged, encrypted or packed in an unknown way.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, KeyError, OverflowError, struct.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What N exits said of M images that the network was not trained on.
+
+    Raises:
+        ValueError: arrays do not fit together, or a score is NaN or +inf (-inf means: never sure).
+    """
+
+    scores: Mapping[str, NDArray[np.float32]]  # by name of the exit score: [M, N], higher = surer
+    correct: NDArray[np.bool_]  # [M, N]: the answer at that exit is the label
+
+    def __post_init__(self) -> None:
+        if self.correct.dtype != np.bool_ or self.correct.ndim != 2 or 0 in self.correct.shape:
+            raise ValueError(f"`correct` must be bool [images, exits], not {self.correct.dtype} {self.correct.shape}")
+        if self.correct.view(np.uint8).max() > 1:
+            raise ValueError("`correct` holds bytes that are neither 0 nor 1")
+        if not self.scores:
+            raise ValueError("it holds no scores")
+        for name, values in self.scores.items():
+            if values.dtype != np.float32 or values.shape != self.correct.shape:
+                raise ValueError(
+                    f"scores {name!r} must be float32 {self.correct.shape} as `correct` is, "
+                    f"not {values.dtype} {values.shape}"
+                )
+            if not (values < np.inf).all():
+                raise ValueError(f"scores {name!r} hold NaN or +inf")
+
+    @property
+    def n_images(self) -> int:
+        return int(self.correct.shape[0])
+
+    @property
+    def n_exits(self) -> int:
+        return int(self.correct.shape[1])
+
+    def save(self, path: Path) -> None:
+        """Write the file, the same bytes for the same numbers: a bundle's version must not depend on the clock."""
+        arrays: dict[str, NDArray[Any]] = {CORRECT: self.correct}
+        arrays |= {f"{PREFIX}{name}": values for name, values in sorted(self.scores.items())}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, values in arrays.items():
+                packed = io.BytesIO()
+                npy.write_array(packed, np.ascontiguousarray(values), allow_pickle=False)
+                archive.writestr(zipfile.ZipInfo(f"{name}.npy"), packed.getvalue(), zipfile.ZIP_DEFLATED)
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read and check a file that `save` (or `numpy.savez`) wrote.
+
+        Raises:
+            ValueError: it is damaged, too large, or not a calibration; the message says what is wrong.
+        """
+        try:
+            with zipfile.ZipFile(path) as archive:
+                _check_members(archive)
+            with np.load(path, allow_pickle=False) as arrays:
+                loaded = {name: arrays[name] for name in arrays.files}
+        except UNREADABLE as error:
+            raise ValueError(f"not a readable npz file ({error})") from error
+        correct = loaded.pop(CORRECT)
+        return cls({name.removeprefix(PREFIX): values for name, values in loaded.items()}, correct)
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Refuse members that are not the arrays expected, or whose header promises more than they hold."""
+    members = archive.infolist()
+    names = [member.filename.removesuffix(".npy") for member in members]
+    if len(members) > MAX_MEMBERS or sum(member.file_size for member in members) > MAX_CALIBRATION_BYTES:
+        raise ValueError(f"it unpacks to more than {MAX_MEMBERS} arrays or {MAX_CALIBRATION_BYTES} bytes")
+    if len(set(names)) != len(names) or CORRECT not in names:
+        raise ValueError(f"it must hold `{CORRECT}` once and scores by distinct names, not {names}")
+    for name, member in zip(names, members, strict=True):
+        if name != CORRECT and not name.startswith(PREFIX):
+            raise ValueError(f"{member.filename!r} is neither `{CORRECT}` nor `{PREFIX}...`")
+        with archive.open(member) as file:
+            shape, fortran_order, dtype = _read_header(file, member.filename)
+            n_bytes = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or fortran_order or file.tell() + n_bytes != member.file_size:
+                raise ValueError(f"{member.filename!r}: its header does not describe its {member.file_size} bytes")
+
+
+def _read_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = npy.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"{name!r}: npy version {version}, and only 1.0 is read")
+    return npy.read_array_header_1_0(file, max_header_size=MAX_HEADER_BYTES)

@@ -1,0 +1,158 @@
+"""The manifest of a bundle, `manifest.json`: every field that may stand there, with its bounds. Nothing else may."""
+
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+FORMAT_VERSION = 1
+MAX_EXITS = 256
+
+Text = Annotated[str, Field(max_length=10_000)]
+# One path part that is plain on every system: no separators, no leading dot.
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Mega = Annotated[float, Field(ge=0, le=1e12)]
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=10**12)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "int8", "bool"]
+
+
+def _plain_path(path: str) -> str:
+    if len(path) > 500:
+        raise ValueError("a path of more than 500 characters")
+    for part in path.split("/"):
+        if not part or part.startswith(".") or not part.isprintable() or set(part) & set('\\:*?"<>|'):
+            raise ValueError(f"{path!r} is not a plain relative path inside the bundle")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_plain_path)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InputInfo(_Strict):
+    """The images a network was trained on; stage 1 takes bytes and normalises them itself."""
+
+    height_px: Side
+    width_px: Side
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]  # per channel, of pixels in 0..1
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class ExitInfo(_Strict):
+    """One exit: what stopping there costs, all before it included, and how often its answer is right."""
+
+    published_mflops: Mega  # millions of multiply-adds as papers count them
+    executed_mflops: Mega  # as the stages run them: what is charged
+    macs_m: Mega  # convolutions and linear layers alone, as published
+    executed_macs_m: Mega  # the same, as executed
+    test_accuracy: Accuracy | None
+    heldout_accuracy: Accuracy
+
+
+class ValueInfo(_Strict):
+    """A value that a stage reads or gives; its first axis, the rows, is left out."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(max_length=8)]
+    dtype: Dtype
+
+
+class StageInfo(_Strict):
+    """One graph: what it reads of what earlier stages gave, and what it gives; the logits of its exit come first."""
+
+    file: RelativePath
+    inputs: Annotated[list[ValueInfo], Field(min_length=1, max_length=1000)]
+    outputs: Annotated[list[ValueInfo], Field(min_length=1, max_length=1000)]
+    state_bytes_per_row: Count  # kept of a row that goes on after this stage
+
+
+class DataInfo(_Strict):
+    """The images: trained on, held out for calibration, and tested on."""
+
+    name: Text
+    split_sha256: Sha256 | None  # of the stored split; null where there is none
+    train_images: Count
+    heldout_images: Annotated[int, Field(ge=1, le=10**9)]
+    test_images: Count
+
+
+class FileInfo(_Strict):
+    """What a file of the bundle must be, byte for byte."""
+
+    sha256: Sha256
+    bytes: Count
+
+
+class Manifest(_Strict):
+    """All that a bundle says of itself.
+
+    Raises:
+        ValidationError: a field is unknown, missing, of another type or out of bounds, or two do not agree.
+    """
+
+    format_version: Literal[1]
+    name: Name
+    version: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]  # a digest over all other files
+    description: Text
+    architecture: Name  # "onnx" where the network is not one of this project's
+    arguments: dict[str, JsonValue]
+    class_names: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(min_length=2, max_length=1_000_000)]
+    input: InputInfo
+    temperatures: Annotated[list[float], Field(max_length=MAX_EXITS)]
+    exits: Annotated[list[ExitInfo], Field(min_length=1, max_length=MAX_EXITS)]
+    stages: Annotated[list[StageInfo], Field(min_length=1, max_length=MAX_EXITS)]
+    score: Name  # the exit score to serve with
+    training: dict[str, JsonValue]
+    data: DataInfo
+    files: Annotated[dict[RelativePath, FileInfo], Field(max_length=10_000)]
+
+    @model_validator(mode="after")
+    def _costs_rise(self) -> Self:
+        executed = [exit_.executed_mflops for exit_ in self.exits]
+        if not executed[0] > 0 or not all(a < b for a, b in pairwise(executed)):
+            raise ValueError(
+                f"executed_mflops must be cumulative: positive and rising from exit to exit, not {executed}"
+            )
+        for field in ("published_mflops", "macs_m", "executed_macs_m"):
+            costs = [getattr(exit_, field) for exit_ in self.exits]
+            if not all(a <= b for a, b in pairwise(costs)):
+                raise ValueError(f"{field} must be cumulative, and may not fall from exit to exit: {costs}")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Self:
+        """Every stage ends in logits of all classes, and reads only what the image or a stage before it gives."""
+        if len(self.stages) != len(self.exits):
+            raise ValueError(f"{len(self.stages)} stages for {len(self.exits)} exits: there must be one an exit")
+        first = self.stages[0].inputs
+        image = [self.input.height_px, self.input.width_px, 3]
+        if len(first) != 1 or first[0].shape != image or first[0].dtype != "uint8":
+            raise ValueError(f"stage 1 must take one uint8 image of the shape {image}")
+        given = {first[0].name: first[0]}
+        for number, stage in enumerate(self.stages, start=1):
+            for value in stage.inputs:
+                if given.get(value.name) != value:
+                    raise ValueError(f"stage {number} reads {value.name!r}, which no earlier stage gives in that form")
+            logits = stage.outputs[0]
+            if logits.shape != [len(self.class_names)] or logits.dtype != "float32":
+                raise ValueError(f"stage {number} must give float32 logits of {len(self.class_names)} classes first")
+            for value in stage.outputs:
+                if value.name in given:
+                    raise ValueError(f"stage {number} gives {value.name!r}, which is there already")
+                given[value.name] = value
+        return self
+
+    @model_validator(mode="after")
+    def _files_listed(self) -> Self:
+        for file in (*(stage.file for stage in self.stages), "calibration.npz"):
+            if file not in self.files:
+                raise ValueError(f"files must list {file!r}")
+        if "manifest.json" in self.files:
+            raise ValueError("files must not list manifest.json itself")
+        return self

@@ -1,0 +1,148 @@
+"""A real but tiny bundle for tests: the whole path from a network to a folder that a server loads, in seconds.
+
+Its weights are random, and so are its images: what it answers means nothing, but that its exits agree more often the
+surer they are, as trained ones do. Labels are what the last exit answers, with noise.
+"""
+
+import functools
+import hashlib
+import shutil
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from models.bundle import BundleError, load_bundle, write_bundle
+from models.calibration import Calibration
+from models.cost import measure_cost
+from models.exits import SCORES
+from models.registry import build_network
+from training.export import Normalise, export_stages
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+IMAGE_SIZE_PX = 32
+CLASS_NAMES = [f"noise {i}" for i in range(10)]
+MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+TEMPERATURE = 1.0
+ARGUMENTS = {
+    "config": "C-batch-4",
+    "n_classes": len(CLASS_NAMES),
+    "n_blocks": 4,
+    "base": 1,
+    "step": 1,
+    "n_channels": 4,
+    "growth_rate": 4,
+    "growth_factors": [1, 1, 2],
+    "bottleneck_factors": [1, 1, 2],
+    "bottleneck": False,
+    "temperatures": TEMPERATURE,
+}
+
+
+def random_images(n_images: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Return images [n_images, 32, 32, 3] of the kind the tiny bundle is calibrated on: coarse and fine noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.normal(size=(n_images, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    fine = rng.normal(size=(n_images, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3))
+    return np.clip(128 + 45 * coarse + 25 * fine, 0, 255).astype(np.uint8)
+
+
+def tiny_bundle(folder: Path) -> Path:
+    """Put a tiny bundle at `folder` (made, or empty) and return it; four exits, 32 px, ten classes, about 0.5 MFLOPs.
+
+    Copied from one that is built when its makers change (about ten seconds), so a test may damage its own.
+    """
+    return Path(shutil.copytree(_built(), folder, dirs_exist_ok=True))
+
+
+@torch.no_grad()
+def tiny_network() -> nn.Module:
+    """Return the network of the tiny bundle, in evaluation mode: it takes normalised float images [rows, 3, 32, 32]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build_network("msdnet", ARGUMENTS)
+    images = _normalised(random_images(256, seed=1))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # one pass sets the statistics, and with them maps that do not vanish with depth
+    network.train()(images)
+    network.eval()
+    heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    for depth, head in enumerate(heads):
+        head.weight.mul_(15.0 * 0.7**depth)  # sure of some images, and less and less to add
+        head.bias.zero_()
+    ensembled = network(images)
+    heads[0].bias.copy_(-ensembled[0].mean(dim=0))  # so that every class is answered
+    for head, (before, after) in zip(heads[1:], pairwise(ensembled), strict=True):
+        head.bias.copy_(-(after - TEMPERATURE * before).mean(dim=0))
+    return network
+
+
+def _normalised(images: NDArray[np.uint8]) -> torch.Tensor:
+    return Normalise(MEAN, STD)(torch.from_numpy(images))
+
+
+@functools.cache
+def _built() -> Path:
+    """The tiny bundle that the sources as they stand make: built by the first test run that asks for it."""
+    sources = [*sorted((REPOSITORY / "models").glob("*.py")), REPOSITORY / "training/export.py", Path(__file__)]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + torch.__version__.encode())
+    folder = REPOSITORY / ".pytest_cache" / f"tiny-bundle-{digest.hexdigest()[:16]}"
+    try:
+        load_bundle(folder)
+    except BundleError:
+        with tempfile.TemporaryDirectory() as contents:
+            _build(folder, Path(contents))
+    return folder
+
+
+@torch.no_grad()
+def _build(folder: Path, contents: Path) -> None:
+    network = tiny_network()
+    held_out = random_images(2000, seed=2)
+    logits = [x.numpy() for x in network(_normalised(held_out))]
+    rng = np.random.default_rng(3)
+    noise = rng.random(len(held_out)) < 0.1
+    labels = np.where(noise, rng.integers(0, len(CLASS_NAMES), len(held_out)), logits[-1].argmax(axis=1))
+    correct = np.stack([x.argmax(axis=1) == labels for x in logits], axis=1)
+    scores = {name: np.stack([score(x) for x in logits], axis=1) for name, score in SCORES.items()}
+    calibration = Calibration({name: values.astype(np.float32) for name, values in scores.items()}, correct)
+    stages = export_stages(network, IMAGE_SIZE_PX, MEAN, STD, contents)
+    (contents / "README.md").write_text("A tiny network with random weights, for tests.\n")
+    cost = measure_cost(network, IMAGE_SIZE_PX)
+    exits = [
+        {
+            "published_mflops": cost.published[i] / 1e6,
+            "executed_mflops": cost.executed[i] / 1e6,
+            "macs_m": cost.published_macs[i] / 1e6,
+            "executed_macs_m": cost.executed_macs[i] / 1e6,
+            "test_accuracy": None,
+            "heldout_accuracy": float(correct[:, i].mean()),
+        }
+        for i in range(len(logits))
+    ]
+    manifest = {
+        "name": "tiny-random",
+        "description": "Random weights, synthetic images and labels: for tests alone.",
+        "architecture": "msdnet",
+        "arguments": ARGUMENTS,
+        "class_names": CLASS_NAMES,
+        "input": {"height_px": IMAGE_SIZE_PX, "width_px": IMAGE_SIZE_PX, "mean": MEAN, "std": STD},
+        "temperatures": [TEMPERATURE],
+        "exits": exits,
+        "stages": stages,
+        "score": "logit_margin",
+        "training": {"recipe": "none: random weights"},
+        "data": {
+            "name": "synthetic noise",
+            "split_sha256": None,
+            "train_images": 0,
+            "heldout_images": len(held_out),
+            "test_images": 0,
+        },
+    }
+    write_bundle(folder, manifest, calibration, contents, replace=True)
