@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from training.errors import TrainingError
+
 if TYPE_CHECKING:
     import torch
 
@@ -131,8 +133,8 @@ def evaluate(run: RunArgument) -> None:
 
     from training.calibration import CalibrationRecord, ExitOutputs
     from training.checkpoint import RunFolder
+    from training.evaluation import cost_of
     from training.evaluation import evaluate as evaluate_outputs
-    from training.packing import cost_of
     from training.plots import plot_run
     from training.tables import print_evaluation
 
@@ -142,7 +144,7 @@ def evaluate(run: RunArgument) -> None:
         ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test), cost_of(folder, record)
     )
     evaluation.save(folder, record)
-    plots = plot_run(folder, evaluation, is_cifar100=record.data_name == "cifar100")
+    plots = plot_run(folder, evaluation, record)
     print_evaluation(evaluation, Console())
     typer.echo(
         f"{run}: wrote results.json, anytime.csv, budgeted.csv, {', '.join(plots)}; "
@@ -172,13 +174,9 @@ def _images_of(folder: "RunFolder", data: Path) -> "ImageSet":
 
 def run_command() -> None:
     """Run the command line; bad input is told in a sentence, with status 2."""
-    from training.checkpoint import RunError
-    from training.data import DataError
-    from training.recipe import RecipeError
-
     try:
         app()
-    except (DataError, RecipeError, RunError) as error:
+    except TrainingError as error:
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"error: {error}", err=True)
         sys.exit(2)

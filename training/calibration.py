@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,15 +33,9 @@ class ExitOutputs:
     scores: dict[str, NDArray[np.float32]]  # by name in `models.exits.SCORES`: [M, N], higher = surer
 
     def save(self, path: Path) -> None:
-        arrays = {f"scores_{name}": values for name, values in self.scores.items()}
-        np.savez_compressed(
-            path,
-            labels=self.labels,
-            predictions=self.predictions,
-            correct=self.correct,
-            correct_top5=self.correct_top5,
-            **arrays,
-        )
+        arrays: dict[str, Any] = {f"scores_{name}": values for name, values in self.scores.items()}
+        arrays |= {name: getattr(self, name) for name in ("labels", "predictions", "correct", "correct_top5")}
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> "ExitOutputs":
@@ -167,9 +162,7 @@ def outputs_of(logits: Sequence[NDArray[np.float32]], labels: NDArray[np.int64])
     predictions = np.stack([x.argmax(axis=1) for x in logits], axis=1)
     # Counting classes above the label's own needs no sort; among equals the label wins.
     n_above = np.stack([(x > x[np.arange(len(labels)), labels][:, None]).sum(axis=1) for x in logits], axis=1)
-    scores = {
-        name: np.stack([score(x) for x in logits], axis=1).astype(np.float32) for name, score in SCORES.items()
-    }
+    scores = {name: np.stack([score(x) for x in logits], axis=1).astype(np.float32) for name, score in SCORES.items()}
     return ExitOutputs(labels, predictions, predictions == labels[:, None], n_above < 5, scores)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.errors import TrainingError
 from training.recipe import Recipe
 
 
-class RunError(Exception):
+class RunError(TrainingError):
     """A run folder that can't be used; the message names the file and the fix."""
 
 
@@ -114,7 +115,9 @@ class RunFolder:
             RunError: there is none yet, or it is damaged.
         """
         if not self.checkpoint.is_file():
-            raise RunError(f"{self.path}: no checkpoint.pt yet; `python -m training train` writes one after every epoch")
+            raise RunError(
+                f"{self.path}: no checkpoint.pt yet; `python -m training train` writes one after every epoch"
+            )
         try:
             state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen kinds for a damaged file

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from training.errors import TrainingError
+
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 
 
-class DataError(Exception):
+class DataError(TrainingError):
     """An image set that can't be read; the message names the path, the cause and the fix."""
 
 
@@ -58,7 +60,9 @@ class Split:
     @classmethod
     def make(cls, n_images: int, n_held_out: int, seed: int) -> "Split":
         if not 0 < n_held_out < n_images:
-            raise DataError(f"cannot hold out {n_held_out} of {n_images} training images: choose from 1 to {n_images - 1}")
+            raise DataError(
+                f"cannot hold out {n_held_out} of {n_images} training images: choose from 1 to {n_images - 1}"
+            )
         order = np.random.default_rng(seed).permutation(n_images).astype(np.int64)
         return cls(np.sort(order[:-n_held_out]), np.sort(order[-n_held_out:]))
 
@@ -107,7 +111,9 @@ def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
         return _cifar100_from_tar(path)
     for folder in (path, path / "cifar-100-python"):
         if (folder / "train").is_file() and (folder / "meta").is_file():
-            return _cifar100_from_parts({part: (folder / part).read_bytes() for part in ("train", "test", "meta")}, folder)
+            return _cifar100_from_parts(
+                {part: (folder / part).read_bytes() for part in ("train", "test", "meta")}, folder
+            )
     tar = path / "cifar-100-python.tar.gz"
     if tar.is_file():
         return _cifar100_from_tar(tar)
@@ -121,19 +127,20 @@ def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
     )
 
 
+_PICKLED_BY_CIFAR = {
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Reads the official CIFAR pickles, which hold only dictionaries, lists, strings and one numpy array."""
 
-    _ALLOWED = {
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("_codecs", "encode"),
-    }
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if (module, name) not in _PICKLED_BY_CIFAR:
             raise DataError(f"the file asks for {module}.{name}, which no CIFAR file does: it is refused")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
@@ -183,12 +190,18 @@ def _cifar100_from_strips(folder: Path) -> ImageSet:
         names = [str(name) for name in arrays["class_names"]]
     for part in ("train", "test"):
         if len(images[part]) != len(labels[part]):
-            raise DataError(f"{folder}: {len(images[part])} {part} images, {len(labels[part])} labels: a part is missing")
+            raise DataError(
+                f"{folder}: {len(images[part])} {part} images, {len(labels[part])} labels: a part is missing"
+            )
     return _cifar100(images["train"], labels["train"], images["test"], labels["test"], names)
 
 
 def _cifar100(
-    train_images: np.ndarray, train_labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray, names: list[str]
+    train_images: np.ndarray,
+    train_labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    names: list[str],
 ) -> ImageSet:
     return ImageSet(
         "cifar100", train_images, train_labels, test_images, test_labels, names, CIFAR100_MEAN, CIFAR100_STD

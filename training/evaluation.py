@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from models.cost import NetworkCost
+from models.cost import NetworkCost, measure_cost
 from models.exits import outcome, take_exits
 from models.frontier import Frontier, build_frontier
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
+from training.objectives import network_of
+from training.recipe import Recipe
 
 N_BUDGETS = 41  # evenly spaced from the cost of exit 1 to that of exit N
 N_HALVINGS = 5  # random halvings of the held-out images, each used both ways round
@@ -62,6 +65,11 @@ class ScoreResult:
     crossfit_behind: float  # by how much the best score is better, on the same images
     crossfit_behind_error: float  # standard error of that difference
     points: tuple[BudgetResult, ...]
+
+    def shown(self, n_points: int = 9) -> list[BudgetResult]:
+        """A few points from the cheapest to the one past which more is not spent, for tables."""
+        end = next(i for i, point in enumerate(self.points) if point.heldout_mflops == self.points[-1].heldout_mflops)
+        return [self.points[i] for i in sorted({round(end * k / (n_points - 1)) for k in range(n_points)})]
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,14 @@ class Evaluation:
         if step != record.step:
             raise RunError(f"{folder.path}: evaluated at step {step}, calibrated at {record.step}; evaluate again")
         return evaluation
+
+
+def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
+    """Count what the network of a run costs at each exit; no weights are needed."""
+    recipe = Recipe.model_validate(folder.read_description()["recipe"])
+    with torch.device("meta"):
+        network = network_of(recipe, len(record.class_names))
+    return measure_cost(network, record.image_size_px)
 
 
 def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Evaluation:
@@ -244,6 +260,4 @@ def _write_csv(folder: RunFolder, name: str, rows: list[dict[str, Any]]) -> None
     with (folder.path / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(
-            {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows
-        )
+        writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)

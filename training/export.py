@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.staging import Stage, ValueSpec, split
@@ -74,7 +74,7 @@ def export_stages(
     staged = split(network.cpu(), images, Normalise(mean, std))
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, folder / weights_name)
+    (folder / weights_name).write_bytes(save(weights))
     offsets = _read_offsets(folder / weights_name)
     descriptions, state = [], {"images": images}
     for number, stage in enumerate(staged.stages, start=1):

@@ -61,7 +61,9 @@ class Trainer:
         train, held_out = self.split.train, self.split.held_out
         normalisation = images.mean, images.std, device
         padding = recipe.augmentation.crop_padding_px
-        self.train_images = DeviceImages(images.train_images[train], images.train_labels[train], *normalisation, padding)
+        self.train_images = DeviceImages(
+            images.train_images[train], images.train_labels[train], *normalisation, padding
+        )
         self.held_out = DeviceImages(images.train_images[held_out], images.train_labels[held_out], *normalisation)
         self.steps_per_epoch = o.steps_per_epoch(len(train))
         if self.steps_per_epoch == 0 or o.batch_rows < 4 * processes.count or len(held_out) < processes.count:
@@ -106,7 +108,7 @@ class Trainer:
     def train(self, time_limit_s: float | None = None) -> Literal["finished", "time limit", "signal"]:
         """Train to the last epoch, until the time limit, or until SIGINT or SIGTERM, and say which.
 
-        A checkpoint is saved after every epoch and on stopping; training again in the same folder goes on exactly there.
+        A checkpoint is saved after every epoch and on stopping; training again in the same folder goes on from there.
         """
         progress = self.progress
         if self.processes.is_first:
@@ -145,7 +147,7 @@ class Trainer:
         return epoch * min(len(self.train_images), self.steps_per_epoch * rows) + batch * rows
 
     def _batch_rows_of(self, step: int) -> Tensor:
-        """Rows of the training images that `step` trains on: an own shuffle for every epoch, shared by all processes."""
+        """Rows of the training images that `step` trains on: every epoch has its shuffle, shared by all processes."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._order_epoch:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)

@@ -1,11 +1,107 @@
-from models.cost import NetworkCost, measure_cost
-from training.calibration import CalibrationRecord
-from training.checkpoint import RunFolder
-from training.objectives import network_of
+"""Packs a run that was trained, calibrated and evaluated into a bundle."""
+
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from models.boosting import temperatures_per_exit
+from models.bundle import BundleError, write_bundle
+from models.calibration import Calibration
+from models.staging import StagingError
+from training.calibration import CalibrationRecord, ExitOutputs, load_trained
+from training.checkpoint import RunError, RunFolder
+from training.evaluation import Evaluation
+from training.export import export_stages
+from training.model_card import model_card
+from training.objectives import network_arguments
 from training.recipe import Recipe
-import torch
-def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
-    recipe = Recipe.model_validate(folder.read_description()["recipe"])
-    with torch.device("meta"):
-        network = network_of(recipe, len(record.class_names))
-    return measure_cost(network, record.image_size_px)
+
+
+def pack(folder: RunFolder, output: Path, name: str) -> str:
+    """Write the bundle of a run; a bundle that stands at `output` is replaced once the new one is complete.
+
+    Returns:
+        Its version.
+
+    Raises:
+        RunError: a step before is missing, or the network can't be bundled.
+    """
+    made_by = folder.read_description()
+    recipe = Recipe.model_validate(made_by["recipe"])
+    record = CalibrationRecord.load(folder)
+    evaluation = Evaluation.load(folder, record)
+    network, _ = load_trained(folder, recipe, len(record.class_names))
+    training = _training_info(made_by, record)
+    try:
+        with TemporaryDirectory() as made:
+            contents = Path(made)
+            stages = export_stages(network, record.image_size_px, record.mean, record.std, contents)
+            manifest = {
+                "name": name,
+                "description": recipe.description,
+                "architecture": recipe.network.architecture,
+                "arguments": network_arguments(recipe, len(record.class_names)),
+                **_facts(recipe, record, evaluation),
+                "stages": stages,
+                "training": training,
+            }
+            shutil.copyfile(folder.frontier_plot, contents / folder.frontier_plot.name)
+            (contents / "README.md").write_text(model_card(name, recipe, record, evaluation, training))
+            outputs = ExitOutputs.load(folder.heldout)
+            calibration = Calibration(outputs.scores, outputs.correct)
+            return write_bundle(output, manifest, calibration, contents, replace=True).manifest.version
+    except (BundleError, StagingError) as error:
+        raise RunError(str(error)) from error
+
+
+def _facts(recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation) -> dict[str, Any]:
+    is_boosted = recipe.objective.name == "boosted"
+    temperatures = recipe.objective.temperatures if is_boosted else [0.0]
+    return {
+        "class_names": record.class_names,
+        "input": {
+            "height_px": record.image_size_px,
+            "width_px": record.image_size_px,
+            "mean": list(record.mean),
+            "std": list(record.std),
+        },
+        "temperatures": list(temperatures_per_exit(temperatures, len(evaluation.exits))),
+        "exits": [
+            {
+                "published_mflops": result.published_mflops,
+                "executed_mflops": result.executed_mflops,
+                "macs_m": result.published_macs_m,
+                "executed_macs_m": result.executed_macs_m,
+                "test_accuracy": result.test_accuracy,
+                "heldout_accuracy": result.heldout_accuracy,
+            }
+            for result in evaluation.exits
+        ],
+        "score": evaluation.score,
+        "data": {
+            "name": record.data_name,
+            "split_sha256": record.split_sha256,
+            "train_images": record.train_images,
+            "heldout_images": record.heldout_images,
+            "test_images": record.test_images,
+        },
+    }
+
+
+def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[str, Any]:
+    # Where the images lay on the machine that trained is nobody's business.
+    command = re.sub(r"(--data[ =])\S+", r"\1DATA", made_by["command"])
+    return {
+        "recipe": made_by["recipe"],
+        "seed": made_by["seed"],
+        "epochs": record.epochs,
+        "seconds": round(record.seconds),
+        "commit": made_by["commit"],
+        "command": command,
+        "processes": made_by["processes"],
+        "machine": made_by["machine"],
+        "torch": made_by["torch"],
+        "python": made_by["python"],
+    }

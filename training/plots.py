@@ -9,12 +9,13 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from training.calibration import CalibrationRecord
 from training.checkpoint import RunFolder
 from training.evaluation import Evaluation
 from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED, PublishedCurve
 
 SCORE_LABELS = {"max_softmax": "max softmax", "logit_margin": "logit margin"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -36,9 +37,12 @@ def _axes(path: Path, title: str, n_columns: int = 1) -> Iterator[list[Axes]]:
         figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def plot_run(folder: RunFolder, evaluation: Evaluation, is_cifar100: bool) -> list[str]:
+def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecord) -> list[str]:
     """Draw every plot of a run into its folder and return their names."""
-    title = folder.path.resolve().name
+    network = folder.read_description()["recipe"]["network"]
+    title = " ".join(filter(None, (network["architecture"], network["arguments"].get("config"))))
+    title += f" on {record.data_name}, {record.epochs:.4g} epochs"
+    is_cifar100 = record.data_name == "cifar100"
     plots: dict[Path, Callable[[Path], None]] = {
         folder.path / "anytime.png": lambda path: plot_anytime(path, title, evaluation, is_cifar100),
         folder.path / "budgeted.png": lambda path: plot_budgeted(path, title, evaluation, is_cifar100),

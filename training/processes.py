@@ -92,7 +92,7 @@ class Processes:
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
 
-    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop. When one fails the others are ended.
+    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop. When one fails, so do the others.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -110,13 +110,16 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
-    failed = 0
-    while None in (statuses := [worker.poll() for worker in workers]):
+    status = 0  # of the first that failed
+    running = True
+    while running:
         time.sleep(0.1)
-        if not failed and any(statuses):
-            failed = next(status for status in statuses if status)
+        statuses = [worker.poll() for worker in workers]
+        running = None in statuses
+        if not status and any(statuses):
+            status = next(s for s in statuses if s)
             end()
-    return abs(failed or max(statuses, key=bool) or 0)
+    return abs(status)
 
 
 class StopRequest:

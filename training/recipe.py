@@ -6,10 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from training.errors import TrainingError
+
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
-class RecipeError(Exception):
+class RecipeError(TrainingError):
     """A recipe that can't be used; the message names the field and the fix."""
 
 

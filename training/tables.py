@@ -5,8 +5,6 @@ from rich.table import Table
 
 from training.evaluation import Evaluation
 
-SHOWN_BUDGETS = 9
-
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print accuracy per exit, the scores compared, and the budget curve of the score chosen."""
@@ -35,14 +33,12 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(scores)
 
     budgeted = Table(
-        title=f"Each image leaves when sure: {evaluation.score}, thresholds from held-out images, measured on test images",
+        title=f"Each image leaves when sure ({evaluation.score}), measured on test images",
         title_justify="left",
     )
     for heading in ("budget M", "executed M", "published M", "top-1", "leaving at exit 1, 2, ... %"):
         budgeted.add_column(heading, justify="right")
-    points = evaluation.chosen.points
-    for i in range(SHOWN_BUDGETS):
-        point = points[i * (len(points) - 1) // (SHOWN_BUDGETS - 1)]
+    for point in evaluation.chosen.shown():
         budgeted.add_row(
             f"{point.budget_mflops:.2f}",
             f"{point.test_executed_mflops:.2f}",

@@ -1,7 +1,7 @@
 """What is minimised. An objective prepares the network it trains and turns a batch into one loss.
 
-    boosted   sum of the cross-entropies of the ensembled logits F_n = t_n F_(n-1) + f_n (BoostNet)
-    joint     the same sum with t = 0: plain multi-exit training, the baseline
+boosted   sum of the cross-entropies of the ensembled logits F_n = t_n F_(n-1) + f_n (BoostNet)
+joint     the same sum with t = 0: plain multi-exit training, the baseline
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from training.recipe import Objective, Recipe, RecipeError
 
 
 def network_arguments(recipe: Recipe, n_classes: int) -> dict[str, Any]:
-    """The arguments of the network that a recipe trains (see `models.registry`): its own, and those its objective sets."""
+    """Arguments of the network that a recipe trains (see `models.registry`): its own, and those its objective sets."""
     objective = recipe.objective
     return {
         **recipe.network.arguments,

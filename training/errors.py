@@ -1,0 +1,5 @@
+"""The base of errors that a user can mend: told as one sentence, never as a stack trace."""
+
+
+class TrainingError(Exception):
+    """Bad input to one of the four steps; the message names the cause and the fix."""

@@ -1,0 +1,151 @@
+"""The README.md of a bundle: what the network is, how it was made, how good it is, and where it ends."""
+
+from math import sqrt
+from typing import Any
+
+from training.calibration import CalibrationRecord
+from training.evaluation import Evaluation
+from training.recipe import Recipe
+
+CIFAR100 = """CIFAR-100: 60,000 colour images of 32 x 32 pixels in 100 classes. It comes without a formal licence; cite
+Alex Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, technical report, University of Toronto, 2009.
+As published, ten test images also stand in its training part. The bundle holds no images."""
+OWN_IMAGES = "The images are the trainer's own; ask them for their terms. The bundle holds no images."
+
+CARD = """# {name}
+
+{description}.
+
+An image classifier with {n_exits} exits, {n_classes} classes and {parameters_m:.2f} million parameters, for images of
+{size} x {size} pixels. Every image runs stage by stage and leaves at the first exit that is sure; the server regroups
+those that go on.
+{partial}
+    python -m service --bundle {name}
+
+## Accuracy
+
+Measured on the {n_test:,} test images, which decided nothing: neither weights, epoch, thresholds nor score. The last
+epoch is reported, not the best. One standard error is about {error:.1f} points. Costs are millions of multiply-adds an
+image, up to and including the exit: *published* as the early-exit literature counts them, *executed* as the stages
+really run, which is what the server charges.
+
+| exit | published M | executed M | top-1 % | top-5 % |
+| ---: | ---: | ---: | ---: | ---: |
+{exit_rows}
+
+Each image leaving when sure, thresholds from {n_heldout:,} held-out images:
+
+| budget M (executed) | spent M | top-1 % | leaving at exit 1 to {n_exits}, % |
+| ---: | ---: | ---: | --- |
+{budget_rows}
+
+A budget above the last is not spent: going deeper brought nothing on the held-out images.
+
+![Accuracy over mean cost](frontier.png)
+
+The exit score is `{score}`, chosen on the held-out images by cross-fitting, mean top-1 over all budgets:
+{scores}.
+
+## Training
+
+{objective}
+{epochs:.4g} epochs on {n_train:,} images in {hours:.1f} hours on {machine}{processes}; seed {seed}, torch {torch},
+Python {python}, commit `{commit}`.
+
+    {command}
+
+{optimisation} All of the recipe is in `manifest.json` under `training`.
+
+## Images
+
+{images}
+
+The held-out images were drawn from the training part by one seeded permutation and never trained on; the split's
+digest is `{split}`. They were read without augmentation.
+
+## Limits
+
+* It knows its {n_classes} classes and no others: an image of something else gets one of them all the same.
+* Images of another size are resized to {size} x {size}; images that look unlike the training images (other framing,
+  other resolution) are answered worse than the table says, and more of them go deep.
+* Confidence is the largest softmax output, not calibrated to be a probability of being right.
+* One training run with one seed: the same recipe with another seed differs by some tenths of a point.
+"""
+
+
+def model_card(
+    name: str, recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation, training: dict[str, Any]
+) -> str:
+    """The model card as markdown; every number in it comes from the run's own files."""
+    last = evaluation.exits[-1]
+    exit_rows = (
+        f"| {r.exit} | {r.published_mflops:.2f} | {r.executed_mflops:.2f} "
+        f"| {100 * r.test_accuracy:.2f} | {100 * r.test_top5_accuracy:.2f} |"
+        for r in evaluation.exits
+    )
+    budget_rows = (
+        f"| {p.budget_mflops:.2f} | {p.test_executed_mflops:.2f} | {100 * p.test_accuracy:.2f} "
+        f"| {' '.join(f'{100 * share:.0f}' for share in p.test_shares)} |"
+        for p in evaluation.chosen.shown()
+    )
+    scores = "; ".join(
+        f"{s.score} {100 * s.crossfit_accuracy:.2f} %"
+        + (
+            f", {100 * s.crossfit_behind:.2f} ± {100 * s.crossfit_behind_error:.2f} points behind"
+            if s.score != evaluation.score
+            else ""
+        )
+        for s in evaluation.scores
+    )
+    epochs = recipe.optimisation.epochs
+    partial = f"\n**Partly trained: {record.epochs:.4g} of {epochs} epochs.**\n" if record.epochs < epochs else ""
+    return CARD.format(
+        name=name,
+        description=recipe.description,
+        n_exits=len(evaluation.exits),
+        n_classes=len(record.class_names),
+        parameters_m=last.parameters / 1e6,
+        size=record.image_size_px,
+        partial=partial,
+        n_test=record.test_images,
+        error=100 * sqrt(max(0.25 / 25, last.test_accuracy * (1 - last.test_accuracy)) / record.test_images),
+        exit_rows="\n".join(exit_rows),
+        n_heldout=record.heldout_images,
+        budget_rows="\n".join(budget_rows),
+        score=evaluation.score,
+        scores=scores,
+        objective=_objective(recipe),
+        epochs=record.epochs,
+        n_train=record.train_images,
+        hours=training["seconds"] / 3600,
+        machine=training["machine"],
+        processes=f" ({training['processes']} processes)" if training["processes"] > 1 else "",
+        seed=training["seed"],
+        torch=training["torch"],
+        python=training["python"],
+        commit=training["commit"] or "unknown",
+        command=training["command"],
+        optimisation=_optimisation(recipe),
+        images=CIFAR100 if record.data_name == "cifar100" else OWN_IMAGES,
+        split=record.split_sha256,
+    )
+
+
+def _objective(recipe: Recipe) -> str:
+    if recipe.objective.name == "joint":
+        return "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
+    temperatures = ", ".join(f"{t:g}" for t in recipe.objective.temperatures)
+    return (
+        "Boosted training (BoostNet, AAAI 2023): each head learns what the heads before it got wrong,\n"
+        f"F_n = t F_(n-1) + f_n with t = {temperatures}; gradient rescaling: {recipe.objective.gradient_rescaling}."
+    )
+
+
+def _optimisation(recipe: Recipe) -> str:
+    o = recipe.optimisation
+    return (
+        f"SGD, {o.schedule.replace('_', ' ')} schedule with a peak rate of {o.learning_rate:g}, "
+        f"batches of {o.batch_rows}, momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''},\n"
+        f"weight decay {o.weight_decay:g}, {recipe.numerics.precision}; random crops with "
+        f"{recipe.augmentation.crop_padding_px} px of padding, and horizontal flips."
+    )
