@@ -17,7 +17,6 @@ from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
 from training.objectives import network_of
-from training.recipe import Recipe
 
 BATCH_ROWS = 250
 
@@ -106,9 +105,8 @@ def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> Cali
         RunError, DataError: the run has no checkpoint, or `images` is not the set it was trained on.
     """
     made_by = folder.read_description()
-    recipe = Recipe.model_validate(made_by["recipe"])
     split = _checked_split(folder, made_by["data"], images)
-    network, progress = load_trained(folder, recipe, len(images.class_names))
+    network, progress = load_trained(folder, len(images.class_names))
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = {
         folder.heldout: (images.train_images[split.held_out], images.train_labels[split.held_out]),
@@ -117,7 +115,7 @@ def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> Cali
     for path, (pixels, labels) in parts.items():
         part = DeviceImages(pixels, labels, images.mean, images.std, device)
         run_exits(network, part, description=path.stem).save(path)
-    steps_per_epoch = recipe.optimisation.steps_per_epoch(len(split.train))
+    steps_per_epoch = folder.read_recipe().optimisation.steps_per_epoch(len(split.train))
     record = CalibrationRecord(
         step=progress.step,
         epochs=progress.step / steps_per_epoch,
@@ -137,10 +135,10 @@ def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> Cali
     return record
 
 
-def load_trained(folder: RunFolder, recipe: Recipe, n_classes: int) -> tuple[nn.Module, Progress]:
+def load_trained(folder: RunFolder, n_classes: int) -> tuple[nn.Module, Progress]:
     """Rebuild the network of a run with its trained weights, in evaluation mode, on the CPU."""
     state = folder.load_checkpoint()
-    network = network_of(recipe, n_classes)
+    network = network_of(folder.read_recipe(), n_classes)
     folder.restore_weights(network, state)
     return network.eval(), Progress(**state["progress"])
 

@@ -87,6 +87,13 @@ class RunFolder:
             raise RunError(f"{self.description}: damaged ({error}); train into another folder") from error
         return description
 
+    def read_recipe(self) -> Recipe:
+        """The recipe in run.json; raises as `read_description`."""
+        try:
+            return Recipe.model_validate(self.read_description()["recipe"])
+        except (KeyError, ValueError) as error:
+            raise RunError(f"{self.description}: damaged, or of another version; train into another folder") from error
+
     def append_log(self, record: dict[str, Any]) -> None:
         with self.log.open("a") as log:
             log.write(json.dumps(record) + "\n")

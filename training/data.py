@@ -141,7 +141,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED_BY_CIFAR:
-            raise DataError(f"the file asks for {module}.{name}, which no CIFAR file does: it is refused")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does: refused")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -168,44 +168,38 @@ def _cifar100_from_parts(parts: dict[str, bytes], source: Path) -> ImageSet:
         }
         labels = {part: np.asarray(content[part][b"fine_labels"], np.int64) for part in ("train", "test")}
         names = [name.decode() for name in content["meta"][b"fine_label_names"]]
-    except (pickle.UnpicklingError, KeyError, EOFError, ValueError, AttributeError) as error:
-        raise DataError(f"{source}: damaged CIFAR-100 file ({error}); unpack the archive again") from error
-    return _cifar100(images["train"], labels["train"], images["test"], labels["test"], names)
+        return _cifar100(images, labels, names)
+    except (pickle.UnpicklingError, LookupError, EOFError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{source}: damaged CIFAR-100 file ({error}); download the archive again") from error
 
 
 def _cifar100_from_strips(folder: Path) -> ImageSet:
     strips: dict[str, np.ndarray] = {}
-    for archive in sorted(folder.glob("cifar100-images-*.zip")):
-        with zipfile.ZipFile(archive) as members:
-            for name in members.namelist():
-                strips[name] = np.asarray(Image.open(io.BytesIO(members.read(name))).convert("RGB"))
-    images = {}
-    for part in ("train", "test"):
-        rows = [strips[name] for name in sorted(strips) if name.startswith(part)]
-        if not rows:
-            raise DataError(f"{folder}: no {part} strips in cifar100-images-*.zip; copy all the parts there")
-        images[part] = np.concatenate(rows).reshape(-1, 32, 32, 3)
-    with np.load(folder / "cifar100-labels.npz", allow_pickle=False) as arrays:
-        labels = {part: arrays[f"{part}_labels"].astype(np.int64) for part in ("train", "test")}
-        names = [str(name) for name in arrays["class_names"]]
-    for part in ("train", "test"):
-        if len(images[part]) != len(labels[part]):
-            raise DataError(
-                f"{folder}: {len(images[part])} {part} images, {len(labels[part])} labels: a part is missing"
-            )
-    return _cifar100(images["train"], labels["train"], images["test"], labels["test"], names)
+    try:
+        for archive in sorted(folder.glob("cifar100-images-*.zip")):
+            with zipfile.ZipFile(archive) as members:
+                for name in members.namelist():
+                    strips[name] = np.asarray(Image.open(io.BytesIO(members.read(name))).convert("RGB"))
+        images = {}
+        for part in ("train", "test"):
+            rows = [strips[name] for name in sorted(strips) if name.startswith(part)]
+            images[part] = np.concatenate(rows or [np.empty((0, 32, 3), np.uint8)]).reshape(-1, 32, 32, 3)
+        with np.load(folder / "cifar100-labels.npz", allow_pickle=False) as arrays:
+            labels = {part: arrays[f"{part}_labels"].astype(np.int64) for part in ("train", "test")}
+            names = [str(name) for name in arrays["class_names"]]
+        return _cifar100(images, labels, names)
+    except (zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{folder}: damaged or incomplete ({error}); copy all its files there again") from error
 
 
-def _cifar100(
-    train_images: np.ndarray,
-    train_labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
-    names: list[str],
-) -> ImageSet:
-    return ImageSet(
-        "cifar100", train_images, train_labels, test_images, test_labels, names, CIFAR100_MEAN, CIFAR100_STD
-    )
+def _cifar100(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], names: list[str]) -> ImageSet:
+    for part in ("train", "test"):
+        if len(images[part]) != len(labels[part]) or not len(labels[part]) or images[part].dtype != np.uint8:
+            raise ValueError(f"{len(images[part])} {part} images and {len(labels[part])} labels")
+        if labels[part].min() < 0 or labels[part].max() >= len(names):
+            raise ValueError(f"{part} labels outside the {len(names)} classes")
+    train, test = ((images[part], labels[part]) for part in ("train", "test"))
+    return ImageSet("cifar100", *train, *test, names, CIFAR100_MEAN, CIFAR100_STD)
 
 
 def _image_folder(root: Path, image_size_px: int) -> ImageSet:

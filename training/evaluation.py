@@ -20,7 +20,6 @@ from models.frontier import Frontier, build_frontier
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
 from training.objectives import network_of
-from training.recipe import Recipe
 
 N_BUDGETS = 41  # evenly spaced from the cost of exit 1 to that of exit N
 N_HALVINGS = 5  # random halvings of the held-out images, each used both ways round
@@ -130,9 +129,8 @@ class Evaluation:
 
 def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
     """Count what the network of a run costs at each exit; no weights are needed."""
-    recipe = Recipe.model_validate(folder.read_description()["recipe"])
     with torch.device("meta"):
-        network = network_of(recipe, len(record.class_names))
+        network = network_of(folder.read_recipe(), len(record.class_names))
     return measure_cost(network, record.image_size_px)
 
 

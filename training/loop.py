@@ -90,7 +90,7 @@ class Trainer:
     def _resume(self, images: ImageSet) -> Split:
         made_by = self.folder.read_description()
         same = {
-            "recipe": Recipe.model_validate(made_by["recipe"]) == self.recipe,
+            "recipe": self.folder.read_recipe() == self.recipe,
             "seed": made_by["seed"] == self.seed,
             "number of processes": made_by["processes"] == self.processes.count,
             "image set": made_by["data"]["name"] == images.name,

@@ -28,11 +28,10 @@ def pack(folder: RunFolder, output: Path, name: str) -> str:
     Raises:
         RunError: a step before is missing, or the network can't be bundled.
     """
-    made_by = folder.read_description()
-    recipe = Recipe.model_validate(made_by["recipe"])
+    made_by, recipe = folder.read_description(), folder.read_recipe()
     record = CalibrationRecord.load(folder)
     evaluation = Evaluation.load(folder, record)
-    network, _ = load_trained(folder, recipe, len(record.class_names))
+    network, _ = load_trained(folder, len(record.class_names))
     training = _training_info(made_by, record)
     try:
         with TemporaryDirectory() as made:
