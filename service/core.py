@@ -1,0 +1,173 @@
+"""What the engine's thread does between messages: who is admitted, runs, leaves, goes on. No thread, no waiting.
+
+The caller tells the time, runs the batches it is given and brings them back.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.budget import BudgetController, Reason
+from service.lanes import Batch, BatchResult
+from service.observer import Observer
+from service.rows import ENDED, Answer, EngineError, Outcome, Request, Sink
+from service.runners.base import compact
+from service.scheduler import Scheduler
+from service.steering import MEGA
+
+logger = logging.getLogger(__name__)
+NEVER_SURE = float("-inf")
+
+
+class Core:
+    """Every row in flight, and what becomes of it.
+
+    Attributes:
+        budget, scheduler: owned by this.
+        outbox: outcomes not yet delivered, by sink; whoever delivers them empties it.
+        n_ended, n_answered, n_abandoned, n_failed: requests, since the start; the first is the sum of the others.
+        exits: answers by exit (from 1) and reason.
+    """
+
+    def __init__(
+        self,
+        budget: BudgetController,
+        scheduler: Scheduler[Request],
+        class_names: Sequence[str],
+        exits: bool = True,
+        observer: Observer | None = None,
+    ) -> None:
+        self.budget = budget
+        self.scheduler = scheduler
+        self.outbox: dict[Sink, list[tuple[Any, Outcome]]] = {}
+        self.n_answered = self.n_abandoned = self.n_failed = 0
+        self.exits: Counter[tuple[int, Reason]] = Counter()
+        self._class_names = tuple(class_names)
+        self._exits_on = exits
+        self._observer = observer
+        self._live: set[Request] = set()
+
+    @property
+    def n_ended(self) -> int:
+        return self.n_answered + self.n_abandoned + self.n_failed
+
+    def admit(self, request: Request, now_s: float) -> None:
+        request.account = self.budget.admit()
+        self._live.add(request)
+        self._queue([request], 0, now_s)
+
+    def abandon(self, request: Request) -> None:
+        """End a request whose client has left: now if it waits, at the end of its batch if it runs."""
+        request.abandoned = True
+        if self.scheduler.drop(request):
+            self._end(request, None)
+
+    def next_batch(self, now_s: float) -> Batch | None:
+        """Take the next batch to run, charged; None if nothing waits."""
+        picked = self.scheduler.pick(now_s)
+        if picked is None:
+            return None
+        stage, rows = picked
+        for row in rows:
+            self.budget.charge(row.account)
+        return Batch(stage, rows)
+
+    def finish(self, batch: Batch, now_s: float) -> None:
+        """Take back a batch that has run: every row of it leaves or goes on."""
+        self.budget.refresh()
+        seconds = batch.ended_s - batch.started_s
+        waits = [batch.started_s - row.queued_since_s for row in batch.rows]
+        for row, wait in zip(batch.rows, waits, strict=True):
+            row.queue_s += wait
+            row.compute_s += seconds
+        if batch.result is None:
+            logger.error("stage %d failed on %d images: %s", batch.stage + 1, len(batch.rows), batch.error)
+            self._fail(batch.rows, EngineError(f"stage {batch.stage + 1} failed: {batch.error}"))
+            return
+        if self._observer is not None:
+            self._observer.batch_ran(batch.stage + 1, seconds, waits)
+        self._decide(batch, batch.result, now_s)
+
+    def fail_all(self, error: EngineError) -> None:
+        """End every request in flight with an error."""
+        self._fail(list(self._live), error)
+
+    def _queue(self, rows: Sequence[Request], stage: int, now_s: float) -> None:
+        for row in rows:
+            row.queued_since_s = now_s
+        self.scheduler.add(rows, stage, now_s)
+
+    def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
+        leaving: list[tuple[int, Reason]] = []
+        going_on: list[int] = []
+        for i, row in enumerate(batch.rows):
+            if row.abandoned:
+                self._end(row, None)
+                continue
+            reason = self.budget.decide(row.account, result.scores[i] if self._exits_on else NEVER_SURE)
+            if reason is None:
+                going_on.append(i)
+            else:
+                leaving.append((i, reason))
+        if going_on:
+            states = compact([result.output.states[i] for i in going_on])
+            survivors = [batch.rows[i] for i in going_on]
+            for row, state in zip(survivors, states, strict=True):
+                row.state = state
+            self._queue(survivors, batch.stage + 1, now_s)
+        if leaving:
+            self._answer(batch, result, leaving)
+
+    def _answer(self, batch: Batch, result: BatchResult, leaving: Sequence[tuple[int, Reason]]) -> None:
+        answers = []
+        for i, reason in leaving:
+            row, class_id, confidence = batch.rows[i], result.classes[i], result.confidences[i]
+            top_k: tuple[tuple[int, float], ...] = ((class_id, confidence),)
+            if row.options.top_k > 1:
+                top_k = _top_k(result.output.logits[i], confidence, row.options.top_k)
+            answer = Answer(
+                class_id=class_id,
+                label=self._class_names[class_id],
+                confidence=confidence,
+                top_k=top_k,
+                exit=batch.stage + 1,
+                reason=reason,
+                mflops=row.account.spent / MEGA,
+                queue_ms=row.queue_s * 1e3,
+                compute_ms=row.compute_s * 1e3,
+                batch_rows=len(batch.rows),
+            )
+            answers.append(answer)
+            self.exits[answer.exit, reason] += 1
+            self._end(row, answer)
+        if self._observer is not None:
+            self._observer.answered(answers)
+
+    def _fail(self, rows: Sequence[Request], error: EngineError) -> None:
+        for row in rows:
+            self._end(row, None if row.abandoned else error)
+
+    def _end(self, row: Request, outcome: Outcome | None) -> None:
+        """A request's one end: an answer, an error, or None where it was abandoned."""
+        self.budget.settle(row.account, answered=isinstance(outcome, Answer))
+        self._live.remove(row)
+        row.state = ENDED
+        if outcome is None:
+            self.n_abandoned += 1
+            return
+        if isinstance(outcome, Answer):
+            self.n_answered += 1
+        else:
+            self.n_failed += 1
+        self.outbox.setdefault(row.sink, []).append((row.token, outcome))
+
+
+def _top_k(logits: NDArray[np.float32], confidence: float, k: int) -> tuple[tuple[int, float], ...]:
+    """The k best classes of logits [classes] and their softmax outputs, of which `confidence` is the largest."""
+    best = np.argsort(-logits, kind="stable")[:k]
+    shares = np.exp(logits[best].astype(np.float64) - float(logits[best[0]])) * confidence
+    return tuple(zip(best.tolist(), shares.tolist(), strict=True))

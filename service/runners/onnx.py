@@ -1,0 +1,199 @@
+"""ONNX Runtime: the fastest engine measured on CPUs, and CUDA where a device is really there. Needs no torch.
+
+One session per stage with a single thread each, called from one lane per core: pools of several threads per session
+spin against each other and fall behind a single one.
+"""
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from models.manifest import ValueInfo
+from models.onnx_weights import StageLoadError, load_stage_session
+from service.runners.base import Array, Block, RowState, RunnerError, StageOutput, gather
+
+Device = Literal["auto", "cpu", "cuda"]
+ALIGNMENT_BYTES = 64
+
+
+def cuda_device_count() -> int:
+    """Ask the driver. ONNX Runtime's GPU package lists CUDA on machines without one, and asked for it runs on the CPU
+    with no more than a line in the log."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def default_lanes() -> int:
+    """One per core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class OnnxRunner:
+    """Runs a bundle's stages with ONNX Runtime; see `base.Runner` for the contract.
+
+    Args:
+        bundle: with ONNX stages.
+        max_rows: the largest batch.
+        n_lanes: batches at once; by default one per core, on CUDA one.
+        device: "auto" takes CUDA if a device is there and ONNX Runtime can use it.
+
+    Raises:
+        StageLoadError: a stage cannot be opened.
+        RunnerError: CUDA was asked for and cannot be had, or a number is out of range.
+    """
+
+    def __init__(self, bundle: Bundle, max_rows: int = 32, n_lanes: int | None = None, device: Device = "auto") -> None:
+        if max_rows < 1 or (n_lanes is not None and n_lanes < 1):
+            raise RunnerError(f"max_rows ({max_rows}) and n_lanes ({n_lanes}) must be at least 1")
+        self.stages = bundle.manifest.stages
+        self.max_rows = max_rows
+        self._sessions, self.provider = _open_sessions(bundle, device)
+        self.n_lanes = n_lanes or (1 if self.provider == "CUDAExecutionProvider" else default_lanes())
+        self._image = self.stages[0].inputs[0]
+        # What a row carries on from stage k: everything made up to it that a later stage reads.
+        needed = [
+            {value.name for stage in self.stages[k + 1 :] for value in stage.inputs} for k in range(len(self.stages))
+        ]
+        self._needed = [frozenset(names) for names in needed]
+        self._kept = [
+            tuple(v.name for v in stage.outputs if v.name in self._needed[k]) for k, stage in enumerate(self.stages)
+        ]
+        self._lane = threading.local()  # each lane gathers into a buffer of its own
+
+    @property
+    def n_stages(self) -> int:
+        return len(self.stages)
+
+    def first_state(self, image: NDArray[np.uint8]) -> RowState:
+        wanted = tuple(self._image.shape)
+        if image.shape != wanted or image.dtype != np.dtype(self._image.dtype):
+            raise ValueError(
+                f"an image {image.dtype} {image.shape} where the network takes {self._image.dtype} {wanted}"
+            )
+        return RowState(Block({self._image.name: image[None]}, 1), 0)
+
+    def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
+        started = time.perf_counter()
+        n_rows = len(rows)
+        buffers = self._buffers(stage)
+        feed: dict[str, Array] = {}
+        for value in self.stages[stage].inputs:
+            carried = value.name in self._needed[stage]  # read again later: it must outlive the lane's buffer
+            feed[value.name] = gather(rows, value.name, None if carried else buffers[value.name][:n_rows])
+        try:
+            outputs = self._sessions[stage].run(None, feed)
+        except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception
+            raise RunnerError(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
+        names = [value.name for value in self.stages[stage].outputs]
+        by_name = dict(zip(names, outputs, strict=True))
+        values = {name: by_name[name] for name in self._kept[stage]}
+        for name in self._needed[stage].difference(values).intersection(rows[0].block.values):
+            values[name] = feed[name] if name in feed else gather(rows, name)
+        block = Block(values, n_rows)
+        states = [RowState(block, i) for i in range(n_rows)] if stage + 1 < self.n_stages else []
+        return StageOutput(outputs[0], states, time.perf_counter() - started)
+
+    def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:
+        """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent."""
+        times: list[dict[int, float]] = [{} for _ in self.stages]
+        n_rows, spent_s = 1, 0.0
+        while True:
+            state = [self.first_state(np.zeros(self._image.shape, self._image.dtype)) for _ in range(n_rows)]
+            rows: Sequence[RowState] = state
+            for stage in range(self.n_stages):
+                runs = [self.run(stage, rows) for _ in range(2)]
+                times[stage][n_rows] = min(run.seconds for run in runs)
+                spent_s += sum(run.seconds for run in runs)
+                rows = runs[-1].states
+            # The next size takes about four times as long.
+            if n_rows == self.max_rows or (spent_s * 4 > limit_s and n_rows > 1):
+                return times
+            n_rows = min(self.max_rows, n_rows * 4)
+
+    def _buffers(self, stage: int) -> Mapping[str, Array]:
+        """This lane's input batches [max_rows, ...] of a stage, which share memory with those of its other stages."""
+        lane = self._lane
+        if not hasattr(lane, "buffers"):
+            lane.arena = np.empty(max(_input_bytes(s.inputs, self.max_rows) for s in self.stages), np.uint8)
+            lane.buffers = [_carve(lane.arena, s.inputs, self.max_rows) for s in self.stages]
+        buffers: Mapping[str, Array] = lane.buffers[stage]
+        return buffers
+
+
+def _open_sessions(bundle: Bundle, device: Device) -> tuple[list[ort.InferenceSession], str]:
+    """Open every stage on one provider; returns them and the provider's name."""
+    n_devices = cuda_device_count() if device != "cpu" else 0
+    listed = "CUDAExecutionProvider" in ort.get_available_providers()
+    if device == "cuda" and not (n_devices and listed):
+        missing = "the driver reports no device" if listed else "this ONNX Runtime is built without CUDA"
+        raise RunnerError(
+            f"CUDA was asked for, but {missing}: choose the device cpu or auto, or install onnxruntime-gpu"
+        )
+    if n_devices and listed:
+        sessions = _open_all(bundle, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        if all("CUDAExecutionProvider" in session.get_providers() for session in sessions):
+            return sessions, "CUDAExecutionProvider"
+        if device == "cuda":
+            raise RunnerError("ONNX Runtime cannot load its CUDA provider: its log says which library it misses")
+    return _open_all(bundle, ["CPUExecutionProvider"]), "CPUExecutionProvider"
+
+
+def _options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    return options
+
+
+def _open_all(bundle: Bundle, providers: Sequence[str]) -> list[ort.InferenceSession]:
+    sessions = []
+    for stage in bundle.manifest.stages:
+        session = load_stage_session(bundle.path, stage.file, providers, _options())
+        for what, declared, found in (
+            ("reads", stage.inputs, session.get_inputs()),
+            ("gives", stage.outputs, session.get_outputs()),
+        ):
+            names, in_graph = [value.name for value in declared], [value.name for value in found]
+            if names != in_graph:
+                raise StageLoadError(
+                    f"{bundle.path / stage.file}: the graph {what} {in_graph} where the manifest says {names}; "
+                    "export the bundle again"
+                )
+        sessions.append(session)
+    return sessions
+
+
+def _bytes(value: ValueInfo, n_rows: int) -> int:
+    exact = prod(value.shape) * np.dtype(value.dtype).itemsize * n_rows
+    return -(-exact // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def _input_bytes(values: Sequence[ValueInfo], n_rows: int) -> int:
+    return sum(_bytes(value, n_rows) for value in values)
+
+
+def _carve(arena: NDArray[np.uint8], values: Sequence[ValueInfo], n_rows: int) -> dict[str, NDArray[Any]]:
+    """Lay batches [n_rows, ...] of several values side by side in one buffer."""
+    batches: dict[str, NDArray[Any]] = {}
+    start = 0
+    for value in values:
+        batches[value.name] = np.ndarray((n_rows, *value.shape), np.dtype(value.dtype), arena.data, start)
+        start += _bytes(value, n_rows)
+    return batches
