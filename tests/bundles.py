@@ -96,7 +96,10 @@ def _built() -> Path:
         load_bundle(folder)
     except BundleError:
         with tempfile.TemporaryDirectory() as contents:
-            _build(folder, Path(contents))
+            try:
+                _build(folder, Path(contents))
+            except OSError:  # another test run has just put its own there
+                load_bundle(folder)
     return folder
 
 
