@@ -99,6 +99,9 @@ class ImageDecoder:
         self.observe_seconds = observe_seconds
         self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
 
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
     async def decode(self, body: bytes) -> NDArray[np.uint8]:
         """Return the pixels of an image file, uint8 [height_px, width_px, 3].
 

@@ -6,7 +6,6 @@ line can be read by every user of the machine.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -38,10 +37,13 @@ class Settings(BaseSettings):
     budget_mflops: float | None = Field(None, gt=0, description="the same in millions of multiply-adds")
     budget_accuracy: float | None = Field(None, gt=0, lt=1, description="the same as the accuracy it has to reach")
     burst_images: float = Field(
-        100, ge=1, le=1_000_000, description="budgets that may be saved up while traffic is easy, in images"
+        32, ge=1, le=1_000_000, description="budgets that may be saved up while traffic is easy, in images"
     )
 
-    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0 is one per processor core")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where stages run; auto takes CUDA if it is there"
+    )
+    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0 is one per core, on CUDA one")
     max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
     max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="images in work; more are refused with 429")
 
@@ -78,11 +80,6 @@ class Settings(BaseSettings):
                 f"{variable('admin_token')} and {flag('admin_token_file')} are both given: give one of them"
             )
         return self
-
-    @property
-    def n_lanes(self) -> int:
-        """Lanes to open; 0 in the setting means one per core this process may use."""
-        return self.lanes or len(os.sched_getaffinity(0))
 
     def read_admin_token(self) -> str | None:
         """Return the admin token, read from its file where it is in one; None where none is configured.

@@ -26,7 +26,6 @@ def test_defaults_are_safe() -> None:
     assert settings.host == "127.0.0.1"
     assert settings.port == 8000
     assert settings.read_admin_token() is None
-    assert settings.n_lanes >= 1
 
 
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

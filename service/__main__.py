@@ -1,0 +1,122 @@
+"""`python -m service`: load a bundle, check it, warm it up, serve it.
+
+Exit codes: 0 stopped as told, 1 something failed, 2 wrong settings or an unusable bundle.
+"""
+
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from service.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from service.target import Target, Targets
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until told to stop; returns the exit code."""
+    try:
+        settings = load_settings(arguments)
+    except SettingsError as error:
+        return _refuse(error)
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    for noisy in ("uvicorn.error", "python_multipart"):  # what they tell is told here in other words, or to the client
+        logging.getLogger(noisy).setLevel(max(logging.ERROR, logging.root.level))
+    # Only now, so that `--help` and a wrong setting are answered at once.
+    from models.bundle import BundleError
+    from service.server import ListenError, listen
+
+    try:
+        listener = listen(settings.host, settings.port)
+    except ListenError as error:
+        return _refuse(error, code=1)
+    with listener:
+        try:
+            return _serve(settings, listener)
+        except (SettingsError, BundleError) as error:
+            return _refuse(error)
+
+
+def _serve(settings: Settings, listener: socket.socket) -> int:
+    from models.bundle import load_bundle
+    from models.onnx_weights import StageLoadError
+    from service.api.app import create_app
+    from service.assembly import build_engine
+    from service.metrics import Metrics
+    from service.runners.base import RunnerError
+    from service.server import Server
+    from service.target import Targets
+
+    bundle = load_bundle(settings.bundle)
+    manifest = bundle.manifest
+    targets = Targets(bundle.frontier(), bundle.costs_mflops)
+    target = _target(settings, targets)
+    metrics = Metrics(manifest)
+    try:
+        engine = build_engine(
+            bundle,
+            target.average_mflops,
+            device=settings.device,
+            n_lanes=settings.lanes or None,
+            max_rows=settings.max_batch_rows,
+            burst_images=settings.burst_images,
+            max_in_flight_rows=settings.max_in_flight,
+            observer=metrics,
+        )
+    except (StageLoadError, RunnerError) as error:
+        return _refuse(error)
+    failure: list[Exception] = []
+
+    def on_started(error: Exception | None) -> None:
+        if error is not None:
+            failure.append(error)
+            server.should_exit = True
+            return
+        sys.stdout.write(
+            f"ExitServe is ready on {_url(listener)} with {manifest.name} {manifest.version}: {len(manifest.exits)} "
+            f"exits, {target.average_mflops:.4g} of {targets.full_mflops:.4g} MFLOPs an image\n"
+        )
+        sys.stdout.flush()
+
+    app = create_app(bundle, engine, metrics, targets, target, settings, on_started)
+    server = Server(app, app.lifecycle, settings)
+    server.run(sockets=[listener])
+    if failure:
+        return _refuse(failure[0], code=1)
+    return 1 if server.n_unanswered else 0
+
+
+def _target(settings: Settings, targets: "Targets") -> "Target":
+    """The budget that was asked for; the whole network's where none was, of which the frontier uses what pays."""
+    from service.target import Kind, TargetError
+
+    asked: tuple[tuple[Kind, float | None], ...] = (
+        ("average_mflops", settings.budget_mflops),
+        ("fraction", settings.budget_fraction),
+        ("accuracy", settings.budget_accuracy),
+    )
+    for kind, value in asked:
+        if value is not None:
+            try:
+                return targets.resolve(kind, value)
+            except TargetError as error:
+                raise SettingsError(f"the budget for {settings.bundle}: {error}") from None
+    return targets.resolve("fraction", 1.0)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _refuse(error: Exception, code: int = 2) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""Puts the HTTP face together, around an engine that it warms up, and stops at the end."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from models.bundle import Bundle
+from service.api import problems
+from service.api.budget import budget_routes
+from service.api.classify import classify_routes
+from service.api.delivery import Delivery
+from service.api.lifecycle import Gate, Lifecycle
+from service.api.state import State
+from service.api.status import status_routes
+from service.engine import Engine
+from service.images import ImageDecoder
+from service.metrics import Metrics
+from service.settings import Settings
+from service.target import Target, Targets
+
+logger = logging.getLogger(__name__)
+
+ABOUT = """\
+Classifies images with a network that stops early: every image leaves at the first exit that is sure, and the
+average compute per image is one number that you set (`PUT /budget`).
+
+MFLOPs are millions of multiply-adds, as the early-exit literature counts them. Errors are problem documents
+(RFC 9457): `detail` names cause and remedy, `type` is stable.
+"""
+ENGINE_STOP_S = 1.0  # requests have been waited for before; what is left has nobody to hear it
+
+
+def create_app(
+    bundle: Bundle,
+    engine: Engine,
+    metrics: Metrics,
+    targets: Targets,
+    target: Target,
+    settings: Settings,
+    on_started: Callable[[Exception | None], object] = lambda error: None,
+) -> Gate:
+    """Return the ASGI application that serves `engine`.
+
+    Args:
+        engine: not yet started: the application warms it up once it listens, so that `/readyz` can tell.
+        metrics: the observer that `engine` was made with.
+        targets, target: what may be asked for, and what was; `engine` was made with it.
+        on_started: called on the event loop once the engine is ready, or with the error that kept it from starting.
+
+    Raises:
+        SettingsError: the admin token cannot be read.
+    """
+    lifecycle = Lifecycle()
+    manifest = bundle.manifest
+    state = State(
+        bundle=bundle,
+        targets=targets,
+        engine=engine,
+        delivery=Delivery(engine),
+        decoder=ImageDecoder(
+            manifest.input.height_px, manifest.input.width_px, settings.max_pixels, observe_seconds=metrics.decoded
+        ),
+        metrics=metrics,
+        lifecycle=lifecycle,
+        settings=settings,
+        admin_token=settings.read_admin_token(),
+    )
+
+    async def start_engine() -> None:
+        try:
+            await asyncio.to_thread(engine.start)
+        except Exception as error:
+            logger.exception("the engine cannot start")
+            lifecycle.fail(f"its engine did not start ({error})")
+            on_started(error)
+            return
+        metrics.watch(engine.stats, engine.budget_state, manifest)
+        lifecycle.become_ready()
+        on_started(None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(start_engine())
+        yield
+        await starting
+        await asyncio.to_thread(engine.drain, ENGINE_STOP_S)
+        state.decoder.close()
+
+    app = FastAPI(title="ExitServe", version=manifest.version, description=ABOUT, lifespan=lifespan, redoc_url=None)
+    problems.install(app)
+    for routes in (classify_routes(state), budget_routes(state, target), status_routes(state)):
+        app.include_router(routes)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return Gate(app, lifecycle)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with what it cannot know: errors are problem documents, and the admin token."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for path in document["paths"].values():
+            for operation in path.values():
+                for status, response in operation["responses"].items():
+                    if status >= "400" and "application/json" in response.get("content", {}):
+                        response["content"][problems.MEDIA_TYPE] = response["content"].pop("application/json")
+        document["components"]["securitySchemes"] = {"admin": {"type": "http", "scheme": "bearer"}}
+        app.openapi_schema = document
+    return app.openapi_schema

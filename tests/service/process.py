@@ -1,0 +1,72 @@
+"""A real server process on a free port, as an operator would start it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from time import monotonic
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class ServerProcess:
+    process: subprocess.Popen[str]
+    url: str
+    port: int
+    started_s: float  # monotonic time of the start
+    log: Path
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "service", *arguments]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This environment without its own server settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("EXITSERVE_")}
+    return {**kept, "PYTHONUNBUFFERED": "1", **variables}
+
+
+@contextmanager
+def running_server(bundle: Path, log: Path, *arguments: str, **variables: str) -> Iterator[ServerProcess]:
+    """Start `python -m service` and wait for the line that says it is ready; kill it at the end if it still runs."""
+    started_s = monotonic()
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command("--bundle", str(bundle), "--port", "0", *arguments),
+            cwd=REPOSITORY,
+            env=environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    try:
+        line = _first_line(process, 60.0)
+        assert "http://" in line, f"{line!r}; the log says: {log.read_text()}"
+        url = next(word for word in line.split() if word.startswith("http://"))
+        yield ServerProcess(process, url, int(url.rsplit(":", 1)[1]), started_s, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _first_line(process: subprocess.Popen[str], timeout_s: float) -> str:
+    lines: Queue[str] = Queue()
+    stdout = process.stdout
+    assert stdout is not None
+    threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
+    return lines.get(timeout=timeout_s)
