@@ -16,7 +16,7 @@ from tqdm import tqdm
 from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder, describe_run
 from training.data import DataError, ImageSet, Split
-from training.objectives import build_objective, network_of
+from training.objectives import build_objective, check_image_size, network_of
 from training.processes import Processes, StopRequest
 from training.recipe import Recipe
 from training.schedule import learning_rate
@@ -50,6 +50,7 @@ class Trainer:
         device, o = processes.device, recipe.optimisation
         torch.manual_seed(seed)  # the initial weights, the same in every process
         network = network_of(recipe, len(images.class_names)).to(device)
+        check_image_size(network, images.image_size_px)
         layout = torch.channels_last if recipe.numerics.channels_last else torch.contiguous_format
         self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
         self.loss_of = build_objective(recipe.objective)

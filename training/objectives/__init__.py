@@ -39,6 +39,23 @@ def network_of(recipe: Recipe, n_classes: int) -> nn.Module:
         raise RecipeError(f"network: {error}") from error
 
 
+def check_image_size(network: nn.Module, image_size_px: int) -> None:
+    """Let a network see one empty image.
+
+    Raises:
+        RecipeError: it does not take images of that size.
+    """
+    parameter = next(network.parameters())
+    try:
+        with torch.no_grad():
+            network.eval()(parameter.new_zeros(1, 3, image_size_px, image_size_px))
+    except RuntimeError as error:
+        raise RecipeError(
+            f"network: it does not take images of {image_size_px} x {image_size_px} px ({error}); "
+            "choose another network, or read an image folder with another --image-size"
+        ) from error
+
+
 @dataclass(frozen=True)
 class ExitLosses:
     """One forward pass, one loss per exit with weight 1 each, one summed loss (BoostNet, section 3)."""

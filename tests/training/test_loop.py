@@ -1,0 +1,200 @@
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training import tiny
+from training.checkpoint import RunError, RunFolder
+from training.data import DataError, ImageSet
+from training.loop import Trainer
+from training.processes import Processes
+from training.recipe import Recipe, RecipeError
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+STEPS_PER_EPOCH = 4  # 64 images, 16 rows
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    return tiny.image_set(tmp_path_factory.mktemp("data") / "cifar")
+
+
+def trainer(path: Path, images: ImageSet, recipe: Recipe | None = None, seed: int = 0) -> Trainer:
+    return Trainer(recipe or tiny.recipe(), images, RunFolder(path), seed, ALONE, "python -m training train RUN")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return RunFolder(path).load_checkpoint()["network"]
+
+
+def numbers(path: Path) -> list[dict]:
+    """The log without what a clock put there."""
+    return [
+        {key: value for key, value in record.items() if key not in ("seconds", "images_per_s")}
+        for record in RunFolder(path).read_log()
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = RunFolder(one).load_checkpoint(), RunFolder(other).load_checkpoint()
+    assert first["progress"]["step"] == second["progress"]["step"]
+    assert first["network"].keys() == second["network"].keys()
+    assert all(torch.equal(first["network"][name], second["network"][name]) for name in first["network"])
+    assert numbers(one) == numbers(other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(
+    tmp_path: Path, images: ImageSet, precision: str
+) -> None:
+    recipe = tiny.recipe(numerics={"precision": precision}, optimisation={"schedule": "one_cycle"})
+    assert trainer(tmp_path / "whole", images, recipe).train() == "finished"
+    n_times = 0
+    while trainer(tmp_path / "pieces", images, recipe).train(time_limit_s=0) == "time limit":
+        n_times += 1
+    assert n_times == 2 * STEPS_PER_EPOCH - 1
+    assert [record["epoch"] for record in numbers(tmp_path / "whole")] == [1, 2]
+    assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+
+
+def test_the_loss_logged_is_the_mean_over_the_epoch_whether_resumed_or_not(
+    tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    step = Trainer._step
+
+    def noted(self: Trainer, number: int) -> tuple[torch.Tensor, int]:
+        per_exit, n_rows = step(self, number)
+        seen.append(per_exit)
+        return per_exit, n_rows
+
+    monkeypatch.setattr(Trainer, "_step", noted)
+    trainer(tmp_path / "run", images).train(time_limit_s=0)
+    trainer(tmp_path / "run", images).train()
+    expected = [torch.stack(seen[i : i + STEPS_PER_EPOCH]).mean(0) for i in (0, STEPS_PER_EPOCH)]
+    for record, losses in zip(numbers(tmp_path / "run"), expected, strict=True):
+        assert record["losses"] == pytest.approx(losses.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(
+    tmp_path: Path, images: ImageSet, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+
+    def interrupted(self: Trainer, at: int) -> tuple[torch.Tensor, int]:
+        if at == 5:
+            signal.raise_signal(number)
+        return step(self, at)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", interrupted)
+        assert trainer(tmp_path / "stopped", images).train() == "signal"
+    assert signal.getsignal(number) is before
+    assert RunFolder(tmp_path / "stopped").load_checkpoint()["progress"]["step"] == 6
+    assert trainer(tmp_path / "stopped", images).train() == "finished"
+    assert trainer(tmp_path / "whole", images).train() == "finished"
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_run_killed_between_its_log_and_its_checkpoint_tells_every_epoch_once(
+    tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Trainer._save
+
+    def killed(self: Trainer) -> None:
+        if self.progress.step == 2 * STEPS_PER_EPOCH:
+            raise MemoryError("killed")
+        save(self)
+
+    recipe = tiny.recipe(optimisation={"epochs": 3})
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(Trainer, "_save", killed)
+        trainer(tmp_path / "killed", images, recipe).train()
+    assert [record["epoch"] for record in numbers(tmp_path / "killed")] == [1, 2]
+    trainer(tmp_path / "killed", images, recipe).train()
+    trainer(tmp_path / "whole", images, recipe).train()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_training_learns(tmp_path: Path, images: ImageSet) -> None:
+    recipe = tiny.recipe(optimisation={"epochs": 8, "schedule": "one_cycle"})
+    trainer(tmp_path / "run", images, recipe).train()
+    log = RunFolder(tmp_path / "run").read_log()
+    assert all(later < first for first, later in zip(log[0]["losses"], log[-1]["losses"], strict=True))
+    assert log[-1]["held_out_accuracy"][-1] > 0.6  # of 4 classes told by their colour
+
+
+def test_the_seed_decides_the_run(tmp_path: Path, images: ImageSet) -> None:
+    recipe = tiny.recipe(optimisation={"epochs": 1})
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        trainer(tmp_path / name, images, recipe, seed).train()
+    assert_same_run(tmp_path / "first", tmp_path / "again")
+    first, other = weights(tmp_path / "first"), weights(tmp_path / "other")
+    assert not torch.equal(first["stem.scales.0.0.weight"], other["stem.scales.0.0.weight"])
+
+
+def test_every_training_image_is_seen_once_an_epoch_and_no_held_out_one(tmp_path: Path, images: ImageSet) -> None:
+    run = trainer(tmp_path / "run", images)
+    epochs = [
+        torch.cat([run._batch_rows_of(step) for step in range(first, first + STEPS_PER_EPOCH)])
+        for first in (0, STEPS_PER_EPOCH)
+    ]
+    assert not torch.equal(*epochs)
+    for rows in epochs:
+        assert rows.sort().values.tolist() == list(range(64))
+    assert np.array_equal(run.train_images.labels, images.train_labels[run.split.train])
+    assert not set(run.split.train) & set(run.split.held_out)
+
+
+def test_the_description_tells_what_made_the_run_and_no_path(tmp_path: Path, images: ImageSet) -> None:
+    run = trainer(tmp_path / "run", images, seed=7)
+    text = (tmp_path / "run" / "run.json").read_text()
+    described = json.loads(text)
+    assert described["seed"] == 7
+    assert described["recipe"]["optimisation"]["batch_rows"] == 16
+    assert described["data"] == {"name": "cifar100", "image_size_px": 32, "split_sha256": run.split.sha256}
+    assert described["torch"] == torch.__version__
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("what", ["recipe", "seed", "number of processes", "image set"])
+def test_a_folder_with_another_run_is_refused(tmp_path: Path, images: ImageSet, what: str) -> None:
+    trainer(tmp_path / "run", images).train(time_limit_s=0)
+    if what in ("number of processes", "image set"):
+        described = json.loads((tmp_path / "run" / "run.json").read_text())
+        described["processes"] += what == "number of processes"
+        described["data"]["name"] += "x" * (what == "image set")
+        (tmp_path / "run" / "run.json").write_text(json.dumps(described))
+    recipe = tiny.recipe(optimisation={"learning_rate": 0.2}) if what == "recipe" else None
+    with pytest.raises(RunError, match=f"holds a run with another {what}; .*another folder"):
+        trainer(tmp_path / "run", images, recipe, seed=int(what == "seed"))
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path, images: ImageSet) -> None:
+    trainer(tmp_path / "run", images).train()
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    trainer(tmp_path / "run", images, seed=1).train()
+    assert [record["epoch"] for record in numbers(tmp_path / "run")] == [1, 2]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 1
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path, images: ImageSet) -> None:
+    trainer(tmp_path / "run", images).train(time_limit_s=0)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"checkpoint\.pt: can't be read"):
+        trainer(tmp_path / "run", images)
+
+
+def test_what_does_not_go_together_is_told_before_training(tmp_path: Path, images: ImageSet) -> None:
+    with pytest.raises(DataError, match="cannot hold out 104 of 104"):
+        trainer(tmp_path / "a", images, Recipe.model_validate({**tiny.recipe().model_dump(), "held_out_images": 104}))
+    with pytest.raises(DataError, match="don't go together"):
+        trainer(tmp_path / "b", images, tiny.recipe(optimisation={"batch_rows": 1000}))
+    with pytest.raises(RecipeError, match="does not take images of 32 x 32 px"):
+        trainer(tmp_path / "c", images, Recipe.load("image-folder"))

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.training import tiny
+from training.objectives import build_objective, network_arguments, network_of
+
+
+def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, 32, 32, generator=generator), torch.arange(n) % 4
+
+
+def trained_network(objective: dict, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return network_of(tiny.recipe(objective=objective), n_classes=4).train()
+
+
+def gradients(network: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def test_joint_is_boosted_with_temperature_zero() -> None:
+    joint = tiny.recipe(objective={"name": "joint", "temperatures": [0.5]})
+    assert network_arguments(joint, 4)["temperatures"] == [0.0]
+    assert network_arguments(tiny.recipe(), 4)["temperatures"] == [0.5]
+
+
+def test_without_temperature_and_rescaling_it_is_a_plain_network_with_exits() -> None:
+    images, labels = batch()
+    objective = {"name": "joint", "gradient_rescaling": "off"}
+    ours = trained_network(objective)
+    loss, per_exit = build_objective(tiny.recipe(objective=objective).objective)(ours, images, labels)
+    our_gradients = gradients(ours, loss)
+
+    plain = trained_network(objective)  # the same weights, run by hand: no ensemble, no rescaling
+    maps, losses = plain.stem(images), []
+    for block, head in zip(plain.blocks, plain.heads, strict=True):
+        maps = block(maps)
+        losses.append(functional.cross_entropy(head(maps[-1]), labels))
+    plain_gradients = gradients(plain, sum(losses))
+
+    assert torch.equal(per_exit, torch.stack(losses).detach())
+    assert our_gradients.keys() == plain_gradients.keys()
+    assert all(torch.equal(our_gradients[name], plain_gradients[name]) for name in our_gradients)
+
+
+def test_boosted_losses_are_those_of_the_ensemble_and_stop_at_their_own_head() -> None:
+    images, labels = batch()
+    objective = {"temperatures": [0.5], "gradient_rescaling": "off"}
+    network = trained_network(objective)
+    _, per_exit = build_objective(tiny.recipe(objective=objective).objective)(network, images, labels)
+
+    maps, heads = network.stem(images), []
+    for block, head in zip(network.blocks, network.heads, strict=True):
+        maps = block(maps)
+        heads.append(head(maps[-1]))
+    ensembled = [heads[0], 0.5 * heads[0] + heads[1], 0.25 * heads[0] + 0.5 * heads[1] + heads[2]]
+    expected = torch.stack([functional.cross_entropy(x, labels) for x in ensembled])
+    assert torch.allclose(per_exit, expected, atol=1e-6)
+
+    reached = gradients(network, functional.cross_entropy(network(images)[2], labels))
+    assert not any(torch.any(reached[name] != 0) for name in reached if name.startswith(("heads.0", "heads.1")))
+    assert any(torch.any(reached[name] != 0) for name in reached if name.startswith("heads.2"))
+
+
+def test_label_smoothing_reaches_every_exit() -> None:
+    images, labels = batch()
+    network = trained_network({})
+    smoothed = build_objective(tiny.recipe(objective={"label_smoothing": 0.2}).objective)
+    _, per_exit = smoothed(network, images, labels)
+    expected = [functional.cross_entropy(x, labels, label_smoothing=0.2) for x in network(images)]
+    assert torch.allclose(per_exit, torch.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_losses_are_float32_under_autocast(dtype: torch.dtype) -> None:
+    images, labels = batch()
+    network = trained_network({})
+    with torch.autocast("cpu", dtype=dtype):
+        loss, per_exit = build_objective(tiny.recipe().objective)(network, images, labels)
+    assert loss.dtype == per_exit.dtype == torch.float32
