@@ -241,8 +241,7 @@ def take_exits(scores: NDArray[Any], thresholds: Sequence[float] | Floats) -> ND
     """Return the exit [M], counted from 0, at which each image of scores [M, N] leaves under thresholds [N]."""
     leaves = np.asarray(scores, dtype=np.float64) >= np.asarray(thresholds, dtype=np.float64)
     leaves[:, -1] = True
-    first: NDArray[np.intp] = leaves.argmax(axis=1)
-    return first
+    return np.asarray(leaves.argmax(axis=1), dtype=np.intp)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,24 @@ surer they are, as trained ones do. Labels are what the last exit answers, with 
 
 import functools
 import hashlib
+import json
 import shutil
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from models.bundle import BundleError, load_bundle, write_bundle
+from models.bundle import BundleError, files_digest, load_bundle, write_bundle
 from models.calibration import Calibration
 from models.cost import measure_cost
 from models.exits import SCORES
+from models.manifest import FileInfo
 from models.registry import build_network
 from training.export import Normalise, export_stages
 
@@ -149,3 +153,32 @@ def _build(folder: Path, contents: Path) -> None:
         },
     }
     write_bundle(folder, manifest, calibration, contents, replace=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / "manifest.json").read_text())
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def seal(path: Path, manifest: dict[str, Any] | None = None) -> None:
+    """Make sizes, digests and version fit the files again: what a forger would do."""
+    manifest = manifest or read_manifest(path)
+    for file, info in manifest["files"].items():
+        data = (path / file).read_bytes()
+        info.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest["version"] = files_digest({file: FileInfo(**info) for file, info in manifest["files"].items()})
+    write_manifest(path, manifest)
+
+
+def refusal(path: Path, verify: bool = True) -> BundleError:
+    with pytest.raises(BundleError) as refused:
+        load_bundle(path, verify)
+    error = refused.value
+    assert error.file in str(error)
+    assert error.reason in str(error)
+    assert error.fix in str(error)
+    assert len(str(error)) < 1000
+    return error

@@ -1,6 +1,18 @@
-"""For all tests: random examples may take as long as a busy machine needs: no test asserts its own speed."""
+"""For all tests."""
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
+# Random examples may take as long as a busy machine needs: no test asserts its own speed.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+@pytest.fixture
+def bundle_path(tmp_path: Path) -> Path:
+    """A tiny real bundle of the test's own, to serve or to damage; see `tests.bundles`."""
+    from tests.bundles import tiny_bundle  # here, since it takes seconds to import torch
+
+    return tiny_bundle(tmp_path / "tiny")

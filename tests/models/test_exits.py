@@ -1,7 +1,6 @@
 """Exit scores, shares and thresholds: reference figures, exact quotas, and rules that hold for any scores."""
 
 import math
-from itertools import pairwise
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -18,39 +17,15 @@ from models.exits import (
     solve_exit_probability,
     solve_ratio,
     take_exits,
-    thresholds_for_budget,
-    thresholds_for_shares,
     truncated_geometric_shares,
 )
 
 C_ANY = [15140452, 25505992, 37788460, 52061840, 62181620, 74070872, 87729596, 100038944, 110121860, 121679336]
 
 costs_cumulative = st.lists(st.floats(0.1, 100), min_size=1, max_size=8).map(lambda parts: list(np.cumsum(parts)))
-tied_scores = hnp.arrays(np.float64, st.tuples(st.integers(1, 60), st.integers(1, 6)), elements=st.integers(-3, 3))
 logits = hnp.arrays(
     np.float32, st.tuples(st.integers(1, 40), st.sampled_from([2, 3, 10, 100])), elements=st.floats(-60, 60, width=32)
 )
-
-
-def distinct_scores(n_images: int, n_exits: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n_images, n_exits))
-
-
-def released_walk(scores: np.ndarray, shares: list[float]) -> np.ndarray:
-    """The published code's calibration, image by image; ours must agree with it where nothing ties or rounds."""
-    n_images, n_exits = scores.shape
-    gone, thresholds = set[int](), np.full(n_exits, np.inf)
-    for n in range(n_exits - 1):
-        n_leaving, n_counted = math.floor(n_images * shares[n]), 0
-        for image in sorted(range(n_images), key=lambda i: -scores[i, n]):
-            if image not in gone and n_leaving:
-                n_counted += 1
-                if n_counted == n_leaving:
-                    thresholds[n] = scores[image, n]
-                    break
-        gone |= {i for i in range(n_images) if scores[i, n] >= thresholds[n]}
-    thresholds[-1] = -np.inf
-    return thresholds
 
 
 # --- scores
@@ -189,92 +164,6 @@ def test_costs_that_make_no_sense_are_refused(costs: list[float]) -> None:
         solve_exit_probability(costs, 1.0)
 
 
-# --- thresholds for shares
-
-
-@pytest.mark.parametrize("shares", [[0.3, 0.2, 0.1, 0.4], [0.25] * 4, [0.5, 0.0, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]])
-def test_quotas_are_exact_without_ties_and_agree_with_the_released_walk(shares: list[float]) -> None:
-    scores = distinct_scores(1000, 4)
-    thresholds = thresholds_for_shares(scores, shares)
-    exits = take_exits(scores, thresholds)
-    assert np.bincount(exits, minlength=4).tolist() == [round(1000 * share) for share in shares]
-    assert np.array_equal(exits, take_exits(scores, released_walk(scores, shares)))
-
-
-def test_a_threshold_lies_between_the_last_to_leave_and_the_best_to_stay() -> None:
-    scores = np.array([[4.0, 0.0], [3.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    assert thresholds_for_shares(scores, [0.5, 0.5]).tolist() == [2.0, -np.inf]
-
-
-def test_rounding_leaves_no_remainder_for_the_last_exit() -> None:
-    scores = distinct_scores(100, 5)
-    counts = np.bincount(take_exits(scores, thresholds_for_shares(scores, [0.199] * 4 + [0.204])), minlength=5)
-    assert counts.tolist() == [19, 20, 20, 20, 21]  # flooring each share would give 19 19 19 19 24
-
-
-def test_ties_all_leave_and_the_exits_after_them_keep_to_the_plan() -> None:
-    scores = distinct_scores(1000, 4)
-    scores[:300, 0] = 50.0  # as a saturated float32 softmax does; the plan is 100 an exit but the last
-    counts = np.bincount(take_exits(scores, thresholds_for_shares(scores, [0.1, 0.1, 0.2, 0.6])), minlength=4)
-    assert counts.tolist() == [300, 0, 100, 600]
-
-
-def test_ties_that_empty_the_set_do_not_send_new_images_to_the_last_exit() -> None:
-    scores = distinct_scores(100, 3)
-    scores[:, 0] = 1.0
-    thresholds = thresholds_for_shares(scores, [0.1, 0.1, 0.8])
-    assert thresholds.tolist() == [1.0, -np.inf, -np.inf]
-    walked = released_walk(scores, [0.1, 0.1, 0.8])
-    assert walked[1] == np.inf  # the silent blow-up of the published code, for images unlike these
-
-
-def test_everything_leaves_where_the_shares_say_so() -> None:
-    scores = distinct_scores(50, 3)
-    assert thresholds_for_shares(scores, [1.0, 0.0, 0.0]).tolist() == [-np.inf] * 3
-    assert thresholds_for_shares(scores, [0.0, 1.0, 0.0]).tolist() == [np.inf, -np.inf, -np.inf]
-    assert thresholds_for_shares(scores[:, :1], [1.0]).tolist() == [-np.inf]
-
-
-@given(tied_scores, st.floats(0, 1), st.floats(0, 1))
-def test_under_ties_nobody_leaves_later_than_planned(scores: np.ndarray, p: float, q: float) -> None:
-    n_images, n_exits = scores.shape
-    for shares in (truncated_geometric_shares(p, n_exits), ratio_shares(2 * q, n_exits)):
-        exits = take_exits(scores, thresholds_for_shares(scores, shares))
-        gone_by = np.cumsum(np.bincount(exits, minlength=n_exits))
-        assert (gone_by >= np.floor(n_images * np.cumsum(shares) + 1e-9)).all()
-
-
-@given(st.integers(0, 10), st.integers(1, 200), st.integers(1, 6), st.floats(0, 2), st.floats(0, 2))
-def test_without_ties_images_gone_by_each_exit_fall_with_the_ratio(
-    seed: int, n_images: int, n_exits: int, one: float, other: float
-) -> None:
-    scores = distinct_scores(n_images, n_exits, seed)
-    gone = [
-        np.cumsum(
-            np.bincount(take_exits(scores, thresholds_for_shares(scores, ratio_shares(r, n_exits))), minlength=n_exits)
-        )
-        for r in sorted((one, other))
-    ]
-    assert (gone[0] >= gone[1]).all()
-
-
-def test_scores_that_are_minus_infinity_leave_last() -> None:
-    scores = np.array([[2.0, 0.0], [1.0, 0.0], [-np.inf, 0.0], [-np.inf, 0.0]])
-    assert take_exits(scores, thresholds_for_shares(scores, [0.5, 0.5])).tolist() == [0, 0, 1, 1]
-
-
-@pytest.mark.parametrize("shares", [[0.5, 0.6], [1.0], [1.5, -0.5], [math.nan, 1.0]])
-def test_shares_that_are_none_are_refused(shares: list[float]) -> None:
-    with pytest.raises(ValueError, match="sum to 1"):
-        thresholds_for_shares(np.zeros((4, 2)), shares)
-
-
-@pytest.mark.parametrize("scores", [np.zeros(4), np.zeros((0, 2)), np.array([[1.0, np.nan]])])
-def test_scores_that_cannot_be_ranked_are_refused(scores: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="scores must"):
-        thresholds_for_shares(scores, [0.5, 0.5])
-
-
 # --- taking exits
 
 
@@ -289,41 +178,3 @@ def test_an_outcome_is_what_the_images_did() -> None:
     correct = np.array([[True, False], [True, False], [False, True], [False, True]])
     measured = outcome(scores, correct, [10.0, 30.0], [1.0, -math.inf])
     assert (measured.mean_cost, measured.accuracy, measured.shares) == (20.0, 0.5, (0.5, 0.5))
-
-
-# --- thresholds for a budget
-
-
-@given(st.integers(0, 10), st.integers(1, 300), costs_cumulative, st.floats(0, 1))
-def test_a_budget_is_met_within_one_image(seed: int, n_images: int, costs: list[float], fraction: float) -> None:
-    scores = distinct_scores(n_images, len(costs), seed)
-    budget = min(max(costs[0] + fraction * (costs[-1] - costs[0]), costs[0]), costs[-1])
-    thresholds = thresholds_for_budget(scores, costs, budget)
-    spent = outcome(scores, np.ones(scores.shape, dtype=bool), costs, thresholds).mean_cost
-    assert spent <= budget * (1 + 1e-12)
-    assert budget - spent <= (costs[-1] - costs[0]) / n_images * (1 + 1e-6)
-
-
-@given(tied_scores, st.floats(0, 1))
-def test_a_budget_is_never_exceeded_under_ties(scores: np.ndarray, fraction: float) -> None:
-    costs = [float(n + 1) for n in range(scores.shape[1])]
-    budget = costs[0] + fraction * (costs[-1] - costs[0])
-    thresholds = thresholds_for_budget(scores, costs, budget)
-    assert outcome(scores, np.ones(scores.shape, dtype=bool), costs, thresholds).mean_cost <= budget * (1 + 1e-12)
-
-
-def test_a_bigger_budget_spends_more() -> None:
-    scores = distinct_scores(500, len(C_ANY))
-    correct = np.ones(scores.shape, dtype=bool)
-    spent = [
-        outcome(scores, correct, C_ANY, thresholds_for_budget(scores, C_ANY, budget)).mean_cost
-        for budget in np.linspace(C_ANY[0], C_ANY[-1], 20)
-    ]
-    assert all(a < b for a, b in pairwise(spent))
-    assert spent[0] == C_ANY[0]
-    assert spent[-1] == C_ANY[-1]
-
-
-def test_costs_must_match_the_scores() -> None:
-    with pytest.raises(ValueError, match="one cost an exit"):
-        thresholds_for_budget(np.zeros((3, 2)), [1.0, 2.0, 3.0], 2.0)
