@@ -41,6 +41,7 @@ FORMATS = tuple(
     )
 )
 FORMAT_NAMES = "PNG, JPEG, WebP, BMP or GIF"
+BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8")
 ANIMATED_FORMATS = frozenset({"PNG", "WEBP", "GIF"})
 
 # Below both, decoding costs less than handing the work to another thread (about 0.3 ms at worst).
@@ -136,6 +137,8 @@ class ImageDecoder:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise self._too_large("more than 89 million") from None
         except UnidentifiedImageError:
+            if body.startswith(BEGINNINGS):
+                raise _broken("its header cannot be read") from None
             raise ImageError(
                 "not-an-image",
                 f"The {len(body):,} bytes sent are not a {FORMAT_NAMES} image, whatever their name or content type "
@@ -181,8 +184,8 @@ class ImageDecoder:
         )
 
 
-def _broken(error: Exception) -> ImageError:
-    return ImageError("broken-image", f"The image is damaged or cut short ({error}): send the whole file again.")
+def _broken(why: object) -> ImageError:
+    return ImageError("broken-image", f"The image is damaged or cut short ({why}): send the whole file again.")
 
 
 def _webp_canvas(body: bytes) -> tuple[int, int]:

@@ -22,7 +22,7 @@ Outcome = Literal["answered", "invalid", "overloaded", "unavailable", "abandoned
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # else a second series for each of ours
+disable_created_metrics()  # else a second series for each of ours
 
 # 15 bounds and +Inf: no histogram has more than 16 buckets.
 MAX_BOUNDS = 15

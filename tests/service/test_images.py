@@ -173,14 +173,14 @@ def test_what_is_no_image_is_refused() -> None:
     assert kind_of_error(b"just a text in a file named cat.png") == "not-an-image"
     assert kind_of_error(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "not-an-image"
     assert kind_of_error(encoded(Image.fromarray(noise()), "TIFF")) == "not-an-image"
-    assert kind_of_error(b"BM" + bytes(60)) in ("broken-image", "not-an-image")
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 def test_a_truncated_image_is_refused(file_format: str, kept: float) -> None:
     body = encoded(Image.fromarray(noise(100, 100)), file_format)
-    assert kind_of_error(body[: int(len(body) * kept)]) in ("broken-image", "not-an-image")
+    assert kind_of_error(body[: int(len(body) * kept)]) == "broken-image"
+    assert kind_of_error(body[:20]) == "broken-image"
 
 
 def test_a_damaged_png_is_refused() -> None:
