@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.api import problems
+from service.api import answers, problems
+from service.api.bodies import IMAGE_TYPES
 from service.engine import Engine
 from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, encoded, png, serving
@@ -320,3 +321,57 @@ def test_before_it_is_warm_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPa
             assert client.get("/metrics").status_code == 200
         finally:
             may_start.set()
+
+
+def test_the_openapi_document_is_true(http: Http) -> None:
+    document = http.get("/openapi.json").json()
+    operations = {
+        (method.upper(), path): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert set(operations) == {
+        ("POST", "/classify"),
+        ("GET", "/budget"),
+        ("PUT", "/budget"),
+        ("GET", "/budget/frontier"),
+        ("GET", "/model"),
+        ("GET", "/healthz"),
+        ("GET", "/readyz"),
+        ("GET", "/metrics"),
+    }
+    for (_, path), operation in operations.items():
+        assert operation["summary"]
+        for status, response in operation["responses"].items():
+            if status >= "400":
+                assert set(response["content"]) == {"application/problem+json"}, path
+    classify = operations["POST", "/classify"]
+    assert set(classify["requestBody"]["content"]) == {"multipart/form-data", *IMAGE_TYPES}
+    assert [parameter["name"] for parameter in classify["parameters"]] == ["top_k"]
+    assert {"400", "413", "415", "422", "429", "503"} <= set(classify["responses"])
+    for reference in references(document):
+        node = document
+        for part in reference.removeprefix("#/").split("/"):
+            node = node[part]
+    # What it says of an answer is what an answer is.
+    for path, model, sent in (
+        ("/classify", "Classification", http.post("/classify", content=BODIES[0], headers=PNG).json()),
+        ("/budget", "BudgetState", http.get("/budget").json()),
+        ("/budget/frontier", "FrontierCurve", http.get("/budget/frontier").json()),
+    ):
+        described = document["components"]["schemas"][model]
+        assert set(described["properties"]) == set(described["required"]) == set(sent), path
+        getattr(answers, model).model_validate(sent, strict=True)
+    for example in operations["PUT", "/budget"]["requestBody"]["content"]["application/json"]["examples"].values():
+        answers.BudgetRequest.model_validate(example["value"])
+
+
+def references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "$ref" in node:
+            yield node["$ref"]
+        for value in node.values():
+            yield from references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from references(value)

@@ -1,0 +1,201 @@
+"""`/budget`: said in three ways, refused with its range, and changed only by those who may."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import Request
+
+from service.api.authority import require_authority
+from service.api.problems import Problem
+from tests.bundles import random_images, tiny_bundle
+from tests.service.apps import PNG, Http, build_app, png, serving
+from tests.service.test_api import problem
+
+TOKEN = "correct-horse-battery"
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def http(folder: Path) -> Iterator[Http]:
+    with serving(build_app(folder)) as client:
+        yield client
+
+
+def test_the_budget_is_told_in_three_ways(http: Http) -> None:
+    full = http.get("/model").json()["exits"][-1]["executed_mflops"]
+    state = http.put("/budget", json={"fraction": 0.5}).json()
+    assert state["average_mflops"] == pytest.approx(0.5 * full, rel=1e-5)
+    assert state["fraction"] == pytest.approx(0.5, rel=1e-5)
+    assert 0 < state["accuracy"] < 1
+    assert state["set_as"] == "fraction"
+    assert state["expected"]["average_mflops"] == pytest.approx(state["average_mflops"], rel=1e-3)
+    assert sum(state["expected"]["exit_shares"]) == pytest.approx(1)
+    assert len(state["thresholds"]) == 4
+    assert state["thresholds"][-1] is None
+    assert not state["frontier_ends_below_budget"]
+    assert http.get("/budget").json()["average_mflops"] == state["average_mflops"]
+
+    by_mflops = http.put("/budget", json={"average_mflops": state["average_mflops"]}).json()
+    assert by_mflops["set_as"] == "average_mflops"
+    assert by_mflops["expected"] == state["expected"]
+
+    by_accuracy = http.put("/budget", json={"accuracy": state["accuracy"]}).json()
+    assert by_accuracy["set_as"] == "accuracy"
+    assert by_accuracy["accuracy"] >= state["accuracy"] - 1e-9
+    assert by_accuracy["average_mflops"] <= state["average_mflops"] * 1.001
+
+
+@pytest.mark.parametrize("kind", ["average_mflops", "fraction", "accuracy"])
+def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, kind: str) -> None:
+    allowed = http.get("/budget").json()["allowed"][kind]
+    for value in allowed.values():
+        assert http.put("/budget", json={kind: value}).status_code == 200
+    before = http.get("/budget").json()["average_mflops"]
+    for value in (allowed["lowest"] * 0.99, allowed["highest"] * 1.01, 0, -1, 1e300):
+        document = problem(http.put("/budget", json={kind: value}), 422, "budget-out-of-range")
+        assert document["allowed"] == allowed
+        assert kind in document["detail"]
+        lowest, highest = document["detail"].rstrip(".").split("from ")[1].split(" to ")
+        for shown in (lowest, highest):  # the remedy works
+            assert http.put("/budget", json={kind: float(shown)}).status_code == 200
+        http.put("/budget", json={"average_mflops": before})
+    assert http.get("/budget").json()["average_mflops"] == before
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        (b"{", 400, "broken-json"),
+        (b"", 400, "broken-json"),
+        (b"\xff\xfe", 400, "broken-json"),
+        (b"[" * 5000, 400, "broken-json"),
+        (b"[]", 422, "bad-budget"),
+        (b"40", 422, "bad-budget"),
+        (b"{}", 422, "bad-budget"),
+        (b'{"fraction": null}', 422, "bad-budget"),
+        (b'{"fraction": "0.4"}', 422, "bad-budget"),
+        (b'{"fraction": true}', 422, "bad-budget"),
+        (b'{"fraction": 0.4, "accuracy": 0.7}', 422, "bad-budget"),
+        (b'{"share": 0.4}', 422, "bad-budget"),
+        (b'{"fraction": 0.4, "x": 1}', 422, "bad-budget"),
+        (b'{"fraction": NaN}', 422, "budget-out-of-range"),
+        (b'{"fraction": Infinity}', 422, "budget-out-of-range"),
+        (b'{"fraction": 40}', 422, "budget-out-of-range"),
+        (b" " * 70_000, 413, "body-too-large"),
+    ],
+)
+def test_what_is_no_budget_is_refused(http: Http, body: bytes, status: int, kind: str) -> None:
+    document = problem(http.put("/budget", content=body, headers=JSON), status, kind)
+    if status != 413:
+        assert "fraction" in document["detail"]
+
+
+def test_a_budget_is_json(http: Http) -> None:
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+        headers = {"Content-Type": content_type} if content_type else {}
+        problem(http.put("/budget", content=b'{"fraction": 0.5}', headers=headers), 415, "unsupported-media-type")
+
+
+def test_a_budget_above_the_frontiers_end_is_saved_not_spent(folder: Path) -> None:
+    with serving(build_app(folder, budget_fraction=None)) as http:
+        state = http.get("/budget").json()
+        assert state["fraction"] == pytest.approx(1)
+        curve = http.get("/budget/frontier").json()
+        assert state["frontier_ends_below_budget"] == (curve["average_mflops"][-1] < state["average_mflops"])
+        assert state["expected"]["average_mflops"] == pytest.approx(curve["average_mflops"][-1])
+
+
+def test_the_frontier_is_a_curve(http: Http) -> None:
+    curve = http.get("/budget/frontier").json()
+    n_points = len(curve["average_mflops"])
+    assert n_points > 10
+    assert all(len(values) == n_points for values in curve.values())
+    assert curve["average_mflops"] == sorted(curve["average_mflops"])
+    full = http.get("/model").json()["exits"][-1]["executed_mflops"]
+    assert curve["fraction"] == pytest.approx([cost / full for cost in curve["average_mflops"]])
+    assert all(sum(shares) == pytest.approx(1) for shares in curve["exit_shares"])
+    assert {len(thresholds) for thresholds in curve["thresholds"]} == {4}
+
+
+def test_the_ledger_equals_the_answers(folder: Path) -> None:
+    with serving(build_app(folder)) as http:
+        bodies = [png(image) for image in random_images(60, seed=21)]
+        answers = [response.json() for response in http.post_all("/classify", bodies, 8, headers=PNG)]
+        state = http.get("/budget").json()
+        spent = sum(answer["mflops"] for answer in answers)
+        assert state["ledger"]["answered"] == state["rolling"]["images"] == 60
+        assert state["ledger"]["total_mflops"] == pytest.approx(spent, rel=1e-9)
+        assert state["rolling"]["average_mflops"] == pytest.approx(spent / 60, rel=1e-9)
+        assert spent <= (60 + state["ledger"]["burst_images"]) * state["average_mflops"]
+
+
+# --- who may ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("client", "url", "headers", "allowed"),
+    [
+        ("127.0.0.1", "http://localhost:8000", {}, True),
+        ("127.8.9.1", "http://127.0.0.1:8000", {}, True),
+        ("::1", "http://[::1]:8000", {}, True),
+        ("::ffff:127.0.0.1", "http://localhost", {}, True),
+        ("192.168.0.7", "http://192.168.0.2:8000", {}, False),
+        ("192.168.0.7", "http://localhost:8000", {}, False),
+        ("::ffff:192.168.0.7", "http://localhost", {}, False),
+        ("not an address", "http://localhost:8000", {}, False),
+        ("127.0.0.1", "http://evil.example:8000", {}, False),
+        ("127.0.0.1", "http://localhost:8000", {"X-Forwarded-For": "127.0.0.1"}, False),
+        ("127.0.0.1", "http://localhost:8000", {"Forwarded": "for=10.0.0.1"}, False),
+    ],
+)
+def test_without_a_token_only_this_machine_may(client: str, url: str, headers: dict[str, str], allowed: bool) -> None:
+    request = asked_by(client, url, headers)
+    if allowed:
+        require_authority(request, None)
+        return
+    with pytest.raises(Problem, match="EXITSERVE_ADMIN_TOKEN") as caught:
+        require_authority(request, None)
+    assert caught.value.status == 403
+
+
+def asked_by(client: str, url: str, headers: dict[str, str]) -> Request:
+    sent = {"Host": url.removeprefix("http://"), **headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in sent.items()]
+    return Request({"type": "http", "scheme": "http", "path": "/budget", "headers": raw, "client": (client, 50_000)})
+
+
+def test_a_remote_client_without_a_token_changes_nothing(folder: Path) -> None:
+    with serving(build_app(folder), client=("10.1.2.3", 50_000)) as http:
+        problem(http.put("/budget", json={"fraction": 0.5}), 403, "not-local")
+        assert http.get("/budget").json()["fraction"] == pytest.approx(0.6, rel=1e-5)
+
+
+def test_with_a_token_its_holders_may_wherever_they_are(folder: Path) -> None:
+    with serving(build_app(folder, admin_token=TOKEN), client=("10.1.2.3", 50_000)) as http:
+
+        def put(**headers: str) -> Any:
+            return http.put("/budget", json={"fraction": 0.5}, headers=headers)
+
+        for headers in (
+            {},
+            {"Authorization": f"Bearer {TOKEN}x"},
+            {"Authorization": f"Bearer {TOKEN[:-1]}"},
+            {"Authorization": "Bearer "},
+            {"Authorization": TOKEN},
+            {"Authorization": f"Basic {TOKEN}"},
+            {"Authorization": "Bearer gr\u00fc\u00dfe-gr\u00fc\u00dfe".encode()},
+        ):
+            response = put(**headers)  # type: ignore[arg-type]
+            document = problem(response, 401, "token-required")
+            assert response.headers["www-authenticate"].startswith("Bearer")
+            assert TOKEN not in str(document)
+        assert put(Authorization=f"Bearer {TOKEN}").status_code == 200
+        assert put(Authorization=f"bearer {TOKEN}").status_code == 200
+        assert http.get("/budget").status_code == 200
