@@ -5,7 +5,7 @@ object and waits in at most one queue.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Generic, TypeVar
@@ -33,28 +33,20 @@ class _Queue(Generic[Row]):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A way to choose the next batch: the stage, from queued rows per stage (one at least), and what may share it."""
+    """How the next batch is chosen, from queues of which one at least is not empty.
 
-    choose: Callable[[Sequence[int], Sequence[int]], int]  # (queued rows, rows from which a batch is ripe) -> stage
-    merge: bool = True  # False: only rows that have been together since stage 1 share a batch
+    The deepest queue that is ripe runs, and if none is, the longest (the deeper of two). A queue is ripe with enough
+    rows for an efficient batch, or with `wait` False with any, or once its head has waited long enough.
+    """
 
-
-def _deepest_ripe(queued: Sequence[int], ripe: Sequence[int]) -> int:
-    """The deepest queue with enough rows for an efficient batch, else the longest (the deeper of two)."""
-    for stage in range(len(queued) - 1, -1, -1):
-        if queued[stage] >= ripe[stage]:
-            return stage
-    return max(range(len(queued)), key=lambda stage: (queued[stage], stage))
-
-
-def _deepest(queued: Sequence[int], ripe: Sequence[int]) -> int:
-    return max(stage for stage, n_rows in enumerate(queued) if n_rows)
+    wait: bool = True
+    merge: bool = True  # False: only rows that have been together since stage 0 share a batch
 
 
 POLICIES: dict[str, Policy] = {
-    "default": Policy(_deepest_ripe),
-    "deepest": Policy(_deepest),
-    "no-merge": Policy(_deepest, merge=False),  # compaction alone
+    "default": Policy(),
+    "deepest": Policy(wait=False),
+    "no-merge": Policy(wait=False, merge=False),  # compaction alone
 }
 
 
@@ -68,18 +60,18 @@ def ripe_rows(fixed_s: float, per_row_s: float, max_rows: int, max_fixed_share: 
 class Scheduler(Generic[Row]):
     """One queue per stage; `pick` takes the next batch from one of them.
 
-    Work is conserved: `pick` returns None only when every queue is empty. A batch that merges rows costs nothing to
-    wait for, since others run meanwhile; deep rows go first, as they free memory and clients soonest.
+    Work is conserved: `pick` returns None only when every queue is empty. Rows wait to be merged only while others run,
+    and deep rows go first: they have cost the most, and their answers free memory and clients soonest.
 
-    No row starves. Once it has waited `max_wait_s`, rows that joined any queue after it can no longer be picked before
-    it, and each pick clears a queue of older rows or takes `max_rows` of them. So it is picked at the latest
-    `n_stages + W // max_rows` picks later, with W the rows queued when its time was up (`W` picks where the policy does
-    not merge).
+    No row starves. Once it has waited `max_wait_s`, only older rows of its queue and rows of deeper queues can be
+    picked before it, and what is deeper was let there by picks of older rows: with W rows in the scheduler, each of
+    which can go deeper `n_stages` times at most, it is picked at the latest `W x n_stages` picks later. Where batches
+    are full it is about `W / max_rows x n_stages`.
 
     Args:
         n_stages: stages, one queue each.
         max_rows: the largest batch.
-        max_wait_s: how long the order may favour efficiency before it becomes strictly oldest first.
+        max_wait_s: how long a queue may wait to become an efficient batch while others run.
         ripe: per stage, the rows from which a batch is efficient; see `ripe_rows`.
         policy: a key of `POLICIES`.
 
@@ -143,15 +135,19 @@ class Scheduler(Generic[Row]):
         """Take the next batch: its stage and its rows, oldest first; None if nothing waits."""
         if not self._place:
             return None
-        stage = self._overdue_stage(now_s)
-        if stage is None:
-            stage = self._policy.choose([queue.n_rows for queue in self._queues], self.ripe)
+        stage = self._choose(now_s)
         return stage, self._take(stage)
 
-    def _overdue_stage(self, now_s: float) -> int | None:
-        heads = ((queue.head(), stage) for stage, queue in enumerate(self._queues))
-        oldest, stage = min((head.added_s, stage) for head, stage in heads if head is not None)
-        return stage if now_s - oldest > self.max_wait_s else None
+    def _choose(self, now_s: float) -> int:
+        for stage in range(len(self._queues) - 1, -1, -1):
+            queue = self._queues[stage]
+            if not queue.n_rows:
+                continue
+            head = queue.head()
+            overdue = head is not None and now_s - head.added_s >= self.max_wait_s
+            if overdue or not self._policy.wait or queue.n_rows >= self.ripe[stage]:
+                return stage
+        return max(range(len(self._queues)), key=lambda stage: (self._queues[stage].n_rows, stage))
 
     def _take(self, stage: int) -> list[Row]:
         queue = self._queues[stage]
