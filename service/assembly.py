@@ -45,7 +45,11 @@ def build_engine(
     return Engine(
         runner,
         BudgetController(
-            bundle.frontier(), costs_mflops, budget_mflops if exits else costs_mflops[-1], burst_images, steer
+            bundle.frontier(),
+            costs_mflops,
+            budget_mflops if exits else costs_mflops[-1],
+            burst_images,
+            steer and exits,
         ),
         Scheduler(runner.n_stages, max_rows, max_wait_s, policy=policy),
         SCORES[bundle.manifest.score],

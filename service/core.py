@@ -20,7 +20,7 @@ from service.scheduler import Scheduler
 from service.steering import MEGA
 
 logger = logging.getLogger(__name__)
-NEVER_SURE = float("-inf")
+NEVER_SURE = float("nan")  # reaches no threshold, not even -inf
 
 
 class Core:

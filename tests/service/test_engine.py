@@ -1,0 +1,393 @@
+"""The engine with its threads on a real bundle: same answers, exact books, and nobody left waiting."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, load_bundle
+from models.exits import SCORES, confidence, take_exits
+from service.assembly import build_engine
+from service.budget import BudgetController
+from service.engine import Engine
+from service.observer import EngineStats
+from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options
+from service.runners.base import RowState, StageOutput
+from service.runners.onnx import OnnxRunner
+from service.scheduler import POLICIES, Scheduler
+from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_bundle, tiny_network
+from training.export import Normalise
+
+POISON = 255  # an image of this value throughout makes `FaultyRunner` fail
+N_IMAGES = 400
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    return random_images(N_IMAGES, seed=7)
+
+
+@pytest.fixture(scope="module")
+def whole(images) -> list[NDArray[np.float32]]:
+    """The logits [N, classes] of every exit of the PyTorch network, run whole."""
+    with torch.no_grad():
+        return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(images)))]
+
+
+class FaultyRunner(OnnxRunner):
+    """The real runner, made to fail or to wait where a test wants it."""
+
+    gate: threading.Event | None = None
+    poisoned_stage = 0
+
+    def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
+        if self.gate is not None:
+            self.gate.wait(30)
+        if stage == 0 and any(row.block.values["images"][row.index].min() == POISON for row in rows):
+            raise RuntimeError("poisoned")
+        return super().run(stage, rows)
+
+
+def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0, **options: Any) -> Engine:
+    runner = FaultyRunner(bundle, max_rows, n_lanes=2, device="cpu")
+    return Engine(
+        runner,
+        BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1] * 0.6, burst_images),
+        Scheduler(runner.n_stages, max_rows),
+        SCORES[bundle.manifest.score],
+        bundle.manifest.class_names,
+        **options,
+    )
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[Engine]:
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.drain(20)
+
+
+def balanced(stats: EngineStats) -> bool:
+    ended = stats.answered + stats.refused + stats.abandoned + stats.failed
+    return stats.submitted == ended + stats.in_flight_rows
+
+
+def hold(engine: Engine) -> threading.Event:
+    """Stop every lane of a faulty engine at its next batch; set the event to let them go on."""
+    runner = engine._runner
+    assert isinstance(runner, FaultyRunner)
+    runner.gate = threading.Event()
+    return runner.gate
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("max_rows", [1, 13])
+def test_answers_are_those_of_the_whole_network(bundle, images, whole, policy, max_rows):
+    score = SCORES[bundle.manifest.score]
+    scores = np.stack([score(logits) for logits in whole], axis=1)
+    budget_mflops = 0.6 * bundle.costs_mflops[-1]
+    options = {"policy": policy, "max_rows": max_rows, "n_lanes": 2, "device": "cpu"}
+    with running(build_engine(bundle, budget_mflops, steer=False, burst_images=1e6, **options)) as engine:
+        thresholds = engine.budget_state().thresholds
+        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+    expected = take_exits(scores, thresholds)
+    tied = (np.abs(scores - np.array(thresholds)) < 1e-4).any(axis=1)
+    assert len(set(expected.tolist())) == len(whole)  # every exit is tried
+    for i, answer in enumerate(answers):
+        if tied[i]:
+            continue
+        logits = whole[expected[i]][i]
+        assert answer.exit == expected[i] + 1
+        assert answer.class_id == logits.argmax()
+        assert answer.label == CLASS_NAMES[answer.class_id]
+        assert answer.confidence == pytest.approx(float(confidence(logits[None])[0]), abs=1e-4)
+        assert answer.mflops == pytest.approx(bundle.costs_mflops[expected[i]])
+        assert answer.reason == ("final" if answer.exit == len(whole) else "confident")
+        assert 1 <= answer.batch_rows <= max_rows
+        assert answer.compute_ms > 0
+        assert answer.queue_ms >= 0
+    assert max(answer.batch_rows for answer in answers) > 1 or max_rows == 1
+
+
+def test_top_k_is_the_softmax_in_order(bundle, images, whole):
+    with running(build_engine(bundle, bundle.costs_mflops[-1], device="cpu", exits=False)) as engine:
+        futures = [engine.submit(image, Options(top_k=k)) for k, image in zip((1, 3, 10, 50), images, strict=False)]
+        answers = [future.result(30) for future in futures]
+    for i, (answer, n_wanted) in enumerate(zip(answers, (1, 3, 10, 10), strict=True)):
+        logits = whole[-1][i].astype(np.float64)
+        shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        assert [class_id for class_id, _ in answer.top_k] == np.argsort(-shares)[:n_wanted].tolist()
+        assert [share for _, share in answer.top_k] == pytest.approx(sorted(shares)[::-1][:n_wanted], abs=1e-4)
+        assert answer.top_k[0] == (answer.class_id, answer.confidence)
+
+
+def test_with_exits_off_everything_runs_to_the_end(bundle, images):
+    with running(build_engine(bundle, bundle.costs_mflops[0], device="cpu", exits=False)) as engine:
+        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+    assert {(answer.exit, answer.reason) for answer in answers} == {(4, "final")}
+
+
+def test_a_burst_too_small_is_answered_from_the_head_at_hand(bundle, images):
+    budget_mflops = 0.5 * bundle.costs_mflops[-1]
+    with running(build_engine(bundle, budget_mflops, device="cpu", burst_images=0.5, steer=False)) as engine:
+        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+        state = engine.budget_state()
+    assert {"confident", "budget"} <= {answer.reason for answer in answers}
+    total = sum(answer.mflops for answer in answers)
+    assert total <= (len(answers) + 0.5) * budget_mflops
+    assert state.spent_answered_mflops == pytest.approx(total)
+
+
+def test_many_clients_are_kept_at_the_budget(bundle):
+    budget_mflops = 0.5 * bundle.costs_mflops[-1]
+    pool = iter(random_images(2_500, seed=11))
+    lock = threading.Lock()
+    answers: list[Answer] = []
+
+    def client() -> None:
+        while True:
+            with lock:
+                image = next(pool, None)
+            if image is None:
+                return
+            answer = engine.submit(image).result(30)
+            with lock:
+                answers.append(answer)
+
+    with running(build_engine(bundle, budget_mflops, n_lanes=2, device="cpu")) as engine:
+        clients = [threading.Thread(target=client) for _ in range(32)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        state, stats = engine.budget_state(), engine.stats()
+    assert 0.985 * budget_mflops <= (state.rolling_mflops or 0) <= 1.01 * budget_mflops
+    assert state.spent_answered_mflops == pytest.approx(sum(answer.mflops for answer in answers))
+    assert stats.exits == Counter((answer.exit, answer.reason) for answer in answers)
+    assert balanced(stats)
+    assert (stats.answered, stats.in_flight_rows) == (2_500, 0)
+
+
+# --- ways to end ------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_batch_fails_its_own_images_alone(bundle, images):
+    poisoned = np.full_like(images[0], POISON)
+    with running(faulty_engine(bundle, max_rows=1)) as engine:
+        bad, good = engine.submit(poisoned), [engine.submit(image) for image in images[:20]]
+        with pytest.raises(EngineError, match="stage 1 failed: poisoned"):
+            bad.result(30)
+        assert all(isinstance(future.result(30), Answer) for future in good)
+        stats, state = engine.stats(), engine.budget_state()
+    assert (stats.answered, stats.failed) == (20, 1)
+    assert balanced(stats)
+    # The failed one is charged for the stage that it ran, apart from the answers.
+    assert state.spent_abandoned_mflops == pytest.approx(bundle.costs_mflops[0])
+
+
+def test_cancelled_images_run_no_further_and_are_counted(bundle, images):
+    with running(faulty_engine(bundle)) as engine:
+        gate = hold(engine)
+        futures = [engine.submit(image) for image in images[:100]]
+        assert all(future.cancel() for future in futures[50:])
+        gate.set()
+        for future in futures[:50]:
+            assert isinstance(future.result(30), Answer)
+        with pytest.raises(CancelledError):
+            futures[99].result(30)
+        stats, state = engine.stats(), engine.budget_state()
+    assert (stats.answered, stats.abandoned, stats.in_flight_rows) == (50, 50, 0)
+    assert balanced(stats)
+    assert state.abandoned == 50
+    assert state.spent_abandoned_mflops == 0.0  # all were dropped before they ran
+
+
+def test_an_image_abandoned_while_it_runs_is_charged_and_ends_with_its_batch(bundle, images):
+    with running(faulty_engine(bundle)) as engine:
+        gate = hold(engine)
+        future = engine.submit(images[0])
+        while engine.stats().running_batches == 0:
+            time.sleep(0.001)
+        future.cancel()
+        assert engine.stats().in_flight_rows == 1
+        gate.set()
+        while engine.stats().in_flight_rows:
+            time.sleep(0.001)
+        stats, state = engine.stats(), engine.budget_state()
+    assert (stats.answered, stats.abandoned) == (0, 1)
+    assert state.spent_abandoned_mflops == pytest.approx(bundle.costs_mflops[0])
+    assert state.reserved_mflops == 0.0
+
+
+def test_beyond_its_room_it_refuses_at_once(bundle, images):
+    with running(faulty_engine(bundle, max_in_flight_rows=30)) as engine:
+        gate = hold(engine)
+        futures = [engine.submit(image) for image in images[:30]]
+        with pytest.raises(EngineOverloaded, match="30 images are in flight") as refused:
+            engine.submit(images[30])
+        assert refused.value.in_flight_rows == 30
+        gate.set()
+        assert all(isinstance(future.result(30), Answer) for future in futures)
+        stats = engine.stats()
+        assert (stats.answered, stats.refused) == (30, 1)
+        assert balanced(stats)
+        assert isinstance(engine.submit(images[31]).result(30), Answer)
+
+
+def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images):
+    engine = faulty_engine(bundle)
+    with pytest.raises(EngineDraining, match="not been started"):
+        engine.submit(images[0])
+    engine.start()
+    gate = hold(engine)
+    futures = [engine.submit(image) for image in images[:60]]
+    drained: Future[bool] = Future()
+    thread = threading.Thread(target=lambda: drained.set_result(engine.drain(30)))
+    thread.start()
+    while engine._closed is None:
+        time.sleep(0.001)
+    with pytest.raises(EngineDraining, match="stopping"):
+        engine.submit(images[0])
+    assert not drained.done()
+    gate.set()
+    assert drained.result(30)
+    assert all(future.done() and isinstance(future.result(), Answer) for future in futures)
+    assert not engine.is_alive
+    stats = engine.stats()
+    assert (stats.answered, stats.refused, stats.in_flight_rows) == (60, 2, 0)
+    assert balanced(stats)
+    assert engine.drain(1)  # once more does no harm
+    with pytest.raises(EngineDraining):
+        engine.submit(images[0])
+    assert engine.set_budget(bundle.costs_mflops[-1]).fraction == 1.0
+
+
+def test_what_is_not_answered_in_time_fails(bundle, images):
+    engine = faulty_engine(bundle)
+    engine.start()
+    gate = hold(engine)
+    futures = [engine.submit(image) for image in images[:40]]
+    assert not engine.drain(0.05)
+    for future in futures:
+        with pytest.raises(EngineError, match="stopped before"):
+            future.result(1)
+    gate.set()
+    stats = engine.stats()
+    assert (stats.failed, stats.in_flight_rows) == (40, 0)
+    assert balanced(stats)
+
+
+class BrokenObserver:
+    def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def answered(self, answers: Sequence[Answer]) -> None: ...
+
+
+def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
+    engine = faulty_engine(bundle, observer=BrokenObserver())
+    engine.start()
+    gate = hold(engine)
+    futures = [engine.submit(image) for image in images[:40]]
+    gate.set()
+    for future in futures:
+        with pytest.raises(EngineError, match=r"broke down \(ZeroDivisionError: a bug\)"):
+            future.result(30)
+    with pytest.raises(EngineError, match="broke down"):
+        engine.submit(images[0])
+    assert not engine.is_alive
+    assert balanced(engine.stats())
+    assert engine.budget_state().reserved_mflops == 0.0
+    assert engine.drain(5)
+
+
+# --- what callers rely on ---------------------------------------------------------------------------------------
+
+
+def test_outcomes_come_once_a_batch_and_a_sink_that_raises_hurts_nobody(bundle, images):
+    deliveries: list[list[tuple[Any, Any]]] = []
+    all_there = threading.Event()
+
+    def sink(outcomes: list[tuple[Any, Any]]) -> None:
+        deliveries.append(outcomes)
+        if sum(map(len, deliveries)) == 200:
+            all_there.set()
+        raise ConnectionError("the client's trouble")
+
+    with running(faulty_engine(bundle, max_rows=32)) as engine:
+        gate = hold(engine)
+        for token, image in enumerate(images[:200]):
+            engine.submit_to(sink, token, image)
+        gate.set()
+        assert all_there.wait(30)
+        assert isinstance(engine.submit(images[0]).result(30), Answer)
+    assert sorted(token for outcomes in deliveries for token, _ in outcomes) == list(range(200))
+    assert len(deliveries) < 100
+
+
+class CountingObserver:
+    def __init__(self) -> None:
+        self.rows: Counter[int] = Counter()
+        self.waits: list[float] = []
+        self.answers: list[Answer] = []
+
+    def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
+        assert seconds > 0
+        self.rows[stage] += len(queue_seconds)
+        self.waits += queue_seconds
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        assert len({answer.exit for answer in answers}) == 1
+        self.answers += answers
+
+
+def test_an_observer_hears_of_every_row_and_every_answer(bundle, images):
+    observer = CountingObserver()
+    with running(faulty_engine(bundle, observer=observer)) as engine:
+        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+    assert len(observer.answers) == len(answers)
+    assert {id(answer) for answer in observer.answers} == {id(answer) for answer in answers}
+    for stage in range(1, 5):
+        assert observer.rows[stage] == sum(answer.exit >= stage for answer in answers)
+    assert all(wait >= 0 for wait in observer.waits)
+
+
+def test_the_budget_changes_while_traffic_flows_and_refuses_what_is_out_of_reach(bundle, images):
+    full_mflops = bundle.costs_mflops[-1]
+    with running(build_engine(bundle, 0.8 * full_mflops, device="cpu")) as engine:
+        futures = [engine.submit(image) for image in images]
+        state = engine.set_budget(0.4 * full_mflops)
+        assert state.budget_mflops == pytest.approx(0.4 * full_mflops, abs=1e-6)
+        with pytest.raises(ValueError, match="out of reach"):
+            engine.set_budget(1.01 * full_mflops)
+        futures += [engine.submit(image) for image in images]
+        assert all(isinstance(future.result(30), Answer) for future in futures)
+        assert engine.budget_state().fraction == pytest.approx(0.4, abs=1e-6)
+
+
+def test_memory_does_not_grow_with_the_images_served(bundle, images):
+    """Once an image has ended, its request, still held by its client, keeps none of its state alive."""
+    with running(faulty_engine(bundle)) as engine:
+        answered = threading.Semaphore(0)
+        requests = [engine.submit_to(lambda outcomes: answered.release(len(outcomes)), None, image) for image in images]
+        for _ in requests:
+            assert answered.acquire(timeout=30)
+        assert sum(request.state.block.bytes for request in requests) == 0

@@ -1,0 +1,192 @@
+"""The ONNX runner: the network's own answers, whoever shares a batch, and no more copies than it says."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import load_bundle
+from service.runners.base import Block, RowState, RunnerError, compact, fit_stage_time, gather
+from service.runners.onnx import OnnxRunner, cuda_device_count
+from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_bundle, tiny_network
+from training.export import Normalise
+
+MAX_ROWS = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def runner(folder) -> OnnxRunner:
+    return OnnxRunner(load_bundle(folder), MAX_ROWS, n_lanes=2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    return random_images(48, seed=5)
+
+
+@pytest.fixture(scope="module")
+def alone(runner, images) -> list[NDArray[np.float32]]:
+    """The logits [48, classes] of every stage, each image in batches of its own."""
+    logits: list[list[NDArray[np.float32]]] = [[] for _ in range(runner.n_stages)]
+    for image in images:
+        rows: Sequence[RowState] = [runner.first_state(image)]
+        for stage in range(runner.n_stages):
+            output = runner.run(stage, rows)
+            logits[stage].append(output.logits[0])
+            rows = output.states
+    return [np.stack(rows) for rows in logits]
+
+
+def test_it_answers_as_the_whole_network_does(alone, images):
+    with torch.no_grad():
+        whole = tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(images)))
+    assert len(whole) == len(alone)
+    for expected, logits in zip(whole, alone, strict=True):
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected.numpy(), rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_are_the_same_to_the_bit_whoever_shares_the_batch(runner, images, alone, seed):
+    """Rows leave at random, and the rest is regrouped with rows of other batches, in any order, at every stage."""
+    rng = np.random.default_rng(seed)
+    waiting = [(i, runner.first_state(image)) for i, image in enumerate(images)]
+    for stage in range(runner.n_stages):
+        survivors = []
+        order = rng.permutation(len(waiting)) if seed % 2 else np.arange(len(waiting))
+        while len(order):
+            size = int(rng.integers(1, MAX_ROWS + 1))
+            batch, order = [waiting[j] for j in order[:size]], order[size:]
+            output = runner.run(stage, [row for _, row in batch])
+            for (i, _), logits in zip(batch, output.logits, strict=True):
+                assert np.array_equal(logits, alone[stage][i])
+            if stage + 1 == runner.n_stages:
+                assert not output.states
+                continue
+            kept = [j for j in range(len(batch)) if rng.random() < 0.8]
+            states = compact([output.states[j] for j in kept])
+            survivors += [(batch[j][0], state) for j, state in zip(kept, states, strict=True)]
+        waiting = survivors
+        assert waiting or stage + 1 == runner.n_stages
+
+
+def test_lanes_do_not_disturb_each_other(runner, images, alone):
+    def through(part: int) -> list[NDArray[np.float32]]:
+        logits, rows = [], [runner.first_state(image) for image in images[part::4]]
+        for stage in range(runner.n_stages):
+            output = runner.run(stage, rows[:1])
+            rest = runner.run(stage, rows[1:])
+            logits.append(np.concatenate([output.logits, rest.logits]))
+            rows = [*output.states, *rest.states]  # from two blocks, so that they are gathered
+        return logits
+
+    with ThreadPoolExecutor(4) as lanes:
+        results = list(lanes.map(through, [0, 1, 2, 3] * 5))
+    for i, logits in enumerate(results):
+        for stage in range(runner.n_stages):
+            assert np.array_equal(logits[stage], alone[stage][i % 4 :: 4])
+
+
+def test_rows_that_go_on_together_are_not_copied(runner, images):
+    output = runner.run(0, [runner.first_state(image) for image in images[:8]])
+    name = runner.stages[1].inputs[0].name
+    batch = output.states[0].block.values[name]
+    assert np.shares_memory(gather(output.states, name), batch)
+    assert np.shares_memory(gather(output.states[2:5], name), batch)
+    assert not np.shares_memory(gather([output.states[2], output.states[4]], name), batch)
+
+
+def test_gathering_keeps_rows_in_order_and_uses_the_buffer_it_is_given():
+    blocks = [Block({"x": np.arange(100 * k, 100 * k + 20).reshape(10, 2)}, 10) for k in range(3)]
+    picks = [(0, 3), (0, 4), (2, 9), (2, 0), (1, 5), (0, 5)]
+    rows = [RowState(blocks[b], i) for b, i in picks]
+    expected = np.stack([blocks[b].values["x"][i] for b, i in picks])
+    buffer = np.zeros((6, 2), np.int64)
+    assert gather(rows, "x", buffer) is buffer
+    np.testing.assert_array_equal(buffer, expected)
+    np.testing.assert_array_equal(gather(rows, "x"), expected)
+
+
+def test_few_survivors_do_not_keep_a_large_block_alive():
+    block = Block({"x": np.arange(64).reshape(32, 2)}, 32)
+    few = compact([RowState(block, i) for i in (3, 30, 31)])
+    assert few[0].block is few[2].block is not block
+    assert few[0].block.bytes == block.bytes * 3 // 32
+    np.testing.assert_array_equal(gather(few, "x"), block.values["x"][[3, 30, 31]])
+    many = [RowState(block, i) for i in range(9)]
+    assert compact(many) is many
+    assert compact([]) == []
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((32, 31, 3), np.uint8), np.zeros((32, 32, 3), np.float32), np.zeros((3, 32, 32), np.uint8)]
+)
+def test_an_image_of_another_kind_is_refused(runner, image):
+    with pytest.raises(ValueError, match=r"where the network takes uint8 \(32, 32, 3\)"):
+        runner.first_state(image)
+
+
+def test_a_failing_stage_says_which_and_leaves_the_runner_well(runner, images, alone):
+    wrong = RowState(Block({value.name: np.zeros((1, 7), np.float32) for value in runner.stages[1].inputs}, 1), 0)
+    with pytest.raises(RunnerError, match="stage 2 failed on a batch of 1"):
+        runner.run(1, [wrong])
+    output = runner.run(0, [runner.first_state(images[0])])
+    assert np.array_equal(output.logits[0], alone[0][0])
+
+
+def test_warm_up_runs_every_stage_at_both_ends(runner):
+    times = runner.warm_up()
+    assert len(times) == runner.n_stages
+    for seconds_by_rows in times:
+        assert {1, MAX_ROWS} <= set(seconds_by_rows)
+        assert all(seconds > 0 for seconds in seconds_by_rows.values())
+
+
+def test_stage_times_are_fitted_through_both_ends():
+    fixed_s, per_row_s = fit_stage_time({1: 1.5, 4: 9.9, 33: 17.5})
+    assert (fixed_s, per_row_s) == (1.0, 0.5)
+    assert fit_stage_time({8: 4.0}) == (0.0, 0.5)
+
+
+@pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
+def test_without_a_device_auto_is_the_cpu_and_cuda_is_refused(folder):
+    bundle = load_bundle(folder)
+    assert OnnxRunner(bundle).provider == "CPUExecutionProvider"
+    with pytest.raises(RunnerError, match="choose the device cpu or auto"):
+        OnnxRunner(bundle, device="cuda")
+
+
+@pytest.mark.skipif(cuda_device_count() == 0, reason="no CUDA device here")
+def test_on_a_device_the_answers_are_the_cpus(folder, images, alone):
+    runner = OnnxRunner(load_bundle(folder), MAX_ROWS, device="cuda")
+    rows: Sequence[RowState] = [runner.first_state(image) for image in images[:MAX_ROWS]]
+    for stage in range(runner.n_stages):
+        output = runner.run(stage, rows)
+        expected = alone[stage][:MAX_ROWS]
+        np.testing.assert_allclose(output.logits, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+        rows = output.states
+
+
+def test_serving_on_the_cpu_loads_no_torch(folder):
+    program = (
+        "import sys\n"
+        "from models.bundle import load_bundle\n"
+        "from service.assembly import build_engine\n"
+        "bundle = load_bundle(sys.argv[1])\n"
+        "engine = build_engine(bundle, bundle.costs_mflops[-1], n_lanes=1, device='cpu')\n"
+        "engine.start(); assert engine.drain(5)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
