@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
+logger = logging.getLogger("service")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Serve until told to stop; returns the exit code."""
     try:
@@ -51,6 +54,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     from service.server import Server
     from service.target import Targets
 
+    admin_token = settings.read_admin_token()
     bundle = load_bundle(settings.bundle)
     manifest = bundle.manifest
     targets = Targets(bundle.frontier(), bundle.costs_mflops)
@@ -82,9 +86,11 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
         )
         sys.stdout.flush()
 
-    app = create_app(bundle, engine, metrics, targets, target, settings, on_started)
+    app = create_app(bundle, engine, metrics, targets, target, settings, admin_token, on_started)
     server = Server(app, app.lifecycle, settings)
     server.run(sockets=[listener])
+    stats = engine.stats()
+    logger.info("stopped: %d answered, %d abandoned, %d failed", stats.answered, stats.abandoned, stats.failed)
     if failure:
         return _refuse(failure[0], code=1)
     return 1 if server.n_unanswered else 0

@@ -18,8 +18,10 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-# For requests that were on their way when readiness went: they still hear that the server is stopping.
-LINGER_S = 0.25
+# For requests that were on their way when readiness went: they still hear that the server is stopping. It listens
+# until none has come for so long, yet not for ever.
+QUIET_S = 0.25
+MAX_LINGER_S = 2.0
 
 
 class ListenError(Exception):
@@ -96,12 +98,14 @@ class Server(uvicorn.Server):
         self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        started = monotonic()
-        while (elapsed := monotonic() - started) < self.drain_s:
-            if self.lifecycle.requests_in_flight == 0 and elapsed >= LINGER_S:
-                break
+        started_s = monotonic()
+        deadline_s = started_s + self.drain_s
+        while self.lifecycle.requests_in_flight and monotonic() < deadline_s:
             await asyncio.sleep(0.01)
         self.n_unanswered = self.lifecycle.requests_in_flight
         if self.n_unanswered:
             logger.error("%d requests were not answered within --drain-s %g", self.n_unanswered, self.drain_s)
+        linger_until_s = min(deadline_s, monotonic() + MAX_LINGER_S)
+        while monotonic() < min(linger_until_s, max(started_s, self.lifecycle.last_refused_s) + QUIET_S):
+            await asyncio.sleep(0.01)
         self.should_exit = True

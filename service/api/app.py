@@ -42,6 +42,7 @@ def create_app(
     targets: Targets,
     target: Target,
     settings: Settings,
+    admin_token: str | None = None,
     on_started: Callable[[Exception | None], object] = lambda error: None,
 ) -> Gate:
     """Return the ASGI application that serves `engine`.
@@ -50,10 +51,8 @@ def create_app(
         engine: not yet started: the application warms it up once it listens, so that `/readyz` can tell.
         metrics: the observer that `engine` was made with.
         targets, target: what may be asked for, and what was; `engine` was made with it.
+        admin_token: that changes need; without one, clients of this machine may.
         on_started: called on the event loop once the engine is ready, or with the error that kept it from starting.
-
-    Raises:
-        SettingsError: the admin token cannot be read.
     """
     lifecycle = Lifecycle()
     manifest = bundle.manifest
@@ -68,7 +67,7 @@ def create_app(
         metrics=metrics,
         lifecycle=lifecycle,
         settings=settings,
-        admin_token=settings.read_admin_token(),
+        admin_token=admin_token,
     )
 
     async def start_engine() -> None:

@@ -4,6 +4,7 @@ import os
 import re
 from enum import StrEnum
 from itertools import count
+from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +29,7 @@ class Lifecycle:
         self.phase = Phase.STARTING
         self.detail = "The server is warming up: try again in a moment."
         self.requests_in_flight = 0
+        self.last_refused_s = 0.0  # monotonic
 
     @property
     def is_ready(self) -> bool:
@@ -47,8 +49,8 @@ class Lifecycle:
 class Gate:
     """The outermost application: names every request, counts those in work, and closes when the server drains.
 
-    Requests that came in before are answered to the end; the rest get 503 and a closed connection, so that clients
-    and load balancers go elsewhere.
+    Requests that came in before are answered to the end, the rest with 503; and every connection is closed with its
+    next answer, so that clients and load balancers go elsewhere.
     """
 
     def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
@@ -66,15 +68,18 @@ class Gate:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), header]
+                headers = [*message.get("headers", ()), header]
+                if self.lifecycle.phase is Phase.DRAINING:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
             await send(message)
 
         if scope["path"] in ALWAYS_OPEN:
             await self.app(scope, receive, send_named)
             return
         if self.lifecycle.phase is Phase.DRAINING:
+            self.lifecycle.last_refused_s = monotonic()
             problem = not_ready(self.lifecycle.detail)
-            problem.headers["Connection"] = "close"
             await problem.response(scope["path"], request_id)(scope, receive, send_named)
             return
         self.lifecycle.requests_in_flight += 1

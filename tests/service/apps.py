@@ -45,7 +45,7 @@ def build_app(folder: Path, **settings: Any) -> Gate:
         max_in_flight_rows=chosen.max_in_flight,
         observer=metrics,
     )
-    return create_app(bundle, engine, metrics, targets, target, chosen)
+    return create_app(bundle, engine, metrics, targets, target, chosen, chosen.read_admin_token())
 
 
 class Http:
