@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from service.budget import BudgetController, BudgetState
 from service.core import Core
+from service.inbox import Abandon, Call, Stop
 from service.lanes import Batch, Lanes, Score
 from service.observer import EngineStats, Observer
 from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Outcome, Request, Sink
@@ -30,21 +30,6 @@ from service.scheduler import Scheduler, ripe_rows
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(slots=True, eq=False)
-class _Abandon:
-    request: Request
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    function: Callable[[], Any]
-    future: "Future[Any]"
-
-
-class _Stop:
-    pass
 
 
 class Engine:
@@ -77,7 +62,7 @@ class Engine:
         self.max_in_flight_rows = max_in_flight_rows
         self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
         self._runner = runner
-        self._inbox: SimpleQueue[Request | Batch | _Abandon | _Call | _Stop] = SimpleQueue()
+        self._inbox: SimpleQueue[Request | Batch | Abandon | Call | Stop] = SimpleQueue()
         self._lanes = Lanes(runner, score, self._inbox.put)
         self._max_running = len(self._lanes) + lookahead_batches
         self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
@@ -107,6 +92,15 @@ class Engine:
         with self._admission:
             self._closed, self._owned = None, True
             self._thread.start()
+
+    @property
+    def n_lanes(self) -> int:
+        return self._runner.n_lanes
+
+    @property
+    def max_rows(self) -> int:
+        """The largest batch."""
+        return self._core.scheduler.max_rows
 
     @property
     def is_alive(self) -> bool:
@@ -152,16 +146,16 @@ class Engine:
 
     def abandon(self, request: Request) -> None:
         """Give a request up: it runs no further stage, and nothing is delivered unless that has happened already."""
-        self._inbox.put(_Abandon(request))
+        self._inbox.put(Abandon(request))
 
     def ask(self, function: Callable[[], T]) -> "Future[T]":
         """Run a function on the engine's thread, between batches. Waiting for it on that thread would take for ever."""
-        call = _Call(function, Future())
+        call = Call(function)
         with self._admission:
             if self._owned:
                 self._inbox.put(call)
                 return call.future
-        _run_call(call)  # not started yet, or ended: nobody else owns what it reads
+        call.run()  # not started yet, or ended: nobody else owns what it reads
         return call.future
 
     def set_budget(self, budget_mflops: float) -> BudgetState:
@@ -197,7 +191,7 @@ class Engine:
         with self._admission:
             self._closed = self._closed or EngineDraining("the engine is stopping and takes no new requests")
             in_time = self._admission.wait_for(lambda: self._in_flight == 0, timeout_s)
-        self._inbox.put(_Stop())
+        self._inbox.put(Stop())
         if self._thread.is_alive():
             self._thread.join()
         self._lanes.stop(timeout_s=1.0)
@@ -211,7 +205,7 @@ class Engine:
             while not self._take(self._inbox.get()):
                 for _ in range(self._inbox.qsize()):
                     if self._take(self._inbox.get()):
-                        self._inbox.put(_Stop())  # after the work at hand
+                        self._inbox.put(Stop())  # after the work at hand
                 self._dispatch()
                 self._deliver()
         except Exception as error:
@@ -219,18 +213,18 @@ class Engine:
             ending = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
         self._wind_up(ending)
 
-    def _take(self, message: Request | Batch | _Abandon | _Call | _Stop) -> bool:
+    def _take(self, message: Request | Batch | Abandon | Call | Stop) -> bool:
         """Handle one message; True if it says stop."""
         if isinstance(message, Request):
             self._core.admit(message, time.perf_counter())
         elif isinstance(message, Batch):
             self._n_running -= 1
             self._core.finish(message, time.perf_counter())
-        elif isinstance(message, _Abandon):
+        elif isinstance(message, Abandon):
             self._core.abandon(message.request)
-        elif isinstance(message, _Call):
-            _run_call(message)
-        return isinstance(message, _Stop)
+        elif isinstance(message, Call):
+            message.run()
+        return isinstance(message, Stop)
 
     def _dispatch(self) -> None:
         while self._n_running < self._max_running:
@@ -266,7 +260,7 @@ class Engine:
                 message = self._inbox.get_nowait()
             except Empty:
                 break
-            if isinstance(message, Request | _Call):
+            if isinstance(message, Request | Call):
                 self._take(message)
         self._core.fail_all(error)
         self._deliver()
@@ -286,15 +280,6 @@ class Engine:
             running_batches=self._n_running,
             exits=dict(core.exits),
         )
-
-
-def _run_call(call: _Call) -> None:
-    if not call.future.set_running_or_notify_cancel():
-        return
-    try:
-        call.future.set_result(call.function())
-    except Exception as error:
-        call.future.set_exception(error)
 
 
 def _resolve(outcomes: list[tuple[Any, Outcome]]) -> None:

@@ -1,0 +1,265 @@
+"""How much early exits are worth: the engine at a budget, against the same engine with exits off.
+
+    python -m benchmarks.engine --bundle models/zoo/cifar100-msdnet --data cifar-100-python.tar.gz
+
+Both serve the same images in turns, so that a machine's moods hit both alike. Beside the ratio stand the ideal (what
+the engine's own stage times allow at the exits these images really took: no copies, no decisions, full batches) and
+the floor (multiply-adds at the machine's measured matrix product rate). Keep the machine idle meanwhile.
+"""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from models.bundle import Bundle, load_bundle
+from service.assembly import build_engine
+from service.engine import Engine
+from service.rows import Answer, Outcome
+from service.runners.base import RowState
+from service.runners.onnx import OnnxRunner
+from service.scheduler import POLICIES
+from training.data import load_image_set
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One engine serving all images once."""
+
+    images_per_s: float
+    shares: list[float]  # of the images, by exit
+    mean_mflops: float
+    mean_batch_rows: float  # in the batch an image left from
+    median_ms: float  # in the engine
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole measurement; rates are images/s, medians over rounds, with the lowest and the highest."""
+
+    bundle: str
+    images: str
+    n_images: int
+    n_lanes: int
+    policy: str
+    budget_fraction: float
+    with_exits: list[Round]
+    exits_off: list[Round]
+    stage_row_seconds: list[float]  # per row, full batches, all lanes busy
+    ideal_images_per_s: float  # at the shares that were taken
+    ideal_off_images_per_s: float
+    matrix_product_gmacs_per_s: float  # all cores
+    floor_images_per_s: float  # multiply-adds of the mean cost at that rate
+
+    @property
+    def rate(self) -> float:
+        return median(r.images_per_s for r in self.with_exits)
+
+    @property
+    def rate_off(self) -> float:
+        return median(r.images_per_s for r in self.exits_off)
+
+    @property
+    def speed_up(self) -> float:
+        """Median over rounds of the ratio of neighbours in time."""
+        pairs = zip(self.with_exits, self.exits_off, strict=True)
+        return median(on.images_per_s / off.images_per_s for on, off in pairs)
+
+
+class Load:
+    """Keeps `n_in_flight` images in an engine until all are answered."""
+
+    def __init__(self, engine: Engine, images: Images, n_in_flight: int) -> None:
+        self.answers: list[Answer] = []
+        self._engine = engine
+        self._images = images
+        self._room = threading.Semaphore(n_in_flight)
+        self._done = threading.Event()
+
+    def run(self) -> Round:
+        started = time.perf_counter()
+        for image in self._images:
+            self._room.acquire()
+            self._engine.submit_to(self._take, None, image)
+        self._done.wait()
+        seconds = time.perf_counter() - started
+        exits = Counter(answer.exit for answer in self.answers)
+        return Round(
+            images_per_s=len(self.answers) / seconds,
+            shares=[exits[k] / len(self.answers) for k in range(1, len(self._engine.stage_seconds) + 1)],
+            mean_mflops=sum(answer.mflops for answer in self.answers) / len(self.answers),
+            mean_batch_rows=sum(answer.batch_rows for answer in self.answers) / len(self.answers),
+            median_ms=median(answer.queue_ms + answer.compute_ms for answer in self.answers),
+        )
+
+    def _take(self, outcomes: list[tuple[Any, Outcome]]) -> None:
+        for _, outcome in outcomes:
+            if not isinstance(outcome, Answer):
+                raise outcome
+            self.answers.append(outcome)
+        self._room.release(len(outcomes))
+        if len(self.answers) == len(self._images):
+            self._done.set()
+
+
+def stage_row_seconds(bundle: Bundle, images: Images, max_rows: int, n_lanes: int, repeats: int) -> list[float]:
+    """What a row of a full batch takes at every stage while all lanes run that stage: the median of `repeats`."""
+    runner = OnnxRunner(bundle, max_rows, n_lanes)
+    rows: list[Sequence[RowState]] = [[runner.first_state(image) for image in images[:max_rows]]] * n_lanes
+    seconds = []
+    with ThreadPoolExecutor(n_lanes) as lanes:
+        for stage in range(runner.n_stages):
+            runs = [list(lanes.map(runner.run, [stage] * n_lanes, rows)) for _ in range(repeats + 1)][1:]
+            seconds.append(median(output.seconds for run in runs for output in run) / max_rows)
+            rows = [output.states for output in runs[-1]]
+    return seconds
+
+
+def ideal_rate(row_seconds: Sequence[float], shares: Sequence[float], n_lanes: int) -> float:
+    """Images/s where every stage costs its row time, and only images that reach it pay."""
+    reaching, seconds = 1.0, 0.0
+    for stage_seconds, share in zip(row_seconds, shares, strict=True):
+        seconds += reaching * stage_seconds
+        reaching -= share
+    return n_lanes / seconds
+
+
+def matrix_product_gmacs_per_s(size: int = 1536, repeats: int = 8) -> float:
+    """Billions of float32 multiply-adds a second in one large matrix product on all cores, the best of `repeats`."""
+    a = np.ones((size, size), np.float32)
+    best_s = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        a @ a
+        best_s = min(best_s, time.perf_counter() - started)
+    return size**3 / best_s / 1e9
+
+
+def read_images(data: Path | None, bundle: Bundle, n_images: int) -> tuple[str, Images]:
+    """Real test images where `data` is given, else noise, which no exit was calibrated on."""
+    size = bundle.manifest.input
+    if data is None:
+        shape = (n_images, size.height_px, size.width_px, 3)
+        return "SYNTHETIC noise: no headline", np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    found = load_image_set(data, size.height_px)
+    chosen = np.random.default_rng(0).permutation(len(found.test_images))[:n_images]
+    return f"{found.name} test images", found.test_images[chosen]
+
+
+def measure(
+    bundle: Bundle,
+    images: Images,
+    description: str,
+    fraction: float,
+    rounds: int,
+    n_in_flight: int,
+    policy: str,
+    **options: Any,
+) -> Report:
+    """Serve the images `rounds` times with exits and as often without, in turns."""
+    budget_mflops = fraction * bundle.costs_mflops[-1]
+    engines = [build_engine(bundle, budget_mflops, policy=policy, exits=on, **options) for on in (True, False)]
+    results: list[list[Round]] = [[], []]
+    try:
+        for engine in engines:
+            engine.start()
+            Load(engine, images[: len(images) // 4], n_in_flight).run()  # steering settles, caches fill
+        for _ in range(rounds):
+            for engine, rounds_of_engine in zip(engines, results, strict=True):
+                rounds_of_engine.append(Load(engine, images, n_in_flight).run())
+    finally:
+        for engine in engines:
+            engine.drain(60)
+    n_lanes = engines[0].n_lanes
+    row_seconds = stage_row_seconds(bundle, images, engines[0].max_rows, n_lanes, repeats=9)
+    shares = np.mean([r.shares for r in results[0]], axis=0).tolist()
+    gmacs = matrix_product_gmacs_per_s()
+    return Report(
+        bundle=f"{bundle.manifest.name} {bundle.manifest.version}",
+        images=description,
+        n_images=len(images),
+        n_lanes=n_lanes,
+        policy=policy,
+        budget_fraction=fraction,
+        with_exits=results[0],
+        exits_off=results[1],
+        stage_row_seconds=row_seconds,
+        ideal_images_per_s=ideal_rate(row_seconds, shares, n_lanes),
+        ideal_off_images_per_s=n_lanes / sum(row_seconds),
+        matrix_product_gmacs_per_s=gmacs,
+        floor_images_per_s=gmacs * 1e3 / median(r.mean_mflops for r in results[0]),
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report as a table."""
+    title = f"{report.bundle}: {report.n_images} {report.images}, {report.n_lanes} lanes, policy {report.policy}"
+    table = Table("", "with exits", "exits off", title=title)
+    pairs = [(report.with_exits, report.rate), (report.exits_off, report.rate_off)]
+    spread = [
+        f"{rate:.0f} ({min(r.images_per_s for r in rounds):.0f} to {max(r.images_per_s for r in rounds):.0f})"
+        for rounds, rate in pairs
+    ]
+    last = [rounds[-1] for rounds, _ in pairs]
+    off_share = report.rate_off / report.ideal_off_images_per_s
+    table.add_row("images/s, median of rounds", *spread)
+    table.add_row("speed-up", f"{report.speed_up:.2f} x", "1")
+    table.add_row(
+        "ideal of its stage times, images/s", f"{report.ideal_images_per_s:.0f}", f"{report.ideal_off_images_per_s:.0f}"
+    )
+    table.add_row("share of the ideal reached", f"{report.rate / report.ideal_images_per_s:.0%}", f"{off_share:.0%}")
+    table.add_row("floor of the multiply-adds, images/s", f"{report.floor_images_per_s:.0f}", "")
+    table.add_row("mean cost, M multiply-adds", *(f"{r.mean_mflops:.2f}" for r in last))
+    table.add_row("exit shares, %", *(" ".join(f"{100 * share:.0f}" for share in r.shares) for r in last))
+    table.add_row("rows in an answer's last batch", *(f"{r.mean_batch_rows:.1f}" for r in last))
+    table.add_row("median time in the engine, ms", *(f"{r.median_ms:.1f}" for r in last))
+    console.print(table)
+    times = ", ".join(f"{1e3 * seconds:.2f}" for seconds in report.stage_row_seconds)
+    console.print(f"stage times a row, ms: {times}; matrix product {report.matrix_product_gmacs_per_s:.0f} G MAC/s")
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
+    data: Annotated[
+        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.4,
+    images: Annotated[int, typer.Option(help="Images a round.")] = 2_000,
+    rounds: Annotated[int, typer.Option(help="Rounds of each engine.")] = 7,
+    in_flight: Annotated[int, typer.Option(help="Images kept in the engine.")] = 256,
+    lanes: Annotated[int | None, typer.Option(help="Batches at once; by default one per core.")] = None,
+    max_rows: Annotated[int, typer.Option(help="The largest batch.")] = 32,
+    lookahead: Annotated[int, typer.Option(help="Batches handed to the lanes ahead of time.")] = 1,
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or 'all'.")] = "default",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+) -> None:
+    """Measure the engine at a budget against the same engine with exits off."""
+    loaded = load_bundle(bundle)
+    description, pixels = read_images(data, loaded, images)
+    options = {"n_lanes": lanes, "max_rows": max_rows, "lookahead_batches": lookahead, "max_in_flight_rows": in_flight}
+    reports = [
+        measure(loaded, pixels, description, fraction, rounds, in_flight, name, **options)
+        for name in (POLICIES if policy == "all" else [policy])
+    ]
+    for report in reports:
+        show(report, Console())
+    if json_path is not None:
+        json_path.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
