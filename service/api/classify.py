@@ -64,6 +64,9 @@ class Classifier:
     async def _classify(self, request: Request) -> Response:
         state = self.state
         state.require_ready()
+        # Before the body is read: what waits there is bounded too.
+        if state.lifecycle.requests_in_flight > state.settings.max_in_flight:
+            raise _overloaded(f"{state.settings.max_in_flight} requests are in work")
         options = self._options(request.scope["query_string"])
         body = await read_image(request, state.settings.max_body_bytes, state.settings.body_timeout_s)
         started = perf_counter()
@@ -127,6 +130,11 @@ def _engine_problem(error: EngineError) -> Problem:
         "Engine error",
         f"The image could not be run, {error}: try again, and see the server's log.",
     )
+
+
+def _overloaded(why: str) -> Problem:
+    detail = f"Nothing is wrong with the request, but {why}: send it again in a moment, or raise --max-in-flight."
+    return Problem(429, "overloaded", "Overloaded", detail, headers={"Retry-After": "1"})
 
 
 def _outcome(problem: Problem) -> Outcome:

@@ -164,6 +164,22 @@ def test_a_client_too_slow_is_told(bundle_path: Path, log: Path) -> None:
         assert httpx.post(server.url + "/classify", content=BODY, headers=PNG).status_code == 200
 
 
+def test_a_full_server_refuses_before_it_reads(bundle_path: Path, log: Path) -> None:
+    with running_server(bundle_path, log, "--max-in-flight", "3") as server:
+        with slow_clients(server, 3) as clients:
+            refused = httpx.post(server.url + "/classify", content=BODY, headers=PNG)
+            assert refused.status_code == 429
+            assert refused.json()["type"] == "urn:exitserve:problem:overloaded"
+            assert int(refused.headers["retry-after"]) >= 1
+            assert httpx.get(server.url + "/budget").status_code == 200
+            for client in clients:
+                client.finish()
+                assert client.response()[0] == 200
+        assert httpx.post(server.url + "/classify", content=BODY, headers=PNG).status_code == 200
+        assert 'requests_total{outcome="overloaded"} 1.0' in httpx.get(server.url + "/metrics").text
+        assert server.stop() == 0
+
+
 def test_a_second_signal_ends_it_at_once(bundle_path: Path, log: Path) -> None:
     with running_server(bundle_path, log) as server, slow_clients(server, 3):
         server.process.send_signal(signal.SIGTERM)
