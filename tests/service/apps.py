@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import load_bundle
+from service.api import problems
 from service.api.app import create_app
 from service.api.lifecycle import Gate
 from service.assembly import build_engine
@@ -126,3 +127,17 @@ def encoded(pixels: NDArray[np.uint8], file_format: str, **options: Any) -> byte
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, file_format, **options)
     return file.getvalue()
+
+
+def problem(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
+    """Check that a response is a whole problem document of that kind, and return it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert document["type"] == problems.TYPE_PREFIX + kind
+    assert document["status"] == status
+    assert document["title"]
+    assert len(document["detail"]) > 20
+    assert document["instance"] == response.request.url.path
+    assert document["request_id"] == response.headers["x-request-id"]
+    return document

@@ -1,25 +1,18 @@
-"""The HTTP face around a real engine and a tiny bundle: what is answered, what is refused, and how."""
+"""The HTTP face around a real engine and a tiny bundle: what is answered, and what is said of it."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
-from httpx import Response
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
-from service.api import answers, problems
+from service.api import answers
 from service.api.bodies import IMAGE_TYPES
 from service.engine import Engine
 from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
-from tests.service.apps import PNG, Http, build_app, encoded, png, serving
-from tests.service.test_images import png_bomb, webp_bomb
+from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 
 IMAGES = random_images(8, seed=11)
 BODIES = [png(image) for image in IMAGES]
@@ -35,23 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def http(folder: Path) -> Iterator[Http]:
     with serving(build_app(folder, max_body_bytes=100_000)) as client:
         yield client
-
-
-def problem(response: Response, status: int, kind: str) -> dict[str, Any]:
-    """Check that a response is a whole problem document of that kind, and return it."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    document: dict[str, Any] = response.json()
-    assert document["type"] == problems.TYPE_PREFIX + kind
-    assert document["status"] == status
-    assert document["title"]
-    assert len(document["detail"]) > 20
-    assert document["instance"] == response.request.url.path
-    assert document["request_id"] == response.headers["x-request-id"]
-    return document
-
-
-# --- classify ---------------------------------------------------------------------------------------------------
 
 
 def test_an_answer_says_everything(http: Http) -> None:
@@ -132,145 +108,6 @@ def test_a_form_is_taken_as_well(http: Http) -> None:
     assert by_form["label"] == by_body["label"]
 
 
-@pytest.mark.parametrize("query", ["topk=3", "top_k=3&deadline=1", "TOP_K=1", "%ff=1"])
-def test_unknown_query_parameters_are_refused_with_the_known_ones(http: Http, query: str) -> None:
-    document = problem(http.post(f"/classify?{query}", content=BODIES[0], headers=PNG), 422, "bad-parameter")
-    assert document["known"] == ["top_k"]
-    assert "top_k" in document["detail"]
-
-
-@pytest.mark.parametrize(
-    "query",
-    [
-        "top_k=0",
-        "top_k=11",
-        "top_k=-1",
-        "top_k=many",
-        "top_k=",
-        "top_k=1.0",
-        "top_k=1&top_k=1",
-        "top_k=" + "9" * 5000,
-        "top_k=%C2%B2",
-    ],
-)
-def test_bad_query_values_are_refused(http: Http, query: str) -> None:
-    document = problem(http.post(f"/classify?{query}", content=BODIES[0], headers=PNG), 422, "bad-parameter")
-    assert "1 to 10" in document["detail"] or "twice" in document["detail"]
-
-
-FRAMES = [Image.fromarray(image) for image in IMAGES[:3]]
-BAD_IMAGES = {
-    "empty": (b"", 400, "empty-image"),
-    "text named .png": (b"not an image at all", 400, "not-an-image"),
-    "truncated": (BODIES[0][: len(BODIES[0]) // 2], 400, "broken-image"),
-    "header alone": (BODIES[0][:33], 400, "broken-image"),
-    "100-megapixel bomb": (png_bomb(10_000), 413, "image-too-large"),
-    "webp bomb": (webp_bomb(16_000), 413, "image-too-large"),
-    "tiff": (encoded(IMAGES[0], "TIFF"), 400, "not-an-image"),
-    "animated": (encoded(IMAGES[0], "GIF", save_all=True, append_images=FRAMES), 422, "animated-image"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_IMAGES)
-@pytest.mark.parametrize("by_form", [False, True])
-def test_a_bad_image_gets_a_problem_at_once_and_the_server_goes_on(http: Http, name: str, by_form: bool) -> None:
-    body, status, kind = BAD_IMAGES[name]
-    seconds = []
-    for _ in range(5):  # the machine may be busy with something else
-        started = perf_counter()
-        if by_form:
-            response = http.post("/classify", files={"image": ("cat.png", body, "image/png")})
-        else:
-            response = http.post("/classify", content=body, headers=PNG)
-        seconds.append(perf_counter() - started)
-    problem(response, status, kind)
-    assert min(seconds) < REFUSED_WITHIN_S
-    assert http.post("/classify", content=BODIES[0], headers=PNG).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "content_type", ["text/plain", "application/json", "image/svg+xml", "image/tiff", "", "nonsense"]
-)
-def test_other_content_types_are_refused(http: Http, content_type: str) -> None:
-    response = http.post("/classify", content=BODIES[0], headers={"Content-Type": content_type} if content_type else {})
-    document = problem(response, 415, "unsupported-media-type")
-    assert "image/png" in document["detail"]
-    assert "image/png" in response.headers["accept-post"]
-
-
-def test_a_body_too_large_is_refused_by_its_length_and_by_its_count(http: Http) -> None:
-    body = bytes(100_001)
-    document = problem(http.post("/classify", content=body, headers=PNG), 413, "body-too-large")
-    assert document["limit_bytes"] == 100_000
-
-    async def chunks() -> AsyncIterator[bytes]:  # sent without a length
-        for _ in range(11):
-            yield body[:10_000]
-
-    problem(http.post("/classify", content=chunks(), headers=PNG), 413, "body-too-large")
-    exactly = png(IMAGES[0]) + bytes(100_000 - len(BODIES[0]))
-    assert http.post("/classify", content=exactly, headers=PNG).status_code == 200
-
-
-FORM = b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + BODIES[0] + b"\r\n--XX--\r\n"
-
-
-@pytest.mark.parametrize(
-    ("body", "content_type", "status", "kind"),
-    [
-        (FORM, "multipart/form-data", 400, "broken-form"),
-        (FORM, "multipart/form-data; boundary=", 400, "broken-form"),
-        (FORM, "multipart/form-data; boundary=YY", 400, "broken-form"),
-        (FORM, "multipart/form-data; boundary=" + "X" * 300, 400, "broken-form"),
-        (FORM[:-30], "multipart/form-data; boundary=XX", 400, "broken-form"),
-        (b"", "multipart/form-data; boundary=XX", 400, "broken-form"),
-        (FORM.replace(b'"image"', b'"picture"'), "multipart/form-data; boundary=XX", 422, "not-one-image"),
-        (
-            FORM.replace(b"--XX--", b"--XX")[:-2] + b"\r\n" + FORM[6:],
-            "multipart/form-data; boundary=XX",
-            422,
-            "not-one-image",
-        ),
-        (b"--XX--\r\n", "multipart/form-data; boundary=XX", 422, "not-one-image"),
-    ],
-)
-def test_a_bad_form_is_refused(http: Http, body: bytes, content_type: str, status: int, kind: str) -> None:
-    problem(http.post("/classify", content=body, headers={"Content-Type": content_type}), status, kind)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    body=st.one_of(st.binary(max_size=200), st.sampled_from([BODIES[0], FORM])),
-    damage=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=4),
-    content_type=st.sampled_from(["image/png", "multipart/form-data; boundary=XX", "image/gif", "text/plain"]),
-    query=st.one_of(st.just(""), st.sampled_from(["top_k=2", "top_k=a", "x", "&&", "top_k=2&x=%"])),
-)
-def test_whatever_is_sent_is_answered_or_refused_with_a_reason(
-    http: Http, body: bytes, damage: list[tuple[int, int]], content_type: str, query: str
-) -> None:
-    sent = bytearray(body)
-    for where, value in damage:
-        if sent:
-            sent[where % len(sent)] = value
-    response = http.post(f"/classify?{query}", content=bytes(sent), headers={"Content-Type": content_type})
-    assert response.status_code == 200 or 400 <= response.status_code < 500
-    if response.status_code != 200:
-        assert response.headers["content-type"] == "application/problem+json"
-
-
-# --- everything else that can be asked --------------------------------------------------------------------------
-
-
-def test_what_is_not_there_and_what_is_asked_wrongly(http: Http) -> None:
-    problem(http.get("/nowhere"), 404, "not-found")
-    response = http.get("/classify")
-    problem(response, 405, "method-not-allowed")
-    assert response.headers["allow"] == "POST"
-    problem(http.delete("/budget"), 405, "method-not-allowed")
-    for path in ("/model", "/budget", "/budget/frontier"):
-        problem(http.get(path + "?x=1"), 422, "bad-parameter")
-
-
 def test_status_calls(http: Http) -> None:
     assert http.get("/healthz").json() == {"status": "alive"}
     assert http.get("/readyz").json() == {"status": "ready"}
@@ -287,19 +124,6 @@ def test_the_model_is_described_without_private_parts(http: Http) -> None:
     assert model["input"]["height_px"] == 32
     assert "files" not in model
     assert "stages" not in model
-
-
-def test_a_bug_is_a_problem_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = build_app(folder)
-
-    async def broken(*args: object) -> None:
-        raise RuntimeError("a secret of the inside")
-
-    monkeypatch.setattr("service.api.delivery.Delivery.classify", broken)
-    with serving(app) as client:
-        document = problem(client.post("/classify", content=BODIES[0], headers=PNG), 500, "internal-error")
-        assert "secret" not in orjson.dumps(document).decode()
-        assert 'exitserve_requests_total{outcome="failed"} 1.0' in client.get("/metrics").text
 
 
 def test_before_it_is_warm_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

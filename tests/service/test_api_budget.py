@@ -10,8 +10,7 @@ from fastapi import Request
 from service.api.authority import require_authority
 from service.api.problems import Problem
 from tests.bundles import random_images, tiny_bundle
-from tests.service.apps import PNG, Http, build_app, png, serving
-from tests.service.test_api import problem
+from tests.service.apps import PNG, Http, build_app, png, problem, serving
 
 TOKEN = "correct-horse-battery"
 JSON = {"Content-Type": "application/json"}

@@ -1,0 +1,114 @@
+"""A real process: it starts fast and without torch, or says in one line what is wrong."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import pytest
+
+from tests.bundles import random_images
+from tests.service.apps import PNG, png
+from tests.service.process import REPOSITORY, command, environment, running_server
+
+BODY = png(random_images(1, seed=41)[0])
+STARTED_WITHIN_S = 5.0
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "server.log"
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_it_answers_soon_after_its_start_and_without_torch(bundle_path: Path, log: Path) -> None:
+    with running_server(bundle_path, log) as server:
+        response = httpx.post(server.url + "/classify", content=BODY, headers=PNG)
+        seconds = monotonic() - server.started_s
+        assert response.status_code == 200
+        assert httpx.get(server.url + "/readyz").status_code == 200
+        assert cpu_seconds(server.process.pid) < STARTED_WITHIN_S
+        # On a machine with other work, how long it takes says nothing.
+        assert seconds < STARTED_WITHIN_S or os.getloadavg()[0] > 1, f"{seconds:.1f} s"
+        assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert server.stop() == 0
+    assert "Traceback" not in log.read_text()
+
+
+def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=REPOSITORY, env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_taken_port_is_told_in_one_line(bundle_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = start("--bundle", str(bundle_path), "--port", str(port))
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: cannot listen on 127.0.0.1 port {port}: Address already in use. Choose another with --port (0 takes a "
+        "free one).\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--port", "eighty"), "--port (EXITSERVE_PORT) 'eighty'"),
+        (("--budget-mflops", "1000000"), "give a value from"),
+        (("--admin-token-file", "/nowhere/token"), "No such file"),
+        (("--host", "no.such.host.invalid"), "--host"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(bundle_path: Path, arguments: tuple[str, ...], told: str) -> None:
+    result = start("--bundle", str(bundle_path), "--port", "0", *arguments)
+    assert result.returncode in (1, 2)
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert told in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("damage", ["absent", "manifest", "stage"])
+def test_an_unusable_bundle_is_told_in_one_line(bundle_path: Path, damage: str) -> None:
+    if damage == "absent":
+        bundle_path = bundle_path / "nowhere"
+    elif damage == "manifest":
+        (bundle_path / "manifest.json").write_text("{}")
+    else:
+        (bundle_path / "stages" / "stage_2.onnx").write_bytes(b"nonsense")
+    result = start("--bundle", str(bundle_path), "--port", "0")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert str(bundle_path) in result.stderr
+
+
+def test_the_token_is_never_logged(bundle_path: Path, log: Path) -> None:
+    token = "correct-horse-battery"
+    with running_server(
+        bundle_path, log, "--access-log", "--log-level", "debug", EXITSERVE_ADMIN_TOKEN=token
+    ) as server:
+        asked = {"json": {"fraction": 0.5}, "headers": {"Authorization": f"Bearer {token}"}}
+        assert httpx.put(server.url + "/budget", **asked).status_code == 200  # type: ignore[arg-type]
+        assert httpx.put(server.url + "/budget", json={"fraction": 0.5}).status_code == 401
+        assert server.stop() == 0
+    text = log.read_text()
+    assert "PUT /budget" in text
+    assert token not in text
+
+
+def test_the_service_imports_no_torch() -> None:
+    code = (
+        "import sys, service.__main__, service.api.app, service.assembly, service.server\n"
+        "assert 'torch' not in sys.modules and 'training' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
