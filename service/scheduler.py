@@ -51,10 +51,14 @@ POLICIES: dict[str, Policy] = {
 
 
 def ripe_rows(fixed_s: float, per_row_s: float, max_rows: int, max_fixed_share: float = 0.15) -> int:
-    """Return the rows from which the fixed part of `fixed + rows x per_row` is at most `max_fixed_share` of it."""
+    """Return the rows from which the fixed part of `fixed + rows x per_row` is at most `max_fixed_share` of it.
+
+    At most an eighth of `max_rows`: to wait for more holds back answers, and keeps dear rows in flight, for little.
+    """
     if fixed_s <= 0 or per_row_s <= 0:
         return 1
-    return min(max_rows, ceil(fixed_s * (1 - max_fixed_share) / (per_row_s * max_fixed_share)))
+    efficient = ceil(fixed_s * (1 - max_fixed_share) / (per_row_s * max_fixed_share))
+    return max(1, min(efficient, max_rows // 8))
 
 
 class Scheduler(Generic[Row]):

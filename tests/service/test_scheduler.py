@@ -162,5 +162,6 @@ def test_bad_settings_are_refused(arguments, what):
 
 def test_ripe_rows_keep_the_fixed_share_low():
     assert ripe_rows(fixed_s=0.6, per_row_s=1.0, max_rows=32, max_fixed_share=0.15) == 4
-    assert ripe_rows(fixed_s=100.0, per_row_s=1.0, max_rows=32) == 32
+    assert ripe_rows(fixed_s=100.0, per_row_s=1.0, max_rows=64) == 8
+    assert ripe_rows(fixed_s=100.0, per_row_s=1.0, max_rows=4) == 1
     assert ripe_rows(fixed_s=0.0, per_row_s=1.0, max_rows=32) == 1
