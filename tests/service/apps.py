@@ -3,7 +3,7 @@
 import asyncio
 import io
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -20,6 +20,7 @@ from service.api import problems
 from service.api.app import create_app
 from service.api.lifecycle import Gate
 from service.assembly import build_engine
+from service.engine import Engine
 from service.metrics import Metrics
 from service.settings import Settings
 from service.target import Targets
@@ -29,8 +30,13 @@ T = TypeVar("T")
 PNG = {"Content-Type": "image/png"}
 
 
-def build_app(folder: Path, **settings: Any) -> Gate:
-    """The application as `python -m service` makes it, on two lanes and the CPU."""
+def build_app(
+    folder: Path,
+    keep: Callable[[Engine], object] = lambda engine: None,
+    on_started: Callable[[Exception | None], object] = lambda error: None,
+    **settings: Any,
+) -> Gate:
+    """The application as `python -m service` makes it, on two lanes and the CPU; `keep` is given its engine."""
     chosen = Settings(**{"bundle": folder, "lanes": 2, "device": "cpu", "budget_fraction": 0.6, **settings})
     bundle = load_bundle(folder)
     targets = Targets(bundle.frontier(), bundle.costs_mflops)
@@ -46,7 +52,8 @@ def build_app(folder: Path, **settings: Any) -> Gate:
         max_in_flight_rows=chosen.max_in_flight,
         observer=metrics,
     )
-    return create_app(bundle, engine, metrics, targets, target, chosen, chosen.read_admin_token())
+    keep(engine)
+    return create_app(bundle, engine, metrics, targets, target, chosen, chosen.read_admin_token(), on_started)
 
 
 class Http:

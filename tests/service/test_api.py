@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from service.api import answers
 from service.api.bodies import IMAGE_TYPES
 from service.engine import Engine
+from service.runners.base import RunnerError
 from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 
@@ -145,6 +147,33 @@ def test_before_it_is_warm_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPa
             assert client.get("/metrics").status_code == 200
         finally:
             may_start.set()
+
+
+def test_an_engine_that_cannot_start_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(engine: Engine) -> None:
+        raise RunnerError("stage 3 does not run")
+
+    monkeypatch.setattr(Engine, "start", fails)
+    told: list[Exception | None] = []
+    with serving(build_app(folder, on_started=told.append), ready=False) as client:
+        limit_s = monotonic() + 10
+        while not told:
+            assert monotonic() < limit_s
+            sleep(0.01)
+        assert isinstance(told[0], RunnerError)
+        assert "stage 3 does not run" in problem(client.get("/readyz"), 503, "not-ready")["detail"]
+        problem(client.post("/classify", content=BODIES[0], headers=PNG), 503, "not-ready")
+
+
+def test_a_server_whose_engine_is_gone_is_not_ready(folder: Path) -> None:
+    engines: list[Engine] = []
+    with serving(build_app(folder, keep=engines.append)) as client:
+        assert client.get("/readyz").status_code == 200
+        engines[0].drain(1.0)
+        assert "engine has stopped" in problem(client.get("/readyz"), 503, "not-ready")["detail"]
+        problem(client.post("/classify", content=BODIES[0], headers=PNG), 503, "not-ready")
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/metrics").status_code == 200
 
 
 def test_the_openapi_document_is_true(http: Http) -> None:
