@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -46,11 +47,11 @@ class ExitOutputs:
         if not path.is_file():
             raise RunError(f"{path.parent}: {path.name} is missing; run `python -m training calibrate` first")
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 scores = {name: arrays[f"scores_{name}"] for name in SCORES}
                 names = ("labels", "predictions", "correct", "correct_top5")
                 return cls(**{name: arrays[name] for name in names}, scores=scores)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             raise RunError(f"{path}: damaged or of another version ({error}); calibrate again") from error
 
 
@@ -80,6 +81,7 @@ class CalibrationRecord(BaseModel):
         Raises:
             RunError: there is none, or it is of an older checkpoint than the run's.
         """
+        folder.read_description()
         if not folder.calibration.is_file():
             raise RunError(f"{folder.path}: not calibrated yet; run `python -m training calibrate` first")
         try:

@@ -81,9 +81,9 @@ class Split:
             DataError: it is missing or damaged, or does not place every image in exactly one part.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 split = cls(arrays["train"], arrays["held_out"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: the run's split can't be read ({error}); train into another folder") from error
         both = np.sort(np.concatenate([split.train, split.held_out]))
         if not np.array_equal(both, np.arange(n_images)):
@@ -184,11 +184,11 @@ def _cifar100_from_strips(folder: Path) -> ImageSet:
         for part in ("train", "test"):
             rows = [strips[name] for name in sorted(strips) if name.startswith(part)]
             images[part] = np.concatenate(rows or [np.empty((0, 32, 3), np.uint8)]).reshape(-1, 32, 32, 3)
-        with np.load(folder / "cifar100-labels.npz", allow_pickle=False) as arrays:
+        with (folder / "cifar100-labels.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             labels = {part: arrays[f"{part}_labels"].astype(np.int64) for part in ("train", "test")}
             names = [str(name) for name in arrays["class_names"]]
         return _cifar100(images, labels, names)
-    except (zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, KeyError, ValueError, EOFError) as error:
         raise DataError(f"{folder}: damaged or incomplete ({error}); copy all its files there again") from error
 
 

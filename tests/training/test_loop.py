@@ -47,9 +47,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(
-    tmp_path: Path, images: ImageSet, precision: str
-) -> None:
+def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(tmp_path: Path, images: ImageSet, precision: str) -> None:
     recipe = tiny.recipe(numerics={"precision": precision}, optimisation={"schedule": "one_cycle"})
     assert trainer(tmp_path / "whole", images, recipe).train() == "finished"
     n_times = 0

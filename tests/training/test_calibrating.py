@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.exits import SCORES
+from tests.training import tiny
+from training.calibration import CalibrationRecord, ExitOutputs, calibrate, load_trained, outputs_of
+from training.checkpoint import RunError, RunFolder
+from training.data import DataError, ImageSet, Split
+from training.loop import Trainer
+from training.processes import Processes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    return tiny.image_set(tmp_path_factory.mktemp("data") / "cifar")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, images: ImageSet) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    Trainer(tiny.recipe(), images, folder, 0, Processes(0, 1, CPU)).train()
+    return folder
+
+
+def test_what_is_stored_is_what_the_network_says_of_each_image(folder: RunFolder, images: ImageSet) -> None:
+    record = calibrate(folder, images, CPU)
+    split = Split.load(folder.split, tiny.N_TRAIN)
+    assert (record.step, record.epochs) == (8, 2.0)
+    assert (record.train_images, record.heldout_images, record.test_images) == (64, 40, 60)
+    assert record.split_sha256 == split.sha256
+    network, _ = load_trained(folder, n_classes=4)
+    parts = (
+        (folder.heldout, images.train_images[split.held_out], images.train_labels[split.held_out]),
+        (folder.test, images.test_images, images.test_labels),
+    )
+    for path, pixels, labels in parts:
+        outputs = ExitOutputs.load(path)
+        assert np.array_equal(outputs.labels, labels)
+        # Slowly, one image at a time, normalised by hand.
+        for row in range(0, len(labels), 7):
+            normal = (pixels[row] / 255.0 - np.array(images.mean)) / np.array(images.std)
+            batch = torch.from_numpy(normal.transpose(2, 0, 1)[None].astype(np.float32))
+            with torch.no_grad():
+                logits = [x.numpy() for x in network(batch)]
+            assert outputs.predictions[row].tolist() == [int(x.argmax()) for x in logits]
+            for name, score in SCORES.items():
+                assert outputs.scores[name].dtype == np.float32
+                assert outputs.scores[name][row] == pytest.approx([float(score(x)[0]) for x in logits], abs=1e-3)
+        assert np.array_equal(outputs.correct, outputs.predictions == labels[:, None])
+
+
+def test_calibrating_twice_gives_the_same(folder: RunFolder, images: ImageSet) -> None:
+    calibrate(folder, images, CPU)
+    first = ExitOutputs.load(folder.heldout)
+    calibrate(folder, images, CPU)
+    second = ExitOutputs.load(folder.heldout)
+    assert all(np.array_equal(first.scores[name], second.scores[name]) for name in SCORES)
+
+
+def test_top5_counts_the_label_among_the_five_largest() -> None:
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(2, 50, 9)).astype(np.float32)
+    labels = draw.integers(0, 9, 50)
+    outputs = outputs_of(list(logits), labels)
+    for i, at_exit in enumerate(logits):
+        expected = [label in np.argsort(-row)[:5] for row, label in zip(at_exit, labels, strict=True)]
+        assert outputs.correct_top5[:, i].tolist() == expected
+
+
+def test_a_split_that_is_not_the_run_s_is_refused(folder: RunFolder, images: ImageSet) -> None:
+    Split.make(tiny.N_TRAIN, tiny.N_HELDOUT, seed=99).save(folder.split)
+    with pytest.raises(RunError, match="not the split that this run was trained with"):
+        calibrate(folder, images, CPU)
+
+
+def test_other_images_are_refused(folder: RunFolder, images: ImageSet, tmp_path: Path) -> None:
+    described = json.loads(folder.description.read_text())
+    described["data"]["name"] = "photos"
+    folder.description.write_text(json.dumps(described))
+    with pytest.raises(DataError, match="trained on 'photos', but --data holds 'cifar100'"):
+        calibrate(folder, images, CPU)
+
+
+def test_another_number_of_classes_is_refused(folder: RunFolder, images: ImageSet) -> None:
+    with pytest.raises(RunError, match="not the weights of this recipe and these images"):
+        load_trained(folder, n_classes=5)
+
+
+def test_a_network_trained_on_since_must_be_calibrated_again(folder: RunFolder, images: ImageSet) -> None:
+    calibrate(folder, images, CPU)
+    CalibrationRecord.load(folder)
+    state = folder.load_checkpoint()
+    state["progress"]["step"] += 1
+    folder.save_checkpoint(state)
+    with pytest.raises(RunError, match="calibrated at step 8, but trained on to step 9 since"):
+        CalibrationRecord.load(folder)
+
+
+def test_missing_and_damaged_files_are_told(folder: RunFolder, images: ImageSet) -> None:
+    with pytest.raises(RunError, match="not calibrated yet"):
+        CalibrationRecord.load(folder)
+    with pytest.raises(RunError, match=r"heldout\.npz is missing"):
+        ExitOutputs.load(folder.heldout)
+    calibrate(folder, images, CPU)
+    folder.heldout.write_bytes(folder.heldout.read_bytes()[:500])
+    with pytest.raises(RunError, match="calibrate again"):
+        ExitOutputs.load(folder.heldout)
+    folder.calibration.write_text("{}")
+    with pytest.raises(RunError, match="calibrate again"):
+        CalibrationRecord.load(folder)

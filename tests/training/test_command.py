@@ -1,0 +1,193 @@
+"""The four steps as a person types them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from models.bundle import load_bundle
+from models.exits import SCORES
+from models.onnx_weights import load_stage_session
+from tests.training import tiny
+from training.__main__ import run_command
+from training.checkpoint import RunFolder
+from training.data import Split
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run `python -m training` in this process; return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        run_command()
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tiny.write_folder(tmp_path / "data" / "cifar-100-python")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return tiny.write_recipe(tmp_path / "tiny.toml")
+
+
+@pytest.fixture(autouse=True)
+def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EXITSERVE_DATA", raising=False)
+
+
+def test_help_teaches_the_four_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") == 0
+    told = capsys.readouterr().out
+    positions = [told.index(f"{n}. python -m training {step}") for n, step in enumerate(STEPS, start=1)]
+    assert positions == sorted(positions)
+    assert "--data DATA" in told
+
+
+STEPS = ("train", "calibrate", "evaluate", "export")
+
+
+def test_from_images_to_a_bundle(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, output = tmp_path / "runs" / "first", tmp_path / "zoo" / "tiny-net"
+
+    train = ("train", run, "--recipe", recipe, "--data", data, "--device", "cpu")
+    assert command(monkeypatch, *train, "--time-limit", 0) == 0
+    assert "give the same command again to go on" in capsys.readouterr().out
+    assert command(monkeypatch, *train) == 0
+    told = capsys.readouterr().out
+    assert "epoch 1 of 2" in told
+    assert f"next: python -m training calibrate {run}" in told
+
+    assert command(monkeypatch, "calibrate", run, "--data", data, "--device", "cpu") == 0
+    assert "40 held-out images, read 60 test images" in capsys.readouterr().out
+
+    assert command(monkeypatch, "evaluate", run) == 0
+    told = capsys.readouterr().out
+    assert "Every image at one exit" in told
+    assert "chosen" in told
+    for name in ("results.json", "anytime.csv", "budgeted.csv", "anytime.png", "budgeted.png", "frontier.png"):
+        assert (run / name).stat().st_size > 0
+    assert (run / "training.png").is_file()
+
+    assert command(monkeypatch, "export", run, "--output", output) == 0
+    bundle = load_bundle(output)
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.description) == ("tiny-net", "tiny")
+    assert manifest.class_names == tiny.CLASS_NAMES
+    results = json.loads((run / "results.json").read_text())
+    assert manifest.score == results["score"]
+    assert [e.test_accuracy for e in manifest.exits] == [e["test_accuracy"] for e in results["exits"]]
+    assert manifest.training["command"] == "python -m training train RUN --recipe tiny.toml --data DATA --seed 0"
+    assert manifest.training["epochs"] == 2
+    assert manifest.temperatures == [0.5] * 3
+    split = Split.load(run / "split.npz", tiny.N_TRAIN)
+    assert manifest.data.split_sha256 == split.sha256
+
+    # What is served says of the held-out images what the calibration says.
+    images, _ = tiny.coloured(tiny.N_TRAIN, 1)
+    state = {manifest.stages[0].inputs[0].name: images[split.held_out]}
+    for i, stage in enumerate(manifest.stages):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = load_stage_session(output, stage.file, session_options=options)
+        values = session.run(None, {value.name: state[value.name] for value in stage.inputs})
+        state.update(zip((value.name for value in stage.outputs), values, strict=True))
+        for name, score in SCORES.items():
+            assert np.allclose(score(values[0]), bundle.calibration.scores[name][:, i], atol=1e-4)
+
+    card = (output / "README.md").read_text()
+    for result in results["exits"]:
+        assert f"{100 * result['test_accuracy']:.2f}" in card
+    assert "Krizhevsky" in card
+    assert "Partly trained" not in card
+    # Nothing that leaves the house tells where things lay on this machine.
+    for path in output.rglob("*"):
+        assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()
+
+    # A second export replaces the bundle; the same run gives the same version.
+    assert command(monkeypatch, "export", run, "--output", output) == 0
+    assert load_bundle(output).manifest.version == manifest.version
+
+
+def test_a_partly_trained_network_says_so(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command(monkeypatch, "train", run, "--recipe", recipe, "--data", data, "--time-limit", 0)
+    assert command(monkeypatch, "calibrate", run, "--data", data) == 0
+    assert "trained for 0.25 of 2 epochs so far" in capsys.readouterr().out
+
+
+def test_steps_out_of_order_are_told_what_comes_first(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+
+    def refused(*arguments: object) -> str:
+        assert command(monkeypatch, *arguments) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert "Traceback" not in told
+        return told
+
+    steps = (("calibrate", run, "--data", data), ("evaluate", run), ("export", run, "--output", tmp_path / "bundle"))
+    for step in steps:
+        assert "python -m training train" in refused(*step)
+    command(monkeypatch, "train", run, "--recipe", recipe, "--data", data)
+    for step in steps[1:]:
+        assert "python -m training calibrate" in refused(*step)
+    command(monkeypatch, "calibrate", run, "--data", data)
+    assert "python -m training evaluate" in refused(*steps[2])
+    (run / "heldout.npz").unlink()
+    assert "python -m training calibrate" in refused(*steps[1])
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_bad_input_is_one_sentence_with_status_2(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    cases = [
+        (("train", run, "--data", data, "--recipe", "nosuch"), "no recipe 'nosuch'"),
+        (("train", run, "--data", tmp_path / "nowhere", "--recipe", recipe), "no such file or folder"),
+        (("train", run, "--recipe", recipe), "--data"),
+        (("train", run, "--data", data, "--recipe", recipe, "--processes", 0), "greater than or equal to 1"),
+        (("train", run, "--data", data, "--recipe", recipe, "--device", "tpu"), "'auto', 'cpu', 'cuda'"),
+        (("retrain",), "No such command"),
+    ]
+    for arguments, expected in cases:
+        assert command(monkeypatch, *arguments) == 2
+        told = capsys.readouterr().err
+        assert expected in told
+        assert "Traceback" not in told
+    assert not run.exists()
+
+
+def test_a_folder_that_is_no_bundle_is_not_replaced(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "letters"
+    output.mkdir()
+    (output / "dear.txt").write_text("mine")
+    for arguments in (
+        ("train", run, "--recipe", recipe, "--data", data),
+        ("calibrate", run, "--data", data),
+        ("evaluate", run),
+    ):
+        assert command(monkeypatch, *arguments) == 0
+    assert command(monkeypatch, "export", run, "--output", output) == 2
+    assert "holds something that is no bundle" in capsys.readouterr().err
+    assert (output / "dear.txt").read_text() == "mine"
+
+
+def test_the_checkpoint_of_a_run_holds_no_code(tmp_path: Path, data: Path, recipe: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    command(monkeypatch, "train", run, "--recipe", recipe, "--data", data, "--time-limit", 0)
+    state = RunFolder(run).load_checkpoint()  # weights_only: a pickle that asks for more is refused
+    assert state.keys() == {"network", "optimiser", "progress"}

@@ -1,0 +1,183 @@
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.cost import NetworkCost, measure_cost
+from models.exits import outcome
+from models.msdnet import CONFIGS, MSDNet
+from training.calibration import CalibrationRecord, ExitOutputs
+from training.checkpoint import RunError, RunFolder
+from training.evaluation import Evaluation, crossfit_rightness, evaluate, oracle_curve
+from training.plots import plot_anytime, plot_budgeted, plot_frontier, plot_training
+from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED
+
+EXECUTED = (10_000_000, 20_000_000, 40_000_000)
+PUBLISHED = (12_000_000, 21_000_000, 40_000_000)
+COST = NetworkCost(PUBLISHED, EXECUTED, PUBLISHED, EXECUTED, (1, 2, 3))
+EXECUTED_M, PUBLISHED_M = (10.0, 20.0, 40.0), (12.0, 21.0, 40.0)
+
+
+def outputs(n_images: int, seed: int) -> ExitOutputs:
+    """Three exits, each righter than the last; `logit_margin` knows well who is right, `max_softmax` hardly."""
+    draw = np.random.default_rng(seed)
+    ease = draw.normal(size=(n_images, 1)) + draw.normal(size=(n_images, 3)) * 0.3
+    correct = ease + [0.0, 0.5, 1.0] > 0
+    predictions = np.where(correct, 0, 1)
+    scores = {
+        "logit_margin": (ease + 0.3 * draw.normal(size=ease.shape)).astype(np.float32),
+        "max_softmax": (ease + 5.0 * draw.normal(size=ease.shape)).astype(np.float32),
+    }
+    return ExitOutputs(np.zeros(n_images, np.int64), predictions, correct, np.ones_like(correct), scores)
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    return evaluate(outputs(1000, 1), outputs(2000, 2), COST)
+
+
+@pytest.fixture(scope="module")
+def record() -> CalibrationRecord:
+    return CalibrationRecord(
+        step=5,
+        epochs=1.0,
+        seconds=1.0,
+        scores=[],
+        data_name="cifar100",
+        split_sha256="0" * 64,
+        train_images=1,
+        heldout_images=1000,
+        test_images=2000,
+        class_names=["a", "b"],
+        image_size_px=32,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+
+
+def test_every_exit_is_measured(evaluation: Evaluation) -> None:
+    heldout, test = outputs(1000, 1), outputs(2000, 2)
+    assert [r.exit for r in evaluation.exits] == [1, 2, 3]
+    assert [r.executed_mflops for r in evaluation.exits] == list(EXECUTED_M)
+    assert [r.published_mflops for r in evaluation.exits] == list(PUBLISHED_M)
+    assert [r.test_accuracy for r in evaluation.exits] == test.correct.mean(0).tolist()
+    assert [r.heldout_accuracy for r in evaluation.exits] == heldout.correct.mean(0).tolist()
+
+
+def test_the_score_that_knows_more_is_chosen(evaluation: Evaluation) -> None:
+    assert evaluation.score == "logit_margin"
+    worse = next(r for r in evaluation.scores if r.score == "max_softmax")
+    assert worse.crossfit_behind > 5 * worse.crossfit_behind_error > 0
+    assert evaluation.chosen.crossfit_behind == 0
+    assert evaluation.chosen.crossfit_accuracy - worse.crossfit_accuracy == pytest.approx(worse.crossfit_behind)
+
+
+def test_the_choice_never_sees_the_test_images() -> None:
+    heldout, test = outputs(1000, 1), outputs(2000, 2)
+    swapped = {"logit_margin": test.scores["max_softmax"], "max_softmax": test.scores["logit_margin"]}
+    misled = ExitOutputs(test.labels, test.predictions, test.correct, test.correct_top5, swapped)
+    assert evaluate(heldout, misled, COST).score == "logit_margin"
+
+
+def test_budgets_are_kept_on_held_out_images_and_measured_on_test_images(evaluation: Evaluation) -> None:
+    for result in evaluation.scores:
+        for point in result.points:
+            assert point.heldout_mflops <= point.budget_mflops + 1e-9
+            assert sum(point.test_shares) == pytest.approx(1)
+            assert point.test_executed_mflops == pytest.approx(np.dot(point.test_shares, EXECUTED_M))
+            assert point.test_published_mflops == pytest.approx(np.dot(point.test_shares, PUBLISHED_M))
+            assert abs(point.test_executed_mflops - point.heldout_mflops) < 1.5  # two samples of one distribution
+    costs = [point.test_executed_mflops for point in evaluation.chosen.points]
+    assert costs == sorted(costs)
+    assert evaluation.chosen.points[0].test_shares == (1.0, 0.0, 0.0)
+
+
+def test_tables_show_the_curve_from_end_to_end_once(evaluation: Evaluation) -> None:
+    shown = evaluation.chosen.shown(5)
+    costs = [point.heldout_mflops for point in shown]
+    assert costs == sorted(set(costs))
+    assert costs[0] == evaluation.chosen.points[0].heldout_mflops
+    assert costs[-1] == evaluation.chosen.points[-1].heldout_mflops
+
+
+def test_crossfitting_is_honest_about_a_score_that_is_noise() -> None:
+    draw = np.random.default_rng(0)
+    correct = draw.random((400, 3)) < [0.5, 0.6, 0.7]
+    budgets = np.linspace(10, 40, 7).tolist()
+    noise = crossfit_rightness(draw.normal(size=(400, 3)), correct, EXECUTED_M, budgets)
+    assert noise.shape == (400,)
+    # Noise leaves at random: no better than mixing the exits, whose accuracies lie between these.
+    assert correct[:, 0].mean() - 0.02 < noise.mean() < correct[:, 2].mean() + 0.02
+    oracle = crossfit_rightness(
+        np.where(correct, 1.0, 0.0) + 0.01 * draw.random((400, 3)), correct, EXECUTED_M, budgets
+    )
+    assert oracle.mean() > noise.mean() + 0.05
+
+
+def test_no_rule_beats_the_oracle() -> None:
+    """Against every one of the 3^7 ways seven images can leave."""
+    correct = np.random.default_rng(3).random((7, 3)) < 0.5
+    curve = oracle_curve(correct, EXECUTED_M, PUBLISHED_M)
+    xs, ys = [point.executed_mflops for point in curve], [point.accuracy for point in curve]
+    assert xs == sorted(xs)
+    assert ys[-1] == correct.any(axis=1).mean()
+    reached = set()
+    for ways in itertools.product(range(3), repeat=7):
+        left_at = np.array(ways)
+        cost, accuracy = np.mean(np.array(EXECUTED_M)[left_at]), correct[np.arange(7), left_at].mean()
+        assert accuracy <= np.interp(cost, xs, ys) + 1e-9
+        reached.add((round(cost, 6), round(accuracy, 6)))
+    assert all((round(x, 6), round(y, 6)) in reached for x, y in zip(xs, ys, strict=True))
+
+
+def test_results_come_back_from_disk(tmp_path: Path, evaluation: Evaluation, record: CalibrationRecord) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(RunError, match="not evaluated yet"):
+        Evaluation.load(folder, record)
+    evaluation.save(folder, record)
+    assert Evaluation.load(folder, record) == evaluation
+    with (tmp_path / "anytime.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["test_accuracy"]) for row in rows] == [r.test_accuracy for r in evaluation.exits]
+    with (tmp_path / "budgeted.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == sum(len(r.points) for r in evaluation.scores)
+    assert all(sum(float(row[f"share_{n}"]) for n in (1, 2, 3)) == pytest.approx(1, abs=1e-4) for row in rows)
+    with pytest.raises(RunError, match="evaluate again"):
+        Evaluation.load(folder, record.model_copy(update={"step": 6}))
+    folder.results.write_text(json.dumps({"step": 5}))
+    with pytest.raises(RunError, match="evaluate again"):
+        Evaluation.load(folder, record)
+
+
+def test_plots_are_drawn(tmp_path: Path, evaluation: Evaluation) -> None:
+    log = [{"epoch": n, "losses": [3 / n, 2 / n], "held_out_accuracy": [n / 9, n / 8]} for n in (1, 2, 3)]
+    plot_training(tmp_path / "training.png", "tiny", log)
+    plot_frontier(tmp_path / "frontier.png", "tiny", evaluation)
+    plot_anytime(tmp_path / "anytime.png", "tiny", evaluation, is_cifar100=True)
+    plot_budgeted(tmp_path / "budgeted.png", "tiny", evaluation, is_cifar100=True)
+    plot_budgeted(tmp_path / "own.png", "tiny", evaluation, is_cifar100=False)
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
+    assert (tmp_path / "own.png").read_bytes() != (tmp_path / "budgeted.png").read_bytes()
+
+
+def test_published_costs_are_those_of_the_published_network() -> None:
+    with torch.device("meta"):
+        network = MSDNet(CONFIGS["C-any"])
+    ours = [ops / 1e6 for ops in measure_cost(network, 32).published]
+    for curve in CIFAR100_ANYTIME:
+        assert ours == pytest.approx(list(curve.mflops), rel=1e-3)
+    for curve in (*CIFAR100_ANYTIME, *CIFAR100_BUDGETED):
+        assert len(curve.mflops) == len(curve.accuracy)
+        assert list(curve.mflops) == sorted(curve.mflops)
+        assert all(0.6 < accuracy < 0.8 for accuracy in curve.accuracy)
+        assert "published" in curve.label
+        assert curve.source
