@@ -98,6 +98,8 @@ def _assemble(traced: TracedNetwork) -> StagedNetwork:
     }
     stages, values = [], {IMAGES: _spec(IMAGES, traced.values[traced.images])}
     for number, logits in enumerate(traced.exits, start=1):
+        if logits not in first_exits:
+            raise StagingError(f"exit {number} does not depend on the images")
         if first_exits[logits] != number:
             raise StagingError(
                 f"exit {number} needs nothing that exit {first_exits[logits]} has not run already: return every exit "
@@ -110,8 +112,6 @@ def _assemble(traced: TracedNetwork) -> StagedNetwork:
             values[names[node]] = _spec(names[node], traced.values[node])
         values[names[logits]] = _spec(names[logits], traced.values[logits])
         inputs = [node for node in first_exits if node in read]
-        if not inputs:
-            raise StagingError(f"exit {number} does not depend on the images")
         stages.append(_build_stage(traced, number, own, inputs, [logits, *kept], names))
     return StagedNetwork(stages, values)
 

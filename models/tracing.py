@@ -27,6 +27,35 @@ class StagingError(ValueError):
     """A network cannot be cut into stages; the message names the cause and the fix."""
 
 
+class _Proxy(fx.Proxy):
+    """Records `x += y` as the change in place that it is; torch.fx alone takes it for `x = x + y`."""
+
+    def _record(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._record(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._record(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._record(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._record(operator.itruediv, other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise StagingError(
+            "it assigns into a tensor (x[...] = y): build it with torch.cat or torch.where"
+        )
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 @dataclass(frozen=True)
 class TracedNetwork:
     """A snapshot of a network in evaluation mode, as a graph over its images.
@@ -112,7 +141,9 @@ def _trace(network: nn.Module) -> fx.Graph:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Was not able to add assertion")
-            graph = fx.Tracer().trace(network, defaults)
+            graph = _Tracer().trace(network, defaults)
+    except StagingError as error:
+        raise StagingError(f"{type(network).__name__} cannot be staged: {error}") from None
     except Exception as error:  # torch.fx runs the network's own code: anything may come out
         raise StagingError(
             f"torch.fx cannot trace {type(network).__name__}: {error}. A network with exits must not branch or loop on "
@@ -166,8 +197,6 @@ def _make_out_of_place(
     changed, target = node.args[0] if node.args else None, node.target
     if not isinstance(changed, fx.Node) or not isinstance(values.get(changed), Tensor):
         return
-    if target is operator.setitem:
-        raise StagingError(f"{changed.name} is assigned into: build the tensor with torch.cat or torch.where instead")
     if node.op == "call_module":
         operation = module.get_submodule(str(target))
         if getattr(operation, "inplace", False) is not True:

@@ -1,0 +1,293 @@
+"""Stages answer as the whole network does, bit for bit, and run and carry no more than they must."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.cost import measure_cost
+from models.msdnet import CONFIGS
+from models.registry import build_network
+from models.staging import IMAGES, StagedNetwork, StagingError, split
+from tests.models.networks import Chunks, InPlace, RandomNetwork, Shapes, TwoExits, head
+
+
+def randomise_statistics(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Fresh normalisation does nothing at all; give it statistics and weights as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.1, generator=generator)
+    return network
+
+
+@pytest.fixture(scope="module", params=["C-any", "C-batch-4", "I-5"])
+def staged_msdnet(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Tensor, StagedNetwork]:
+    torch.manual_seed(0)
+    config = CONFIGS[request.param]
+    network = randomise_statistics(build_network("msdnet", {"config": request.param}))
+    images = torch.randn(2, 3, config.image_size_px, config.image_size_px)
+    return request.param, network, images, split(network, images)
+
+
+def assert_same_answers(network: nn.Module, images: Tensor) -> StagedNetwork:
+    staged = split(network, images)
+    with torch.no_grad():
+        for whole, part in zip(network.eval()(images.clone()), staged.run(images.clone()), strict=True):
+            assert torch.equal(whole, part)
+    return staged
+
+
+def test_msdnet_stages_answer_bit_for_bit(staged_msdnet):
+    _, network, images, staged = staged_msdnet
+    with torch.no_grad():
+        whole = network.eval()(images)
+        assert len(staged.stages) == len(whole)
+        for expected, logits in zip(whole, staged.run(images), strict=True):
+            assert torch.equal(expected, logits)
+
+
+def test_state_is_what_later_stages_read(staged_msdnet):
+    name, _, _, staged = staged_msdnet
+    state_kib = sum(spec.bytes_per_row for spec in staged.state_after(1)) / 1024
+    # Carrying all maps of the block would take 280, 280 and 2,487 KiB.
+    assert state_kib == {"C-any": 220.390625, "C-batch-4": 220.390625, "I-5": 1657.65625}[name]
+    for number, stage in enumerate(staged.stages, start=1):
+        carried = {spec.name for spec in staged.state_after(number)}
+        later = {read for other in staged.stages[number:] for read in other.inputs}
+        assert carried <= later
+        assert stage.outputs[0] == f"logits_{number}"
+        assert set(stage.outputs[1:]) <= carried
+    assert staged.state_after(len(staged.stages)) == ()
+
+
+def test_boosted_logits_are_answer_and_state_at_once(staged_msdnet):
+    _, _, _, staged = staged_msdnet
+    for number, stage in enumerate(staged.stages[1:], start=2):
+        assert f"logits_{number - 1}" in stage.inputs
+        assert stage.outputs.count(f"logits_{number}") == 1
+
+
+def test_state_shapes_are_those_that_run(staged_msdnet):
+    _, _, images, staged = staged_msdnet
+    state = {IMAGES: images}
+    with torch.no_grad():
+        for stage in staged.stages:
+            state.update(zip(stage.outputs, stage(*(state[name] for name in stage.inputs)), strict=True))
+    for name, value in state.items():
+        assert (tuple(value.shape[1:]), value.dtype) == (staged.values[name].shape, staged.values[name].dtype)
+
+
+def test_stages_run_what_cost_charges(staged_msdnet):
+    """PyTorch's own counter sees, stage by stage, the multiply-adds that `measure_cost` says are executed."""
+    _, network, images, staged = staged_msdnet
+    cost = measure_cost(network, images.shape[-1])
+    state, run_macs = {IMAGES: images[:1]}, 0
+    for executed_macs, stage in zip(cost.executed_macs, staged.stages, strict=True):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            outputs = stage(*(state[name] for name in stage.inputs))
+        state.update(zip(stage.outputs, outputs, strict=True))
+        run_macs += counter.get_total_flops() // 2
+        assert run_macs == executed_macs
+
+
+def test_stage_one_of_c_any_and_i_5_is_lighter_than_published():
+    for name, published, executed in (("C-any", 14.97, 13.26), ("I-5", 419.7, 327.4)):
+        with torch.device("meta"):
+            cost = measure_cost(build_network("msdnet", {"config": name}), CONFIGS[name].image_size_px)
+        assert cost.published_macs[0] / 1e6 == pytest.approx(published, abs=0.05)
+        assert cost.executed_macs[0] / 1e6 == pytest.approx(executed, abs=0.05)
+
+
+def test_a_later_snapshot_is_not_touched_by_training():
+    network = TwoExits()
+    images = torch.randn(2, 3, 8, 8)
+    staged = split(network, images)
+    before = [logits.clone() for logits in staged.run(images)]
+    assert network.training, "split leaves the network's mode as it was"
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1.0)
+        network.train()(images)
+        for expected, logits in zip(before, staged.run(images), strict=True):
+            assert torch.equal(expected, logits)
+
+
+@pytest.mark.parametrize("network", [InPlace, Shapes, Chunks, TwoExits], ids=lambda kind: kind.__name__)
+def test_awkward_networks_answer_bit_for_bit(network):
+    torch.manual_seed(1)
+    assert_same_answers(randomise_statistics(network()), torch.randn(3, 3, 8, 8))
+
+
+def test_sizes_make_no_exit_wait():
+    """The first exit of `Shapes` reads the size of the fine map; the map itself belongs to the second."""
+    staged = split(Shapes(), torch.randn(2, 3, 8, 8))
+    assert not any("fine" in str(node.target) for node in staged.stages[0].graph.nodes)
+    assert all(isinstance(spec.shape, tuple) for spec in staged.state_after(1))
+
+
+def test_tensors_cross_not_tuples():
+    staged = split(Chunks(), torch.randn(2, 3, 8, 8))
+    assert [spec.shape for spec in staged.state_after(1)] == [(2, 8, 8), (5,)]
+
+
+def test_images_are_state_where_a_later_exit_reads_them():
+    staged = assert_same_answers(
+        TwoExits(lambda x, images: torch.cat([x, images], 1), n_between=7), torch.randn(2, 3, 8, 8)
+    )
+    assert IMAGES in staged.stages[1].inputs
+    assert IMAGES in {spec.name for spec in staged.state_after(1)}
+
+
+def test_preprocess_is_part_of_stage_one():
+    class Halve(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.permute(0, 3, 1, 2).float() / 255
+
+    network, images = TwoExits(), torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    staged = split(network, images, Halve())
+    assert staged.values[IMAGES].dtype == torch.uint8
+    assert staged.values[IMAGES].shape == (8, 8, 3)
+    with torch.no_grad():
+        for whole, part in zip(network.eval()(Halve()(images)), staged.run(images), strict=True):
+            assert torch.equal(whole, part)
+
+
+def test_code_no_exit_needs_is_gone():
+    class Wasteful(TwoExits):
+        def forward(self, images: Tensor) -> list[Tensor]:
+            self.second(self.first(images)).relu()
+            return super().forward(images)
+
+    staged = split(Wasteful(), torch.randn(2, 3, 8, 8))
+    convolutions = [n for s in staged.stages for n in s.graph.nodes if n.op == "call_module" and "0" in str(n.target)]
+    assert len([n for n in convolutions if "head" not in str(n.target)]) == 2
+
+
+def test_on_the_meta_device_nothing_is_run():
+    with torch.device("meta"):
+        staged = split(build_network("msdnet", {"config": "C-lin-5"}), torch.empty(1, 3, 32, 32))
+    assert len(staged.stages) == 5
+
+
+OPERATIONS = ("conv", "conv", "add", "add in place", "relu in place", "halves")
+
+
+@settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking is slow
+@given(data=st.data())
+def test_any_graph_answers_bit_for_bit_and_costs_what_its_stages_run(data):
+    operand = st.integers(0, 4)
+    program = data.draw(st.lists(st.tuples(st.sampled_from(OPERATIONS), operand, operand), min_size=2, max_size=10))
+    exits = sorted(data.draw(st.sets(st.integers(1, len(program)), min_size=1, max_size=3)))
+    torch.manual_seed(2)
+    network = randomise_statistics(RandomNetwork(program, exits))
+    staged = assert_same_answers(network, torch.randn(2, 3, 6, 6))
+    cost = measure_cost(network, 6)
+    assert all(executed <= published for executed, published in zip(cost.executed, cost.published, strict=True))
+    assert sorted(cost.executed) == list(cost.executed)
+    for number in range(1, len(exits) + 1):
+        assert all(spec.shape[0] in (3, 5, 1) for spec in staged.state_after(number))
+
+
+class Branches(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return super().forward(images) if images.sum() > 0 else []
+
+
+class OneAnswer(TwoExits):
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(images)[-1]
+
+
+class Backwards(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first, second = super().forward(images)
+        return [first + second, first]
+
+
+class Twice(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first, second = super().forward(images)
+        return [first, first, second]
+
+
+class Features(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.first(images), *super().forward(images)]
+
+
+class OtherClasses(TwoExits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_1 = head(4, n_classes=9)
+
+
+class Constant(TwoExits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("prior", torch.zeros(2, 5))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.prior, *super().forward(images)]
+
+
+class WholeBatch(TwoExits):
+    """Its second exit subtracts the mean over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, images: x - x.mean(0, keepdim=True))
+
+
+class MeanCrosses(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.first(images)
+        mean = x.mean(0)
+        return [self.head_1(x - mean), self.head_2(self.second(x * mean))]
+
+
+class Assigns(TwoExits):
+    def __init__(self) -> None:
+        super().__init__(self.zero_left)
+
+    @staticmethod
+    def zero_left(x: Tensor, images: Tensor) -> Tensor:
+        x[:, :, :, 0] = 0
+        return x
+
+
+class Noisy(TwoExits):
+    def __init__(self) -> None:
+        super().__init__(lambda x, images: x + torch.randn(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Branches, "cannot trace Branches.*must not branch"),
+        (OneAnswer, "OneAnswer returns no list"),
+        (Backwards, "exit 2 needs nothing that exit 1 has not run.*cheapest first"),
+        (Twice, "exit 2 needs nothing that exit 1 has not run"),
+        (Features, r"exit 1 of Features gives \(2, 4, 8, 8\)"),
+        (OtherClasses, r"exit 2 of OtherClasses gives \(2, 5\).*same classes at every exit"),
+        (Constant, "exit 1 does not depend on the images"),
+        (WholeBatch, "exit 2 answers one image otherwise alone"),
+        (MeanCrosses, r"a later exit reads 'mean'.*\(4, 8, 8\)"),
+        (Assigns, "Assigns cannot be staged: it assigns into a tensor.*torch.cat"),
+        (Noisy, "exit 2 answers otherwise in stages|fails on images"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_what_cannot_be_staged_is_told_why(network, message):
+    torch.manual_seed(3)
+    with pytest.raises(StagingError, match=f"(?s){message}"):
+        split(randomise_statistics(network()), torch.randn(2, 3, 8, 8))
+
+
+def test_an_example_the_network_does_not_take_is_told():
+    with pytest.raises(StagingError, match=r"fails on images of shape \(2, 1, 8, 8\)"):
+        split(TwoExits(), torch.randn(2, 1, 8, 8))
