@@ -48,7 +48,7 @@ def offline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     else:
         if not (ZOO_BUNDLE / "manifest.json").exists():
             pytest.skip(f"no trained bundle at {ZOO_BUNDLE.relative_to(REPOSITORY)}")
-        path, images = ZOO_BUNDLE, cifar100_test()[0][:n_images]
+        path, images = ZOO_BUNDLE, cifar100_test()[0][:n_images].copy()  # torch wants them writable
     bundle = load_bundle(path)
     logits = evaluate(bundle, images)
     score = SCORES[bundle.manifest.score]
