@@ -5,6 +5,7 @@ Both `models.cost` and `models.staging` look through this, so that what is charg
 
 import copy
 import inspect
+import logging
 import operator
 import warnings
 from dataclasses import dataclass
@@ -46,9 +47,7 @@ class _Proxy(fx.Proxy):
         return self._record(operator.itruediv, other)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise StagingError(
-            "it assigns into a tensor (x[...] = y): build it with torch.cat or torch.where"
-        )
+        raise StagingError("it assigns into a tensor (x[...] = y): build it with torch.cat or torch.where")
 
 
 class _Tracer(fx.Tracer):
@@ -162,6 +161,9 @@ def _trace(network: nn.Module) -> fx.Graph:
 
 def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.Node, Any]:
     interpreter = fx.Interpreter(module, garbage_collect_values=False)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it would log a stack trace before it raises
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         example = torch.empty(n_rows, *images.shape[1:], dtype=images.dtype, device=images.device)
         try:
@@ -171,6 +173,8 @@ def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.No
                 f"the network fails on images of shape {tuple(example.shape)} and type {example.dtype}: {error}. Give "
                 "an example of the shape and type that the network takes, on the network's own device"
             ) from error
+        finally:
+            logger.setLevel(level)
     return dict(interpreter.env)
 
 

@@ -119,6 +119,9 @@ def _to_onnx(stage: Stage, inputs: tuple[Tensor, ...]) -> ir.Model:
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
     ClearMetadataAndDocStringPass()(model)  # of stack traces with this machine's paths
+    made = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *made):
+        value.metadata_props.clear()  # the exporter's notes to itself: half of the file
     return model
 
 
