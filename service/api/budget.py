@@ -36,13 +36,13 @@ class Budget:
         return orjson.dumps(
             {
                 "average_mflops": now.budget_mflops,
-                "fraction": now.fraction,
-                "accuracy": expected.accuracy,
+                "fraction": round(now.fraction, 6),
+                "accuracy": round(expected.accuracy, 5),
                 "set_as": self.target.kind,
                 "expected": {
                     "average_mflops": expected.cost,
-                    "accuracy": expected.accuracy,
-                    "exit_shares": expected.shares,
+                    "accuracy": round(expected.accuracy, 5),
+                    "exit_shares": [round(share, 5) for share in expected.shares],
                 },
                 "frontier_ends_below_budget": now.frontier_limited,
                 "thresholds": _finite(now.thresholds),

@@ -97,8 +97,8 @@ class Classifier:
         return {
             "label": answer.label,
             "class_id": answer.class_id,
-            "confidence": answer.confidence,
-            "top_k": [{"label": names[i], "class_id": i, "confidence": share} for i, share in answer.top_k],
+            "confidence": round(answer.confidence, 6),
+            "top_k": [{"label": names[i], "class_id": i, "confidence": round(share, 6)} for i, share in answer.top_k],
             "exit": answer.exit,
             "reason": answer.reason,
             "mflops": answer.mflops,
