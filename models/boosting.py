@@ -5,6 +5,7 @@ head learns what the heads before it got wrong (BoostNet, AAAI 2023). One recurs
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +61,16 @@ class _RescaleGradient(torch.autograd.Function):
     """Identity forward, multiplication by a constant backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)  # a view: the bare input was once left unscaled under torch.compile (pytorch #102970)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
 
 
 def rescale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x` unchanged, bit for bit, with its gradient multiplied by `factor` (IMTA, ICCV 2019)."""
-    return _RescaleGradient.apply(x, factor)
+    rescaled: Tensor = _RescaleGradient.apply(x, factor)
+    return rescaled

@@ -7,6 +7,7 @@ Stages are cut from it by `models.staging`.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -110,7 +111,7 @@ class Stem(nn.Module):
             finest = conv_bn_relu(3, widths[0], 3)
         else:
             finest = nn.Sequential(*conv_bn_relu(3, widths[0], 7, 2, bias=True), nn.MaxPool2d(3, 2, 1))
-        coarser = (conv_bn_relu(a, b, 3, 2) for a, b in zip(widths, widths[1:], strict=False))
+        coarser = (conv_bn_relu(a, b, 3, 2) for a, b in pairwise(widths))
         self.scales = nn.ModuleList([finest, *coarser])
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -176,7 +177,8 @@ class Head(nn.Module):
         self.classifier = nn.Linear(width, n_classes)
 
     def forward(self, coarsest: Tensor) -> Tensor:
-        return self.classifier(self.features(coarsest).flatten(1))
+        logits: Tensor = self.classifier(self.features(coarsest).flatten(1))
+        return logits
 
 
 class MSDNet(nn.Module):
@@ -233,7 +235,8 @@ class MSDNet(nn.Module):
             maps = self._rescale(block(maps), 1.0 / (self.n_exits - i))
             head_logits.append(head(maps[-1]))
             maps = self._rescale(maps, self.n_exits - i - 1.0)
-        return self.boosting(head_logits)
+        ensembled: list[Tensor] = self.boosting(head_logits)
+        return ensembled
 
     def _rescale(self, maps: list[Tensor], factor: float) -> list[Tensor]:
         if not self.training or self.gradient_rescaling == "off":

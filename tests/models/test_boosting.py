@@ -120,7 +120,7 @@ def gradient_norms(parts: nn.ModuleList, loss: Tensor) -> list[float]:
     return norms
 
 
-# Measured on the reference model at its initialisation, one loss at a time; exact (1/(N-i), Eq. 7) once one scale is left.
+# Measured on the reference model at its initialisation, one loss at a time; 1/(N-i) (Eq. 7) once one scale is left.
 PUBLISHED_RATIOS = {
     1: [0.100],
     5: [0.114, 0.121, 0.131, 0.146, 0.167],
