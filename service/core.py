@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.exits import confidence
 from service.budget import BudgetController, Reason
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
 from service.rows import ENDED, Answer, EngineError, Outcome, Request, Sink
-from service.runners.base import compact
+from service.runners.base import keep
 from service.scheduler import Scheduler
 from service.steering import MEGA
 
@@ -114,9 +115,8 @@ class Core:
             else:
                 leaving.append((i, reason))
         if going_on:
-            states = compact([result.output.states[i] for i in going_on])
             survivors = [batch.rows[i] for i in going_on]
-            for row, state in zip(survivors, states, strict=True):
+            for row, state in zip(survivors, keep(result.output.block, going_on), strict=True):
                 row.state = state
             self._queue(survivors, batch.stage + 1, now_s)
         if leaving:
@@ -124,15 +124,17 @@ class Core:
 
     def _answer(self, batch: Batch, result: BatchResult, leaving: Sequence[tuple[int, Reason]]) -> None:
         answers = []
-        for i, reason in leaving:
-            row, class_id, confidence = batch.rows[i], result.classes[i], result.confidences[i]
-            top_k: tuple[tuple[int, float], ...] = ((class_id, confidence),)
+        logits = result.output.logits
+        sure = confidence(logits[[i for i, _ in leaving]]).tolist()
+        for (i, reason), share in zip(leaving, sure, strict=True):
+            row, class_id = batch.rows[i], result.classes[i]
+            top_k: tuple[tuple[int, float], ...] = ((class_id, share),)
             if row.options.top_k > 1:
-                top_k = _top_k(result.output.logits[i], confidence, row.options.top_k)
+                top_k = _top_k(logits[i], share, row.options.top_k)
             answer = Answer(
                 class_id=class_id,
                 label=self._class_names[class_id],
-                confidence=confidence,
+                confidence=share,
                 top_k=top_k,
                 exit=batch.stage + 1,
                 reason=reason,
@@ -166,8 +168,8 @@ class Core:
         self.outbox.setdefault(row.sink, []).append((row.token, outcome))
 
 
-def _top_k(logits: NDArray[np.float32], confidence: float, k: int) -> tuple[tuple[int, float], ...]:
-    """The k best classes of logits [classes] and their softmax outputs, of which `confidence` is the largest."""
+def _top_k(logits: NDArray[np.float32], largest: float, k: int) -> tuple[tuple[int, float], ...]:
+    """The k best classes of logits [classes] and their softmax outputs, of which `largest` is the first."""
     best = np.argsort(-logits, kind="stable")[:k]
-    shares = np.exp(logits[best].astype(np.float64) - float(logits[best[0]])) * confidence
+    shares = np.exp(logits[best].astype(np.float64) - float(logits[best[0]])) * largest
     return tuple(zip(best.tolist(), shares.tolist(), strict=True))

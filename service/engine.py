@@ -11,9 +11,10 @@ Every request ends in exactly one way: submitted = answered + refused + abandone
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.budget import BudgetController, BudgetState
 from service.core import Core
-from service.inbox import Abandon, Call, Stop
+from service.inbox import Abandon, Call, Stop, Wake
 from service.lanes import Batch, Lanes, Score
 from service.observer import EngineStats, Observer
 from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Outcome, Request, Sink
@@ -62,19 +63,22 @@ class Engine:
         self.max_in_flight_rows = max_in_flight_rows
         self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
         self._runner = runner
-        self._inbox: SimpleQueue[Request | Batch | Abandon | Call | Stop] = SimpleQueue()
+        self._inbox: SimpleQueue[Batch | Abandon | Call | Wake | Stop] = SimpleQueue()
         self._lanes = Lanes(runner, score, self._inbox.put)
         self._max_running = len(self._lanes) + lookahead_batches
         self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
-        # Guarded by `_admission`: the gate, and the counts that callers' threads change.
+        # Guarded by `_admission`: the gate, and what callers' threads change.
         self._admission = threading.Condition()
         self._closed: EngineError | None = EngineDraining("the engine has not been started")
         self._owned = False  # the engine's thread is there and takes messages
         self._submitted = self._refused = self._in_flight = 0
+        self._arrivals: list[Request] = []
+        self._hungry = True  # lanes are free, so the engine's thread is to be woken for a single image
         # Owned by the engine's thread.
         self._core = Core(budget, scheduler, class_names, exits, observer)
         self._n_delivered = 0  # of those that the core has ended
         self._n_running = 0  # batches with the lanes
+        self._messages: deque[Batch | Abandon | Call | Wake | Stop] = deque()  # taken from the inbox
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
@@ -141,7 +145,10 @@ class Engine:
                 self._refused += 1
                 raise self._closed or EngineOverloaded(self._in_flight)
             self._in_flight += 1
-            self._inbox.put(request)
+            self._arrivals.append(request)
+            if self._hungry:
+                self._hungry = False
+                self._inbox.put(Wake())
         return request
 
     def abandon(self, request: Request) -> None:
@@ -202,10 +209,7 @@ class Engine:
     def _work(self) -> None:
         ending = EngineError("the engine stopped before this image was answered")
         try:
-            while not self._take(self._inbox.get()):
-                for _ in range(self._inbox.qsize()):
-                    if self._take(self._inbox.get()):
-                        self._inbox.put(Stop())  # after the work at hand
+            while self._take_messages():
                 self._dispatch()
                 self._deliver()
         except Exception as error:
@@ -213,18 +217,39 @@ class Engine:
             ending = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
         self._wind_up(ending)
 
-    def _take(self, message: Request | Batch | Abandon | Call | Stop) -> bool:
-        """Handle one message; True if it says stop."""
-        if isinstance(message, Request):
-            self._core.admit(message, time.perf_counter())
-        elif isinstance(message, Batch):
-            self._n_running -= 1
-            self._core.finish(message, time.perf_counter())
-        elif isinstance(message, Abandon):
-            self._core.abandon(message.request)
-        elif isinstance(message, Call):
-            message.run()
-        return isinstance(message, Stop)
+    def _take_messages(self) -> bool:
+        """Wait for a message, then take all there are, and all images before them; False once told to stop.
+
+        While all lanes are busy, arrivals do not wake the engine: it could do nothing for them, and a wake-up for each
+        image costs as much as all that the engine does for it. The next batch that has run brings it here.
+        """
+        with self._admission:
+            lanes_are_free = self._n_running < self._max_running
+            self._hungry = lanes_are_free and not self._arrivals
+        if self._hungry or not lanes_are_free:
+            self._messages.append(self._inbox.get())
+        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        self._take_arrivals()
+        goes_on = True
+        while self._messages:
+            message = self._messages.popleft()
+            if isinstance(message, Batch):
+                self._n_running -= 1
+                self._core.finish(message, time.perf_counter())
+            elif isinstance(message, Abandon):
+                self._core.abandon(message.request)
+            elif isinstance(message, Call):
+                message.run()
+            elif isinstance(message, Stop):
+                goes_on = False
+        return goes_on
+
+    def _take_arrivals(self) -> None:
+        with self._admission:
+            arrivals, self._arrivals = self._arrivals, []
+        now_s = time.perf_counter()
+        for request in arrivals:
+            self._core.admit(request, now_s)
 
     def _dispatch(self) -> None:
         while self._n_running < self._max_running:
@@ -254,14 +279,12 @@ class Engine:
         with self._admission:
             self._closed = self._closed or error
             self._owned = False
-        # Nothing is put from here on but abandonments and batches, which end below all the same.
-        while True:
-            try:
-                message = self._inbox.get_nowait()
-            except Empty:
-                break
-            if isinstance(message, Request | Call):
-                self._take(message)
+        # Nothing comes from here on but abandonments and batches, which end below all the same.
+        self._take_arrivals()
+        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        for message in self._messages:
+            if isinstance(message, Call):
+                message.run()
         self._core.fail_all(error)
         self._deliver()
 

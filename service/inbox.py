@@ -1,4 +1,4 @@
-"""What the engine's thread is told, besides the requests and the batches that have run."""
+"""What the engine's thread is told, besides the images that arrive and the batches that have run."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -30,6 +30,10 @@ class Call:
             self.future.set_result(self.function())
         except Exception as error:
             self.future.set_exception(error)
+
+
+class Wake:
+    """Images have arrived, and lanes are free."""
 
 
 class Stop:

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from models.exits import Logits, confidence
+from models.exits import Logits
 from service.rows import Request
 from service.runners.base import Runner, StageOutput
 
@@ -35,7 +35,6 @@ class BatchResult:
     output: StageOutput
     classes: list[int]  # the leading class
     scores: list[float]  # the exit's score
-    confidences: list[float]  # the largest softmax output
 
 
 class Lanes:
@@ -81,7 +80,4 @@ class Lanes:
 
     def _run(self, batch: Batch) -> BatchResult:
         output = self._runner.run(batch.stage, [row.state for row in batch.rows])
-        logits = output.logits
-        return BatchResult(
-            output, logits.argmax(axis=1).tolist(), self._score(logits).tolist(), confidence(logits).tolist()
-        )
+        return BatchResult(output, output.logits.argmax(axis=1).tolist(), self._score(output.logits).tolist())

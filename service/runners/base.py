@@ -40,8 +40,12 @@ class StageOutput:
     """What one run gives: the logits of the stage's exit, float32 [rows, classes], and what its rows go on with."""
 
     logits: NDArray[np.float32]
-    states: Sequence[RowState]  # as many as rows; empty after the last stage
+    block: Block  # row i's state is `RowState(block, i)`; without values after the last stage
     seconds: float  # wall time of the run, gathering included
+
+    @property
+    def states(self) -> list[RowState]:
+        return [RowState(self.block, i) for i in range(self.block.n_rows)]
 
 
 class Runner(Protocol):
@@ -127,11 +131,13 @@ def _runs(rows: Sequence[RowState]) -> list[tuple[Block, list[int]]]:
     return runs
 
 
-def compact(rows: Sequence[RowState], max_waste: float = 4.0) -> Sequence[RowState]:
-    """Bound the memory that rows of one block keep alive: give them a block of their own if it is `max_waste` times
-    smaller. That copies few rows; where more are left, the block is kept and each is copied once, when it runs."""
-    if not rows or rows[0].block.n_rows < max_waste * len(rows):
-        return rows
-    indices = [row.index for row in rows]
-    block = Block({name: value[indices] for name, value in rows[0].block.values.items()}, len(rows))
-    return [RowState(block, i) for i in range(len(rows))]
+def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[RowState]:
+    """Return the states of some rows of a block, having bounded the memory that they keep alive.
+
+    Rows that are `max_waste` times fewer than the block's get one of their own. That copies few rows; where more are
+    left, the block is kept and each is copied once, when it runs.
+    """
+    if block.n_rows < max_waste * len(indices):
+        return [RowState(block, i) for i in indices]
+    own = Block({name: value[list(indices)] for name, value in block.values.items()}, len(indices))
+    return [RowState(own, i) for i in range(len(indices))]

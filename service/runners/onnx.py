@@ -104,9 +104,7 @@ class OnnxRunner:
         values = {name: by_name[name] for name in self._kept[stage]}
         for name in self._needed[stage].difference(values).intersection(rows[0].block.values):
             values[name] = feed[name] if name in feed else gather(rows, name)
-        block = Block(values, n_rows)
-        states = [RowState(block, i) for i in range(n_rows)] if stage + 1 < self.n_stages else []
-        return StageOutput(outputs[0], states, time.perf_counter() - started)
+        return StageOutput(outputs[0], Block(values, n_rows), time.perf_counter() - started)
 
     def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:
         """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent."""
@@ -156,6 +154,7 @@ def _open_sessions(bundle: Bundle, device: Device) -> tuple[list[ort.InferenceSe
 def _options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # batches come in every size: a memory plan for each costs more than it saves
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")

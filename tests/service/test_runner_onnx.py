@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle
-from service.runners.base import Block, RowState, RunnerError, compact, fit_stage_time, gather
+from service.runners.base import Block, RowState, RunnerError, fit_stage_time, gather, keep
 from service.runners.onnx import OnnxRunner, cuda_device_count
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_bundle, tiny_network
 from training.export import Normalise
@@ -72,11 +72,10 @@ def test_answers_are_the_same_to_the_bit_whoever_shares_the_batch(runner, images
             for (i, _), logits in zip(batch, output.logits, strict=True):
                 assert np.array_equal(logits, alone[stage][i])
             if stage + 1 == runner.n_stages:
-                assert not output.states
+                assert not output.block.values
                 continue
             kept = [j for j in range(len(batch)) if rng.random() < 0.8]
-            states = compact([output.states[j] for j in kept])
-            survivors += [(batch[j][0], state) for j, state in zip(kept, states, strict=True)]
+            survivors += [(batch[j][0], state) for j, state in zip(kept, keep(output.block, kept), strict=True)]
         waiting = survivors
         assert waiting or stage + 1 == runner.n_stages
 
@@ -120,13 +119,12 @@ def test_gathering_keeps_rows_in_order_and_uses_the_buffer_it_is_given():
 
 def test_few_survivors_do_not_keep_a_large_block_alive():
     block = Block({"x": np.arange(64).reshape(32, 2)}, 32)
-    few = compact([RowState(block, i) for i in (3, 30, 31)])
+    few = keep(block, [3, 30, 31])
     assert few[0].block is few[2].block is not block
     assert few[0].block.bytes == block.bytes * 3 // 32
     np.testing.assert_array_equal(gather(few, "x"), block.values["x"][[3, 30, 31]])
-    many = [RowState(block, i) for i in range(9)]
-    assert compact(many) is many
-    assert compact([]) == []
+    assert keep(block, range(9)) == [RowState(block, i) for i in range(9)]
+    assert keep(block, []) == []
 
 
 @pytest.mark.parametrize(
