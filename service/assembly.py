@@ -9,6 +9,17 @@ from service.runners.onnx import Device, OnnxRunner
 from service.scheduler import Scheduler
 
 
+def default_burst_images(n_lanes: int, max_rows: int) -> float:
+    """Half a batch of budgets per lane, 32 at least.
+
+    The survivors of a batch are in flight together, and the ledger must cover what they spend beyond their own budgets,
+    or it cuts images short that steering would let go on. Simulated at 40 and 60 % of the full cost with batches of 32:
+    with 32 images the ledger refuses nothing on 2 lanes, 1 to 3 % of the images on 4 and 40 % on 8; with 16 a lane,
+    nothing.
+    """
+    return max(32.0, 0.5 * n_lanes * max_rows)
+
+
 def build_engine(
     bundle: Bundle,
     budget_mflops: float,
@@ -18,7 +29,7 @@ def build_engine(
     max_rows: int = 32,
     max_wait_s: float = 0.05,
     policy: str = "default",
-    burst_images: float = 32.0,
+    burst_images: float | None = None,
     max_in_flight_rows: int = 1024,
     lookahead_batches: int = 1,
     steer: bool = True,
@@ -32,7 +43,7 @@ def build_engine(
         budget_mflops: average per image, millions of multiply-adds as executed.
         device, n_lanes, max_rows: see `OnnxRunner`.
         max_wait_s, policy: see `Scheduler`.
-        burst_images, steer: see `BudgetController`.
+        burst_images, steer: see `BudgetController`; by default `default_burst_images`.
         max_in_flight_rows, lookahead_batches, observer: see `Engine`.
         exits: False runs every image to the last exit, whatever the budget.
 
@@ -48,7 +59,7 @@ def build_engine(
             bundle.frontier(),
             costs_mflops,
             budget_mflops if exits else costs_mflops[-1],
-            burst_images,
+            default_burst_images(runner.n_lanes, max_rows) if burst_images is None else burst_images,
             steer and exits,
         ),
         Scheduler(runner.n_stages, max_rows, max_wait_s, policy=policy),

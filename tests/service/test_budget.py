@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.assembly import default_burst_images
 from service.budget import BudgetController
 from service.ledger import Account, Ledger
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier, population, simulate, worst_window
@@ -193,6 +194,17 @@ def test_steady_traffic_ends_within_one_percent_under_the_budget(fraction, seed)
 def test_it_ends_there_at_any_concurrency(n_clients):
     run = simulate(controller(0.4), population(5_000, 5), n_clients)
     assert 0.99 <= run.rolling[-1] <= 1.009
+
+
+@pytest.mark.parametrize("n_lanes", [2, 8])
+def test_the_default_burst_leaves_the_ledger_nothing_to_refuse_at_full_load(n_lanes):
+    burst_images = default_burst_images(n_lanes, max_rows=32)
+    run = simulate(controller(0.4, burst_images), population(5_000, 6), n_clients=64 * n_lanes, n_lanes=n_lanes)
+    assert run.reasons.count("budget") <= 0.002 * len(run.reasons)
+    assert max(run.rolling[999:]) <= 1 + burst_images / 1000
+    if n_lanes == 8:  # a bound that is too tight for what is in flight costs accuracy
+        tight = simulate(controller(0.4, 32), population(5_000, 6), n_clients=64 * n_lanes, n_lanes=n_lanes)
+        assert tight.reasons.count("budget") > 0.1 * len(tight.reasons)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.25, 0.7), (0.7, 0.25), (0.3, 0.4), (0.8, 0.4)])
