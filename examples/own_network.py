@@ -1,0 +1,222 @@
+"""Your own network, from a PyTorch module to a running server.
+
+    python -m examples.own_network --output runs/own-network
+    python -m service --bundle runs/own-network
+
+`ResidualNetwork` below knows nothing of ExitServe: it is a module that returns the list of its logits, cheapest first.
+Everything after it works for any such module: it is trained, run over held-out images, cut into stages, exported and
+packed. Without `--data` the images are SYNTHETIC: simple shapes, drawn here, so that nothing need be downloaded; what
+the network then recognises is of no use but to see it all run. `--data` takes a folder train/CLASS/* and val/CLASS/*.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.bundle import BundleError, write_bundle
+from models.calibration import Calibration
+from models.cost import measure_cost
+from models.staging import StagingError
+from training.augment import DeviceImages
+from training.calibration import run_exits
+from training.data import DataError, ImageSet, Split, load_image_set
+from training.evaluation import Evaluation, evaluate
+from training.export import export_stages
+
+SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv_1, self.norm_1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.conv_2, self.norm_2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1, stride) if stride > 1 or n_in != n_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = functional.relu(self.norm_1(self.conv_1(x)), inplace=True)
+        out = self.norm_2(self.conv_2(out))
+        out += self.shortcut(x)
+        return functional.relu(out, inplace=True)
+
+
+class ResidualNetwork(nn.Module):
+    """A small residual network with a head after each of its three groups of blocks."""
+
+    def __init__(self, n_classes: int, image_size_px: int = 32) -> None:
+        super().__init__()
+        stride = max(1, image_size_px // 32)  # larger images are made small at once
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, max(3, stride), stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
+        widths = (16, 32, 64)
+        self.groups, self.heads = nn.ModuleList(), nn.ModuleList()
+        for n_in, n_out in zip((16, *widths), widths, strict=False):
+            self.groups.append(nn.Sequential(ResidualBlock(n_in, n_out, 2), ResidualBlock(n_out, n_out, 1)))
+            self.heads.append(nn.Linear(4 * 4 * n_out, n_classes))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Map normalised images [rows, 3, size, size] to the logits [rows, classes] of three exits."""
+        x, logits = self.stem(images), []
+        for group, head in zip(self.groups, self.heads, strict=True):
+            x = group(x)
+            logits.append(head(functional.adaptive_avg_pool2d(x, 4).flatten(1)))
+        return logits
+
+
+def draw_shapes(n_images: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Draw turned, moved, noisy shapes: images [n_images, 32, 32, 3] and their labels. Some are hard to see."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(SHAPES), n_images)
+    angle, size = rng.uniform(0, 2 * np.pi, (n_images, 1, 1)), rng.uniform(7, 13, (n_images, 1, 1))
+    centre = rng.uniform(12, 20, (2, n_images, 1, 1))
+    down, right = np.mgrid[0:32, 0:32]
+    x, y = (right - centre[0]) / size, (down - centre[1]) / size
+    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+    radius, square = np.hypot(x, y), np.maximum(np.abs(x), np.abs(y))
+    inside = np.stack(
+        [
+            radius < 0.9,
+            (radius < 1.0) & (radius > 0.6),
+            square < 0.8,
+            np.maximum(-y, np.abs(x) * 0.87 + y * 0.5) < 0.55,
+            (square < 1.0) & (np.minimum(np.abs(x), np.abs(y)) < 0.28),
+            (square < 0.9) & (np.abs(np.abs(x) - 0.6) < 0.28),
+        ]
+    )[labels, np.arange(n_images)]
+    ground = rng.uniform(60, 195, (n_images, 1, 1, 3))
+    contrast = rng.uniform(15, 90, (n_images, 1, 1, 1)) * rng.choice([-1, 1], (n_images, 1, 1, 3))
+    noise = rng.uniform(5, 35, (n_images, 1, 1, 1)) * rng.normal(size=(n_images, 32, 32, 3))
+    return np.clip(ground + contrast * inside[..., None] + noise, 0, 255).astype(np.uint8), labels
+
+
+def synthetic_shapes(n_images: int) -> ImageSet:
+    return ImageSet(
+        "synthetic shapes",
+        *draw_shapes(n_images, seed=1),
+        *draw_shapes(max(100, n_images // 5), seed=2),
+        class_names=SHAPES,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+
+
+def on_cpu(images: ImageSet, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> DeviceImages:
+    return DeviceImages(pixels, labels, images.mean, images.std, torch.device("cpu"), padding_px=2)
+
+
+def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int = 64) -> None:
+    """Train with the plain joint objective: the sum of every exit's cross-entropy."""
+    generator = torch.Generator().manual_seed(0)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    n_steps = epochs * -(-len(images) // batch_rows)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=n_steps)
+    network.train()
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for rows in torch.randperm(len(images), generator=generator).split(batch_rows):
+            pixels, labels = images.augmented(rows, generator)
+            loss = torch.stack([functional.cross_entropy(logits, labels) for logits in network(pixels)]).sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+        print(f"epoch {epoch} of {epochs}: loss {np.mean(losses):.3f}")
+    network.eval()
+
+
+def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: dict[str, Any], output: Path) -> None:
+    """Run the exits over held-out and test images, cut the network into stages, and pack what a server needs."""
+    height_px, width_px = images.train_images.shape[1:3]
+    held_out_pixels, held_out_labels = images.train_images[split.held_out], images.train_labels[split.held_out]
+    held_out = run_exits(network, on_cpu(images, held_out_pixels, held_out_labels), "held out")
+    test = run_exits(network, on_cpu(images, images.test_images, images.test_labels), "test")
+    evaluation = evaluate(held_out, test, measure_cost(network, images.image_size_px))
+    with TemporaryDirectory() as folder:
+        contents = Path(folder)
+        stages = export_stages(network, (height_px, width_px), images.mean, images.std, contents)
+        (contents / "README.md").write_text(f"# {output.name}\n\n{describe(network, images)}\n\n{table(evaluation)}\n")
+        manifest = {
+            "name": output.name,
+            "description": describe(network, images),
+            "architecture": "onnx",  # a network that ExitServe has no code of: its stages are all there is
+            "arguments": {},
+            "class_names": images.class_names,
+            "input": {"height_px": height_px, "width_px": width_px, "mean": [*images.mean], "std": [*images.std]},
+            "temperatures": [],
+            "exits": [
+                {
+                    "published_mflops": result.published_mflops,
+                    "executed_mflops": result.executed_mflops,
+                    "macs_m": result.published_macs_m,
+                    "executed_macs_m": result.executed_macs_m,
+                    "test_accuracy": result.test_accuracy,
+                    "heldout_accuracy": result.heldout_accuracy,
+                }
+                for result in evaluation.exits
+            ],
+            "stages": stages,
+            "score": evaluation.score,
+            "training": training,
+            "data": {
+                "name": images.name,
+                "split_sha256": split.sha256,
+                "train_images": len(split.train),
+                "heldout_images": len(split.held_out),
+                "test_images": len(images.test_labels),
+            },
+        }
+        write_bundle(output, manifest, Calibration(held_out.scores, held_out.correct), contents, replace=True)
+    print(table(evaluation))
+
+
+def describe(network: nn.Module, images: ImageSet) -> str:
+    return f"{type(network).__name__}, an example of a network of one's own, trained on {images.name}."
+
+
+def table(evaluation: Evaluation) -> str:
+    rows = (f"| {e.exit} | {e.executed_mflops:.2f} | {100 * e.test_accuracy:.1f} % |" for e in evaluation.exits)
+    return "\n".join(["| exit | MFLOPs (multiply-adds) | test accuracy |", "|---|---|---|", *rows])
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m examples.own_network", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="where to put the bundle; replaces one there")
+    parser.add_argument("--data", type=Path, help="folder with train/CLASS/* and val/CLASS/*; else synthetic shapes")
+    parser.add_argument("--image-size", type=int, default=64, help="side in pixels at which --data is read")
+    parser.add_argument("--images", type=int, default=6000, help="how many synthetic images to draw")
+    parser.add_argument("--epochs", type=int, default=8)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    try:
+        images = load_image_set(options.data, options.image_size) if options.data else synthetic_shapes(options.images)
+        split = Split.make(len(images.train_labels), len(images.train_labels) // 5, seed=0)
+        network = ResidualNetwork(len(images.class_names), images.image_size_px)
+        trained_on = on_cpu(images, images.train_images[split.train], images.train_labels[split.train])
+        train(network, trained_on, options.epochs)
+        training = {"example": "examples/own_network.py", "epochs": options.epochs, "seed": 0}
+        make_bundle(network, images, split, training, options.output)
+    except (DataError, StagingError, BundleError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    sample = options.output.with_name(f"{options.output.name}-sample.png")
+    Image.fromarray(images.test_images[0]).save(sample)
+    print(f"\na sample, {images.class_names[images.test_labels[0]]!r}: {sample}. Now serve, and ask:")
+    print(f"  python -m service --bundle {options.output}")
+    print(f"  curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/classify")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
