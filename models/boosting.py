@@ -45,15 +45,16 @@ class Boosting(nn.Module):
         self.stop_gradient = stop_gradient
 
     def forward(self, head_logits: list[Tensor]) -> list[Tensor]:
-        """Map N raw head logits [rows, classes] to the N ensembled logits of the same shape."""
-        ensembled = [head_logits[0]]
-        for temperature, logits in zip(self.temperatures[1:], head_logits[1:], strict=True):
+        """Map N raw head logits [rows, classes] to the N ensembled logits of the same shape, float32."""
+        # In float32 whatever the autocast type: rounded logits would tie and lose their ranking.
+        first, *later = (logits.float() for logits in head_logits)
+        ensembled = [first]
+        for temperature, logits in zip(self.temperatures[1:], later, strict=True):
             if temperature == 0.0:
                 ensembled.append(logits)
                 continue
             previous = ensembled[-1].detach() if self.stop_gradient and self.training else ensembled[-1]
-            # In float32 whatever the autocast type: rounded logits would tie and lose their ranking.
-            ensembled.append(temperature * previous.float() + logits.float())
+            ensembled.append(temperature * previous + logits)
         return ensembled
 
 

@@ -61,7 +61,8 @@ def test_zero_temperature_leaves_the_heads_as_they_are() -> None:
 
 def test_the_ensemble_of_half_precision_logits_is_float32() -> None:
     heads = [x.bfloat16() for x in head_logits(3)]
-    assert [x.dtype for x in Boosting([0.5] * 3)(heads)[1:]] == [torch.float32] * 2
+    for temperature in (0.5, 0.0):
+        assert [x.dtype for x in Boosting([temperature] * 3)(heads)] == [torch.float32] * 3
 
 
 @pytest.mark.parametrize(
