@@ -166,7 +166,7 @@ def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
         middle = 0.5 * (low + high)
         too_dear = middle < 1.0 and float(ratio_shares(middle / (1.0 - middle), len(costs)) @ costs) > budget
         low, high = (low, middle) if too_dear else (middle, high)
-    return low / (1.0 - low)
+    return low / (1.0 - low) if low < 1.0 else math.inf  # a budget within rounding of the last exit's cost
 
 
 def _check_budget(costs: list[float], budget: float) -> None:
