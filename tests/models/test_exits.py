@@ -5,7 +5,7 @@ import math
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from models.exits import (
@@ -120,6 +120,7 @@ def test_ends_of_equation_9() -> None:
 
 
 @given(costs_cumulative, st.floats(0, 1))
+@example([1.0, 4.0], 0.9999999999999999)
 def test_every_budget_has_its_root(costs: list[float], fraction: float) -> None:
     budget = min(max(costs[0] + fraction * (costs[-1] - costs[0]), costs[0]), costs[-1])
     p, ratio = solve_exit_probability(costs, budget), solve_ratio(costs, budget)
