@@ -36,8 +36,11 @@ class Settings(BaseSettings):
     )
     budget_mflops: float | None = Field(None, gt=0, description="the same in millions of multiply-adds")
     budget_accuracy: float | None = Field(None, gt=0, lt=1, description="the same as the accuracy it has to reach")
-    burst_images: float = Field(
-        32, ge=1, le=1_000_000, description="budgets that may be saved up while traffic is easy, in images"
+    burst_images: float | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="budgets that may be saved up in easy traffic, in images; none: half a batch a lane, 32 at least",
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field(
