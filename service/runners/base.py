@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,44 +90,50 @@ def fit_stage_time(seconds_by_rows: Mapping[int, float]) -> tuple[float, float]:
     return max(0.0, seconds_by_rows[most] - per_row * most), per_row
 
 
-def consecutive(indices: Sequence[int]) -> bool:
-    return all(b - a == 1 for a, b in pairwise(indices))
+class Gathering:
+    """The rows of a batch as stretches of the blocks they lie in, found once for all values."""
+
+    def __init__(self, rows: Sequence[RowState]) -> None:
+        self.n_rows = len(rows)
+        self._stretches: list[tuple[Block, list[int] | slice]] = []
+        indices: list[int] = []
+        block = None
+        for row in rows:
+            if row.block is not block:
+                indices, block = [], row.block
+                self._stretches.append((block, indices))
+            indices.append(row.index)
+        self._stretches = [(block, _as_slice(indices)) for block, indices in self._stretches]
+
+    def take(self, name: str, out: Array | None = None) -> Array:
+        """Return one value of all rows as a batch, copying each row once at most.
+
+        Rows that stand side by side in one block are returned as they are, a view; all others are gathered into `out`
+        [n_rows, ...], or into a new array.
+        """
+        first, indices = self._stretches[0]
+        if len(self._stretches) == 1 and isinstance(indices, slice):
+            return first.values[name][indices]
+        if out is None:
+            out = np.empty((self.n_rows, *first.values[name].shape[1:]), first.values[name].dtype)
+        start = 0
+        for block, indices in self._stretches:
+            if isinstance(indices, slice):
+                end = start + indices.stop - indices.start
+                out[start:end] = block.values[name][indices]
+            else:
+                end = start + len(indices)
+                # Any other mode than "clip" goes through a buffer, a second copy.
+                np.take(block.values[name], indices, axis=0, out=out[start:end], mode="clip")
+            start = end
+        return out
 
 
-def gather(rows: Sequence[RowState], name: str, out: Array | None = None) -> Array:
-    """Return one value of several rows as a batch, copying each row once at most.
-
-    Rows that stand side by side in one block are returned as they are, a view; all others are gathered into `out`
-    [len(rows), ...], or into a new array.
-    """
-    runs = _runs(rows)
-    if len(runs) == 1 and consecutive(runs[0][1]):
-        block, indices = runs[0]
-        return block.values[name][indices[0] : indices[-1] + 1]
-    sample = rows[0].block.values[name]
-    if out is None:
-        out = np.empty((len(rows), *sample.shape[1:]), sample.dtype)
-    start = 0
-    for block, indices in runs:
-        part = out[start : start + len(indices)]
-        if consecutive(indices):
-            part[...] = block.values[name][indices[0] : indices[-1] + 1]
-        else:
-            # Any other mode than "clip" goes through a buffer, a second copy.
-            np.take(block.values[name], indices, axis=0, out=part, mode="clip")
-        start += len(indices)
-    return out
-
-
-def _runs(rows: Sequence[RowState]) -> list[tuple[Block, list[int]]]:
-    """Split rows into stretches of one block, in order."""
-    runs: list[tuple[Block, list[int]]] = []
-    for row in rows:
-        if runs and runs[-1][0] is row.block:
-            runs[-1][1].append(row.index)
-        else:
-            runs.append((row.block, [row.index]))
-    return runs
+def _as_slice(indices: list[int] | slice) -> list[int] | slice:
+    """Rows that stand side by side as a slice, others as they are."""
+    if isinstance(indices, slice) or indices != list(range(indices[0], indices[0] + len(indices))):
+        return indices
+    return slice(indices[0], indices[0] + len(indices))
 
 
 def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[RowState]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import ValueInfo
 from models.onnx_weights import StageLoadError, load_stage_session
-from service.runners.base import Array, Block, RowState, RunnerError, StageOutput, gather
+from service.runners.base import Array, Block, Gathering, RowState, RunnerError, StageOutput
 
 Device = Literal["auto", "cpu", "cuda"]
 ALIGNMENT_BYTES = 64
@@ -89,12 +89,12 @@ class OnnxRunner:
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         started = time.perf_counter()
-        n_rows = len(rows)
-        buffers = self._buffers(stage)
+        gathering = Gathering(rows)
+        n_rows, buffers = len(rows), self._buffers(stage)
         feed: dict[str, Array] = {}
         for value in self.stages[stage].inputs:
             carried = value.name in self._needed[stage]  # read again later: it must outlive the lane's buffer
-            feed[value.name] = gather(rows, value.name, None if carried else buffers[value.name][:n_rows])
+            feed[value.name] = gathering.take(value.name, None if carried else buffers[value.name][:n_rows])
         try:
             outputs = self._sessions[stage].run(None, feed)
         except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception
@@ -103,7 +103,7 @@ class OnnxRunner:
         by_name = dict(zip(names, outputs, strict=True))
         values = {name: by_name[name] for name in self._kept[stage]}
         for name in self._needed[stage].difference(values).intersection(rows[0].block.values):
-            values[name] = feed[name] if name in feed else gather(rows, name)
+            values[name] = feed[name] if name in feed else gathering.take(name)
         return StageOutput(outputs[0], Block(values, n_rows), time.perf_counter() - started)
 
     def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle
-from service.runners.base import Block, RowState, RunnerError, fit_stage_time, gather, keep
+from service.runners.base import Block, Gathering, RowState, RunnerError, fit_stage_time, keep
 from service.runners.onnx import OnnxRunner, cuda_device_count
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_bundle, tiny_network
 from training.export import Normalise
@@ -101,9 +101,9 @@ def test_rows_that_go_on_together_are_not_copied(runner, images):
     output = runner.run(0, [runner.first_state(image) for image in images[:8]])
     name = runner.stages[1].inputs[0].name
     batch = output.states[0].block.values[name]
-    assert np.shares_memory(gather(output.states, name), batch)
-    assert np.shares_memory(gather(output.states[2:5], name), batch)
-    assert not np.shares_memory(gather([output.states[2], output.states[4]], name), batch)
+    assert np.shares_memory(Gathering(output.states).take(name), batch)
+    assert np.shares_memory(Gathering(output.states[2:5]).take(name), batch)
+    assert not np.shares_memory(Gathering([output.states[2], output.states[4]]).take(name), batch)
 
 
 def test_gathering_keeps_rows_in_order_and_uses_the_buffer_it_is_given():
@@ -112,9 +112,9 @@ def test_gathering_keeps_rows_in_order_and_uses_the_buffer_it_is_given():
     rows = [RowState(blocks[b], i) for b, i in picks]
     expected = np.stack([blocks[b].values["x"][i] for b, i in picks])
     buffer = np.zeros((6, 2), np.int64)
-    assert gather(rows, "x", buffer) is buffer
+    assert Gathering(rows).take("x", buffer) is buffer
     np.testing.assert_array_equal(buffer, expected)
-    np.testing.assert_array_equal(gather(rows, "x"), expected)
+    np.testing.assert_array_equal(Gathering(rows).take("x"), expected)
 
 
 def test_few_survivors_do_not_keep_a_large_block_alive():
@@ -122,7 +122,7 @@ def test_few_survivors_do_not_keep_a_large_block_alive():
     few = keep(block, [3, 30, 31])
     assert few[0].block is few[2].block is not block
     assert few[0].block.bytes == block.bytes * 3 // 32
-    np.testing.assert_array_equal(gather(few, "x"), block.values["x"][[3, 30, 31]])
+    np.testing.assert_array_equal(Gathering(few).take("x"), block.values["x"][[3, 30, 31]])
     assert keep(block, range(9)) == [RowState(block, i) for i in range(9)]
     assert keep(block, []) == []
 
