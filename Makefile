@@ -30,7 +30,7 @@ format: $(VENV)/.dev   ## mend what lint and format can
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.dev    ## measure the engine on BUNDLE (keep the machine idle meanwhile)
-	$(BIN)/python -m benchmarks.engine --bundle $(BUNDLE)
+	$(BIN)/python -m benchmarks.engine --bundle $(BUNDLE) $(if $(DATA),--data $(DATA))
 
 train: $(VENV)/.dev    ## train RECIPE on DATA into RUN; the same command resumes
 	$(BIN)/python -m training train $(RUN) --recipe $(RECIPE) --data $(DATA)
