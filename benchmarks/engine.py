@@ -243,7 +243,9 @@ def main(
     in_flight: Annotated[int, typer.Option(help="Images kept in the engine.")] = 256,
     lanes: Annotated[int | None, typer.Option(help="Batches at once; by default one per core.")] = None,
     max_rows: Annotated[int, typer.Option(help="The largest batch.")] = 32,
-    lookahead: Annotated[int, typer.Option(help="Batches handed to the lanes ahead of time.")] = 1,
+    lookahead: Annotated[
+        int | None, typer.Option(help="Batches handed to the lanes ahead; by default one each.")
+    ] = None,
     policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or 'all'.")] = "default",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
 ) -> None:

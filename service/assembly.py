@@ -31,7 +31,7 @@ def build_engine(
     policy: str = "default",
     burst_images: float | None = None,
     max_in_flight_rows: int = 1024,
-    lookahead_batches: int = 1,
+    lookahead_batches: int | None = None,
     steer: bool = True,
     exits: bool = True,
     observer: Observer | None = None,

@@ -43,7 +43,8 @@ class Engine:
         score: the exit score that the budget's frontier was made with.
         class_names: by class id.
         max_in_flight_rows: images held at once; beyond it `submit` refuses.
-        lookahead_batches: batches handed to the lanes beyond those running, so that no lane waits for a decision.
+        lookahead_batches: batches handed to the lanes beyond those running, so that no lane waits for a decision; by
+            default one a lane.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
     """
@@ -56,7 +57,7 @@ class Engine:
         score: Score,
         class_names: Sequence[str],
         max_in_flight_rows: int = 1024,
-        lookahead_batches: int = 1,
+        lookahead_batches: int | None = None,
         exits: bool = True,
         observer: Observer | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class Engine:
         self._runner = runner
         self._inbox: SimpleQueue[Batch | Abandon | Call | Wake | Stop] = SimpleQueue()
         self._lanes = Lanes(runner, score, self._inbox.put)
-        self._max_running = len(self._lanes) + lookahead_batches
+        self._max_running = len(self._lanes) + (len(self._lanes) if lookahead_batches is None else lookahead_batches)
         self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
         # Guarded by `_admission`: the gate, and what callers' threads change.
         self._admission = threading.Condition()

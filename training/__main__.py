@@ -95,6 +95,8 @@ def train(
         command += f" --processes {group.count}" if group.count > 1 else ""
         trainer = Trainer(loaded, load_image_set(data, image_size_px), RunFolder(run), seed, group, command)
         ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
+        reached = f"step {trainer.progress.step} of {trainer.total_steps}"
+        del trainer  # before the group ends, see `leave`
     finally:
         group.leave()
     if not group.is_first:
@@ -102,10 +104,7 @@ def train(
     if ended == "finished":
         typer.echo(f"{run}: trained; next: python -m training calibrate {run} --data {data}")
     else:
-        typer.echo(
-            f"{run}: stopped by the {ended} and saved at step {trainer.progress.step} of {trainer.total_steps}; "
-            "give the same command again to go on"
-        )
+        typer.echo(f"{run}: stopped by the {ended} and saved at {reached}; give the same command again to go on")
 
 
 @app.command()

@@ -106,8 +106,9 @@ class RunFolder:
 
     def trim_log(self, n_epochs: int) -> None:
         """Forget epochs after the first `n_epochs`: a run killed between its log and its checkpoint does them again."""
-        kept = [record for record in self.read_log() if record["epoch"] <= n_epochs]
-        self.log.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        if self.log.is_file():
+            kept = [record for record in self.read_log() if record["epoch"] <= n_epochs]
+            self.log.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write beside the old checkpoint, then replace it: a run that is killed while writing loses nothing."""

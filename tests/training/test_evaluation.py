@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from models.cost import NetworkCost, measure_cost
-from models.exits import outcome
 from models.msdnet import CONFIGS, MSDNet
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
@@ -27,7 +26,7 @@ def outputs(n_images: int, seed: int) -> ExitOutputs:
     """Three exits, each righter than the last; `logit_margin` knows well who is right, `max_softmax` hardly."""
     draw = np.random.default_rng(seed)
     ease = draw.normal(size=(n_images, 1)) + draw.normal(size=(n_images, 3)) * 0.3
-    correct = ease + [0.0, 0.5, 1.0] > 0
+    correct = ease + np.array([0.0, 0.5, 1.0]) > 0
     predictions = np.where(correct, 0, 1)
     scores = {
         "logit_margin": (ease + 0.3 * draw.normal(size=ease.shape)).astype(np.float32),

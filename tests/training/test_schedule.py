@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_cosine_falls_from_the_peak_to_almost_nothing() -> None:
     rates = [learning_rate(o, step, STEPS) for step in range(200)]
     assert rates[0] == 0.5
     assert rates[100] == pytest.approx(0.25)
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in pairwise(rates))
     assert 0 < rates[-1] < 0.5 * (1 - math.cos(math.pi / 200))
 
 
@@ -35,6 +36,6 @@ def test_one_cycle_rises_to_the_peak_and_falls() -> None:
     rates = [learning_rate(o, step, STEPS) for step in range(200)]
     assert rates[0] == pytest.approx(0.02)
     assert max(rates) == rates[50] == pytest.approx(0.5)
-    assert all(a < b for a, b in zip(rates[:50], rates[1:51], strict=True))
-    assert all(a > b for a, b in zip(rates[50:], rates[51:], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:51]))
+    assert all(a > b for a, b in pairwise(rates[50:]))
     assert 0 < rates[-1] < 0.001
