@@ -1,5 +1,7 @@
 """What Prometheus reads: equal to the answers, of bounded size, and nothing in it from a client."""
 
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +131,12 @@ def test_cost_bounds_are_few_and_end_at_the_last_exit(n_exits: int) -> None:
 def test_it_can_be_read_before_the_engine_is_there(tmp_path: Path) -> None:
     with serving(build_app(tiny_bundle(tmp_path / "bundle")), ready=False) as http:
         assert "exitserve_requests_total" in http.get("/metrics").text
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
+def test_prometheus_own_linter_finds_nothing(http: Http) -> None:
+    http.post("/classify", content=png(random_images(1, seed=32)[0]), headers=PNG)
+    told = subprocess.run(
+        ["promtool", "check", "metrics"], input=http.get("/metrics").text, capture_output=True, text=True, timeout=60
+    )
+    assert (told.returncode, told.stdout + told.stderr) == (0, "")
