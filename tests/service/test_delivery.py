@@ -27,6 +27,19 @@ def engine(bundle_path: Path) -> Iterator[Engine]:
     engine.drain(5.0)
 
 
+def keep_busy(engine: Engine) -> Event:
+    """Occupy the engine's thread until the event returned is set; it takes nothing meanwhile."""
+    busy, go_on = Event(), Event()
+
+    def wait() -> None:
+        busy.set()
+        go_on.wait()
+
+    engine.ask(wait)
+    assert busy.wait(10.0)
+    return go_on
+
+
 async def stays() -> Message:
     await asyncio.sleep(3600)
     raise AssertionError
@@ -39,8 +52,7 @@ async def leaves() -> Message:
 def test_a_client_that_leaves_is_given_up(engine: Engine) -> None:
     async def ask() -> None:
         delivery = Delivery(engine)
-        go_on = Event()
-        engine.ask(go_on.wait)  # the engine's thread is busy with something else
+        go_on = keep_busy(engine)
         staying = asyncio.create_task(delivery.classify(IMAGES[0], Options(), stays))
         with pytest.raises(ClientLeft):
             await delivery.classify(IMAGES[1], Options(), leaves)
@@ -55,8 +67,7 @@ def test_a_client_that_leaves_is_given_up(engine: Engine) -> None:
 
 def test_a_cancelled_request_is_given_up_as_well(engine: Engine) -> None:
     async def ask() -> None:
-        go_on = Event()
-        engine.ask(go_on.wait)
+        go_on = keep_busy(engine)
         task = asyncio.create_task(Delivery(engine).classify(IMAGES[0], Options(), stays))
         await asyncio.sleep(0.01)
         task.cancel()
