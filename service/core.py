@@ -56,10 +56,11 @@ class Core:
     def n_ended(self) -> int:
         return self.n_answered + self.n_abandoned + self.n_failed
 
-    def admit(self, request: Request, now_s: float) -> None:
-        request.account = self.budget.admit()
-        self._live.add(request)
-        self._queue([request], 0, now_s)
+    def admit(self, requests: Sequence[Request], now_s: float) -> None:
+        for request in requests:
+            request.account = self.budget.admit()
+        self._live.update(requests)
+        self._queue(requests, 0, now_s)
 
     def abandon(self, request: Request) -> None:
         """End a request whose client has left: now if it waits, at the end of its batch if it runs."""

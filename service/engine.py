@@ -248,9 +248,8 @@ class Engine:
     def _take_arrivals(self) -> None:
         with self._admission:
             arrivals, self._arrivals = self._arrivals, []
-        now_s = time.perf_counter()
-        for request in arrivals:
-            self._core.admit(request, now_s)
+        if arrivals:
+            self._core.admit(arrivals, time.perf_counter())
 
     def _dispatch(self) -> None:
         while self._n_running < self._max_running:

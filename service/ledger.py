@@ -36,6 +36,7 @@ class Ledger:
     def __init__(self, allowance: int, burst_images: float) -> None:
         self.burst_images = burst_images
         self.allowance = allowance
+        self.cap = int(burst_images * allowance)
         self.settled = self.cap
         self.reserved = 0
         self.answered = 0
@@ -44,10 +45,6 @@ class Ledger:
         self.spent_abandoned = 0
         self._recent: deque[int] = deque()
         self._recent_sum = 0
-
-    @property
-    def cap(self) -> int:
-        return int(self.burst_images * self.allowance)
 
     @property
     def rolling_average(self) -> float | None:
@@ -95,3 +92,4 @@ class Ledger:
         if allowance < self.allowance:
             self.settled = max(self.reserved, self.settled * allowance // self.allowance)
         self.allowance = allowance
+        self.cap = int(self.burst_images * allowance)

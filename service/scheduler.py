@@ -155,16 +155,13 @@ class Scheduler(Generic[Row]):
 
     def _take(self, stage: int) -> list[Row]:
         queue = self._queues[stage]
+        entries = queue.entries
         rows: list[Row] = []
-        together = self._policy.merge or stage == 0  # a batch is made up before stage 0
-        head = queue.head()
-        group = head.group if head is not None else 0
-        while head is not None and head.row is not None and len(rows) < self.max_rows:
-            if not together and head.group != group:
-                break
-            rows.append(head.row)
-            del self._place[head.row]
-            queue.entries.popleft()
-            head = queue.head()
+        group = None if self._policy.merge or stage == 0 else entries[0].group  # before stage 0 a batch is made up
+        while entries and len(rows) < self.max_rows and group in (None, entries[0].group):
+            row = entries.popleft().row
+            if row is not None:
+                rows.append(row)
+                del self._place[row]
         queue.n_rows -= len(rows)
         return rows

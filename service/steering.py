@@ -49,6 +49,8 @@ class Steering:
         self._costs = costs
         self._table = [frontier.at(i / self.TABLE_STEPS) for i in range(self.TABLE_STEPS + 1)]
         self._lowest, self.highest = self._table[0].cost * MEGA, self._table[-1].cost * MEGA
+        reach = self.highest - self._lowest
+        self._steps_per_cost = self.TABLE_STEPS / reach if reach > 0 else 0.0
         self._in_flight = [0] * len(costs)  # images, by exits passed
         self._aims = 0.0  # of the images in flight
         self._owed = 0.0  # the same, less what these images are expected to spend
@@ -102,7 +104,7 @@ class Steering:
             self._history.popleft()
         self._settled_mean += (self._settled - self._settled_mean) / self.MEAN_IMAGES
         self._excess_mean += (-self._owed - self._excess_mean) / self.MEAN_IMAGES
-        error, wanted = self._error(), self._wanted()
+        error, wanted = self._settled + self._owed - self._reference, self._wanted()
         if (wanted > self._lowest or error > 0) and (wanted < self.highest or error < 0):
             moved = self._integral + error / (self.HORIZON_IMAGES * self.INTEGRAL_IMAGES)
             self._integral = min(max(moved, -0.5 * self._budget), 0.5 * self._budget)
@@ -121,16 +123,13 @@ class Steering:
             deviation = self.ECHO * (at_window_start - self._settled_mean)
             self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
 
-    def _error(self) -> float:
-        return self._settled + self._owed - self._reference
-
     def _wanted(self) -> float:
-        return self._aim + self._error() / self.HORIZON_IMAGES + self._integral
+        error = self._settled + self._owed - self._reference
+        return self._aim + error / self.HORIZON_IMAGES + self._integral
 
     def _point_at(self, cost: float) -> FrontierPoint:
-        reach = self.highest - self._lowest
-        position = (cost - self._lowest) / reach if reach > 0 else 0.0
-        return self._table[int(min(max(position, 0.0), 1.0) * self.TABLE_STEPS)]
+        step = int((cost - self._lowest) * self._steps_per_cost)
+        return self._table[0 if step < 0 else step if step < self.TABLE_STEPS else self.TABLE_STEPS]
 
     def _expected_costs(self) -> list[float]:
         """What an image spends in all at the operating point, by exits passed."""

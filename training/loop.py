@@ -50,7 +50,8 @@ class Trainer:
         device, o = processes.device, recipe.optimisation
         torch.manual_seed(seed)  # the initial weights, the same in every process
         network = network_of(recipe, len(images.class_names)).to(device)
-        check_image_size(network, images.image_size_px)
+        for size_px in {images.image_size_px, *recipe.augmentation.sizes_px}:
+            check_image_size(network, size_px)
         layout = torch.channels_last if recipe.numerics.channels_last else torch.contiguous_format
         self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
         self.loss_of = build_objective(recipe.objective)
@@ -61,10 +62,8 @@ class Trainer:
         self.split = self._resume(images) if folder.checkpoint.is_file() else self._start(images, command)
         train, held_out = self.split.train, self.split.held_out
         normalisation = images.mean, images.std, device
-        padding = recipe.augmentation.crop_padding_px
-        self.train_images = DeviceImages(
-            images.train_images[train], images.train_labels[train], *normalisation, padding
-        )
+        crops = recipe.augmentation.crop_padding_px, recipe.augmentation.crop_area
+        self.train_images = DeviceImages(images.train_images[train], images.train_labels[train], *normalisation, *crops)
         self.held_out = DeviceImages(images.train_images[held_out], images.train_labels[held_out], *normalisation)
         self.steps_per_epoch = o.steps_per_epoch(len(train))
         if self.steps_per_epoch == 0 or o.batch_rows < 4 * processes.count or len(held_out) < processes.count:
@@ -163,7 +162,8 @@ class Trainer:
             group["lr"] = learning_rate(self.recipe.optimisation, step, self.steps_per_epoch)
         draws = torch.Generator(self.processes.device)
         draws.manual_seed((self.seed * 1_000_003 + step) * self.processes.count + self.processes.rank)
-        images, labels = self.train_images.augmented(self._batch_rows_of(step), draws)
+        size_px = self.recipe.augmentation.size_px(step, self.total_steps)
+        images, labels = self.train_images.augmented(self._batch_rows_of(step), draws, size_px)
         self.optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             loss, per_exit = self.loss_of(self.wrapped, images, labels)

@@ -2,12 +2,13 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training.errors import TrainingError
 
+Share = Annotated[float, Field(gt=0, le=1)]
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 
@@ -59,6 +60,24 @@ class Numerics(_Section):
 
 class Augmentation(_Section):
     crop_padding_px: Annotated[int, Field(ge=0)] = 4
+    # Random resized crops in place of padded ones: the smallest and largest share of the image's area.
+    crop_area: tuple[Share, Share] | None = None
+    # With `crop_area`: sizes to train at, in equal parts of the run (small images first train faster); default: as read.
+    sizes_px: list[Annotated[int, Field(ge=8)]] = []
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if self.crop_area is not None and self.crop_area[0] > self.crop_area[1]:
+            raise ValueError("crop_area is [smallest, largest]")
+        if self.crop_area is not None and self.crop_padding_px:
+            raise ValueError("crop_area resizes crops, crop_padding_px shifts them: set crop_padding_px = 0 with it")
+        if self.sizes_px and self.crop_area is None:
+            raise ValueError("sizes_px resizes crops, so it wants crop_area too")
+        return self
+
+    def size_px(self, step: int, total_steps: int) -> int | None:
+        """Size to train at in this step; None: as the images were read."""
+        return self.sizes_px[step * len(self.sizes_px) // total_steps] if self.sizes_px else None
 
 
 class Recipe(_Section):
