@@ -5,10 +5,12 @@ head learns what the heads before it got wrong (BoostNet, AAAI 2023). One recurs
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+Rescaling = Literal["off", "coarsest", "all"]
 
 
 def temperatures_per_exit(temperatures: float | Sequence[float], n_exits: int) -> tuple[float, ...]:

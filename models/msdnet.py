@@ -13,9 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.boosting import Boosting, rescale_gradient, temperatures_per_exit
-
-Rescaling = Literal["off", "coarsest", "all"]
+from models.boosting import Boosting, Rescaling, rescale_gradient, temperatures_per_exit
+from models.layers import Head, Initialisation, StemKind, branch, conv_bn_relu, first_map, initialise
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class MSDNetConfig:
 
     n_classes: int = 100
     image_size_px: int = 32
-    stem: Literal["cifar", "imagenet"] = "cifar"
+    stem: StemKind = "cifar"
     n_blocks: int = 10  # one exit a block
     base: int = 4  # layers of the first block
     step: int = 2  # layers of each later block
@@ -87,32 +86,14 @@ def layer_plans(config: MSDNetConfig) -> Iterator[LayerPlan]:
         units = grown if reduced is None else reduced
 
 
-def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=bias), nn.BatchNorm2d(n_out), nn.ReLU(True)
-    )
-
-
-def branch(n_in: int, n_out: int, bottleneck_factor: int | None, stride: int) -> nn.Sequential:
-    """A 3x3 convolution, behind a 1x1 bottleneck unless `bottleneck_factor` is None; post-activation order."""
-    if bottleneck_factor is None:
-        return conv_bn_relu(n_in, n_out, 3, stride)
-    width = min(n_in, bottleneck_factor * n_out)
-    return nn.Sequential(*conv_bn_relu(n_in, width, 1), *conv_bn_relu(width, n_out, 3, stride))
-
-
 class Stem(nn.Module):
     """The first map at every scale, finest first."""
 
     def __init__(self, config: MSDNetConfig) -> None:
         super().__init__()
         widths = [config.n_channels * factor for factor in config.growth_factors]
-        if config.stem == "cifar":
-            finest = conv_bn_relu(3, widths[0], 3)
-        else:
-            finest = nn.Sequential(*conv_bn_relu(3, widths[0], 7, 2, bias=True), nn.MaxPool2d(3, 2, 1))
         coarser = (conv_bn_relu(a, b, 3, 2) for a, b in pairwise(widths))
-        self.scales = nn.ModuleList([finest, *coarser])
+        self.scales = nn.ModuleList([first_map(config.stem, widths[0]), *coarser])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = []
@@ -166,21 +147,6 @@ class Transition(nn.Module):
         return [scale(x) for scale, x in zip(self.scales, maps, strict=True)]
 
 
-class Head(nn.Module):
-    """Two strided convolutions, pooling and a linear layer on the coarsest map."""
-
-    def __init__(self, n_in: int, width: int, n_classes: int) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            *conv_bn_relu(n_in, width, 3, 2), *conv_bn_relu(width, width, 3, 2), nn.AvgPool2d(2)
-        )
-        self.classifier = nn.Linear(width, n_classes)
-
-    def forward(self, coarsest: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.features(coarsest).flatten(1))
-        return logits
-
-
 class MSDNet(nn.Module):
     """A boosted MSDNet.
 
@@ -190,8 +156,8 @@ class MSDNet(nn.Module):
         gradient_rescaling: `coarsest` scales the gradient on the coarsest map as the released code does, so that loss
             j reaches block i with weight 1/(N-i) (BoostNet Eq. 7); `all` does it on every scale; `off` not at all.
         stop_gradient: see `Boosting`.
-
-    Weights start from torch's defaults: in every published PyTorch MSDNet the intended initialisation is never applied.
+        initialisation: see `initialise`. `torch` is what every published PyTorch MSDNet has: the intended one, `he`, is
+            written in their code and never applied.
     """
 
     def __init__(
@@ -200,6 +166,7 @@ class MSDNet(nn.Module):
         temperatures: float | Sequence[float] = 0.5,
         gradient_rescaling: Rescaling = "coarsest",
         stop_gradient: bool = True,
+        initialisation: Initialisation = "torch",
     ) -> None:
         super().__init__()
         self.config = config
@@ -219,8 +186,8 @@ class MSDNet(nn.Module):
                     layers.append(Transition(factors, plan.units_out, plan.units_reduced))
                     units = plan.units_reduced
             self.blocks.append(nn.Sequential(*layers))
-            n_in = units * config.growth_factors[-1]
-            self.heads.append(Head(n_in, 128 if config.stem == "cifar" else n_in, config.n_classes))
+            self.heads.append(Head(units * config.growth_factors[-1], config.stem, config.n_classes))
+        initialise(self, initialisation)
         self.boosting = Boosting(temperatures_per_exit(temperatures, config.n_blocks), stop_gradient)
 
     @property

@@ -62,7 +62,7 @@ class Augmentation(_Section):
     crop_padding_px: Annotated[int, Field(ge=0)] = 4
     # Random resized crops in place of padded ones: the smallest and largest share of the image's area.
     crop_area: tuple[Share, Share] | None = None
-    # With `crop_area`: sizes to train at, in equal parts of the run (small images first train faster); default: as read.
+    # With `crop_area`: sizes to train at, in equal parts of the run: small ones first train faster. Default: as read.
     sizes_px: list[Annotated[int, Field(ge=8)]] = []
 
     @model_validator(mode="after")
