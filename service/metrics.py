@@ -8,7 +8,7 @@ child is made once, before the first request.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -41,6 +41,7 @@ class Metrics:
     def __init__(self, manifest: Manifest) -> None:
         self.registry = CollectorRegistry()
         exits = range(1, len(manifest.exits) + 1)
+        self._ready = Gauge("exitserve_ready", "1 while images are taken, 0 before and after", registry=self.registry)
         requests = Counter(
             "exitserve_requests", "Classification requests, by how they ended", ["outcome"], registry=self.registry
         )
@@ -70,6 +71,10 @@ class Metrics:
     ) -> dict[int, Histogram]:
         family = Histogram(name, text, [label], buckets=bounds, registry=self.registry)
         return {value: family.labels(str(value)) for value in values}
+
+    def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Ask `is_ready` at every scrape from now on."""
+        self._ready.set_function(lambda: float(is_ready()))
 
     def watch(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], manifest: Manifest) -> None:
         """Read the engine's counts and the budget at every scrape from now on."""
@@ -114,6 +119,7 @@ class _EngineCollector(Collector):
         self._stats = stats
         self._budget = budget
         self._exits = range(1, len(manifest.exits) + 1)
+        self._full_mflops = manifest.exits[-1].executed_mflops
         self._info = {"name": manifest.name, "version": manifest.version, "exits": str(len(manifest.exits))}
 
     def describe(self) -> Iterable[Metric]:
@@ -132,6 +138,8 @@ class _EngineCollector(Collector):
         yield total
         for name, text, value in (
             ("budget_mflops", "The average that is kept, in millions of multiply-adds per image", budget.budget_mflops),
+            ("full_mflops", "What the whole network costs, in millions of multiply-adds", self._full_mflops),
+            ("burst_images", "Images' budgets that any window of answers may overspend", budget.burst_images),
             ("rolling_mflops", "What the last 1,000 answers cost on average", budget.rolling_mflops),
             ("expected_mflops", "What held-out images cost on average where steering stands", budget.expected_mflops),
             ("expected_accuracy", "Share of held-out images right where steering stands", budget.expected_accuracy),
@@ -142,6 +150,12 @@ class _EngineCollector(Collector):
             gauge.add_metric([], float("nan") if value is None else value)
             yield gauge
         yield self._by_number("threshold", "Score from which an image leaves, by exit", "exit", budget.thresholds)
+        yield self._by_number(
+            "expected_share",
+            "Share of held-out images that leave at an exit where steering stands",
+            "exit",
+            budget.expected_shares,
+        )
         yield self._by_number("queue_rows", "Images waiting before a stage", "stage", stats.queued_rows)
         info = InfoMetricFamily("exitserve_model", "The bundle that is served")
         info.add_metric([], self._info)

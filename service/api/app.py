@@ -10,13 +10,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from models.bundle import Bundle
-from service.api import problems
+from service.api import page, problems
+from service.api.batch import batch_routes
 from service.api.budget import budget_routes
 from service.api.classify import classify_routes
 from service.api.delivery import Delivery
 from service.api.lifecycle import Gate, Lifecycle
 from service.api.state import State
 from service.api.status import status_routes
+from service.api.stream import stream_routes
 from service.engine import Engine
 from service.images import ImageDecoder
 from service.metrics import Metrics
@@ -55,6 +57,7 @@ def create_app(
         on_started: called on the event loop once the engine is ready, or with the error that kept it from starting.
     """
     lifecycle = Lifecycle()
+    metrics.watch_readiness(lambda: lifecycle.is_ready)
     manifest = bundle.manifest
     state = State(
         bundle=bundle,
@@ -92,8 +95,15 @@ def create_app(
 
     app = FastAPI(title="ExitServe", version=manifest.version, description=ABOUT, lifespan=lifespan, redoc_url=None)
     problems.install(app)
-    for routes in (classify_routes(state), budget_routes(state, target), status_routes(state)):
+    for routes in (
+        classify_routes(state),
+        stream_routes(state),
+        batch_routes(state),
+        budget_routes(state, target),
+        status_routes(state),
+    ):
         app.include_router(routes)
+    page.install(app, state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return Gate(app, lifecycle)
 

@@ -90,6 +90,11 @@ def test_gauges_are_those_of_the_budget(http: Http) -> None:
     samples = scrape(http)
     assert value(samples, "budget_mflops") == pytest.approx(state["average_mflops"])
     assert value(samples, "threshold", exit="4") == float("-inf")
+    assert value(samples, "full_mflops") == state["allowed"]["average_mflops"]["highest"]
+    assert value(samples, "burst_images") == 32
+    shares = [value(samples, "expected_share", exit=str(exit_)) for exit_ in range(1, 5)]
+    assert sum(shares) == pytest.approx(1)
+    assert shares == pytest.approx(state["expected"]["exit_shares"], abs=0.05)
     assert value(samples, "expected_accuracy") == pytest.approx(state["accuracy"], abs=0.02)
     [info] = [dict(labels) for name, labels in samples if name == "exitserve_model_info"]
     model = http.get("/model").json()
@@ -130,7 +135,13 @@ def test_cost_bounds_are_few_and_end_at_the_last_exit(n_exits: int) -> None:
 
 def test_it_can_be_read_before_the_engine_is_there(tmp_path: Path) -> None:
     with serving(build_app(tiny_bundle(tmp_path / "bundle")), ready=False) as http:
-        assert "exitserve_requests_total" in http.get("/metrics").text
+        text = http.get("/metrics").text
+        assert "exitserve_requests_total" in text
+        assert "exitserve_ready 0.0" in text
+
+
+def test_it_says_whether_images_are_taken(http: Http) -> None:
+    assert value(scrape(http), "ready") == 1
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
