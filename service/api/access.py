@@ -1,0 +1,33 @@
+"""`GET /budget/access`: whether this client may set the budget, so that a page can say so before anybody tries."""
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from service.api.authority import require_authority
+from service.api.problems import Problem
+from service.api.queries import read_query
+from service.api.state import State
+
+
+class Access(BaseModel):
+    may_set: bool = Field(description="whether PUT /budget from here, with the token that came along, would be heard")
+    kind: str | None = Field(examples=["token-required"], description="of the problem it would be answered with")
+    detail: str | None = Field(description="that problem's cause and remedy, for people")
+
+
+def access_routes(state: State) -> APIRouter:
+    router = APIRouter(tags=["budget"])
+
+    @router.get("/budget/access", response_model=Access, summary="May this client set the budget?")
+    async def access(request: Request) -> Response:
+        read_query(request.scope["query_string"], ())
+        try:
+            require_authority(request, state.admin_token)
+        except Problem as problem:
+            document = {"may_set": False, "kind": problem.kind, "detail": problem.args[0]}
+        else:
+            document = {"may_set": True, "kind": None, "detail": None}
+        return Response(orjson.dumps(document), media_type="application/json")
+
+    return router

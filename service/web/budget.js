@@ -1,0 +1,177 @@
+// The budget: read, shown as a point on the frontier, and set, where the server lets this browser.
+
+import { badge, byId, element, tint } from "./element.js";
+import { Curve } from "./curve.js";
+import { readAccess, setBudget } from "./server.js";
+import { count, millions, percent, score } from "./words.js";
+
+export class BudgetPanel {
+  // changed(state) is called with every new GET /budget document, failed(error) where setting it failed.
+  constructor(model, frontier, { changed, failed }) {
+    Object.assign(this, { frontier, changed, failed, editable: false, token: "", live: { answers: 0, shares: null } });
+    this.full = model.exits.at(-1).executed_mflops;
+    this.slider = byId("budget");
+    this.slider.min = String((model.exits[0].executed_mflops / this.full) * 100);
+    this.rows = model.exits.map((_, i) => this.#row(i + 1, model.exits.length));
+    byId("shares").replaceChildren(...this.rows.map((row) => row.element));
+    byId("fact-full").textContent = millions(this.full);
+    this.curve = new Curve(model, frontier, (fraction) => this.#choose(fraction), () => this.#chosen());
+    this.slider.addEventListener("input", () => this.#choose(Number(this.slider.value) / 100));
+    this.slider.addEventListener("change", () => this.#chosen());
+    this.slider.addEventListener("keydown", (event) => this.#step(event));
+    byId("unlock").addEventListener("submit", (event) => this.#unlock(event));
+  }
+
+  #row(exit, exits) {
+    const row = {
+      threshold: element("td", { class: "threshold" }),
+      expected: element("span", { class: "expected" }),
+      live: element("span", { class: "live" }),
+      numbers: element("span", { class: "numbers" }),
+    };
+    const bars = element("div", { class: "bars", "aria-hidden": "true" }, row.expected, row.live);
+    row.element = element(
+      "tr",
+      { class: "tinted", "--t": tint(exit, exits) },
+      element("th", { scope: "row" }, badge(exit, exits)),
+      row.threshold,
+      element("td", { class: "share" }, bars, row.numbers),
+    );
+    return row;
+  }
+
+  // Takes what GET /budget said; while a hand is on the slider, the hand is right.
+  setState(state) {
+    this.state = state;
+    if (this.wanted === undefined && !this.sending) this.#show(state.fraction, state.expected, state.thresholds);
+    this.changed(state);
+  }
+
+  // What leaves where, live: {answers, shares by exit or null}.
+  setLive(live) {
+    this.live = live;
+    this.rows.forEach((row, i) => {
+      row.live.style.width = width(live.shares?.[i]);
+      const expected = percent(this.expected?.exit_shares[i] ?? 0);
+      row.numbers.textContent = live.shares ? `${expected}, live ${percent(live.shares[i])}` : expected;
+    });
+    byId("shares-note").textContent = live.answers
+      ? `Expected: on held-out images like those it was trained on. Live: the last ${count(live.answers, "answer")}, anyone's.`
+      : "Expected: on held-out images like those it was trained on. Live: nothing yet, send some pictures.";
+  }
+
+  async readAccess() {
+    const { may_set: editable, kind, detail } = await readAccess(this.token);
+    this.editable = editable;
+    this.slider.disabled = !editable;
+    byId("unlock").hidden = kind !== "token-required";
+    byId("budget-note").textContent = editable
+      ? "Drag the point or the slider. It counts from the next image on, for everyone who uses this server."
+      : kind === "token-required"
+        ? "Read-only: who sets the budget needs this server's admin token."
+        : `Read-only from here. ${detail}`;
+    if (this.state) this.setState(this.state);
+    return editable;
+  }
+
+  async #unlock(event) {
+    event.preventDefault();
+    this.token = byId("token").value.trim();
+    byId("token-note").textContent = "";
+    try {
+      if (await this.readAccess()) this.slider.focus();
+      else byId("token-note").textContent = "That is not this server's token.";
+    } catch (error) {
+      this.failed(error);
+    }
+  }
+
+  // Arrow keys go in whole percents: "any" as step keeps the pointer smooth but makes them jump.
+  #step(event) {
+    const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    this.#choose((Math.round(Number(this.slider.value)) + steps[event.key]) / 100);
+  }
+
+  #choose(fraction) {
+    if (!this.editable) return;
+    const { lowest, highest } = this.state.allowed.fraction;
+    this.wanted = Math.min(highest, Math.max(lowest, fraction));
+    this.#show(this.wanted, ...this.#expect(this.wanted));
+    this.#send();
+  }
+
+  #chosen() {
+    this.#send();
+  }
+
+  // One request at a time, the newest wish next: the server sees what the hand settles on, and no storm.
+  async #send() {
+    if (this.sending) return;
+    this.sending = true;
+    try {
+      while (this.wanted !== undefined) {
+        const asked = this.wanted;
+        const state = await setBudget(asked, this.token);
+        if (this.wanted === asked) this.wanted = undefined;
+        this.state = state;
+      }
+    } catch (error) {
+      this.wanted = undefined;
+      if (error.kind === "token-required" || error.kind === "not-local") await this.readAccess().catch(() => {});
+      this.failed(error);
+    } finally {
+      this.sending = false;
+      this.setState(this.state);
+    }
+  }
+
+  // The frontier at a budget, as the server will interpolate it: for the moment until it answers.
+  #expect(fraction) {
+    const { fraction: fractions, accuracy, average_mflops: costs, exit_shares: shares, thresholds } = this.frontier;
+    const after = fractions.findIndex((x) => x >= fraction);
+    if (after <= 0) {
+      const end = after === 0 ? 0 : fractions.length - 1;
+      return [{ average_mflops: costs[end], accuracy: accuracy[end], exit_shares: shares[end] }, thresholds[end]];
+    }
+    const weight = (fraction - fractions[after - 1]) / (fractions[after] - fractions[after - 1] || 1);
+    const mix = (a, b) => a + (b - a) * weight;
+    const expected = {
+      average_mflops: mix(costs[after - 1], costs[after]),
+      accuracy: mix(accuracy[after - 1], accuracy[after]),
+      exit_shares: shares[after].map((share, i) => mix(shares[after - 1][i], share)),
+    };
+    return [expected, thresholds[after]];
+  }
+
+  #show(fraction, expected, thresholds) {
+    this.expected = expected;
+    const value = String(fraction * 100);
+    if (this.slider.value !== value) this.slider.value = value;
+    this.slider.setAttribute(
+      "aria-valuetext",
+      `${percent(fraction)} of the full network, ${percent(expected.accuracy, 1)} expected to be right`,
+    );
+    byId("budget-share").textContent = percent(fraction);
+    byId("budget-accuracy").textContent = percent(expected.accuracy, 1);
+    byId("fact-budget").textContent = millions(fraction * this.full);
+    const { rolling } = this.state;
+    byId("fact-rolling").textContent = rolling.average_mflops === null ? "–" : millions(rolling.average_mflops);
+    byId("rolling-images").textContent = rolling.images ? `last ${count(rolling.images, "answer")}` : "no answers yet";
+    this.rows.forEach((row, i) => {
+      row.threshold.textContent = Number.isFinite(thresholds[i]) ? score(thresholds[i]) : "any";
+      row.expected.style.width = width(expected.exit_shares[i]);
+    });
+    this.curve.show({
+      fraction,
+      expectedFraction: expected.average_mflops / this.full,
+      accuracy: expected.accuracy,
+      spentFraction: rolling.average_mflops === null ? null : rolling.average_mflops / this.full,
+      editable: this.editable,
+    });
+    this.setLive(this.live);
+  }
+}
+
+const width = (share) => `${((share ?? 0) * 100).toFixed(1)}%`;

@@ -1,0 +1,29 @@
+// Makes elements: element("p", {class: "note"}, "text", child). Text is always text, never markup.
+
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("--")) made.style.setProperty(name, value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+export const byId = (id) => document.getElementById(id);
+
+// A place from 0 (first exit, cheap) to 1 (last exit, dear); style.css makes a colour of it.
+export const tint = (exit, exits) => (exits > 1 ? (exit - 1) / (exits - 1) : 0).toFixed(3);
+
+export const badge = (exit, exits) =>
+  element("span", { class: "badge tinted", "--t": tint(exit, exits) }, String(exit));
+
+export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+export function pause(ms, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+}

@@ -1,0 +1,142 @@
+// One picture's way through the exits, as the stream tells it.
+
+import { badge, byId, calm, element, pause, tint } from "./element.js";
+import { classifyStream } from "./server.js";
+import { className, millions, percent, score, whyItLeft } from "./words.js";
+
+const STEP_MS = 450; // the server takes milliseconds: nobody could see them
+
+export class Journey {
+  constructor(model) {
+    this.costs = model.exits.map((exit) => exit.executed_mflops);
+    this.thresholds = this.costs.map(() => null);
+    this.rows = this.costs.map((cost, i) => this.#row(i + 1, cost));
+    byId("exits").replaceChildren(...this.rows.map((row) => row.element));
+    this.running = null;
+  }
+
+  #row(exit, cost) {
+    const cell = (...children) => element("td", { role: "cell" }, ...children);
+    const row = {
+      guess: element("span", { class: "guess" }),
+      fill: element("span", { class: "fill" }),
+      mark: element("span", { class: "mark" }),
+      numbers: element("span", { class: "against" }),
+      then: element("span", { class: "then" }),
+    };
+    const gauge = element("div", { class: "gauge", "aria-hidden": "true" }, row.fill, row.mark);
+    row.element = element(
+      "tr",
+      { role: "row", class: "tinted", "--t": tint(exit, this.costs.length) },
+      element("th", { role: "rowheader", scope: "row" }, badge(exit, this.costs.length)),
+      cell(row.guess),
+      cell(gauge, row.numbers),
+      cell(element("span", { class: "so-far" }, `${millions(cost)} `, element("small", {}, this.#share(cost)))),
+      cell(row.then),
+    );
+    return row;
+  }
+
+  #share(cost) {
+    return percent(cost / this.costs.at(-1));
+  }
+
+  // The thresholds in force; shown while no picture is on its way.
+  setThresholds(thresholds) {
+    this.thresholds = thresholds;
+    if (!this.running && !this.shown) this.#clear();
+  }
+
+  #clear() {
+    this.shown = false;
+    this.rows.forEach((row, i) => {
+      row.element.dataset.state = "waiting";
+      row.guess.textContent = row.then.textContent = "";
+      this.#gauge(row, null, this.thresholds[i]);
+    });
+    byId("cost").hidden = true;
+    byId("timing").textContent = "";
+  }
+
+  // One scale for all exits, so that their thresholds can be compared.
+  #gauge(row, value, threshold) {
+    const known = this.thresholds.filter(Number.isFinite);
+    const low = Math.min(0, ...known.map((x) => x * 1.5));
+    const high = Math.max(0.5, ...known.map((x) => x * 1.6));
+    const place = (x) => percent(Math.min(1, Math.max(0, (x - low) / (high - low))), 1).replace(" ", "");
+    row.fill.style.width = Number.isFinite(value) ? place(value) : "0%";
+    row.mark.hidden = !Number.isFinite(threshold);
+    if (!row.mark.hidden) row.mark.style.left = place(threshold);
+    const needed = Number.isFinite(threshold) ? `needs ${score(threshold)}` : "takes every image";
+    row.numbers.textContent = value === null ? needed : `${score(value)}, ${needed}`;
+  }
+
+  // Classifies a picture and shows each exit as it comes; a picture that is still on its way makes room.
+  async run(blob, truth = null) {
+    this.running?.abort();
+    const { signal } = (this.running = new AbortController());
+    this.#clear();
+    byId("answer").replaceChildren(element("p", { class: "hint" }, "On its way …"));
+    try {
+      let told = 0;
+      for await (const line of classifyStream(blob, signal)) {
+        if (line.exit > told) {
+          this.#pass(line);
+          told = line.exit;
+          if (!calm()) await pause(STEP_MS, signal);
+        }
+        if (line.final) this.#arrive(line, truth);
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+      this.#clear();
+      throw error;
+    } finally {
+      if (this.running?.signal === signal) this.running = null;
+    }
+  }
+
+  #pass(line) {
+    this.shown = true;
+    const row = this.rows[line.exit - 1];
+    const before = this.rows[line.exit - 2];
+    if (before) this.#leave(before, "passed", "not sure: goes on ↓");
+    row.element.dataset.state = "here";
+    row.guess.replaceChildren(className(line.label), " ", element("small", {}, percent(line.confidence)));
+    this.#gauge(row, line.score, line.threshold);
+  }
+
+  #leave(row, state, then) {
+    row.element.dataset.state = state;
+    row.then.textContent = then;
+  }
+
+  #arrive(answer, truth) {
+    this.rows.forEach((row, i) => {
+      if (i + 1 === answer.exit) this.#leave(row, "left", answer.reason === "confident" ? "sure: leaves ✓" : "leaves");
+      if (i + 1 > answer.exit) {
+        this.#leave(row, "saved", "never run");
+        row.numbers.textContent = "";
+      }
+    });
+    const share = answer.mflops / answer.full_mflops;
+    const right = truth && (truth === answer.label ? " – right" : ` – wrong, it is a ${className(truth)}`);
+    byId("answer").replaceChildren(
+      element(
+        "p",
+        { class: "label" },
+        element("b", {}, className(answer.label)),
+        ` ${percent(answer.confidence)} confident`,
+        element("span", { class: "truth" }, right || ""),
+      ),
+      element("p", {}, `Left at exit ${answer.exit} of ${answer.exits}. `, whyItLeft(answer)),
+    );
+    byId("cost").hidden = false;
+    byId("cost-bar").style.width = percent(share, 1).replace(" ", "");
+    const saved = answer.exit < answer.exits ? `${percent(1 - share)} saved` : "nothing saved";
+    byId("cost-note").textContent =
+      `${millions(answer.mflops)} of the full network's ${millions(answer.full_mflops)}: ${saved}`;
+    const slowed = calm() ? "" : " The steps are shown slowed down.";
+    byId("timing").textContent = `The server took ${answer.timings.total_ms.toFixed(1)} ms.${slowed}`;
+  }
+}

@@ -1,0 +1,26 @@
+// Numbers and reasons as people read them.
+
+export const percent = (share, digits = 0) => `${(share * 100).toFixed(digits)} %`;
+export const millions = (mflops) => `${mflops.toFixed(1)} M`;
+export const className = (label) => label.replaceAll("_", " ");
+export const score = (value) => (Number.isFinite(value) ? value.toFixed(2) : "none");
+export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
+
+const REASONS = {
+  confident: (answer) => {
+    const unused = answer.exits - answer.exit;
+    const spared = unused ? ` ${unused === 1 ? "The last stage was" : `The other ${unused} stages were`} never run.` : "";
+    return `Exit ${answer.exit} was sure enough: its score of ${score(answer.score)} reached the threshold${limit(answer)}.${spared}`;
+  },
+  final: () =>
+    "No exit was sure enough, so it went through the whole network. The last exit answers whatever its score.",
+  budget: (answer) =>
+    `Exit ${answer.exit} was not sure enough, but no compute was left for going on: hard images have just used up ` +
+    "what easy ones had saved. It got the best answer so far, and the average is kept.",
+  deadline: (answer) => `The request's time was up after exit ${answer.exit}, so it got the best answer so far.`,
+  pinned: (answer) => `The request asked for exit ${answer.exit}.`,
+};
+
+const limit = (answer) => (Number.isFinite(answer.threshold) ? ` of ${score(answer.threshold)}` : "");
+
+export const whyItLeft = (answer) => REASONS[answer.reason]?.(answer) ?? `Reason: ${answer.reason}.`;
