@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from models.tracing import TracedNetwork, trace
+from models.tracing import TracedNetwork, trace, without_data
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ def measure_cost(network: nn.Module, image_size_px: int) -> NetworkCost:
 
 def _count(traced: TracedNetwork) -> dict[fx.Node, _Count]:
     interpreter = _CountingInterpreter(traced.module, garbage_collect_values=False)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        images = traced.values[traced.images]
+    images = traced.values[traced.images]
+    with without_data(images), torch.no_grad():
         interpreter.run(torch.empty(1, *images.shape[1:], dtype=images.dtype, device=images.device))
     return interpreter.counts
 

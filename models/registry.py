@@ -1,27 +1,30 @@
 """Networks by name, from plain JSON arguments: what a bundle's manifest stores is what rebuilds its network."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from models.msdnet import CONFIGS, MSDNet, Rescaling
+from models import msdnet, ranet
+
+_OPTIONS = ("temperatures", "gradient_rescaling", "stop_gradient", "initialisation")  # of a network, not of its layers
 
 
-def _msdnet(
-    config: str,
-    temperatures: float | Sequence[float] = 0.5,
-    gradient_rescaling: Rescaling = "coarsest",
-    stop_gradient: bool = True,
-    **overrides: Any,
-) -> nn.Module:
-    if config not in CONFIGS:
-        raise ValueError(f"no MSDNet configuration {config!r}; known: {', '.join(CONFIGS)}")
-    return MSDNet(replace(CONFIGS[config], **overrides), temperatures, gradient_rescaling, stop_gradient)
+def _configured(network: Callable[..., nn.Module], configs: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    def build(config: str, **arguments: Any) -> nn.Module:
+        if config not in configs:
+            raise ValueError(f"no configuration {config!r}; known: {', '.join(configs)}")
+        options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
+        return network(replace(configs[config], **arguments), **options)
+
+    return build
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"msdnet": _msdnet}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "msdnet": _configured(msdnet.MSDNet, msdnet.CONFIGS),
+    "ranet": _configured(ranet.RANet, ranet.CONFIGS),
+}
 
 
 def build_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -29,8 +32,9 @@ def build_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
 
     Args:
         architecture: a name in `ARCHITECTURES`.
-        arguments: plain JSON. For `msdnet`: `config` (a name in `models.msdnet.CONFIGS`), `temperatures`,
-            `gradient_rescaling`, `stop_gradient`, and any field of `MSDNetConfig` to override, such as `n_classes`.
+        arguments: plain JSON: `config` (a name in the `CONFIGS` of `models.msdnet` or `models.ranet`), `temperatures`,
+            `gradient_rescaling`, `stop_gradient`, `initialisation`, and any field of the architecture's configuration
+            to override, such as `n_classes`.
 
     Raises:
         ValueError: unknown architecture or configuration, or arguments it does not take.
@@ -39,5 +43,5 @@ def build_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"no architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
     try:
         return ARCHITECTURES[architecture](**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"arguments of architecture {architecture!r}: {error}") from error

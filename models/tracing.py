@@ -8,6 +8,7 @@ import inspect
 import logging
 import operator
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,12 +160,17 @@ def _trace(network: nn.Module) -> fx.Graph:
     return graph
 
 
+def without_data(images: Tensor) -> AbstractContextManager[object]:
+    """Within it operations give shapes alone. On the meta device they do so anyway, five times as fast."""
+    return nullcontext() if images.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.Node, Any]:
     interpreter = fx.Interpreter(module, garbage_collect_values=False)
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # it would log a stack trace before it raises
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with without_data(images), torch.no_grad():
         example = torch.empty(n_rows, *images.shape[1:], dtype=images.dtype, device=images.device)
         try:
             interpreter.run(example)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.msdnet import CONFIGS, MSDLayer, MSDNet, Rescaling
+from models.boosting import Rescaling
+from models.msdnet import CONFIGS, MSDLayer, MSDNet
 
 N_EXITS = 4
 CONFIG = replace(CONFIGS["C-batch-4"], n_classes=7, n_blocks=N_EXITS, base=2, step=1, n_channels=4, growth_rate=4)

@@ -1,0 +1,62 @@
+"""The parts that MSDNet and RANet are both made of: convolutions, the first map, the head, the initial weights."""
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+
+StemKind = Literal["cifar", "imagenet"]
+Initialisation = Literal["torch", "he"]
+
+
+def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=bias), nn.BatchNorm2d(n_out), nn.ReLU(True)
+    )
+
+
+def branch(n_in: int, n_out: int, bottleneck_factor: int | None, stride: int) -> nn.Sequential:
+    """A 3x3 convolution, behind a 1x1 bottleneck unless `bottleneck_factor` is None; post-activation order."""
+    if bottleneck_factor is None:
+        return conv_bn_relu(n_in, n_out, 3, stride)
+    width = min(n_in, bottleneck_factor * n_out)
+    return nn.Sequential(*conv_bn_relu(n_in, width, 1), *conv_bn_relu(width, n_out, 3, stride))
+
+
+def first_map(kind: StemKind, n_out: int) -> nn.Sequential:
+    """From images [rows, 3, size, size] to a map of their size (`cifar`) or of a quarter of it (`imagenet`)."""
+    if kind == "cifar":
+        return conv_bn_relu(3, n_out, 3)
+    return nn.Sequential(*conv_bn_relu(3, n_out, 7, 2, bias=True), nn.MaxPool2d(3, 2, 1))
+
+
+class Head(nn.Module):
+    """Two strided convolutions, pooling and a linear layer on a map of 8 x 8 or 7 x 7 pixels."""
+
+    def __init__(self, n_in: int, kind: StemKind, n_classes: int) -> None:
+        super().__init__()
+        width = 128 if kind == "cifar" else n_in
+        self.features = nn.Sequential(
+            *conv_bn_relu(n_in, width, 3, 2), *conv_bn_relu(width, width, 3, 2), nn.AvgPool2d(2)
+        )
+        self.classifier = nn.Linear(width, n_classes)
+
+    def forward(self, coarsest: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(coarsest).flatten(1))
+        return logits
+
+
+def initialise(part: nn.Module, initialisation: Initialisation) -> None:
+    """Draw the initial weights of every layer within `part`.
+
+    Args:
+        initialisation: `torch` leaves torch's defaults; `he` draws a k x k convolution with n outputs from
+            N(0, 2 / (k k n)) and sets the biases of linear layers to 0.
+    """
+    if initialisation == "torch":
+        return
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (math.prod(module.kernel_size) * module.out_channels)))
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
