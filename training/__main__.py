@@ -1,6 +1,7 @@
 """`python -m training`: from images to a bundle in four steps."""
 
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -66,6 +67,10 @@ def train(
     recipe: Annotated[str, typer.Option(help="A recipe that ships (training/recipes/) or a .toml file.")] = (
         "cifar100-fast"
     ),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field of the recipe, e.g. optimisation.epochs=5; may be repeated."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the first weights, the order and the augmentation.")] = 0,
     device: DeviceOption = Device.auto,
     processes: Annotated[
@@ -85,11 +90,12 @@ def train(
     from training.processes import Processes, launch
     from training.recipe import Recipe
 
-    loaded = Recipe.load(recipe)
+    loaded = Recipe.load(recipe, settings or [])
     torch_device = device.resolve()
     if processes > 1 and "RANK" not in os.environ:
         raise typer.Exit(launch(processes, sys.argv[1:]))
     command = f"python -m training train RUN --recipe {Path(recipe).name} --data DATA --seed {seed}"
+    command += "".join(f" --set {shlex.quote(setting)}" for setting in settings or [])
     group = Processes.join(torch_device.type)
     try:
         command += f" --processes {group.count}" if group.count > 1 else ""

@@ -21,6 +21,7 @@ class DeviceImages:
         padding_px: black border that random crops may reach into (CIFAR: 4); 0 crops nothing.
         crop_area: smallest and largest share of an image's area that a random resized crop keeps (photographs: 0.35 to
             1, ImageNet's usual 0.08 to 1); None crops without resizing.
+        cutout_px: side of a square painted over with the mean colour, around a random pixel (DeVries and Taylor 2017).
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class DeviceImages:
         device: torch.device,
         padding_px: int = 0,
         crop_area: tuple[float, float] | None = None,
+        cutout_px: int = 0,
     ) -> None:
         self.labels = torch.from_numpy(labels).to(device)
         self.height_px, self.width_px = images.shape[1:3]
         self.padding_px = padding_px
         self.crop_area = crop_area
+        self.cutout_px = cutout_px
         border = (0, 0, padding_px, padding_px, padding_px, padding_px)
         self.padded = functional.pad(torch.from_numpy(images).to(device), border)
         self.scale = (1.0 / (255.0 * torch.tensor(std, device=device))).float()
@@ -58,14 +61,21 @@ class DeviceImages:
         large as the image). Returns float32 [rows, 3, height, width], normalised, and labels [rows].
         """
         if self.crop_area is not None:
-            return self._resized_crops(rows, generator, size_px or self.height_px), self.labels[rows]
+            images = self._resized_crops(rows, generator, size_px or self.height_px)
+        else:
+            images = self._shifted_crops(rows, generator)
+        if self.cutout_px:
+            images *= self._outside_cutout(images, generator)
+        return images, self.labels[rows]
+
+    def _shifted_crops(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         n, device = len(rows), self.padded.device
         offsets = torch.randint(0, 2 * self.padding_px + 1, (2, n, 1), generator=generator, device=device)
         flips = torch.randint(0, 2, (n, 1), generator=generator, device=device, dtype=torch.bool)
         ys = offsets[0] + torch.arange(self.height_px, device=device)
         columns = torch.arange(self.width_px, device=device)
         xs = offsets[1] + torch.where(flips, columns.flip(0), columns)
-        return self._normalised(self.padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]]), self.labels[rows]
+        return self._normalised(self.padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]])
 
     def _resized_crops(self, rows: Tensor, generator: torch.Generator, size_px: int) -> Tensor:
         """Crops of random area and aspect ratio, bilinear. One that would stick out of the image is cut to it."""
@@ -87,6 +97,16 @@ class DeviceImages:
         planes = self.padded[rows].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         crops = functional.grid_sample(planes, grid, padding_mode="border", align_corners=False)
         return self._normalised(crops.permute(0, 2, 3, 1).contiguous())
+
+    def _outside_cutout(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """1 outside each image's square and 0 inside, [rows, 1, height, width]; 0 is the mean colour."""
+        inside = []
+        for axis in (2, 3):
+            n_px = images.shape[axis]
+            centre = torch.randint(0, n_px, (len(images), 1), generator=generator, device=images.device)
+            distance = torch.arange(n_px, device=images.device) - centre + self.cutout_px // 2
+            inside.append((distance >= 0) & (distance < self.cutout_px))
+        return (~(inside[0][:, :, None] & inside[1][:, None, :])).unsqueeze(1).float()
 
     def _normalised(self, images: Tensor) -> Tensor:
         # [rows, height, width, 3] seen as [rows, 3, height, width] is already channels-last: nothing is copied.

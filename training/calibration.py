@@ -142,7 +142,7 @@ def load_trained(folder: RunFolder, n_classes: int) -> tuple[nn.Module, Progress
     state = folder.load_checkpoint()
     network = network_of(folder.read_recipe(), n_classes)
     folder.restore_weights(network, state)
-    return network.eval(), Progress(**state["progress"])
+    return network.eval(), Progress.of(state["progress"])
 
 
 @torch.inference_mode()

@@ -25,7 +25,13 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0  # spent training, over all the times it was resumed
-    epoch_losses: list[float] = field(default_factory=list)  # by exit: sum over the steps of the epoch under way
+    # Sums over the steps of the epoch under way of what the objective reports, [statistics][exits].
+    epoch_sums: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """From a checkpoint; what older versions kept and this one does not is left out."""
+        return cls(**{key: value for key, value in state.items() if key in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class RunFolder:
         partial.replace(self.checkpoint)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Read the last checkpoint: `network`, `optimiser` and `progress`.
+        """Read the last checkpoint: `network` (what is evaluated), `optimiser` and `progress`; see also `Averaging`.
 
         Raises:
             RunError: there is none yet, or it is damaged.

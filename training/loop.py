@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.augment import DeviceImages
+from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder, describe_run
 from training.data import DataError, ImageSet, Split
 from training.objectives import build_objective, check_image_size, network_of
@@ -54,6 +55,7 @@ class Trainer:
             check_image_size(network, size_px)
         layout = torch.channels_last if recipe.numerics.channels_last else torch.contiguous_format
         self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        self.averaging = Averaging(self.network, o.ema_decay)
         self.loss_of = build_objective(recipe.objective)
         self.optimiser = torch.optim.SGD(
             self.network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
@@ -62,8 +64,15 @@ class Trainer:
         self.split = self._resume(images) if folder.checkpoint.is_file() else self._start(images, command)
         train, held_out = self.split.train, self.split.held_out
         normalisation = images.mean, images.std, device
-        crops = recipe.augmentation.crop_padding_px, recipe.augmentation.crop_area
-        self.train_images = DeviceImages(images.train_images[train], images.train_labels[train], *normalisation, *crops)
+        a = recipe.augmentation
+        self.train_images = DeviceImages(
+            images.train_images[train],
+            images.train_labels[train],
+            *normalisation,
+            a.crop_padding_px,
+            a.crop_area,
+            a.cutout_px,
+        )
         self.held_out = DeviceImages(images.train_images[held_out], images.train_labels[held_out], *normalisation)
         self.steps_per_epoch = o.steps_per_epoch(len(train))
         if self.steps_per_epoch == 0 or o.batch_rows < 4 * processes.count or len(held_out) < processes.count:
@@ -101,8 +110,9 @@ class Trainer:
         split = Split.load(self.folder.split, len(images.train_labels))
         state = self.folder.load_checkpoint()
         self.folder.restore_weights(self.network, state)
+        self.averaging.restore(state)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.of(state["progress"])
         return split
 
     def train(self, time_limit_s: float | None = None) -> Literal["finished", "time limit", "signal"]:
@@ -113,13 +123,13 @@ class Trainer:
         progress = self.progress
         if self.processes.is_first:
             self.folder.trim_log(progress.step // self.steps_per_epoch)
-        losses = torch.tensor(progress.epoch_losses or 0.0, device=self.processes.device)
+        sums = torch.tensor(progress.epoch_sums or 0.0, device=self.processes.device)  # of the epoch under way
         began, seconds_before = time.monotonic(), progress.seconds
         epoch_began, epoch_rows = began, 0
         with self._bar() as bar, StopRequest() as request:
             while progress.step < self.total_steps:
-                per_exit, n_rows = self._step(progress.step)
-                losses = losses + per_exit
+                statistics, n_rows = self._step(progress.step)
+                sums = sums + statistics
                 epoch_rows += n_rows
                 progress.step += 1
                 bar.update(self._rows_before(progress.step) - bar.n)
@@ -127,12 +137,12 @@ class Trainer:
                 progress.seconds = seconds_before + now - began
                 finished_epoch = progress.step % self.steps_per_epoch == 0
                 if finished_epoch:
-                    self._log(self._mean(losses) / self.steps_per_epoch, epoch_rows / (now - epoch_began), bar)
-                    losses, epoch_rows, epoch_began = torch.zeros_like(losses), 0, time.monotonic()
+                    self._log(self._mean(sums) / self.steps_per_epoch, epoch_rows / (now - epoch_began), bar)
+                    sums, epoch_rows, epoch_began = torch.zeros_like(sums), 0, time.monotonic()
                 out_of_time = time_limit_s is not None and now - began > time_limit_s
                 stopping = self.processes.any(out_of_time or request.received)
                 if finished_epoch or stopping:
-                    progress.epoch_losses = self._mean(losses).tolist()
+                    progress.epoch_sums = self._mean(sums).tolist()
                     self._save()
                 if stopping and progress.step < self.total_steps:
                     return "signal" if self.processes.any(request.received) else "time limit"
@@ -166,10 +176,11 @@ class Trainer:
         images, labels = self.train_images.augmented(self._batch_rows_of(step), draws, size_px)
         self.optimiser.zero_grad(set_to_none=True)
         with self._autocast():
-            loss, per_exit = self.loss_of(self.wrapped, images, labels)
+            loss, statistics = self.loss_of(self.wrapped, images, labels)
         loss.backward()
         self.optimiser.step()
-        return per_exit, len(labels) * self.processes.count
+        self.averaging.update()
+        return statistics, len(labels) * self.processes.count
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.recipe.numerics.precision == "bf16"
@@ -178,23 +189,25 @@ class Trainer:
     @torch.inference_mode()
     def held_out_accuracy(self) -> list[float]:
         """Top-1 accuracy at every exit on the held-out images, which the processes share out."""
-        self.network.eval()
+        network = self.averaging.evaluated.eval()
         own = torch.arange(len(self.held_out))[self.processes.rank :: self.processes.count].to(self.processes.device)
         n_right = []
         for rows in own.split(EVALUATION_ROWS):
             images, labels = self.held_out.plain(rows)
             with self._autocast():
-                n_right.append(torch.stack([(x.argmax(1) == labels).sum() for x in self.network(images)]))
+                n_right.append(torch.stack([(x.argmax(1) == labels).sum() for x in network(images)]))
         accuracy = self.processes.sum(torch.stack(n_right).sum(0)) / len(self.held_out)
         return [round(x, 4) for x in accuracy.tolist()]
 
-    def _log(self, losses: Tensor, images_per_s: float, bar: "tqdm[Any]") -> None:
-        self.processes.average_buffers(self.network)
+    def _log(self, statistics: Tensor, images_per_s: float, bar: "tqdm[Any]") -> None:
+        self._average_buffers()
         accuracy = self.held_out_accuracy()
         epoch, epochs = self.progress.step // self.steps_per_epoch, self.recipe.optimisation.epochs
+        losses, valid_shares = statistics
         record = {
             "epoch": epoch,
             "losses": [round(x, 4) for x in losses.tolist()],
+            "valid_shares": [round(x, 4) for x in valid_shares.tolist()],
             "held_out_accuracy": accuracy,
             "images_per_s": round(images_per_s, 1),
             "seconds": round(self.progress.seconds, 1),
@@ -209,10 +222,15 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        self.processes.average_buffers(self.network)
+        self._average_buffers()
         if self.processes.is_first:
-            network, optimiser = self.network.state_dict(), self.optimiser.state_dict()
-            self.folder.save_checkpoint({"network": network, "optimiser": optimiser, "progress": asdict(self.progress)})
+            optimiser, progress = self.optimiser.state_dict(), asdict(self.progress)
+            self.folder.save_checkpoint({**self.averaging.state(), "optimiser": optimiser, "progress": progress})
+
+    def _average_buffers(self) -> None:
+        self.processes.average_buffers(self.network)
+        if self.averaging.evaluated is not self.network:
+            self.processes.average_buffers(self.averaging.evaluated)
 
     def _bar(self) -> "tqdm[Any]":
         """On a terminal: images done, rate and time left. Elsewhere the line an epoch has to do."""

@@ -1,6 +1,7 @@
 """A recipe: everything that decides what a training run gives, but for the images and the seed. TOML on disk."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -33,6 +34,9 @@ class Objective(_Section):
     gradient_rescaling: Literal["off", "coarsest", "all"] = "coarsest"  # of the earlier stages (BoostNet Eq. 7)
     stop_gradient: bool = True
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # Weight of the divergence of each earlier exit's answer from the last one's, both softened by the temperature.
+    distillation: Annotated[float, Field(ge=0)] = 0.0
+    distillation_temperature: Annotated[float, Field(gt=0)] = 2.0
 
 
 class Optimisation(_Section):
@@ -46,6 +50,7 @@ class Optimisation(_Section):
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # > 0: a running average of the weights is evaluated, shipped
 
     def steps_per_epoch(self, n_images: int) -> int:
         """Steps an epoch; a last batch of less than a quarter is left out, as too few rows for batch statistics."""
@@ -64,6 +69,7 @@ class Augmentation(_Section):
     crop_area: tuple[Share, Share] | None = None
     # With `crop_area`: sizes to train at, in equal parts of the run: small ones first train faster. Default: as read.
     sizes_px: list[Annotated[int, Field(ge=8)]] = []
+    cutout_px: Annotated[int, Field(ge=0)] = 0  # side of a square painted over with the mean colour, at a random place
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -90,8 +96,11 @@ class Recipe(_Section):
     held_out_images: Annotated[int, Field(ge=1)] = 5000
 
     @classmethod
-    def load(cls, name_or_path: str) -> "Recipe":
+    def load(cls, name_or_path: str, settings: Sequence[str] = ()) -> "Recipe":
         """Read a recipe by the name of one that ships (`cifar100-fast`) or by path.
+
+        Args:
+            settings: changes to it, each `section.field=value` with a TOML value, e.g. `optimisation.epochs=5`.
 
         Raises:
             RecipeError: there is none, or a field is wrong.
@@ -103,9 +112,28 @@ class Recipe(_Section):
             known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.toml")))
             raise RecipeError(f"no recipe {name_or_path!r}; those that ship: {known}; or give the path of a .toml file")
         try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
+            values = tomllib.loads(path.read_text())
+            for setting in settings:
+                _change(values, setting)
+            return cls.model_validate(values)
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
             lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise RecipeError(f"{path}: these fields are wrong:\n" + "\n".join(lines)) from error
+
+
+def _change(values: dict[str, Any], setting: str) -> None:
+    try:
+        changes = tomllib.loads(setting)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(
+            f"--set {setting}: not section.field=value with a TOML value ({error}); text wants quotes, as in "
+            "--set \"objective.name='joint'\""
+        ) from error
+    while changes:  # merged section by section, so that fields which are not named stay
+        key, change = changes.popitem()
+        if isinstance(change, dict) and isinstance(values.get(key), dict):
+            values, changes = values[key], change
+        else:
+            values[key] = change

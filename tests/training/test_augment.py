@@ -92,3 +92,56 @@ def test_without_padding_only_flips_remain(seed: int) -> None:
     batch, _ = images.augmented(torch.arange(6), torch.Generator().manual_seed(seed))
     for got, image in zip(batch.numpy(), pixels, strict=True):
         assert any(np.allclose(got, normalised(x), atol=1e-6) for x in (image, image[:, ::-1]))
+
+
+def a_ramp(size_px: int) -> np.ndarray:
+    """An image whose red tells the row and whose green tells the column."""
+    ramp = np.linspace(0, 250, size_px).round().astype(np.uint8)
+    image = np.zeros((1, size_px, size_px, 3), np.uint8)
+    image[0, :, :, 0], image[0, :, :, 1] = ramp[:, None], ramp[None, :]
+    return image
+
+
+def test_resized_crops_keep_the_share_of_the_area_that_is_asked_for() -> None:
+    n = 400
+    images = DeviceImages(a_ramp(64), np.zeros(1, np.int64), (0, 0, 0), (1, 1, 1), CPU, crop_area=(0.3, 0.6))
+    batch, labels = images.augmented(torch.zeros(n, dtype=torch.int64), torch.Generator().manual_seed(1), size_px=32)
+    assert batch.shape == (n, 3, 32, 32)
+    assert len(labels) == n
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    # Steps from pixel to pixel are as many image pixels wide as the crop is larger than 32 px.
+    height = (batch[:, 0, 31, 16] - batch[:, 0, 0, 16]) * 255 / 250 * 32 / 31
+    width = (batch[:, 1, 16, 31] - batch[:, 1, 16, 0]) * 255 / 250 * 32 / 31
+    flipped, area, ratio = width < 0, height * width.abs(), width.abs() / height
+    assert abs(flipped.float().mean().item() - 0.5) < 0.1
+    assert 0.28 < area.min() < 0.32
+    assert 0.57 < area.max() < 0.62
+    assert 0.72 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.37
+    top = batch[:, 0, 0, 16]
+    assert top.min() < 0.05
+    assert top.max() > 0.3
+
+
+def test_a_crop_of_the_whole_area_is_the_image() -> None:
+    image = a_ramp(16)
+    images = DeviceImages(image, np.zeros(1, np.int64), (0, 0, 0), (1, 1, 1), CPU, crop_area=(1.0, 1.0))
+    batch, _ = images.augmented(torch.zeros(50, dtype=torch.int64), torch.Generator().manual_seed(2))
+    # Its sides differ, and what would stick out is cut: the longer side is whole.
+    rows = (batch[:, 0, -1, 8] - batch[:, 0, 0, 8]) * 255
+    columns = (batch[:, 1, 8, -1] - batch[:, 1, 8, 0]).abs() * 255
+    assert torch.all(torch.maximum(rows, columns) > 248)
+
+
+def test_cutout_paints_one_square_in_the_mean_colour() -> None:
+    white = np.full((1, 20, 20, 3), 255, np.uint8)
+    images = DeviceImages(white, np.zeros(1, np.int64), (0.5, 0.5, 0.5), (1, 1, 1), CPU, padding_px=0, cutout_px=6)
+    batch, _ = images.augmented(torch.zeros(300, dtype=torch.int64), torch.Generator().manual_seed(3))
+    painted = batch[:, 0] == 0
+    assert torch.equal(painted, batch[:, 1] == 0)
+    rows, columns = painted.any(2).sum(1), painted.any(1).sum(1)
+    assert torch.equal(
+        painted.sum((1, 2)), rows * columns
+    )  # a rectangle: a square, or what is left of it at the border
+    assert rows.max() == columns.max() == 6
+    assert rows.min() == columns.min() == 3

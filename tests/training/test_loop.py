@@ -65,16 +65,42 @@ def test_the_loss_logged_is_the_mean_over_the_epoch_whether_resumed_or_not(
     step = Trainer._step
 
     def noted(self: Trainer, number: int) -> tuple[torch.Tensor, int]:
-        per_exit, n_rows = step(self, number)
-        seen.append(per_exit)
-        return per_exit, n_rows
+        statistics, n_rows = step(self, number)
+        seen.append(statistics)
+        return statistics, n_rows
 
     monkeypatch.setattr(Trainer, "_step", noted)
     trainer(tmp_path / "run", images).train(time_limit_s=0)
     trainer(tmp_path / "run", images).train()
     expected = [torch.stack(seen[i : i + STEPS_PER_EPOCH]).mean(0) for i in (0, STEPS_PER_EPOCH)]
-    for record, losses in zip(numbers(tmp_path / "run"), expected, strict=True):
+    for record, (losses, valid_shares) in zip(numbers(tmp_path / "run"), expected, strict=True):
         assert record["losses"] == pytest.approx(losses.tolist(), abs=1e-4)
+        assert record["valid_shares"] == pytest.approx(valid_shares.tolist(), abs=1e-4)
+
+
+def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, images: ImageSet) -> None:
+    recipe = tiny.recipe(optimisation={"ema_decay": 0.8})
+    whole = trainer(tmp_path / "whole", images, recipe)
+    expected = {name: value.clone() for name, value in whole.network.state_dict().items()}
+    update = whole.averaging.update
+
+    def noted() -> None:
+        update()
+        first = whole.progress.step == 0  # the average begins with the weights after the first step
+        for name, value in whole.network.state_dict().items():
+            expected[name] = value.clone() if first else (0.8 * expected[name] + 0.2 * value).to(value.dtype)
+
+    whole.averaging.update = noted  # type: ignore[method-assign]
+    whole.train()
+    kept = RunFolder(tmp_path / "whole").load_checkpoint()
+    floats = [name for name, value in expected.items() if value.is_floating_point()]
+    assert all(torch.allclose(kept["network"][name], expected[name], atol=1e-5) for name in floats)
+    assert not all(torch.allclose(kept["trained"][name], expected[name], atol=1e-5) for name in floats)
+    assert numbers(tmp_path / "whole")[-1]["held_out_accuracy"] == whole.held_out_accuracy()
+
+    while trainer(tmp_path / "pieces", images, recipe).train(time_limit_s=0) == "time limit":
+        pass
+    assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

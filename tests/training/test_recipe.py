@@ -5,7 +5,7 @@ import torch
 
 from tests.training import tiny
 from training.objectives import network_of
-from training.recipe import RECIPE_FOLDER, Recipe, RecipeError
+from training.recipe import RECIPE_FOLDER, Augmentation, Recipe, RecipeError
 
 SHIPPED = sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
 
@@ -84,3 +84,38 @@ def test_too_many_temperatures_are_a_recipe_error() -> None:
 def test_a_last_batch_of_less_than_a_quarter_is_left_out(n_images: int, batch_rows: int, steps: int) -> None:
     optimisation = tiny.recipe(optimisation={"batch_rows": batch_rows}).optimisation
     assert optimisation.steps_per_epoch(n_images) == steps
+
+
+def test_settings_change_single_fields(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "tiny.toml")
+    changed = Recipe.load(
+        str(path), ["optimisation.epochs=7", "objective.name='joint'", "network.arguments.base=2", "held_out_images=5"]
+    )
+    assert (changed.optimisation.epochs, changed.optimisation.batch_rows) == (7, 16)
+    assert changed.objective.name == "joint"
+    assert changed.network.arguments == {**Recipe.load(str(path)).network.arguments, "base": 2}
+    assert changed.held_out_images == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimisation.epochs", "section.field=value"),
+        ("objective.name=joint", "text wants quotes"),
+        ("optimisation.epoch=3", r"optimisation\.epoch"),
+        ("optimisation=3", "optimisation"),
+        ("augmentation.crop_area=[0.9,0.2]", "smallest, largest"),
+        ("augmentation.crop_area=[0.2,0.9]", "crop_padding_px = 0"),
+        ("augmentation.sizes_px=[32]", "wants crop_area too"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_explained(tmp_path: Path, setting: str, message: str) -> None:
+    path = tiny.write_recipe(tmp_path / "tiny.toml")
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(str(path), [setting])
+
+
+def test_sizes_divide_the_run_in_equal_parts() -> None:
+    resized = Augmentation(crop_padding_px=0, crop_area=(0.3, 1.0), sizes_px=[16, 24, 32])
+    assert [resized.size_px(step, 7) for step in range(7)] == [16, 16, 16, 24, 24, 32, 32]
+    assert Augmentation().size_px(3, 7) is None
