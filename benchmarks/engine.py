@@ -27,7 +27,7 @@ from rich.table import Table
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.engine import Engine
-from service.rows import Answer, Outcome
+from service.rows import Answer, EngineError, Told
 from service.runners.base import RowState
 from service.runners.onnx import OnnxRunner
 from service.scheduler import POLICIES
@@ -106,10 +106,11 @@ class Load:
             median_ms=median(answer.queue_ms + answer.compute_ms for answer in self.answers),
         )
 
-    def _take(self, outcomes: list[tuple[Any, Outcome]]) -> None:
+    def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
         for _, outcome in outcomes:
-            if not isinstance(outcome, Answer):
+            if isinstance(outcome, EngineError):
                 raise outcome
+            assert isinstance(outcome, Answer)
             self.answers.append(outcome)
         self._room.release(len(outcomes))
         if len(self.answers) == len(self._images):

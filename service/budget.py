@@ -15,7 +15,7 @@ from models.frontier import Frontier
 from service.ledger import Account, Ledger
 from service.steering import MEGA, Steering
 
-Reason = Literal["confident", "final", "budget"]
+Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
 
 
 @dataclass(frozen=True, slots=True)

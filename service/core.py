@@ -6,22 +6,21 @@ The caller tells the time, runs the batches it is given and brings them back.
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from models.exits import confidence
+from service import wishes
 from service.budget import BudgetController, Reason
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
-from service.rows import ENDED, Answer, EngineError, Outcome, Request, Sink
+from service.rows import ENDED, Answer, EngineError, EngineTooLate, Head, Outcome, Request, Sink, Told
 from service.runners.base import keep
 from service.scheduler import Scheduler
 from service.steering import MEGA
 
 logger = logging.getLogger(__name__)
-NEVER_SURE = float("nan")  # reaches no threshold, not even -inf
 
 
 class Core:
@@ -29,8 +28,10 @@ class Core:
 
     Attributes:
         budget, scheduler: owned by this.
-        outbox: outcomes not yet delivered, by sink; whoever delivers them empties it.
-        n_ended, n_answered, n_abandoned, n_failed: requests, since the start; the first is the sum of the others.
+        outbox: steps and outcomes not yet delivered, by sink; whoever delivers them empties it.
+        deadlines: of requests that have one; `expire` is to be called when the next is due.
+        n_ended, n_answered, n_abandoned, n_failed, n_late: requests, since the start; the first is the sum of the
+            others. Late ones were refused, their deadline having passed before they could run.
         exits: answers by exit (from 1) and reason.
     """
 
@@ -44,8 +45,9 @@ class Core:
     ) -> None:
         self.budget = budget
         self.scheduler = scheduler
-        self.outbox: dict[Sink, list[tuple[Any, Outcome]]] = {}
-        self.n_answered = self.n_abandoned = self.n_failed = 0
+        self.outbox: dict[Sink, list[tuple[Any, Told]]] = {}
+        self.deadlines = wishes.Deadlines()
+        self.n_answered = self.n_abandoned = self.n_failed = self.n_late = 0
         self.exits: Counter[tuple[int, Reason]] = Counter()
         self._class_names = tuple(class_names)
         self._exits_on = exits
@@ -54,11 +56,13 @@ class Core:
 
     @property
     def n_ended(self) -> int:
-        return self.n_answered + self.n_abandoned + self.n_failed
+        return self.n_answered + self.n_abandoned + self.n_failed + self.n_late
 
     def admit(self, requests: Sequence[Request], now_s: float) -> None:
         for request in requests:
             request.account = self.budget.admit()
+            if not request.options.is_plain and request.options.deadline_s < inf:
+                self.deadlines.add(request)
         self._live.update(requests)
         self._queue(requests, 0, now_s)
 
@@ -67,6 +71,21 @@ class Core:
         request.abandoned = True
         if self.scheduler.drop(request):
             self._end(request, None)
+
+    def expire(self, now_s: float) -> None:
+        """Answer requests whose deadline has come from the head they have passed last, whether they wait or run.
+
+        One that still waits for its first stage is refused; one that runs it answers when it has run.
+        """
+        for row in self.deadlines.pop_due(now_s):
+            waits = self.scheduler.drop(row)
+            if row.head is not None and not row.abandoned:
+                state, row.abandoned = row.state, True
+                self._answer_from(row, row.head)
+                if not waits:
+                    row.state = state  # a lane may be about to read it
+            elif waits:
+                self._end(row, EngineTooLate())
 
     def next_batch(self, now_s: float) -> Batch | None:
         """Take the next batch to run, charged; None if nothing waits."""
@@ -108,9 +127,12 @@ class Core:
         going_on: list[int] = []
         for i, row in enumerate(batch.rows):
             if row.abandoned:
-                self._end(row, None)
+                self._end_abandoned(row)
                 continue
-            reason = self.budget.decide(row.account, result.scores[i] if self._exits_on else NEVER_SURE)
+            if row.options.is_plain:
+                reason = self.budget.decide(row.account, result.scores[i] if self._exits_on else wishes.NEVER_SURE)
+            else:
+                reason = self._decide_by_wishes(row, batch, result, i, now_s)
             if reason is None:
                 going_on.append(i)
             else:
@@ -131,7 +153,7 @@ class Core:
             row, class_id = batch.rows[i], result.classes[i]
             top_k: tuple[tuple[int, float], ...] = ((class_id, share),)
             if row.options.top_k > 1:
-                top_k = _top_k(logits[i], share, row.options.top_k)
+                top_k = wishes.rank(logits[i], share, row.options.top_k)
             answer = Answer(
                 class_id=class_id,
                 label=self._class_names[class_id],
@@ -144,15 +166,59 @@ class Core:
                 compute_ms=row.compute_s * 1e3,
                 batch_rows=len(batch.rows),
             )
+            if row.options.steps and row.head is not None:
+                answer = replace(answer, score=row.head.score, threshold=row.head.threshold)
             answers.append(answer)
             self.exits[answer.exit, reason] += 1
             self._end(row, answer)
         if self._observer is not None:
             self._observer.answered(answers)
 
+    def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
+        score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
+        threshold = self.budget.thresholds[batch.stage]
+        logits = result.output.logits[i].copy()  # so that no more than this row is kept
+        head = Head(batch.stage + 1, logits, result.classes[i], score, threshold, len(batch.rows))
+        row.head = head
+        reason = wishes.decide(self.budget, row, head, now_s)
+        if reason is None and row.options.steps:
+            self.outbox.setdefault(row.sink, []).append((row.token, wishes.step(row, head, self._class_names)))
+        return reason
+
+    def _answer_from(self, row: Request, head: Head) -> None:
+        """Answer from a head passed earlier, the deadline having come."""
+        step = wishes.step(row, head, self._class_names)
+        answer = Answer(
+            class_id=step.class_id,
+            label=step.label,
+            confidence=step.confidence,
+            top_k=step.top_k,
+            exit=step.exit,
+            reason="deadline",
+            mflops=step.mflops,
+            queue_ms=row.queue_s * 1e3,
+            compute_ms=row.compute_s * 1e3,
+            batch_rows=head.batch_rows,
+            score=step.score if row.options.steps else None,
+            threshold=step.threshold if row.options.steps else None,
+        )
+        self.exits[answer.exit, answer.reason] += 1
+        self._end(row, answer)
+        if self._observer is not None:
+            self._observer.answered([answer])
+
     def _fail(self, rows: Sequence[Request], error: EngineError) -> None:
         for row in rows:
-            self._end(row, None if row.abandoned else error)
+            if row.abandoned:
+                self._end_abandoned(row)
+            else:
+                self._end(row, error)
+
+    def _end_abandoned(self, row: Request) -> None:
+        """A row comes back from its batch that nobody waits for: it ends, if its deadline has not ended it before."""
+        if row in self._live:
+            self._end(row, None)
+        row.state = ENDED
 
     def _end(self, row: Request, outcome: Outcome | None) -> None:
         """A request's one end: an answer, an error, or None where it was abandoned."""
@@ -164,13 +230,8 @@ class Core:
             return
         if isinstance(outcome, Answer):
             self.n_answered += 1
+        elif isinstance(outcome, EngineTooLate):
+            self.n_late += 1
         else:
             self.n_failed += 1
         self.outbox.setdefault(row.sink, []).append((row.token, outcome))
-
-
-def _top_k(logits: NDArray[np.float32], largest: float, k: int) -> tuple[tuple[int, float], ...]:
-    """The k best classes of logits [classes] and their softmax outputs, of which `largest` is the first."""
-    best = np.argsort(-logits, kind="stable")[:k]
-    shares = np.exp(logits[best].astype(np.float64) - float(logits[best[0]])) * largest
-    return tuple(zip(best.tolist(), shares.tolist(), strict=True))

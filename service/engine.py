@@ -14,7 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from math import inf
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +27,7 @@ from service.core import Core
 from service.inbox import Abandon, Call, Stop, Wake
 from service.lanes import Batch, Lanes, Score
 from service.observer import EngineStats, Observer
-from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Outcome, Request, Sink
+from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Request, Sink, Step, Told
 from service.runners.base import Runner, fit_stage_time
 from service.scheduler import Scheduler, ripe_rows
 
@@ -47,6 +49,7 @@ class Engine:
             default one a lane.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
+        clock: seconds, of deadlines too; `time.perf_counter` unless a test has its own.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class Engine:
         lookahead_batches: int | None = None,
         exits: bool = True,
         observer: Observer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        self.clock = clock
         self.max_in_flight_rows = max_in_flight_rows
         self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
         self._runner = runner
@@ -147,7 +152,7 @@ class Engine:
                 raise self._closed or EngineOverloaded(self._in_flight)
             self._in_flight += 1
             self._arrivals.append(request)
-            if self._hungry:
+            if self._hungry or not request.options.is_plain:  # its deadline may be near
                 self._hungry = False
                 self._inbox.put(Wake())
         return request
@@ -228,7 +233,7 @@ class Engine:
             lanes_are_free = self._n_running < self._max_running
             self._hungry = lanes_are_free and not self._arrivals
         if self._hungry or not lanes_are_free:
-            self._messages.append(self._inbox.get())
+            self._wait()
         self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
         self._take_arrivals()
         goes_on = True
@@ -236,24 +241,35 @@ class Engine:
             message = self._messages.popleft()
             if isinstance(message, Batch):
                 self._n_running -= 1
-                self._core.finish(message, time.perf_counter())
+                self._core.finish(message, self.clock())
             elif isinstance(message, Abandon):
                 self._core.abandon(message.request)
             elif isinstance(message, Call):
                 message.run()
             elif isinstance(message, Stop):
                 goes_on = False
+        if self._core.deadlines.next_s < inf:
+            self._core.expire(self.clock())
         return goes_on
+
+    def _wait(self) -> None:
+        """Wait for a message, or for the next deadline."""
+        due_s = self._core.deadlines.next_s
+        if due_s == inf:
+            self._messages.append(self._inbox.get())
+            return
+        with suppress(Empty):
+            self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self.clock())))
 
     def _take_arrivals(self) -> None:
         with self._admission:
             arrivals, self._arrivals = self._arrivals, []
         if arrivals:
-            self._core.admit(arrivals, time.perf_counter())
+            self._core.admit(arrivals, self.clock())
 
     def _dispatch(self) -> None:
         while self._n_running < self._max_running:
-            batch = self._core.next_batch(time.perf_counter())
+            batch = self._core.next_batch(self.clock())
             if batch is None:
                 return
             self._n_running += 1
@@ -261,7 +277,7 @@ class Engine:
 
     def _deliver(self) -> None:
         n_new = self._core.n_ended - self._n_delivered
-        if not n_new:
+        if not n_new and not self._core.outbox:
             return
         self._n_delivered += n_new
         for sink, outcomes in self._core.outbox.items():
@@ -270,6 +286,8 @@ class Engine:
             except Exception:  # a client's trouble is not the engine's
                 logger.exception("%d outcomes could not be delivered", len(outcomes))
         self._core.outbox.clear()
+        if not n_new:  # steps alone
+            return
         with self._admission:
             self._in_flight -= n_new
             self._admission.notify_all()
@@ -295,7 +313,7 @@ class Engine:
         return EngineStats(
             submitted=submitted,
             answered=core.n_answered,
-            refused=refused,
+            refused=refused + core.n_late,
             abandoned=core.n_abandoned,
             failed=core.n_failed,
             in_flight_rows=in_flight - (core.n_ended - self._n_delivered),
@@ -305,10 +323,10 @@ class Engine:
         )
 
 
-def _resolve(outcomes: list[tuple[Any, Outcome]]) -> None:
-    """The sink behind `submit`: tokens are futures."""
+def _resolve(outcomes: list[tuple[Any, Told]]) -> None:
+    """The sink behind `submit`: tokens are futures, which have no use for steps."""
     for future, outcome in outcomes:
-        if not future.set_running_or_notify_cancel():
+        if isinstance(outcome, Step) or not future.set_running_or_notify_cancel():
             continue
         if isinstance(outcome, Answer):
             future.set_result(outcome)

@@ -26,7 +26,7 @@ class EngineStats:
 
     submitted: int  # = answered + refused + abandoned + failed + in_flight_rows
     answered: int
-    refused: int  # overloaded, draining or stopped
+    refused: int  # overloaded, draining, stopped, or too late to begin
     abandoned: int
     failed: int
     in_flight_rows: int

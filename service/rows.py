@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.budget import Reason
 from service.ledger import Account
@@ -28,11 +32,32 @@ class EngineOverloaded(EngineError):  # noqa: N818
         self.in_flight_rows = in_flight_rows
 
 
+class EngineTooLate(EngineError):  # noqa: N818 (the clock's fault)
+    """A request's deadline passed before its first stage could run."""
+
+    def __init__(self) -> None:
+        super().__init__("its deadline passed before a first stage could run")
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a request may ask for."""
+    """What a request may ask for. One that asks for `top_k` alone is plain, and nothing else is looked at.
+
+    `exit` and `min_confidence` take the place of the server's thresholds; `max_mflops`, `deadline_s` and the ledger end
+    the way of an image whatever else was asked for.
+    """
 
     top_k: int = 1
+    exit: int | None = None  # answer there, from 1
+    min_confidence: float | None = None  # answer at the first exit that is so sure (softmax output)
+    max_mflops: float = inf  # go no deeper than this pays for; the first exit is passed in any case
+    deadline_s: float = inf  # on the engine's clock: answer then from the head at hand
+    steps: bool = False  # tell what every head says that the image goes on from
+    is_plain: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        asks_nothing = self.exit is None and self.min_confidence is None and not self.steps
+        object.__setattr__(self, "is_plain", asks_nothing and self.max_mflops == self.deadline_s == inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +74,42 @@ class Answer:
     queue_ms: float  # waiting to be run
     compute_ms: float  # in batches that ran
     batch_rows: int  # rows in the last batch it ran in
+    score: float | None = None  # these two only where steps were asked for: the exit's score,
+    threshold: float | None = None  # and from which the exit would have let any image leave
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an image's latest head says while it goes on (`Options.steps`); the fields are those of `Answer`."""
+
+    class_id: int
+    label: str
+    confidence: float
+    top_k: tuple[tuple[int, float], ...]
+    exit: int
+    mflops: float
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """What one exit said of one image."""
+
+    exit: int
+    logits: NDArray[np.float32]  # [classes]
+    class_id: int
+    score: float
+    threshold: float  # infinite where no score, or every one, lets an image leave
+    batch_rows: int
 
 
 Outcome = Answer | EngineError
-Sink = Callable[[list[tuple[Any, Outcome]]], None]
-"""Takes (token, outcome) of all requests that one batch has ended, on the engine's thread: it must be quick, must not
-raise, and typically hands the list to an event loop with one `call_soon_threadsafe`."""
+Told = Step | Outcome
+Sink = Callable[[list[tuple[Any, Told]]], None]
+"""Takes (token, step or outcome) of all requests that one batch has moved or ended, on the engine's thread: it must be
+quick, must not raise, and typically hands the list to an event loop with one `call_soon_threadsafe`. A request's steps
+come in order and before its outcome."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,4 +124,5 @@ class Request:
     queued_since_s: float = 0.0
     queue_s: float = 0.0
     compute_s: float = 0.0
-    abandoned: bool = False
+    abandoned: bool = False  # not to be answered any more: its client left, or has its answer from an earlier head
+    head: Head | None = None  # the last one passed, of requests with wishes

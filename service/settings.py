@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="images in work; more are refused with 429")
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**30, description="largest request body, in bytes")
+    max_batch_images: int = Field(128, ge=1, le=10_000, description="most images one POST /classify/batch may hold")
     max_pixels: int = Field(32_000_000, ge=1024, le=89_000_000, description="largest image, as width x height")
     body_timeout_s: float = Field(20.0, gt=0, le=3600, description="time a client has to send one body, in seconds")
     drain_s: float = Field(

@@ -27,9 +27,10 @@ class Classification(BaseModel):
     top_k: list[Ranked] = Field(description="the most probable classes, surest first")
     exit: int = Field(examples=[2], description="the exit taken, from 1 to `exits`")
     exits: int = Field(examples=[6])
-    reason: Literal["confident", "final", "budget"] = Field(
+    reason: Literal["confident", "final", "budget", "deadline", "pinned"] = Field(
         examples=["confident"],
-        description="why here: sure enough, no exit left, or no budget left to go on",
+        description="why here: sure enough, no exit left, no budget left to go on (the server's or `max_mflops`), no "
+        "time left, or the exit that was asked for",
     )
     mflops: float = Field(examples=[24.06], description="millions of multiply-adds this image was charged")
     full_mflops: float = Field(examples=[60.28], description="what the last exit costs")
@@ -37,6 +38,48 @@ class Classification(BaseModel):
     version: str = Field(examples=["3f9a1c2b7d4e"])
     timings: Timings
     request_id: str = Field(examples=["9f2c11d0-000042"])
+
+
+class Step(BaseModel):
+    """What one exit says, on the way to the answer: a line of `/classify/stream`."""
+
+    exit: int = Field(examples=[1])
+    exits: int = Field(examples=[6])
+    label: str = Field(examples=["bicycle"])
+    class_id: int = Field(examples=[8])
+    confidence: float = Field(examples=[0.4312])
+    top: list[Ranked] = Field(description="the most probable classes, surest first")
+    score: float | None = Field(description="how sure, as the thresholds count it; null where not finite")
+    threshold: float | None = Field(
+        description="score from which an image left here at that moment; null where none, or every one, would do"
+    )
+    mflops: float = Field(description="millions of multiply-adds so far")
+    final: Literal[False]
+
+
+class LastStep(Classification):
+    """The last line of `/classify/stream`: the answer."""
+
+    score: float | None
+    threshold: float | None
+    final: Literal[True]
+
+
+class BatchItem(BaseModel):
+    """One image of a batch: an answer or a problem; the other one is null."""
+
+    filename: str | None = Field(description="as the form gave it")
+    answer: Classification | None
+    problem: "ProblemDocument | None"
+
+
+class BatchAnswer(BaseModel):
+    """An entry for every image, in the order of the form."""
+
+    results: list[BatchItem]
+    answered: int
+    failed: int
+    request_id: str
 
 
 class BudgetRequest(BaseModel):

@@ -1,6 +1,7 @@
 """Reads request bodies within a limit of bytes and time, and takes the image out of them."""
 
 import asyncio
+from dataclasses import dataclass
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
@@ -15,7 +16,16 @@ ALIASES = frozenset(
     {"image/jpg", "image/pjpeg", "image/apng", "image/x-png", "image/x-ms-bmp", "application/octet-stream"}
 )
 RAW_TYPES = ALIASES.union(IMAGE_TYPES)
+FORM_TYPE = "multipart/form-data"
 FIELD = "image"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One file of a form."""
+
+    filename: str | None
+    body: bytes
 
 
 async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
@@ -64,23 +74,42 @@ async def read_image(request: Request, limit_bytes: int, timeout_s: float) -> by
     Raises:
         Problem: as `read_body`; 415 for other content types, 400 for a broken form, 422 for one without one image.
     """
-    content_type = request.headers.get("content-type", "")
-    media_type = content_type.partition(";")[0].strip().lower()
+    content_type, media_type = _content_type(request)
     if media_type in RAW_TYPES:
         return await read_body(request, limit_bytes, timeout_s)
-    if media_type != "multipart/form-data":
-        raise Problem(
-            415,
-            "unsupported-media-type",
-            "Unsupported media type",
-            f"{media_type or 'A body without a content type'} is not taken: send one of {', '.join(IMAGE_TYPES)} "
-            f"as the body, or multipart/form-data with a field {FIELD!r}.",
-            headers={"Accept-Post": ", ".join((*IMAGE_TYPES, "multipart/form-data"))},
+    if media_type != FORM_TYPE:
+        raise _unsupported(
+            media_type,
+            f"one of {', '.join(IMAGE_TYPES)} as the body, or {FORM_TYPE} with a field",
+            (*IMAGE_TYPES, FORM_TYPE),
         )
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
-    if not boundary:
-        raise _broken_form("its content type names no boundary")
+    boundary = _boundary(content_type)
     return image_field(await read_body(request, limit_bytes, timeout_s), boundary)
+
+
+async def read_images(request: Request, limit_bytes: int, timeout_s: float, most: int) -> list[Upload]:
+    """Read the images in a multipart form: every field `image`, in order.
+
+    Raises:
+        Problem: as `read_image`; 413 where there are more than `most`, 422 where there is none.
+    """
+    content_type, media_type = _content_type(request)
+    if media_type != FORM_TYPE:
+        raise _unsupported(media_type, f"{FORM_TYPE} with several fields", (FORM_TYPE,))
+    boundary = _boundary(content_type)
+    images = _parse(await read_body(request, limit_bytes, timeout_s), boundary).images
+    if not images:
+        raise _not_one("no field", f"one for each image (curl -F {FIELD}=@cat.png -F {FIELD}=@dog.png)")
+    if len(images) > most:
+        raise Problem(
+            413,
+            "too-many-images",
+            "Too many images",
+            f"The form has {len(images)} images and this server takes {most} at once: send them in several "
+            "requests, or raise --max-batch-images.",
+            limit_images=most,
+        )
+    return images
 
 
 def image_field(body: bytes, boundary: bytes) -> bytes:
@@ -89,6 +118,25 @@ def image_field(body: bytes, boundary: bytes) -> bytes:
     Raises:
         Problem: 400 where the form is broken, 422 where it has no field `image` or several.
     """
+    images = _parse(body, boundary).images
+    if len(images) != 1:
+        raise _not_one(f"{len(images)} fields" if images else "no field", f"one (curl -F {FIELD}=@cat.png)")
+    return images[0].body
+
+
+def _content_type(request: Request) -> tuple[str, str]:
+    content_type = request.headers.get("content-type", "")
+    return content_type, content_type.partition(";")[0].strip().lower()
+
+
+def _boundary(content_type: str) -> bytes:
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise _broken_form("its content type names no boundary")
+    return boundary
+
+
+def _parse(body: bytes, boundary: bytes) -> "_Form":
     form = _Form()
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
@@ -98,15 +146,21 @@ def image_field(body: bytes, boundary: bytes) -> bytes:
         raise _broken_form(str(error)) from None
     if not form.ended:
         raise _broken_form("it ends before its closing boundary")
-    if len(form.images) != 1:
-        found = f"{len(form.images)} fields" if form.images else "no field"
-        raise Problem(
-            422,
-            "not-one-image",
-            "Not one image",
-            f"The form has {found} called {FIELD!r}: send one (curl -F {FIELD}=@cat.png).",
-        )
-    return form.images[0]
+    return form
+
+
+def _unsupported(media_type: str, wanted: str, accepted: tuple[str, ...]) -> Problem:
+    return Problem(
+        415,
+        "unsupported-media-type",
+        "Unsupported media type",
+        f"{media_type or 'A body without a content type'} is not taken: send {wanted} {FIELD!r}.",
+        headers={"Accept-Post": ", ".join(accepted)},
+    )
+
+
+def _not_one(found: str, wanted: str) -> Problem:
+    return Problem(422, "not-one-image", "Not one image", f"The form has {found} called {FIELD!r}: send {wanted}.")
 
 
 def _broken_form(why: str) -> Problem:
@@ -122,10 +176,11 @@ class _Form:
     """Collects the parts called `image` while the parser runs."""
 
     def __init__(self) -> None:
-        self.images: list[bytes] = []
+        self.images: list[Upload] = []
         self.ended = False
         self._name = self._value = b""
         self._wanted = False
+        self._filename: str | None = None
         self._chunks: list[bytes] = []
 
     def callbacks(self) -> dict[str, object]:
@@ -133,7 +188,7 @@ class _Form:
         return {f"on_{name}": getattr(self, name) for name in names}
 
     def part_begin(self) -> None:
-        self._wanted, self._chunks = False, []
+        self._wanted, self._filename, self._chunks = False, None, []
         self._name = self._value = b""
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
@@ -144,7 +199,10 @@ class _Form:
 
     def header_end(self) -> None:
         if self._name.lower() == b"content-disposition":
-            self._wanted = parse_options_header(self._value)[1].get(b"name") == FIELD.encode()
+            options = parse_options_header(self._value)[1]
+            self._wanted = options.get(b"name") == FIELD.encode()
+            filename = options.get(b"filename")
+            self._filename = None if filename is None else filename.decode("utf-8", "replace")
         self._name = self._value = b""
 
     def part_data(self, data: bytes, start: int, end: int) -> None:
@@ -153,7 +211,7 @@ class _Form:
 
     def part_end(self) -> None:
         if self._wanted:
-            self.images.append(b"".join(self._chunks))
+            self.images.append(Upload(self._filename, b"".join(self._chunks)))
 
     def end(self) -> None:
         self.ended = True

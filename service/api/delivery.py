@@ -1,6 +1,7 @@
 """Between the event loop and the engine's thread: one wake-up brings the answers of a whole batch."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive
 
 from service.engine import Engine
-from service.rows import Answer, Options, Outcome, Sink
+from service.rows import Answer, Options, Sink, Step, Told
 
 # A client that waits this long is watched for hanging up; sooner, the watching would cost more than the work.
 PATIENCE_S = 0.05
@@ -24,8 +25,9 @@ class Delivery:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
-        # One object for all requests: the engine groups outcomes by it.
+        # One object for all requests of a kind: the engine groups outcomes by it.
         self._sink: Sink = self._hand_over
+        self._sink_of_steps: Sink = self._hand_over_steps
 
     async def classify(self, image: NDArray[np.uint8], options: Options, receive: Receive) -> Answer:
         """Return the engine's answer for an image, uint8 [H, W, 3].
@@ -40,7 +42,7 @@ class Delivery:
         loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         request = self.engine.submit_to(self._sink, future, image, options)
-        watch = _Watch(receive, future)
+        watch = Watch(receive, future.cancel)
         timer = loop.call_later(PATIENCE_S, watch.start)
         try:
             return await future
@@ -53,28 +55,77 @@ class Delivery:
             timer.cancel()
             watch.stop()
 
-    def _hand_over(self, outcomes: list[tuple[Any, Outcome]]) -> None:
+    async def answer(self, image: NDArray[np.uint8], options: Options) -> Answer:
+        """The same without a watch over the client; cancelling gives the image up."""
+        loop = self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        request = self.engine.submit_to(self._sink, future, image, options)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self.engine.abandon(request)
+            raise
+
+    async def follow(
+        self, image: NDArray[np.uint8], options: Options, receive: Receive
+    ) -> AsyncIterator[Step | Answer]:
+        """Yield what every head says of an image, and at last its answer; `options.steps` has to be set.
+
+        To be closed (`contextlib.aclosing`) by whoever does not read to the end: the image is given up then. Raises as
+        `classify` does.
+        """
+        loop = self._loop = asyncio.get_running_loop()
+        told: asyncio.Queue[Told | None] = asyncio.Queue()  # None: the client has left
+        request = self.engine.submit_to(self._sink_of_steps, told, image, options)
+        watch = Watch(receive, lambda: told.put_nowait(None))
+        timer = loop.call_later(PATIENCE_S, watch.start)
+        ended = False
+        try:
+            while not ended:
+                item = await told.get()
+                ended = item is not None and not isinstance(item, Step)
+                if item is None:
+                    raise ClientLeft
+                if not isinstance(item, Step | Answer):
+                    raise item
+                yield item
+        finally:
+            timer.cancel()
+            watch.stop()
+            if not ended:
+                self.engine.abandon(request)
+
+    def _hand_over(self, outcomes: list[tuple[Any, Told]]) -> None:
         """On the engine's thread: wake the event loop, once for all of them."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(_resolve, outcomes)
 
+    def _hand_over_steps(self, told: list[tuple[Any, Told]]) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(_enqueue, told)
 
-def _resolve(outcomes: list[tuple[Any, Outcome]]) -> None:
+
+def _resolve(outcomes: list[tuple[Any, Told]]) -> None:
     for future, outcome in outcomes:
         if future.done():  # its client has left
             continue
         if isinstance(outcome, Answer):
             future.set_result(outcome)
-        else:
+        elif not isinstance(outcome, Step):
             future.set_exception(outcome)
 
 
-class _Watch:
-    """Waits for one client to leave, and then cancels what it waits for."""
+def _enqueue(told: list[tuple[Any, Told]]) -> None:
+    for queue, item in told:
+        queue.put_nowait(item)
 
-    def __init__(self, receive: Receive, future: "asyncio.Future[Answer]") -> None:
+
+class Watch:
+    """Waits for one client to leave, and then calls `on_leave`."""
+
+    def __init__(self, receive: Receive, on_leave: Callable[[], object]) -> None:
         self._receive = receive
-        self._future = future
+        self._on_leave = on_leave
         self._task: asyncio.Task[None] | None = None
         self.client_left = False
 
@@ -89,4 +140,4 @@ class _Watch:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self.client_left = True
-        self._future.cancel()
+        self._on_leave()

@@ -41,8 +41,8 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
         self.headers = dict(headers or {})
         self.extensions = extensions
 
-    def response(self, path: str, request_id: str) -> Response:
-        document = {
+    def document(self, path: str, request_id: str) -> dict[str, Any]:
+        return {
             "type": TYPE_PREFIX + self.kind,
             "title": self.title,
             "status": self.status,
@@ -51,8 +51,10 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
             "request_id": request_id,
             **self.extensions,
         }
+
+    def response(self, path: str, request_id: str) -> Response:
         # `default=str`: an error about odd input must not fail on that input in turn.
-        body = orjson.dumps(document, default=str)
+        body = orjson.dumps(self.document(path, request_id), default=str)
         return Response(body, self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 

@@ -1,9 +1,13 @@
 """Reads query strings: what is not known is refused, because a misspelt parameter must not be ignored in silence."""
 
+import math
+import re
 from collections.abc import Collection
 from urllib.parse import parse_qsl
 
 from service.api.problems import Problem
+
+NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
 
 
 def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
@@ -33,6 +37,19 @@ def integer(name: str, text: str, lowest: int, highest: int, known: Collection[s
     if len(text) <= 9 and text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
         return int(text)
     raise bad_parameter(f"{name} is {text[:40]!r} and has to be an integer from {lowest} to {highest}", known)
+
+
+def number(name: str, text: str, lowest: float, highest: float, known: Collection[str]) -> float:
+    """Return a parameter's value.
+
+    Raises:
+        Problem: 422 where it is no plain decimal number from `lowest` to `highest`.
+    """
+    if NUMBER.fullmatch(text) and lowest <= float(text) <= highest:
+        return float(text)
+    upwards = "" if math.isinf(highest) else f" to {highest:.10g}"
+    kind = "a number of at least" if math.isinf(highest) else "a number from"
+    raise bad_parameter(f"{name} is {text[:40]!r} and has to be {kind} {lowest:.10g}{upwards}", known)
 
 
 def bad_parameter(what: str, known: Collection[str]) -> Problem:

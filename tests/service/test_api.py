@@ -11,6 +11,7 @@ import pytest
 
 from service.api import answers
 from service.api.bodies import IMAGE_TYPES
+from service.api.options import KNOWN
 from service.engine import Engine
 from service.runners.base import RunnerError
 from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
@@ -185,9 +186,12 @@ def test_the_openapi_document_is_true(http: Http) -> None:
     }
     assert set(operations) == {
         ("POST", "/classify"),
+        ("POST", "/classify/stream"),
+        ("POST", "/classify/batch"),
         ("GET", "/budget"),
         ("PUT", "/budget"),
         ("GET", "/budget/frontier"),
+        ("GET", "/budget/access"),
         ("GET", "/model"),
         ("GET", "/healthz"),
         ("GET", "/readyz"),
@@ -200,7 +204,8 @@ def test_the_openapi_document_is_true(http: Http) -> None:
                 assert set(response["content"]) == {"application/problem+json"}, path
     classify = operations["POST", "/classify"]
     assert set(classify["requestBody"]["content"]) == {"multipart/form-data", *IMAGE_TYPES}
-    assert [parameter["name"] for parameter in classify["parameters"]] == ["top_k"]
+    for path in ("/classify", "/classify/stream", "/classify/batch"):
+        assert tuple(parameter["name"] for parameter in operations["POST", path]["parameters"]) == KNOWN
     assert {"400", "413", "415", "422", "429", "503"} <= set(classify["responses"])
     for reference in references(document):
         node = document

@@ -33,7 +33,7 @@ def http(folder: Path) -> Iterator[Http]:
 @pytest.mark.parametrize("query", ["topk=3", "top_k=3&deadline=1", "TOP_K=1", "%ff=1"])
 def test_unknown_query_parameters_are_refused_with_the_known_ones(http: Http, query: str) -> None:
     document = problem(http.post(f"/classify?{query}", content=BODIES[0], headers=PNG), 422, "bad-parameter")
-    assert document["known"] == ["top_k"]
+    assert document["known"] == ["top_k", "exit", "min_confidence", "max_mflops", "deadline_ms"]
     assert "top_k" in document["detail"]
 
 

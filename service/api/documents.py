@@ -1,0 +1,113 @@
+"""An answer, a step on the way, a refusal: as the documents that clients read. The hot route fills them itself."""
+
+import math
+from typing import Any
+
+from models.manifest import Manifest
+from service.api.problems import Problem, not_ready
+from service.images import ImageError
+from service.metrics import Outcome
+from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, EngineTooLate, Step
+
+TITLES = {
+    "empty-image": "Empty body",
+    "not-an-image": "Not an image",
+    "broken-image": "Broken image",
+    "image-too-large": "Image too large",
+    "animated-image": "Animated image",
+}
+STATUSES = {"image-too-large": 413, "animated-image": 422}  # the others are 400
+
+
+class Documents:
+    """Writes what `answers.Classification` and `answers.Step` describe, for one network."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.class_names = manifest.class_names
+        self.n_exits = len(manifest.exits)
+        self.fixed = {
+            "exits": self.n_exits,
+            "full_mflops": manifest.exits[-1].executed_mflops,
+            "model": manifest.name,
+            "version": manifest.version,
+        }
+
+    def answer(self, answer: Answer, decode_s: float, total_s: float, request_id: str) -> dict[str, Any]:
+        return {
+            "label": answer.label,
+            "class_id": answer.class_id,
+            "confidence": round(answer.confidence, 6),
+            "top_k": self._ranked(answer.top_k),
+            "exit": answer.exit,
+            "reason": answer.reason,
+            "mflops": answer.mflops,
+            **self.fixed,
+            "timings": {
+                "decode_ms": round(decode_s * 1e3, 3),
+                "queue_ms": round(answer.queue_ms, 3),
+                "stages_ms": round(answer.compute_ms, 3),
+                "total_ms": round(total_s * 1e3, 3),
+            },
+            "request_id": request_id,
+        }
+
+    def step(self, step: Step) -> dict[str, Any]:
+        return {
+            "exit": step.exit,
+            "exits": self.n_exits,
+            "label": step.label,
+            "class_id": step.class_id,
+            "confidence": round(step.confidence, 6),
+            "top": self._ranked(step.top_k),
+            "score": finite(step.score),
+            "threshold": finite(step.threshold),
+            "mflops": step.mflops,
+            "final": False,
+        }
+
+    def _ranked(self, top_k: tuple[tuple[int, float], ...]) -> list[dict[str, Any]]:
+        names = self.class_names
+        return [{"label": names[i], "class_id": i, "confidence": round(share, 6)} for i, share in top_k]
+
+
+def finite(value: float | None) -> float | None:
+    """JSON knows no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def image_problem(error: ImageError) -> Problem:
+    return Problem(STATUSES.get(error.kind, 400), error.kind, TITLES[error.kind], str(error))
+
+
+def engine_problem(error: EngineError) -> Problem:
+    if isinstance(error, EngineOverloaded):
+        return overloaded(str(error))
+    if isinstance(error, EngineTooLate):
+        return Problem(
+            504,
+            "deadline-passed",
+            "Deadline passed",
+            f"There is no answer yet, {error}: give a longer deadline_ms, or ask again when the server has less to do.",
+        )
+    if isinstance(error, EngineDraining):
+        return not_ready(f"The server takes no new work, {error}: use another one.")
+    return Problem(
+        500,
+        "engine-error",
+        "Engine error",
+        f"The image could not be run, {error}: try again, and see the server's log.",
+    )
+
+
+def overloaded(why: str) -> Problem:
+    detail = f"Nothing is wrong with the request, but {why}: send it again in a moment, or raise --max-in-flight."
+    return Problem(429, "overloaded", "Overloaded", detail, headers={"Retry-After": "1"})
+
+
+def outcome(problem: Problem) -> Outcome:
+    """How a request that ended in a problem is counted."""
+    if problem.status in (429, 504):
+        return "overloaded"
+    if problem.status == 503:
+        return "unavailable"
+    return "invalid" if problem.status < 500 else "failed"

@@ -1,0 +1,149 @@
+"""`POST /classify/stream`: one JSON line for every exit that an image passes, as its answer improves."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from time import perf_counter
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from service.api.answers import LastStep, ProblemDocument, Step
+from service.api.bodies import read_image
+from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, one_image
+from service.api.delivery import ClientLeft
+from service.api.documents import engine_problem, finite, outcome
+from service.api.problems import Problem
+from service.api.state import State
+from service.metrics import Outcome
+from service.rows import Answer, EngineError
+from service.rows import Step as HeadStep
+
+MEDIA_TYPE = "application/x-ndjson"
+
+
+class Lines(Response):
+    """A response that sends every line when it is there."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
+        super().__init__()
+        self.lines = lines
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-store"
+        self.headers["x-accel-buffering"] = "no"  # nginx would hold the lines back
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self.lines) as lines:
+            async for line in lines:
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class Streamer:
+    """Answers one request with lines; counts how it ended.
+
+    What goes wrong before the first line gets a status of its own. Afterwards the problem is the last line.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
+        self.state = classifier.state
+
+    async def respond(self, request: Request) -> Response:
+        documents = self._documents(request)
+        try:
+            first = await anext(documents)
+        except (ClientLeft, ClientDisconnect):
+            self.state.metrics.count("abandoned")
+            return CLIENT_LEFT
+        except Problem as problem:
+            self.state.metrics.count(outcome(problem))
+            raise
+        except Exception:
+            self.state.metrics.count("failed")
+            raise
+        return Lines(self._lines(first, documents, request))
+
+    async def _lines(
+        self, first: dict[str, Any], documents: AsyncGenerator[dict[str, Any], None], request: Request
+    ) -> AsyncGenerator[bytes, None]:
+        metrics = self.state.metrics
+        ended: Outcome = "abandoned"  # unless it gets to its end
+        try:
+            async with aclosing(documents):
+                yield _line(first)
+                async for document in documents:
+                    yield _line(document)
+                ended = "answered"
+        except ClientLeft:
+            pass
+        except Problem as problem:
+            ended = outcome(problem)
+            yield _line({**problem.document(request.url.path, request.scope["request_id"]), "final": True})
+        except Exception:
+            ended = "failed"
+            raise
+        finally:
+            metrics.count(ended)
+
+    async def _documents(self, request: Request) -> AsyncGenerator[dict[str, Any], None]:
+        state, documents = self.state, self.classifier.documents
+        asked = self.classifier.begin(request)
+        body = await read_image(request, state.settings.max_body_bytes, state.settings.body_timeout_s)
+        started = perf_counter()
+        options = asked.at(started, steps=True)
+        image = await self.classifier.decode(body)
+        decoded = perf_counter()
+        steps: AsyncIterator[HeadStep | Answer] = state.delivery.follow(image, options, request.receive)
+        try:
+            async with aclosing(steps):  # type: ignore[type-var]
+                async for step in steps:
+                    if isinstance(step, HeadStep):
+                        yield documents.step(step)
+                        continue
+                    total_s = perf_counter() - started
+                    state.metrics.responded(step.exit, total_s)
+                    answer = documents.answer(step, decoded - started, total_s, request.scope["request_id"])
+                    yield {**answer, "score": finite(step.score), "threshold": finite(step.threshold), "final": True}
+        except EngineError as error:
+            raise engine_problem(error) from None
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    return orjson.dumps(document, default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's schema; what it refers to is in the document already, with that of `/classify`."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs")
+    return schema
+
+
+def stream_routes(state: State) -> APIRouter:
+    router = APIRouter(tags=["classify"])
+    streamer = Streamer(Classifier(state))
+    schema = {"oneOf": [_schema(Step), _schema(LastStep)]}
+
+    @router.post(
+        "/classify/stream",
+        summary="Classify one image, and hear what every exit says",
+        description="A JSON line for every exit that the image goes on from, when it does; the last line is the answer "
+        "(`final` is true) or, where something failed after the first line, a problem document. " + ABOUT_IMAGES,
+        openapi_extra={"parameters": streamer.classifier.options.parameters(), "requestBody": one_image()},
+        response_class=Response,
+        responses={
+            200: {"content": {MEDIA_TYPE: {"schema": schema}}},
+            **{status: {"model": ProblemDocument} for status in STATUSES},
+        },
+    )
+    async def stream(request: Request) -> Response:
+        return await streamer.respond(request)
+
+    return router

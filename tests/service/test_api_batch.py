@@ -1,0 +1,97 @@
+"""`/classify/batch`: an answer or a problem for every image, in order."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from service.api import answers
+from service.engine import Engine
+from service.rows import EngineOverloaded
+from tests.bundles import random_images, tiny_bundle
+from tests.service.apps import PNG, Http, build_app, png, problem, serving
+
+BODIES = [png(image) for image in random_images(12, seed=17)]
+MOST = 20
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Http]:
+    folder = tiny_bundle(tmp_path_factory.mktemp("bundle"))
+    with serving(build_app(folder, budget_fraction=1.0, burst_images=1000, max_batch_images=MOST)) as client:
+        yield client
+
+
+def files(*bodies: bytes) -> list[tuple[str, tuple[str, bytes, str]]]:
+    return [("image", (f"{i}.png", body, "image/png")) for i, body in enumerate(bodies)]
+
+
+def batch(http: Http, query: str, *bodies: bytes) -> dict[str, Any]:
+    response = http.post(f"/classify/batch{query}", files=files(*bodies))
+    assert response.status_code == 200, response.text
+    document: dict[str, Any] = response.json()
+    answers.BatchAnswer.model_validate(document, strict=True)
+    assert document["request_id"] == response.headers["x-request-id"]
+    assert [item["filename"] for item in document["results"]] == [f"{i}.png" for i in range(len(bodies))]
+    return document
+
+
+def test_every_image_gets_the_answer_it_gets_alone_in_order(http: Http) -> None:
+    document = batch(http, "?min_confidence=0.5&top_k=2", *BODIES)
+    assert (document["answered"], document["failed"]) == (len(BODIES), 0)
+    for item, body in zip(document["results"], BODIES, strict=True):
+        alone = http.post("/classify?min_confidence=0.5&top_k=2", content=body, headers=PNG).json()
+        assert item["problem"] is None
+        for key in ("label", "confidence", "top_k", "exit", "reason", "mflops"):
+            assert item["answer"][key] == alone[key]
+    assert len({item["answer"]["confidence"] for item in document["results"]}) == len(BODIES)
+
+
+def test_a_bad_image_has_its_own_problem_and_its_neighbours_their_answers(http: Http) -> None:
+    counted = outcomes(http)
+    document = batch(http, "", BODIES[0], b"no image", BODIES[1], BODIES[2][:50], b"")
+    assert (document["answered"], document["failed"]) == (2, 3)
+    kinds = [item["problem"] and item["problem"]["type"].rpartition(":")[2] for item in document["results"]]
+    assert kinds == [None, "not-an-image", None, "broken-image", "empty-image"]
+    for item in document["results"]:
+        assert (item["answer"] is None) != (item["problem"] is None)
+        if item["problem"]:
+            assert item["problem"]["status"] == 400
+            assert item["problem"]["instance"] == "/classify/batch"
+    assert outcomes(http) == {**counted, "answered": counted["answered"] + 2, "invalid": counted["invalid"] + 3}
+
+
+def outcomes(http: Http) -> dict[str, float]:
+    prefix = 'exitserve_requests_total{outcome="'
+    lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith(prefix)]
+    return {line.removeprefix(prefix).partition('"')[0]: float(line.split()[-1]) for line in lines}
+
+
+def test_a_form_is_bounded(http: Http) -> None:
+    assert batch(http, "", *BODIES[:1] * MOST)["answered"] == MOST
+    document = problem(http.post("/classify/batch", files=files(*BODIES[:1] * (MOST + 1))), 413, "too-many-images")
+    assert document["limit_images"] == MOST
+
+
+def test_what_is_no_form_of_images_is_refused(http: Http) -> None:
+    response = http.post("/classify/batch", content=BODIES[0], headers=PNG)
+    problem(response, 415, "unsupported-media-type")
+    assert response.headers["accept-post"] == "multipart/form-data"
+    problem(http.post("/classify/batch", files={"picture": ("a.png", BODIES[0])}), 422, "not-one-image")
+    problem(http.post("/classify/batch?exit=0", files=files(BODIES[0])), 422, "bad-parameter")
+
+
+def test_where_no_image_can_be_taken_now_the_whole_request_is_to_come_back(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> None:
+        raise EngineOverloaded(1024)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "submit_to", refuses)
+        response = http.post("/classify/batch", files=files(*BODIES[:3]))
+        problem(response, 429, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        mixed = batch(http, "", BODIES[0], b"no image")
+        assert [item["problem"]["status"] for item in mixed["results"]] == [429, 400]
+    assert batch(http, "", *BODIES[:3])["answered"] == 3
