@@ -35,7 +35,7 @@ export class BudgetPanel {
       { class: "tinted", "--t": tint(exit, exits) },
       element("th", { scope: "row" }, badge(exit, exits)),
       row.threshold,
-      element("td", { class: "share" }, bars, row.numbers),
+      element("td", {}, element("div", { class: "share" }, bars, row.numbers)),
     );
     return row;
   }
@@ -159,6 +159,10 @@ export class BudgetPanel {
     const { rolling } = this.state;
     byId("fact-rolling").textContent = rolling.average_mflops === null ? "–" : millions(rolling.average_mflops);
     byId("rolling-images").textContent = rolling.images ? `last ${count(rolling.images, "answer")}` : "no answers yet";
+    const end = expected.average_mflops / this.full;
+    byId("budget-limit").hidden = end > fraction - 0.005;
+    byId("budget-limit").textContent =
+      `For this network going deeper stops paying at ${percent(end)}: the rest of the budget is not spent.`;
     this.rows.forEach((row, i) => {
       row.threshold.textContent = Number.isFinite(thresholds[i]) ? score(thresholds[i]) : "any";
       row.expected.style.width = width(expected.exit_shares[i]);

@@ -3,7 +3,7 @@
 import { byId, element } from "./element.js";
 import { percent } from "./words.js";
 
-const HEIGHT_PX = 260;
+const HEIGHT_PX = 290;
 const colour = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name);
 
 export class Curve {
@@ -31,7 +31,7 @@ export class Curve {
         padding: [12, 16, 0, 0],
         scales: { x: { time: false, range: [this.low, 100] }, y: { range: [bottom - pad, top + pad] } },
         axes: [
-          { ...axis, label: "average cost of an image, % of the full network", labelSize: 22, size: 34 },
+          { ...axis, label: "average cost, % of the full network", labelSize: 22, size: 34 },
           { ...axis, label: "images right, %", labelSize: 22, size: 38, incrs: [0.5, 1, 2, 5, 10, 20] },
         ],
         series: [

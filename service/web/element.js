@@ -19,6 +19,12 @@ export const tint = (exit, exits) => (exits > 1 ? (exit - 1) / (exits - 1) : 0).
 export const badge = (exit, exits) =>
   element("span", { class: "badge tinted", "--t": tint(exit, exits) }, String(exit));
 
+// Says something in a live region, once: the same again would be read out again.
+export function say(place, ...parts) {
+  const text = parts.map((part) => part.textContent ?? part).join("");
+  if (place.textContent !== text) place.replaceChildren(...parts);
+}
+
 export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 export function pause(ms, signal) {

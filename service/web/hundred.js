@@ -22,7 +22,7 @@ export class Hundred {
     byId("meters").append(...this.meters.map((meter) => meter.element));
     this.once = byId("hundred");
     this.on = byId("stream");
-    this.once.addEventListener("click", () => this.#start(IMAGES));
+    this.once.addEventListener("click", () => this.stop || this.#start(IMAGES));
     this.on.addEventListener("click", () => (this.stop ? this.stop.abort() : this.#start(Infinity)));
     this.once.disabled = this.on.disabled = false;
   }
@@ -54,10 +54,7 @@ export class Hundred {
   async #start(images) {
     const { signal } = (this.stop = new AbortController());
     const endless = images === Infinity;
-    this.once.disabled = true;
-    this.on.disabled = !endless;
-    this.on.setAttribute("aria-pressed", String(endless));
-    this.on.textContent = endless ? "Stop sending" : "Keep sending";
+    this.#busy(true);
     byId("hundred-result").textContent = endless ? "Sending …" : "Sending a hundred …";
     this.#clear();
     let left = images;
@@ -76,11 +73,15 @@ export class Hundred {
       if (!stopped) this.failed(error);
     }
     this.stop = null;
-    this.once.disabled = this.on.disabled = false;
-    this.on.setAttribute("aria-pressed", "false");
-    this.on.textContent = "Keep sending";
+    this.#busy(false);
     await this.sent();
     byId("hundred-result").replaceChildren(...this.#summary());
+  }
+
+  // The buttons stay enabled, or a keyboard would lose its place: one waits, the other stops what runs.
+  #busy(busy) {
+    this.once.setAttribute("aria-disabled", String(busy));
+    this.on.textContent = busy ? "Stop" : "Keep sending";
   }
 
   async #send(signal) {

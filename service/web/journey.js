@@ -49,6 +49,9 @@ export class Journey {
 
   #clear() {
     this.shown = false;
+    // One scale for all exits, so that their thresholds can be compared.
+    const known = this.thresholds.filter(Number.isFinite);
+    this.scale = [Math.min(0, ...known.map((x) => x * 1.5)), Math.max(0.5, ...known.map((x) => x * 1.6))];
     this.rows.forEach((row, i) => {
       row.element.dataset.state = "waiting";
       row.guess.textContent = row.then.textContent = "";
@@ -58,12 +61,9 @@ export class Journey {
     byId("timing").textContent = "";
   }
 
-  // One scale for all exits, so that their thresholds can be compared.
   #gauge(row, value, threshold) {
-    const known = this.thresholds.filter(Number.isFinite);
-    const low = Math.min(0, ...known.map((x) => x * 1.5));
-    const high = Math.max(0.5, ...known.map((x) => x * 1.6));
-    const place = (x) => percent(Math.min(1, Math.max(0, (x - low) / (high - low))), 1).replace(" ", "");
+    const [low, high] = this.scale;
+    const place = (x) => `${(100 * Math.min(1, Math.max(0, (x - low) / (high - low)))).toFixed(1)}%`;
     row.fill.style.width = Number.isFinite(value) ? place(value) : "0%";
     row.mark.hidden = !Number.isFinite(threshold);
     if (!row.mark.hidden) row.mark.style.left = place(threshold);
@@ -120,19 +120,19 @@ export class Journey {
       }
     });
     const share = answer.mflops / answer.full_mflops;
-    const right = truth && (truth === answer.label ? " – right" : ` – wrong, it is a ${className(truth)}`);
+    const right = truth && (truth === answer.label ? "✓ right" : `✗ it shows: ${className(truth)}`);
     byId("answer").replaceChildren(
       element(
         "p",
         { class: "label" },
         element("b", {}, className(answer.label)),
-        ` ${percent(answer.confidence)} confident`,
-        element("span", { class: "truth" }, right || ""),
+        ` ${percent(answer.confidence)} confident `,
+        right ? element("span", { class: `truth ${truth === answer.label ? "right" : "wrong"}` }, right) : "",
       ),
       element("p", {}, `Left at exit ${answer.exit} of ${answer.exits}. `, whyItLeft(answer)),
     );
     byId("cost").hidden = false;
-    byId("cost-bar").style.width = percent(share, 1).replace(" ", "");
+    byId("cost-bar").style.width = `${(share * 100).toFixed(1)}%`;
     const saved = answer.exit < answer.exits ? `${percent(1 - share)} saved` : "nothing saved";
     byId("cost-note").textContent =
       `${millions(answer.mflops)} of the full network's ${millions(answer.full_mflops)}: ${saved}`;

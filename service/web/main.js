@@ -1,7 +1,7 @@
 // Starts the page: reads what the server serves, then keeps watching it.
 
 import { BudgetPanel } from "./budget.js";
-import { byId, element, pause } from "./element.js";
+import { byId, calm, element, pause, say } from "./element.js";
 import { Hundred } from "./hundred.js";
 import { Journey } from "./journey.js";
 import { showAsSeen, watchPictures } from "./picture.js";
@@ -15,10 +15,20 @@ const STREAM_WATCH_MS = 600; // while this page itself sends
 
 function showProblem(problem) {
   byId("banner").hidden = false;
-  byId("banner").replaceChildren(element("b", {}, problem.title ?? "This page failed"), " ", problem.message);
+  say(byId("banner"), element("b", {}, problem.title ?? "This page failed"), ". ", problem.message);
 }
 
-const clearProblem = () => (byId("banner").hidden = true);
+function clearProblem() {
+  byId("banner").hidden = true;
+  byId("banner").replaceChildren();
+}
+
+function showState(text, ready = false) {
+  say(byId("state"), text);
+  byId("state").dataset.state = ready ? "ready" : "";
+}
+
+const trouble = (error) => (error.kind === "unreachable" ? "no connection" : "not ready");
 
 // Tries until the server answers; it may still be warming up.
 async function insist(read) {
@@ -27,7 +37,7 @@ async function insist(read) {
       return await read();
     } catch (error) {
       if (error.kind !== "not-ready" && error.kind !== "unreachable") throw error;
-      byId("state").textContent = error.kind === "not-ready" ? "not ready" : "no connection";
+      showState(trouble(error));
       showProblem(error);
       await pause(WATCH_MS);
     }
@@ -90,22 +100,20 @@ async function start() {
       budget.setState(state);
       traffic.read(metrics);
       budget.setLive(traffic.live);
-      byId("state").textContent = `${model.name} is ready`;
-      byId("state").dataset.state = "ready";
+      showState(`${model.name} is ready`, true);
       if (look.failed) clearProblem();
       look.failed = false;
     } catch (error) {
       look.failed = true;
-      byId("state").textContent = error.kind === "unreachable" ? "no connection" : "not ready";
-      byId("state").dataset.state = "";
+      showState(trouble(error));
       showProblem(error);
     }
   }
 
   async function send(blob, truth, name) {
-    clearProblem();
     const size = await showAsSeen(blob, model.input);
     const { width_px: width, height_px: height } = model.input;
+    document.querySelector(".answer").scrollIntoView({ block: "nearest", behavior: calm() ? "auto" : "smooth" });
     byId("seen").setAttribute("aria-label", size ? `${name}, as the network sees it` : "no preview");
     byId("seen-note").textContent = size
       ? `what the network sees: ${width} × ${height} pixels`
@@ -114,8 +122,9 @@ async function start() {
       await journey.run(blob, truth);
       await look();
     } catch (error) {
-      byId("answer").replaceChildren(element("p", { class: "hint" }, "No answer: see the message above."));
-      showProblem(error);
+      byId("answer").replaceChildren(
+        element("p", { class: "problem" }, element("b", {}, error.title ?? "This page failed"), ". ", error.message),
+      );
     }
   }
 
@@ -129,7 +138,7 @@ async function start() {
       press(null);
       send(file, null, file.name || "your picture");
     },
-    (why) => showProblem({ title: "No picture", message: why }),
+    (why) => byId("answer").replaceChildren(element("p", { class: "problem" }, why)),
   );
 
   await insist(() => budget.readAccess());
