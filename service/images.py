@@ -216,7 +216,9 @@ def _orientation(image: Image.Image) -> int:
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Cut `image` to the aspect ratio of `size` around its centre and scale it to `size`, antialiased."""
-    if image.mode == "P" or "transparency" in image.info:
+    if image.mode.startswith("I") and "transparency" in image.info:
+        image = _deep_grey_with_alpha(image)
+    elif image.mode == "P" or "transparency" in image.info:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode == "1":
         image = image.convert("L")  # black and white can be averaged only as greys
@@ -229,10 +231,20 @@ def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BILINEAR, box)
 
 
+def _shallow(deep: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; Pillow's own conversion would cut, not scale."""
+    return Image.fromarray((np.asarray(deep, np.float32) / 257.0 + 0.5).astype(np.uint8))
+
+
+def _deep_grey_with_alpha(image: Image.Image) -> Image.Image:
+    """16-bit grey, one value of which is transparent."""
+    opaque = np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (_shallow(image), Image.fromarray(opaque)))
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would cut, not scale
-        grey = (np.asarray(image, np.float32) / 257.0 + 0.5).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
+    if image.mode.startswith("I"):
+        return _shallow(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA"):
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -16,7 +16,7 @@ TITLES = {
     "image-too-large": "Image too large",
     "animated-image": "Animated image",
 }
-STATUSES = {"image-too-large": 413, "animated-image": 422}  # the others are 400
+STATUSES = {"image-too-large": 413, "animated-image": 415}  # the others are 400
 
 
 class Documents:

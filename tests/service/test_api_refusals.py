@@ -65,7 +65,7 @@ BAD_IMAGES = {
     "100-megapixel bomb": (png_bomb(10_000), 413, "image-too-large"),
     "webp bomb": (webp_bomb(16_000), 413, "image-too-large"),
     "tiff": (encoded(IMAGES[0], "TIFF"), 400, "not-an-image"),
-    "animated": (encoded(IMAGES[0], "GIF", save_all=True, append_images=FRAMES), 422, "animated-image"),
+    "animated": (encoded(IMAGES[0], "GIF", save_all=True, append_images=FRAMES), 415, "animated-image"),
 }
 
 

@@ -147,6 +147,68 @@ def test_sixteen_bit_grey_is_scaled_not_cut(side_px: int) -> None:
     assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
+def png_of_16_bits(colour_type: int, samples: NDArray[np.uint16], transparent: bytes | None = None) -> bytes:
+    """A PNG of samples [height, width, channels], 16 bits each; Pillow reads these but writes grey ones alone."""
+    height_px, width_px, _ = samples.shape
+    header = struct.pack(">IIBBBBB", width_px, height_px, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    key = b"" if transparent is None else chunk(b"tRNS", transparent)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + key
+    return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 100])
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_of_every_kind_are_those_of_eight(side_px: int, colour_type: int, channels: int) -> None:
+    deep = np.linspace(0, 65535, side_px * side_px).reshape(side_px, side_px, 1).astype(np.uint16)
+    samples = np.repeat(deep, channels, axis=2)
+    if channels in (2, 4):
+        samples[..., -1] = 65535  # opaque
+    expected = DECODER.decode_now(encoded(Image.fromarray((deep[..., 0] / 257).round().astype(np.uint8)), "PNG"))
+    decoded = DECODER.decode_now(png_of_16_bits(colour_type, samples))
+    assert np.abs(decoded.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 90])
+def test_one_of_65536_greys_may_be_transparent(side_px: int) -> None:
+    samples = np.full((side_px, side_px, 1), 512, np.uint16)
+    samples[: side_px // 2] = 0x1234
+    decoded = DECODER.decode_now(png_of_16_bits(0, samples, transparent=struct.pack(">H", 0x1234)))
+    assert decoded[: SIZE_PX // 2 - 1].min() == 255
+    assert decoded[SIZE_PX // 2 + 1 :].max() == 2
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 90])
+def test_half_transparent_black_is_grey_and_its_colour_does_not_bleed(side_px: int) -> None:
+    image = Image.new("RGBA", (side_px, side_px), (0, 0, 0, 128))
+    assert np.abs(DECODER.decode_now(encoded(image, "PNG")).astype(int) - 127).max() <= 1
+    image = Image.new("RGBA", (side_px, side_px), (255, 0, 0, 0))  # red, and nothing of it to be seen
+    image.paste((255, 255, 255, 255), (0, 0, side_px // 2, side_px))
+    assert DECODER.decode_now(encoded(image, "WEBP", lossless=True, exact=True)).min() == 255
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 90])
+def test_a_palette_may_have_an_alpha_for_every_entry(side_px: int) -> None:
+    indexed = Image.fromarray(np.repeat(np.arange(side_px, dtype=np.uint8)[None] * 3 // side_px, side_px, 0), "L")
+    indexed = indexed.convert("P")
+    indexed.putpalette([0, 0, 0, 0, 0, 0, 0, 0, 0])
+    decoded = DECODER.decode_now(encoded(indexed, "PNG", transparency=bytes([255, 128, 0])))
+    assert [int(decoded[16, column, 0]) for column in (3, 16, 29)] == pytest.approx([0, 127, 255], abs=1)
+
+
+def test_cmyk_is_read_as_print_shops_write_it() -> None:
+    """Adobe's programs store CMYK upside down and say so in a marker of their own; Pillow writes that marker."""
+    body = encoded(Image.new("CMYK", (SIZE_PX, SIZE_PX), (0, 255, 255, 0)), "JPEG", quality=100)
+    assert b"Adobe" in body[:40]
+    assert np.abs(DECODER.decode_now(body).astype(int) - (255, 0, 0)).max() <= 3  # magenta and yellow make red
+
+
+def test_a_file_of_one_frame_is_a_still_whatever_its_format_could_hold() -> None:
+    frame = Image.fromarray(photo(SIZE_PX, SIZE_PX))
+    for file_format in ("GIF", "WEBP", "PNG"):
+        assert DECODER.decode_now(encoded(frame, file_format, save_all=True)).shape == (SIZE_PX, SIZE_PX, 3)
+
+
 @pytest.mark.parametrize("side_px", [SIZE_PX, 90])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_transparent_parts_become_white(mode: str, side_px: int) -> None:
