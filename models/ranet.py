@@ -7,10 +7,10 @@ An ordinary module, as `models.msdnet`: `forward(images)` returns the list of it
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -224,8 +224,7 @@ class RANet(nn.Module):
             if every_map:
                 x = self._passed(x, 0, first_exit)
             features: list[list[Tensor]] = []
-            block: Block
-            for number, block in enumerate(blocks):  # type: ignore[arg-type]
+            for number, block in enumerate(cast(Iterable[Block], blocks)):
                 low: list[Tensor] = []
                 if (plan := block.plan.low) is not None:
                     low = low_features[number]

@@ -161,8 +161,8 @@ def _trace(network: nn.Module) -> fx.Graph:
 
 
 def without_data(images: Tensor) -> AbstractContextManager[object]:
-    """Within it operations give shapes alone. On the meta device they do so anyway, five times as fast."""
-    return nullcontext() if images.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+    """Within it operations give shapes alone. On the meta device they do so anyway, three times as fast."""
+    return nullcontext() if images.device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.Node, Any]:
