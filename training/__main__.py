@@ -27,7 +27,8 @@ before left in the run's folder:
   4. python -m training export    runs/first --output models/zoo/first
 
 DATA is CIFAR-100 (cifar-100-python.tar.gz or its folder) or a folder with train/CLASS/* and val/CLASS/*.
-A run that is stopped, by --time-limit, Ctrl-C or force, goes on where it was when the same command is given again."""
+A run that is stopped, by --time-limit, Ctrl-C or force, goes on where it was when the same command is given again.
+Which recipe is better? `python -m training study` trains variants of one and tells what each change is worth."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -169,6 +170,29 @@ def export(
 
     version = pack(RunFolder(run), output, name or output.resolve().name)
     typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A study that ships (training/studies/) or a .toml file.")],
+    data: DataOption,
+    folder: Annotated[Path, typer.Option("--runs", help="Folder of its runs; goes on with what is there.")],
+    device: DeviceOption = Device.auto,
+    processes: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 1,
+) -> None:
+    """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv and .png."""
+    from rich.console import Console
+
+    from training.study import Study, results_of, run_study, write_table
+    from training.study_report import plot_study, print_study
+
+    loaded = Study.load(name)
+    run_study(loaded, folder, data, device.resolve(), processes)
+    results = results_of(loaded, folder)
+    write_table(results, folder / "study.csv")
+    plot_study(folder / "study.png", loaded.description, results)
+    print_study(results, Console())
+    typer.echo(f"{folder}: wrote study.csv, study.png")
 
 
 def _images_of(folder: "RunFolder", data: Path) -> "ImageSet":

@@ -1,40 +1,19 @@
 """Plots of a run, as PNG: learning, accuracy per exit, and the budget curve beside what is published."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from training.calibration import CalibrationRecord
 from training.checkpoint import RunFolder
 from training.evaluation import Evaluation
+from training.figures import figure_axes
 from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED, PublishedCurve
 
 SCORE_LABELS = {"max_softmax": "max softmax", "logit_margin": "logit margin"}
-STYLE: dict[Any, Any] = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.size": 10,
-    "grid.alpha": 0.3,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-}
-
-
-@contextmanager
-def _axes(path: Path, title: str, n_columns: int = 1) -> Iterator[list[Axes]]:
-    """Axes to draw on; the figure is written when they are left. No window system is asked for."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4 * n_columns, 4.4), layout="constrained")
-        axes = figure.subplots(1, n_columns, squeeze=False)[0]
-        figure.suptitle(title)
-        yield list(axes)
-        figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecord) -> list[str]:
@@ -58,7 +37,7 @@ def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecor
 def plot_training(path: Path, title: str, log: Sequence[dict[str, Any]]) -> None:
     """Loss and held-out accuracy of every exit by epoch."""
     epochs = [record["epoch"] for record in log]
-    with _axes(path, title, n_columns=2) as (losses, accuracies):
+    with figure_axes(path, title, n_columns=2) as (losses, accuracies):
         for i in range(len(log[0]["losses"])):
             color = mpl.colormaps["viridis"](i / len(log[0]["losses"]))
             losses.plot(epochs, [record["losses"][i] for record in log], color=color, label=f"exit {i + 1}")
@@ -71,7 +50,7 @@ def plot_training(path: Path, title: str, log: Sequence[dict[str, Any]]) -> None
 
 def plot_anytime(path: Path, title: str, evaluation: Evaluation, is_cifar100: bool) -> None:
     """Test accuracy of every exit over its cost, published convention, beside published networks."""
-    with _axes(path, title) as (axes,):
+    with figure_axes(path, title) as (axes,):
         _draw_published(axes, CIFAR100_ANYTIME if is_cifar100 else ())
         costs = [result.published_mflops for result in evaluation.exits]
         axes.plot(costs, [100 * r.test_accuracy for r in evaluation.exits], "o-", color="C0", label="this network")
@@ -81,7 +60,7 @@ def plot_anytime(path: Path, title: str, evaluation: Evaluation, is_cifar100: bo
 
 def plot_budgeted(path: Path, title: str, evaluation: Evaluation, is_cifar100: bool) -> None:
     """Test accuracy over the mean cost that test images had, published convention, beside published curves."""
-    with _axes(path, title) as (axes,):
+    with figure_axes(path, title) as (axes,):
         _draw_published(axes, CIFAR100_BUDGETED if is_cifar100 else ())
         for i, result in enumerate(evaluation.scores):
             is_chosen = result.score == evaluation.score
@@ -106,7 +85,7 @@ def plot_budgeted(path: Path, title: str, evaluation: Evaluation, is_cifar100: b
 
 def plot_frontier(path: Path, title: str, evaluation: Evaluation) -> None:
     """What a server gets for a budget: test accuracy over executed cost, with the oracle above it."""
-    with _axes(path, title) as (axes,):
+    with figure_axes(path, title) as (axes,):
         axes.plot(
             [point.executed_mflops for point in evaluation.oracle],
             [100 * point.accuracy for point in evaluation.oracle],

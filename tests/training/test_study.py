@@ -1,0 +1,109 @@
+"""Variants of a recipe, really trained, on a small image set."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training import tiny
+from training.calibration import ExitOutputs, calibrate
+from training.checkpoint import RunFolder
+from training.loop import Trainer
+from training.processes import Processes
+from training.study import STUDY_FOLDER, Study, StudyError, results_of, run_study, write_table
+from training.study_report import plot_study
+
+CPU = torch.device("cpu")
+STUDY = """
+description = "tiny"
+recipe = "{recipe}"
+set = ["optimisation.epochs=1"]
+baseline = "boosted"
+seeds = [0, 1]
+[variants.joint]
+label = "joint"
+set = ["objective.name='joint'"]
+[variants.boosted]
+label = "boosted"
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml")
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(recipe=recipe))
+    return Study.load(str(path))
+
+
+def test_what_is_missing_is_trained_and_every_variant_is_compared_seed_by_seed(tmp_path: Path, study: Study) -> None:
+    data, folder = tiny.write_folder(tmp_path / "cifar"), tmp_path / "runs"
+    images = tiny.load_image_set(data)
+    missing = "joint", 1
+    for name, seed, run in study.runs(folder):
+        if (name, seed) != missing:
+            Trainer(study.recipe_of(name), images, run, seed, Processes(0, 1, CPU)).train()
+            calibrate(run, images, CPU)
+    before = {run.path: run.checkpoint.stat().st_mtime_ns for *_, run in study.runs(folder) if run.checkpoint.is_file()}
+    assert len(before) == 3
+
+    run_study(study, folder, data, CPU, n_processes=1)
+
+    assert all(RunFolder(path).checkpoint.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    results = {result.name: result for result in results_of(study, folder)}
+    assert list(results) == ["joint", "boosted"]
+    for i, seed in enumerate((0, 1)):
+        ours, baseline = (
+            ExitOutputs.load(RunFolder(folder / f"{name}-seed{seed}").test).correct.mean(0)
+            for name in ("joint", "boosted")
+        )
+        assert np.allclose(results["joint"].gain[i], ours - baseline)
+        assert np.allclose(results["joint"].test_accuracy[i], ours)
+    assert np.all(results["boosted"].gain == 0)
+    assert np.all(results["boosted"].gain_error == 0)
+    difference = np.mean(
+        [
+            ExitOutputs.load(RunFolder(folder / f"joint-seed{seed}").test).correct.astype(float)
+            - ExitOutputs.load(RunFolder(folder / f"boosted-seed{seed}").test).correct
+            for seed in (0, 1)
+        ],
+        axis=0,
+    )
+    assert np.allclose(results["joint"].gain_error, difference.std(0) / np.sqrt(len(difference)))
+
+    write_table(list(results.values()), tmp_path / "study.csv")
+    with (tmp_path / "study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 3
+    assert float(rows[0]["test_accuracy"]) == pytest.approx(results["joint"].test_accuracy[0, 0], abs=1e-4)
+    plot_study(tmp_path / "study.png", study.description, list(results.values()))
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> None:
+    with pytest.raises(StudyError, match=r"'boosted' has not been trained"):
+        results_of(study, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('baseline = "boosted"', 'baseline = "bosted"'), "'bosted' is none of joint, boosted"),
+        (("objective.name='joint'", "objective.name='joined'"), r"objective\.name"),
+        (("seeds = [0, 1]", "seeds = []"), "seeds"),
+    ],
+)
+def test_a_wrong_study_is_explained_before_anything_is_trained(
+    tmp_path: Path, study: Study, change: tuple[str, str], message: str
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(STUDY.format(recipe=study.recipe).replace(*change))
+    with pytest.raises(Exception, match=message):
+        Study.load(str(path))
+
+
+@pytest.mark.parametrize("path", sorted(STUDY_FOLDER.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_that_ship_can_be_read(path: Path) -> None:
+    assert Study.load(path.stem).baseline

@@ -1,0 +1,182 @@
+"""A study: the same recipe trained with one thing changed at a time, and what each change is worth at every exit."""
+
+import csv
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.calibration import CalibrationRecord, ExitOutputs, calibrate
+from training.checkpoint import RunError, RunFolder
+from training.data import load_image_set
+from training.errors import TrainingError
+from training.processes import launch
+from training.recipe import Recipe
+
+STUDY_FOLDER = Path(__file__).parent / "studies"
+
+
+class StudyError(TrainingError):
+    """A study that can't be run; the message says why and what to do."""
+
+
+class Variant(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    set: list[str] = []  # changes to the study's recipe, as `train --set` takes them
+
+
+class Study(BaseModel):
+    """Variants of one recipe, each trained with the same seeds: splits, first weights and batches are the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str
+    recipe: str
+    set: list[str] = []
+    baseline: str  # the variant that the others are compared with
+    seeds: list[int] = Field(default=[0], min_length=1)
+    variants: dict[str, Variant]
+
+    @classmethod
+    def load(cls, name_or_path: str) -> "Study":
+        """Read a study by the name of one that ships, or by path.
+
+        Raises:
+            StudyError: there is none, or it is wrong.
+            RecipeError: a variant changes the recipe into one that can't be used.
+        """
+        path = Path(name_or_path)
+        if path.suffix != ".toml":
+            path = STUDY_FOLDER / f"{name_or_path}.toml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in STUDY_FOLDER.glob("*.toml")))
+            raise StudyError(f"no study {name_or_path!r}; those that ship: {known}; or give the path of a .toml file")
+        try:
+            study = cls.model_validate(tomllib.loads(path.read_text()))
+        except (tomllib.TOMLDecodeError, ValidationError) as error:
+            raise StudyError(f"{path}: {error}") from error
+        if study.baseline not in study.variants:
+            raise StudyError(f"{path}: the baseline {study.baseline!r} is none of {', '.join(study.variants)}")
+        for name in study.variants:
+            study.recipe_of(name)
+        return study
+
+    def recipe_of(self, variant: str) -> Recipe:
+        return Recipe.load(self.recipe, [*self.set, *self.variants[variant].set])
+
+    def runs(self, folder: Path, seeds: Sequence[int] | None = None) -> Iterator[tuple[str, int, RunFolder]]:
+        """All variants of the first seed, then of the next: comparisons are whole as early as can be."""
+        for seed in seeds or self.seeds:
+            for name in self.variants:
+                yield name, seed, RunFolder(folder / f"{name}-seed{seed}")
+
+
+def run_study(study: Study, folder: Path, data: Path, device: torch.device, n_processes: int) -> None:
+    """Train and calibrate what is still missing; a study that was stopped goes on where it was.
+
+    Raises:
+        StudyError: a run ended early: stopped by a signal, or failed.
+    """
+    images = None
+    for name, seed, run in study.runs(folder):
+        recipe = study.recipe_of(name)
+        if not is_trained(run, recipe):
+            settings = [f"--set={setting}" for setting in (*study.set, *study.variants[name].set)]
+            options = ["--recipe", study.recipe, "--data", str(data), "--seed", str(seed), "--device", device.type]
+            status = launch(n_processes, ["train", str(run.path), *options, *settings])
+            if status or not is_trained(run, recipe):
+                raise StudyError(f"{run.path}: ended early; give the same command again to go on with the study")
+        try:
+            CalibrationRecord.load(run)
+        except RunError:
+            images = images or load_image_set(data)
+            calibrate(run, images, device)
+
+
+def is_trained(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether a run has come to its end.
+
+    Raises:
+        StudyError: it is a run of another recipe.
+    """
+    if not run.checkpoint.is_file():
+        return False
+    if run.read_recipe() != recipe:
+        raise StudyError(
+            f"{run.path}: trained with another recipe than the study's; remove it, or choose another folder"
+        )
+    log = run.read_log()
+    return bool(log) and log[-1]["epoch"] == recipe.optimisation.epochs
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What became of a variant, over the seeds that are there."""
+
+    name: str
+    label: str
+    seeds: list[int]
+    held_out_accuracy: NDArray[np.float64]  # [seeds, exits]
+    test_accuracy: NDArray[np.float64]  # [seeds, exits]
+    valid_shares: NDArray[np.float64]  # [seeds, exits], of the last epoch
+    gain: NDArray[np.float64]  # [seeds, exits]: test accuracy less the baseline's of the same seed
+    gain_error: NDArray[np.float64]  # [exits]: standard error of the mean gain, over test images (paired)
+    minutes: float  # of training, mean over the seeds
+
+
+def results_of(study: Study, folder: Path) -> list[VariantResult]:
+    """Read what the runs of a study have come to; variants with no finished run are left out.
+
+    Raises:
+        StudyError: the baseline has no finished run.
+    """
+    finished: dict[str, dict[int, RunFolder]] = {name: {} for name in study.variants}
+    for name, seed, run in study.runs(folder):
+        if is_trained(run, study.recipe_of(name)) and run.test.is_file():
+            finished[name][seed] = run
+    baseline = {seed: ExitOutputs.load(run.test).correct for seed, run in finished[study.baseline].items()}
+    if not baseline:
+        raise StudyError(f"{folder}: the baseline {study.baseline!r} has not been trained to its end yet")
+    return [
+        _result(name, study.variants[name].label, {s: r for s, r in runs.items() if s in baseline}, baseline)
+        for name, runs in finished.items()
+        if any(seed in baseline for seed in runs)
+    ]
+
+
+def _result(name: str, label: str, runs: dict[int, RunFolder], baseline: dict[int, NDArray[np.bool_]]) -> VariantResult:
+    tests = {seed: ExitOutputs.load(run.test).correct for seed, run in runs.items()}
+    logs = [run.read_log() for run in runs.values()]
+    difference = np.stack([tests[seed].astype(float) - baseline[seed] for seed in runs])  # [seeds, images, exits]
+    return VariantResult(
+        name=name,
+        label=label,
+        seeds=list(runs),
+        held_out_accuracy=np.stack([ExitOutputs.load(run.heldout).correct.mean(0) for run in runs.values()]),
+        test_accuracy=np.stack([tests[seed].mean(0) for seed in runs]),
+        valid_shares=np.array([log[-1]["valid_shares"] for log in logs]),
+        gain=difference.mean(1),
+        gain_error=difference.mean(0).std(0) / np.sqrt(difference.shape[1]),
+        minutes=float(np.mean([log[-1]["seconds"] for log in logs])) / 60,
+    )
+
+
+def write_table(results: Sequence[VariantResult], path: Path) -> None:
+    """Every number of a study, a line per variant, seed and exit."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["variant", "seed", "exit", "held_out_accuracy", "test_accuracy", "gain", "valid_share"])
+        for result in results:
+            for i, seed in enumerate(result.seeds):
+                for exit_index in range(result.gain.shape[1]):
+                    columns = (result.held_out_accuracy, result.test_accuracy, result.gain, result.valid_shares)
+                    values: list[Any] = [round(float(column[i, exit_index]), 4) for column in columns]
+                    rows.writerow([result.name, seed, exit_index + 1, *values])
