@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.calibration import CALIBRATION, MAX_CALIBRATION_BYTES, Calibration
-from models.exits import SCORES
-from models.frontier import Frontier, build_frontier
+from models.frontier import FAMILIES, Frontier, build_frontier
 from models.manifest import FORMAT_VERSION, FileInfo, Manifest
+from models.predictor import FEATURES, Predictor
+from models.scores import Score, plain_scores
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20  # class names of the largest sets take about one
@@ -60,6 +63,8 @@ class Bundle:
     def frontier(self, score: str | None = None) -> Frontier:
         """Build the frontier of an exit score (by default the manifest's), with costs in millions of multiply-adds.
 
+        The manifest's score gets the manifest's family of thresholds, any other the one that does best.
+
         Raises:
             BundleError: that score is not calibrated.
         """
@@ -67,7 +72,14 @@ class Bundle:
         if name not in self.calibration.scores:
             known = ", ".join(self.calibration.scores)
             raise BundleError(self.path, CALIBRATION, f"no scores {name!r}", f"choose one of {known}")
-        return build_frontier(self.calibration.scores[name], self.calibration.correct, self.costs_mflops)
+        family = self.manifest.family if name == self.manifest.score else None
+        return build_frontier(self.calibration.scores[name], self.calibration.correct, self.costs_mflops, family)
+
+    def score(self) -> Score:
+        """Return the exit score to serve with: the manifest's, ready to be called."""
+        if self.manifest.predictor is not None:
+            return Predictor(np.array(self.manifest.predictor.gain), _array(self.manifest.predictor.loss))
+        return plain_scores(len(self.manifest.exits))[self.manifest.score]
 
 
 def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
@@ -93,6 +105,7 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
     if manifest.version != digest:
         reason = f"version {manifest.version} does not belong to these files, whose digest is {digest}"
         raise BundleError(folder, MANIFEST, reason, COPY_AGAIN)
+    _check_policy(folder, manifest)
     calibration = _read_calibration(folder, manifest)
     return Bundle(folder, manifest, calibration)
 
@@ -252,8 +265,27 @@ def _read_calibration(folder: Path, manifest: Manifest) -> Calibration:
     if calibration.correct.shape != shape:
         reason = f"shape {calibration.correct.shape} where the manifest says {shape[0]} images and {shape[1]} exits"
         raise BundleError(folder, CALIBRATION, reason, "calibrate and export the bundle again")
-    if manifest.score not in calibration.scores or manifest.score not in SCORES:
-        stored = ", ".join(sorted(set(calibration.scores) & set(SCORES))) or "none"
+    known = {manifest.score} if manifest.predictor is not None else set(plain_scores(len(manifest.exits)))
+    if manifest.score not in calibration.scores or manifest.score not in known:
+        stored = ", ".join(sorted(set(calibration.scores) & known)) or "none"
         reason = f"score {manifest.score!r} is not among those calibrated and known here ({stored})"
         raise BundleError(folder, MANIFEST, reason, "name one of them, or calibrate again")
     return calibration
+
+
+def _check_policy(folder: Path, manifest: Manifest) -> None:
+    """The family of thresholds is known here, and so are the features of a fitted score."""
+    if manifest.family is not None and manifest.family not in FAMILIES:
+        reason = f"unknown family of thresholds {manifest.family!r}; known: {', '.join(FAMILIES)}"
+        raise BundleError(folder, MANIFEST, reason, "update ExitServe, or evaluate and export the bundle again")
+    fitted = manifest.predictor
+    if fitted is not None and (tuple(fitted.features) != FEATURES or len(fitted.gain) != len(manifest.exits)):
+        reason = f"its predictor is not one of {len(manifest.exits)} exits with the features {', '.join(FEATURES)}"
+        raise BundleError(folder, MANIFEST, reason, "update ExitServe, or evaluate and export the bundle again")
+    if fitted is not None and manifest.score in plain_scores(1):
+        reason = f"score {manifest.score!r} is not fitted, and yet there is a predictor"
+        raise BundleError(folder, MANIFEST, reason, "evaluate and export the bundle again")
+
+
+def _array(rows: list[list[float]] | None) -> NDArray[np.float64] | None:
+    return None if rows is None else np.array(rows)

@@ -1,20 +1,20 @@
-"""How a network with exits decides: scores that say how sure a head is, shares for a budget, thresholds from shares.
+"""How a network with exits decides: what one head's logits say of how sure it is, and thresholds from exit shares.
 
 Numpy alone, no torch: the server imports this. Exits are columns, exit 1 first. An image leaves at the first exit whose
-score reaches that exit's threshold (`score >= threshold`); the last exit takes whoever gets there. The curve of all
-operating points is in `models.frontier`.
+score reaches that exit's threshold (`score >= threshold`); the last exit takes whoever gets there. Scores that remember
+earlier exits are in `models.scores`, the curve of all operating points is in `models.frontier`.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from models.shares import Floats, check_budget, check_costs, truncated_geometric_shares
+
 Logits = NDArray[np.floating[Any]]
 ROUNDING = 1e-9  # images; a share times a count falls this far below the whole number it means
 
@@ -31,8 +31,40 @@ def _leaders(logits: Logits) -> tuple[Floats, Floats]:
     return top, others
 
 
-def _never_unless_finite(scores: Floats) -> Floats:
-    scores[~np.isfinite(scores)] = -np.inf
+def _odds(logits: Logits) -> tuple[Floats, Floats, Floats]:
+    """Return the logit margin [rows], and of all classes but the top one the logits less the runner-up's and their exp.
+
+    Both are [rows, classes], -inf and 0 at the top class: relative to the runner-up nothing over- or underflows.
+    """
+    top, others = _leaders(logits)
+    second = others.max(axis=1)
+    others -= second[:, None]
+    return top - second, others, np.exp(others)
+
+
+def _log_odds(margin: Floats, weights: Floats) -> Floats:
+    log_odds: Floats = margin - np.log(weights.sum(axis=1))
+    return log_odds
+
+
+def _probability_margin(margin: Floats, weights: Floats) -> Floats:
+    runner_up = np.exp(-margin)
+    rest = runner_up * weights.sum(axis=1)
+    less_than_one: Floats = -(rest + runner_up) / (1.0 + rest)
+    return less_than_one
+
+
+def _entropy(margin: Floats, others: Floats, weights: Floats) -> Floats:
+    runner_up = np.exp(-margin)
+    rest = runner_up * weights.sum(axis=1)
+    # Classes without weight add nothing, though 0 x -inf is no number.
+    surprise = np.multiply(weights, others - margin[:, None], out=np.zeros_like(weights), where=weights > 0)
+    negative: Floats = runner_up * surprise.sum(axis=1) / (1.0 + rest) - np.log1p(rest)
+    return negative
+
+
+def _never_unless_finite(scores: Floats, margin: Floats) -> Floats:
+    scores[~(np.isfinite(margin) & np.isfinite(scores))] = -np.inf
     return scores
 
 
@@ -43,24 +75,56 @@ def max_softmax(logits: Logits) -> Floats:
     saturate: in float32 many easy images have a maximum of exactly 1.0, and ties break exit quotas.
     """
     with np.errstate(all="ignore"):
-        top, others = _leaders(logits)
-        second = others.max(axis=1)
-        others -= second[:, None]
-        np.exp(others, out=others)
-        return _never_unless_finite(top - second - np.log(others.sum(axis=1)))
+        margin, _, weights = _odds(logits)
+        return _never_unless_finite(_log_odds(margin, weights), margin)
 
 
 def logit_margin(logits: Logits) -> Floats:
     """Return the top logit minus the runner-up [rows]."""
     with np.errstate(all="ignore"):
         top, others = _leaders(logits)
-        return _never_unless_finite(top - others.max(axis=1))
+        margin = top - others.max(axis=1)
+        return _never_unless_finite(margin, margin)
 
 
-SCORES: dict[str, Callable[[Logits], Floats]] = {"max_softmax": max_softmax, "logit_margin": logit_margin}
-"""Exit scores by name: logits [rows, classes] to float64 [rows], higher = surer, -inf where the logits are not finite.
+def probability_margin(logits: Logits) -> Floats:
+    """Return the largest softmax output minus the second, less one [rows]: floats are fine near 0, coarse near 1."""
+    with np.errstate(all="ignore"):
+        margin, _, weights = _odds(logits)
+        return _never_unless_finite(_probability_margin(margin, weights), margin)
 
-A row's score depends on that row alone, bit for bit, whatever batch it is in.
+
+def entropy(logits: Logits) -> Floats:
+    """Return minus the entropy of the softmax in nats [rows], the score of BranchyNet (ICPR 2016)."""
+    with np.errstate(all="ignore"):
+        margin, others, weights = _odds(logits)
+        return _never_unless_finite(_entropy(margin, others, weights), margin)
+
+
+def head_features(logits: Logits) -> Floats:
+    """Return all of `SCORES`, in their order, in one pass over the logits: [rows, 4], the same bit for bit."""
+    with np.errstate(all="ignore"):
+        margin, others, weights = _odds(logits)
+        columns = (
+            _log_odds(margin, weights),
+            margin.copy(),
+            _probability_margin(margin, weights),
+            _entropy(margin, others, weights),
+        )
+        return np.stack([_never_unless_finite(column, margin) for column in columns], axis=1)
+
+
+SCORES: dict[str, Callable[[Logits], Floats]] = {
+    "max_softmax": max_softmax,
+    "logit_margin": logit_margin,
+    "probability_margin": probability_margin,
+    "entropy": entropy,
+}
+"""Exit scores of one head's logits, by name: [rows, classes] to float64 [rows], higher = surer, -inf where the logits
+are not finite.
+
+A row's score depends on that row alone, bit for bit, whatever batch it is in. `models.scores` has those that also
+remember earlier exits.
 """
 
 
@@ -72,106 +136,6 @@ def confidence(logits: Logits) -> Floats:
         largest: Floats = 1.0 / (1.0 + np.exp(others, out=others).sum(axis=1))
     largest[~(np.isfinite(top) & np.isfinite(largest))] = 0.0
     return largest
-
-
-def check_costs(costs_cumulative: Sequence[float]) -> list[float]:
-    """Return cumulative costs [N] as floats.
-
-    Raises:
-        ValueError: there is none, or they are not positive, finite and strictly increasing.
-    """
-    costs = [float(cost) for cost in costs_cumulative]
-    if not costs or costs[0] <= 0 or not math.isfinite(costs[-1]) or not all(a < b for a, b in pairwise(costs)):
-        raise ValueError(f"cumulative costs must be positive, finite and strictly increasing, not {costs}")
-    return costs
-
-
-def truncated_geometric_shares(p: float, n_exits: int) -> Floats:
-    """Return shares [N] where every exit but the last takes the share `p` of those that reach it (BoostNet Eq. 9)."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"the exit probability must be in [0, 1], not {p}")
-    reaching = np.power(1.0 - p, np.arange(n_exits), dtype=np.float64)
-    return np.concatenate([p * reaching[:-1], reaching[-1:]])
-
-
-def ratio_shares(ratio: float, n_exits: int) -> Floats:
-    """Return shares [N] proportional to ratio^n, the form behind published curves (MSDNet's code); 1 is uniform.
-
-    Ratio 0 sends everything to exit 1 and infinity to exit N.
-    """
-    if not ratio >= 0.0:
-        raise ValueError(f"the ratio of exit shares must be 0 or more, not {ratio}")
-    # The largest power is 1, so that neither end overflows.
-    exponents = np.arange(n_exits) if ratio <= 1.0 else np.arange(n_exits)[::-1]
-    powers = np.power(ratio if ratio <= 1.0 else 1.0 / ratio, exponents, dtype=np.float64)
-    shares: Floats = powers / powers.sum()
-    return shares
-
-
-def expected_cost(p: float, costs_cumulative: Sequence[float]) -> float:
-    """Return C_avg(p) = sum over n of (1-p)^(n-1) c_n with c_n the cost of part n alone (BoostNet Eq. 9)."""
-    return _cost_and_slope(1.0 - p, check_costs(costs_cumulative))[0]
-
-
-def _cost_and_slope(going_on: float, costs: list[float]) -> tuple[float, float]:
-    """Horner's scheme for C_avg and its derivative, both in x = 1 - p."""
-    cost = slope = 0.0
-    for part in reversed([costs[0], *(b - a for a, b in pairwise(costs))]):
-        slope = slope * going_on + cost
-        cost = cost * going_on + part
-    return cost, slope
-
-
-def solve_exit_probability(costs_cumulative: Sequence[float], budget: float) -> float:
-    """Return the p in [0, 1] whose expected cost is `budget` (BoostNet Eq. 9).
-
-    Newton's method from 0.5, kept inside a shrinking bracket by bisection.
-
-    Raises:
-        ValueError: the budget lies outside [cost of exit 1, cost of exit N], where no p exists.
-    """
-    costs = check_costs(costs_cumulative)
-    _check_budget(costs, budget)
-    if budget <= costs[0]:
-        return 1.0
-    if budget >= costs[-1]:
-        return 0.0
-    low, high, x = 0.0, 1.0, 0.5  # x = 1 - p; the cost rises with it
-    for _ in range(100):
-        cost, slope = _cost_and_slope(x, costs)
-        if cost > budget:
-            high = x
-        else:
-            low = x
-        newton = x - (cost - budget) / slope
-        guarded = newton if low < newton < high else 0.5 * (low + high)
-        if abs(guarded - x) <= 1e-16:
-            break
-        x = guarded
-    return 1.0 - x
-
-
-def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
-    """Return the ratio whose `ratio_shares` cost `budget` on average, by bisection over ratio / (1 + ratio).
-
-    Raises:
-        ValueError: the budget lies outside [cost of exit 1, cost of exit N].
-    """
-    costs = check_costs(costs_cumulative)
-    _check_budget(costs, budget)
-    if budget >= costs[-1]:
-        return math.inf if len(costs) > 1 else 0.0
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        too_dear = middle < 1.0 and float(ratio_shares(middle / (1.0 - middle), len(costs)) @ costs) > budget
-        low, high = (low, middle) if too_dear else (middle, high)
-    return low / (1.0 - low) if low < 1.0 else math.inf  # a budget within rounding of the last exit's cost
-
-
-def _check_budget(costs: list[float], budget: float) -> None:
-    if not costs[0] <= budget <= costs[-1]:
-        raise ValueError(f"budget {budget:g} is outside what the exits cost: give {costs[0]:g} to {costs[-1]:g}")
 
 
 class Calibrator:
@@ -277,7 +241,7 @@ def thresholds_for_budget(scores: NDArray[Any], costs_cumulative: Sequence[float
         ValueError: the budget lies outside [cost of exit 1, cost of exit N], or a shape does not fit.
     """
     costs = check_costs(costs_cumulative)
-    _check_budget(costs, budget)
+    check_budget(costs, budget)
     calibrator = Calibrator(scores)
     if len(costs) != calibrator.n_exits:
         raise ValueError(f"{len(costs)} costs for scores of {calibrator.n_exits} exits: give one cost an exit")

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.exits import (
-    Calibrator,
+from models.exits import Calibrator, Outcome, outcome
+from models.optimal import N_PRICES, optimal_thresholds
+from models.shares import (
     Floats,
-    Outcome,
     check_costs,
-    outcome,
     ratio_shares,
     solve_exit_probability,
     solve_ratio,
@@ -28,17 +27,36 @@ from models.exits import (
 N_POINTS = 257  # operating points tried from the cost of exit 1 to that of exit N, evenly spaced
 TOLERANCE = 0.0005  # of held-out accuracy that the end of a frontier may lie under the best point: 0.05 points
 
+Draw = Callable[[Calibrator, NDArray[np.bool_], list[float], int], Floats]
 
-def _geometric(costs: Sequence[float], cost: float) -> Floats:
+
+def _by_shares(shares_of: Callable[[list[float], float], Floats]) -> Draw:
+    """Thresholds at which held-out images leave in given shares, for costs evenly spaced from exit 1 to exit N."""
+
+    def draw(calibrator: Calibrator, correct: NDArray[np.bool_], costs: list[float], n_points: int) -> Floats:
+        targets = np.linspace(costs[0], costs[-1], n_points)
+        return np.array([calibrator.thresholds(shares_of(costs, cost)) for cost in targets.tolist()])
+
+    return draw
+
+
+def _geometric(costs: list[float], cost: float) -> Floats:
     return truncated_geometric_shares(solve_exit_probability(costs, cost), len(costs))
 
 
-def _ratio(costs: Sequence[float], cost: float) -> Floats:
+def _ratio(costs: list[float], cost: float) -> Floats:
     return ratio_shares(solve_ratio(costs, cost), len(costs))
 
 
-FAMILIES: dict[str, Callable[[Sequence[float], float], Floats]] = {"geometric": _geometric, "ratio": _ratio}
+def _optimal(calibrator: Calibrator, correct: NDArray[np.bool_], costs: list[float], n_points: int) -> Floats:
+    n_prices = max(2, min(N_PRICES, n_points // 4))
+    return optimal_thresholds(calibrator.scores, correct, costs, n_points, n_prices=n_prices)
+
+
+SHARES: dict[str, Callable[[list[float], float], Floats]] = {"geometric": _geometric, "ratio": _ratio}
 """Exit shares [N] for cumulative costs [N] and a mean cost: BoostNet's Eq. 9 and the form of MSDNet's released code."""
+FAMILIES: dict[str, Draw] = {**{name: _by_shares(shares_of) for name, shares_of in SHARES.items()}, "optimal": _optimal}
+"""Threshold vectors [P, N] from cheap to dear: those of given shares, and those searched (`models.optimal`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +150,8 @@ def build_frontier(
         scores: exit scores [M, N] of M held-out images.
         correct: whether each exit's answer was right [M, N].
         costs_cumulative: what stopping at each exit costs [N].
-        family: a key of `FAMILIES`; by default the one that is more accurate on average over all budgets.
+        family: a key of `FAMILIES`; by default that of `SHARES` which is more accurate on average over all budgets
+            (thresholds that were searched on these very images would win unfairly).
         n_points: mean costs tried from that of exit 1 to that of exit N; points that cost no more than the one before
             are left out.
 
@@ -153,8 +172,8 @@ def build_frontier(
             "twice and one cost an exit"
         )
     if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r} of exit shares; known: {', '.join(FAMILIES)}")
-    names = list(FAMILIES) if family is None else [family]
+        raise ValueError(f"unknown family {family!r} of thresholds; known: {', '.join(FAMILIES)}")
+    names = list(SHARES) if family is None else [family]
     return max((_measure(name, calibrator, answers, costs, n_points) for name in names), key=_mean_accuracy(costs))
 
 
@@ -166,8 +185,7 @@ def _mean_accuracy(costs: list[float]) -> Callable[[Frontier], float]:
 def _measure(
     family: str, calibrator: Calibrator, correct: NDArray[np.bool_], costs: list[float], n_points: int
 ) -> Frontier:
-    targets = np.linspace(costs[0], costs[-1], n_points if len(costs) > 1 else 1)
-    drawn = np.array([calibrator.thresholds(FAMILIES[family](costs, cost)) for cost in targets.tolist()])
+    drawn = FAMILIES[family](calibrator, correct, costs, n_points if len(costs) > 1 else 1)
     thresholds = _interpolable(drawn, calibrator.scores)
     points: list[tuple[Outcome, tuple[float, ...]]] = []
     for row in thresholds.tolist():

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 added `family` and `predictor`; a bundle of format 1 has neither
 MAX_EXITS = 256
 
 Text = Annotated[str, Field(max_length=10_000)]
@@ -72,6 +72,21 @@ class StageInfo(_Strict):
     state_bytes_per_row: Count  # kept of a row that goes on after this stage
 
 
+class PredictorInfo(_Strict):
+    """The weights of a fitted exit score, see `models.predictor.Predictor`: one row an exit, the bias last."""
+
+    features: Annotated[list[Name], Field(min_length=1, max_length=100)]
+    gain: Annotated[list[list[float]], Field(min_length=1, max_length=MAX_EXITS)]
+    loss: Annotated[list[list[float]], Field(min_length=1, max_length=MAX_EXITS)] | None
+
+    @model_validator(mode="after")
+    def _one_weight_a_feature(self) -> Self:
+        for rows in (self.gain, self.gain if self.loss is None else self.loss):
+            if len(rows) != len(self.gain) or any(len(row) != len(self.features) + 1 for row in rows):
+                raise ValueError(f"a row must hold {len(self.features)} weights and a bias; one row an exit")
+        return self
+
+
 class DataInfo(_Strict):
     """The images: trained on, held out for calibration, and tested on."""
 
@@ -96,7 +111,7 @@ class Manifest(_Strict):
         ValidationError: a field is unknown, missing, of another type or out of bounds, or two do not agree.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     name: Name
     version: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]  # a digest over all other files
     description: Text
@@ -108,6 +123,8 @@ class Manifest(_Strict):
     exits: Annotated[list[ExitInfo], Field(min_length=1, max_length=MAX_EXITS)]
     stages: Annotated[list[StageInfo], Field(min_length=1, max_length=MAX_EXITS)]
     score: Name  # the exit score to serve with
+    family: Name | None = None  # of thresholds; null: chosen when the frontier is built
+    predictor: PredictorInfo | None = None  # the weights of a score that is fitted
     training: dict[str, JsonValue]
     data: DataInfo
     files: Annotated[dict[RelativePath, FileInfo], Field(max_length=10_000)]

@@ -1,7 +1,6 @@
 """Puts an engine together from a bundle."""
 
 from models.bundle import Bundle
-from models.exits import SCORES
 from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import Observer
@@ -63,7 +62,7 @@ def build_engine(
             steer and exits,
         ),
         Scheduler(runner.n_stages, max_rows, max_wait_s, policy=policy),
-        SCORES[bundle.manifest.score],
+        bundle.score(),
         bundle.manifest.class_names,
         max_in_flight_rows,
         lookahead_batches,

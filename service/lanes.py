@@ -3,17 +3,16 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
-import numpy as np
-from numpy.typing import NDArray
-
-from models.exits import Logits
+from models.scores import Score as Score
 from service.rows import Request
-from service.runners.base import Runner, StageOutput
+from service.runners.base import Block, Gathering, RowState, Runner, StageOutput
 
-Score = Callable[[Logits], NDArray[np.float64]]
+HISTORY = "score history"
+"""What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
+in graphs."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,5 +78,18 @@ class Lanes:
             self._post(batch)
 
     def _run(self, batch: Batch) -> BatchResult:
-        output = self._runner.run(batch.stage, [row.state for row in batch.rows])
-        return BatchResult(output, output.logits.argmax(axis=1).tolist(), self._score(output.logits).tolist())
+        states = [row.state for row in batch.rows]
+        output = self._runner.run(batch.stage, states)
+        if self._score.history_width:
+            output, scores = self._score_with_history(batch.stage, states, output)
+        else:
+            scores = self._score(batch.stage, output.logits, self._score.start(len(states)))[0].tolist()
+        return BatchResult(output, output.logits.argmax(axis=1).tolist(), scores)
+
+    def _score_with_history(
+        self, stage: int, states: list[RowState], output: StageOutput
+    ) -> tuple[StageOutput, list[float]]:
+        history = self._score.start(len(states)) if stage == 0 else Gathering(states).take(HISTORY)
+        scores, history = self._score(stage, output.logits, history)
+        block = Block({**output.block.values, HISTORY: history}, output.block.n_rows)
+        return replace(output, block=block), scores.tolist()

@@ -22,9 +22,9 @@ from torch import nn
 from models.bundle import BundleError, files_digest, load_bundle, write_bundle
 from models.calibration import Calibration
 from models.cost import measure_cost
-from models.exits import SCORES
 from models.manifest import FileInfo
 from models.registry import build_network
+from models.scores import plain_scores, score_exits
 from training.export import Normalise, export_stages
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def _build(folder: Path, contents: Path) -> None:
     noise = rng.random(len(held_out)) < 0.1
     labels = np.where(noise, rng.integers(0, len(CLASS_NAMES), len(held_out)), logits[-1].argmax(axis=1))
     correct = np.stack([x.argmax(axis=1) == labels for x in logits], axis=1)
-    scores = {name: np.stack([score(x) for x in logits], axis=1) for name, score in SCORES.items()}
+    scores = {name: score_exits(score, logits) for name, score in plain_scores(len(logits)).items()}
     calibration = Calibration({name: values.astype(np.float32) for name, values in scores.items()}, correct)
     stages = export_stages(network, IMAGE_SIZE_PX, MEAN, STD, contents)
     (contents / "README.md").write_text("A tiny network with random weights, for tests.\n")
@@ -143,6 +143,8 @@ def _build(folder: Path, contents: Path) -> None:
         "exits": exits,
         "stages": stages,
         "score": "logit_margin",
+        "family": None,
+        "predictor": None,
         "training": {"recipe": "none: random weights"},
         "data": {
             "name": "synthetic noise",

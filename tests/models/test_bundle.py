@@ -12,9 +12,22 @@ import pytest
 import torch
 
 from models.bundle import BundleError, load_bundle
-from models.exits import SCORES
+from models.calibration import Calibration
+from models.exits import logit_margin
 from models.onnx_weights import load_stage_session
-from tests.bundles import MEAN, REPOSITORY, STD, random_images, read_manifest, refusal, tiny_network, write_manifest
+from models.predictor import FEATURES, Predictor
+from models.scores import plain_scores, score_exits
+from tests.bundles import (
+    MEAN,
+    REPOSITORY,
+    STD,
+    random_images,
+    read_manifest,
+    refusal,
+    seal,
+    tiny_network,
+    write_manifest,
+)
 from training.export import Normalise
 
 
@@ -23,7 +36,7 @@ def test_the_tiny_bundle_loads(bundle_path: Path) -> None:
     assert bundle.path == bundle_path
     assert len(bundle.manifest.exits) == len(bundle.stage_paths) == bundle.calibration.n_exits == 4
     assert bundle.calibration.n_images == bundle.manifest.data.heldout_images
-    assert set(bundle.calibration.scores) == set(SCORES)
+    assert set(bundle.calibration.scores) == set(plain_scores(4))
     assert bundle.costs_mflops == tuple(exit_.executed_mflops for exit_ in bundle.manifest.exits)
     assert load_bundle(str(bundle_path), verify=False).manifest == bundle.manifest
     for stated, measured in zip(bundle.manifest.exits, bundle.calibration.correct.mean(axis=0), strict=True):
@@ -32,12 +45,12 @@ def test_the_tiny_bundle_loads(bundle_path: Path) -> None:
 
 def test_its_frontier_is_in_millions_of_multiply_adds(bundle_path: Path) -> None:
     bundle = load_bundle(bundle_path)
-    for score in (None, *SCORES):
+    for score in (None, *plain_scores(4)):
         frontier = bundle.frontier(score)
         assert frontier.cost[0] == pytest.approx(bundle.costs_mflops[0])
         assert frontier.accuracy[-1] > frontier.accuracy[0] + 0.2
-    with pytest.raises(BundleError, match="no scores 'entropy'; choose one of logit_margin, max_softmax"):
-        bundle.frontier("entropy")
+    with pytest.raises(BundleError, match="no scores 'vibes'; choose one of entropy, logit_margin"):
+        bundle.frontier("vibes")
 
 
 def test_its_stages_answer_as_the_network_does(bundle_path: Path) -> None:
@@ -116,7 +129,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(bundle_path: Path) -> None:
         ('{"format_version": "1"}', "no format_version"),
         ('{"format_version": true}', "no format_version"),
         ('{"model": "of something else"}', "no format_version"),
-        ('{"format_version": 2, "what": "ever"}', "format 2, and this ExitServe reads up to format 1"),
+        ('{"format_version": 3, "what": "ever"}', "format 3, and this ExitServe reads up to format 2"),
         ('{"format_version": 1}', "Field required"),
     ],
 )
@@ -155,6 +168,11 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return apply
 
 
+def predictor_of(n_exits: int) -> dict[str, Any]:
+    row = [0.5] * (len(FEATURES) + 1)
+    return {"features": [*FEATURES], "gain": [row] * n_exits, "loss": None}
+
+
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
@@ -184,7 +202,19 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (change("stages", 2, "file", to="stages/stage_9.onnx"), "files must list 'stages/stage_9.onnx'"),
         (lambda manifest: manifest["stages"].pop(), "3 stages for 4 exits"),
         (lambda manifest: manifest["files"].pop("calibration.npz"), "files must list 'calibration.npz'"),
-        (change("score", to="entropy"), "score 'entropy' is not among those calibrated and known here"),
+        (change("score", to="vibes"), "score 'vibes' is not among those calibrated and known here"),
+        (change("family", to="vibes"), "unknown family of thresholds 'vibes'; known: geometric, ratio, optimal"),
+        (
+            change("predictor", to={"features": ["x"], "gain": [[1.0, 2.0]], "loss": None}),
+            "its predictor is not one of",
+        ),
+        (change("predictor", to={"features": ["x"], "gain": [[1.0]], "loss": None}), "must hold 1 weights and a bias"),
+        (change("predictor", to=predictor_of(4)), "score 'logit_margin' is not fitted"),
+        (change("predictor", to=predictor_of(3)), "its predictor is not one of 4 exits"),
+        (
+            change("predictor", to=predictor_of(4) | {"gain": [[float("nan")] * (len(FEATURES) + 1)] * 4}),
+            "predictor.gain",
+        ),
         (change("data", "heldout_images", to=1999), "where the manifest says 1999 images and 4 exits"),
         (change("data", "split_sha256", to="abc"), "data.split_sha256: String should match"),
         (change("files", "README.md", "bytes", to=-1), "files.README.md.bytes: Input should be greater"),
@@ -200,3 +230,29 @@ def test_a_manifest_that_makes_no_sense_is_refused(
     error = refusal(bundle_path)
     assert error.file in ("manifest.json", "calibration.npz")
     assert reason in error.reason
+
+
+def test_a_fitted_score_is_served_with_its_weights(bundle_path: Path) -> None:
+    """The weights are in the manifest, its scores in the calibration; format 1 had neither, and is still read."""
+    bundle = load_bundle(bundle_path)
+    arrays = {**bundle.calibration.scores, "as_good": bundle.calibration.scores["logit_margin"]}
+    Calibration(arrays, bundle.calibration.correct).save(bundle_path / "calibration.npz")
+    manifest = read_manifest(bundle_path)
+    manifest["score"], manifest["family"], manifest["predictor"] = "as_good", "optimal", predictor_of(4)
+    seal(bundle_path, manifest)
+    fitted = load_bundle(bundle_path)
+    assert fitted.frontier().family == "optimal"
+    assert fitted.frontier("logit_margin").family in ("geometric", "ratio")
+    logits = np.random.default_rng(0).normal(size=(4, 5, 10)).astype(np.float32)
+    row = np.array(predictor_of(4)["gain"])
+    assert np.array_equal(score_exits(fitted.score(), logits), score_exits(Predictor(row), logits))
+
+
+def test_a_bundle_of_format_1_is_still_read(bundle_path: Path) -> None:
+    manifest = read_manifest(bundle_path)
+    del manifest["family"], manifest["predictor"]
+    write_manifest(bundle_path, manifest | {"format_version": 1})
+    bundle = load_bundle(bundle_path)
+    logits = np.random.default_rng(0).normal(size=(4, 5, 10)).astype(np.float32)
+    assert np.array_equal(score_exits(bundle.score(), logits), np.stack([logit_margin(x) for x in logits], axis=1))
+    assert bundle.frontier().family in ("geometric", "ratio")

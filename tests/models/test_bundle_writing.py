@@ -62,7 +62,7 @@ def test_a_folder_of_something_else_is_never_replaced(bundle_path: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
-    [("score", "entropy", "'entropy' is not among"), ("name", "a/b", "name: String"), ("training", {1: {2}}, "JSON")],
+    [("score", "vibes", "'vibes' is not among"), ("name", "a/b", "name: String"), ("training", {1: {2}}, "JSON")],
 )
 def test_what_would_not_load_is_not_written(
     bundle_path: Path, tmp_path: Path, field: str, value: Any, reason: str

@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 from models.exits import (
     SCORES,
     confidence,
-    expected_cost,
+    head_features,
     outcome,
-    ratio_shares,
-    solve_exit_probability,
-    solve_ratio,
     take_exits,
-    truncated_geometric_shares,
 )
+from models.shares import expected_cost, ratio_shares, solve_exit_probability, solve_ratio, truncated_geometric_shares
 
 C_ANY = [15140452, 25505992, 37788460, 52061840, 62181620, 74070872, 87729596, 100038944, 110121860, 121679336]
 
@@ -35,6 +32,9 @@ def test_scores_of_a_known_row() -> None:
     row = np.log(np.array([[0.7, 0.2, 0.1]], dtype=np.float32))
     assert SCORES["max_softmax"](row) == pytest.approx(math.log(0.7 / 0.3), abs=1e-6)
     assert SCORES["logit_margin"](row) == pytest.approx(math.log(0.7 / 0.2), abs=1e-6)
+    assert SCORES["probability_margin"](row) == pytest.approx(0.5 - 1, abs=1e-6)
+    expected = sum(p * math.log(p) for p in (0.7, 0.2, 0.1))
+    assert SCORES["entropy"](row) == pytest.approx(expected, abs=1e-6)
     assert confidence(row) == pytest.approx(0.7, abs=1e-6)
 
 
@@ -43,6 +43,9 @@ def test_log_odds_rank_what_the_softmax_maximum_cannot() -> None:
     assert (
         np.exp(rows - rows.max(1, keepdims=True)).max(1) / np.exp(rows - rows.max(1, keepdims=True)).sum(1) == 1
     ).all()
+    for score in SCORES.values():
+        assert np.argsort(score(rows)).tolist() == [0, 1, 2]
+        assert len(set(score(rows).tolist())) == 3
     scores = SCORES["max_softmax"](rows)
     assert scores == pytest.approx([40 - math.log(2), 41 - math.log(2), 900], abs=1e-9)
 
@@ -52,6 +55,24 @@ def test_log_odds_are_the_log_odds_of_the_confidence(rows: np.ndarray) -> None:
     largest = confidence(rows)
     assert ((largest > 0) & (largest <= 1)).all()
     assert 1 / (1 + np.exp(-SCORES["max_softmax"](rows))) == pytest.approx(largest, rel=1e-9)
+
+
+@given(logits)
+def test_all_scores_of_a_head_in_one_pass_are_the_same_bit_for_bit(rows: np.ndarray) -> None:
+    features = head_features(rows)
+    assert features.shape == (len(rows), len(SCORES))
+    for column, score in zip(features.T, SCORES.values(), strict=True):
+        assert np.array_equal(column, score(rows))
+
+
+@given(logits)
+def test_entropy_and_margin_are_those_of_the_softmax(rows: np.ndarray) -> None:
+    shares = np.exp(rows.astype(np.float64) - rows.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    logs = np.log(np.maximum(shares, 1e-300))
+    assert SCORES["entropy"](rows) == pytest.approx((shares * logs).sum(axis=1), abs=1e-9)
+    best = np.sort(shares, axis=1)
+    assert 1 + SCORES["probability_margin"](rows) == pytest.approx(best[:, -1] - best[:, -2], abs=1e-9)
 
 
 @given(logits, st.data())
@@ -82,7 +103,8 @@ def test_scores_leave_their_input_alone() -> None:
 def test_logits_that_are_not_finite_are_never_sure(bad: list[float]) -> None:
     rows = np.array([[2.0, 1.0], bad], dtype=np.float32)
     for score in SCORES.values():
-        assert score(rows).tolist() == [pytest.approx(1.0), -np.inf]
+        assert score(rows).tolist() == [score(rows[:1])[0], -np.inf]
+        assert np.isfinite(score(rows[:1]))
     assert confidence(rows)[1] == 0.0
 
 

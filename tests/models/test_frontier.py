@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.exits import SCORES, Calibrator, outcome, take_exits
-from models.frontier import FAMILIES, Frontier, build_frontier
+from models.frontier import FAMILIES, SHARES, Frontier, build_frontier
 
 C_BATCH_4 = [15.140452, 25.751240, 33.659180, 43.336592, 51.822068, 60.307544]
 
@@ -31,7 +31,7 @@ def simulated_heads(
     return np.stack(scores, axis=1), np.stack(correct, axis=1)
 
 
-@pytest.fixture(scope="module", params=[None, "geometric", "ratio"])
+@pytest.fixture(scope="module", params=[None, *FAMILIES])
 def frontier(request: pytest.FixtureRequest) -> Frontier:
     return build_frontier(*simulated_heads(3000), C_BATCH_4, family=request.param)
 
@@ -89,13 +89,18 @@ def test_between_points_it_measures_what_it_says(frontier: Frontier) -> None:
 
 
 def test_it_gives_up_next_to_nothing_against_exact_quotas(frontier: Frontier) -> None:
-    """Monotone, interpolable thresholds are a change to the calibration: it must cost no accuracy."""
+    """Monotone, interpolable thresholds are a change to the calibration: it must cost no accuracy.
+
+    Searched thresholds are the mean of two searches, and not the best of either: they are held to a little less.
+    """
     scores, correct = simulated_heads(3000)
     calibrator = Calibrator(scores)
     for cost in np.linspace(C_BATCH_4[0], frontier.cost[-1], 20).tolist():
-        quotas = calibrator.thresholds(FAMILIES[frontier.family](C_BATCH_4, cost))
+        shares_of = SHARES.get(frontier.family, SHARES["geometric"])
+        quotas = calibrator.thresholds(shares_of(C_BATCH_4, cost))
         ours = frontier.at(frontier.position_at_cost(cost))
-        assert ours.accuracy >= outcome(scores, correct, C_BATCH_4, quotas).accuracy - 0.002
+        allowed = 0.002 if frontier.family in SHARES else 0.008
+        assert ours.accuracy >= outcome(scores, correct, C_BATCH_4, quotas).accuracy - allowed
 
 
 def test_on_other_traffic_every_image_goes_as_deep_or_deeper(frontier: Frontier) -> None:
@@ -136,7 +141,7 @@ def test_points_are_plain_numbers(frontier: Frontier) -> None:
 
 def test_the_better_family_is_chosen() -> None:
     held_out = simulated_heads(3000)
-    built = {family: build_frontier(*held_out, C_BATCH_4, family=family) for family in FAMILIES}
+    built = {family: build_frontier(*held_out, C_BATCH_4, family=family) for family in SHARES}
     budgets = np.linspace(C_BATCH_4[0], C_BATCH_4[-1], 50)
     mean = {name: np.interp(budgets, f.cost, f.best_accuracy).mean() for name, f in built.items()}
     assert build_frontier(*held_out, C_BATCH_4) == built[max(mean, key=lambda name: mean[name])]
@@ -179,12 +184,13 @@ def test_a_network_that_gains_nothing_by_depth_has_one_point() -> None:
         )
     ),
     st.lists(st.floats(-0.5, 1.5), min_size=2, max_size=9),
+    st.sampled_from([None, *FAMILIES]),
 )
 def test_any_scores_give_a_frontier_that_keeps_its_rules(
-    held_out: tuple[np.ndarray, np.ndarray], positions: list[float]
+    held_out: tuple[np.ndarray, np.ndarray], positions: list[float], family: str | None
 ) -> None:
     costs = [1.0, 2.5, 3.0, 7.0]
-    frontier = build_frontier(*held_out, costs, n_points=33)
+    frontier = build_frontier(*held_out, costs, family, n_points=33)
     exits = [take_exits(held_out[0], frontier.at(position).thresholds) for position in sorted(positions)]
     assert all((a <= b).all() for a, b in pairwise(exits))
     assert all(a < b for a, b in pairwise(frontier.cost))
@@ -200,7 +206,7 @@ def test_any_scores_give_a_frontier_that_keeps_its_rules(
         (np.zeros((4, 2)), np.zeros((4, 3), dtype=bool), [1.0, 2.0], None, r"\(4, 3\)"),
         (np.zeros((4, 2)), np.zeros((4, 2), dtype=bool), [1.0, 2.0, 3.0], None, "3 costs"),
         (np.zeros((4, 2)), np.zeros((4, 2), dtype=bool), [2.0, 1.0], None, "strictly increasing"),
-        (np.zeros((4, 2)), np.zeros((4, 2), dtype=bool), [1.0, 2.0], "optimal", "known: geometric, ratio"),
+        (np.zeros((4, 2)), np.zeros((4, 2), dtype=bool), [1.0, 2.0], "best", "known: geometric, ratio, optimal"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from models.exits import (
     outcome,
-    ratio_shares,
     take_exits,
     thresholds_for_budget,
     thresholds_for_shares,
-    truncated_geometric_shares,
 )
+from models.shares import ratio_shares, truncated_geometric_shares
 
 C_ANY = [15140452, 25505992, 37788460, 52061840, 62181620, 74070872, 87729596, 100038944, 110121860, 121679336]
 

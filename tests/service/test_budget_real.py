@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
-from models.exits import SCORES, outcome, take_exits
+from models.exits import outcome, take_exits
 from models.frontier import Frontier
+from models.scores import score_exits
 from service.assembly import build_engine
 from service.engine import Engine
 from service.rows import Answer
@@ -80,8 +81,7 @@ def offline() -> Offline:
     with ThreadPoolExecutor(default_lanes()) as lanes:
         batches = np.split(images, len(images) // MAX_ROWS)
         logits = np.concatenate(list(lanes.map(evaluate, batches)))
-    score = SCORES[bundle.manifest.score]
-    scores = np.stack([score(logits[:, k]) for k in range(logits.shape[1])], axis=1)
+    scores = score_exits(bundle.score(), logits.swapaxes(0, 1))
     classes = logits.argmax(axis=2)
     return Offline(bundle, bundle.frontier(), images, classes, scores, classes == labels[:, None])
 

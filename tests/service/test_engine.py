@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
-from models.exits import SCORES, confidence, take_exits
+from models.exits import confidence, take_exits
+from models.scores import score_exits
 from service.assembly import build_engine
 from service.budget import BudgetController
 from service.engine import Engine
@@ -67,7 +68,7 @@ def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0,
         runner,
         BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1] * 0.6, burst_images),
         Scheduler(runner.n_stages, max_rows),
-        SCORES[bundle.manifest.score],
+        bundle.score(),
         bundle.manifest.class_names,
         **options,
     )
@@ -101,8 +102,7 @@ def hold(engine: Engine) -> threading.Event:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("max_rows", [1, 13])
 def test_answers_are_those_of_the_whole_network(bundle, images, whole, policy, max_rows):
-    score = SCORES[bundle.manifest.score]
-    scores = np.stack([score(logits) for logits in whole], axis=1)
+    scores = score_exits(bundle.score(), whole)
     budget_mflops = 0.6 * bundle.costs_mflops[-1]
     options = {"policy": policy, "max_rows": max_rows, "n_lanes": 2, "device": "cpu"}
     with running(build_engine(bundle, budget_mflops, steer=False, burst_images=1e6, **options)) as engine:

@@ -16,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from models.bundle import Bundle, load_bundle
-from models.exits import SCORES, confidence, take_exits
+from models.exits import confidence, take_exits
 from models.registry import build_network
+from models.scores import score_exits
 from tests.bundles import random_images, tiny_bundle
 from tests.data import cifar100_test
 from tests.service.apps import PNG, png
@@ -51,8 +52,7 @@ def offline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         path, images = ZOO_BUNDLE, cifar100_test()[0][:n_images].copy()  # torch wants them writable
     bundle = load_bundle(path)
     logits = evaluate(bundle, images)
-    score = SCORES[bundle.manifest.score]
-    return Offline(bundle, [png(image) for image in images], logits, np.stack([score(x) for x in logits], 1))
+    return Offline(bundle, [png(image) for image in images], logits, score_exits(bundle.score(), logits))
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""Searched thresholds: against every threshold there is, and against noise."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from models.exits import outcome
+from models.frontier import build_frontier
+from models.optimal import optimal_thresholds
+
+COSTS = [10.0, 20.0, 40.0]
+
+
+def heads(n_images: int, seed: int, knows: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    ease = draw.normal(size=(n_images, 1)) + draw.normal(size=(n_images, 3)) * 0.3
+    return knows * ease + draw.normal(size=ease.shape) * 0.5, ease + np.array([0.0, 0.5, 1.0]) > 0
+
+
+def test_no_thresholds_at_all_are_better_on_the_images_searched() -> None:
+    """Against all 13 x 13 ways to cut twelve images' scores: ascent finds the best trade at nearly every price."""
+    n_best = n_prices = 0
+    for seed in range(6):
+        scores, correct = heads(12, seed)
+        found = [
+            outcome(scores, correct, COSTS, t) for t in optimal_thresholds(scores, correct, COSTS, 49, halves=False)
+        ]
+        cuts = [[*np.unique(scores[:, i]).tolist(), np.inf] for i in range(2)]
+        every = [outcome(scores, correct, COSTS, [a, b, -np.inf]) for a, b in itertools.product(*cuts)]
+        for price in np.geomspace(1e-3, 0.1, 15):
+            best = max(o.accuracy - price * o.mean_cost for o in every)
+            ours = max(o.accuracy - price * o.mean_cost for o in found)
+            assert ours <= best + 1e-9
+            n_prices += 1
+            n_best += ours >= best - 1e-9
+    assert n_best >= 0.9 * n_prices
+
+
+def test_it_runs_from_exit_1_to_the_best_accuracy_and_never_falls() -> None:
+    scores, correct = heads(2000, 1)
+    thresholds = optimal_thresholds(scores, correct, COSTS, 33)
+    measured = [outcome(scores, correct, COSTS, t) for t in thresholds]
+    assert measured[0].shares == (1.0, 0.0, 0.0)
+    assert (np.diff(thresholds[:, :2], axis=0) >= 0).all()
+    assert np.isneginf(thresholds[:, 2]).all()
+    assert measured[-1].accuracy > correct.mean(axis=0).max() - 0.005
+
+
+def test_it_knows_of_an_exit_not_worth_stopping_at() -> None:
+    """Exit 2 is no better than exit 1, and dear: shares by a formula send images there all the same."""
+    scores, correct = heads(4000, 2)
+    correct[:, 1] = correct[:, 0]
+    searched = build_frontier(scores, correct, COSTS, "optimal")
+    by_formula = build_frontier(scores, correct, COSTS, "geometric")
+    other_scores, other_correct = heads(20_000, 3)
+    other_correct[:, 1] = other_correct[:, 0]
+    gains = []
+    for cost in (15.0, 20.0, 25.0):
+        accuracy = []
+        for frontier in (searched, by_formula):
+            done = [outcome(other_scores, other_correct, COSTS, t) for t in frontier.thresholds]
+            accuracy.append(np.interp(cost, [o.mean_cost for o in done], [o.accuracy for o in done]))
+        gains.append(accuracy[0] - accuracy[1])
+    assert min(gains) > 0.003
+
+
+def test_scores_that_are_noise_promise_no_more_than_they_keep() -> None:
+    """The search is offered 1,000 chances to be lucky; halves and levels keep it from taking them."""
+    scores, correct = heads(1000, 4, knows=0.0)
+    frontier = build_frontier(scores, correct, COSTS, "optimal")
+    other_scores, other_correct = heads(20_000, 5, knows=0.0)
+    for promised, thresholds in zip(frontier.accuracy, frontier.thresholds, strict=True):
+        kept = outcome(other_scores, other_correct, COSTS, thresholds).accuracy
+        assert promised - kept < 0.05
+
+
+@pytest.mark.parametrize("bad", [-np.inf, 1e30])
+def test_odd_scores_and_few_images_are_taken(bad: float) -> None:
+    scores = np.array([[bad, 1.0, 0.0], [0.0, bad, 0.0], [1.0, 1.0, bad]])
+    correct = np.array([[True, True, False], [False, True, True], [False, False, True]])
+    thresholds = optimal_thresholds(scores, correct, COSTS, 5)
+    assert thresholds.shape == (5, 3)
+    assert not np.isnan(thresholds).any()
+    assert optimal_thresholds(scores[:, :1], correct[:, :1], COSTS[:1], 1).tolist() == [[-np.inf]]
