@@ -3,3 +3,9 @@
 This room imports neither `training` nor `service`. `exits` and `bundle` need numpy alone, so that a server on ONNX
 Runtime starts without loading torch; `msdnet`, `boosting`, `staging` and `cost` need torch.
 """
+
+import os
+
+# ONNX Runtime's own Linux packages report to their maker by default (from 1.29 on), what they run included. Set before
+# anything imports it; whoever wants the reports sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
