@@ -14,9 +14,6 @@ from service.settings import Settings, SettingsError, load_settings
 if TYPE_CHECKING:
     from service.target import Target, Targets
 
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-
-
 logger = logging.getLogger("service")
 
 
@@ -26,13 +23,12 @@ def main(arguments: Sequence[str]) -> int:
         settings = load_settings(arguments)
     except SettingsError as error:
         return _refuse(error)
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
-    for noisy in ("uvicorn.error", "python_multipart"):  # what they tell is told here in other words, or to the client
-        logging.getLogger(noisy).setLevel(max(logging.ERROR, logging.root.level))
     # Only now, so that `--help` and a wrong setting are answered at once.
     from models.bundle import BundleError
+    from service.logs import set_up_logs
     from service.server import ListenError, listen
 
+    set_up_logs(settings.log_level, as_json=settings.access_log == "json")
     try:
         listener = listen(settings.host, settings.port)
     except ListenError as error:

@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                access_log=settings.access_log,
+                access_log=False,  # ours says more
                 server_header=False,
                 # A client's own headers must not decide whether it counts as local.
                 proxy_headers=False,

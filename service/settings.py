@@ -63,7 +63,9 @@ class Settings(BaseSettings):
     )
     admin_token_file: Path | None = Field(None, description="file that holds the admin token")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message logged")
-    access_log: bool = Field(False, description="log one line per request")
+    access_log: Literal["json", "off"] = Field(
+        "json", description="json logs a line for every request, and all else as JSON too; off logs text for people"
+    )
 
     @field_validator("admin_token")
     @classmethod

@@ -11,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 
 from models.bundle import Bundle
 from service.api import page, problems
+from service.api.access_log import LoggedGate
 from service.api.batch import batch_routes
 from service.api.budget import budget_routes
 from service.api.classify import classify_routes
@@ -105,7 +106,7 @@ def create_app(
         app.include_router(routes)
     page.install(app, state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return Gate(app, lifecycle)
+    return LoggedGate(app, lifecycle) if settings.access_log == "json" else Gate(app, lifecycle)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

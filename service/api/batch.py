@@ -16,6 +16,7 @@ from service.api.documents import engine_problem, outcome
 from service.api.options import Asked
 from service.api.problems import Problem
 from service.api.state import State
+from service.logs import NOTES
 from service.rows import EngineError
 
 Result = dict[str, Any] | Problem
@@ -90,6 +91,8 @@ class Batcher:
         problems = [result for result in results if isinstance(result, Problem)]
         if len(problems) == len(results) and {problem.status for problem in problems} in ({429}, {503}):
             raise problems[0]  # to come back later is advice for the whole request
+        if (notes := request.scope.get(NOTES)) is not None:
+            notes.update({"images": len(results), "answered": len(results) - len(problems)})
         path, request_id = request.url.path, request.scope["request_id"]
         items = [
             {

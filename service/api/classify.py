@@ -16,7 +16,8 @@ from service.api.options import Asked, OptionReader
 from service.api.problems import Problem
 from service.api.state import State
 from service.images import ImageError
-from service.rows import EngineError
+from service.logs import NOTES
+from service.rows import Answer, EngineError
 
 CLIENT_LEFT = Response(status_code=499)  # nobody reads it; nginx's number, for the access log
 STATUSES = (400, 408, 413, 415, 422, 429, 500, 503, 504)
@@ -78,8 +79,18 @@ class Classifier:
             raise engine_problem(error) from None
         total_s = perf_counter() - started
         state.metrics.responded(answer.exit, total_s)
+        note(request, answer)
         document = self.documents.answer(answer, decoded - started, total_s, request.scope["request_id"])
         return Response(orjson.dumps(document), media_type="application/json")
+
+
+def note(request: Request, answer: Answer) -> None:
+    """Have the request's line in the log say what was answered, if there is one."""
+    notes = request.scope.get(NOTES)
+    if notes is not None:
+        notes.update(
+            {"exit": answer.exit, "reason": answer.reason, "mflops": answer.mflops, "confidence": answer.confidence}
+        )
 
 
 def classify_routes(state: State) -> APIRouter:

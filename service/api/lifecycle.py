@@ -13,6 +13,9 @@ from service.api.problems import not_ready
 # Asked by machines that have to hear from a server in any state.
 ALWAYS_OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
 CLIENTS_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+TRACEPARENT = re.compile(
+    rb"(?P<version>[0-9a-f]{2})-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?P<more>-[!-~]{0,64})?"
+)
 
 
 class Phase(StrEnum):
@@ -63,12 +66,12 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = scope["request_id"] = self._request_id(scope)
-        header = (b"x-request-id", request_id.encode())
+        named = self._names(scope)
+        request_id = scope["request_id"]
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), header]
+                headers = [*message.get("headers", ()), *named]
                 if self.lifecycle.phase is Phase.DRAINING:
                     headers.append((b"connection", b"close"))
                 message["headers"] = headers
@@ -88,9 +91,25 @@ class Gate:
         finally:
             self.lifecycle.requests_in_flight -= 1
 
-    def _request_id(self, scope: Scope) -> str:
-        """The client's own id where it sends a decent one, for tracing across services; a new one otherwise."""
+    def _names(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """Name a request and its trace, in its scope; returns the headers that tell the client.
+
+        The client's own id where it sends a decent one, for tracing across services; a new one otherwise.
+        """
+        request_id = b""
+        named: list[tuple[bytes, bytes]] = []
         for name, value in scope["headers"]:
-            if name == b"x-request-id" and CLIENTS_REQUEST_ID.fullmatch(value):
-                return bytes(value).decode()
-        return next(self._new_ids)
+            if name == b"x-request-id":
+                request_id = value if CLIENTS_REQUEST_ID.fullmatch(value) else b""
+            elif name == b"traceparent" and is_traceparent(value):
+                scope["traceparent"] = value.decode()
+                named.append((name, value))
+        scope["request_id"] = request_id.decode() or next(self._new_ids)
+        named.append((b"x-request-id", scope["request_id"].encode()))
+        return named
+
+
+def is_traceparent(value: bytes) -> bool:
+    """Whether a header is one of W3C Trace Context (section 3.2): version 00, or a later one with whatever it adds."""
+    match = TRACEPARENT.fullmatch(value)
+    return match is not None and match["version"] != b"ff" and (match["version"] != b"00" or not match["more"])

@@ -9,6 +9,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from service.logs import NOTES
+
 logger = logging.getLogger(__name__)
 
 TYPE_PREFIX = "urn:exitserve:problem:"
@@ -74,6 +76,8 @@ def not_ready(detail: str) -> Problem:
 
 
 def respond(request: Request, problem: Problem) -> Response:
+    if (notes := request.scope.get(NOTES)) is not None:
+        notes.update({"problem": problem.kind})
     return problem.response(request.url.path, request.scope.get("request_id", ""))
 
 

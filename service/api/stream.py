@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.answers import LastStep, ProblemDocument, Step
 from service.api.bodies import read_image
-from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, one_image
+from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, note, one_image
 from service.api.delivery import ClientLeft
 from service.api.documents import engine_problem, finite, outcome
 from service.api.problems import Problem
@@ -109,6 +109,7 @@ class Streamer:
                         continue
                     total_s = perf_counter() - started
                     state.metrics.responded(step.exit, total_s)
+                    note(request, step)
                     answer = documents.answer(step, decoded - started, total_s, request.scope["request_id"])
                     yield {**answer, "score": finite(step.score), "threshold": finite(step.threshold), "final": True}
         except EngineError as error:

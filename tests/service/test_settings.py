@@ -31,11 +31,11 @@ def test_defaults_are_safe() -> None:
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXITSERVE_PORT", "9001")
     monkeypatch.setenv("EXITSERVE_MAX_PIXELS", "5000")
-    monkeypatch.setenv("EXITSERVE_ACCESS_LOG", "yes")
+    monkeypatch.setenv("EXITSERVE_ACCESS_LOG", "off")
     settings = load_settings(["serve", "--port", "9002", "--bundle", "some/where"])
-    assert (settings.port, settings.max_pixels, settings.access_log) == (9002, 5000, True)
+    assert (settings.port, settings.max_pixels, settings.access_log) == (9002, 5000, "off")
     assert settings.bundle == Path("some/where")
-    assert not load_settings(["--no-access-log"]).access_log
+    assert load_settings(["--access-log", "json"]).access_log == "json"
 
 
 def test_help_teaches_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

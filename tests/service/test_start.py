@@ -95,7 +95,7 @@ def test_an_unusable_bundle_is_told_in_one_line(bundle_path: Path, damage: str) 
 def test_the_token_is_never_logged(bundle_path: Path, log: Path) -> None:
     token = "correct-horse-battery"
     with running_server(
-        bundle_path, log, "--access-log", "--log-level", "debug", EXITSERVE_ADMIN_TOKEN=token
+        bundle_path, log, "--access-log", "json", "--log-level", "debug", EXITSERVE_ADMIN_TOKEN=token
     ) as server:
         asked = {"json": {"fraction": 0.5}, "headers": {"Authorization": f"Bearer {token}"}}
         assert httpx.put(server.url + "/budget", **asked).status_code == 200  # type: ignore[arg-type]

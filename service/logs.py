@@ -1,0 +1,36 @@
+"""Logs as JSON, one object a line, or as text for people."""
+
+import logging
+import sys
+from datetime import UTC, datetime
+
+import orjson
+
+TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+FIELDS = "fields"  # of a record, made by `extra={FIELDS: {...}}`: further members of its object
+NOTES = "notes"  # of a request's scope: what its line is to say besides; absent where there is no line
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one JSON object: time (UTC), level, logger, message, what was added, the trace of an exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        document = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, FIELDS, {}),
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(document, default=str).decode()
+
+
+def set_up_logs(level: str, as_json: bool) -> None:
+    """Log to standard error from now on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(TEXT_FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    for noisy in ("uvicorn.error", "python_multipart"):  # what they tell is told here in other words, or to the client
+        logging.getLogger(noisy).setLevel(max(logging.ERROR, logging.root.level))

@@ -1,0 +1,122 @@
+"""One JSON line a request, and the names under which it is found again."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.api.access_log import LoggedGate
+from service.api.lifecycle import is_traceparent
+from service.logs import JsonFormatter
+from tests.bundles import random_images, tiny_bundle
+from tests.service.apps import PNG, Http, build_app, png, serving
+from tests.service.process import running_server
+
+BODY = png(random_images(1, seed=23)[0])
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def http(folder: Path) -> Iterator[Http]:
+    with serving(build_app(folder)) as client:
+        yield client
+
+
+def line_of(caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
+    [record] = [record for record in caplog.records if record.name == "service.access"]
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    caplog.clear()
+    document: dict[str, Any] = json.loads(line)
+    return document
+
+
+def test_a_request_leaves_one_line_that_says_what_became_of_it(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    response = http.post("/classify?exit=2", content=BODY, headers={**PNG, "traceparent": TRACEPARENT})
+    line = line_of(caplog)
+    assert {key: line[key] for key in ("method", "path", "status", "exit", "reason", "client", "level")} == {
+        "method": "POST",
+        "path": "/classify",
+        "status": 200,
+        "exit": 2,
+        "reason": "pinned",
+        "client": "127.0.0.1",
+        "level": "info",
+    }
+    assert line["request_id"] == response.headers["x-request-id"]
+    assert line["traceparent"] == response.headers["traceparent"] == TRACEPARENT
+    assert line["response_bytes"] == len(response.content)
+    assert line["duration_ms"] >= response.json()["timings"]["total_ms"]
+    http.post("/classify", content=b"no image", headers=PNG)
+    assert {"status": 400, "problem": "not-an-image", "traceparent": None}.items() <= line_of(caplog).items()
+    http.post("/classify/batch", files=[("image", ("a.png", BODY)), ("image", ("b.png", b"none"))])
+    assert {"path": "/classify/batch", "images": 2, "answered": 1}.items() <= line_of(caplog).items()
+    http.post("/classify/stream?exit=3", content=BODY, headers=PNG)
+    assert {"path": "/classify/stream", "exit": 3}.items() <= line_of(caplog).items()
+    http.get("/nowhere%0A")
+    assert {"path": "/nowhere\n", "status": 404}.items() <= line_of(caplog).items()
+
+
+def test_where_it_is_off_nothing_of_it_is_there(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    app = build_app(folder, access_log="off")
+    assert not isinstance(app, LoggedGate)
+    with serving(app) as client:
+        assert client.post("/classify", content=BODY, headers=PNG).status_code == 200
+    assert [record for record in caplog.records if record.name == "service.access"] == []
+
+
+@pytest.mark.parametrize(
+    ("header", "valid"),
+    [
+        (TRACEPARENT, True),
+        ("cc" + TRACEPARENT[2:] + "-what-comes-later", True),
+        (TRACEPARENT + "-extra", False),
+        ("ff" + TRACEPARENT[2:], False),
+        (TRACEPARENT.upper(), False),
+        ("00-" + "0" * 32 + "-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-" + "0" * 16 + "-01", False),
+        (TRACEPARENT[:-1], False),
+        ("", False),
+    ],
+)
+def test_a_trace_is_echoed_if_it_is_one(http: Http, header: str, valid: bool) -> None:
+    assert is_traceparent(header.encode()) == valid
+    response = http.get("/healthz", headers={"traceparent": header})
+    assert response.headers.get("traceparent") == (header if valid else None)
+    assert response.headers["x-request-id"]
+
+
+def test_a_server_logs_json_lines_alone(folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with running_server(folder, log) as server:
+        named = {"X-Request-ID": "mine-1", **PNG}
+        assert httpx.post(server.url + "/classify", content=BODY, headers=named).status_code == 200
+        assert server.stop() == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    [access] = [line for line in lines if line["logger"] == "service.access"]
+    assert access["request_id"] == "mine-1"
+    assert any(line["message"].startswith("stopped: 1 answered") for line in lines)
+
+
+def test_an_exception_stays_on_one_line() -> None:
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        record = logging.getLogger("x").makeRecord("x", logging.ERROR, "f", 1, "failed: %s", ("é",), sys.exc_info())
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    document = json.loads(line)
+    assert document["message"] == "failed: é"
+    assert "ValueError: first\nsecond" in document["exception"]
