@@ -1,0 +1,223 @@
+"""How fast a recipe trains, against a plain PyTorch loop that trains the same network.
+
+    python -m benchmarks.training --recipe cifar100-fast --processes 2
+
+The plain loop is written the way most are: a DataLoader with worker processes that crops, flips and normalises image by
+image, float32, torch's own memory layout, one process with a thread per core. Both train on the same noise images
+(SYNTHETIC: only the speed is looked at) in turns, so that a machine's moods hit both alike. Multiply-adds are three
+times those of a forward pass: once forward, twice backward. Keep the machine idle meanwhile.
+"""
+
+import json
+import os
+import pickle
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from models.cost import measure_cost
+from training.checkpoint import RunFolder
+from training.data import CIFAR100_MEAN, CIFAR100_STD, Split, load_image_set
+from training.objectives import network_of
+from training.processes import launch
+from training.recipe import Recipe
+
+FORWARD_AND_BACKWARD = 3
+N_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole measurement. Rates are images/s, one per round."""
+
+    recipe: str
+    device: str
+    image_size_px: int
+    batch_rows: int
+    processes: int
+    workers: int  # of the plain loop's DataLoader
+    mmacs_forward: float  # an image's multiply-adds in a forward pass, millions
+    ours: list[float]
+    plain: list[float]
+    peak_gmacs_per_s: dict[str, float]  # of large matrix products on the whole machine, by precision
+    precision: str
+
+    @property
+    def speed_up(self) -> float:
+        return median(self.ours) / median(self.plain)
+
+
+class UsualDataset(Dataset[tuple[torch.Tensor, int]]):
+    """One image at a time: padded, cropped, flipped and normalised on the CPU."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, padding_px: int) -> None:
+        self.images, self.labels, self.padding_px = images, labels, padding_px
+        self.mean = torch.tensor(CIFAR100_MEAN).view(3, 1, 1)
+        self.std = torch.tensor(CIFAR100_STD).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = torch.from_numpy(self.images[index]).permute(2, 0, 1).float().div(255)
+        image = (image - self.mean) / self.std
+        p, size_px = self.padding_px, image.shape[-1]
+        if p:
+            top, left = torch.randint(0, 2 * p + 1, (2,)).tolist()
+            image = functional.pad(image, (p, p, p, p))[:, top : top + size_px, left : left + size_px]
+        return image.flip(2) if torch.rand(1) < 0.5 else image, int(self.labels[index])
+
+
+def plain_rate(recipe: Recipe, images: np.ndarray, labels: np.ndarray, device: torch.device, workers: int) -> float:
+    """Images/s of the plain loop over all images once, after a warm-up of three batches."""
+    o = recipe.optimisation
+    network = network_of(recipe, N_CLASSES).to(device).train()
+    optimiser = torch.optim.SGD(network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay)
+    dataset = UsualDataset(images, labels, recipe.augmentation.crop_padding_px)
+    loader = DataLoader(
+        dataset, o.batch_rows, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda"
+    )
+    began, n_images = 0.0, 0
+    for step, (batch, targets) in enumerate(loader):
+        if step == 3:
+            _synchronise(device)
+            began, n_images = time.perf_counter(), 0
+        outputs = network(batch.to(device, non_blocking=True))
+        targets = targets.to(device, non_blocking=True)
+        loss = torch.stack([functional.cross_entropy(logits, targets) for logits in outputs]).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        n_images += len(batch)
+    _synchronise(device)
+    return n_images / (time.perf_counter() - began)
+
+
+def our_rate(recipe_name: str, settings: list[str], data: Path, device: torch.device, processes: int) -> float:
+    """Images/s of the project's own command: its second epoch over the same images, evaluation left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        changes = [f"--set={s}" for s in (*settings, "optimisation.epochs=2", "held_out_images=128")]
+        options = ["--recipe", recipe_name, "--data", str(data), "--device", device.type, *changes]
+        if launch(processes, ["train", str(run), *options]):
+            raise typer.Exit(1)
+        return float(RunFolder(run).read_log()[-1]["images_per_s"])
+
+
+def peak_gmacs_per_s(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Multiply-adds per second of large matrix products, billions: what this machine can do at most."""
+    if device.type == "cuda":
+        size *= 4
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        _synchronise(device)
+        began = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    return size**3 / min(seconds) / 1e9
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def write_noise(path: Path, n_images: int) -> Path:
+    """Noise in the official form of CIFAR-100, so that the project's command reads it as it reads the real set."""
+    draw = np.random.default_rng(0)
+    path.mkdir()
+    for part, n in (("train", n_images), ("test", 100)):
+        flat = draw.integers(0, 256, (n, 3072), np.uint8)
+        content = {b"data": flat, b"fine_labels": draw.integers(0, N_CLASSES, n).tolist()}
+        (path / part).write_bytes(pickle.dumps(content, protocol=2))
+    (path / "meta").write_bytes(pickle.dumps({b"fine_label_names": [str(n).encode() for n in range(N_CLASSES)]}, 2))
+    return path
+
+
+def measure(
+    recipe_name: str,
+    settings: list[str],
+    device: torch.device,
+    processes: int,
+    workers: int,
+    n_images: int,
+    rounds: int,
+) -> Report:
+    """Train in turns: ours, plain, ours, ..."""
+    recipe = Recipe.load(recipe_name, settings)
+    ours, plain = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_noise(Path(folder) / "noise", n_images)
+        images = load_image_set(data)
+        train = Split.make(n_images, 128, seed=0).train
+        for _ in range(rounds):
+            ours.append(our_rate(recipe_name, settings, data, device, processes))
+            plain.append(plain_rate(recipe, images.train_images[train], images.train_labels[train], device, workers))
+    cost = measure_cost(network_of(recipe, N_CLASSES), images.image_size_px)
+    return Report(
+        recipe=" ".join([recipe_name, *settings]),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
+        image_size_px=images.image_size_px,
+        batch_rows=recipe.optimisation.batch_rows,
+        processes=processes,
+        workers=workers,
+        mmacs_forward=cost.published_macs[-1] / 1e6,
+        ours=ours,
+        plain=plain,
+        peak_gmacs_per_s={
+            name: peak_gmacs_per_s(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        },
+        precision=recipe.numerics.precision,
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report as a table."""
+    title = f"{report.recipe} on {report.device}, batches of {report.batch_rows} SYNTHETIC images"
+    table = Table("", "this project", "plain loop", title=title)
+    columns = [(report.ours, report.precision), (report.plain, "fp32")]
+    rates = [f"{median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})" for rates, _ in columns]
+    table.add_row("images/s, median of rounds", *rates)
+    table.add_row("speed-up", f"{report.speed_up:.2f} x", "1")
+    gmacs = [FORWARD_AND_BACKWARD * report.mmacs_forward * median(rates) / 1e3 for rates, _ in columns]
+    table.add_row("G multiply-adds/s", *(f"{g:.1f}" for g in gmacs))
+    peaks = [report.peak_gmacs_per_s[precision] for _, precision in columns]
+    table.add_row("measured matrix peak of its precision", *(f"{p:.0f}" for p in peaks))
+    table.add_row("share of that peak", *(f"{g / p:.0%}" for g, p in zip(gmacs, peaks, strict=True)))
+    table.add_row("processes / DataLoader workers", str(report.processes), str(report.workers))
+    console.print(table)
+
+
+def main(
+    recipe: Annotated[str, typer.Option(help="A recipe of 32-px images.")] = "cifar100-fast",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the recipe.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Of this project; by default one per core or GPU.")] = None,
+    workers: Annotated[int, typer.Option(help="Of the plain loop's DataLoader.")] = 2,
+    images: Annotated[int, typer.Option(help="Images an epoch.")] = 4_096,
+    rounds: Annotated[int, typer.Option(help="Rounds of each.")] = 3,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+) -> None:
+    """Measure how fast a recipe trains, beside a plain PyTorch loop of the same network."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n_processes = processes or (torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1)
+    report = measure(recipe, settings or [], device, n_processes, workers, images, rounds)
+    show(report, Console())
+    if json_path is not None:
+        json_path.write_text(json.dumps(asdict(report), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
