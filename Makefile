@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve test check format bench train clean
+.PHONY: help serve test check format bench train secrets check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,6 +34,16 @@ bench: $(VENV)/.dev    ## measure the engine on BUNDLE (keep the machine idle me
 
 train: $(VENV)/.dev    ## train RECIPE on DATA into RUN; the same command resumes
 	$(BIN)/python -m training train $(RUN) --recipe $(RECIPE) --data $(DATA)
+
+# World-readable files in a folder that only its owner may enter: the containers' users read them through mounts.
+secrets:         ## make what docker compose needs secret: an admin token and Grafana's password, once, in docker/secrets
+	@chmod 700 docker/secrets
+	@cd docker/secrets && for name in admin-token grafana-password; do \
+	  test -s $$name || { head -c 24 /dev/urandom | base64 | tr '+/' '-_' > $$name && chmod 444 $$name; }; done
+	@echo "docker/secrets/admin-token, docker/secrets/grafana-password"
+
+check-containers:  ## build the images and run the stack for real (root; Debian's buildah, podman, mmdebstrap, prometheus)
+	docker/check.sh
 
 clean:           ## remove the environment and caches (runs/ stay)
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
