@@ -1,4 +1,4 @@
-"""`python -m service`: load a bundle, check it, warm it up, serve it.
+"""`python -m service`: load a bundle, check it, warm it up, serve it; `python -m service classify`: see `command`.
 
 Exit codes: 0 stopped as told, 1 something failed, 2 wrong settings or an unusable bundle.
 """
@@ -18,7 +18,11 @@ logger = logging.getLogger("service")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until told to stop; returns the exit code."""
+    """Serve until told to stop, or classify; returns the exit code."""
+    if list(arguments[:1]) == ["classify"]:
+        from service import command
+
+        return command.main(arguments[1:])
     try:
         settings = load_settings(arguments)
     except SettingsError as error:

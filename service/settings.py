@@ -157,6 +157,7 @@ def command_line() -> argparse.ArgumentParser:
             "Examples:\n"
             "  python -m service --budget-fraction 0.4\n"
             "  python -m service serve --bundle models/zoo/cifar100-msdnet --host 0.0.0.0 --port 8080\n"
+            "  python -m service classify photo.jpg --url http://127.0.0.1:8000   (classify --help)\n"
             "  curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/classify\n\n"
             f"Set by the environment alone: {variable('admin_token')}, the "
             f"{Settings.model_fields['admin_token'].description}."

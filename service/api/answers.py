@@ -153,6 +153,32 @@ class FrontierCurve(BaseModel):
     thresholds: list[list[float | None]]
 
 
+class ModelExit(BaseModel):
+    """What one exit costs, cumulative, and how often it is right."""
+
+    published_mflops: float = Field(description="as the network's authors count")
+    executed_mflops: float = Field(description="what is run up to it, and charged")
+    test_accuracy: float | None
+    heldout_accuracy: float
+
+
+class ModelInput(BaseModel):
+    height_px: int
+    width_px: int
+
+
+class ModelDescription(BaseModel):
+    """The network that is served; `GET /model` says more than this."""
+
+    name: str
+    version: str
+    description: str
+    architecture: str
+    class_names: list[str]
+    input: ModelInput
+    exits: list[ModelExit]
+
+
 class Health(BaseModel):
     status: Literal["alive"] = "alive"
 

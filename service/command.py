@@ -1,0 +1,215 @@
+"""`python -m service classify IMAGE...`: what is on these pictures? Asked of a running server, or of a bundle here.
+
+Exit codes: 0 every image was answered, 1 some were not, 2 the command cannot be carried out.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from urllib.parse import urlencode
+
+from service.api.answers import Classification
+
+WISHES = ("top_k", "exit", "min_confidence", "max_mflops", "deadline_ms")
+AT_ONCE = 256  # images in work here
+
+
+class CommandError(Exception):
+    """The command cannot be carried out; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one image: an answer, or why there is none."""
+
+    path: Path
+    answer: Classification | None
+    why_not: str = ""
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m service classify",
+        description="Classify image files, by a running server (--url) or, without one, by a bundle in this process.",
+        epilog="Example:\n  python -m service classify examples/images/*.png --top-k 3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, BMP or GIF files")
+    where = parser.add_argument_group("where").add_mutually_exclusive_group()
+    where.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
+    where.add_argument("--bundle", type=Path, default=Path("models/zoo/cifar100-msdnet"), help="(default: %(default)s)")
+    how = parser.add_argument_group("how (docs/http.md says what each means)")
+    how.add_argument("--top-k", metavar="N", help="classes to show of each image (default: 1)")
+    how.add_argument("--exit", metavar="N", help="answer at this exit")
+    how.add_argument("--min-confidence", metavar="SHARE", help="answer at the first exit so confident")
+    how.add_argument("--max-mflops", metavar="MFLOPS", help="go no deeper than this pays for")
+    how.add_argument("--deadline-ms", metavar="MS", help="answer then with the best so far")
+    how.add_argument("--budget-fraction", type=float, metavar="F", help="average compute an image, without --url (1)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line instead of a table")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Classify, print, and return the exit code."""
+    parser = command_line()
+    given = parser.parse_args(arguments)
+    wishes = {name: value for name in WISHES if (value := getattr(given, name)) is not None}
+    wishes.setdefault("top_k", "1")
+    try:
+        if given.url is not None and given.budget_fraction is not None:
+            raise CommandError("--budget-fraction is for a bundle here: a server has its own budget (PUT /budget).")
+        if given.url is not None:
+            rows = _ask(given.url, given.images, wishes)
+        else:
+            rows = _classify_here(given.bundle, given.budget_fraction, given.images, wishes)
+        failed = _print_lines(rows) if given.json else _print_table(list(rows))
+    except CommandError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 1 if failed else 0
+
+
+def _ask(url: str, paths: Sequence[Path], wishes: dict[str, str]) -> Iterator[Row]:
+    """Ask a server about one image after the other."""
+    try:
+        from service import client
+    except ImportError as error:
+        raise CommandError(f"{error}, or leave --url out to classify here.") from None
+    with client.Client(url) as server:
+        for path in paths:
+            try:
+                yield Row(path, server.classify(path, **wishes))  # type: ignore[arg-type]
+            except OSError as error:
+                yield Row(path, None, _unreadable(error))
+            except client.Refused as refused:
+                if refused.kind == "bad-parameter":
+                    raise CommandError(str(refused)) from None
+                yield Row(path, None, str(refused))
+            except client.ServerError as error:
+                raise CommandError(f"{error} Leave --url out to classify here.") from None
+
+
+def _classify_here(
+    bundle_path: Path, budget_fraction: float | None, paths: Sequence[Path], wishes: dict[str, str]
+) -> Iterator[Row]:
+    """Load a bundle and run its engine in this process."""
+    from models.bundle import BundleError, load_bundle
+    from models.onnx_weights import StageLoadError
+    from service.api.documents import Documents
+    from service.api.options import OptionReader
+    from service.api.problems import Problem
+    from service.assembly import build_engine
+    from service.images import ImageDecoder, ImageError
+    from service.rows import EngineError
+    from service.runners.base import RunnerError
+    from service.settings import Settings
+    from service.target import TargetError, Targets
+
+    try:
+        bundle = load_bundle(bundle_path)
+        target = Targets(bundle.frontier(), bundle.costs_mflops).resolve("fraction", budget_fraction or 1.0)
+        asked = OptionReader(len(bundle.manifest.class_names), bundle.costs_mflops).read(urlencode(wishes).encode())
+        engine = build_engine(bundle, target.average_mflops)
+        engine.start()
+    except (BundleError, StageLoadError, RunnerError, TargetError) as error:
+        raise CommandError(str(error)) from None
+    except Problem as problem:
+        raise CommandError(problem.detail) from None
+    max_pixels: int = Settings.model_fields["max_pixels"].default
+    size = bundle.manifest.input
+    documents = Documents(bundle.manifest)
+
+    def begin(path: Path) -> Callable[[], Row]:
+        started = perf_counter()
+        image = decoder.decode_now(path.read_bytes())
+        decoded = perf_counter()
+        future = engine.submit(image, asked.at(started))
+
+        def end() -> Row:
+            try:
+                answer = future.result()
+            except EngineError as error:
+                return Row(path, None, f"No answer, {error}.")
+            total_s = decoded - started + (answer.queue_ms + answer.compute_ms) / 1e3
+            document = documents.answer(answer, decoded - started, total_s, "")
+            return Row(path, Classification.model_validate(document))
+
+        return end
+
+    with closing(ImageDecoder(size.height_px, size.width_px, max_pixels)) as decoder:
+        try:
+            for start in range(0, len(paths), AT_ONCE):
+                ends: list[Callable[[], Row]] = []
+                for path in paths[start : start + AT_ONCE]:
+                    try:
+                        ends.append(begin(path))
+                    except OSError as error:
+                        ends.append(_failed(path, _unreadable(error)))
+                    except ImageError as error:
+                        ends.append(_failed(path, str(error)))
+                yield from (end() for end in ends)
+        finally:
+            engine.drain(1.0)
+
+
+def _failed(path: Path, why: str) -> Callable[[], Row]:
+    return lambda: Row(path, None, why)
+
+
+def _unreadable(error: OSError) -> str:
+    return f"The file cannot be read: {error.strerror}."
+
+
+def _print_lines(rows: Iterable[Row]) -> int:
+    """Print rows as they come; returns how many have no answer."""
+    import orjson
+
+    failed = 0
+    for row in rows:
+        failed += row.answer is None
+        answer = row.answer.model_dump() if row.answer else None
+        document = {"image": str(row.path), "answer": answer, "error": row.why_not or None}
+        sys.stdout.write(orjson.dumps(document).decode() + "\n")
+        sys.stdout.flush()
+    return failed
+
+
+def _print_table(rows: Sequence[Row]) -> int:
+    """Print a table, what the images cost on average, and what failed; returns how many have no answer."""
+    answered = [(row.path, row.answer) for row in rows if row.answer is not None]
+    lines = [("image", "label", "confidence", "exit", "reason", "MFLOPs", "ms")]
+    for path, answer in answered:
+        first = (
+            f"{answer.exit}/{answer.exits}",
+            answer.reason,
+            f"{answer.mflops:.1f}",
+            f"{answer.timings.total_ms:.1f}",
+        )
+        for i, ranked in enumerate(answer.top_k):
+            rest = first if i == 0 else ("", "", "", "")
+            lines.append((str(path) if i == 0 else "", ranked.label, f"{ranked.confidence:.1%}", *rest))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    numbers = {2, 5, 6}
+    for line in lines if answered else []:
+        cells = [
+            cell.rjust(w) if i in numbers else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    if answered:
+        mean = sum(answer.mflops for _, answer in answered) / len(answered)
+        one = answered[0][1]
+        sys.stdout.write(
+            f"\n{len(answered)} image{'s' if len(answered) > 1 else ''} by {one.model} {one.version}: {mean:.1f} MFLOPs on average, "
+            f"{mean / one.full_mflops:.0%} of the full network's {one.full_mflops:.1f}\n"
+        )
+    sys.stdout.flush()
+    failed = [row for row in rows if row.answer is None]
+    for row in failed:
+        sys.stderr.write(f"{row.path}: {row.why_not}\n")
+    return len(failed)
