@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve test check format bench train secrets check-containers clean
+.PHONY: help serve test check format bench train secrets dashboard check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,8 +42,11 @@ secrets:         ## make what docker compose needs secret: an admin token and Gr
 	  test -s $$name || { head -c 24 /dev/urandom | base64 | tr '+/' '-_' > $$name && chmod 444 $$name; }; done
 	@echo "docker/secrets/admin-token, docker/secrets/grafana-password"
 
+dashboard: $(VENV)/.dev  ## write Grafana's dashboard from docker/grafana/panels.toml
+	$(BIN)/python -m docker.grafana.dashboard
+
 check-containers:  ## build the images and run the stack for real (root; Debian's buildah, podman, mmdebstrap, prometheus)
-	docker/check.sh
+	$(PYTHON) -m docker.check
 
 clean:           ## remove the environment and caches (runs/ stay)
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The dashboard as code: `dashboard` writes it, `ask` asks its queries."""
