@@ -3,12 +3,12 @@
 import { badge, byId, element, tint } from "./element.js";
 import { Curve } from "./curve.js";
 import { readAccess, setBudget } from "./server.js";
-import { count, millions, percent, score } from "./words.js";
+import { count, millions, needs, percent } from "./words.js";
 
 export class BudgetPanel {
   // changed(state) is called with every new GET /budget document, failed(error) where setting it failed.
   constructor(model, frontier, { changed, failed }) {
-    Object.assign(this, { frontier, changed, failed, editable: false, token: "", live: { answers: 0, shares: null } });
+    Object.assign(this, { frontier, changed, failed, editable: false, token: "", changes: 0, live: { answers: 0, shares: null } });
     this.full = model.exits.at(-1).executed_mflops;
     this.slider = byId("budget");
     this.slider.min = String((model.exits[0].executed_mflops / this.full) * 100);
@@ -40,7 +40,7 @@ export class BudgetPanel {
     return row;
   }
 
-  // Takes what GET /budget said; while a hand is on the slider, the hand is right.
+  // Takes what GET /budget said, where nothing has been set (`changes`) since it was asked; while a hand is on the slider, the hand is right.
   setState(state) {
     this.state = state;
     if (this.wanted === undefined && !this.sending) this.#show(state.fraction, state.expected, state.thresholds);
@@ -98,6 +98,7 @@ export class BudgetPanel {
     if (!this.editable) return;
     const { lowest, highest } = this.state.allowed.fraction;
     this.wanted = Math.min(highest, Math.max(lowest, fraction));
+    this.changes++;
     this.#show(this.wanted, ...this.#expect(this.wanted));
     this.#send();
   }
@@ -116,6 +117,7 @@ export class BudgetPanel {
         const state = await setBudget(asked, this.token);
         if (this.wanted === asked) this.wanted = undefined;
         this.state = state;
+        this.changes++;
       }
     } catch (error) {
       this.wanted = undefined;
@@ -164,7 +166,8 @@ export class BudgetPanel {
     byId("budget-limit").textContent =
       `For this network going deeper stops paying at ${percent(end)}: the rest of the budget is not spent.`;
     this.rows.forEach((row, i) => {
-      row.threshold.textContent = Number.isFinite(thresholds[i]) ? score(thresholds[i]) : "any";
+      const takesAll = i + 1 === this.rows.length || expected.exit_shares[i] > 0;
+      row.threshold.textContent = needs(thresholds[i], takesAll);
       row.expected.style.width = width(expected.exit_shares[i]);
     });
     this.curve.show({

@@ -12,7 +12,7 @@ export class Curve {
     this.box = byId("curve");
     const full = model.exits.at(-1).executed_mflops;
     const fixed = model.exits.map((exit) => [(exit.executed_mflops / full) * 100, exit.heldout_accuracy * 100]);
-    this.low = frontier.fraction[0] * 100;
+    this.low = Math.min(95, frontier.fraction[0] * 100);
     const line = frontier.fraction.map((fraction, i) => [fraction * 100, frontier.accuracy[i] * 100]);
     const data = globalThis.uPlot.join([transpose(line), transpose(fixed)]);
     this.point = element("span", { class: "point" });

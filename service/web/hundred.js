@@ -101,9 +101,9 @@ export class Hundred {
 
   #lay(canvas, truth, answer) {
     const right = answer.label === truth;
-    const tile = element("span", { class: "tile", title: className(right ? truth : `${truth}, taken for ${answer.label}`) });
-    tile.append(canvas);
-    if (this.known.has(truth) && !right) tile.classList.add("wrong");
+    const wrong = !right && this.known.has(truth);
+    const title = className(wrong ? `${truth}, taken for ${answer.label}` : truth);
+    const tile = element("span", { class: wrong ? "tile wrong" : "tile", title }, canvas);
     this.rows[answer.exit - 1].tiles.append(tile);
     this.answers.push({ ...answer, right, tile });
     if (this.answers.length > IMAGES) this.answers.shift().tile.remove();

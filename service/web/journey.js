@@ -2,7 +2,7 @@
 
 import { badge, byId, calm, element, pause, tint } from "./element.js";
 import { classifyStream } from "./server.js";
-import { className, millions, percent, score, whyItLeft } from "./words.js";
+import { aboutScore, className, millions, needs, percent, score, whyItLeft } from "./words.js";
 
 const STEP_MS = 450; // the server takes milliseconds: nobody could see them
 
@@ -10,6 +10,8 @@ export class Journey {
   constructor(model) {
     this.costs = model.exits.map((exit) => exit.executed_mflops);
     this.thresholds = this.costs.map(() => null);
+    this.shares = this.costs.map(() => 0);
+    byId("about-score").textContent = aboutScore(model.score);
     this.rows = this.costs.map((cost, i) => this.#row(i + 1, cost));
     byId("exits").replaceChildren(...this.rows.map((row) => row.element));
     this.running = null;
@@ -41,9 +43,10 @@ export class Journey {
     return percent(cost / this.costs.at(-1));
   }
 
-  // The thresholds in force; shown while no picture is on its way.
-  setThresholds(thresholds) {
+  // What is in force by GET /budget; shown while no picture is on its way.
+  setBudget({ thresholds, expected }) {
     this.thresholds = thresholds;
+    this.shares = expected.exit_shares;
     if (!this.running && !this.shown) this.#clear();
   }
 
@@ -55,19 +58,19 @@ export class Journey {
     this.rows.forEach((row, i) => {
       row.element.dataset.state = "waiting";
       row.guess.textContent = row.then.textContent = "";
-      this.#gauge(row, null, this.thresholds[i]);
+      this.#gauge(row, null, this.thresholds[i], i + 1 === this.rows.length || this.shares[i] > 0);
     });
     byId("cost").hidden = true;
     byId("timing").textContent = "";
   }
 
-  #gauge(row, value, threshold) {
+  #gauge(row, value, threshold, takesAll) {
     const [low, high] = this.scale;
     const place = (x) => `${(100 * Math.min(1, Math.max(0, (x - low) / (high - low)))).toFixed(1)}%`;
     row.fill.style.width = Number.isFinite(value) ? place(value) : "0%";
     row.mark.hidden = !Number.isFinite(threshold);
     if (!row.mark.hidden) row.mark.style.left = place(threshold);
-    const needed = Number.isFinite(threshold) ? `needs ${score(threshold)}` : "takes every image";
+    const needed = `needs ${needs(threshold, takesAll)}`;
     row.numbers.textContent = value === null ? needed : `${score(value)}, ${needed}`;
   }
 
@@ -103,7 +106,7 @@ export class Journey {
     if (before) this.#leave(before, "passed", "not sure: goes on ↓");
     row.element.dataset.state = "here";
     row.guess.replaceChildren(className(line.label), " ", element("small", {}, percent(line.confidence)));
-    this.#gauge(row, line.score, line.threshold);
+    this.#gauge(row, line.score, line.threshold, line.final);
   }
 
   #leave(row, state, then) {

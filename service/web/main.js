@@ -85,7 +85,7 @@ async function start() {
   let average; // of the last state
   const budget = new BudgetPanel(model, frontier, {
     changed(state) {
-      journey.setThresholds(state.thresholds);
+      journey.setBudget(state);
       hundred.setBudget(state);
       if (average !== state.average_mflops) traffic.restart();
       average = state.average_mflops;
@@ -96,8 +96,9 @@ async function start() {
 
   async function look() {
     try {
+      const { changes } = budget;
       const [state, metrics] = await Promise.all([readJson("budget"), readText("metrics")]);
-      budget.setState(state);
+      if (changes === budget.changes) budget.setState(state);
       traffic.read(metrics);
       budget.setLive(traffic.live);
       showState(`${model.name} is ready`, true);

@@ -1,16 +1,30 @@
 // Numbers and reasons as people read them.
 
 export const percent = (share, digits = 0) => `${(share * 100).toFixed(digits)} %`;
-export const millions = (mflops) => `${mflops.toFixed(1)} M`;
+export const millions = (mflops) => {
+  const digits = mflops < 1 ? 2 : mflops < 1000 ? 1 : 0;
+  return `${mflops.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })} M`;
+};
 export const className = (label) => label.replaceAll("_", " ");
 export const score = (value) => (Number.isFinite(value) ? value.toFixed(2) : "none");
 export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
+
+// A threshold by itself; null stands for two things, told apart by whether any image leaves there.
+export const needs = (threshold, takesAll) =>
+  Number.isFinite(threshold) ? score(threshold) : takesAll ? "any" : "none will do";
+
+const SCORES = {
+  logit_margin: "The score says how far the best guess is ahead of the next one.",
+  max_softmax: "The score says how far the best guess is ahead of all others together.",
+};
+
+export const aboutScore = (name) => SCORES[name] ?? "The score says how sure the exit is of its best guess.";
 
 const REASONS = {
   confident: (answer) => {
     const unused = answer.exits - answer.exit;
     const spared = unused ? ` ${unused === 1 ? "The last stage was" : `The other ${unused} stages were`} never run.` : "";
-    return `Exit ${answer.exit} was sure enough: its score of ${score(answer.score)} reached the threshold${limit(answer)}.${spared}`;
+    return `Exit ${answer.exit} was sure enough: its score of ${score(answer.score)} ${reached(answer)}.${spared}`;
   },
   final: () =>
     "No exit was sure enough, so it went through the whole network. The last exit answers whatever its score.",
@@ -21,6 +35,7 @@ const REASONS = {
   pinned: (answer) => `The request asked for exit ${answer.exit}.`,
 };
 
-const limit = (answer) => (Number.isFinite(answer.threshold) ? ` of ${score(answer.threshold)}` : "");
+const reached = ({ threshold }) =>
+  Number.isFinite(threshold) ? `reached the threshold of ${score(threshold)}` : "is enough, as any would be at this budget";
 
 export const whyItLeft = (answer) => REASONS[answer.reason]?.(answer) ?? `Reason: ${answer.reason}.`;
