@@ -1,6 +1,7 @@
 """The architecture: layer plans, shapes and parameters of every published configuration."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_without_bottlenecks_branches_are_one_convolution() -> None:
     n_3x3 = sum(m.kernel_size == (3, 3) for m in network.blocks.modules() if isinstance(m, nn.Conv2d))
     n_1x1 = sum(m.kernel_size == (1, 1) for m in network.blocks.modules() if isinstance(m, nn.Conv2d))
     assert n_3x3 > n_1x1 == 2 + 1  # the transitions alone: two scales are left after the first, one after the second
+
+
+@pytest.mark.parametrize("initialisation", ["torch", "he"])
+def test_weights_start_from_torchs_defaults_or_as_was_intended(initialisation: Literal["torch", "he"]) -> None:
+    torch.manual_seed(0)
+    network = MSDNet(CONFIGS["C-batch-4"], initialisation=initialisation)
+    for conv in (m for m in network.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 2000):
+        # torch: uniform within 1 / sqrt(fan in); he: normal, by fan out.
+        variance = 1 / (3 * conv.weight[0].numel()) if initialisation == "torch" else 2 / conv.weight[:, 0].numel()
+        assert float(conv.weight.detach().std()) == pytest.approx(variance**0.5, rel=0.1)
+    biases = [bool(m.bias.any()) for m in network.modules() if isinstance(m, nn.Linear)]
+    assert biases == [initialisation == "torch"] * 6
 
 
 def test_rows_do_not_depend_on_the_batch_they_share() -> None:
