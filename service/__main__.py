@@ -69,6 +69,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
             max_rows=settings.max_batch_rows,
             burst_images=settings.burst_images,
             max_in_flight_rows=settings.max_in_flight,
+            max_queue_s=settings.max_queue_s,
             observer=metrics,
         )
     except (StageLoadError, RunnerError) as error:

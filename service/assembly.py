@@ -1,5 +1,7 @@
 """Puts an engine together from a bundle."""
 
+from math import inf
+
 from models.bundle import Bundle
 from service.budget import BudgetController
 from service.engine import Engine
@@ -30,6 +32,7 @@ def build_engine(
     policy: str = "default",
     burst_images: float | None = None,
     max_in_flight_rows: int = 1024,
+    max_queue_s: float = inf,
     lookahead_batches: int | None = None,
     steer: bool = True,
     exits: bool = True,
@@ -44,6 +47,7 @@ def build_engine(
         max_wait_s, policy: see `Scheduler`.
         burst_images, steer: see `BudgetController`; by default `default_burst_images`.
         max_in_flight_rows, lookahead_batches, observer: see `Engine`.
+        max_queue_s: predicted wait beyond which images are refused.
         exits: False runs every image to the last exit, whatever the budget.
 
     Raises:
@@ -68,4 +72,5 @@ def build_engine(
         lookahead_batches,
         exits,
         observer,
+        max_queue_s,
     )

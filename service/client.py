@@ -152,9 +152,10 @@ class _Calls:
 
     def _refusal(self, response: "httpx.Response") -> ServerError:
         try:
-            retry_after = response.headers.get("retry-after")
-            return refusal(response.json(), None if retry_after is None else float(retry_after))
-        except (ValueError, KeyError, TypeError):
+            document = response.json()
+            retry_after = document.get("retry_after_s", response.headers.get("retry-after"))
+            return refusal(document, None if retry_after is None else float(retry_after))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return self._stranger(f"it answers {response.status_code} without a problem document")
 
     def _stranger(self, why: str) -> ServerError:

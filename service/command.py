@@ -204,8 +204,9 @@ def _print_table(rows: Sequence[Row]) -> int:
     if answered:
         mean = sum(answer.mflops for _, answer in answered) / len(answered)
         one = answered[0][1]
+        images = "1 image" if len(answered) == 1 else f"{len(answered)} images"
         sys.stdout.write(
-            f"\n{len(answered)} image{'s' if len(answered) > 1 else ''} by {one.model} {one.version}: {mean:.1f} MFLOPs on average, "
+            f"\n{images} by {one.model} {one.version}: {mean:.1f} MFLOPs on average, "
             f"{mean / one.full_mflops:.0%} of the full network's {one.full_mflops:.1f}\n"
         )
     sys.stdout.flush()

@@ -4,7 +4,7 @@ The caller tells the time, runs the batches it is given and brings them back.
 """
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
@@ -53,6 +53,7 @@ class Core:
         self._exits_on = exits
         self._observer = observer
         self._live: set[Request] = set()
+        self._retries: deque[tuple[int, Request]] = deque()  # rows whose batch has failed, by stage
 
     @property
     def n_ended(self) -> int:
@@ -89,6 +90,11 @@ class Core:
 
     def next_batch(self, now_s: float) -> Batch | None:
         """Take the next batch to run, charged; None if nothing waits."""
+        while self._retries:
+            stage, row = self._retries.popleft()
+            if not row.abandoned:
+                return Batch(stage, [row])
+            self._end_abandoned(row)
         picked = self.scheduler.pick(now_s)
         if picked is None:
             return None
@@ -106,16 +112,30 @@ class Core:
             row.queue_s += wait
             row.compute_s += seconds
         if batch.result is None:
-            logger.error("stage %d failed on %d images: %s", batch.stage + 1, len(batch.rows), batch.error)
-            self._fail(batch.rows, EngineError(f"stage {batch.stage + 1} failed: {batch.error}"))
+            self.fail(batch, f"failed: {batch.error}", now_s)
             return
         if self._observer is not None:
             self._observer.batch_ran(batch.stage + 1, seconds, waits)
         self._decide(batch, batch.result, now_s)
 
+    def fail(self, batch: Batch, what: str, now_s: float) -> None:
+        """A batch has come to nothing: its rows run once more, each alone, as one of them may have been the cause."""
+        logger.error("stage %d of %d images %s", batch.stage + 1, len(batch.rows), what)
+        for row in batch.rows:
+            if row.abandoned:
+                self._end_abandoned(row)
+            elif row.retried_stage == batch.stage:
+                self._end(row, EngineError(f"stage {batch.stage + 1} {what}"))
+            else:
+                row.retried_stage, row.queued_since_s = batch.stage, now_s
+                self._retries.append((batch.stage, row))
+
     def fail_all(self, error: EngineError) -> None:
-        """End every request in flight with an error."""
-        self._fail(list(self._live), error)
+        """End every request in flight with an error. Batches that still run are not to be brought back."""
+        self._retries.clear()
+        for row in list(self._live):
+            self.scheduler.drop(row)
+            self._end(row, None if row.abandoned else error)
 
     def _queue(self, rows: Sequence[Request], stage: int, now_s: float) -> None:
         for row in rows:
@@ -206,13 +226,6 @@ class Core:
         self._end(row, answer)
         if self._observer is not None:
             self._observer.answered([answer])
-
-    def _fail(self, rows: Sequence[Request], error: EngineError) -> None:
-        for row in rows:
-            if row.abandoned:
-                self._end_abandoned(row)
-            else:
-                self._end(row, error)
 
     def _end_abandoned(self, row: Request) -> None:
         """A row comes back from its batch that nobody waits for: it ends, if its deadline has not ended it before."""

@@ -1,37 +1,33 @@
 """The engine: takes images, runs them stage by stage, and answers each at the exit where it leaves.
 
 One thread owns the scheduler, the budget and every row (`service.core`); all others send it messages through one
-inbox, so there is no lock to forget: one guards admission alone. Lanes run the batches. The loop is
-
-    take arrivals and finished batches -> who leaves, who goes on -> dispatch to free lanes -> deliver the answers
+inbox, so there is no lock to forget: one guards admission alone. Lanes run the batches; `service.loop` is that thread.
 
 Every request ends in exactly one way: submitted = answered + refused + abandoned + failed + in flight.
 """
 
-import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from math import inf
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.admission import Admission
 from service.budget import BudgetController, BudgetState
 from service.core import Core
-from service.inbox import Abandon, Call, Stop, Wake
-from service.lanes import Batch, Lanes, Score
+from service.guard import HANG_S
+from service.inbox import Abandon, Wake
+from service.lanes import Lanes, Score
+from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
-from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Request, Sink, Step, Told
+from service.rows import Answer, EngineDraining, Options, Request, Sink, Step, Told
 from service.runners.base import Runner, fit_stage_time
 from service.scheduler import Scheduler, ripe_rows
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -49,6 +45,8 @@ class Engine:
             default one a lane.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
+        max_queue_s: predicted wait beyond which `submit` refuses as well.
+        hang_s: how long a batch may run before its images run again elsewhere; see `Guard`.
         clock: seconds, of deadlines too; `time.perf_counter` unless a test has its own.
     """
 
@@ -63,28 +61,26 @@ class Engine:
         lookahead_batches: int | None = None,
         exits: bool = True,
         observer: Observer | None = None,
+        max_queue_s: float = inf,
+        hang_s: float = HANG_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock = clock
-        self.max_in_flight_rows = max_in_flight_rows
         self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
         self._runner = runner
-        self._inbox: SimpleQueue[Batch | Abandon | Call | Wake | Stop] = SimpleQueue()
-        self._lanes = Lanes(runner, score, self._inbox.put)
-        self._max_running = len(self._lanes) + (len(self._lanes) if lookahead_batches is None else lookahead_batches)
-        self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
-        # Guarded by `_admission`: the gate, and what callers' threads change.
-        self._admission = threading.Condition()
-        self._closed: EngineError | None = EngineDraining("the engine has not been started")
-        self._owned = False  # the engine's thread is there and takes messages
-        self._submitted = self._refused = self._in_flight = 0
-        self._arrivals: list[Request] = []
-        self._hungry = True  # lanes are free, so the engine's thread is to be woken for a single image
-        # Owned by the engine's thread.
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._admission = Admission(max_in_flight_rows)
         self._core = Core(budget, scheduler, class_names, exits, observer)
-        self._n_delivered = 0  # of those that the core has ended
-        self._n_running = 0  # batches with the lanes
-        self._messages: deque[Batch | Abandon | Call | Wake | Stop] = deque()  # taken from the inbox
+        self._loop = Loop(
+            self._core,
+            Lanes(runner, score, self._inbox.put),
+            self._inbox,
+            self._admission,
+            lookahead_batches,
+            max_queue_s,
+            hang_s,
+            clock,
+        )
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
@@ -98,10 +94,7 @@ class Engine:
         self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
         fits = [fit_stage_time(seconds) for seconds in self.stage_seconds]
         scheduler.ripe = tuple(ripe_rows(fixed_s, per_row_s, scheduler.max_rows) for fixed_s, per_row_s in fits)
-        self._lanes.start()
-        with self._admission:
-            self._closed, self._owned = None, True
-            self._thread.start()
+        self._loop.start(self.stage_seconds, scheduler.max_rows)
 
     @property
     def n_lanes(self) -> int:
@@ -115,7 +108,21 @@ class Engine:
     @property
     def is_alive(self) -> bool:
         """True from `start` until the engine has stopped or broken down."""
-        return self._owned
+        return self._loop.owns
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no image can be answered at the moment, None while they can."""
+        return self._loop.guard.unsound
+
+    def require_room(self) -> None:
+        """Refuse early what `submit` would refuse, uncounted.
+
+        Raises:
+            EngineOverloaded: too many images are in flight.
+        """
+        if self._admission.is_full:
+            raise self._admission.overload()
 
     def submit(self, image: NDArray[np.uint8], options: Options | None = None) -> "Future[Answer]":
         """Classify one image; cancelling the future abandons it.
@@ -145,16 +152,8 @@ class Engine:
         returned is for `abandon` alone.
         """
         request = Request(token, sink, options or Options(), self._runner.first_state(image))
-        with self._admission:
-            self._submitted += 1
-            if self._closed is not None or self._in_flight >= self.max_in_flight_rows:
-                self._refused += 1
-                raise self._closed or EngineOverloaded(self._in_flight)
-            self._in_flight += 1
-            self._arrivals.append(request)
-            if self._hungry or not request.options.is_plain:  # its deadline may be near
-                self._hungry = False
-                self._inbox.put(Wake())
+        if self._admission.enter(request):
+            self._inbox.put(Wake())
         return request
 
     def abandon(self, request: Request) -> None:
@@ -163,13 +162,7 @@ class Engine:
 
     def ask(self, function: Callable[[], T]) -> "Future[T]":
         """Run a function on the engine's thread, between batches. Waiting for it on that thread would take for ever."""
-        call = Call(function)
-        with self._admission:
-            if self._owned:
-                self._inbox.put(call)
-                return call.future
-        call.run()  # not started yet, or ended: nobody else owns what it reads
-        return call.future
+        return self._loop.ask(function)
 
     def set_budget(self, budget_mflops: float) -> BudgetState:
         """Set the average mflops per image for images admitted from now on; returns the new state.
@@ -201,124 +194,27 @@ class Engine:
         Returns:
             True if every accepted request got its outcome in time.
         """
-        with self._admission:
-            self._closed = self._closed or EngineDraining("the engine is stopping and takes no new requests")
-            in_time = self._admission.wait_for(lambda: self._in_flight == 0, timeout_s)
-        self._inbox.put(Stop())
-        if self._thread.is_alive():
-            self._thread.join()
-        self._lanes.stop(timeout_s=1.0)
+        why = EngineDraining("the engine is stopping and takes no new requests")
+        in_time = self._admission.close_and_wait(why, timeout_s)
+        self._loop.stop()
         return in_time
-
-    # --- the engine's thread ------------------------------------------------------------------------------------
-
-    def _work(self) -> None:
-        ending = EngineError("the engine stopped before this image was answered")
-        try:
-            while self._take_messages():
-                self._dispatch()
-                self._deliver()
-        except Exception as error:
-            logger.exception("the engine broke down")
-            ending = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
-        self._wind_up(ending)
-
-    def _take_messages(self) -> bool:
-        """Wait for a message, then take all there are, and all images before them; False once told to stop.
-
-        While all lanes are busy, arrivals do not wake the engine: it could do nothing for them, and a wake-up for each
-        image costs as much as all that the engine does for it. The next batch that has run brings it here.
-        """
-        with self._admission:
-            lanes_are_free = self._n_running < self._max_running
-            self._hungry = lanes_are_free and not self._arrivals
-        if self._hungry or not lanes_are_free:
-            self._wait()
-        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
-        self._take_arrivals()
-        goes_on = True
-        while self._messages:
-            message = self._messages.popleft()
-            if isinstance(message, Batch):
-                self._n_running -= 1
-                self._core.finish(message, self.clock())
-            elif isinstance(message, Abandon):
-                self._core.abandon(message.request)
-            elif isinstance(message, Call):
-                message.run()
-            elif isinstance(message, Stop):
-                goes_on = False
-        if self._core.deadlines.next_s < inf:
-            self._core.expire(self.clock())
-        return goes_on
-
-    def _wait(self) -> None:
-        """Wait for a message, or for the next deadline."""
-        due_s = self._core.deadlines.next_s
-        if due_s == inf:
-            self._messages.append(self._inbox.get())
-            return
-        with suppress(Empty):
-            self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self.clock())))
-
-    def _take_arrivals(self) -> None:
-        with self._admission:
-            arrivals, self._arrivals = self._arrivals, []
-        if arrivals:
-            self._core.admit(arrivals, self.clock())
-
-    def _dispatch(self) -> None:
-        while self._n_running < self._max_running:
-            batch = self._core.next_batch(self.clock())
-            if batch is None:
-                return
-            self._n_running += 1
-            self._lanes.put(batch)
-
-    def _deliver(self) -> None:
-        n_new = self._core.n_ended - self._n_delivered
-        if not n_new and not self._core.outbox:
-            return
-        self._n_delivered += n_new
-        for sink, outcomes in self._core.outbox.items():
-            try:
-                sink(outcomes)
-            except Exception:  # a client's trouble is not the engine's
-                logger.exception("%d outcomes could not be delivered", len(outcomes))
-        self._core.outbox.clear()
-        if not n_new:  # steps alone
-            return
-        with self._admission:
-            self._in_flight -= n_new
-            self._admission.notify_all()
-
-    def _wind_up(self, error: EngineError) -> None:
-        """Whatever happened, nobody is left waiting: end every request, then hand over what the thread owned."""
-        with self._admission:
-            self._closed = self._closed or error
-            self._owned = False
-        # Nothing comes from here on but abandonments and batches, which end below all the same.
-        self._take_arrivals()
-        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
-        for message in self._messages:
-            if isinstance(message, Call):
-                message.run()
-        self._core.fail_all(error)
-        self._deliver()
 
     def _stats(self) -> EngineStats:
         core = self._core
-        with self._admission:
-            submitted, refused, in_flight = self._submitted, self._refused, self._in_flight
+        submitted, refused, in_flight = self._admission.counts()
         return EngineStats(
             submitted=submitted,
             answered=core.n_answered,
             refused=refused + core.n_late,
             abandoned=core.n_abandoned,
             failed=core.n_failed,
-            in_flight_rows=in_flight - (core.n_ended - self._n_delivered),
+            in_flight_rows=in_flight - (core.n_ended - self._loop.n_delivered),
             queued_rows=tuple(core.scheduler.queued_rows(stage) for stage in range(self._runner.n_stages)),
-            running_batches=self._n_running,
+            running_batches=len(self._loop.guard.running),
+            failed_batches=self._loop.guard.n_failed,
+            hung_batches=self._loop.guard.n_hung,
+            room_rows=self._admission.room_rows,
+            predicted_wait_s=in_flight * self._loop.pace.row_s,
             exits=dict(core.exits),
         )
 

@@ -13,6 +13,7 @@ from service.runners.base import Block, Gathering, RowState, Runner, StageOutput
 HISTORY = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
 in graphs."""
+TRIAL = -1  # in a batch's place for a stage: run every stage on blank images, to see whether they can be run at all
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,8 @@ class Batch:
     ended_s: float = 0.0
     result: "BatchResult | None" = None  # None if it failed
     error: Exception | None = None
+    given_up: bool = False  # nobody waits for it any more
+    hung: bool = False  # it was running too long
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +74,10 @@ class Lanes:
         while (batch := self._queue.get()) is not None:
             batch.started_s = time.perf_counter()
             try:
-                batch.result = self._run(batch)
+                if batch.stage == TRIAL:
+                    self._runner.warm_up(0.0)
+                elif not batch.given_up:
+                    batch.result = self._run(batch)
             except Exception as error:  # one batch's failure is those images' failure, not the lane's
                 batch.error = error
             batch.ended_s = time.perf_counter()

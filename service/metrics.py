@@ -136,6 +136,13 @@ class _EngineCollector(Collector):
         total = CounterMetricFamily("exitserve_mflops", "Millions of multiply-adds charged over all answers")
         total.add_metric([], budget.spent_answered_mflops)
         yield total
+        for name, text, count in (
+            ("failed_batches", "Batches that a runner failed on", stats.failed_batches),
+            ("hung_batches", "Batches given up because they ran too long", stats.hung_batches),
+        ):
+            family = CounterMetricFamily(f"exitserve_{name}", text)
+            family.add_metric([], count)
+            yield family
         for name, text, value in (
             ("budget_mflops", "The average that is kept, in millions of multiply-adds per image", budget.budget_mflops),
             ("full_mflops", "What the whole network costs, in millions of multiply-adds", self._full_mflops),
@@ -145,6 +152,8 @@ class _EngineCollector(Collector):
             ("expected_accuracy", "Share of held-out images right where steering stands", budget.expected_accuracy),
             ("saved_mflops", "What easy images left over for hard ones", budget.settled_mflops),
             ("in_flight_rows", "Images in the engine", stats.in_flight_rows),
+            ("room_rows", "Images that may be in the engine before more are refused", stats.room_rows),
+            ("predicted_wait_seconds", "How long an image would take that came now", stats.predicted_wait_s),
         ):
             gauge = GaugeMetricFamily(f"exitserve_{name}", text)
             gauge.add_metric([], float("nan") if value is None else value)

@@ -32,4 +32,8 @@ class EngineStats:
     in_flight_rows: int
     queued_rows: tuple[int, ...]  # by stage
     running_batches: int
+    failed_batches: int
+    hung_batches: int  # given up, having run too long
+    room_rows: int  # images that may be in flight at the moment
+    predicted_wait_s: float  # of an image that came now
     exits: dict[tuple[int, Reason], int]  # answers by exit (from 1) and reason

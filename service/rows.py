@@ -24,12 +24,16 @@ class EngineDraining(EngineError):  # noqa: N818 (a state, not a fault)
     """The engine is stopping (or has stopped) and takes no new requests."""
 
 
-class EngineOverloaded(EngineError):  # noqa: N818
-    """As many rows are in flight as the engine holds."""
+class EngineUnsound(EngineError):  # noqa: N818
+    """The engine cannot run its stages; it tries again by itself."""
 
-    def __init__(self, in_flight_rows: int) -> None:
-        super().__init__(f"{in_flight_rows} images are in flight, as many as the engine holds: try again later")
-        self.in_flight_rows = in_flight_rows
+
+class EngineOverloaded(EngineError):  # noqa: N818
+    """As many rows are in flight as the engine holds, or as can be answered in bearable time."""
+
+    def __init__(self, in_flight_rows: int, wait_s: float = 0.0) -> None:
+        super().__init__(f"{in_flight_rows} images are in flight, which will take about {wait_s:.1f} s")
+        self.in_flight_rows, self.wait_s = in_flight_rows, wait_s
 
 
 class EngineTooLate(EngineError):  # noqa: N818 (the clock's fault)
@@ -124,5 +128,6 @@ class Request:
     queued_since_s: float = 0.0
     queue_s: float = 0.0
     compute_s: float = 0.0
+    retried_stage: int = -1  # its batch has failed there, so it runs, or has run, that stage once more, alone
     abandoned: bool = False  # not to be answered any more: its client left, or has its answer from an earlier head
     head: Head | None = None  # the last one passed, of requests with wishes

@@ -49,6 +49,12 @@ class Settings(BaseSettings):
     lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0 is one per core, on CUDA one")
     max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
     max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="images in work; more are refused with 429")
+    max_queue_s: float = Field(
+        1.0,
+        gt=0,
+        le=3600,
+        description="longest wait, as predicted; images that had to wait longer get 429",
+    )
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**30, description="largest request body, in bytes")
     max_batch_images: int = Field(128, ge=1, le=10_000, description="most images one POST /classify/batch may hold")

@@ -58,7 +58,6 @@ def create_app(
         on_started: called on the event loop once the engine is ready, or with the error that kept it from starting.
     """
     lifecycle = Lifecycle()
-    metrics.watch_readiness(lambda: lifecycle.is_ready)
     manifest = bundle.manifest
     state = State(
         bundle=bundle,
@@ -73,6 +72,7 @@ def create_app(
         settings=settings,
         admin_token=admin_token,
     )
+    metrics.watch_readiness(lambda: state.is_ready)
 
     async def start_engine() -> None:
         try:

@@ -57,6 +57,10 @@ class Classifier:
         state.require_ready()
         if state.lifecycle.requests_in_flight > state.settings.max_in_flight:
             raise overloaded(f"{state.settings.max_in_flight} requests are in work")
+        try:
+            state.engine.require_room()
+        except EngineError as error:
+            raise engine_problem(error) from None
         return self.options.read(request.scope["query_string"])
 
     async def decode(self, body: bytes) -> NDArray[np.uint8]:

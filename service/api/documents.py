@@ -7,7 +7,7 @@ from models.manifest import Manifest
 from service.api.problems import Problem, not_ready
 from service.images import ImageError
 from service.metrics import Outcome
-from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, EngineTooLate, Step
+from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, EngineTooLate, EngineUnsound, Step
 
 TITLES = {
     "empty-image": "Empty body",
@@ -81,7 +81,7 @@ def image_problem(error: ImageError) -> Problem:
 
 def engine_problem(error: EngineError) -> Problem:
     if isinstance(error, EngineOverloaded):
-        return overloaded(str(error))
+        return overloaded(str(error), error.wait_s)
     if isinstance(error, EngineTooLate):
         return Problem(
             504,
@@ -89,6 +89,8 @@ def engine_problem(error: EngineError) -> Problem:
             "Deadline passed",
             f"There is no answer yet, {error}: give a longer deadline_ms, or ask again when the server has less to do.",
         )
+    if isinstance(error, EngineUnsound):
+        return not_ready(f"The image was not answered, for {error}: the server tries again by itself.")
     if isinstance(error, EngineDraining):
         return not_ready(f"The server takes no new work, {error}: use another one.")
     return Problem(
@@ -99,9 +101,16 @@ def engine_problem(error: EngineError) -> Problem:
     )
 
 
-def overloaded(why: str) -> Problem:
-    detail = f"Nothing is wrong with the request, but {why}: send it again in a moment, or raise --max-in-flight."
-    return Problem(429, "overloaded", "Overloaded", detail, headers={"Retry-After": "1"})
+def overloaded(why: str, wait_s: float = 1.0) -> Problem:
+    """429, to come back when what is in work now will be done."""
+    return Problem(
+        429,
+        "overloaded",
+        "Overloaded",
+        f"Nothing is wrong with the request, but {why}: send it again then, or raise --max-queue-s or --max-in-flight.",
+        headers={"Retry-After": str(max(1, math.ceil(wait_s)))},
+        retry_after_s=round(max(wait_s, 0.01), 3),
+    )
 
 
 def outcome(problem: Problem) -> Outcome:

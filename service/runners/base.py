@@ -76,8 +76,11 @@ class Runner(Protocol):
         """
         ...
 
-    def warm_up(self) -> Sequence[Mapping[int, float]]:
-        """Run every stage, so that no request pays for first runs; returns the seconds by batch rows, per stage."""
+    def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
+        """Run every stage, so that no request pays for first runs; returns the seconds by batch rows, per stage.
+
+        Takes about `limit_s`, and a few rows through every stage at least. Any thread that may call `run`.
+        """
         ...
 
 

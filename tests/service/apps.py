@@ -50,6 +50,7 @@ def build_app(
         max_rows=chosen.max_batch_rows,
         burst_images=chosen.burst_images,
         max_in_flight_rows=chosen.max_in_flight,
+        max_queue_s=chosen.max_queue_s,
         observer=metrics,
     )
     keep(engine)

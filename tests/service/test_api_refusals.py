@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from service.engine import Engine
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 from tests.service.test_images import png_bomb, webp_bomb
@@ -177,3 +178,38 @@ def test_what_is_not_there_and_what_is_asked_wrongly(http: Http) -> None:
     problem(http.delete("/budget"), 405, "method-not-allowed")
     for path in ("/model", "/budget", "/budget/frontier"):
         problem(http.get(path + "?x=1"), 422, "bad-parameter")
+
+
+def test_overload_says_when_to_come_back_before_the_body_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[Engine] = []
+    with serving(build_app(folder, keep=engines.append)) as client:
+        admission = engines[0]._admission
+        monkeypatch.setattr(admission, "room_rows", 0)
+        monkeypatch.setattr(admission, "in_flight", 300)
+        monkeypatch.setattr(admission, "row_s", 0.0081)
+        response = client.post("/classify", content=b"never read", headers=PNG)
+        document = problem(response, 429, "overloaded")
+        assert response.headers["retry-after"] == "3"
+        assert document["retry_after_s"] == pytest.approx(2.43)
+        assert "2.4 s" in document["detail"]
+        monkeypatch.undo()
+        assert client.post("/classify", content=BODIES[0], headers=PNG).status_code == 200
+
+
+def test_a_server_that_cannot_run_its_stages_is_not_ready(folder: Path) -> None:
+    engines: list[Engine] = []
+    with serving(build_app(folder, keep=engines.append)) as client:
+        guard = engines[0]._loop.guard
+
+        def unsound(why: str | None) -> None:
+            guard.unsound = why
+
+        engines[0].ask(lambda: unsound("all 2 lanes hang")).result(30)
+        engines[0].stats()
+        for response in (client.get("/readyz"), client.post("/classify", content=BODIES[0], headers=PNG)):
+            assert "2 lanes hang" in problem(response, 503, "not-ready")["detail"]
+        assert "exitserve_ready 0.0" in client.get("/metrics").text
+        engines[0].ask(lambda: unsound(None)).result(30)
+        assert client.get("/readyz").status_code == 200
+        engines[0].stats()
+        assert client.post("/classify", content=BODIES[0], headers=PNG).status_code == 200

@@ -70,7 +70,7 @@ def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0,
         Scheduler(runner.n_stages, max_rows),
         bundle.score(),
         bundle.manifest.class_names,
-        **options,
+        **{"hang_s": 60.0, **options},  # lanes that a test holds do not hang
     )
 
 
@@ -262,7 +262,7 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images)
     drained: Future[bool] = Future()
     thread = threading.Thread(target=lambda: drained.set_result(engine.drain(30)))
     thread.start()
-    while engine._closed is None:
+    while engine._admission.closed is None:
         time.sleep(0.001)
     with pytest.raises(EngineDraining, match="stopping"):
         engine.submit(images[0])

@@ -1,0 +1,97 @@
+"""The gate between those who submit images and the engine's thread: what both touch, behind one lock."""
+
+import threading
+from collections.abc import Sequence
+
+from service.rows import EngineDraining, EngineError, EngineOverloaded, EngineUnsound, Request
+
+
+class Admission:
+    """Lets requests in while the engine is open and the wait is bearable, and holds them until the engine takes them.
+
+    Args:
+        max_rows: requests in flight at once, at most.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self.room_rows = max_rows  # at this moment; the engine's thread follows the predicted wait with it
+        self.row_s = 0.0  # predicted wait a request in flight
+        self.submitted = self.refused = self.in_flight = 0
+        self.closed: EngineError | None = EngineDraining("the engine has not been started")
+        self._draining = False
+        self._lock = threading.Condition()
+        self._arrivals: list[Request] = []
+        self._hungry = True  # lanes are free, so the engine's thread is to be woken for a single image
+
+    @property
+    def is_full(self) -> bool:
+        return self.in_flight >= self.room_rows
+
+    def overload(self) -> EngineOverloaded:
+        return EngineOverloaded(self.in_flight, self.in_flight * self.row_s)
+
+    def enter(self, request: Request) -> bool:
+        """Let a request in; returns whether the engine's thread is to be woken for it.
+
+        Raises:
+            EngineError: of the class that says why not.
+        """
+        with self._lock:
+            self.submitted += 1
+            if self.closed is not None or self.in_flight >= self.room_rows:
+                self.refused += 1
+                if self.closed is None:
+                    raise self.overload()
+                raise type(self.closed)(*self.closed.args)  # one that is raised often would keep every frame alive
+            self.in_flight += 1
+            self._arrivals.append(request)
+            wake = self._hungry or not request.options.is_plain  # its deadline may be near
+            if wake:
+                self._hungry = False
+            return wake
+
+    def take(self) -> Sequence[Request]:
+        """Take all requests that have come in."""
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, []
+        return arrivals
+
+    def wait_for_one(self, lanes_are_free: bool) -> bool:
+        """Before the engine's thread waits: should it wake for a single image? False where some have come already."""
+        with self._lock:
+            self._hungry = lanes_are_free and not self._arrivals
+            return self._hungry
+
+    def leave(self, n_rows: int, room_rows: int, row_s: float) -> None:
+        """Count requests that have ended, and follow the predicted wait."""
+        with self._lock:
+            self.in_flight -= n_rows
+            self.room_rows, self.row_s = room_rows, row_s
+            self._lock.notify_all()
+
+    def counts(self) -> tuple[int, int, int]:
+        """Submitted, refused, in flight."""
+        with self._lock:
+            return self.submitted, self.refused, self.in_flight
+
+    def open(self) -> None:
+        with self._lock:
+            self.closed = None
+
+    def close(self, why: EngineError) -> None:
+        """Refuse from now on, with `why` unless it is closed for another reason."""
+        with self._lock:
+            self._draining |= not isinstance(why, EngineUnsound)
+            self.closed = self.closed or why
+
+    def reopen(self) -> None:
+        """Take requests again, where it was closed for being unsound and is not to stop."""
+        with self._lock:
+            if isinstance(self.closed, EngineUnsound) and not self._draining:
+                self.closed = None
+
+    def close_and_wait(self, why: EngineError, timeout_s: float) -> bool:
+        """Refuse from now on; True once nothing is in flight, False after `timeout_s`."""
+        self.close(why)
+        with self._lock:
+            return self._lock.wait_for(lambda: self.in_flight == 0, timeout_s)

@@ -1,0 +1,224 @@
+"""The engine's thread: the one that owns the scheduler, the budget and every row. See `service.engine`.
+
+take arrivals and finished batches -> who leaves, who goes on -> dispatch to free lanes -> deliver the answers
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+from service.admission import Admission
+from service.core import Core
+from service.guard import Guard
+from service.inbox import Abandon, Call, Stop, Wake
+from service.lanes import Batch, Lanes
+from service.pace import Pace
+from service.rows import EngineError, EngineUnsound
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Message = Batch | Abandon | Call | Wake | Stop
+
+
+class Loop:
+    """Runs the core on lanes, from messages.
+
+    Args:
+        core: owned by the thread from `start` to its end.
+        inbox: where lanes post their batches; anybody may put messages.
+        lookahead_batches: see `Engine`.
+        max_queue_s, hang_s: see `Engine`.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        lanes: Lanes,
+        inbox: SimpleQueue[Message],
+        admission: Admission,
+        lookahead_batches: int | None,
+        max_queue_s: float,
+        hang_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.core = core
+        self.admission = admission
+        self.guard = Guard(len(lanes), hang_s)
+        self.pace = Pace(len(lanes), 0.0)
+        self.owns = False  # the thread is there and takes messages
+        self.n_delivered = 0  # of those that the core has ended
+        self._lanes = lanes
+        self._inbox = inbox
+        self._lookahead_batches = lookahead_batches
+        self._max_queue_s = max_queue_s
+        self._max_rows = admission.room_rows
+        self._clock = clock
+        self._told_unsound: str | None = None
+        self._messages: deque[Message] = deque()  # taken from the inbox
+        self._handing_over = threading.Lock()  # of what the thread owns, to it and back
+        self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
+
+    # --- any thread ---------------------------------------------------------------------------------------------
+
+    def start(self, stage_seconds: Sequence[Mapping[int, float]], max_rows: int) -> None:
+        """Take requests from now on; `stage_seconds` by rows of a batch, which has `max_rows` at most."""
+        self.guard.expect(stage_seconds, max_rows)
+        image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in stage_seconds)
+        self.pace = Pace(len(self._lanes), image_s)
+        self._lanes.start()
+        with self._handing_over:
+            self.admission.open()
+            self.owns = True
+            self._thread.start()
+
+    def ask(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a function between batches. Waiting for it on the engine's thread would take for ever."""
+        call = Call(function)
+        with self._handing_over:
+            if self.owns:
+                self._inbox.put(call)
+                return call.future
+        call.run()  # not started yet, or ended: nobody else owns what it reads
+        return call.future
+
+    def stop(self) -> None:
+        """Take nothing more after the work at hand, and wait for that."""
+        self._inbox.put(Stop())
+        if self._thread.is_alive():
+            self._thread.join()
+        self._lanes.stop(timeout_s=1.0)
+
+    # --- the engine's thread ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        ending = EngineError("the engine stopped before this image was answered")
+        try:
+            while self._take_messages():
+                self._dispatch()
+                self._deliver()
+        except Exception as error:
+            logger.exception("the engine broke down")
+            ending = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
+        self._wind_up(ending)
+
+    def _take_messages(self) -> bool:
+        """Wait for a message, then take all there are, and all images before them; False once told to stop.
+
+        While all lanes are busy, arrivals do not wake the engine: it could do nothing for them, and a wake-up for each
+        image costs as much as all that the engine does for it. The next batch that has run brings it here.
+        """
+        lanes_are_free = len(self.guard.running) < self._max_running
+        if self.admission.wait_for_one(lanes_are_free) or not lanes_are_free:
+            self._wait()
+        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        self._take_arrivals()
+        goes_on = True
+        while self._messages:
+            message = self._messages.popleft()
+            if isinstance(message, Batch):
+                self._take_back(message)
+            elif isinstance(message, Abandon):
+                self.core.abandon(message.request)
+            elif isinstance(message, Call):
+                message.run()
+            elif isinstance(message, Stop):
+                goes_on = False
+        due_s = self._due_s
+        if due_s < inf and (now_s := self._clock()) >= due_s:
+            self.core.expire(now_s)
+            for batch in self.guard.look(now_s):
+                self.core.fail(batch, "has not come back", now_s)
+        if self.guard.unsound is not self._told_unsound:
+            self._follow_soundness()
+        return goes_on
+
+    @property
+    def _due_s(self) -> float:
+        return min(self.core.deadlines.next_s, self.guard.next_s)
+
+    def _wait(self) -> None:
+        """Wait for a message, or for the next deadline, or to look after the lanes."""
+        due_s = self._due_s
+        if due_s == inf:
+            self._messages.append(self._inbox.get())
+            return
+        with suppress(Empty):
+            self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self._clock())))
+
+    def _take_back(self, batch: Batch) -> None:
+        now_s = self._clock()
+        if not self.guard.ended(batch, now_s):
+            return
+        n_ended = self.core.n_ended
+        self.core.finish(batch, now_s)
+        self.pace.ran(batch.ended_s - batch.started_s, self.core.n_ended - n_ended)
+
+    def _follow_soundness(self) -> None:
+        """Nobody is to wait for lanes that run nothing; and as soon as they run again, images are taken again."""
+        self._told_unsound = why = self.guard.unsound
+        if why is None:
+            logger.warning("the stages can be run again")
+            self.admission.reopen()
+            return
+        logger.critical("no stage can be run: %s", why)
+        error = EngineUnsound(f"no stage can be run: {why}")
+        self.admission.close(error)
+        self._take_arrivals()
+        self.core.fail_all(error)
+        self.guard.give_up_all()
+
+    def _take_arrivals(self) -> None:
+        arrivals = self.admission.take()
+        if arrivals:
+            self.core.admit(arrivals, self._clock())
+
+    def _dispatch(self) -> None:
+        while len(self.guard.running) < self._max_running:
+            now_s = self._clock()
+            batch = self.guard.trial(now_s) or self.core.next_batch(now_s)
+            if batch is None:
+                return
+            self.guard.began(batch, now_s)
+            self._lanes.put(batch)
+
+    @property
+    def _max_running(self) -> int:
+        lanes = self.guard.lanes_left
+        return lanes + (lanes if self._lookahead_batches is None else self._lookahead_batches) if lanes else 0
+
+    def _deliver(self) -> None:
+        n_new = self.core.n_ended - self.n_delivered
+        if not n_new and not self.core.outbox:
+            return
+        self.n_delivered += n_new
+        for sink, outcomes in self.core.outbox.items():
+            try:
+                sink(outcomes)
+            except Exception:  # a client's trouble is not the engine's
+                logger.exception("%d outcomes could not be delivered", len(outcomes))
+        self.core.outbox.clear()
+        if not n_new:  # steps alone
+            return
+        room_rows = self.pace.room_rows(self._max_queue_s, self._max_rows)
+        self.admission.leave(n_new, room_rows, self.pace.row_s)
+
+    def _wind_up(self, error: EngineError) -> None:
+        """Whatever happened, nobody is left waiting: end every request, then hand over what the thread owned."""
+        with self._handing_over:
+            self.admission.close(error)
+            self.owns = False
+        # Nothing comes from here on but abandonments and batches, which end below all the same.
+        self._take_arrivals()
+        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        for message in self._messages:
+            if isinstance(message, Call):
+                message.run()
+        self.core.fail_all(error)
+        self._deliver()

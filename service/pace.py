@@ -1,0 +1,42 @@
+"""How fast images leave: measured as they do, and from it how many may be in flight for a bearable wait."""
+
+from math import inf
+
+
+class Pace:
+    """Lane seconds an image takes, averaged over the last few hundred images, whatever exits they took.
+
+    Plain Python over numbers. A new image waits for those in flight: `in flight x row_s`. That is too long while
+    batches are small, for full ones cost less an image, and right when it matters.
+
+    Args:
+        n_lanes: batches at once.
+        image_s: lane seconds to expect of an image before any was seen.
+    """
+
+    PRIOR_IMAGES = 64
+    MEMORY_IMAGES = 512
+
+    def __init__(self, n_lanes: int, image_s: float) -> None:
+        self.n_lanes = n_lanes
+        self._images = float(self.PRIOR_IMAGES)
+        self._seconds = self._images * image_s
+
+    @property
+    def row_s(self) -> float:
+        """Predicted wait for each image in flight."""
+        return self._seconds / self._images / self.n_lanes
+
+    def ran(self, seconds: float, n_ended: int) -> None:
+        """Take note of a batch that took `seconds` and after which `n_ended` images left."""
+        self._seconds += seconds
+        self._images += n_ended
+        if self._images > 2 * self.MEMORY_IMAGES:
+            self._seconds /= 2
+            self._images /= 2
+
+    def room_rows(self, max_wait_s: float, max_rows: int) -> int:
+        """Images in flight that make a predicted wait of `max_wait_s`: two a lane at least, `max_rows` at most."""
+        row_s = self.row_s
+        bearable = inf if row_s <= 0 else max_wait_s / row_s
+        return int(min(max_rows, max(2 * self.n_lanes, bearable)))

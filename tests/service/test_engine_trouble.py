@@ -1,0 +1,236 @@
+"""An engine whose runner fails, hangs or dies: who is answered, who is not, and that it comes back."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, load_bundle
+from service.budget import BudgetController
+from service.engine import Engine
+from service.rows import Answer, EngineError, EngineOverloaded, EngineUnsound, Options
+from service.runners.base import RowState, StageOutput
+from service.runners.onnx import OnnxRunner
+from service.scheduler import Scheduler
+from tests.bundles import random_images, tiny_bundle
+from tests.service.test_engine import balanced, running
+
+POISON = 255
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    return random_images(40, seed=37)
+
+
+class TroubledRunner(OnnxRunner):
+    """The real runner; a test says what befalls its batches."""
+
+    befall: Callable[[int, Sequence[RowState]], None] | None = None
+
+    def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
+        if self.befall is not None:
+            self.befall(stage, rows)
+        return super().run(stage, rows)
+
+
+def troubled(
+    bundle: Bundle, hang_s: float = 60.0, max_rows: int = 8, **options: float
+) -> tuple[Engine, TroubledRunner]:
+    runner = TroubledRunner(bundle, max_rows, n_lanes=2, device="cpu")
+    budget = BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1], burst_images=1000)
+    scheduler = Scheduler(runner.n_stages, max_rows)
+    names = bundle.manifest.class_names
+    return Engine(runner, budget, scheduler, bundle.score(), names, hang_s=hang_s, **options), runner  # type: ignore
+
+
+def is_poisoned(row: RowState) -> bool:
+    return "images" in row.block.values and row.block.values["images"][row.index].min() == POISON
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit_s
+        time.sleep(0.005)
+
+
+def test_of_a_batch_that_fails_only_its_cause_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    def poison(stage: int, rows: Sequence[RowState]) -> None:
+        if any(map(is_poisoned, rows)):
+            raise RuntimeError("poisoned")
+
+    engine, runner = troubled(bundle)
+    with running(engine):
+        runner.befall = poison
+        go_on = threading.Event()
+        engine.ask(lambda: go_on.wait(30))  # so that all of them are there when the first batch is made up
+        futures = [engine.submit(image) for image in images[:7]]
+        bad = engine.submit(np.full_like(images[0], POISON))
+        go_on.set()
+        assert all(isinstance(future.result(30), Answer) for future in futures)
+        with pytest.raises(EngineError, match="stage 1 failed: poisoned"):
+            bad.result(30)
+        stats, state = engine.stats(), engine.budget_state()
+    assert (stats.answered, stats.failed, stats.failed_batches) == (7, 1, 2)
+    assert balanced(stats)
+    assert engine.trouble is None
+    assert state.reserved_mflops == 0.0
+
+
+def test_a_batch_too_large_for_the_memory_runs_a_row_at_a_time(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    def no_memory(stage: int, rows: Sequence[RowState]) -> None:
+        if len(rows) > 1:
+            raise MemoryError("out of memory")
+
+    engine, runner = troubled(bundle)
+    with running(engine):
+        runner.befall = no_memory
+        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+        assert all(answer.batch_rows == 1 for answer in answers)
+        assert engine.trouble is None
+        assert engine.stats().answered == len(images)
+
+
+def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    def poison(stage: int, rows: Sequence[RowState]) -> None:
+        if any(map(is_poisoned, rows)):
+            raise RuntimeError("poisoned")
+
+    engine, runner = troubled(bundle)
+    with running(engine):
+        runner.befall = poison
+        for _ in range(6):
+            with pytest.raises(EngineError, match="poisoned"):
+                engine.submit(np.full_like(images[0], POISON)).result(30)
+        assert engine.trouble is None
+        assert isinstance(engine.submit(images[0]).result(30), Answer)
+
+
+def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    def dead(stage: int, rows: Sequence[RowState]) -> None:
+        raise RuntimeError("device lost")
+
+    engine, runner = troubled(bundle)
+    with running(engine):
+        runner.befall = dead
+        futures = [engine.submit(image) for image in images]
+        for future in futures:
+            with pytest.raises(EngineError, match=r"device lost"):
+                future.result(30)
+        wait_for(lambda: engine.trouble is not None)
+        assert engine.trouble == "every batch fails (device lost)"
+        with pytest.raises(EngineUnsound, match="device lost"):
+            engine.submit(images[0])
+        stats = engine.stats()
+        assert (stats.failed, stats.in_flight_rows) == (len(images), 0)
+        assert balanced(stats)
+        runner.befall = None
+        wait_for(lambda: engine.trouble is None)
+        assert isinstance(engine.submit(images[0]).result(30), Answer)
+        assert engine.budget_state().reserved_mflops == 0.0
+
+
+def test_images_of_a_lane_that_hangs_are_answered_by_the_other(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    hung, go_on = threading.Event(), threading.Event()
+
+    def hang_once(stage: int, rows: Sequence[RowState]) -> None:
+        if not hung.is_set():
+            hung.set()
+            go_on.wait(60)
+
+    engine, runner = troubled(bundle, hang_s=1.0)
+    with running(engine):
+        runner.befall = hang_once
+        futures = [engine.submit(image) for image in images]
+        assert all(isinstance(future.result(30), Answer) for future in futures)
+        assert engine.trouble is None
+        assert engine.stats().hung_batches == 1
+        go_on.set()  # it comes back late, and is used again
+        wait_for(lambda: engine._loop.guard.lanes_left == 2)
+        assert all(isinstance(engine.submit(image).result(30), Answer) for image in images)
+        stats = engine.stats()
+    assert (stats.answered, stats.failed) == (2 * len(images), 0)
+    assert balanced(stats)
+
+
+def test_where_every_lane_hangs_nobody_waits_and_it_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    go_on = threading.Event()
+
+    def hang(stage: int, rows: Sequence[RowState]) -> None:
+        go_on.wait(60)
+
+    engine, runner = troubled(bundle, hang_s=1.0)
+    with running(engine):
+        runner.befall = hang
+        futures = [engine.submit(image) for image in images]
+        for future in futures:
+            with pytest.raises(EngineUnsound, match="2 lanes hang"):
+                future.result(30)
+        with pytest.raises(EngineUnsound):
+            engine.submit(images[0])
+        runner.befall = None
+        go_on.set()
+        wait_for(lambda: engine.trouble is None)
+        assert isinstance(engine.submit(images[0]).result(30), Answer)
+        stats, state = engine.stats(), engine.budget_state()
+    assert (stats.failed, stats.answered) == (len(images), 1)
+    assert balanced(stats)
+    assert state.reserved_mflops == 0.0
+
+
+def test_who_has_a_deadline_is_answered_in_time_by_an_engine_that_hangs(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
+    go_on = threading.Event()
+
+    def hang_at_two(stage: int, rows: Sequence[RowState]) -> None:
+        if stage == 1:
+            go_on.wait(60)
+
+    engine, runner = troubled(bundle)
+    with running(engine):
+        runner.befall = hang_at_two
+        future = engine.submit(images[0], Options(exit=4, deadline_s=engine.clock() + 0.3))
+        answer = future.result(30)
+        assert (answer.exit, answer.reason) == (1, "deadline")
+        go_on.set()
+        assert isinstance(engine.submit(images[1]).result(30), Answer)
+
+
+def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    def slow(stage: int, rows: Sequence[RowState]) -> None:
+        time.sleep(0.02 * len(rows))
+
+    engine, runner = troubled(bundle, max_queue_s=0.2)
+    with running(engine):
+        runner.befall = slow
+        for _ in range(8):  # until it has seen how slow it is
+            for future in [engine.submit(image) for image in images[:4]]:
+                future.result(30)
+        refused: list[EngineOverloaded] = []
+        accepted = []
+        for image in images:
+            try:
+                accepted.append(engine.submit(image))
+            except EngineOverloaded as error:
+                refused.append(error)
+        assert refused
+        assert accepted
+        assert all(0.1 < error.wait_s < 2.0 for error in refused)
+        assert "will take about" in str(refused[0])
+        with pytest.raises(EngineOverloaded):
+            engine.require_room()
+        assert all(isinstance(future.result(30), Answer) for future in accepted)
+        stats = engine.stats()
+        assert stats.refused == len(refused)
+        assert stats.room_rows < len(images)
+        assert balanced(stats)
