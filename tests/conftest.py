@@ -1,6 +1,11 @@
 """For all tests."""
 
+import os
 from pathlib import Path
+
+# Before anything imports torch. Networks of the tests are tiny: a second thread gains nothing, and beside a busy core
+# it makes every operation wait. Commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

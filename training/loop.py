@@ -83,6 +83,8 @@ class Trainer:
             )
         self.total_steps = o.epochs * self.steps_per_epoch
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
+        if recipe.numerics.compile != "off":
+            self.network.compile(mode=recipe.numerics.compile, dynamic=False)  # in place: its weights keep their names
         self.wrapped = processes.wrap(self.network)
 
     def _start(self, images: ImageSet, command: str) -> Split:

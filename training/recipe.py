@@ -61,6 +61,9 @@ class Optimisation(_Section):
 class Numerics(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
+    # torch.compile of the network, by mode; `reduce-overhead` runs the whole pass as CUDA graphs. On two CPU cores it
+    # gained nothing.
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
 
 
 class Augmentation(_Section):
