@@ -58,8 +58,9 @@ def call(path: str, body: bytes | None = None, method: str = "GET", **headers: s
 def check_confinement(machine: Machine) -> None:
     say("the server's container")
     expect(machine.inside("server-cpu", "id", "-u") == "10001", "it does not run as root")
-    written = machine.inside("server-cpu", "sh", "-c", "touch /app/x /opt/x /etc/x", fails=True)
-    expect(machine.inspect("server-cpu", "{{.HostConfig.ReadonlyRootfs}}") == "true", "its root is read-only", written)
+    write = "for folder in / /app /opt /etc /var/tmp /tmp; do touch $folder/x && echo $folder; done"
+    written = machine.inside("server-cpu", "sh", "-c", write, fails=True)
+    expect(written == "/tmp", "it can write to /tmp alone", written)
     status = machine.inside("server-cpu", "cat", "/proc/1/status")
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     expect(int(fields["CapBnd"], 16) == 0, "it has no capability")

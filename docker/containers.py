@@ -195,5 +195,7 @@ def podman_service(machine: Machine) -> Iterator[None]:
         over.set()
         checks.join()
         machine.compose("down", "--volumes", "--timeout", "40")
+        for image in (f"{IMAGE}:cpu", f"{IMAGE}:cuda", f"{IMAGE}/prometheus", f"{IMAGE}/grafana", BASE):
+            machine.run("podman", "rmi", "--force", image, fails=True)
         service.terminate()
         service.wait()

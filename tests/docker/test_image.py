@@ -1,0 +1,38 @@
+"""The Dockerfile and what it is given. It is built for real by `make check-containers`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCKERFILE = REPOSITORY / "docker/Dockerfile"
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    told = subprocess.run([hadolint, "--no-color", DOCKERFILE], capture_output=True, text=True, timeout=60)
+    assert (told.returncode, told.stdout + told.stderr) == (0, "")
+
+
+def test_cuda_packages_are_pinned_and_fit_the_runtime() -> None:
+    text = (REPOSITORY / "docker/requirements-cuda.txt").read_text()
+    pins = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"nvidia-[a-z0-9-]+==[0-9.]+", pin) for pin in pins)
+    named = re.search(r"onnxruntime-gpu ([0-9.]+)", text)
+    assert named is not None
+    assert f"onnxruntime-gpu=={named[1]};" in (REPOSITORY / "pyproject.toml").read_text()
+
+
+def test_nothing_is_sent_to_the_builder_but_what_is_copied() -> None:
+    patterns = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert patterns[0] == "*"
+    sent = {pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")}
+    copied = {
+        name
+        for line in DOCKERFILE.read_text().splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+        for name in line.split()[1:-1]
+    }
+    assert sent == copied
+    assert all((REPOSITORY / name).exists() for name in sent)

@@ -1,0 +1,96 @@
+"""`python -m service.health`: what a container's health check asks."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from service.health import DEFAULT_PORT, why_not_ready
+from service.server import listen
+from service.settings import Settings
+from tests.service.process import REPOSITORY, environment, running_server
+
+BUNDLE = REPOSITORY / "models/zoo/cifar100-msdnet"
+
+
+def health(**variables: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "service.health"],
+        cwd=REPOSITORY,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stderr
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[int]:
+    """A server that gives the same answer to everything; yields its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_ready_server_is_healthy_and_a_stopped_one_is_not(tmp_path: Path) -> None:
+    with running_server(BUNDLE, tmp_path / "log", "--lanes", "1", "--device", "cpu") as server:
+        assert health(EXITSERVE_PORT=str(server.port)) == (0, "")
+        assert server.stop() == 0
+    code, told = health(EXITSERVE_PORT=str(server.port))
+    assert code == 1
+    assert f"port {server.port} on 127.0.0.1 does not answer" in told
+
+
+def test_it_says_what_the_server_says() -> None:
+    with answering(503, b'{"detail": "The server is warming up: try again in a moment."}') as port:
+        assert why_not_ready(port) == "The server is warming up: try again in a moment."
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'"word"', b'{"status": 1}', b"\xff"])
+def test_another_server_is_not_this_one(body: bytes) -> None:
+    with answering(404, body) as port:
+        assert "not as ExitServe does" in (why_not_ready(port) or "")
+
+
+def test_a_server_that_never_answers_does_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.health.TIMEOUT_S", 0.2)
+    with listen("127.0.0.1", 0) as listener:
+        assert "does not answer" in (why_not_ready(listener.getsockname()[1]) or "")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "²"])
+def test_a_port_that_is_none_is_named(port: str) -> None:
+    code, told = health(EXITSERVE_PORT=port)
+    assert code == 1
+    assert f"EXITSERVE_PORT is {port!r}" in told
+
+
+def test_it_asks_where_the_server_listens_by_default() -> None:
+    assert Settings.model_fields["port"].default == DEFAULT_PORT
+
+
+def test_it_loads_nothing_but_the_standard_library() -> None:
+    loaded = "import service.health, sys; print(*(n for n in ('numpy', 'pydantic', 'onnxruntime') if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
