@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.bundle import BundleError, write_bundle
-from models.calibration import Calibration
 from models.cost import measure_cost
 from models.staging import StagingError
 from training.augment import DeviceImages
 from training.calibration import run_exits
 from training.data import DataError, ImageSet, Split, load_image_set
-from training.evaluation import Evaluation, evaluate
+from training.evaluation import Evaluation, calibration_of, evaluate
 from training.export import export_stages
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
@@ -167,7 +166,7 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
                 for result in evaluation.exits
             ],
             "stages": stages,
-            "score": evaluation.score,
+            **evaluation.manifest_fields(),
             "training": training,
             "data": {
                 "name": images.name,
@@ -177,7 +176,7 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
                 "test_images": len(images.test_labels),
             },
         }
-        write_bundle(output, manifest, Calibration(held_out.scores, held_out.correct), contents, replace=True)
+        write_bundle(output, manifest, calibration_of(held_out), contents, replace=True)
     print(table(evaluation))
 
 

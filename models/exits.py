@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.shares import Floats, check_budget, check_costs, truncated_geometric_shares
+from models.shares import Floats
 
 Logits = NDArray[np.floating[Any]]
 ROUNDING = 1e-9  # images; a share times a count falls this far below the whole number it means
@@ -208,6 +208,21 @@ def take_exits(scores: NDArray[Any], thresholds: Sequence[float] | Floats) -> ND
     return np.asarray(leaves.argmax(axis=1), dtype=np.intp)
 
 
+def left_by(scores: NDArray[Any], thresholds: Floats) -> NDArray[np.intp]:
+    """Return under how many of P threshold vectors each image has left by exit n: [M, N], rising along exits to P.
+
+    Thresholds [P, N] must not fall along P. So an image leaves at exit n under those of the vectors that it had not
+    left under by exit n - 1: all P are taken in one pass over the images. Scores [M, N] hold no NaN.
+    """
+    counts = np.stack(
+        [np.searchsorted(column, values, side="right") for column, values in zip(thresholds.T, scores.T, strict=True)],
+        axis=1,
+    )
+    counts[:, -1] = len(thresholds)
+    left: NDArray[np.intp] = np.maximum.accumulate(counts, axis=1)
+    return left
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a set of images did under one threshold vector: measured, not targeted."""
@@ -231,33 +246,25 @@ def outcome(
     return Outcome(mean_cost / len(exits), n_right / len(exits), tuple((counts / len(exits)).tolist()))
 
 
-def thresholds_for_budget(scores: NDArray[Any], costs_cumulative: Sequence[float], budget: float) -> Floats:
-    """Return thresholds [N] of the geometric family (BoostNet Eq. 9) whose cost on scores [M, N] is the budget.
+def outcomes(
+    scores: NDArray[Any], correct: NDArray[np.bool_], costs_cumulative: Sequence[float], thresholds: Floats
+) -> list[Outcome]:
+    """Measure P threshold vectors [P, N], none falling along P: as `outcome` does each, in one pass."""
+    n_images, n_points = len(scores), len(thresholds)
+    left = left_by(scores, thresholds)
+    before = np.concatenate([np.zeros((n_images, 1), dtype=np.intp), left[:, :-1]], axis=1)
+    leaving, right = [], np.zeros(n_points)
+    for start, end, answers in zip(before.T, left.T, np.asarray(correct).T, strict=True):
+        leaving.append(_covered(start, end, n_points))
+        right += _covered(start[answers], end[answers], n_points)
+    found = []
+    for counts, n_right in zip(np.stack(leaving, axis=1).tolist(), right.tolist(), strict=True):
+        mean_cost = math.fsum(count * cost for count, cost in zip(counts, costs_cumulative, strict=True)) / n_images
+        found.append(Outcome(mean_cost, n_right / n_images, tuple(count / n_images for count in counts)))
+    return found
 
-    The measured mean cost never exceeds the budget. Without ties it stays below it by less than what one image moved
-    from exit 1 to exit N costs: (C_N - C_1) / M.
 
-    Raises:
-        ValueError: the budget lies outside [cost of exit 1, cost of exit N], or a shape does not fit.
-    """
-    costs = check_costs(costs_cumulative)
-    check_budget(costs, budget)
-    calibrator = Calibrator(scores)
-    if len(costs) != calibrator.n_exits:
-        raise ValueError(f"{len(costs)} costs for scores of {calibrator.n_exits} exits: give one cost an exit")
-
-    def measured(p: float) -> tuple[float, Floats]:
-        thresholds = calibrator.thresholds(truncated_geometric_shares(p, calibrator.n_exits))
-        counts = np.bincount(take_exits(calibrator.scores, thresholds), minlength=len(costs))
-        return float(counts @ np.array(costs)) / calibrator.n_images, thresholds
-
-    cost, best = measured(0.0)
-    if cost <= budget:
-        return best
-    best = measured(1.0)[1]
-    dear, affordable = 0.0, 1.0
-    for _ in range(60):  # the measured cost is a staircase in p, so bisection down to one step of it
-        p = 0.5 * (dear + affordable)
-        cost, thresholds = measured(p)
-        dear, affordable, best = (dear, p, thresholds) if cost <= budget else (p, affordable, best)
-    return best
+def _covered(start: NDArray[np.intp], end: NDArray[np.intp], n_points: int) -> Floats:
+    """Return how many of the ranges [start, end) cover each of n points [n_points]."""
+    opened, closed = (np.bincount(ends, minlength=n_points + 1)[:n_points] for ends in (start, end))
+    return np.cumsum(opened - closed).astype(np.float64)

@@ -85,7 +85,7 @@ def _sweep(levels: Ints, correct: NDArray[np.bool_], costs: Floats, prices: Floa
     found = np.empty((len(prices), n_exits))
     for k, price in enumerate(prices.tolist()):
         values = correct - price * costs
-        reached = [_ascend(levels, values, start, n_cuts) for start in (best, early, late)]
+        reached = [_ascend(levels, values, start, n_cuts) for start in (best, late)]
         _, best = max(reached, key=lambda pair: pair[0])
         found[k] = best
     return found

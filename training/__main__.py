@@ -115,14 +115,21 @@ def train(
 
 
 @app.command()
-def calibrate(run: RunArgument, data: DataOption, device: DeviceOption = Device.auto) -> None:
+def calibrate(
+    run: RunArgument,
+    data: DataOption,
+    device: DeviceOption = Device.auto,
+    half_weights: Annotated[
+        bool, typer.Option("--half-weights", help="Round weights to half precision: a bundle of half the size.")
+    ] = False,
+) -> None:
     """Step 2: run the network over held-out and test images; writes calibration.json, heldout.npz and test.npz."""
     from training.calibration import calibrate as calibrate_run
     from training.checkpoint import RunFolder
 
     folder = RunFolder(run)
     torch_device = device.resolve()
-    record = calibrate_run(folder, _images_of(folder, data), torch_device)
+    record = calibrate_run(folder, _images_of(folder, data), torch_device, half_weights)
     total = folder.read_description()["recipe"]["optimisation"]["epochs"]
     if record.epochs < total:
         typer.echo(f"note: trained for {record.epochs:.4g} of {total} epochs so far")
@@ -134,7 +141,7 @@ def calibrate(run: RunArgument, data: DataOption, device: DeviceOption = Device.
 
 @app.command()
 def evaluate(run: RunArgument) -> None:
-    """Step 3: accuracy per exit and for a budget; prints tables, writes results.json, two .csv and the plots."""
+    """Step 3: accuracy per exit and for a budget; prints tables, writes results.json, .csv files and plots."""
     from rich.console import Console
 
     from training.calibration import CalibrationRecord, ExitOutputs
@@ -142,7 +149,7 @@ def evaluate(run: RunArgument) -> None:
     from training.evaluation import cost_of
     from training.evaluation import evaluate as evaluate_outputs
     from training.plots import plot_run
-    from training.tables import print_evaluation
+    from training.tables import print_evaluation, write_tables
 
     folder = RunFolder(run)
     record = CalibrationRecord.load(folder)
@@ -150,10 +157,10 @@ def evaluate(run: RunArgument) -> None:
         ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test), cost_of(folder, record)
     )
     evaluation.save(folder, record)
-    plots = plot_run(folder, evaluation, record)
+    tables, plots = write_tables(folder, evaluation), plot_run(folder, evaluation, record)
     print_evaluation(evaluation, Console())
     typer.echo(
-        f"{run}: wrote results.json, anytime.csv, budgeted.csv, {', '.join(plots)}; "
+        f"{run}: wrote results.json, {', '.join([*tables, *plots])}; "
         f"next: python -m training export {run} --output FOLDER"
     )
 

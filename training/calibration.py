@@ -13,13 +13,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from tqdm import tqdm
 
-from models.exits import SCORES
+from models.predictor import features_of
+from models.scores import plain_scores, score_exits
 from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
 from training.objectives import network_of
 
 BATCH_ROWS = 250
+STORED = ("labels", "predictions", "correct", "correct_top5", "features")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,12 @@ class ExitOutputs:
     predictions: NDArray[np.int64]  # [M, N]
     correct: NDArray[np.bool_]  # [M, N]: the prediction is the label
     correct_top5: NDArray[np.bool_]  # [M, N]: the label is among the five largest logits
-    scores: dict[str, NDArray[np.float32]]  # by name in `models.exits.SCORES`: [M, N], higher = surer
+    scores: dict[str, NDArray[np.float32]]  # by name in `models.scores.plain_scores`: [M, N], higher = surer
+    features: NDArray[np.float32]  # [M, N, FEATURES], see `models.predictor`: what fitted scores are fitted on
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {f"scores_{name}": values for name, values in self.scores.items()}
-        arrays |= {name: getattr(self, name) for name in ("labels", "predictions", "correct", "correct_top5")}
+        arrays |= {name: getattr(self, name) for name in STORED}
         np.savez_compressed(path, **arrays)
 
     @classmethod
@@ -48,9 +51,9 @@ class ExitOutputs:
             raise RunError(f"{path.parent}: {path.name} is missing; run `python -m training calibrate` first")
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                scores = {name: arrays[f"scores_{name}"] for name in SCORES}
-                names = ("labels", "predictions", "correct", "correct_top5")
-                return cls(**{name: arrays[name] for name in names}, scores=scores)
+                stored = {name: arrays[name] for name in STORED}
+                names = plain_scores(stored["correct"].shape[1])
+                return cls(**stored, scores={name: arrays[f"scores_{name}"] for name in names})
         except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             raise RunError(f"{path}: damaged or of another version ({error}); calibrate again") from error
 
@@ -73,6 +76,7 @@ class CalibrationRecord(BaseModel):
     image_size_px: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    half_weights: bool = False  # see `load_trained`
 
     @classmethod
     def load(cls, folder: RunFolder) -> "CalibrationRecord":
@@ -97,7 +101,9 @@ class CalibrationRecord(BaseModel):
         return record
 
 
-def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> CalibrationRecord:
+def calibrate(
+    folder: RunFolder, images: ImageSet, device: torch.device, half_weights: bool = False
+) -> CalibrationRecord:
     """Run a trained network over its stored held-out images and over the test images, and keep what each exit says.
 
     Both are read with the test transform. The published code reads the held-out images through random crops and flips
@@ -108,7 +114,7 @@ def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> Cali
     """
     made_by = folder.read_description()
     split = _checked_split(folder, made_by["data"], images)
-    network, progress = load_trained(folder, len(images.class_names))
+    network, progress = load_trained(folder, len(images.class_names), half_weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = {
         folder.heldout: (images.train_images[split.held_out], images.train_labels[split.held_out]),
@@ -122,7 +128,7 @@ def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> Cali
         step=progress.step,
         epochs=progress.step / steps_per_epoch,
         seconds=progress.seconds,
-        scores=list(SCORES),
+        scores=list(ExitOutputs.load(folder.heldout).scores),
         data_name=images.name,
         split_sha256=split.sha256,
         train_images=len(split.train),
@@ -132,17 +138,32 @@ def calibrate(folder: RunFolder, images: ImageSet, device: torch.device) -> Cali
         image_size_px=images.image_size_px,
         mean=images.mean,
         std=images.std,
+        half_weights=half_weights,
     )
     folder.calibration.write_text(record.model_dump_json(indent=2) + "\n")
     return record
 
 
-def load_trained(folder: RunFolder, n_classes: int) -> tuple[nn.Module, Progress]:
-    """Rebuild the network of a run with its trained weights, in evaluation mode, on the CPU."""
+def load_trained(folder: RunFolder, n_classes: int, half_weights: bool = False) -> tuple[nn.Module, Progress]:
+    """Rebuild the network of a run with its trained weights, in evaluation mode, on the CPU.
+
+    Args:
+        half_weights: round the weights to what half precision holds, as a bundle of half the size will have them.
+    """
     state = folder.load_checkpoint()
     network = network_of(folder.read_recipe(), n_classes)
     folder.restore_weights(network, state)
+    if half_weights:
+        round_to_half(network)
     return network.eval(), Progress.of(state["progress"])
+
+
+@torch.no_grad()
+def round_to_half(network: nn.Module) -> None:
+    """Round convolutions' and linear layers' weights in place; normalisation, whose range is wide, stays as it is."""
+    for weight in network.parameters():
+        if weight.ndim > 1:
+            weight.copy_(weight.half())
 
 
 @torch.inference_mode()
@@ -162,8 +183,9 @@ def outputs_of(logits: Sequence[NDArray[np.float32]], labels: NDArray[np.int64])
     predictions = np.stack([x.argmax(axis=1) for x in logits], axis=1)
     # Counting classes above the label's own needs no sort; among equals the label wins.
     n_above = np.stack([(x > x[np.arange(len(labels)), labels][:, None]).sum(axis=1) for x in logits], axis=1)
-    scores = {name: np.stack([score(x) for x in logits], axis=1).astype(np.float32) for name, score in SCORES.items()}
-    return ExitOutputs(labels, predictions, predictions == labels[:, None], n_above < 5, scores)
+    scores = {name: score_exits(score, logits).astype(np.float32) for name, score in plain_scores(len(logits)).items()}
+    features = features_of(logits).astype(np.float32)
+    return ExitOutputs(labels, predictions, predictions == labels[:, None], n_above < 5, scores, features)
 
 
 def _checked_split(folder: RunFolder, made_with: dict[str, object], images: ImageSet) -> Split:

@@ -5,25 +5,29 @@ millions of multiply-adds an image, in both conventions of `models.cost`: `execu
 charges, `published` what papers count. Budgets and thresholds are of executed cost.
 """
 
-import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from tqdm import tqdm
 
+from models.calibration import Calibration
 from models.cost import NetworkCost, measure_cost
-from models.exits import outcome, take_exits
+from models.exits import outcomes
 from models.frontier import Frontier, build_frontier
+from models.predictor import FEATURES, Predictor
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
+from training.comparison import Behaviour, Comparison, behaviour, compare
 from training.objectives import network_of
+from training.policies import PAPER, Policy, all_policies, choose, crossfit_rightness, fit_scores, source_of
 
 N_BUDGETS = 41  # evenly spaced from the cost of exit 1 to that of exit N
-N_HALVINGS = 5  # random halvings of the held-out images, each used both ways round
-N_CROSSFIT_POINTS = 65
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,13 @@ class BudgetResult:
 
 
 @dataclass(frozen=True)
-class ScoreResult:
-    """One exit score, with thresholds from the held-out images."""
+class PolicyResult:
+    """One exit score with one family of thresholds, both from the held-out images."""
 
-    score: str
-    family: str  # of exit shares, see `models.frontier`
+    policy: Policy
     crossfit_accuracy: float  # mean over the budgets, on held-out images that did not set the thresholds
-    crossfit_behind: float  # by how much the best score is better, on the same images
-    crossfit_behind_error: float  # standard error of that difference
+    crossfit_lead: float  # over the paper's policy, on the same images
+    crossfit_lead_error: float  # standard error of that difference
     points: tuple[BudgetResult, ...]
 
     def shown(self, n_points: int = 9) -> list[BudgetResult]:
@@ -72,7 +75,9 @@ class ScoreResult:
 
 
 @dataclass(frozen=True)
-class OraclePoint:
+class BoundPoint:
+    """A point of a curve that no server can follow, but that any policy is to be seen beside."""
+
     executed_mflops: float
     published_mflops: float
     accuracy: float
@@ -80,27 +85,29 @@ class OraclePoint:
 
 @dataclass(frozen=True)
 class Evaluation:
-    score: str  # the one chosen, on held-out images alone
+    policy: Policy  # the one chosen, on held-out images alone
+    predictor: dict[str, Any] | None  # the weights of its score if it is a fitted one, as the manifest holds them
     exits: tuple[ExitResult, ...]
-    scores: tuple[ScoreResult, ...]
-    oracle: tuple[OraclePoint, ...]  # on test images: who must go how deep is known beforehand
+    policies: tuple[PolicyResult, ...]
+    comparison: Comparison  # on test images, at equal measured cost
+    oracle: tuple[BoundPoint, ...]  # on test images: who must go how deep is known beforehand
+    random: tuple[BoundPoint, ...]  # on test images: as many leave at each exit as with the policy chosen, but any
 
     @property
-    def chosen(self) -> ScoreResult:
-        return next(result for result in self.scores if result.score == self.score)
+    def chosen(self) -> PolicyResult:
+        return self.result(self.policy)
+
+    def result(self, policy: Policy) -> PolicyResult:
+        return next(result for result in self.policies if result.policy == policy)
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """What a bundle's manifest says of how images leave."""
+        return {"score": self.policy.score, "family": self.policy.family, "predictor": self.predictor}
 
     def save(self, folder: RunFolder, record: CalibrationRecord) -> None:
-        """Write results.json (all of it), anytime.csv and budgeted.csv into the run's folder."""
+        """Write results.json (all of it) into the run's folder; see `training.tables` for the .csv files."""
         told = {"step": record.step, "epochs": record.epochs, **asdict(self)}
         folder.results.write_text(json.dumps(told, indent=1) + "\n")
-        _write_csv(folder, "anytime.csv", [asdict(result) for result in self.exits])
-        rows: list[dict[str, Any]] = []
-        for result in self.scores:
-            for point in result.points:
-                row = asdict(point)
-                shares = row.pop("test_shares")
-                rows.append({"score": result.score, **row, **{f"share_{n}": x for n, x in enumerate(shares, start=1)}})
-        _write_csv(folder, "budgeted.csv", rows)
 
     @classmethod
     def load(cls, folder: RunFolder, record: CalibrationRecord) -> "Evaluation":
@@ -113,18 +120,19 @@ class Evaluation:
             raise RunError(f"{folder.path}: not evaluated yet; run `python -m training evaluate` first")
         try:
             told = json.loads(folder.results.read_text())
-            step = told["step"]
-            evaluation = cls(
-                told["score"],
-                tuple(ExitResult(**values) for values in told["exits"]),
-                tuple(_score_result(values) for values in told["scores"]),
-                tuple(OraclePoint(**values) for values in told["oracle"]),
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            step = told.pop("step")
+            told.pop("epochs")
+            evaluation = TypeAdapter(cls).validate_python(told)
+        except (ValueError, KeyError, AttributeError, ValidationError) as error:
             raise RunError(f"{folder.results}: damaged or of another version; evaluate again") from error
         if step != record.step:
             raise RunError(f"{folder.path}: evaluated at step {step}, calibrated at {record.step}; evaluate again")
         return evaluation
+
+
+def calibration_of(heldout: ExitOutputs) -> Calibration:
+    """What a bundle keeps of the held-out images: every score, fitted ones without an image's own part in it."""
+    return Calibration({name: fitted.heldout for name, fitted in fit_scores(heldout).items()}, heldout.correct)
 
 
 def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
@@ -135,17 +143,57 @@ def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
 
 
 def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Evaluation:
-    """Measure a network from what its exits said of held-out and test images, and choose its exit score.
+    """Measure a network from what its exits said of held-out and test images, and choose how images leave.
 
-    The score is chosen by cross-fitting on the held-out images alone, so that the test images measure it fairly.
+    Score and family are chosen by cross-fitting on the held-out images alone, so that the test images measure it
+    fairly.
     """
-    executed, published = (tuple(n / 1e6 for n in counts) for counts in (cost.executed, cost.published))
-    budgets = np.linspace(executed[0], executed[-1], N_BUDGETS).tolist()
-    exits = tuple(
+    costs = _Costs(tuple(n / 1e6 for n in cost.executed), tuple(n / 1e6 for n in cost.published))
+    budgets = np.linspace(costs.executed[0], costs.executed[-1], N_BUDGETS).tolist()
+    rightness: dict[Policy, NDArray[np.float64]] = {}
+    policies = all_policies(heldout)
+    for score in tqdm(dict.fromkeys(policy.score for policy in policies), desc="cross-fitting", disable=None):
+        source = source_of(score, heldout)
+        by_family = crossfit_rightness(source, heldout.correct, costs.executed, budgets)
+        rightness |= {Policy(score, family): right for family, right in by_family.items()}
+    chosen = choose(rightness)
+    paper = rightness[PAPER]
+    fitted = fit_scores(heldout)
+    results, behaviours = [], []
+    for policy in tqdm(policies, desc="thresholds", unit="policy", disable=None):
+        score = fitted[policy.score]
+        frontier = build_frontier(score.heldout, heldout.correct, costs.executed, policy.family)
+        points, done = _measure(policy, frontier, budgets, score.of(policy.score, test), test.correct, costs)
+        behaviours.append(done)
+        lead = rightness[policy] - paper
+        error = float(lead.std() / np.sqrt(len(lead)))
+        results.append(PolicyResult(policy, float(rightness[policy].mean()), float(lead.mean()), error, points))
+    predictor = fitted[chosen.score].predictor
+    chosen_points = next(result.points for result in results if result.policy == chosen)
+    return Evaluation(
+        policy=chosen,
+        predictor=None if predictor is None else _plain(predictor),
+        exits=_exits(heldout, test, cost),
+        policies=tuple(results),
+        comparison=compare(behaviours, costs.executed),
+        oracle=oracle_curve(test.correct, *costs),
+        random=random_curve(test.correct, chosen_points),
+    )
+
+
+class _Costs(NamedTuple):
+    """Cumulative costs [N] in millions of multiply-adds."""
+
+    executed: tuple[float, ...]
+    published: tuple[float, ...]
+
+
+def _exits(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> tuple[ExitResult, ...]:
+    return tuple(
         ExitResult(
             exit=i + 1,
-            published_mflops=published[i],
-            executed_mflops=executed[i],
+            published_mflops=cost.published[i] / 1e6,
+            executed_mflops=cost.executed[i] / 1e6,
             published_macs_m=cost.published_macs[i] / 1e6,
             executed_macs_m=cost.executed_macs[i] / 1e6,
             parameters=cost.parameters[i],
@@ -153,85 +201,46 @@ def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Eval
             test_accuracy=float(test.correct[:, i].mean()),
             test_top5_accuracy=float(test.correct_top5[:, i].mean()),
         )
-        for i in range(len(executed))
+        for i in range(len(cost.executed))
     )
-    rightness = {
-        name: crossfit_rightness(values, heldout.correct, executed, budgets) for name, values in heldout.scores.items()
-    }
-    chosen = max(rightness, key=lambda name: float(rightness[name].mean()))
-    scores = []
-    for name, values in heldout.scores.items():
-        behind = rightness[chosen] - rightness[name]
-        frontier = build_frontier(values, heldout.correct, executed)
-        points = tuple(_measured(frontier, budget, test, name, executed, published) for budget in budgets)
-        error = float(behind.std() / np.sqrt(len(behind)))
-        scores.append(
-            ScoreResult(name, frontier.family, float(rightness[name].mean()), float(behind.mean()), error, points)
-        )
-    return Evaluation(chosen, exits, tuple(scores), oracle_curve(test.correct, executed, published))
 
 
-def crossfit_rightness(
-    scores: NDArray[np.floating[Any]],
-    correct: NDArray[np.bool_],
-    costs: tuple[float, ...],
-    budgets: list[float],
-    seed: int = 0,
-) -> NDArray[np.float64]:
-    """How often each of M images is answered right over the budgets, with thresholds that other images set.
-
-    The images are halved at random, thresholds from one half judged on the other, both ways round, several times. Every
-    halving is the same for every score, so that differences are paired.
-
-    Returns:
-        [M], each 0 to 1: mean over budgets and halvings, corrected for what the image's half spent more or less than
-        the budget, along the slope of its curve.
-    """
-    n_images = len(scores)
-    right = np.zeros(n_images)
-    generator = np.random.default_rng(seed)
-    for _ in range(N_HALVINGS):
-        order = generator.permutation(n_images)
-        halves = order[: n_images // 2], order[n_images // 2 :]
-        for judged, fitted in (halves, halves[::-1]):
-            frontier = build_frontier(scores[fitted], correct[fitted], costs, n_points=N_CROSSFIT_POINTS)
-            for budget in budgets:
-                point = frontier.at(frontier.position_at_cost(budget))
-                left_at = take_exits(scores[judged], point.thresholds)
-                spent = float(np.asarray(costs)[left_at].mean())
-                worth = _accuracy_at(frontier, budget) - _accuracy_at(frontier, spent)
-                right[judged] += correct[judged, left_at] + worth
-    return right / (N_HALVINGS * len(budgets))
+def _plain(predictor: Predictor) -> dict[str, Any]:
+    loss = None if predictor.loss is None else predictor.loss.tolist()
+    return {"features": list(FEATURES), "gain": predictor.gain.tolist(), "loss": loss}
 
 
-def _accuracy_at(frontier: Frontier, cost: float) -> float:
-    return frontier.at(frontier.position_at_cost(cost)).accuracy
-
-
-def _measured(
+def _measure(
+    policy: Policy,
     frontier: Frontier,
-    budget: float,
-    test: ExitOutputs,
-    score: str,
-    executed: tuple[float, ...],
-    published: tuple[float, ...],
-) -> BudgetResult:
-    promised = frontier.at(frontier.position_at_cost(budget))
-    done = outcome(test.scores[score], test.correct, executed, promised.thresholds)
-    return BudgetResult(
-        budget_mflops=budget,
-        heldout_mflops=promised.cost,
-        heldout_accuracy=promised.accuracy,
-        test_executed_mflops=done.mean_cost,
-        test_published_mflops=float(np.dot(done.shares, published)),
-        test_accuracy=done.accuracy,
-        test_shares=done.shares,
-    )
+    budgets: list[float],
+    scores: NDArray[Any],
+    correct: NDArray[np.bool_],
+    costs: _Costs,
+) -> tuple[tuple[BudgetResult, ...], Behaviour]:
+    """What test images with scores [M, N] do at every budget, in sum and image by image."""
+    promised = [frontier.at(frontier.position_at_cost(budget)) for budget in budgets]
+    thresholds = np.array([point.thresholds for point in promised])
+    measured = outcomes(scores, correct, costs.executed, thresholds)
+    points = []
+    for budget, point, done in zip(budgets, promised, measured, strict=True):
+        points.append(
+            BudgetResult(
+                budget_mflops=budget,
+                heldout_mflops=point.cost,
+                heldout_accuracy=point.accuracy,
+                test_executed_mflops=done.mean_cost,
+                test_published_mflops=float(np.dot(done.shares, costs.published)),
+                test_accuracy=done.accuracy,
+                test_shares=done.shares,
+            )
+        )
+    return tuple(points), behaviour(policy, scores, correct, costs.executed, thresholds)
 
 
 def oracle_curve(
     correct: NDArray[np.bool_], executed: tuple[float, ...], published: tuple[float, ...]
-) -> tuple[OraclePoint, ...]:
+) -> tuple[BoundPoint, ...]:
     """The best that any rule for leaving could do with these heads: an upper bound, known only with the labels.
 
     Each image is worth going on with only to the first exit that is right. Ordered by what that costs, point n sends
@@ -245,17 +254,14 @@ def oracle_curve(
         left_at = np.where(first_right <= deepest, first_right, 0)
         shares = np.bincount(left_at, minlength=n_exits) / len(correct)
         accuracy = float(correct[np.arange(len(correct)), left_at].mean())
-        points.append(OraclePoint(float(shares @ executed), float(shares @ published), accuracy))
+        points.append(BoundPoint(float(shares @ executed), float(shares @ published), accuracy))
     return tuple(points)
 
 
-def _score_result(values: dict[str, Any]) -> ScoreResult:
-    points = tuple(BudgetResult(**{**p, "test_shares": tuple(p["test_shares"])}) for p in values["points"])
-    return ScoreResult(**{**values, "points": points})
-
-
-def _write_csv(folder: RunFolder, name: str, rows: list[dict[str, Any]]) -> None:
-    with (folder.path / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+def random_curve(correct: NDArray[np.bool_], points: Sequence[BudgetResult]) -> tuple[BoundPoint, ...]:
+    """The least that a rule for leaving should do: images leave in the same shares, but at random."""
+    at_exit = correct.mean(axis=0)
+    return tuple(
+        BoundPoint(point.test_executed_mflops, point.test_published_mflops, float(np.dot(point.test_shares, at_exit)))
+        for point in points
+    )

@@ -8,11 +8,10 @@ from typing import Any
 
 from models.boosting import temperatures_per_exit
 from models.bundle import BundleError, write_bundle
-from models.calibration import Calibration
 from models.staging import StagingError
 from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunError, RunFolder
-from training.evaluation import Evaluation
+from training.evaluation import Evaluation, calibration_of
 from training.export import export_stages
 from training.model_card import model_card
 from training.objectives import network_arguments
@@ -31,7 +30,7 @@ def pack(folder: RunFolder, output: Path, name: str) -> str:
     made_by, recipe = folder.read_description(), folder.read_recipe()
     record = CalibrationRecord.load(folder)
     evaluation = Evaluation.load(folder, record)
-    network, _ = load_trained(folder, len(record.class_names))
+    network, _ = load_trained(folder, len(record.class_names), record.half_weights)
     training = _training_info(made_by, record)
     try:
         with TemporaryDirectory() as made:
@@ -48,8 +47,7 @@ def pack(folder: RunFolder, output: Path, name: str) -> str:
             }
             shutil.copyfile(folder.frontier_plot, contents / folder.frontier_plot.name)
             (contents / "README.md").write_text(model_card(name, recipe, record, evaluation, training))
-            outputs = ExitOutputs.load(folder.heldout)
-            calibration = Calibration(outputs.scores, outputs.correct)
+            calibration = calibration_of(ExitOutputs.load(folder.heldout))
             return write_bundle(output, manifest, calibration, contents, replace=True).manifest.version
     except (BundleError, StagingError) as error:
         raise RunError(str(error)) from error
@@ -78,7 +76,7 @@ def _facts(recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation) ->
             }
             for result in evaluation.exits
         ],
-        "score": evaluation.score,
+        **evaluation.manifest_fields(),
         "data": {
             "name": record.data_name,
             "split_sha256": record.split_sha256,

@@ -7,13 +7,13 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
+from models.frontier import FAMILIES
 from training.calibration import CalibrationRecord
 from training.checkpoint import RunFolder
 from training.evaluation import Evaluation
 from training.figures import figure_axes
+from training.policies import PAPER, name_of
 from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED, PublishedCurve
-
-SCORE_LABELS = {"max_softmax": "max softmax", "logit_margin": "logit margin"}
 
 
 def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecord) -> list[str]:
@@ -26,6 +26,7 @@ def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecor
         folder.path / "anytime.png": lambda path: plot_anytime(path, title, evaluation, is_cifar100),
         folder.path / "budgeted.png": lambda path: plot_budgeted(path, title, evaluation, is_cifar100),
         folder.frontier_plot: lambda path: plot_frontier(path, title, evaluation),
+        folder.path / "policies.png": lambda path: plot_policies(path, title, evaluation),
     }
     if log := folder.read_log():
         plots[folder.path / "training.png"] = lambda path: plot_training(path, title, log)
@@ -62,14 +63,14 @@ def plot_budgeted(path: Path, title: str, evaluation: Evaluation, is_cifar100: b
     """Test accuracy over the mean cost that test images had, published convention, beside published curves."""
     with figure_axes(path, title) as (axes,):
         _draw_published(axes, CIFAR100_BUDGETED if is_cifar100 else ())
-        for i, result in enumerate(evaluation.scores):
-            is_chosen = result.score == evaluation.score
+        for i, policy in enumerate(dict.fromkeys((evaluation.policy, PAPER))):
+            points = evaluation.result(policy).points
             axes.plot(
-                [point.test_published_mflops for point in result.points],
-                [100 * point.test_accuracy for point in result.points],
+                [point.test_published_mflops for point in points],
+                [100 * point.test_accuracy for point in points],
                 color=f"C{i}",
-                linewidth=2 if is_chosen else 1,
-                label=f"this network, {SCORE_LABELS.get(result.score, result.score)}" + " (chosen)" * is_chosen,
+                linewidth=2 if policy == evaluation.policy else 1,
+                label=f"this network, {name_of(policy)}" + " (chosen)" * (policy == evaluation.policy),
             )
         axes.plot(
             [result.published_mflops for result in evaluation.exits],
@@ -84,22 +85,16 @@ def plot_budgeted(path: Path, title: str, evaluation: Evaluation, is_cifar100: b
 
 
 def plot_frontier(path: Path, title: str, evaluation: Evaluation) -> None:
-    """What a server gets for a budget: test accuracy over executed cost, with the oracle above it."""
+    """What a server gets for a budget: test accuracy over executed cost, between the two oracles."""
     with figure_axes(path, title) as (axes,):
-        axes.plot(
-            [point.executed_mflops for point in evaluation.oracle],
-            [100 * point.accuracy for point in evaluation.oracle],
-            "--",
-            color="0.6",
-            label="oracle: leaves at the first exit that is right (upper bound)",
-        )
+        _draw_bounds(axes, evaluation)
         points = evaluation.chosen.points
         axes.plot(
             [point.test_executed_mflops for point in points],
             [100 * point.test_accuracy for point in points],
             color="C0",
             linewidth=2,
-            label=f"each image leaves when sure ({SCORE_LABELS.get(evaluation.score, evaluation.score)})",
+            label=f"each image leaves when sure ({name_of(evaluation.policy)})",
         )
         axes.plot(
             [result.executed_mflops for result in evaluation.exits],
@@ -112,6 +107,46 @@ def plot_frontier(path: Path, title: str, evaluation: Evaluation) -> None:
         )
         axes.set(xlabel="mean million multiply-adds an image (executed)", ylabel="top-1 on test images, %")
         axes.legend(loc="lower right")
+
+
+def plot_policies(path: Path, title: str, evaluation: Evaluation) -> None:
+    """Every policy at equal measured cost on test images: accuracy, and the lead over the paper's with its interval."""
+    costs = evaluation.comparison.costs_mflops
+    scores = list(dict.fromkeys(compared.policy.score for compared in evaluation.comparison.policies))
+    lines = dict(zip(FAMILIES, ("-", "--", ":"), strict=True))
+    with figure_axes(path, title, n_columns=2) as (accuracies, leads):
+        _draw_bounds(accuracies, evaluation)
+        for compared in evaluation.comparison.policies:
+            policy, is_chosen = compared.policy, compared.policy == evaluation.policy
+            look: dict[str, Any] = {
+                "color": f"C{scores.index(policy.score)}",
+                "linestyle": lines[policy.family],
+                "linewidth": 2.2 if is_chosen else 0.9,
+                "zorder": 3 if is_chosen else 2,
+            }
+            label = name_of(policy) + " (chosen)" * is_chosen if is_chosen or policy.family == "geometric" else None
+            accuracies.plot(costs, [100 * accuracy for accuracy in compared.accuracy], **look)
+            leads.plot(costs, [100 * lead.mean for lead in compared.lead], label=label, **look)
+            if is_chosen:
+                low, high = ([100 * getattr(lead, end) for lead in compared.lead] for end in ("low", "high"))
+                leads.fill_between(costs, low, high, color=look["color"], alpha=0.15, linewidth=0, label="its 95 %")
+        lowest = min(100 * accuracy for compared in evaluation.comparison.policies for accuracy in compared.accuracy)
+        accuracies.set(xlabel="mean million multiply-adds an image (executed)", ylabel="top-1 on test images, %")
+        accuracies.set_ylim(bottom=lowest - 2)
+        accuracies.legend(loc="lower right")
+        leads.set(xlabel="mean million multiply-adds an image (executed)", ylabel=f"points over {name_of(PAPER)}")
+        for family, line in list(lines.items())[1:]:
+            leads.plot([], [], color="0.4", linestyle=line, linewidth=0.9, label=f"... with {family} thresholds")
+        leads.legend(loc="lower right", ncols=2)
+
+
+def _draw_bounds(axes: Axes, evaluation: Evaluation) -> None:
+    for points, line, label in (
+        (evaluation.oracle, "--", "oracle: leaves at the first exit that is right (upper bound)"),
+        (evaluation.random, ":", "random: as many leave at each exit, but any"),
+    ):
+        costs, percent = [p.executed_mflops for p in points], [100 * p.accuracy for p in points]
+        axes.plot(costs, percent, line, color="0.6", label=label)
 
 
 def _draw_published(axes: Axes, curves: Sequence[PublishedCurve]) -> None:

@@ -1,13 +1,19 @@
-"""Results as tables on the terminal."""
+"""Results as tables: on the terminal, and as .csv files in the folder of a run."""
+
+import csv
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from training.checkpoint import RunFolder
 from training.evaluation import Evaluation
+from training.policies import PAPER, name_of
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print accuracy per exit, the scores compared, and the budget curve of the score chosen."""
+    """Print accuracy per exit, the policies compared, and the budget curve of the one chosen."""
     anytime = Table(title="Every image at one exit (M = million multiply-adds an image)", title_justify="left")
     for heading in ("exit", "published M", "executed M", "held-out top-1", "test top-1", "test top-5"):
         anytime.add_column(heading, justify="right")
@@ -22,18 +28,10 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         )
     console.print(anytime)
 
-    scores = Table(title="Exit scores on held-out images, thresholds cross-fitted", title_justify="left")
-    for heading in ("score", "mean top-1 over budgets", "behind the best", "exit shares", ""):
-        scores.add_column(heading, justify="left" if heading in ("score", "exit shares", "") else "right")
-    for score in evaluation.scores:
-        is_chosen = score.score == evaluation.score
-        behind = "" if is_chosen else f"{100 * score.crossfit_behind:.2f} ± {100 * score.crossfit_behind_error:.2f}"
-        mean = f"{100 * score.crossfit_accuracy:.2f} %"
-        scores.add_row(score.score, mean, behind, score.family, "chosen" if is_chosen else "")
-    console.print(scores)
+    console.print(_policies(evaluation))
 
     budgeted = Table(
-        title=f"Each image leaves when sure ({evaluation.score}), measured on test images",
+        title=f"Each image leaves when sure ({name_of(evaluation.policy)}), measured on test images",
         title_justify="left",
     )
     for heading in ("budget M", "executed M", "published M", "top-1", "leaving at exit 1, 2, ... %"):
@@ -47,6 +45,71 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             " ".join(f"{100 * share:.0f}" for share in point.test_shares),
         )
     console.print(budgeted)
+
+
+def _policies(evaluation: Evaluation) -> Table:
+    costs = evaluation.comparison.costs_mflops
+    table = Table(
+        title=f"Points over {name_of(PAPER)}: cross-fitted on held-out images, and on test images\n"
+        f"at {len(costs)} equal measured costs up to {costs[-1]:.1f} M, on average and at the worst of them",
+        title_justify="left",
+        caption=f"chosen on the held-out images: {name_of(evaluation.policy)}",
+        caption_justify="left",
+    )
+    for heading in ("score", "thresholds", "held out", "test", "test, worst"):
+        table.add_column(heading, justify="left" if heading in ("score", "thresholds") else "right", no_wrap=True)
+    for result in evaluation.policies:
+        compared = evaluation.comparison.of(result.policy)
+        lead, worst = compared.mean_lead, min(compared.lead, key=lambda difference: difference.mean)
+        table.add_row(
+            result.policy.score,
+            result.policy.family,
+            _points(result.crossfit_lead, result.crossfit_lead_error),
+            _points(lead.mean, lead.error),
+            _points(worst.mean, worst.error),
+            style="bold" if result.policy == evaluation.policy else None,
+        )
+    return table
+
+
+def write_tables(folder: RunFolder, evaluation: Evaluation) -> list[str]:
+    """Write anytime.csv (by exit), budgeted.csv (by policy and budget) and policies.csv (by policy at equal cost).
+
+    Returns:
+        their names.
+    """
+    budgeted: list[dict[str, Any]] = []
+    for result in evaluation.policies:
+        for point in result.points:
+            row = asdict(point)
+            shares = row.pop("test_shares")
+            shares = {f"share_{n}": share for n, share in enumerate(shares, start=1)}
+            budgeted.append({**asdict(result.policy), **row, **shares})
+    equal_cost = []
+    for compared in evaluation.comparison.policies:
+        rows = zip(evaluation.comparison.costs_mflops, compared.accuracy, compared.error, compared.lead, strict=True)
+        for cost, accuracy, error, lead in rows:
+            row = {"executed_mflops": cost, "test_accuracy": accuracy, "error": error}
+            equal_cost.append({**asdict(compared.policy), **row, **{f"lead_{k}": v for k, v in asdict(lead).items()}})
+    tables = {
+        "anytime.csv": [asdict(result) for result in evaluation.exits],
+        "budgeted.csv": budgeted,
+        "policies.csv": equal_cost,
+    }
+    for name, table in tables.items():
+        _write_csv(folder, name, table)
+    return list(tables)
+
+
+def _write_csv(folder: RunFolder, name: str, rows: list[dict[str, Any]]) -> None:
+    with (folder.path / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+
+
+def _points(mean: float, error: float) -> str:
+    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
 
 
 def _percent(share: float) -> str:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.exits import SCORES
+from models.predictor import features_of
+from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate, load_trained, outputs_of
 from training.checkpoint import RunError, RunFolder
@@ -49,9 +50,10 @@ def test_what_is_stored_is_what_the_network_says_of_each_image(folder: RunFolder
             with torch.no_grad():
                 logits = [x.numpy() for x in network(batch)]
             assert outputs.predictions[row].tolist() == [int(x.argmax()) for x in logits]
-            for name, score in SCORES.items():
+            for name, score in plain_scores(len(logits)).items():
                 assert outputs.scores[name].dtype == np.float32
-                assert outputs.scores[name][row] == pytest.approx([float(score(x)[0]) for x in logits], abs=1e-3)
+                assert outputs.scores[name][row] == pytest.approx(score_exits(score, logits)[0], abs=1e-3)
+            assert outputs.features[row] == pytest.approx(features_of(logits)[0], abs=1e-3)
         assert np.array_equal(outputs.correct, outputs.predictions == labels[:, None])
 
 
@@ -60,7 +62,9 @@ def test_calibrating_twice_gives_the_same(folder: RunFolder, images: ImageSet) -
     first = ExitOutputs.load(folder.heldout)
     calibrate(folder, images, CPU)
     second = ExitOutputs.load(folder.heldout)
-    assert all(np.array_equal(first.scores[name], second.scores[name]) for name in SCORES)
+    assert list(first.scores) == list(plain_scores(3))
+    assert all(np.array_equal(first.scores[name], second.scores[name]) for name in first.scores)
+    assert np.array_equal(first.features, second.features)
 
 
 def test_top5_counts_the_label_among_the_five_largest() -> None:

@@ -9,12 +9,13 @@ import onnxruntime as ort
 import pytest
 
 from models.bundle import load_bundle
-from models.exits import SCORES
 from models.onnx_weights import load_stage_session
+from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.__main__ import run_command
 from training.checkpoint import RunFolder
 from training.data import Split
+from training.predicting import FITTED
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -71,7 +72,16 @@ def test_from_images_to_a_bundle(
     told = capsys.readouterr().out
     assert "Every image at one exit" in told
     assert "chosen" in told
-    for name in ("results.json", "anytime.csv", "budgeted.csv", "anytime.png", "budgeted.png", "frontier.png"):
+    for name in (
+        "results.json",
+        "anytime.csv",
+        "budgeted.csv",
+        "policies.csv",
+        "policies.png",
+        "anytime.png",
+        "budgeted.png",
+        "frontier.png",
+    ):
         assert (run / name).stat().st_size > 0
     assert (run / "training.png").is_file()
 
@@ -81,7 +91,8 @@ def test_from_images_to_a_bundle(
     assert (manifest.name, manifest.description) == ("tiny-net", "tiny")
     assert manifest.class_names == tiny.CLASS_NAMES
     results = json.loads((run / "results.json").read_text())
-    assert manifest.score == results["score"]
+    assert (manifest.score, manifest.family) == (results["policy"]["score"], results["policy"]["family"])
+    assert (manifest.predictor is not None) == (manifest.score in FITTED)
     assert [e.test_accuracy for e in manifest.exits] == [e["test_accuracy"] for e in results["exits"]]
     assert manifest.training["command"] == "python -m training train RUN --recipe tiny.toml --data DATA --seed 0"
     assert manifest.training["epochs"] == 2
@@ -92,14 +103,17 @@ def test_from_images_to_a_bundle(
     # What is served says of the held-out images what the calibration says.
     images, _ = tiny.coloured(tiny.N_TRAIN, 1)
     state = {manifest.stages[0].inputs[0].name: images[split.held_out]}
-    for i, stage in enumerate(manifest.stages):
+    logits = []
+    for stage in manifest.stages:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = load_stage_session(output, stage.file, session_options=options)
         values = session.run(None, {value.name: state[value.name] for value in stage.inputs})
         state.update(zip((value.name for value in stage.outputs), values, strict=True))
-        for name, score in SCORES.items():
-            assert np.allclose(score(values[0]), bundle.calibration.scores[name][:, i], atol=1e-4)
+        logits.append(values[0])
+    for name, score in plain_scores(len(logits)).items():
+        assert np.allclose(score_exits(score, logits), bundle.calibration.scores[name], atol=1e-3)
+    assert np.isfinite(score_exits(bundle.score(), logits)).all()
 
     card = (output / "README.md").read_text()
     for result in results["exits"]:

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import json
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,17 @@ import torch
 from PIL import Image
 
 from models.cost import NetworkCost, measure_cost
+from models.frontier import FAMILIES
 from models.msdnet import CONFIGS, MSDNet
+from models.predictor import FEATURES
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
-from training.evaluation import Evaluation, crossfit_rightness, evaluate, oracle_curve
-from training.plots import plot_anytime, plot_budgeted, plot_frontier, plot_training
+from training.evaluation import Evaluation, calibration_of, evaluate, oracle_curve
+from training.plots import plot_anytime, plot_budgeted, plot_frontier, plot_policies, plot_training
+from training.policies import PAPER
+from training.predicting import FITTED
 from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED
+from training.tables import write_tables
 
 EXECUTED = (10_000_000, 20_000_000, 40_000_000)
 PUBLISHED = (12_000_000, 21_000_000, 40_000_000)
@@ -32,7 +38,9 @@ def outputs(n_images: int, seed: int) -> ExitOutputs:
         "logit_margin": (ease + 0.3 * draw.normal(size=ease.shape)).astype(np.float32),
         "max_softmax": (ease + 5.0 * draw.normal(size=ease.shape)).astype(np.float32),
     }
-    return ExitOutputs(np.zeros(n_images, np.int64), predictions, correct, np.ones_like(correct), scores)
+    features = np.zeros((n_images, 3, len(FEATURES)), np.float32)
+    features[:, :, FEATURES.index("logit_margin")] = scores["logit_margin"]
+    return ExitOutputs(np.zeros(n_images, np.int64), predictions, correct, np.ones_like(correct), scores, features)
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +76,41 @@ def test_every_exit_is_measured(evaluation: Evaluation) -> None:
     assert [r.heldout_accuracy for r in evaluation.exits] == heldout.correct.mean(0).tolist()
 
 
-def test_the_score_that_knows_more_is_chosen(evaluation: Evaluation) -> None:
-    assert evaluation.score == "logit_margin"
-    worse = next(r for r in evaluation.scores if r.score == "max_softmax")
-    assert worse.crossfit_behind > 5 * worse.crossfit_behind_error > 0
-    assert evaluation.chosen.crossfit_behind == 0
-    assert evaluation.chosen.crossfit_accuracy - worse.crossfit_accuracy == pytest.approx(worse.crossfit_behind)
+def test_a_score_that_knows_more_is_chosen(evaluation: Evaluation) -> None:
+    """A score fitted on the margin knows as much as the margin."""
+    assert evaluation.policy.score in ("logit_margin", "as_good", "expected_gain")
+    assert evaluation.chosen.crossfit_lead > 5 * evaluation.chosen.crossfit_lead_error > 0
+    paper = evaluation.result(PAPER)
+    assert paper.crossfit_lead == 0
+    assert evaluation.chosen.crossfit_accuracy - paper.crossfit_accuracy == pytest.approx(
+        evaluation.chosen.crossfit_lead
+    )
+    lead = evaluation.comparison.of(evaluation.policy).mean_lead
+    assert 0 < lead.low < lead.mean < lead.high
 
 
-def test_the_choice_never_sees_the_test_images() -> None:
+def test_the_choice_never_sees_the_test_images(evaluation: Evaluation) -> None:
     heldout, test = outputs(1000, 1), outputs(2000, 2)
     swapped = {"logit_margin": test.scores["max_softmax"], "max_softmax": test.scores["logit_margin"]}
-    misled = ExitOutputs(test.labels, test.predictions, test.correct, test.correct_top5, swapped)
-    assert evaluate(heldout, misled, COST).score == "logit_margin"
+    misled = evaluate(heldout, replace(test, scores=swapped, correct=~test.correct), COST)
+    assert misled.policy == evaluation.policy
+    assert misled.predictor == evaluation.predictor
+    assert [r.crossfit_lead for r in misled.policies] == [r.crossfit_lead for r in evaluation.policies]
+
+
+def test_a_bundle_gets_what_was_chosen(evaluation: Evaluation) -> None:
+    fields = evaluation.manifest_fields()
+    heldout = outputs(1000, 1)
+    calibration = calibration_of(heldout)
+    assert set(calibration.scores) == {"logit_margin", "max_softmax", *FITTED}
+    assert fields["score"] in calibration.scores
+    assert fields["family"] in FAMILIES
+    assert (fields["predictor"] is not None) == (fields["score"] in FITTED)
+    assert np.array_equal(calibration.scores["as_good"], calibration_of(heldout).scores["as_good"])
 
 
 def test_budgets_are_kept_on_held_out_images_and_measured_on_test_images(evaluation: Evaluation) -> None:
-    for result in evaluation.scores:
+    for result in evaluation.policies:
         for point in result.points:
             assert point.heldout_mflops <= point.budget_mflops + 1e-9
             assert sum(point.test_shares) == pytest.approx(1)
@@ -104,18 +130,14 @@ def test_tables_show_the_curve_from_end_to_end_once(evaluation: Evaluation) -> N
     assert costs[-1] == evaluation.chosen.points[-1].heldout_mflops
 
 
-def test_crossfitting_is_honest_about_a_score_that_is_noise() -> None:
-    draw = np.random.default_rng(0)
-    correct = draw.random((400, 3)) < [0.5, 0.6, 0.7]
-    budgets = np.linspace(10, 40, 7).tolist()
-    noise = crossfit_rightness(draw.normal(size=(400, 3)), correct, EXECUTED_M, budgets)
-    assert noise.shape == (400,)
-    # Noise leaves at random: no better than mixing the exits, whose accuracies lie between these.
-    assert correct[:, 0].mean() - 0.02 < noise.mean() < correct[:, 2].mean() + 0.02
-    oracle = crossfit_rightness(
-        np.where(correct, 1.0, 0.0) + 0.01 * draw.random((400, 3)), correct, EXECUTED_M, budgets
-    )
-    assert oracle.mean() > noise.mean() + 0.05
+def test_the_policy_chosen_lies_between_the_two_oracles(evaluation: Evaluation) -> None:
+    xs, ys = [p.executed_mflops for p in evaluation.oracle], [p.accuracy for p in evaluation.oracle]
+    for point, random in zip(evaluation.chosen.points, evaluation.random, strict=True):
+        assert random.executed_mflops == point.test_executed_mflops
+        assert point.test_accuracy <= np.interp(point.test_executed_mflops, xs, ys)
+    leads = [p.test_accuracy - r.accuracy for p, r in zip(evaluation.chosen.points, evaluation.random, strict=True)]
+    assert np.mean(leads) > 0.01
+    assert evaluation.random[0].accuracy == pytest.approx(evaluation.exits[0].test_accuracy)
 
 
 def test_no_rule_beats_the_oracle() -> None:
@@ -140,13 +162,18 @@ def test_results_come_back_from_disk(tmp_path: Path, evaluation: Evaluation, rec
         Evaluation.load(folder, record)
     evaluation.save(folder, record)
     assert Evaluation.load(folder, record) == evaluation
+    assert write_tables(folder, evaluation) == ["anytime.csv", "budgeted.csv", "policies.csv"]
     with (tmp_path / "anytime.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["test_accuracy"]) for row in rows] == [r.test_accuracy for r in evaluation.exits]
     with (tmp_path / "budgeted.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == sum(len(r.points) for r in evaluation.scores)
+    assert len(rows) == sum(len(r.points) for r in evaluation.policies)
     assert all(sum(float(row[f"share_{n}"]) for n in (1, 2, 3)) == pytest.approx(1, abs=1e-4) for row in rows)
+    with (tmp_path / "policies.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(evaluation.policies) * len(evaluation.comparison.costs_mflops)
+    assert all(float(row["lead_mean"]) == 0 for row in rows if (row["score"], row["family"]) == astuple(PAPER))
     with pytest.raises(RunError, match="evaluate again"):
         Evaluation.load(folder, record.model_copy(update={"step": 6}))
     folder.results.write_text(json.dumps({"step": 5}))
@@ -158,6 +185,7 @@ def test_plots_are_drawn(tmp_path: Path, evaluation: Evaluation) -> None:
     log = [{"epoch": n, "losses": [3 / n, 2 / n], "held_out_accuracy": [n / 9, n / 8]} for n in (1, 2, 3)]
     plot_training(tmp_path / "training.png", "tiny", log)
     plot_frontier(tmp_path / "frontier.png", "tiny", evaluation)
+    plot_policies(tmp_path / "policies.png", "tiny", evaluation)
     plot_anytime(tmp_path / "anytime.png", "tiny", evaluation, is_cifar100=True)
     plot_budgeted(tmp_path / "budgeted.png", "tiny", evaluation, is_cifar100=True)
     plot_budgeted(tmp_path / "own.png", "tiny", evaluation, is_cifar100=False)

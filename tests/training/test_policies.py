@@ -1,0 +1,166 @@
+"""Choosing how images leave: honest about noise, and unmoved by images that measure it."""
+
+import numpy as np
+import pytest
+
+from models.predictor import FEATURES, Predictor
+from training.comparison import N_COSTS, N_RESAMPLES, behaviour, compare, resamples
+from training.policies import PAPER, Policy, choose, crossfit_rightness
+from training.predicting import FITTED, crossfit, fit_as_good, fit_expected_gain, logistic_regression
+
+COSTS = (10.0, 20.0, 40.0)
+BUDGETS = np.linspace(10, 40, 7).tolist()
+MARGIN = FEATURES.index("logit_margin")
+
+
+def rightness_of(scores: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarray]:
+    return crossfit_rightness(lambda fitted, judged: (scores[fitted], scores[judged]), correct, COSTS, BUDGETS)
+
+
+def test_crossfitting_is_honest_about_a_score_that_is_noise() -> None:
+    draw = np.random.default_rng(0)
+    correct = draw.random((400, 3)) < [0.5, 0.6, 0.7]
+    noise = rightness_of(draw.normal(size=(400, 3)), correct)
+    knows = rightness_of(np.where(correct, 1.0, 0.0) + 0.01 * draw.random((400, 3)), correct)
+    for family, right in noise.items():
+        assert right.shape == (400,)
+        # Noise leaves at random: no better than mixing the exits, whose accuracies lie between these.
+        assert correct[:, 0].mean() - 0.02 < right.mean() < correct[:, 2].mean() + 0.02
+        assert knows[family].mean() > right.mean() + 0.05
+
+
+def test_a_lead_within_one_standard_error_does_not_move_the_choice() -> None:
+    draw = np.random.default_rng(1)
+    paper, better, lucky = PAPER, Policy("logit_margin", "ratio"), Policy("entropy", "geometric")
+    base = draw.random(1000)
+    rightness = {
+        paper: base,
+        better: base + 0.004 + 0.05 * draw.normal(size=1000),
+        lucky: base + draw.normal(size=1000),
+    }
+    rightness[lucky] += 0.02 - (rightness[lucky] - base).mean()  # a lead of two points, with an error of three
+    assert choose(rightness) == better
+    assert choose({paper: base, lucky: rightness[lucky]}) == paper
+
+
+# --- fitted scores
+
+
+def features_of_margin(margin: np.ndarray) -> np.ndarray:
+    features = np.zeros((*margin.shape, len(FEATURES)), dtype=np.float32)
+    features[:, :, MARGIN] = margin
+    return features
+
+
+def test_logistic_regression_finds_what_made_the_answers() -> None:
+    draw = np.random.default_rng(2)
+    x = draw.normal(size=(40_000, 3)) * [1.0, 10.0, 0.1] + [0.0, 5.0, 0.0]
+    log_odds = 0.8 * x[:, 0] - 0.15 * x[:, 1] + 4.0 * x[:, 2] + 0.3
+    happens = draw.random(len(x)) < 1 / (1 + np.exp(-log_odds))
+    assert logistic_regression(x, happens) == pytest.approx([0.8, -0.15, 4.0, 0.3], rel=0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["separable", "constant", "never", "huge", "missing", "none"])
+def test_logistic_regression_is_finite_whatever_it_gets(kind: str) -> None:
+    x = np.random.default_rng(3).normal(size=(50, 2))
+    happens = x[:, 0] > 0
+    if kind == "constant":
+        x = np.ones((50, 2))
+    elif kind == "never":
+        happens = np.zeros(50, dtype=bool)
+    elif kind == "huge":
+        x *= 1e6
+    elif kind == "missing":
+        x[::3, 1] = -np.inf
+    elif kind == "none":
+        x[:] = np.nan
+    weights = logistic_regression(x, happens)
+    assert np.isfinite(weights).all()
+    if kind in ("separable", "huge"):
+        assert (((x @ weights[:-1] + weights[-1]) > 0) == happens).mean() > 0.95
+
+
+def heads(n_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features and answers of three heads whose margins say how likely they, and no later one, are right."""
+    draw = np.random.default_rng(seed)
+    ease = draw.normal(size=(n_images, 1))
+    correct = ease + 0.5 * draw.normal(size=(n_images, 3)) + [0.0, 0.4, 0.8] > 0
+    return features_of_margin(ease + 0.3 * draw.normal(size=(n_images, 3))), correct
+
+
+def test_fitted_scores_are_calibrated_on_other_images() -> None:
+    (features, correct), (other, other_correct) = heads(8000, 4), heads(8000, 5)
+    as_good = fit_as_good(features, correct).of_all_features(other)
+    gain = fit_expected_gain(features, correct).of_all_features(other)
+    for i in (0, 1):
+        stop = other_correct[:, i] | ~other_correct[:, i + 1 :].any(axis=1)
+        assert (1 / (1 + np.exp(-as_good[:, i]))).mean() == pytest.approx(stop.mean(), abs=0.02)
+        lost = other_correct[:, i].astype(float) - other_correct[:, -1]
+        assert gain[:, i].mean() == pytest.approx(lost.mean(), abs=0.02)
+        sure = gain[:, i] > np.median(gain[:, i])
+        assert lost[sure].mean() > lost[~sure].mean() + 0.02
+    assert not as_good[:, 2].any()
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_no_image_has_a_part_in_its_own_score(name: str) -> None:
+    features, correct = heads(60, 6)
+    before = crossfit(name, features, correct)
+    image = int(np.flatnonzero(~correct[:, 0] & correct[:, 2])[0])
+    changed = correct.copy()
+    changed[image] = ~changed[image]
+    after = crossfit(name, features, changed)
+    assert np.array_equal(before[image], after[image])
+    assert not np.array_equal(before, after)
+    assert isinstance(FITTED[name](features, correct), Predictor)
+
+
+# --- on test images
+
+
+def test_policies_are_compared_at_equal_measured_cost() -> None:
+    """One policy spends its budget twice over: at equal cost it is not better for that."""
+    features, correct = heads(3000, 7)
+    scores = features[:, :, MARGIN]
+    cuts = np.quantile(scores[:, 0], np.linspace(0, 1, 30)).tolist()
+    rows = np.array([(cut, cut, -np.inf) for cut in cuts])
+    frugal = behaviour(PAPER, scores, correct, COSTS, rows)
+    lavish = behaviour(Policy("logit_margin", "geometric"), scores, correct, COSTS, rows[[0, *range(9, 30)]])
+    compared = compare([frugal, lavish], COSTS)
+    lead = compared.of(lavish.policy)
+    assert len(compared.costs_mflops) == N_COSTS
+    dear = [cost > lavish.costs.mean(axis=0)[1] for cost in compared.costs_mflops]
+    assert [d.mean for d, is_dear in zip(lead.lead, dear, strict=True) if is_dear] == pytest.approx(
+        [0] * sum(dear), abs=1e-3
+    )
+    assert compared.of(PAPER).mean_lead.mean == compared.of(PAPER).mean_lead.error == 0
+
+
+def test_paired_intervals_are_those_of_theory() -> None:
+    """Two policies that always cost the same: the lead's error is that of a paired difference."""
+    draw = np.random.default_rng(8)
+    n_images = 4000
+    correct = np.stack([draw.random(n_images) < 0.7] * 3, axis=1)
+    better = correct | (draw.random((n_images, 1)) < 0.05)
+    scores, rows = np.zeros((n_images, 3)), np.array([(-np.inf,) * 3, (np.inf, -np.inf, -np.inf)])
+    other = Policy("logit_margin", "geometric")
+    compared = compare(
+        [behaviour(PAPER, scores, correct, COSTS, rows), behaviour(other, scores, better, COSTS, rows)], COSTS
+    )
+    lead = compared.of(other).mean_lead
+    difference = better[:, 0].astype(float) - correct[:, 0]
+    error = difference.std() / np.sqrt(n_images)
+    assert lead.mean == pytest.approx(difference.mean(), abs=1e-6)
+    assert lead.error == pytest.approx(error, rel=0.15)
+    assert (lead.high - lead.low) == pytest.approx(2 * 1.96 * error, rel=0.15)
+    single = compared.of(PAPER).error[0]
+    assert single == pytest.approx(correct[:, 0].std() / np.sqrt(n_images), rel=0.15)
+    assert lead.error < single
+
+
+def test_resamples_draw_as_many_images_as_there_are() -> None:
+    weights = resamples(100, seed=0)
+    assert weights.shape == (1 + N_RESAMPLES, 100)
+    assert (weights[0] == 1).all()
+    assert (weights.sum(axis=1) == 100).all()
+    assert weights[1:].var() == pytest.approx(1.0, abs=0.1)

@@ -1,0 +1,103 @@
+"""Fits exit scores that predict whether going on is worth it, on held-out images alone.
+
+Logistic regressions, one an exit, on the features of `models.predictor`. Thresholds are never set by scores of images
+that a predictor was fitted on: `crossfit` scores every image by a predictor fitted on others.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.predictor import Predictor
+
+Answers = NDArray[np.bool_]
+N_FOLDS = 5
+RIDGE = 3.0  # on weights of features scaled to a standard deviation of 1; in images
+MAX_STEPS = 50
+
+
+def fit_as_good(features: NDArray[Any], correct: Answers) -> Predictor:
+    """Fit "stopping is as good as going on": this exit is right, or no later one is.
+
+    Args:
+        features: [M, N, FEATURES].
+        correct: [M, N].
+    """
+    later = np.stack([correct[:, i + 1 :].any(axis=1) for i in range(correct.shape[1])], axis=1)
+    return Predictor(_fit_exits(features, ~correct & later))
+
+
+def fit_expected_gain(features: NDArray[Any], correct: Answers) -> Predictor:
+    """Fit the accuracy that going on to the last exit is expected to win, as P(it mends) - P(it spoils)."""
+    last = correct[:, -1:]
+    return Predictor(_fit_exits(features, ~correct & last), _fit_exits(features, correct & ~last))
+
+
+FITTED: dict[str, Callable[[NDArray[Any], Answers], Predictor]] = {
+    "as_good": fit_as_good,
+    "expected_gain": fit_expected_gain,
+}
+"""Fitted scores by name."""
+
+
+def crossfit(name: str, features: NDArray[Any], correct: Answers, seed: int = 0) -> NDArray[np.float64]:
+    """Score every image [M, N] by a predictor that was fitted on the other folds."""
+    n_images = len(features)
+    n_folds = min(N_FOLDS, n_images)
+    fold = np.random.default_rng(seed).permutation(n_images) % n_folds
+    scores = np.empty(correct.shape)
+    for k in range(n_folds):
+        others = fold != k if n_folds > 1 else fold == k
+        scores[fold == k] = FITTED[name](features[others], correct[others]).of_all_features(features[fold == k])
+    return scores
+
+
+def _fit_exits(features: NDArray[Any], happens: Answers) -> NDArray[np.float64]:
+    """Weights and bias [N, FEATURES + 1] of the log-odds of `happens` [M, N]; none at the last exit, where all stop."""
+    weights = np.zeros((features.shape[1], features.shape[2] + 1))
+    for i in range(features.shape[1] - 1):
+        weights[i] = logistic_regression(features[:, i].astype(np.float64), happens[:, i])
+    return weights
+
+
+def logistic_regression(features: NDArray[np.float64], happens: Answers) -> NDArray[np.float64]:
+    """Fit the log-odds of `happens` [M] as weights and bias [F + 1] on features [M, F], by damped Newton steps.
+
+    A ridge keeps weights finite where features are constant, equal or separate the images; rows that are not finite
+    are left out.
+    """
+    usable = np.isfinite(features).all(axis=1)
+    x, y = features[usable], happens[usable].astype(np.float64)
+    if not len(x):
+        return np.zeros(features.shape[1] + 1)
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    scale[scale < 1e-9] = 1.0
+    z = np.column_stack([(x - mean) / scale, np.ones(len(x))])
+    ridge = np.full(z.shape[1], RIDGE)
+    ridge[-1] = 1e-3  # the bias is free but for sets where nothing ever happens, or always
+
+    def loss_of(weights: NDArray[np.float64]) -> float:
+        log_odds = z @ weights
+        return float(np.logaddexp(0.0, log_odds).sum() - y @ log_odds + 0.5 * ridge @ weights**2)
+
+    weights = np.zeros(z.shape[1])
+    loss = loss_of(weights)
+    for _ in range(MAX_STEPS):
+        p = 0.5 * (1.0 + np.tanh(0.5 * (z @ weights)))
+        gradient = z.T @ (p - y) + ridge * weights
+        curvature = (z * (p * (1.0 - p))[:, None]).T @ z + np.diag(ridge)
+        step = np.linalg.solve(curvature, gradient)
+        damping = 1.0
+        while (new := loss_of(weights - damping * step)) > loss and damping > 1e-6:
+            damping *= 0.5
+        if new > loss:
+            break
+        converged = loss - new < 1e-9 * (1.0 + abs(loss))
+        weights, loss = weights - damping * step, new
+        if converged:
+            break
+    weights[:-1] /= scale
+    weights[-1] -= weights[:-1] @ mean
+    return weights
