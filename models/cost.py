@@ -2,7 +2,8 @@
 
 The counting rules are those of every published early-exit curve, so that numbers compare: a convolution's
 multiply-adds without its bias, a linear layer's weights and biases, one per element of a ReLU, k x k per output of a
-pooling. Nothing else counts: not normalisation, concatenation, resizing, softmax or the sum of an ensemble.
+pooling. Nothing else of these networks counts: not normalisation, concatenation, resizing, softmax or the sum of an
+ensemble. The rules say nothing of attention or other matrix products; here every one counts its multiply-adds.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from models.tracing import TracedNetwork, trace, without_data
 
@@ -24,7 +27,7 @@ class NetworkCost:
     Attributes:
         published: every operation the network's program runs up to that exit, as papers count.
         executed: the same rules over what the stages run: only what exits up to this one need. The server charges it.
-        published_macs, executed_macs: multiply-adds of convolutions and linear layers alone.
+        published_macs, executed_macs: multiply-adds of convolutions, linear layers and other matrix products alone.
         parameters: of every module the program runs up to that exit.
     """
 
@@ -81,7 +84,8 @@ def measure_cost(network: nn.Module, image_size_px: int) -> NetworkCost:
 def _count(traced: TracedNetwork) -> dict[fx.Node, _Count]:
     interpreter = _CountingInterpreter(traced.module, garbage_collect_values=False)
     images = traced.values[traced.images]
-    with without_data(images), torch.no_grad():
+    # Inference mode would hide the products that a function is made of.
+    with without_data(images), torch.inference_mode(False), torch.no_grad():
         interpreter.run(torch.empty(1, *images.shape[1:], dtype=images.dtype, device=images.device))
     return interpreter.counts
 
@@ -123,11 +127,29 @@ class _CountingMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if (rule := _RULES.get(func)) is None:
+            with _ProductMode(self.count):
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        rule = _RULES.get(func)
-        if rule is not None:
-            ops, macs = rule(result, *args, **kwargs)
-            self.count.ops += ops
+        ops, macs = rule(result, *args, **kwargs)
+        self.count.ops += ops
+        self.count.macs += macs
+        return result
+
+
+class _ProductMode(TorchDispatchMode):
+    """Adds up the matrix products and convolutions within a function that has no rule, however deep they lie."""
+
+    def __init__(self, count: _Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (flops_of := _PRODUCTS.get(func.overloadpacket)) is not None:
+            macs = flops_of(*args, **kwargs, out_val=result) // 2
+            self.count.ops += macs
             self.count.macs += macs
         return result
 
@@ -166,4 +188,12 @@ _RULES: dict[Any, Callable[..., tuple[int, int]]] = {
     **dict.fromkeys(
         (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices), _adaptive_pooling
     ),
+}
+
+# From PyTorch's own counter, which leaves out the attention that runs on CPUs; 2 FLOPs a multiply-add.
+_PRODUCTS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
 }

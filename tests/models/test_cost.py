@@ -1,5 +1,7 @@
 """Costs equal the published integers exactly, and follow from the rules on any layer, however it is called."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,6 +195,59 @@ class Call(nn.Module):
 )
 def test_what_counts_and_what_does_not(operation, ops):
     assert_costs(operation, 8, ops, 0)
+
+
+class Tokens(nn.Module):
+    """An operation on the images as 3 tokens of 64 numbers."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.operation(images.flatten(2))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.attention(tokens, tokens, tokens, need_weights=self.need_weights)[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("operation", "macs"),
+    [
+        (lambda x: x @ x.mT, 3 * 3 * 64),
+        (lambda x: torch.matmul(x.mT[..., None, :], x.mT[..., None]), 64 * 3),
+        (lambda x: torch.bmm(x, x.mT), 3 * 3 * 64),
+        (lambda x: torch.baddbmm(x, x @ x.mT, x), 2 * 3 * 3 * 64),
+        (lambda x: torch.einsum("nci,ndi->ncd", x, x), 3 * 3 * 64),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), 2 * 3 * 3 * 64),
+        (SelfAttention(need_weights=False), 4 * 3 * 64 * 64 + 2 * 3 * 3 * 64),
+        (SelfAttention(need_weights=True), 4 * 3 * 64 * 64 + 2 * 3 * 3 * 64),
+        (nn.Conv1d(3, 5, 4), 61 * 5 * 3 * 4),
+        (nn.ConvTranspose1d(3, 5, 4, 2), 64 * 5 * 3 * 4),
+    ],
+)
+def test_products_of_matrices_count_their_multiply_adds(operation, macs, device):
+    network = OneExit(Tokens(operation))
+    network.register_parameter("somewhere", nn.Parameter(torch.empty(1)))  # a network lies where its parameters do
+    cost = measure_cost(network.to(device), 8)
+    assert cost.published == cost.published_macs == (macs,)
+
+
+def test_a_transformer_layer_counts_its_parts():
+    layer = nn.TransformerEncoderLayer(64, 4, 16, batch_first=True)
+    attention, feed_forward = 4 * 3 * 64 * 64 + 2 * 3 * 3 * 64, 2 * 3 * 64 * 16
+    biases_and_relu = 3 * (16 + 64) + 3 * 16
+    assert_costs(Tokens(layer), 8, attention + feed_forward + biases_and_relu, attention + feed_forward)
+    with torch.inference_mode():
+        assert_costs(Tokens(layer), 8, attention + feed_forward + biases_and_relu, attention + feed_forward)
 
 
 def test_functions_cost_what_their_layers_cost():
