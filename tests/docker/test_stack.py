@@ -108,6 +108,14 @@ def test_every_question_is_answered_under_traffic(stack: Stack) -> None:
     assert ask.variable_values(stack.prometheus, "instance") == [f"127.0.0.1:{stack.server.port}"]
 
 
+def test_every_metric_is_documented(stack: Stack) -> None:
+    page = (REPOSITORY / "docs/operations.md").read_text()
+    text = httpx.get(stack.server.url + "/metrics").text
+    kept = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")}
+    assert len(kept) > 20
+    assert not [name for name in sorted(kept) if f"`{name}`" not in page]
+
+
 def test_a_server_that_is_gone_is_noticed(stack: Stack) -> None:
     assert stack.server.stop() == 0
     limit_s = monotonic() + LIMIT_S
