@@ -1,7 +1,8 @@
 """From a trained network to stage graphs: one ONNX file a stage, all reading one file of weights.
 
 The weights are stored once, as trained, in a safetensors file; the graphs refer to them by file and offset (ONNX
-external data), and the runtime folds normalisation into convolutions when it loads them.
+external data), and the runtime folds normalisation into convolutions when it loads them. Weights that half precision
+holds exactly are stored so, in half the space, and the runtime widens them once, when it loads.
 """
 
 import json
@@ -73,15 +74,16 @@ def export_stages(
     images = torch.randint(0, 256, (2, height_px, width_px, 3), dtype=torch.uint8)
     staged = split(network.cpu(), images, Normalise(mean, std))
     (folder / "stages").mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().clone().contiguous() for name, value in network.state_dict().items()}
+    weights = {name: _as_stored(value.detach()) for name, value in network.state_dict().items()}
     (folder / weights_name).write_bytes(save(weights))
+    half = {name for name, value in weights.items() if value.dtype == torch.float16}
     offsets = _read_offsets(folder / weights_name)
     descriptions, state = [], {"images": images}
     for number, stage in enumerate(staged.stages, start=1):
         file = f"stages/stage_{number}.onnx"
         inputs = tuple(state[name] for name in stage.inputs)
         model = _to_onnx(stage, inputs)
-        _refer_to_weights(model, weights_name, offsets)
+        _refer_to_weights(model, weights_name, offsets, half)
         ir.save(model, folder / file)
         with torch.no_grad():
             state.update(zip(stage.outputs, stage(*inputs), strict=True))
@@ -152,10 +154,32 @@ def _read_offsets(path: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _refer_to_weights(model: ir.Model, weights_name: str, offsets: dict[str, tuple[int, int]]) -> None:
-    for name, value in model.graph.initializers.items():
-        if name in offsets and isinstance(value.const_value, ir.Tensor):
-            offset, length = offsets[name]
-            value.const_value = ir.ExternalTensor(
-                weights_name, offset, length, value.const_value.dtype, shape=value.const_value.shape, name=name
-            )
+def _as_stored(weight: Tensor) -> Tensor:
+    """A copy: in half precision where that changes no value (see `training.calibration.round_to_half`)."""
+    if weight.dtype == torch.float32 and weight.ndim > 1 and torch.equal(weight.half().float(), weight):
+        return weight.half().contiguous()
+    return weight.clone().contiguous()
+
+
+def _refer_to_weights(model: ir.Model, weights_name: str, offsets: dict[str, tuple[int, int]], half: set[str]) -> None:
+    for name, value in list(model.graph.initializers.items()):
+        if name not in offsets or not isinstance(value.const_value, ir.Tensor):
+            continue
+        weight = value.const_value
+        dtype = ir.DataType.FLOAT16 if name in half else weight.dtype
+        stored = ir.ExternalTensor(weights_name, *offsets[name], dtype, shape=weight.shape, name=name)
+        if name in half:
+            _widen(model.graph, value, stored)
+        else:
+            value.const_value = stored
+
+
+def _widen(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> None:
+    """Let a float32 weight be made of its stored half-precision values when the graph is loaded."""
+    name = f"{value.name}_stored"
+    source = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=stored)
+    del graph.initializers[value.name]
+    value.const_value = None
+    graph.register_initializer(source)
+    cast = ir.Node("", "Cast", [source], [ir.AttrInt64("to", ir.DataType.FLOAT)], outputs=[value])
+    graph.insert_before(graph[0], cast)

@@ -20,6 +20,7 @@ from models.registry import build_network
 from models.staging import StagingError
 from tests.models.networks import Chunks, InPlace, TwoExits
 from tests.models.test_staging import randomise_statistics
+from training.calibration import round_to_half
 from training.export import Normalise, export_stages
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -193,3 +194,27 @@ def test_a_stage_that_is_missing_or_damaged_is_told(exported, tmp_path):
     (tmp_path / "stage_1.onnx").write_bytes(b"not a graph")
     with pytest.raises(StageLoadError, match=r"(?s)stage_1.onnx"):
         load_stage_session(tmp_path, "stage_1.onnx")
+
+
+def test_weights_that_half_precision_holds_take_half_the_space_and_give_the_same_answers(exported, tmp_path):
+    torch.manual_seed(1)
+    network = build_network("msdnet", ARGUMENTS)
+    round_to_half(network)
+    halved = Exported(network, 32, tmp_path)
+    stored = load_file(tmp_path / "weights.safetensors")
+    for name, value in network.state_dict().items():
+        assert stored[name].dtype == (np.float16 if value.ndim > 1 else value.numpy().dtype), name
+        assert np.array_equal(stored[name].astype(value.numpy().dtype), value.numpy()), name
+    sizes = [(folder / "weights.safetensors").stat().st_size for folder in (tmp_path, exported.folder)]
+    assert sizes[0] < 0.7 * sizes[1]
+    images = random_images(5)
+    for served, whole in zip(halved.run(images)[0], halved.run_whole(images), strict=True):
+        np.testing.assert_allclose(served, whole, rtol=0, atol=1e-5)
+    # Loading widens the weights and folds normalisation into them: nothing of it is left to do for an image.
+    for stage in halved.stages:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        load_stage_session(tmp_path, stage["file"], session_options=options)
+        nodes = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
+        assert nodes["BatchNormalization"] == 0
+        assert nodes["Cast"] == (1 if stage is halved.stages[0] else 0)  # of the image
