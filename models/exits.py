@@ -101,19 +101,6 @@ def entropy(logits: Logits) -> Floats:
         return _never_unless_finite(_entropy(margin, others, weights), margin)
 
 
-def head_features(logits: Logits) -> Floats:
-    """Return all of `SCORES`, in their order, in one pass over the logits: [rows, 4], the same bit for bit."""
-    with np.errstate(all="ignore"):
-        margin, others, weights = _odds(logits)
-        columns = (
-            _log_odds(margin, weights),
-            margin.copy(),
-            _probability_margin(margin, weights),
-            _entropy(margin, others, weights),
-        )
-        return np.stack([_never_unless_finite(column, margin) for column in columns], axis=1)
-
-
 SCORES: dict[str, Callable[[Logits], Floats]] = {
     "max_softmax": max_softmax,
     "logit_margin": logit_margin,

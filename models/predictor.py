@@ -1,4 +1,4 @@
-"""Fitted exit scores: from cheap features of this head and the one before, whether going on is worth it.
+"""Fitted exit scores: from the margins of this head and of the one before, whether going on is worth it.
 
 What is stored is plain numbers, one row of weights an exit; `training.predicting` fits them. Numpy alone.
 """
@@ -9,22 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.exits import SCORES, Logits, head_features
+from models.exits import Logits, logit_margin
 from models.shares import Floats
 
-HEAD_FEATURES = tuple(SCORES)
-N_HEAD = len(HEAD_FEATURES)
-MARGIN = HEAD_FEATURES.index("logit_margin")
 FEATURES = (
-    *HEAD_FEATURES,
+    "logit_margin",
     "agrees",
-    *(f"previous_{name}" for name in HEAD_FEATURES),
+    "previous_logit_margin",
     "agrees_x_logit_margin",
     "agrees_x_previous_logit_margin",
 )
-"""What a predictor sees of an exit: how sure this head is, whether the head before gave the same class, how sure that
-one was, and two products. At exit 1 there is no head before, and all but the first four are 0."""
-HISTORY_WIDTH = 1 + N_HEAD  # the last prediction, and that head's features
+"""What a predictor sees of an exit: the margin of this head, whether the head before gave the same class, and the
+margin that it had; the products give a line of its own to rows where both agree. At exit 1 there is no head before:
+all but the first are 0. More features (log-odds, entropy, the head's 128 inputs) made no better scores, see
+`docs/scores.md`."""
+HISTORY_WIDTH = 2  # the last prediction, and its margin
 NOBODY = -1.0  # the prediction of a head that has not spoken, or whose logits were not finite
 
 
@@ -38,21 +37,19 @@ def no_history(n_rows: int) -> Floats:
 def see(logits: Logits, history: Floats) -> tuple[Floats, Floats]:
     """Return the features [rows, FEATURES] of one exit's logits [rows, classes], and the rows' new histories.
 
-    The features of rows whose logits are not finite hold -inf.
+    The margin of rows whose logits are not finite is -inf.
     """
-    head = head_features(logits)
-    finite = np.isfinite(head[:, MARGIN])  # each of the four is, or none
-    predictions = np.where(finite, logits.argmax(axis=1), NOBODY)
-    agrees = (predictions == history[:, 0]) & finite
-    features = np.empty((len(head), len(FEATURES)))
-    features[:, :N_HEAD] = head
-    features[:, N_HEAD] = agrees
-    features[:, N_HEAD + 1 : 2 * N_HEAD + 1] = history[:, 1:]
-    features[:, -2] = np.where(agrees, head[:, MARGIN], 0.0)
-    features[:, -1] = np.where(agrees, history[:, 1 + MARGIN], 0.0)
+    margin = logit_margin(logits)
+    finite = np.isfinite(margin)
     new = np.empty_like(history)
-    new[:, 0] = predictions
-    new[:, 1:] = np.where(finite[:, None], head, 0.0)
+    new[:, 0] = np.where(finite, logits.argmax(axis=1), NOBODY)
+    new[:, 1] = np.where(finite, margin, 0.0)
+    features = np.empty((len(margin), len(FEATURES)))
+    features[:, 0] = margin
+    features[:, 1] = (new[:, 0] == history[:, 0]) & finite
+    features[:, 2] = history[:, 1]
+    features[:, 3] = features[:, 1] * new[:, 1]
+    features[:, 4] = features[:, 1] * history[:, 1]
     return features, new
 
 
@@ -106,7 +103,7 @@ class Predictor:
             score = -helps if self.loss is None else _probability(_linear(self.loss[exit_index], features))
             if self.loss is not None:
                 score -= _probability(helps)
-        score[~np.isfinite(score)] = -np.inf
+        score[~(np.isfinite(features[:, 0]) & np.isfinite(score))] = -np.inf
         return score
 
     def of_all_features(self, features: NDArray[np.floating[Any]]) -> Floats:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from models.exits import (
     SCORES,
     confidence,
-    head_features,
     outcome,
     take_exits,
 )
@@ -55,14 +54,6 @@ def test_log_odds_are_the_log_odds_of_the_confidence(rows: np.ndarray) -> None:
     largest = confidence(rows)
     assert ((largest > 0) & (largest <= 1)).all()
     assert 1 / (1 + np.exp(-SCORES["max_softmax"](rows))) == pytest.approx(largest, rel=1e-9)
-
-
-@given(logits)
-def test_all_scores_of_a_head_in_one_pass_are_the_same_bit_for_bit(rows: np.ndarray) -> None:
-    features = head_features(rows)
-    assert features.shape == (len(rows), len(SCORES))
-    for column, score in zip(features.T, SCORES.values(), strict=True):
-        assert np.array_equal(column, score(rows))
 
 
 @given(logits)
