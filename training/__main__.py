@@ -180,6 +180,20 @@ def export(
 
 
 @app.command()
+def sheet(
+    run: RunArgument,
+    data: DataOption,
+    fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.5,
+) -> None:
+    """Draw test images that leave first and last at a budget, once a run is evaluated; writes sheet.png."""
+    from training.checkpoint import RunFolder
+    from training.contact_sheet import draw_sheet
+
+    folder = RunFolder(run)
+    typer.echo(f"wrote {draw_sheet(folder, _images_of(folder, data), fraction)}")
+
+
+@app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A study that ships (training/studies/) or a .toml file.")],
     data: DataOption,

@@ -169,16 +169,17 @@ def _refer_to_weights(model: ir.Model, weights_name: str, offsets: dict[str, tup
         dtype = ir.DataType.FLOAT16 if name in half else weight.dtype
         stored = ir.ExternalTensor(weights_name, *offsets[name], dtype, shape=weight.shape, name=name)
         if name in half:
-            _widen(model.graph, value, stored)
+            _widen(model.graph, name, value, stored)
         else:
             value.const_value = stored
 
 
-def _widen(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> None:
+def _widen(graph: ir.Graph, name: str, value: ir.Value, stored: ir.ExternalTensor) -> None:
     """Let a float32 weight be made of its stored half-precision values when the graph is loaded."""
-    name = f"{value.name}_stored"
-    source = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=stored)
-    del graph.initializers[value.name]
+    source = ir.Value(
+        name=f"{name}_stored", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=stored
+    )
+    del graph.initializers[name]
     value.const_value = None
     graph.register_initializer(source)
     cast = ir.Node("", "Cast", [source], [ir.AttrInt64("to", ir.DataType.FLOAT)], outputs=[value])
