@@ -146,10 +146,26 @@ def _objective(recipe: Recipe) -> str:
 
 
 def _optimisation(recipe: Recipe) -> str:
-    o = recipe.optimisation
+    o, objective = recipe.optimisation, recipe.objective
+    extras = {
+        f"average of the weights with decay {o.ema_decay:g}": o.ema_decay,
+        f"label smoothing {objective.label_smoothing:g}": objective.label_smoothing,
+        f"distillation from the last exit with weight {objective.distillation:g}": objective.distillation,
+    }
     return (
         f"SGD, {o.schedule.replace('_', ' ')} schedule with a peak rate of {o.learning_rate:g}, "
         f"batches of {o.batch_rows}, momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''},\n"
-        f"weight decay {o.weight_decay:g}, {recipe.numerics.precision}; random crops with "
-        f"{recipe.augmentation.crop_padding_px} px of padding, and horizontal flips."
+        f"weight decay {o.weight_decay:g}, {recipe.numerics.precision}; "
+        + "; ".join([*(text for text, on in extras.items() if on), _augmentation(recipe)])
     )
+
+
+def _augmentation(recipe: Recipe) -> str:
+    a = recipe.augmentation
+    crops = f"random crops with {a.crop_padding_px} px of padding"
+    if a.crop_area is not None:
+        crops = f"random crops of {a.crop_area[0]:.0%} to {a.crop_area[1]:.0%} of the area"
+        if a.sizes_px:
+            crops += f", resized to {', '.join(map(str, a.sizes_px))} px in turn"
+    cutout = f", squares of {a.cutout_px} px cut out" if a.cutout_px else ""
+    return f"{crops}{cutout}, and horizontal flips."
