@@ -1,15 +1,19 @@
 """The architecture: layer plans, shapes and parameters of every published configuration."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.msdnet import CONFIGS, MSDNet, MSDNetConfig, layer_plans
 from models.registry import build_network
 
+ZOO = Path(__file__).parents[2] / "models/zoo"
 # Depth, (layer: units before and after its transition), input channels of heads 1..N; from the reference code.
 PLANS = {
     "C-any": (22, {9: (70, 35), 17: (83, 41)}, [160, 208, 256, 164, 212, 260, 308, 188, 236, 284]),
@@ -120,3 +124,11 @@ def test_a_network_is_built_from_plain_json() -> None:
 def test_an_unknown_name_or_argument_is_told(architecture: str, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network(architecture, arguments)
+
+
+@pytest.mark.parametrize("manifest_path", sorted(ZOO.glob("*/manifest.json")), ids=lambda path: path.parent.name)
+def test_a_bundle_that_ships_rebuilds_its_network(manifest_path: Path) -> None:
+    """Names of weights are a promise: what was trained before a change of the code loads after it."""
+    manifest = json.loads(manifest_path.read_text())
+    network = build_network(manifest["architecture"], manifest["arguments"])
+    network.load_state_dict(load_file(manifest_path.parent / "weights.safetensors"), strict=True)
