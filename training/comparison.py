@@ -6,7 +6,7 @@ budget is a ceiling. The same resamples of the images are drawn for all policies
 a resample changes what a policy costs as well as what it gets right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from models.exits import left_by
+from training.bounds import oracle_exits, steady_exits
 from training.policies import PAPER, Policy
 
 Curve = NDArray[np.float64]
@@ -24,8 +25,8 @@ INTERVAL = (2.5, 97.5)  # percentiles
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How much more accurate one policy is than another, as shares; over resamples of the test images."""
+class Estimate:
+    """A number measured on the test images, and its spread over resamples of them. Accuracies are shares."""
 
     mean: float
     error: float  # standard error
@@ -33,7 +34,7 @@ class Difference:
     high: float
 
     @classmethod
-    def of(cls, measured: float, resampled: Curve) -> "Difference":
+    def of(cls, measured: float, resampled: Curve) -> "Estimate":
         low, high = np.percentile(resampled, INTERVAL).tolist()
         return cls(measured, float(resampled.std(ddof=1)), low, high)
 
@@ -45,14 +46,18 @@ class Compared:
     policy: Policy
     accuracy: tuple[float, ...]
     error: tuple[float, ...]  # standard error of the accuracy
-    lead: tuple[Difference, ...]  # over the paper's policy
-    mean_lead: Difference
+    lead: tuple[Estimate, ...]  # over the paper's policy
+    mean_lead: Estimate
 
 
 @dataclass(frozen=True)
 class Comparison:
     costs_mflops: tuple[float, ...]  # measured, executed
     policies: tuple[Compared, ...]
+    # How far the policy chosen comes from chance (the same shares, any images) to either oracle, 0 to 1: the mean over
+    # the costs. See `training.bounds`.
+    headroom: Estimate
+    steady_headroom: Estimate
 
     def of(self, policy: Policy) -> Compared:
         return next(compared for compared in self.policies if compared.policy == policy)
@@ -60,15 +65,25 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a policy does with each of M test images at each of B operating points, in order of cost."""
+    """What is done with each of M test images at each of B operating points, in order of cost."""
 
-    policy: Policy
     costs: NDArray[np.float32]  # [M, B], millions of multiply-adds
-    right: NDArray[np.float32]  # [M, B], 0 or 1
+    right: NDArray[np.float32]  # [M, B], 0 or 1, or how likely
+
+    @classmethod
+    def of_exits(cls, exits: NDArray[np.intp], correct: NDArray[np.bool_], costs: Sequence[float]) -> "Behaviour":
+        """Images leave at `exits` [M, B], counted from 0."""
+        right = np.take_along_axis(correct, exits, axis=1).astype(np.float32)
+        return cls(np.asarray(costs, dtype=np.float32)[exits], right)
+
+    @classmethod
+    def at_random(cls, shares: NDArray[np.float64], correct: NDArray[np.bool_], costs: Sequence[float]) -> "Behaviour":
+        """Images leave in the shares [B, N], every one with the same likelihood."""
+        spent = np.broadcast_to(shares @ np.asarray(costs), (len(correct), len(shares)))
+        return cls(spent.astype(np.float32), (correct @ shares.T).astype(np.float32))
 
 
 def behaviour(
-    policy: Policy,
     scores: NDArray[Any],
     correct: NDArray[np.bool_],
     costs: Sequence[float],
@@ -77,25 +92,45 @@ def behaviour(
     """Let images with scores [M, N] leave under each of B threshold vectors [B, N], none falling along B."""
     left = left_by(scores, thresholds)
     exits = (left[:, None, :] <= np.arange(len(thresholds))[:, None]).sum(axis=2)
-    right = np.take_along_axis(correct, exits, axis=1).astype(np.float32)
-    return Behaviour(policy, np.asarray(costs, dtype=np.float32)[exits], right)
+    return Behaviour.of_exits(exits, correct, costs)
 
 
-def compare(behaviours: Sequence[Behaviour], costs: Sequence[float], seed: int = 0) -> Comparison:
-    """Compare policies, the paper's among them, at `N_COSTS` costs evenly spaced up to that of the last exit."""
+def compare(
+    behaviours: Mapping[Policy, Behaviour],
+    chosen: Policy,
+    shares: NDArray[np.float64],
+    correct: NDArray[np.bool_],
+    costs: Sequence[float],
+    seed: int = 0,
+) -> Comparison:
+    """Compare policies, the paper's among them, at `N_COSTS` costs evenly spaced up to that of the last exit.
+
+    Args:
+        behaviours: of every policy on the same M images.
+        chosen: the policy whose way to the oracles is measured.
+        shares: in which images leave with it [B, N].
+        correct: [M, N].
+        costs: cumulative [N].
+        seed: of the resamples.
+    """
     grid = np.linspace(costs[0], costs[-1], N_COSTS + 1)[1:]
-    n_images = len(behaviours[0].costs)
-    weights = resamples(n_images, seed)
-    progress = tqdm(behaviours, desc="bootstrap", unit="policy", disable=None)
-    drawn = {b.policy: _at_costs(b, weights, grid) for b in progress}  # [1 + resamples, N_COSTS]
+    weights = resamples(len(correct), seed)
+    progress = tqdm(behaviours.items(), desc="bootstrap", unit="policy", disable=None)
+    drawn = {policy: _at_costs(done, weights, grid) for policy, done in progress}  # [1 + resamples, N_COSTS]
+    by_chance = _at_costs(Behaviour.at_random(shares, correct, costs), weights, grid)
+    headroom = []
+    for bound in (oracle_exits, steady_exits):
+        best = _at_costs(Behaviour.of_exits(bound(correct), correct, costs), weights, grid)
+        reached = ((drawn[chosen] - by_chance) / np.maximum(best - by_chance, 1e-9)).mean(axis=1)
+        headroom.append(Estimate.of(float(reached[0]), reached[1:]))
     compared = []
     for policy, accuracy in drawn.items():
         leads = accuracy - drawn[PAPER]
-        lead = tuple(Difference.of(float(leads[0, i]), leads[1:, i]) for i in range(N_COSTS))
-        mean_lead = Difference.of(float(leads[0].mean()), leads[1:].mean(axis=1))
+        lead = tuple(Estimate.of(float(leads[0, i]), leads[1:, i]) for i in range(N_COSTS))
+        mean_lead = Estimate.of(float(leads[0].mean()), leads[1:].mean(axis=1))
         errors = tuple(accuracy[1:].std(axis=0, ddof=1).tolist())
         compared.append(Compared(policy, tuple(accuracy[0].tolist()), errors, lead, mean_lead))
-    return Comparison(tuple(grid.tolist()), tuple(compared))
+    return Comparison(tuple(grid.tolist()), tuple(compared), *headroom)
 
 
 def resamples(n_images: int, seed: int) -> NDArray[np.float32]:

@@ -6,7 +6,6 @@ charges, `published` what papers count. Budgets and thresholds are of executed c
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from models.cost import NetworkCost, measure_cost
 from models.exits import outcomes
 from models.frontier import Frontier, build_frontier
 from models.predictor import FEATURES, Predictor
+from training.bounds import BoundPoint, bound_curve, oracle_exits, random_curve, steady_exits
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
 from training.comparison import Behaviour, Comparison, behaviour, compare
@@ -75,23 +75,16 @@ class PolicyResult:
 
 
 @dataclass(frozen=True)
-class BoundPoint:
-    """A point of a curve that no server can follow, but that any policy is to be seen beside."""
-
-    executed_mflops: float
-    published_mflops: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     policy: Policy  # the one chosen, on held-out images alone
     predictor: dict[str, Any] | None  # the weights of its score if it is a fitted one, as the manifest holds them
     exits: tuple[ExitResult, ...]
     policies: tuple[PolicyResult, ...]
     comparison: Comparison  # on test images, at equal measured cost
-    oracle: tuple[BoundPoint, ...]  # on test images: who must go how deep is known beforehand
-    random: tuple[BoundPoint, ...]  # on test images: as many leave at each exit as with the policy chosen, but any
+    # On test images, see `training.bounds`.
+    oracle: tuple[BoundPoint, ...]  # who must go how deep is known beforehand
+    steady_oracle: tuple[BoundPoint, ...]  # the same, but for answers that stay alone
+    random: tuple[BoundPoint, ...]  # as many leave at each exit as with the policy chosen, but any
 
     @property
     def chosen(self) -> PolicyResult:
@@ -159,25 +152,25 @@ def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Eval
     chosen = choose(rightness)
     paper = rightness[PAPER]
     fitted = fit_scores(heldout)
-    results, behaviours = [], []
+    results, behaviours = [], {}
     for policy in tqdm(policies, desc="thresholds", unit="policy", disable=None):
         score = fitted[policy.score]
         frontier = build_frontier(score.heldout, heldout.correct, costs.executed, policy.family)
-        points, done = _measure(policy, frontier, budgets, score.of(policy.score, test), test.correct, costs)
-        behaviours.append(done)
+        points, behaviours[policy] = _measure(frontier, budgets, score.of(policy.score, test), test.correct, costs)
         lead = rightness[policy] - paper
         error = float(lead.std() / np.sqrt(len(lead)))
         results.append(PolicyResult(policy, float(rightness[policy].mean()), float(lead.mean()), error, points))
     predictor = fitted[chosen.score].predictor
-    chosen_points = next(result.points for result in results if result.policy == chosen)
+    shares = np.array([p.test_shares for result in results if result.policy == chosen for p in result.points])
     return Evaluation(
         policy=chosen,
         predictor=None if predictor is None else _plain(predictor),
         exits=_exits(heldout, test, cost),
         policies=tuple(results),
-        comparison=compare(behaviours, costs.executed),
-        oracle=oracle_curve(test.correct, *costs),
-        random=random_curve(test.correct, chosen_points),
+        comparison=compare(behaviours, chosen, shares, test.correct, costs.executed),
+        oracle=bound_curve(oracle_exits(test.correct), test.correct, *costs),
+        steady_oracle=bound_curve(steady_exits(test.correct), test.correct, *costs),
+        random=random_curve(shares, test.correct, *costs),
     )
 
 
@@ -211,7 +204,6 @@ def _plain(predictor: Predictor) -> dict[str, Any]:
 
 
 def _measure(
-    policy: Policy,
     frontier: Frontier,
     budgets: list[float],
     scores: NDArray[Any],
@@ -235,33 +227,4 @@ def _measure(
                 test_shares=done.shares,
             )
         )
-    return tuple(points), behaviour(policy, scores, correct, costs.executed, thresholds)
-
-
-def oracle_curve(
-    correct: NDArray[np.bool_], executed: tuple[float, ...], published: tuple[float, ...]
-) -> tuple[BoundPoint, ...]:
-    """The best that any rule for leaving could do with these heads: an upper bound, known only with the labels.
-
-    Each image is worth going on with only to the first exit that is right. Ordered by what that costs, point n sends
-    every image that is right by exit n to its first right exit and lets the rest leave at exit 1; between points the
-    bound is a straight line, and no rule beats it.
-    """
-    n_exits = correct.shape[1]
-    first_right = np.where(correct.any(axis=1), correct.argmax(axis=1), 0)
-    points = []
-    for deepest in range(n_exits):
-        left_at = np.where(first_right <= deepest, first_right, 0)
-        shares = np.bincount(left_at, minlength=n_exits) / len(correct)
-        accuracy = float(correct[np.arange(len(correct)), left_at].mean())
-        points.append(BoundPoint(float(shares @ executed), float(shares @ published), accuracy))
-    return tuple(points)
-
-
-def random_curve(correct: NDArray[np.bool_], points: Sequence[BudgetResult]) -> tuple[BoundPoint, ...]:
-    """The least that a rule for leaving should do: images leave in the same shares, but at random."""
-    at_exit = correct.mean(axis=0)
-    return tuple(
-        BoundPoint(point.test_executed_mflops, point.test_published_mflops, float(np.dot(point.test_shares, at_exit)))
-        for point in points
-    )
+    return tuple(points), behaviour(scores, correct, costs.executed, thresholds)

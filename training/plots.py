@@ -143,6 +143,7 @@ def plot_policies(path: Path, title: str, evaluation: Evaluation) -> None:
 def _draw_bounds(axes: Axes, evaluation: Evaluation) -> None:
     for points, line, label in (
         (evaluation.oracle, "--", "oracle: leaves at the first exit that is right (upper bound)"),
+        (evaluation.steady_oracle, "-.", "oracle that counts only answers that stay"),
         (evaluation.random, ":", "random: as many leave at each exit, but any"),
     ):
         costs, percent = [p.executed_mflops for p in points], [100 * p.accuracy for p in points]

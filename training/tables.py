@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.checkpoint import RunFolder
+from training.comparison import Estimate
 from training.evaluation import Evaluation
 from training.policies import PAPER, name_of
 
@@ -53,7 +54,9 @@ def _policies(evaluation: Evaluation) -> Table:
         title=f"Points over {name_of(PAPER)}: cross-fitted on held-out images, and on test images\n"
         f"at {len(costs)} equal measured costs up to {costs[-1]:.1f} M, on average and at the worst of them",
         title_justify="left",
-        caption=f"chosen on the held-out images: {name_of(evaluation.policy)}",
+        caption=f"chosen on the held-out images: {name_of(evaluation.policy)}; of the way from chance to the oracle\n"
+        f"it goes {_percent_of(evaluation.comparison.headroom)}, to the one that counts only answers that stay "
+        f"{_percent_of(evaluation.comparison.steady_headroom)}",
         caption_justify="left",
     )
     for heading in ("score", "thresholds", "held out", "test", "test, worst"):
@@ -106,6 +109,10 @@ def _write_csv(folder: RunFolder, name: str, rows: list[dict[str, Any]]) -> None
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+
+
+def _percent_of(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} ± {100 * estimate.error:.1f} %"
 
 
 def _points(mean: float, error: float) -> str:

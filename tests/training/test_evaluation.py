@@ -13,9 +13,10 @@ from models.cost import NetworkCost, measure_cost
 from models.frontier import FAMILIES
 from models.msdnet import CONFIGS, MSDNet
 from models.predictor import FEATURES
+from training.bounds import bound_curve, oracle_exits, steady_exits
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
-from training.evaluation import Evaluation, calibration_of, evaluate, oracle_curve
+from training.evaluation import Evaluation, calibration_of, evaluate
 from training.plots import plot_anytime, plot_budgeted, plot_frontier, plot_policies, plot_training
 from training.policies import PAPER
 from training.predicting import FITTED
@@ -133,17 +134,21 @@ def test_tables_show_the_curve_from_end_to_end_once(evaluation: Evaluation) -> N
 def test_the_policy_chosen_lies_between_the_two_oracles(evaluation: Evaluation) -> None:
     xs, ys = [p.executed_mflops for p in evaluation.oracle], [p.accuracy for p in evaluation.oracle]
     for point, random in zip(evaluation.chosen.points, evaluation.random, strict=True):
-        assert random.executed_mflops == point.test_executed_mflops
+        assert random.executed_mflops == pytest.approx(point.test_executed_mflops)
         assert point.test_accuracy <= np.interp(point.test_executed_mflops, xs, ys)
     leads = [p.test_accuracy - r.accuracy for p, r in zip(evaluation.chosen.points, evaluation.random, strict=True)]
     assert np.mean(leads) > 0.01
+    reached = evaluation.comparison.headroom
+    assert 0 < reached.low < reached.mean < reached.high < 1
+    assert evaluation.comparison.steady_headroom.mean > reached.mean
     assert evaluation.random[0].accuracy == pytest.approx(evaluation.exits[0].test_accuracy)
 
 
 def test_no_rule_beats_the_oracle() -> None:
     """Against every one of the 3^7 ways seven images can leave."""
     correct = np.random.default_rng(3).random((7, 3)) < 0.5
-    curve = oracle_curve(correct, EXECUTED_M, PUBLISHED_M)
+    curve = bound_curve(oracle_exits(correct), correct, EXECUTED_M, PUBLISHED_M)
+    steady = bound_curve(steady_exits(correct), correct, EXECUTED_M, PUBLISHED_M)
     xs, ys = [point.executed_mflops for point in curve], [point.accuracy for point in curve]
     assert xs == sorted(xs)
     assert ys[-1] == correct.any(axis=1).mean()
@@ -154,6 +159,8 @@ def test_no_rule_beats_the_oracle() -> None:
         assert accuracy <= np.interp(cost, xs, ys) + 1e-9
         reached.add((round(cost, 6), round(accuracy, 6)))
     assert all((round(x, 6), round(y, 6)) in reached for x, y in zip(xs, ys, strict=True))
+    assert steady[-1].accuracy == (correct[:, 0] | correct[:, -1]).mean()  # all that stay right, or leave at exit 1
+    assert all(p.accuracy <= np.interp(p.executed_mflops, xs, ys) + 1e-9 for p in steady)
 
 
 def test_results_come_back_from_disk(tmp_path: Path, evaluation: Evaluation, record: CalibrationRecord) -> None:

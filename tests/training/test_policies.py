@@ -124,10 +124,12 @@ def test_policies_are_compared_at_equal_measured_cost() -> None:
     scores = features[:, :, MARGIN]
     cuts = np.quantile(scores[:, 0], np.linspace(0, 1, 30)).tolist()
     rows = np.array([(cut, cut, -np.inf) for cut in cuts])
-    frugal = behaviour(PAPER, scores, correct, COSTS, rows)
-    lavish = behaviour(Policy("logit_margin", "geometric"), scores, correct, COSTS, rows[[0, *range(9, 30)]])
-    compared = compare([frugal, lavish], COSTS)
-    lead = compared.of(lavish.policy)
+    other = Policy("logit_margin", "geometric")
+    lavish = behaviour(scores, correct, COSTS, rows[[0, *range(9, 30)]])
+    shares = np.array([[1.0, 0.0, 0.0], [0.5, 0.0, 0.5]])
+    both = {PAPER: behaviour(scores, correct, COSTS, rows), other: lavish}
+    compared = compare(both, other, shares, correct, COSTS)
+    lead = compared.of(other)
     assert len(compared.costs_mflops) == N_COSTS
     dear = [cost > lavish.costs.mean(axis=0)[1] for cost in compared.costs_mflops]
     assert [d.mean for d, is_dear in zip(lead.lead, dear, strict=True) if is_dear] == pytest.approx(
@@ -144,9 +146,8 @@ def test_paired_intervals_are_those_of_theory() -> None:
     better = correct | (draw.random((n_images, 1)) < 0.05)
     scores, rows = np.zeros((n_images, 3)), np.array([(-np.inf,) * 3, (np.inf, -np.inf, -np.inf)])
     other = Policy("logit_margin", "geometric")
-    compared = compare(
-        [behaviour(PAPER, scores, correct, COSTS, rows), behaviour(other, scores, better, COSTS, rows)], COSTS
-    )
+    both = {PAPER: behaviour(scores, correct, COSTS, rows), other: behaviour(scores, better, COSTS, rows)}
+    compared = compare(both, other, np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), correct, COSTS)
     lead = compared.of(other).mean_lead
     difference = better[:, 0].astype(float) - correct[:, 0]
     error = difference.std() / np.sqrt(n_images)
