@@ -5,7 +5,7 @@ from time import perf_counter
 
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.lifecycle import Gate
+from service.api.lifecycle import ALWAYS_OPEN, Gate
 from service.logs import FIELDS, NOTES
 
 logger = logging.getLogger("service.access")
@@ -46,4 +46,6 @@ class LoggedGate(Gate):
                 "duration_ms": round((perf_counter() - started) * 1e3, 3),
                 **notes,
             }
-            logger.info("%s %s %d", scope["method"], scope["path"], status, extra={FIELDS: fields})
+            # Probes come every few seconds and would bury the rest; one that finds something wrong is told.
+            level = logging.DEBUG if scope["path"] in ALWAYS_OPEN and status == 200 else logging.INFO
+            logger.log(level, "%s %s %d", scope["method"], scope["path"], status, extra={FIELDS: fields})

@@ -68,6 +68,15 @@ def test_a_request_leaves_one_line_that_says_what_became_of_it(http: Http, caplo
     assert {"path": "/nowhere\n", "status": 404}.items() <= line_of(caplog).items()
 
 
+def test_probes_that_find_all_well_are_for_debugging(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "service.access")
+    for path in ("/healthz", "/readyz", "/metrics"):
+        http.get(path)
+        assert line_of(caplog)["level"] == "debug"
+    http.post("/readyz")
+    assert {"status": 405, "level": "info"}.items() <= line_of(caplog).items()
+
+
 def test_where_it_is_off_nothing_of_it_is_there(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
     app = build_app(folder, access_log="off")
