@@ -170,12 +170,14 @@ def export(
     run: RunArgument,
     output: Annotated[Path, typer.Option(help="Folder of the bundle: new, or a bundle to replace.")],
     name: Annotated[str | None, typer.Option(help="Of the bundle; the output folder's by default.")] = None,
+    description: Annotated[str | None, typer.Option(help="One line; the recipe's by default.")] = None,
+    images: Annotated[str | None, typer.Option(help="What the images are and their terms, for the model card.")] = None,
 ) -> None:
     """Step 4: write the bundle that the service serves: stages, weights, calibration, model card."""
     from training.checkpoint import RunFolder
     from training.packing import pack
 
-    version = pack(RunFolder(run), output, name or output.resolve().name)
+    version = pack(RunFolder(run), output, name or output.resolve().name, description, images)
     typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
 
 

@@ -76,9 +76,19 @@ digest is `{split}`. They were read without augmentation.
 
 
 def model_card(
-    name: str, recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation, training: dict[str, Any]
+    name: str,
+    description: str,
+    recipe: Recipe,
+    record: CalibrationRecord,
+    evaluation: Evaluation,
+    training: dict[str, Any],
+    images: str | None = None,
 ) -> str:
-    """The model card as markdown; every number in it comes from the run's own files."""
+    """The model card as markdown; every number in it comes from the run's own files.
+
+    Args:
+        images: what the images are and their terms; what is known of them by default.
+    """
     last = evaluation.exits[-1]
     exit_rows = (
         f"| {r.exit} | {r.published_mflops:.2f} | {r.executed_mflops:.2f} "
@@ -96,7 +106,7 @@ def model_card(
     partial = f"\n**Partly trained: {record.epochs:.4g} of {epochs} epochs.**\n" if record.epochs < epochs else ""
     return CARD.format(
         name=name,
-        description=recipe.description,
+        description=description,
         n_exits=len(evaluation.exits),
         n_classes=len(record.class_names),
         parameters_m=last.parameters / 1e6,
@@ -126,7 +136,7 @@ def model_card(
         commit=training["commit"] or "unknown",
         command=training["command"],
         optimisation=_optimisation(recipe),
-        images=CIFAR100 if record.data_name == "cifar100" else OWN_IMAGES,
+        images=images or (CIFAR100 if record.data_name == "cifar100" else OWN_IMAGES),
         split=record.split_sha256,
     )
 

@@ -18,8 +18,12 @@ from training.objectives import network_arguments
 from training.recipe import Recipe
 
 
-def pack(folder: RunFolder, output: Path, name: str) -> str:
+def pack(folder: RunFolder, output: Path, name: str, description: str | None = None, images: str | None = None) -> str:
     """Write the bundle of a run; a bundle that stands at `output` is replaced once the new one is complete.
+
+    Args:
+        description: one line for the manifest and the model card; the recipe's own by default.
+        images: what the images are and their terms, for the model card.
 
     Returns:
         Its version.
@@ -28,6 +32,7 @@ def pack(folder: RunFolder, output: Path, name: str) -> str:
         RunError: a step before is missing, or the network can't be bundled.
     """
     made_by, recipe = folder.read_description(), folder.read_recipe()
+    about = description or recipe.description
     record = CalibrationRecord.load(folder)
     evaluation = Evaluation.load(folder, record)
     network, _ = load_trained(folder, len(record.class_names), record.half_weights)
@@ -38,7 +43,7 @@ def pack(folder: RunFolder, output: Path, name: str) -> str:
             stages = export_stages(network, record.image_size_px, record.mean, record.std, contents)
             manifest = {
                 "name": name,
-                "description": recipe.description,
+                "description": about,
                 "architecture": recipe.network.architecture,
                 "arguments": network_arguments(recipe, len(record.class_names)),
                 **_facts(recipe, record, evaluation),
@@ -46,7 +51,7 @@ def pack(folder: RunFolder, output: Path, name: str) -> str:
                 "training": training,
             }
             shutil.copyfile(folder.frontier_plot, contents / folder.frontier_plot.name)
-            (contents / "README.md").write_text(model_card(name, recipe, record, evaluation, training))
+            (contents / "README.md").write_text(model_card(name, about, recipe, record, evaluation, training, images))
             calibration = calibration_of(ExitOutputs.load(folder.heldout))
             return write_bundle(output, manifest, calibration, contents, replace=True).manifest.version
     except (BundleError, StagingError) as error:

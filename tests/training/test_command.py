@@ -127,6 +127,13 @@ def test_from_images_to_a_bundle(
     # A second export replaces the bundle; the same run gives the same version.
     assert command(monkeypatch, "export", run, "--output", output) == 0
     assert load_bundle(output).manifest.version == manifest.version
+    assert (
+        command(monkeypatch, "export", run, "--output", output, "--description", "Colours", "--images", "Noise.") == 0
+    )
+    assert load_bundle(output).manifest.description == "Colours"
+    card = (output / "README.md").read_text()
+    assert "\nColours.\n" in card
+    assert "\nNoise.\n" in card
 
 
 def test_a_partly_trained_network_says_so(
