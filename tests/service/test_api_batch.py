@@ -1,8 +1,10 @@
 """`/classify/batch`: an answer or a problem for every image, in order."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from service.api import answers
@@ -10,14 +12,19 @@ from service.engine import Engine
 from service.rows import EngineOverloaded
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
+from tests.service.test_delivery import keep_busy
 
 BODIES = [png(image) for image in random_images(12, seed=17)]
 MOST = 20
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Http]:
-    folder = tiny_bundle(tmp_path_factory.mktemp("bundle"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def http(folder: Path) -> Iterator[Http]:
     with serving(build_app(folder, budget_fraction=1.0, burst_images=1000, max_batch_images=MOST)) as client:
         yield client
 
@@ -95,3 +102,41 @@ def test_where_no_image_can_be_taken_now_the_whole_request_is_to_come_back(
         mixed = batch(http, "", BODIES[0], b"no image")
         assert [item["problem"]["status"] for item in mixed["results"]] == [429, 400]
     assert batch(http, "", *BODIES[:3])["answered"] == 3
+
+
+@pytest.mark.parametrize("path", ["/classify/batch", "/classify/stream", "/classify"])
+def test_a_client_that_leaves_is_given_up_with_all_its_images(folder: Path, path: str) -> None:
+    engines: list[Engine] = []
+    app = build_app(folder, keep=engines.append)
+    n_images = len(BODIES) if "batch" in path else 1
+    form = httpx.Request("POST", f"http://127.0.0.1:8000{path}", files=files(*BODIES[:n_images]))
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(name.lower(), value) for name, value in form.headers.raw],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    messages = [{"type": "http.request", "body": form.read(), "more_body": False}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    with serving(app) as client:
+        go_on = keep_busy(engines[0])
+        client.run(app(scope, receive, send))  # type: ignore[arg-type]
+        go_on.set()
+        stats = engines[0].stats()
+        assert (stats.submitted, stats.abandoned, stats.in_flight_rows) == (n_images, n_images, 0)
+        assert sent[0]["status"] == 499
+        assert outcomes(client)["abandoned"] == n_images
