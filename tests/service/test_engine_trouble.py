@@ -199,7 +199,7 @@ def test_who_has_a_deadline_is_answered_in_time_by_an_engine_that_hangs(
     engine, runner = troubled(bundle)
     with running(engine):
         runner.befall = hang_at_two
-        future = engine.submit(images[0], Options(exit=4, deadline_s=engine.clock() + 0.3))
+        future = engine.submit(images[0], Options(exit=4, deadline_s=engine.clock() + 1.5))
         answer = future.result(30)
         assert (answer.exit, answer.reason) == (1, "deadline")
         go_on.set()
