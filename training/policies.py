@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.exits import left_by, outcomes
+from models.exits import SCORES, left_by, outcomes
 from models.frontier import FAMILIES, Frontier, build_frontier
 from models.predictor import Predictor
 from training.calibration import ExitOutputs
@@ -125,11 +125,17 @@ def _accuracy_at(frontier: Frontier, cost: float) -> float:
 def choose(rightness: dict[Policy, NDArray[np.float64]]) -> Policy:
     """Return the policy whose lead over the paper's is the largest that one standard error leaves of it.
 
-    The best mean alone would often be a wide guess. Where no lead is left, it is the paper's own.
+    The best mean alone would often be a wide guess. Where no lead is left, it is the paper's own. A score that is
+    fitted or remembers earlier exits must also be ahead of the best that needs neither, by one standard error of
+    their difference.
     """
 
-    def sure_lead(policy: Policy) -> float:
-        lead = rightness[policy] - rightness[PAPER]
+    def sure_lead(policy: Policy, over: Policy = PAPER) -> float:
+        lead = rightness[policy] - rightness[over]
         return float(lead.mean() - lead.std() / np.sqrt(len(lead)))
 
-    return max(rightness, key=lambda policy: (sure_lead(policy), policy == PAPER))
+    def best(policies: Iterable[Policy]) -> Policy:
+        return max(policies, key=lambda policy: (sure_lead(policy), policy == PAPER))
+
+    overall, plain = best(rightness), best(policy for policy in rightness if policy.score in SCORES)
+    return overall if sure_lead(overall, plain) > 0 else plain

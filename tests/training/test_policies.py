@@ -43,6 +43,17 @@ def test_a_lead_within_one_standard_error_does_not_move_the_choice() -> None:
     assert choose({paper: base, lucky: rightness[lucky]}) == paper
 
 
+def test_a_score_that_is_fitted_or_remembers_must_be_surely_ahead_of_a_plain_one() -> None:
+    draw = np.random.default_rng(2)
+    base = draw.random(1000)
+    plain, fitted = Policy("logit_margin", "ratio"), Policy("as_good", "ratio")
+    rightness = {PAPER: base, plain: base + 0.01 + 0.01 * draw.normal(size=1000)}
+    noise = draw.normal(size=1000)
+    noise -= noise.mean()
+    assert choose({**rightness, fitted: rightness[plain] + 0.002 + 0.1 * noise}) == plain  # an error of 0.003
+    assert choose({**rightness, fitted: rightness[plain] + 0.004 + 0.1 * noise}) == fitted
+
+
 # --- fitted scores
 
 
