@@ -114,8 +114,7 @@ def test_the_budget_is_kept_and_bought_the_accuracy_it_should(offline, engine, f
     exits = np.array([answer.exit - 1 for answer in answers])
     rows = np.arange(len(exits))
     assert np.mean([answer.class_id for answer in answers] == offline.classes[rows, exits]) >= 0.999
-    # Thresholds that swing with every batch cost some accuracy: 0.2 to 0.9 points with 32 images in flight, one seed.
-    assert offline.correct[rows, exits].mean() >= offline_accuracy - 0.012
+    assert offline.correct[rows, exits].mean() >= offline_accuracy - 0.005
     total = sum(answer.mflops for answer in answers)
     assert state.spent_answered_mflops == pytest.approx(total, rel=1e-9)
     assert engine.stats().answered == len(answers)
