@@ -9,7 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve test check format bench train secrets dashboard check-containers clean
+.PHONY: help serve test check format bench train secrets configuration dashboard check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ secrets:         ## make what docker compose needs secret: an admin token and Gr
 	@cd docker/secrets && for name in admin-token grafana-password; do \
 	  test -s $$name || { head -c 24 /dev/urandom | base64 | tr '+/' '-_' > $$name && chmod 444 $$name; }; done
 	@echo "docker/secrets/admin-token, docker/secrets/grafana-password"
+
+configuration: $(VENV)/.dev  ## write docs/configuration.md from service/settings.py
+	$(BIN)/python -m service.reference > docs/configuration.md
 
 dashboard: $(VENV)/.dev  ## write Grafana's dashboard from docker/grafana/panels.toml
 	$(BIN)/python -m docker.grafana.dashboard

@@ -175,7 +175,7 @@ def command_line() -> argparse.ArgumentParser:
     for name, field in Settings.model_fields.items():
         if name in NOT_ON_THE_COMMAND_LINE:
             continue
-        text = f"{field.description} (default: {_shown_default(field)}; {variable(name)})"
+        text = f"{field.description} (default: {shown_default(field)}; {variable(name)})"
         if field.annotation is bool:
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
         else:
@@ -183,7 +183,7 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def _shown_default(field: FieldInfo) -> str:
+def shown_default(field: FieldInfo) -> str:
     if field.default is None:
         return "none"
     if isinstance(field.default, bool):

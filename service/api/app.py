@@ -94,7 +94,14 @@ def create_app(
         await asyncio.to_thread(engine.drain, ENGINE_STOP_S)
         state.decoder.close()
 
-    app = FastAPI(title="ExitServe", version=manifest.version, description=ABOUT, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(  # its own page for the document asks another host for scripts; `page` has one that does not
+        title="ExitServe",
+        version=manifest.version,
+        description=ABOUT,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     problems.install(app)
     for routes in (
         classify_routes(state),
@@ -118,6 +125,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 for status, response in operation["responses"].items():
                     if status >= "400" and "application/json" in response.get("content", {}):
                         response["content"][problems.MEDIA_TYPE] = response["content"].pop("application/json")
+        document["servers"] = [{"url": "./"}]  # from where the document lies: also behind a proxy, under its path
         document["components"]["securitySchemes"] = {"admin": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document
     return app.openapi_schema

@@ -1,4 +1,4 @@
-"""The page at `/`: files that the browser runs, served as they lie in `service/web`, under a strict policy."""
+"""The pages at `/` and `/docs`: files that the browser runs, served from `service/web` under strict policies."""
 
 import mimetypes
 from os import PathLike, stat_result
@@ -15,7 +15,7 @@ from service.api.state import State
 WEB = Path(__file__).resolve().parents[1] / "web"
 PREFIX = "/web"
 
-# The page needs this server alone, and asks for nothing else. `blob:` is for pictures that a person gives.
+# The pages need this server alone, and ask for nothing else. `blob:` is for pictures that a person gives.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,6 +28,8 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+# Swagger UI's style sheet has its icons inside.
+DOCS_HEADERS = HEADERS | {"Content-Security-Policy": POLICY.replace("img-src 'self'", "img-src 'self' data:")}
 # Asked for again each time, by ETag, so that a new server is never seen through an old page. What is vendored has its
 # version in its path, and never changes.
 REVALIDATED = "no-cache"
@@ -45,12 +47,13 @@ class PageFiles(StaticFiles):
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)
         vendored = "vendor" in Path(full_path).relative_to(WEB).parts
-        response.headers.update(HEADERS | {"Cache-Control": IMMUTABLE if vendored else REVALIDATED})
+        headers = DOCS_HEADERS if Path(full_path) == WEB / "docs.html" else HEADERS
+        response.headers.update(headers | {"Cache-Control": IMMUTABLE if vendored else REVALIDATED})
         return response
 
 
 def install(app: FastAPI, state: State) -> None:
-    """Serve the page at `/` of `app`, what it loads below `/web`, and the call that it alone needs."""
+    """Serve the pages at `/` and `/docs` of `app`, what they load below `/web`, and the call that `/` alone needs."""
     app.include_router(access_routes(state))
     for suffix, media_type in TYPES.items():
         mimetypes.add_type(media_type, suffix)
@@ -59,5 +62,9 @@ def install(app: FastAPI, state: State) -> None:
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
 
-    app.add_api_route("/", page, methods=["GET", "HEAD"], include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return await files.get_response("docs.html", request.scope)
+
+    for path, endpoint in (("/", page), ("/docs", docs)):
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"], include_in_schema=False)
     app.mount(PREFIX, files, name="web")

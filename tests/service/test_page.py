@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from models.bundle import load_bundle
-from service.api.page import HEADERS, WEB
+from service.api.page import DOCS_HEADERS, HEADERS, WEB
 from tests.bundles import tiny_bundle
 from tests.service.apps import Http, build_app, problem, serving
 from tests.service.process import REPOSITORY
@@ -40,8 +40,8 @@ def http(bundle: Path) -> Iterator[Http]:
         yield http
 
 
-def check_headers(response: httpx.Response) -> None:
-    assert {name: response.headers[name] for name in HEADERS} == HEADERS
+def check_headers(response: httpx.Response, expected: dict[str, str] = HEADERS) -> None:
+    assert {name: response.headers[name] for name in expected} == expected
 
 
 def test_the_page_is_at_the_root(http: Http) -> None:
@@ -53,6 +53,18 @@ def test_the_page_is_at_the_root(http: Http) -> None:
     check_headers(response)
 
 
+def test_the_calls_are_shown_by_files_of_this_server_alone(http: Http) -> None:
+    response = http.get("/docs")
+    assert response.status_code == 200
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.text == (WEB / "docs.html").read_text()
+    assert "//" not in response.text, "names another host"
+    check_headers(response, DOCS_HEADERS)
+    for name in re.findall(r'(?:src|href)="([^"]+)"', response.text):
+        assert http.get(f"/{name}").status_code == 200
+    assert http.get("/redoc").status_code == 404
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_is_served_as_what_it_is_and_asked_for_again_only_where_it_may_change(http: Http, file: str) -> None:
     response = http.get(f"/web/{file}")
@@ -61,7 +73,7 @@ def test_every_file_is_served_as_what_it_is_and_asked_for_again_only_where_it_ma
     suffix = Path(file).suffix
     assert suffix not in TYPES or response.headers["content-type"] == TYPES[suffix]
     assert ("immutable" in response.headers["cache-control"]) == file.startswith("vendor/")
-    check_headers(response)
+    check_headers(response, DOCS_HEADERS if file == "docs.html" else HEADERS)
     again = http.get(f"/web/{file}", headers={"If-None-Match": response.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     assert again.headers["cache-control"] == response.headers["cache-control"]
@@ -107,7 +119,7 @@ def test_files_are_read_only(http: Http, path: str) -> None:
 
 
 def test_the_page_loads_files_that_are_there_and_no_others() -> None:
-    page = (WEB / "index.html").read_text()
+    page = "".join((WEB / name).read_text() for name in ("index.html", "docs.html"))
     named = {name.removeprefix("web/") for name in re.findall(r'(?:src|href)="(web/[^"]+)"', page)}
     modules = [file for file in FILES if file.endswith(".js") and not file.startswith("vendor/")]
     for module in modules:
@@ -130,12 +142,13 @@ def test_samples_are_the_files_and_their_names_are_classes_of_the_shipped_networ
     assert (REPOSITORY / "examples" / "images" / "fox.png").read_bytes() == (WEB / "samples" / "fox.png").read_bytes()
 
 
-def test_the_vendored_library_is_the_published_one() -> None:
+def test_the_vendored_libraries_are_the_published_ones() -> None:
     documented = (REPOSITORY / "docs" / "dependencies.md").read_text()
     vendored = [WEB / file for file in FILES if file.startswith("vendor/")]
-    assert {path.name for path in vendored} == {"LICENSE", "uPlot.iife.min.js", "uPlot.min.css"}
+    code = {"uPlot.iife.min.js", "uPlot.min.css", "swagger-ui-bundle.js", "swagger-ui.css"}
+    assert {path.name for path in vendored} == code | {"LICENSE", "NOTICE", "swagger-ui-bundle.js.LICENSE.txt"}
     for path in vendored:
-        if path.name != "LICENSE":
+        if path.name in code:
             assert f"`{path.name}` {hashlib.sha256(path.read_bytes()).hexdigest()}" in documented
 
 

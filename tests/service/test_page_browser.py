@@ -253,3 +253,20 @@ def test_a_token_unlocks_the_budget_and_a_lost_server_is_told(browser: Browser, 
         browser.until(lambda: browser.find("#banner").is_displayed(), "the page notices")
         browser.until(lambda: "does not answer" in browser.text("#banner"), "it says what is wrong")
         assert browser.text("#state") == "no connection"
+
+
+def test_the_calls_can_be_read_and_tried_offline(browser: Browser, server: ServerProcess) -> None:
+    browser.open(server.url + "/docs", prefers_color_scheme="dark")
+    browser.until(lambda: len(browser.all(".opblock")) >= 11, "all calls are shown")
+    assert [text for text in browser.contrasts() if text["ratio"] < text["needed"]] == []
+    browser.find("#operations-status-readyz_readyz_get .opblock-summary-control").click()
+    browser.until(lambda: browser.all(".try-out__btn"), "it opens")
+    browser.find(".try-out__btn").click()
+    browser.until(lambda: browser.all("button.execute"), "it can be tried")
+    browser.find("button.execute").click()
+    browser.until(
+        lambda: '"status": "ready"' in "".join(answer.text for answer in browser.all(".live-responses-table")),
+        "the answer is shown",
+    )
+    assert browser.messages() == []
+    assert browser.requests() <= {f"127.0.0.1:{server.port}", ""}

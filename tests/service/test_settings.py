@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from service import reference
 from service.settings import (
     NOT_ON_THE_COMMAND_LINE,
     Settings,
@@ -13,6 +14,7 @@ from service.settings import (
     load_settings,
     variable,
 )
+from tests.service.process import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +115,9 @@ def test_the_token_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("EXITSERVE_ADMIN_TOKEN", "correct-horse-battery")
     with pytest.raises(SettingsError, match="give one of them"):
         load_settings(["--admin-token-file", str(file)])
+
+
+def test_the_page_of_settings_is_up_to_date_and_complete() -> None:
+    assert [name for fields in reference.GROUPS.values() for name in fields] == list(Settings.model_fields)
+    written = (REPOSITORY / "docs" / "configuration.md").read_text()
+    assert written == reference.document(), "run `make configuration`"
