@@ -36,8 +36,8 @@ class Steering:
     average is never above 1.01 of it; while traffic flows it is 0.991 with a standard deviation of 0.005.
     """
 
-    AIM_UNDER = 0.004  # of the budget: where the average is to end
-    HORIZON_IMAGES = 16.0  # shorter is tighter, but thresholds that swing cost accuracy
+    AIM_UNDER = 0.005  # of the budget: where the average is to end
+    HORIZON_IMAGES = 24.0  # shorter is tighter, but thresholds that swing cost accuracy
     INTEGRAL_IMAGES = 1_000.0  # time constant
     ECHO = 0.7
     MEAN_IMAGES = 500.0  # time constant of the running means below
