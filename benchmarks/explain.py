@@ -1,0 +1,120 @@
+"""Draws the pictures of docs/how-it-works.md from the bundle that ships: `python -m benchmarks.explain`.
+
+The held-out scores in the bundle go through the scheduler and the budget that serve; nothing is made up.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+from models.bundle import Bundle, load_bundle
+from service.budget import BudgetController
+from service.ledger import Account
+from service.scheduler import Scheduler
+from training.figures import figure_axes
+
+BUNDLE = Path("models/zoo/cifar100-msdnet")
+FOLDER = Path("docs/figures")
+MAX_ROWS = 32
+WARM_UP_BATCHES, SHOWN_BATCHES = 400, 60
+FRACTION = 0.4
+
+
+def draw_shares(bundle: Bundle, path: Path) -> None:
+    """Where held-out images leave, and how often they are right, by average cost."""
+    frontier = bundle.frontier()
+    n_exits = len(bundle.costs_mflops)
+    with figure_axes(path, "What the budget changes (5,000 held-out images)", n_columns=2) as (left, right):
+        shares = 100 * np.array(frontier.shares).T
+        labels = [f"exit {k}" for k in range(1, n_exits + 1)]
+        left.stackplot(frontier.cost, shares, labels=labels, colors=_colours(n_exits))
+        left.set(xlabel="average cost, M multiply-adds", ylabel="images that leave, %", ylim=(0, 100))
+        left.margins(x=0)
+        left.legend(loc="lower left", reverse=True, frameon=True)
+        right.plot(frontier.cost, 100 * np.array(frontier.accuracy), label="each image leaves when sure")
+        accuracy = [100 * entry.heldout_accuracy for entry in bundle.manifest.exits]
+        right.plot(bundle.costs_mflops, accuracy, "o--", color="grey", label="all images leave at one exit")
+        right.set(xlabel="average cost, M multiply-adds", ylabel="right answers, %")
+        right.legend(loc="lower right")
+
+
+def draw_batches(bundle: Bundle, path: Path) -> None:
+    """Batches as the scheduler makes them, one lane, many images waiting: which stage, and how many rows."""
+    batches = run_batches(bundle, WARM_UP_BATCHES + SHOWN_BATCHES)[WARM_UP_BATCHES:]
+    colours = _colours(len(bundle.costs_mflops))
+    with figure_axes(path, f"{SHOWN_BATCHES} batches in a row, at {FRACTION:.0%} of the full cost", 2) as (left, right):
+        for stage, colour in enumerate(colours):
+            chosen = [(i, rows) for i, (at, rows, _) in enumerate(batches) if at == stage]
+            left.bar(
+                [i for i, _ in chosen], [n for _, n in chosen], color=colour, label=f"stage {stage + 1}", width=0.9
+            )
+            rows, stayed = (sum(b[which] for b in batches if b[0] == stage) for which in (1, 2))
+            right.bar(stage + 1, rows, color=colour, alpha=0.35)
+            right.bar(stage + 1, stayed, color=colour)
+        left.set(xlabel="batch", ylabel="images in it", ylim=(0, 40))
+        left.legend(ncols=len(colours), loc="upper center", columnspacing=0.8, handlelength=1)
+        right.set(xlabel="stage", ylabel="images that ran it (pale), and went on (full)")
+
+
+def run_batches(bundle: Bundle, n_batches: int) -> list[tuple[int, int, int]]:
+    """Serve held-out images, in an order drawn once, on one lane: (stage, rows, rows that went on) of every batch."""
+    scores = bundle.calibration.scores[bundle.manifest.score].tolist()
+    costs = bundle.costs_mflops
+    budget = BudgetController(bundle.frontier(), costs, FRACTION * costs[-1])
+    scheduler: Scheduler[int] = Scheduler(len(costs), MAX_ROWS, ripe=[MAX_ROWS // 8] * len(costs))
+    images = np.random.default_rng(0).integers(len(scores), size=n_batches * MAX_ROWS).tolist()
+    accounts: dict[int, Account] = {}
+    batches: list[tuple[int, int, int]] = []
+    arrived = 0
+    for batch in range(n_batches):
+        now_s = batch * 0.01
+        arriving = range(arrived, arrived + MAX_ROWS - scheduler.queued_rows(0))
+        accounts.update({row: budget.admit() for row in arriving})
+        scheduler.add(arriving, 0, now_s)
+        arrived = arriving.stop
+        picked = scheduler.pick(now_s)
+        assert picked is not None
+        stage, rows = picked
+        going_on = []
+        for row in rows:
+            budget.charge(accounts[row])
+            if budget.decide(accounts[row], scores[images[row]][stage]) is None:
+                going_on.append(row)
+            else:
+                budget.settle(accounts.pop(row))
+        budget.refresh()
+        if going_on:
+            scheduler.add(going_on, stage + 1, now_s)
+        batches.append((stage, len(rows), len(going_on)))
+    return batches
+
+
+def draw_costs(bundle: Bundle, path: Path) -> None:
+    """What stopping at each exit costs: by the network's own program, and by what the stages run."""
+    at = np.arange(1, len(bundle.costs_mflops) + 1)
+    with figure_axes(path, "What stopping at an exit costs") as (axes,):
+        for shift, label, costs, colour in (
+            (-0.2, "the network's program up to there", [e.published_mflops for e in bundle.manifest.exits], "silver"),
+            (0.2, "what its stages run", bundle.costs_mflops, _colours(3)[0]),
+        ):
+            bars = axes.bar(at + shift, costs, 0.4, label=label, color=colour)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.set(xlabel="exit", ylabel="M multiply-adds")
+        axes.legend(loc="upper left")
+
+
+def _colours(n: int) -> list[tuple[float, float, float, float]]:
+    colours = mpl.colormaps["viridis"]
+    return [colours(float(x)) for x in np.linspace(0.15, 0.95, n)]
+
+
+def main() -> None:
+    bundle = load_bundle(BUNDLE)
+    draw_shares(bundle, FOLDER / "how-shares.png")
+    draw_batches(bundle, FOLDER / "how-batches.png")
+    draw_costs(bundle, FOLDER / "how-costs.png")
+
+
+if __name__ == "__main__":
+    main()
