@@ -1,0 +1,127 @@
+"""What README and docs tell people to type works: every call is made, every command knows its options."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.service.process import REPOSITORY, ServerProcess, running_server
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+STARTS = ("curl ", "for image in ", "python ", ".venv/bin/python ", "make ", "docker ", "source ")
+
+
+class Typed(NamedTuple):
+    """A command on a page, and the answer printed below it, if there is one."""
+
+    page: str
+    command: str
+    answer: str
+
+
+def commands() -> Iterator[Typed]:
+    """Every line in a code block that is a command; one that goes on over a line's end is joined."""
+    for page in PAGES:
+        lines = re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
+        for i, line in enumerate(lines):
+            command = line.strip().removeprefix("$ ")
+            if line.startswith("    ") and command.startswith(STARTS):
+                answer = takewhile(lambda text: text.startswith("    ") and "$ " not in text, lines[i + 1 :])
+                yield Typed(page.name, re.split(r"\s{2,}#|\s+# ", command)[0], "\n".join(answer))
+
+
+def chosen(*starts: str) -> list[Typed]:
+    found = [typed for typed in commands() if typed.command.startswith(starts)]
+    assert found, "the pages hold none: has their form changed?"
+    return found
+
+
+def name_of(typed: Typed) -> str:
+    return f"{typed.page}: {typed.command[:60]}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the pages speak of, where they say that they are."""
+    folder = tmp_path_factory.mktemp("reader")
+    samples = REPOSITORY / "examples" / "images"
+    for name in ("examples", "README.md"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "photos").mkdir()
+    for name in ("cat.png", "dog.png", "photos/holiday.jpg"):
+        shutil.copyfile(samples / "fox.png", folder / name)
+    (folder / "docker" / "secrets").mkdir(parents=True)
+    (folder / "docker" / "secrets" / "admin-token").write_text("not asked for here")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    with running_server(REPOSITORY / "models" / "zoo" / "cifar100-msdnet", folder / "log") as server:
+        yield server
+
+
+CALLS = chosen("curl ", "for image in ", ".venv/bin/python -m service classify", "python -m service classify")
+
+
+@pytest.mark.parametrize("typed", CALLS, ids=name_of)
+def test_every_call_is_answered_as_the_page_says(server: ServerProcess, folder: Path, typed: Typed) -> None:
+    page, call, answer = typed
+    if "curl" in call and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    here = re.sub(r"(http://)?(localhost|127\.0\.0\.1):8000", server.url, call)
+    here = here.replace("curl ", "curl --fail-with-body --silent --show-error ")
+    here = re.sub(r"^(\.venv/bin/)?python ", f"PYTHONPATH={REPOSITORY} {sys.executable} ", here)
+    if "--url" not in here and "classify" in here and "curl" not in here:
+        here += f" --url {server.url}"  # the network is loaded once, by the server
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", here], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    refusal = re.search(r'"status":(4\d\d)', answer)
+    assert done.returncode == (22 if refusal else 0), f"{page}: {call}\n{done.stdout}\n{done.stderr}"
+    if refusal:
+        assert refusal[0] in done.stdout
+    told, shown = (set(re.findall(r'"([a-z_0-9]+)":', text)) for text in (done.stdout, answer))
+    assert shown <= told, f"{page}: {call}: not answered any more: {shown - told}"
+    assert done.stdout.strip()
+
+
+@cache
+def help_of(*module_and_command: str) -> str:
+    asked = [sys.executable, "-m", *module_and_command, "--help"]
+    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+COMMANDS = [typed for typed in chosen("python -m ", ".venv/bin/python -m ") if "-m pytest" not in typed.command]
+
+
+@pytest.mark.parametrize("typed", COMMANDS, ids=name_of)
+def test_every_command_knows_its_options(typed: Typed) -> None:
+    page, command, _ = typed
+    words = command.split(" -m ")[1].split()
+    named = words[:1] + [word for word in words[1:2] if re.fullmatch(r"[a-z]+", word)]  # a module and its command
+    known = help_of(*named)
+    for option in re.findall(r"\s(--[a-z-]+)", command):
+        assert re.search(rf"{option}\b", known), f"{page}: {command}: no such option {option}"
+    if "--recipe" in command:
+        recipe = re.search(r"--recipe (\S+)", command)
+        assert recipe
+        assert (REPOSITORY / "training" / "recipes" / f"{recipe[1]}.toml").is_file()
+
+
+def test_every_verb_is_the_makefiles_and_every_link_leads_somewhere() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for page, command, _ in chosen("make "):
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), f"{page}: {command}"
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
