@@ -113,7 +113,7 @@ class Engine:
     @property
     def trouble(self) -> str | None:
         """Why no image can be answered at the moment, None while they can."""
-        return self._loop.guard.unsound
+        return self._loop.trouble
 
     def require_room(self) -> None:
         """Refuse early what `submit` would refuse, uncounted.

@@ -61,6 +61,7 @@ class Loop:
         self._max_rows = admission.room_rows
         self._clock = clock
         self._told_unsound: str | None = None
+        self.trouble: str | None = None  # the same, once admission follows it: read by any thread
         self._messages: deque[Message] = deque()  # taken from the inbox
         self._handing_over = threading.Lock()  # of what the thread owns, to it and back
         self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
@@ -166,10 +167,12 @@ class Loop:
         if why is None:
             logger.warning("the stages can be run again")
             self.admission.reopen()
+            self.trouble = None
             return
         logger.critical("no stage can be run: %s", why)
         error = EngineUnsound(f"no stage can be run: {why}")
         self.admission.close(error)
+        self.trouble = why
         self._take_arrivals()
         self.core.fail_all(error)
         self.guard.give_up_all()

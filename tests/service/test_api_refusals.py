@@ -205,11 +205,11 @@ def test_a_server_that_cannot_run_its_stages_is_not_ready(folder: Path) -> None:
             guard.unsound = why
 
         engines[0].ask(lambda: unsound("all 2 lanes hang")).result(30)
-        engines[0].stats()
+        engines[0].stats()  # asked next, answered once the engine has followed
         for response in (client.get("/readyz"), client.post("/classify", content=BODIES[0], headers=PNG)):
             assert "2 lanes hang" in problem(response, 503, "not-ready")["detail"]
         assert "exitserve_ready 0.0" in client.get("/metrics").text
         engines[0].ask(lambda: unsound(None)).result(30)
+        engines[0].stats()  # asked next, answered once the engine has followed
         assert client.get("/readyz").status_code == 200
-        engines[0].stats()
         assert client.post("/classify", content=BODIES[0], headers=PNG).status_code == 200

@@ -116,13 +116,17 @@ def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundl
 
 
 def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    all_in = threading.Event()
+
     def dead(stage: int, rows: Sequence[RowState]) -> None:
+        all_in.wait(30)
         raise RuntimeError("device lost")
 
     engine, runner = troubled(bundle)
     with running(engine):
         runner.befall = dead
         futures = [engine.submit(image) for image in images]
+        all_in.set()
         for future in futures:
             with pytest.raises(EngineError, match=r"device lost"):
                 future.result(30)
