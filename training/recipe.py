@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training.errors import TrainingError
+from training.named import find_toml
 
 Share = Annotated[float, Field(gt=0, le=1)]
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -108,12 +109,7 @@ class Recipe(_Section):
         Raises:
             RecipeError: there is none, or a field is wrong.
         """
-        path = Path(name_or_path)
-        if path.suffix != ".toml":
-            path = RECIPE_FOLDER / f"{name_or_path}.toml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in RECIPE_FOLDER.glob("*.toml")))
-            raise RecipeError(f"no recipe {name_or_path!r}; those that ship: {known}; or give the path of a .toml file")
+        path = find_toml(name_or_path, RECIPE_FOLDER, "recipe", RecipeError)
         try:
             values = tomllib.loads(path.read_text())
             for setting in settings:

@@ -16,6 +16,7 @@ from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
 from training.data import load_image_set
 from training.errors import TrainingError
+from training.named import find_toml
 from training.processes import launch
 from training.recipe import Recipe
 
@@ -53,12 +54,7 @@ class Study(BaseModel):
             StudyError: there is none, or it is wrong.
             RecipeError: a variant changes the recipe into one that can't be used.
         """
-        path = Path(name_or_path)
-        if path.suffix != ".toml":
-            path = STUDY_FOLDER / f"{name_or_path}.toml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in STUDY_FOLDER.glob("*.toml")))
-            raise StudyError(f"no study {name_or_path!r}; those that ship: {known}; or give the path of a .toml file")
+        path = find_toml(name_or_path, STUDY_FOLDER, "study", StudyError)
         try:
             study = cls.model_validate(tomllib.loads(path.read_text()))
         except (tomllib.TOMLDecodeError, ValidationError) as error:
