@@ -34,22 +34,34 @@ def temperatures_per_exit(temperatures: float | Sequence[float], n_exits: int) -
 
 
 class Boosting(nn.Module):
-    """F_n = t_n stop_gradient(F_(n-1)) + f_n over a list of head logits (BoostNet, section 3).
+    """F_n = t_n stop_gradient(F_(n-1)) + s_n f_n over a list of head logits (BoostNet, section 3).
 
     Args:
         temperatures: t_1..t_N (t_1 is unused). All zero gives a plain multi-exit network.
         stop_gradient: cut the gradient of loss n from the heads before n, as published. False is the paper's ablation.
+        scales: s_1..s_N, by default 1 as in training; another value is fitted after it, see `training.ensemble`.
+
+    Raises:
+        ValueError: there are not as many scales as temperatures.
     """
 
-    def __init__(self, temperatures: Sequence[float], stop_gradient: bool = True) -> None:
+    def __init__(
+        self, temperatures: Sequence[float], stop_gradient: bool = True, scales: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         self.temperatures = tuple(float(t) for t in temperatures)
+        self.scales = tuple(float(s) for s in scales) if scales is not None else (1.0,) * len(self.temperatures)
+        if len(self.scales) != len(self.temperatures):
+            raise ValueError(f"{len(self.scales)} scales for {len(self.temperatures)} exits: give one an exit")
         self.stop_gradient = stop_gradient
 
     def forward(self, head_logits: list[Tensor]) -> list[Tensor]:
         """Map N raw head logits [rows, classes] to the N ensembled logits of the same shape, float32."""
         # In float32 whatever the autocast type: rounded logits would tie and lose their ranking.
-        first, *later = (logits.float() for logits in head_logits)
+        first, *later = (
+            logits.float() if scale == 1.0 else scale * logits.float()
+            for scale, logits in zip(self.scales, head_logits, strict=True)
+        )
         ensembled = [first]
         for temperature, logits in zip(self.temperatures[1:], later, strict=True):
             if temperature == 0.0:

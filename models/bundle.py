@@ -4,6 +4,8 @@
     calibration.npz        held-out scores and right answers, from which any exit policy is made
     stages/stage_K.onnx    one graph an exit; they may refer to weights.safetensors
     weights.safetensors    (optional) the weights as trained
+    stages_int8/stage_K.onnx, calibration_int8.npz
+                           (optional) the same network in int8, weights included, and its own calibration
     README.md, frontier.png
 
 Reading one trusts nothing: sizes and digests are checked before anything is parsed, and whatever does not fit gives a
@@ -18,13 +20,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from models.calibration import CALIBRATION, MAX_CALIBRATION_BYTES, Calibration
+from models.calibration import CALIBRATION, CALIBRATION_INT8, MAX_CALIBRATION_BYTES, Calibration
 from models.frontier import FAMILIES, Frontier, build_frontier
 from models.manifest import FORMAT_VERSION, FileInfo, Manifest
 from models.predictor import FEATURES, Predictor
@@ -33,6 +35,7 @@ from models.scores import Score, plain_scores
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20  # class names of the largest sets take about one
 COPY_AGAIN = "copy or export the bundle again"
+Precision = Literal["fp32", "int8"]
 
 
 class BundleError(ValueError):
@@ -45,11 +48,29 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose files were found to be what its manifest says."""
+    """A bundle whose files were found to be what its manifest says.
+
+    It speaks for one precision: stages, accuracies, scores and frontier. Where there are int8 stages, `int8` is the
+    bundle that speaks for these; name, version and costs are the same.
+    """
 
     path: Path
     manifest: Manifest
     calibration: Calibration
+    precision: Precision = "fp32"
+    int8: "Bundle | None" = None
+
+    def at(self, precision: Precision) -> "Bundle":
+        """Return the bundle that speaks for a precision.
+
+        Raises:
+            BundleError: it has no stages of that precision.
+        """
+        found = self if precision == self.precision else self.int8
+        if found is None:
+            fix = "make them with `python -m training quantize`, or serve it in fp32"
+            raise BundleError(self.path, "", f"it has no {precision} stages", fix)
+        return found
 
     @property
     def stage_paths(self) -> tuple[Path, ...]:
@@ -71,7 +92,8 @@ class Bundle:
         name = score or self.manifest.score
         if name not in self.calibration.scores:
             known = ", ".join(self.calibration.scores)
-            raise BundleError(self.path, CALIBRATION, f"no scores {name!r}", f"choose one of {known}")
+            file = CALIBRATION if self.precision == "fp32" else CALIBRATION_INT8
+            raise BundleError(self.path, file, f"no scores {name!r}", f"choose one of {known}")
         family = self.manifest.family if name == self.manifest.score else None
         return build_frontier(self.calibration.scores[name], self.calibration.correct, self.costs_mflops, family)
 
@@ -106,8 +128,13 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
         reason = f"version {manifest.version} does not belong to these files, whose digest is {digest}"
         raise BundleError(folder, MANIFEST, reason, COPY_AGAIN)
     _check_policy(folder, manifest)
-    calibration = _read_calibration(folder, manifest)
-    return Bundle(folder, manifest, calibration)
+    calibration = _read_calibration(folder, manifest, CALIBRATION)
+    if manifest.int8 is None:
+        return Bundle(folder, manifest, calibration)
+    in_int8 = manifest.in_int8()
+    _check_policy(folder, in_int8)
+    int8 = Bundle(folder, in_int8, _read_calibration(folder, in_int8, CALIBRATION_INT8), "int8")
+    return Bundle(folder, manifest, calibration, int8=int8)
 
 
 def files_digest(files: Mapping[str, FileInfo]) -> str:
@@ -254,17 +281,17 @@ def _refuse_undeclared(folder: Path, manifest: Manifest) -> None:
                 raise BundleError(folder, file, "not listed in the manifest", "remove it, or export the bundle again")
 
 
-def _read_calibration(folder: Path, manifest: Manifest) -> Calibration:
-    if manifest.files[CALIBRATION].bytes > MAX_CALIBRATION_BYTES:
-        raise BundleError(folder, CALIBRATION, f"larger than {MAX_CALIBRATION_BYTES} bytes", "hold out fewer images")
+def _read_calibration(folder: Path, manifest: Manifest, file: str) -> Calibration:
+    if manifest.files[file].bytes > MAX_CALIBRATION_BYTES:
+        raise BundleError(folder, file, f"larger than {MAX_CALIBRATION_BYTES} bytes", "hold out fewer images")
     try:
-        calibration = Calibration.load(folder / CALIBRATION)
+        calibration = Calibration.load(folder / file)
     except ValueError as error:
-        raise BundleError(folder, CALIBRATION, str(error), "calibrate and export the bundle again") from error
+        raise BundleError(folder, file, str(error), "calibrate and export the bundle again") from error
     shape = (manifest.data.heldout_images, len(manifest.exits))
     if calibration.correct.shape != shape:
         reason = f"shape {calibration.correct.shape} where the manifest says {shape[0]} images and {shape[1]} exits"
-        raise BundleError(folder, CALIBRATION, reason, "calibrate and export the bundle again")
+        raise BundleError(folder, file, reason, "calibrate and export the bundle again")
     known = {manifest.score} if manifest.predictor is not None else set(plain_scores(len(manifest.exits)))
     if manifest.score not in calibration.scores or manifest.score not in known:
         stored = ", ".join(sorted(set(calibration.scores) & known)) or "none"

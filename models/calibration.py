@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-CALIBRATION = "calibration.npz"
+CALIBRATION, CALIBRATION_INT8 = "calibration.npz", "calibration_int8.npz"
 MAX_CALIBRATION_BYTES = (
     256 * 2**20
 )  # packed and unpacked; a million images with ten exits and two scores take 90 million

@@ -1,11 +1,12 @@
 """The manifest of a bundle, `manifest.json`: every field that may stand there, with its bounds. Nothing else may."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-FORMAT_VERSION = 2  # 2 added `family` and `predictor`; a bundle of format 1 has neither
+FORMAT_VERSION = 3  # 2 added `family` and `predictor`, 3 `int8`; bundles of formats 1 and 2 have them not
 MAX_EXITS = 256
 
 Text = Annotated[str, Field(max_length=10_000)]
@@ -87,6 +88,23 @@ class PredictorInfo(_Strict):
         return self
 
 
+class ExitAccuracy(_Strict):
+    """How often one exit's answer is right."""
+
+    test_accuracy: Accuracy | None
+    heldout_accuracy: Accuracy
+
+
+class Int8Info(_Strict):
+    """The same network with weights and activations in bytes, and what was measured of it anew."""
+
+    stages: Annotated[list[StageInfo], Field(min_length=1, max_length=MAX_EXITS)]
+    exits: Annotated[list[ExitAccuracy], Field(min_length=1, max_length=MAX_EXITS)]
+    predictor: PredictorInfo | None  # as the manifest's own, fitted on what these stages say
+    range_images: Count  # training images that showed what activations range over
+    made_with: Text
+
+
 class DataInfo(_Strict):
     """The images: trained on, held out for calibration, and tested on."""
 
@@ -111,7 +129,7 @@ class Manifest(_Strict):
         ValidationError: a field is unknown, missing, of another type or out of bounds, or two do not agree.
     """
 
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     name: Name
     version: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]  # a digest over all other files
     description: Text
@@ -125,6 +143,7 @@ class Manifest(_Strict):
     score: Name  # the exit score to serve with
     family: Name | None = None  # of thresholds; null: chosen when the frontier is built
     predictor: PredictorInfo | None = None  # the weights of a score that is fitted
+    int8: Int8Info | None = None  # stages of another precision; null where there are none
     training: dict[str, JsonValue]
     data: DataInfo
     files: Annotated[dict[RelativePath, FileInfo], Field(max_length=10_000)]
@@ -144,15 +163,23 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Self:
+        self._check_stages(self.stages)
+        if self.int8 is not None:
+            if len(self.int8.exits) != len(self.exits) or (self.int8.predictor is None) != (self.predictor is None):
+                raise ValueError("int8 must tell the accuracy of every exit, and have a predictor where fp32 has one")
+            self._check_stages(self.int8.stages)
+        return self
+
+    def _check_stages(self, stages: Sequence[StageInfo]) -> None:
         """Every stage ends in logits of all classes, and reads only what the image or a stage before it gives."""
-        if len(self.stages) != len(self.exits):
-            raise ValueError(f"{len(self.stages)} stages for {len(self.exits)} exits: there must be one an exit")
-        first = self.stages[0].inputs
+        if len(stages) != len(self.exits):
+            raise ValueError(f"{len(stages)} stages for {len(self.exits)} exits: there must be one an exit")
+        first = stages[0].inputs
         image = [self.input.height_px, self.input.width_px, 3]
         if len(first) != 1 or first[0].shape != image or first[0].dtype != "uint8":
             raise ValueError(f"stage 1 must take one uint8 image of the shape {image}")
         given = {first[0].name: first[0]}
-        for number, stage in enumerate(self.stages, start=1):
+        for number, stage in enumerate(stages, start=1):
             for value in stage.inputs:
                 if given.get(value.name) != value:
                     raise ValueError(f"stage {number} reads {value.name!r}, which no earlier stage gives in that form")
@@ -163,13 +190,28 @@ class Manifest(_Strict):
                 if value.name in given:
                     raise ValueError(f"stage {number} gives {value.name!r}, which is there already")
                 given[value.name] = value
-        return self
 
     @model_validator(mode="after")
     def _files_listed(self) -> Self:
-        for file in (*(stage.file for stage in self.stages), "calibration.npz"):
+        int8 = () if self.int8 is None else (*(stage.file for stage in self.int8.stages), "calibration_int8.npz")
+        for file in (*(stage.file for stage in self.stages), "calibration.npz", *int8):
             if file not in self.files:
                 raise ValueError(f"files must list {file!r}")
         if "manifest.json" in self.files:
             raise ValueError("files must not list manifest.json itself")
         return self
+
+    def in_int8(self) -> "Manifest":
+        """This manifest as it reads for the int8 stages: theirs in the place of the float ones.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.int8 is None:
+            raise ValueError("no int8 stages")
+        exits = [
+            exit_.model_copy(update=measured.model_dump())
+            for exit_, measured in zip(self.exits, self.int8.exits, strict=True)
+        ]
+        changed = {"stages": self.int8.stages, "exits": exits, "predictor": self.int8.predictor}
+        return self.model_copy(update=changed)

@@ -155,7 +155,7 @@ class MSDNet(nn.Module):
         temperatures: of the boosted ensemble (see `temperatures_per_exit`); 0 gives plain MSDNet.
         gradient_rescaling: `coarsest` scales the gradient on the coarsest map as the released code does, so that loss
             j reaches block i with weight 1/(N-i) (BoostNet Eq. 7); `all` does it on every scale; `off` not at all.
-        stop_gradient: see `Boosting`.
+        stop_gradient, head_scales: see `Boosting`.
         initialisation: see `initialise`. `torch` is what every published PyTorch MSDNet has: the intended one, `he`, is
             written in their code and never applied.
     """
@@ -167,6 +167,7 @@ class MSDNet(nn.Module):
         gradient_rescaling: Rescaling = "coarsest",
         stop_gradient: bool = True,
         initialisation: Initialisation = "torch",
+        head_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -188,7 +189,7 @@ class MSDNet(nn.Module):
             self.blocks.append(nn.Sequential(*layers))
             self.heads.append(Head(units * config.growth_factors[-1], config.stem, config.n_classes))
         initialise(self, initialisation)
-        self.boosting = Boosting(temperatures_per_exit(temperatures, config.n_blocks), stop_gradient)
+        self.boosting = Boosting(temperatures_per_exit(temperatures, config.n_blocks), stop_gradient, head_scales)
 
     @property
     def n_exits(self) -> int:

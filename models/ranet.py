@@ -185,7 +185,7 @@ class RANet(nn.Module):
         gradient_rescaling: `off` is the released code's. `coarsest` scales the gradient of the map that heads read, as
             MSDNet's does; `all` that of every map which passes from one exit's blocks to another's, so that loss j
             reaches block i with weight 1/(N-i) on every path (BoostNet Eq. 7).
-        stop_gradient: see `Boosting`.
+        stop_gradient, head_scales: see `Boosting`.
         initialisation: of blocks and heads, see `initialise`; `he` is the released code's. The stem keeps torch's.
     """
 
@@ -196,6 +196,7 @@ class RANet(nn.Module):
         gradient_rescaling: Rescaling = "off",
         stop_gradient: bool = True,
         initialisation: Initialisation = "he",
+        head_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -208,7 +209,7 @@ class RANet(nn.Module):
             self.heads.extend(Head(n_in, config.stem, config.n_classes) for n_in in widths)
         initialise(self.subnetworks, initialisation)
         initialise(self.heads, initialisation)
-        self.boosting = Boosting(temperatures_per_exit(temperatures, config.n_exits), stop_gradient)
+        self.boosting = Boosting(temperatures_per_exit(temperatures, config.n_exits), stop_gradient, head_scales)
 
     @property
     def n_exits(self) -> int:

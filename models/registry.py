@@ -8,7 +8,8 @@ from torch import nn
 
 from models import msdnet, ranet
 
-_OPTIONS = ("temperatures", "gradient_rescaling", "stop_gradient", "initialisation")  # of a network, not of its layers
+# Of a network, not of its layers.
+_OPTIONS = ("temperatures", "gradient_rescaling", "stop_gradient", "initialisation", "head_scales")
 
 
 def _configured(network: Callable[..., nn.Module], configs: Mapping[str, Any]) -> Callable[..., nn.Module]:
@@ -33,8 +34,8 @@ def build_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     Args:
         architecture: a name in `ARCHITECTURES`.
         arguments: plain JSON: `config` (a name in the `CONFIGS` of `models.msdnet` or `models.ranet`), `temperatures`,
-            `gradient_rescaling`, `stop_gradient`, `initialisation`, and any field of the architecture's configuration
-            to override, such as `n_classes`.
+            `gradient_rescaling`, `stop_gradient`, `initialisation`, `head_scales`, and any field of the architecture's
+            configuration to override, such as `n_classes`.
 
     Raises:
         ValueError: unknown architecture or configuration, or arguments it does not take.

@@ -25,13 +25,16 @@ from models.cost import measure_cost
 from models.manifest import FileInfo
 from models.registry import build_network
 from models.scores import plain_scores, score_exits
+from training.data import ImageSet, Split
 from training.export import Normalise, export_stages
+from training.quantising import quantise
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGE_SIZE_PX = 32
 CLASS_NAMES = [f"noise {i}" for i in range(10)]
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 TEMPERATURE = 1.0
+N_HELDOUT, N_TRAIN, N_TEST, SEED = 2000, 100, 200, 0
 ARGUMENTS = {
     "config": "C-batch-4",
     "n_classes": len(CLASS_NAMES),
@@ -63,6 +66,11 @@ def tiny_bundle(folder: Path) -> Path:
     return Path(shutil.copytree(_built(), folder, dirs_exist_ok=True))
 
 
+def tiny_int8_bundle(folder: Path) -> Path:
+    """The same with int8 stages beside the float ones."""
+    return Path(shutil.copytree(_quantised(), folder, dirs_exist_ok=True))
+
+
 @torch.no_grad()
 def tiny_network() -> nn.Module:
     """Return the network of the tiny bundle, in evaluation mode: it takes normalised float images [rows, 3, 32, 32]."""
@@ -90,12 +98,32 @@ def _normalised(images: NDArray[np.uint8]) -> torch.Tensor:
     return Normalise(MEAN, STD)(torch.from_numpy(images))
 
 
+def tiny_images() -> ImageSet:
+    """The images of the tiny bundle, split as a run would split them; labels are what its last exit answers, or noise.
+
+    Only held-out ones have labels that mean as much: it was trained on nothing.
+    """
+    split = Split.make(N_TRAIN + N_HELDOUT, N_HELDOUT, SEED)
+    held_out = random_images(N_HELDOUT, seed=2)
+    images = np.empty((N_TRAIN + N_HELDOUT, *held_out.shape[1:]), np.uint8)
+    images[split.held_out], images[split.train] = held_out, random_images(N_TRAIN, seed=4)
+    test = random_images(N_TEST, seed=5)
+    with torch.no_grad():
+        answers, test_answers = (
+            tiny_network()(_normalised(part))[-1].argmax(dim=1).numpy() for part in (held_out, test)
+        )
+    rng = np.random.default_rng(3)
+    noise = rng.random(N_HELDOUT) < 0.1
+    labels = np.zeros(len(images), np.int64)
+    labels[split.held_out] = np.where(noise, rng.integers(0, len(CLASS_NAMES), N_HELDOUT), answers)
+    return ImageSet("synthetic noise", images, labels, test, test_answers, CLASS_NAMES, tuple(MEAN), tuple(STD))
+
+
 @functools.cache
 def _built() -> Path:
     """The tiny bundle that the sources as they stand make: built by the first test run that asks for it."""
     sources = [*sorted((REPOSITORY / "models").glob("*.py")), REPOSITORY / "training/export.py", Path(__file__)]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + torch.__version__.encode())
-    folder = REPOSITORY / ".pytest_cache" / f"tiny-bundle-{digest.hexdigest()[:16]}"
+    folder = _cache("tiny-bundle", sources)
     try:
         load_bundle(folder)
     except BundleError:
@@ -107,14 +135,32 @@ def _built() -> Path:
     return folder
 
 
+@functools.cache
+def _quantised() -> Path:
+    makers = ("training/quantisation.py", "training/quantising.py", "training/stage_sessions.py")
+    sources = [*sorted((REPOSITORY / "models").glob("*.py")), *(REPOSITORY / maker for maker in makers)]
+    folder = _cache("tiny-int8-bundle", [*sources, REPOSITORY / "training/export.py", Path(__file__)])
+    try:
+        load_bundle(folder)
+    except BundleError:
+        try:
+            quantise(_built(), tiny_images(), N_TRAIN, folder)
+        except OSError:  # another test run has just put its own there
+            load_bundle(folder)
+    return folder
+
+
+def _cache(name: str, sources: list[Path]) -> Path:
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + torch.__version__.encode())
+    return REPOSITORY / ".pytest_cache" / f"{name}-{digest.hexdigest()[:16]}"
+
+
 @torch.no_grad()
 def _build(folder: Path, contents: Path) -> None:
     network = tiny_network()
-    held_out = random_images(2000, seed=2)
-    logits = [x.numpy() for x in network(_normalised(held_out))]
-    rng = np.random.default_rng(3)
-    noise = rng.random(len(held_out)) < 0.1
-    labels = np.where(noise, rng.integers(0, len(CLASS_NAMES), len(held_out)), logits[-1].argmax(axis=1))
+    images, split = tiny_images(), Split.make(N_TRAIN + N_HELDOUT, N_HELDOUT, SEED)
+    logits = [x.numpy() for x in network(_normalised(images.train_images[split.held_out]))]
+    labels = images.train_labels[split.held_out]
     correct = np.stack([x.argmax(axis=1) == labels for x in logits], axis=1)
     scores = {name: score_exits(score, logits) for name, score in plain_scores(len(logits)).items()}
     calibration = Calibration({name: values.astype(np.float32) for name, values in scores.items()}, correct)
@@ -145,13 +191,13 @@ def _build(folder: Path, contents: Path) -> None:
         "score": "logit_margin",
         "family": None,
         "predictor": None,
-        "training": {"recipe": "none: random weights"},
+        "training": {"recipe": "none: random weights", "seed": SEED},
         "data": {
             "name": "synthetic noise",
-            "split_sha256": None,
-            "train_images": 0,
-            "heldout_images": len(held_out),
-            "test_images": 0,
+            "split_sha256": split.sha256,
+            "train_images": N_TRAIN,
+            "heldout_images": N_HELDOUT,
+            "test_images": N_TEST,
         },
     }
     write_bundle(folder, manifest, calibration, contents, replace=True)

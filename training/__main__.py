@@ -122,6 +122,13 @@ def calibrate(
     half_weights: Annotated[
         bool, typer.Option("--half-weights", help="Round weights to half precision: a bundle of half the size.")
     ] = False,
+    as_trained: Annotated[
+        bool,
+        typer.Option(
+            "--as-trained",
+            help="Leave the ensemble as trained; by default its temperatures are fitted to the held-out images.",
+        ),
+    ] = False,
 ) -> None:
     """Step 2: run the network over held-out and test images; writes calibration.json, heldout.npz and test.npz."""
     from training.calibration import calibrate as calibrate_run
@@ -129,7 +136,7 @@ def calibrate(
 
     folder = RunFolder(run)
     torch_device = device.resolve()
-    record = calibrate_run(folder, _images_of(folder, data), torch_device, half_weights)
+    record = calibrate_run(folder, _images_of(folder, data), torch_device, half_weights, not as_trained)
     total = folder.read_description()["recipe"]["optimisation"]["epochs"]
     if record.epochs < total:
         typer.echo(f"note: trained for {record.epochs:.4g} of {total} epochs so far")
@@ -179,6 +186,50 @@ def export(
 
     version = pack(RunFolder(run), output, name or output.resolve().name, description, images)
     typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
+
+
+@app.command()
+def unpack(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that `export` wrote.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run to make.")],
+    data: DataOption,
+) -> None:
+    """Make the run of a bundle again from the bundle itself, to calibrate, evaluate and export it anew."""
+    from training.checkpoint import RunFolder
+    from training.data import load_image_set
+    from training.unpacking import unpack as unpack_bundle
+
+    unpack_bundle(bundle, RunFolder(run), load_image_set(data))
+    typer.echo(f"{run}: unpacked from {bundle}; next: python -m training calibrate {run} --data {data}")
+
+
+@app.command()
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help="A bundle that was exported here; no run is needed.")],
+    data: DataOption,
+    images: Annotated[int, typer.Option(min=1, help="Training images that show what activations range over.")] = 500,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the new bundle; by default it replaces the old.")
+    ] = None,
+) -> None:
+    """Add int8 stages to a bundle, for `python -m service --precision int8`; measures their accuracy beside fp32."""
+    from rich.console import Console
+
+    from models.bundle import BundleError, load_bundle
+    from training.data import load_image_set
+    from training.quantising import quantise
+    from training.tables import print_precisions
+
+    try:
+        side_px = load_bundle(bundle, verify=False).manifest.input.height_px
+    except BundleError as error:
+        raise TrainingError(str(error)) from error
+    made = quantise(bundle, load_image_set(data, side_px), images, output or bundle)
+    print_precisions(made, Console())
+    typer.echo(
+        f"{made.bundle.path}: version {made.bundle.manifest.version}; "
+        f"serve it: python -m service --bundle {made.bundle.path} --precision int8"
+    )
 
 
 @app.command()

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.boosting import Boosting
 from models.predictor import features_of
 from models.scores import plain_scores, score_exits
 from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
+from training.ensemble import Ensemble, fit_ensemble
 from training.objectives import network_of
 
 BATCH_ROWS = 250
@@ -34,6 +36,12 @@ class ExitOutputs:
     correct_top5: NDArray[np.bool_]  # [M, N]: the label is among the five largest logits
     scores: dict[str, NDArray[np.float32]]  # by name in `models.scores.plain_scores`: [M, N], higher = surer
     features: NDArray[np.float32]  # [M, N, FEATURES], see `models.predictor`: what fitted scores are fitted on
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        """The largest softmax output [M, N], 0 to 1."""
+        confidence: NDArray[np.float64] = 1 / (1 + np.exp(-self.scores["max_softmax"].astype(np.float64)))
+        return confidence
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {f"scores_{name}": values for name, values in self.scores.items()}
@@ -77,6 +85,7 @@ class CalibrationRecord(BaseModel):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     half_weights: bool = False  # see `load_trained`
+    ensemble: Ensemble | None = None  # as fitted to the held-out images; None: as trained
 
     @classmethod
     def load(cls, folder: RunFolder) -> "CalibrationRecord":
@@ -102,12 +111,21 @@ class CalibrationRecord(BaseModel):
 
 
 def calibrate(
-    folder: RunFolder, images: ImageSet, device: torch.device, half_weights: bool = False
+    folder: RunFolder,
+    images: ImageSet,
+    device: torch.device,
+    half_weights: bool = False,
+    refit: bool = True,
 ) -> CalibrationRecord:
     """Run a trained network over its stored held-out images and over the test images, and keep what each exit says.
 
     Both are read with the test transform. The published code reads the held-out images through random crops and flips
     instead, which makes them look harder than the test images are.
+
+    Args:
+        half_weights: see `load_trained`.
+        refit: fit the ensemble to the held-out images first, see `training.ensemble`; False leaves it as trained. The
+            same images set the thresholds later: two numbers an exit, fitted to thousands, leave them no less honest.
 
     Raises:
         RunError, DataError: the run has no checkpoint, or `images` is not the set it was trained on.
@@ -116,13 +134,14 @@ def calibrate(
     split = _checked_split(folder, made_by["data"], images)
     network, progress = load_trained(folder, len(images.class_names), half_weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parts = {
-        folder.heldout: (images.train_images[split.held_out], images.train_labels[split.held_out]),
-        folder.test: (images.test_images, images.test_labels),
-    }
-    for path, (pixels, labels) in parts.items():
-        part = DeviceImages(pixels, labels, images.mean, images.std, device)
-        run_exits(network, part, description=path.stem).save(path)
+    trained = network.boosting
+    assert isinstance(trained, Boosting)
+    network.boosting = Boosting([0.0] * len(trained.temperatures))  # so that the heads' own logits come out
+    heads, labels = exit_logits(network, _part(images, split.held_out, device), folder.heldout.stem)
+    ensemble = fit_ensemble(heads, labels, trained.temperatures) if refit else None
+    network.boosting = ensemble.build() if ensemble is not None else trained
+    outputs_of(network.boosting.eval()(heads), labels).save(folder.heldout)
+    run_exits(network, _part(images, None, device), folder.test.stem).save(folder.test)
     steps_per_epoch = folder.read_recipe().optimisation.steps_per_epoch(len(split.train))
     record = CalibrationRecord(
         step=progress.step,
@@ -139,22 +158,36 @@ def calibrate(
         mean=images.mean,
         std=images.std,
         half_weights=half_weights,
+        ensemble=ensemble,
     )
     folder.calibration.write_text(record.model_dump_json(indent=2) + "\n")
     return record
 
 
-def load_trained(folder: RunFolder, n_classes: int, half_weights: bool = False) -> tuple[nn.Module, Progress]:
+def _part(images: ImageSet, held_out: NDArray[np.int64] | None, device: torch.device) -> DeviceImages:
+    """The held-out images, or without them the test images."""
+    if held_out is None:
+        return DeviceImages(images.test_images, images.test_labels, images.mean, images.std, device)
+    pixels, labels = images.train_images[held_out], images.train_labels[held_out]
+    return DeviceImages(pixels, labels, images.mean, images.std, device)
+
+
+def load_trained(
+    folder: RunFolder, n_classes: int, half_weights: bool = False, ensemble: Ensemble | None = None
+) -> tuple[nn.Module, Progress]:
     """Rebuild the network of a run with its trained weights, in evaluation mode, on the CPU.
 
     Args:
         half_weights: round the weights to what half precision holds, as a bundle of half the size will have them.
+        ensemble: to sum up its heads with in place of the one it was trained with.
     """
     state = folder.load_checkpoint()
     network = network_of(folder.read_recipe(), n_classes)
     folder.restore_weights(network, state)
     if half_weights:
         round_to_half(network)
+    if ensemble is not None:
+        network.boosting = ensemble.build()
     return network.eval(), Progress.of(state["progress"])
 
 
@@ -166,20 +199,25 @@ def round_to_half(network: nn.Module) -> None:
             weight.copy_(weight.half())
 
 
-@torch.inference_mode()
 def run_exits(network: nn.Module, images: DeviceImages, description: str) -> ExitOutputs:
     """Answers and scores of a network [exits N] for images [M], in float32, a batch at a time."""
-    collected: list[list[NDArray[np.float32]]] = []
+    return outputs_of(*exit_logits(network, images, description))
+
+
+@torch.no_grad()
+def exit_logits(network: nn.Module, images: DeviceImages, description: str) -> tuple[list[Tensor], Tensor]:
+    """Logits [M, classes] of every exit for images [M], in float32, and the images' labels, all on the CPU."""
+    collected: list[list[Tensor]] = []
     batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
     for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
         pixels, _ = images.plain(rows)
-        collected.append([logits.float().cpu().numpy() for logits in network(pixels)])
-    logits = [np.concatenate(parts) for parts in zip(*collected, strict=True)]
-    return outputs_of(logits, images.labels.cpu().numpy())
+        collected.append([logits.float().cpu() for logits in network(pixels)])
+    return [torch.cat(parts) for parts in zip(*collected, strict=True)], images.labels.cpu()
 
 
-def outputs_of(logits: Sequence[NDArray[np.float32]], labels: NDArray[np.int64]) -> ExitOutputs:
+def outputs_of(exit_logits: Sequence[Tensor], exit_labels: Tensor) -> ExitOutputs:
     """Answers and scores from the logits [M, classes] of every exit."""
+    logits, labels = [x.numpy() for x in exit_logits], exit_labels.numpy()
     predictions = np.stack([x.argmax(axis=1) for x in logits], axis=1)
     # Counting classes above the label's own needs no sort; among equals the label wins.
     n_above = np.stack([(x > x[np.arange(len(labels)), labels][:, None]).sum(axis=1) for x in logits], axis=1)

@@ -26,6 +26,7 @@ from training.checkpoint import RunError, RunFolder
 from training.comparison import Behaviour, Comparison, behaviour, compare
 from training.objectives import network_of
 from training.policies import PAPER, Policy, all_policies, choose, crossfit_rightness, fit_scores, source_of
+from training.reliability import expected_calibration_error
 
 N_BUDGETS = 41  # evenly spaced from the cost of exit 1 to that of exit N
 
@@ -43,6 +44,7 @@ class ExitResult:
     heldout_accuracy: float
     test_accuracy: float
     test_top5_accuracy: float
+    test_calibration_error: float  # expected distance of confidence from accuracy, see `training.reliability`
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Eval
     shares = np.array([p.test_shares for result in results if result.policy == chosen for p in result.points])
     return Evaluation(
         policy=chosen,
-        predictor=None if predictor is None else _plain(predictor),
+        predictor=plain_predictor(predictor),
         exits=_exits(heldout, test, cost),
         policies=tuple(results),
         comparison=compare(behaviours, chosen, shares, test.correct, costs.executed),
@@ -193,12 +195,16 @@ def _exits(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> tuple[
             heldout_accuracy=float(heldout.correct[:, i].mean()),
             test_accuracy=float(test.correct[:, i].mean()),
             test_top5_accuracy=float(test.correct_top5[:, i].mean()),
+            test_calibration_error=expected_calibration_error(test.confidence[:, i], test.correct[:, i]),
         )
         for i in range(len(cost.executed))
     )
 
 
-def _plain(predictor: Predictor) -> dict[str, Any]:
+def plain_predictor(predictor: Predictor | None) -> dict[str, Any] | None:
+    """The weights of a fitted score as a manifest has them."""
+    if predictor is None:
+        return None
     loss = None if predictor.loss is None else predictor.loss.tolist()
     return {"features": list(FEATURES), "gain": predictor.gain.tolist(), "loss": loss}
 

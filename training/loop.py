@@ -10,19 +10,26 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.augment import DeviceImages
 from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder, describe_run
 from training.data import DataError, ImageSet, Split
+from training.numerics import Precision, autocast, precision_of
 from training.objectives import build_objective, check_image_size, network_of
 from training.processes import Processes, StopRequest
-from training.recipe import Recipe
+from training.recipe import Optimisation, Recipe
 from training.schedule import learning_rate
 
 EVALUATION_ROWS = 500
+
+
+def optimiser_of(network: nn.Module, o: Optimisation) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
+    )
 
 
 class Trainer:
@@ -57,10 +64,9 @@ class Trainer:
         self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
         self.averaging = Averaging(self.network, o.ema_decay)
         self.loss_of = build_objective(recipe.objective)
-        self.optimiser = torch.optim.SGD(
-            self.network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
-        )
+        self.optimiser = optimiser_of(self.network, o)
         self.progress = Progress()
+        self.precision: Precision = precision_of(recipe.numerics, device)
         self.split = self._resume(images) if folder.checkpoint.is_file() else self._start(images, command)
         train, held_out = self.split.train, self.split.held_out
         normalisation = images.mean, images.std, device
@@ -92,6 +98,7 @@ class Trainer:
         if self.processes.is_first:
             data = {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256}
             description = describe_run(self.recipe, self.seed, data, self.processes.count, command)
+            description["precision"] = self.precision
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.trim_log(0)
             split.save(self.folder.split)
@@ -109,6 +116,7 @@ class Trainer:
         for what, is_same in same.items():
             if not is_same:
                 raise RunError(f"{self.folder.path}: holds a run with another {what}; give its own, or another folder")
+        self.precision = made_by.get("precision", self.precision)  # the machine may be another one
         split = Split.load(self.folder.split, len(images.train_labels))
         state = self.folder.load_checkpoint()
         self.folder.restore_weights(self.network, state)
@@ -185,8 +193,7 @@ class Trainer:
         return statistics, len(labels) * self.processes.count
 
     def _autocast(self) -> torch.autocast:
-        bf16 = self.recipe.numerics.precision == "bf16"
-        return torch.autocast(self.processes.device.type, dtype=torch.bfloat16, enabled=bf16)
+        return autocast(self.precision, self.processes.device)
 
     @torch.inference_mode()
     def held_out_accuracy(self) -> list[float]:

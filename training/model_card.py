@@ -29,9 +29,11 @@ epoch is reported, not the best. One standard error is about {error:.1f} points.
 image, up to and including the exit: *published* as the early-exit literature counts them, *executed* as the stages
 really run, which is what the server charges.
 
-| exit | published M | executed M | top-1 % | top-5 % |
-| ---: | ---: | ---: | ---: | ---: |
+| exit | published M | executed M | top-1 % | top-5 % | confidence off by, points |
+| ---: | ---: | ---: | ---: | ---: | ---: |
 {exit_rows}
+
+The last column is the expected calibration error: the mean distance between confidence and the share that is right.
 
 Each image leaving when sure, thresholds from {n_heldout:,} held-out images:
 
@@ -70,7 +72,7 @@ digest is `{split}`. They were read without augmentation.
 * It knows its {n_classes} classes and no others: an image of something else gets one of them all the same.
 * Images of another size are resized to {size} x {size}; images that look unlike the training images (other framing,
   other resolution) are answered worse than the table says, and more of them go deep.
-* Confidence is the largest softmax output, not calibrated to be a probability of being right.
+{confidence}
 * One training run with one seed: the same recipe with another seed differs by some tenths of a point.
 """
 
@@ -92,7 +94,7 @@ def model_card(
     last = evaluation.exits[-1]
     exit_rows = (
         f"| {r.exit} | {r.published_mflops:.2f} | {r.executed_mflops:.2f} "
-        f"| {100 * r.test_accuracy:.2f} | {100 * r.test_top5_accuracy:.2f} |"
+        f"| {100 * r.test_accuracy:.2f} | {100 * r.test_top5_accuracy:.2f} | {100 * r.test_calibration_error:.1f} |"
         for r in evaluation.exits
     )
     budget_rows = (
@@ -124,7 +126,8 @@ def model_card(
         test_lead=_points(compared.mean_lead.mean, compared.mean_lead.error),
         test_interval=f"{100 * compared.mean_lead.low:+.2f} to {100 * compared.mean_lead.high:+.2f}",
         worst_lead=_points(worst.mean, worst.error),
-        objective=_objective(recipe),
+        objective=_objective(recipe, record),
+        confidence=_confidence(record),
         epochs=record.epochs,
         n_train=record.train_images,
         hours=training["seconds"] / 3600,
@@ -145,13 +148,33 @@ def _points(mean: float, error: float) -> str:
     return f"{100 * mean:+.2f} ± {100 * error:.2f}"
 
 
-def _objective(recipe: Recipe) -> str:
+def _objective(recipe: Recipe, record: CalibrationRecord) -> str:
     if recipe.objective.name == "joint":
-        return "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
-    temperatures = ", ".join(f"{t:g}" for t in recipe.objective.temperatures)
+        text = "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
+    else:
+        temperatures = ", ".join(f"{t:g}" for t in recipe.objective.temperatures)
+        text = (
+            "Boosted training (BoostNet, AAAI 2023): each head learns what the heads before it got wrong,\n"
+            f"F_n = t F_(n-1) + f_n with t = {temperatures}; gradient rescaling: {recipe.objective.gradient_rescaling}."
+        )
+    if record.ensemble is not None:
+        fitted = (
+            " ".join(f"{x:.2f}" for x in values)
+            for values in (record.ensemble.temperatures[1:], record.ensemble.head_scales)
+        )
+        text += (
+            "\nThen, with the heads as trained, F_n = t_n F_(n-1) + s_n f_n was fitted to the held-out images, one\n"
+            "exit after the other: t from exit 2 on {}; s {}.".format(*fitted)
+        )
+    return text
+
+
+def _confidence(record: CalibrationRecord) -> str:
+    if record.ensemble is None:
+        return "* Confidence is the largest softmax output, not calibrated to be a probability of being right."
     return (
-        "Boosted training (BoostNet, AAAI 2023): each head learns what the heads before it got wrong,\n"
-        f"F_n = t F_(n-1) + f_n with t = {temperatures}; gradient rescaling: {recipe.objective.gradient_rescaling}."
+        "* Confidence is the largest softmax output, calibrated on held-out images like those it was trained on; for\n"
+        "  images that look otherwise it says little."
     )
 
 

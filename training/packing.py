@@ -35,7 +35,7 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
     about = description or recipe.description
     record = CalibrationRecord.load(folder)
     evaluation = Evaluation.load(folder, record)
-    network, _ = load_trained(folder, len(record.class_names), record.half_weights)
+    network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     training = _training_info(made_by, record)
     try:
         with TemporaryDirectory() as made:
@@ -45,7 +45,7 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
                 "name": name,
                 "description": about,
                 "architecture": recipe.network.architecture,
-                "arguments": network_arguments(recipe, len(record.class_names)),
+                "arguments": _arguments(recipe, record),
                 **_facts(recipe, record, evaluation),
                 "stages": stages,
                 "training": training,
@@ -58,9 +58,13 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
         raise RunError(str(error)) from error
 
 
+def _arguments(recipe: Recipe, record: CalibrationRecord) -> dict[str, Any]:
+    fitted = {} if record.ensemble is None else record.ensemble.model_dump(mode="json")
+    return {**network_arguments(recipe, len(record.class_names)), **fitted}
+
+
 def _facts(recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation) -> dict[str, Any]:
-    is_boosted = recipe.objective.name == "boosted"
-    temperatures = recipe.objective.temperatures if is_boosted else [0.0]
+    temperatures = _arguments(recipe, record)["temperatures"]
     return {
         "class_names": record.class_names,
         "input": {

@@ -60,7 +60,7 @@ class Optimisation(_Section):
 
 
 class Numerics(_Section):
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # auto: bf16 where the device computes in it
     channels_last: bool = True
     # torch.compile of the network, by mode; `reduce-overhead` runs the whole pass as CUDA graphs. On two CPU cores it
     # gained nothing.

@@ -94,7 +94,7 @@ def run_study(study: Study, folder: Path, data: Path, device: torch.device, n_pr
             CalibrationRecord.load(run)
         except RunError:
             images = images or load_image_set(data)
-            calibrate(run, images, device)
+            calibrate(run, images, device, refit=False)  # what is compared is what training made
 
 
 def is_trained(run: RunFolder, recipe: Recipe) -> bool:

@@ -11,12 +11,14 @@ from training.checkpoint import RunFolder
 from training.comparison import Estimate
 from training.evaluation import Evaluation
 from training.policies import PAPER, name_of
+from training.quantising import Quantised
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print accuracy per exit, the policies compared, and the budget curve of the one chosen."""
     anytime = Table(title="Every image at one exit (M = million multiply-adds an image)", title_justify="left")
-    for heading in ("exit", "published M", "executed M", "held-out top-1", "test top-1", "test top-5"):
+    accuracies = ("held-out top-1", "test top-1", "test top-5", "confidence off by")
+    for heading in ("exit", "published M", "executed M", *accuracies):
         anytime.add_column(heading, justify="right")
     for result in evaluation.exits:
         anytime.add_row(
@@ -26,6 +28,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             _percent(result.heldout_accuracy),
             _percent(result.test_accuracy),
             _percent(result.test_top5_accuracy),
+            _percent(result.test_calibration_error),
         )
     console.print(anytime)
 
@@ -44,6 +47,31 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             f"{point.test_published_mflops:.2f}",
             _percent(point.test_accuracy),
             " ".join(f"{100 * share:.0f}" for share in point.test_shares),
+        )
+    console.print(budgeted)
+
+
+def print_precisions(made: Quantised, console: Console) -> None:
+    """Print the accuracy of float and int8 stages on the test images, per exit and at some budgets."""
+    anytime = Table(title="Every image at one exit, test top-1", title_justify="left")
+    for heading in ("exit", "fp32", "int8", "points"):
+        anytime.add_column(heading, justify="right")
+    accuracies = zip(made.fp32.test_accuracy, made.int8.test_accuracy, strict=True)
+    for number, (fp32, int8) in enumerate(accuracies, start=1):
+        anytime.add_row(str(number), _percent(fp32), _percent(int8), f"{100 * (int8 - fp32):+.2f}")
+    console.print(anytime)
+
+    budgeted = Table(title="Each image leaves when sure, measured on test images", title_justify="left")
+    for heading in ("budget", "fp32 executed M", "fp32 top-1", "int8 executed M", "int8 top-1", "points"):
+        budgeted.add_column(heading, justify="right")
+    for a, b in zip(made.fp32.budgets, made.int8.budgets, strict=True):
+        budgeted.add_row(
+            f"{a.fraction:.0%}",
+            f"{a.executed_mflops:.2f}",
+            _percent(a.accuracy),
+            f"{b.executed_mflops:.2f}",
+            _percent(b.accuracy),
+            f"{100 * (b.accuracy - a.accuracy):+.2f}",
         )
     console.print(budgeted)
 

@@ -129,7 +129,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(bundle_path: Path) -> None:
         ('{"format_version": "1"}', "no format_version"),
         ('{"format_version": true}', "no format_version"),
         ('{"model": "of something else"}', "no format_version"),
-        ('{"format_version": 3, "what": "ever"}', "format 3, and this ExitServe reads up to format 2"),
+        ('{"format_version": 4, "what": "ever"}', "format 4, and this ExitServe reads up to format 3"),
         ('{"format_version": 1}', "Field required"),
     ],
 )

@@ -35,7 +35,8 @@ def test_what_is_stored_is_what_the_network_says_of_each_image(folder: RunFolder
     assert (record.step, record.epochs) == (8, 2.0)
     assert (record.train_images, record.heldout_images, record.test_images) == (64, 40, 60)
     assert record.split_sha256 == split.sha256
-    network, _ = load_trained(folder, n_classes=4)
+    assert record.ensemble is not None
+    network, _ = load_trained(folder, n_classes=4, ensemble=record.ensemble)
     parts = (
         (folder.heldout, images.train_images[split.held_out], images.train_labels[split.held_out]),
         (folder.test, images.test_images, images.test_labels),
@@ -67,11 +68,27 @@ def test_calibrating_twice_gives_the_same(folder: RunFolder, images: ImageSet) -
     assert np.array_equal(first.features, second.features)
 
 
+def test_as_trained_leaves_the_ensemble_alone(folder: RunFolder, images: ImageSet) -> None:
+    record = calibrate(folder, images, CPU, refit=False)
+    assert record.ensemble is None
+    network, _ = load_trained(folder, n_classes=4)
+    normal = (images.test_images / 255.0 - np.array(images.mean)) / np.array(images.std)
+    with torch.no_grad():
+        logits = network(torch.from_numpy(normal.transpose(0, 3, 1, 2).astype(np.float32)))
+    assert np.array_equal(ExitOutputs.load(folder.test).predictions, np.stack([x.argmax(1) for x in logits], axis=1))
+
+
+def test_confidence_is_the_largest_softmax_output() -> None:
+    logits = [3 * torch.randn(20, 4, generator=torch.Generator().manual_seed(0))]
+    outputs = outputs_of(logits, torch.zeros(20, dtype=torch.int64))
+    assert outputs.confidence[:, 0] == pytest.approx(logits[0].softmax(1).amax(1).numpy(), abs=1e-6)
+
+
 def test_top5_counts_the_label_among_the_five_largest() -> None:
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(2, 50, 9)).astype(np.float32)
     labels = draw.integers(0, 9, 50)
-    outputs = outputs_of(list(logits), labels)
+    outputs = outputs_of(list(torch.from_numpy(logits)), torch.from_numpy(labels))
     for i, at_exit in enumerate(logits):
         expected = [label in np.argsort(-row)[:5] for row, label in zip(at_exit, labels, strict=True)]
         assert outputs.correct_top5[:, i].tolist() == expected

@@ -224,3 +224,20 @@ def test_what_does_not_go_together_is_told_before_training(tmp_path: Path, image
         trainer(tmp_path / "b", images, tiny.recipe(optimisation={"batch_rows": 1000}))
     with pytest.raises(RecipeError, match="does not take images of 32 x 32 px"):
         trainer(tmp_path / "c", images, Recipe.load("image-folder"))
+
+
+def test_auto_computes_in_bf16_only_where_the_device_does_and_a_resumed_run_keeps_what_it_began_with(
+    tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.recipe(numerics={"precision": "auto"})
+
+    def precision(folder: str) -> str:
+        begun = trainer(tmp_path / folder, images, recipe)
+        begun.train(time_limit_s=0)
+        return begun.precision
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert precision("old-cpu") == "fp32"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert precision("new-cpu") == "bf16"
+    assert precision("old-cpu") == "fp32"

@@ -1,0 +1,134 @@
+"""Int8 stages: made of a bundle alone, measured anew, refused for images that are not its own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from models.bundle import Bundle, load_bundle
+from models.scores import score_exits
+from tests.bundles import (
+    N_TRAIN,
+    random_images,
+    read_manifest,
+    seal,
+    tiny_bundle,
+    tiny_images,
+    tiny_int8_bundle,
+)
+from training.data import DataError, ImageSet
+from training.quantising import HEADING, quantise
+from training.stage_sessions import StageSessions
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(tiny_int8_bundle(tmp_path_factory.mktemp("int8") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    return tiny_images()
+
+
+def logits_of(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    return StageSessions(bundle.path, bundle.manifest.stages).run(images, "test")
+
+
+def test_int8_answers_nearly_as_float_does(loaded):
+    images = random_images(400, seed=7)
+    for float_logits, int8_logits in zip(logits_of(loaded, images), logits_of(loaded.at("int8"), images), strict=True):
+        assert int8_logits.dtype == np.float32
+        assert not np.array_equal(int8_logits, float_logits)
+        assert (int8_logits.argmax(axis=1) == float_logits.argmax(axis=1)).mean() > 0.9
+        assert np.corrcoef(int8_logits.ravel(), float_logits.ravel())[0, 1] > 0.99
+
+
+def test_an_answer_does_not_depend_on_the_rows_beside_it(loaded):
+    sessions = StageSessions(loaded.path, loaded.at("int8").manifest.stages)
+    images = random_images(33, seed=8)
+    together = sessions.run(images, "together")
+    for n_rows in range(1, 33):
+        for part, whole in zip(sessions.run(images[:n_rows], f"{n_rows}"), together, strict=True):
+            np.testing.assert_array_equal(part, whole[:n_rows])
+
+
+def test_weights_are_bytes_of_seven_bits_and_heads_stay_float(loaded):
+    for path in loaded.at("int8").stage_paths:
+        graph = onnx.load(path).graph
+        weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        quantised = [weight for name, weight in weights.items() if name.endswith("weight_quantized")]
+        assert quantised
+        assert all(weight.dtype == np.int8 and abs(weight.astype(int)).max() <= 64 for weight in quantised)
+        [gemm] = [node for node in graph.node if node.op_type == "Gemm"]
+        assert weights[gemm.input[1]].dtype == np.float32
+
+
+def test_what_rows_carry_travels_as_bytes_but_for_the_logits(loaded):
+    stages, int8 = loaded.manifest.stages, loaded.at("int8").manifest.stages
+    for before, after in zip(stages, int8, strict=True):
+        for value, quantised in zip(before.outputs, after.outputs, strict=True):
+            maps = len(value.shape) == 3
+            assert quantised.name == value.name
+            assert quantised.dtype == ("uint8" if maps else "float32")
+            assert quantised.shape == ([*value.shape[1:], value.shape[0]] if maps else value.shape)
+        assert before.state_bytes_per_row / 4 <= after.state_bytes_per_row <= before.state_bytes_per_row / 3
+
+
+def test_accuracies_and_scores_are_its_own(loaded, images):
+    int8 = loaded.at("int8")
+    assert (int8.manifest.version, int8.costs_mflops) == (loaded.manifest.version, loaded.costs_mflops)
+    assert int8.manifest.score == loaded.manifest.score
+    assert [e.heldout_accuracy for e in int8.manifest.exits] == int8.calibration.correct.mean(axis=0).tolist()
+    for bundle in (loaded, int8):
+        correct = np.stack([x.argmax(axis=1) == images.test_labels for x in logits_of(bundle, images.test_images)])
+        told = [e.test_accuracy for e in bundle.manifest.exits]
+        assert told == (correct.mean(axis=1).tolist() if bundle is int8 else [None] * len(correct))
+    scores = score_exits(int8.score(), logits_of(int8, images.test_images))
+    assert np.isfinite(scores).all()
+    assert int8.frontier().thresholds != loaded.frontier().thresholds
+    assert int8.manifest.int8 is not None
+    assert int8.manifest.int8.range_images == N_TRAIN
+
+
+def test_the_float_side_stays_as_it_was_and_the_card_tells_of_both(loaded, tmp_path, images):
+    before = load_bundle(tiny_bundle(tmp_path / "before"))
+    assert {f: i for f, i in loaded.manifest.files.items() if f in before.manifest.files and f != "README.md"} == {
+        f: i for f, i in before.manifest.files.items() if f != "README.md"
+    }
+    assert loaded.at("fp32").manifest.stages == before.manifest.stages
+    # Made again in place, nothing is there twice.
+    again = quantise(tiny_int8_bundle(tmp_path / "again"), images, N_TRAIN, tmp_path / "again")
+    assert again.bundle.manifest.version == loaded.manifest.version
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card.count(HEADING) == 1
+    assert f"| 1 | {100 * again.fp32.test_accuracy[0]:.2f} | {100 * again.int8.test_accuracy[0]:.2f} |" in card
+
+
+def test_other_images_are_refused(tmp_path, images):
+    path = tiny_bundle(tmp_path / "bundle")
+    swapped = replace(images, train_images=images.train_images[::-1].copy())
+    fewer = replace(images, train_images=images.train_images[:-1], train_labels=images.train_labels[:-1])
+    other = replace(images, class_names=[*images.class_names[:-1], "cat"])
+    smaller = replace(images, train_images=images.train_images[:, :16, :16])
+    for wrong, why in (
+        (swapped, "not the images that it was trained on"),
+        (fewer, "the split is not the same"),
+        (other, "holds the classes noise 0"),
+        (smaller, "images of \\(16, 16\\) pixels"),
+    ):
+        with pytest.raises(DataError, match=why):
+            quantise(path, wrong, 10, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_bundle_without_a_split_is_refused(tmp_path: Path, images: ImageSet) -> None:
+    path = tiny_bundle(tmp_path / "bundle")
+    manifest = read_manifest(path)
+    manifest["data"]["split_sha256"] = None
+    seal(path, manifest)
+    with pytest.raises(DataError, match="tells no seed and split"):
+        quantise(path, images, 10, tmp_path / "made")

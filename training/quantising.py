@@ -1,0 +1,220 @@
+"""Adds int8 stages to a bundle, and measures them anew: accuracy, scores and frontier. The bundle is all it takes.
+
+The ranges of activations come from images that were trained on, so that the held-out ones stay unseen; thresholds come
+from these, and the test images decide nothing.
+"""
+
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import MANIFEST, Bundle, BundleError, load_bundle, write_bundle
+from models.calibration import CALIBRATION, CALIBRATION_INT8
+from models.exits import outcome
+from models.frontier import build_frontier
+from models.manifest import Manifest, StageInfo
+from models.onnx_weights import StageLoadError
+from models.predictor import Predictor
+from training.calibration import ExitOutputs, outputs_of
+from training.data import DataError, ImageSet, Split
+from training.errors import TrainingError
+from training.evaluation import calibration_of, plain_predictor
+from training.policies import fit_scores
+from training.quantisation import FOLDER, quantise_stages
+from training.stage_sessions import StageSessions
+
+FRACTIONS = (0.3, 0.4, 0.6, 0.8)
+MOST_DIFFERENT = 0.005  # share of held-out answers that rounding may turn from right to wrong or back
+HEADING = "## In int8\n"
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """Test images, each leaving when sure, at thresholds for a budget."""
+
+    fraction: float  # the budget, of the full network's cost
+    executed_mflops: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class PrecisionResult:
+    """What the stages of one precision do."""
+
+    heldout_accuracy: tuple[float, ...]  # by exit
+    test_accuracy: tuple[float, ...]
+    budgets: tuple[BudgetPoint, ...]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The bundle that was made, and what was measured side by side."""
+
+    bundle: Bundle
+    fp32: PrecisionResult
+    int8: PrecisionResult
+
+
+def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quantised:
+    """Write a bundle with int8 stages beside its float ones; one that stands at `output` is replaced.
+
+    Args:
+        path: the bundle; int8 stages that it has already are made again.
+        images: what it was trained on.
+        n_images: of the training images, drawn at random, to find the ranges of activations with.
+
+    Raises:
+        TrainingError: these are not the images it was trained on, or something of it cannot be quantised.
+    """
+    try:
+        bundle = load_bundle(path)
+        split = _split_of(bundle, images)
+        drawn = np.random.default_rng(0).permutation(split.train)[:n_images]
+        heldout, test = _measure(bundle.path, bundle.manifest.stages, images, split, "fp32")
+        _refuse_strange(bundle, heldout)
+        with TemporaryDirectory() as made:
+            contents = Path(made)
+            shutil.copytree(bundle.path, contents, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", FOLDER))
+            for name in (MANIFEST, CALIBRATION_INT8):
+                (contents / name).unlink(missing_ok=True)
+            stages = quantise_stages(bundle, images.train_images[np.sort(drawn)], contents)
+            opened = [StageInfo.model_validate(stage) for stage in stages]
+            int8_heldout, int8_test = _measure(contents, opened, images, split, "int8")
+            calibration_of(int8_heldout).save(contents / CALIBRATION_INT8)
+            fp32, _ = _result(bundle.manifest, heldout, test)
+            int8, predictor = _result(bundle.manifest, int8_heldout, int8_test)
+            manifest = bundle.manifest.model_dump(exclude={"format_version", "version", "files"})
+            manifest["int8"] = {
+                "stages": stages,
+                "exits": [
+                    {"test_accuracy": test_accuracy, "heldout_accuracy": heldout_accuracy}
+                    for test_accuracy, heldout_accuracy in zip(int8.test_accuracy, int8.heldout_accuracy, strict=True)
+                ],
+                "predictor": plain_predictor(predictor),
+                "range_images": len(drawn),
+                "made_with": f"onnxruntime {ort.__version__}, QDQ, weights of 7 bits a channel, activations of 8",
+            }
+            _tell(contents / "README.md", fp32, int8, bundle.manifest.data.test_images, len(drawn))
+            written = write_bundle(output, manifest, bundle.calibration, contents, replace=True)
+            return Quantised(written, fp32, int8)
+    except (BundleError, StageLoadError) as error:
+        raise TrainingError(str(error)) from error
+
+
+def _split_of(bundle: Bundle, images: ImageSet) -> Split:
+    """The split that a bundle was trained with, drawn again."""
+    manifest = bundle.manifest
+    data, seed = manifest.data, manifest.training.get("seed")
+    side = (manifest.input.height_px, manifest.input.width_px)
+    if images.train_images.shape[1:3] != side:
+        raise DataError(f"--data holds images of {images.train_images.shape[1:3]} pixels; {bundle.path} takes {side}")
+    if images.class_names != manifest.class_names:
+        raise DataError(
+            f"--data holds the classes {_some(images.class_names)}, and {bundle.path} was trained on "
+            f"{_some(manifest.class_names)} ({data.name}): give the images that it was trained on"
+        )
+    if not isinstance(seed, int) or data.split_sha256 is None:
+        raise DataError(f"{bundle.path}: its manifest tells no seed and split; train and export it with this version")
+    if len(images.train_labels) == data.train_images + data.heldout_images:
+        split = Split.make(len(images.train_labels), data.heldout_images, seed)
+        if split.sha256 == data.split_sha256:
+            return split
+    raise DataError(
+        f"--data holds {len(images.train_labels)} training images, and {bundle.path} was trained on "
+        f"{data.train_images} of {data.name} with {data.heldout_images} held out: the split is not the same; "
+        "give the images that it was trained on"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _refuse_strange(bundle: Bundle, heldout: ExitOutputs) -> None:
+    """The float stages must answer the held-out images as they did when they were calibrated."""
+    differ = float((heldout.correct != bundle.calibration.correct).mean())
+    if differ > MOST_DIFFERENT:
+        raise DataError(
+            f"--data: {differ:.1%} of the held-out answers are not as right or wrong as {bundle.path / CALIBRATION} "
+            "says: these are not the images that it was trained on, or not in that order"
+        )
+
+
+def _measure(
+    folder: Path, stages: Sequence[StageInfo], images: ImageSet, split: Split, precision: str
+) -> tuple[ExitOutputs, ExitOutputs]:
+    """What stages say of held-out and test images."""
+    sessions = StageSessions(folder, stages)
+
+    def outputs(part: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> ExitOutputs:
+        logits = sessions.run(pixels, f"{precision}, {part}")
+        return outputs_of([torch.from_numpy(x) for x in logits], torch.from_numpy(labels))
+
+    return (
+        outputs("held out", images.train_images[split.held_out], images.train_labels[split.held_out]),
+        outputs("test", images.test_images, images.test_labels),
+    )
+
+
+def _result(manifest: Manifest, heldout: ExitOutputs, test: ExitOutputs) -> tuple[PrecisionResult, Predictor | None]:
+    """What stages of one precision do with the manifest's score and thresholds, both fitted to them anew."""
+    costs = [exit_.executed_mflops for exit_ in manifest.exits]
+    score = fit_scores(heldout)[manifest.score]
+    frontier = build_frontier(score.heldout, heldout.correct, costs, manifest.family)
+    scores: NDArray[Any] = score.of(manifest.score, test)
+    budgets = []
+    for fraction in FRACTIONS:
+        thresholds = frontier.at(frontier.position_at_cost(fraction * costs[-1])).thresholds
+        done = outcome(scores, test.correct, costs, np.array(thresholds))
+        budgets.append(BudgetPoint(fraction, done.mean_cost, done.accuracy))
+    return PrecisionResult(_shares(heldout.correct), _shares(test.correct), tuple(budgets)), score.predictor
+
+
+def _shares(correct: NDArray[np.bool_]) -> tuple[float, ...]:
+    return tuple(correct.mean(axis=0).tolist())
+
+
+def _tell(card: Path, fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_images: int) -> None:
+    """Put the section on int8 at the end of a model card, in the place of an older one."""
+    told = card.read_text(encoding="utf-8") if card.is_file() else ""
+    told = re.sub(rf"\n*{re.escape(HEADING)}.*", "", told, flags=re.DOTALL)
+    card.write_text(f"{told.rstrip()}\n\n{int8_section(fp32, int8, n_test, n_images)}", encoding="utf-8")
+
+
+def int8_section(fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_images: int) -> str:
+    """What a model card says of int8 stages, as markdown."""
+    exits = "\n".join(
+        f"| {number} | {100 * a:.2f} | {100 * b:.2f} | {100 * (b - a):+.2f} |"
+        for number, (a, b) in enumerate(zip(fp32.test_accuracy, int8.test_accuracy, strict=True), start=1)
+    )
+    budgets = "\n".join(
+        f"| {a.fraction:.0%} | {a.executed_mflops:.2f} | {100 * a.accuracy:.2f} "
+        f"| {b.executed_mflops:.2f} | {100 * b.accuracy:.2f} | {100 * (b.accuracy - a.accuracy):+.2f} |"
+        for a, b in zip(fp32.budgets, int8.budgets, strict=True)
+    )
+    error = 100 * 0.5 / sqrt(n_test)
+    return f"""{HEADING}
+The same network with weights and activations in bytes, for CPUs: `--precision int8`. Activations range as
+{n_images:,} training images showed. Scores and thresholds are its own, from the same held-out images. Measured on the
+{n_test:,} test images, which decided nothing; an accuracy's standard error is at most {error:.1f} points.
+
+| exit | fp32 top-1 % | int8 top-1 % | points |
+| ---: | ---: | ---: | ---: |
+{exits}
+
+Each image leaving when sure, at budgets as fractions of the full cost:
+
+| budget | fp32 spent M | fp32 top-1 % | int8 spent M | int8 top-1 % | points |
+| ---: | ---: | ---: | ---: | ---: | ---: |
+{budgets}
+"""

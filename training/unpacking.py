@@ -1,0 +1,80 @@
+"""Makes the run of a bundle again from its own weights, recipe and split: to calibrate, evaluate or export anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from models.bundle import BundleError, load_bundle
+from training.averaging import Averaging
+from training.checkpoint import Progress, RunError, RunFolder
+from training.data import DataError, ImageSet, Split
+from training.loop import optimiser_of
+from training.objectives import network_of
+from training.recipe import Recipe
+
+WEIGHTS = "weights.safetensors"
+
+
+def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
+    """Write the folder of a run that has come to its end: run.json, split.npz and checkpoint.pt; it has no log.
+
+    Args:
+        images: the set that the bundle's network was trained on.
+
+    Raises:
+        RunError: the folder holds a run already, or the bundle does not say how it was made.
+        DataError: the images are others, or split otherwise.
+    """
+    if folder.description.exists():
+        raise RunError(f"{folder.path}: holds a run already; give another folder")
+    try:
+        manifest = load_bundle(bundle_path).manifest
+    except BundleError as error:
+        raise RunError(str(error)) from error
+    made_by: dict[str, Any] = dict(manifest.training)
+    try:
+        recipe, seed = Recipe.model_validate(made_by["recipe"]), int(made_by["seed"])
+    except (KeyError, ValueError) as error:
+        raise RunError(
+            f"{bundle_path}: its manifest holds no recipe that `python -m training` knows ({error}); "
+            "only bundles made by `python -m training export` can be unpacked"
+        ) from error
+    data = manifest.data
+    if images.name != data.name:
+        raise DataError(f"{bundle_path}: trained on {data.name!r}, but --data holds {images.name!r}")
+    split = Split.make(len(images.train_labels), data.heldout_images, seed)
+    if split.sha256 != data.split_sha256:
+        raise DataError(f"{bundle_path}: --data gives another split of held-out images; it must be the very set")
+    network = network_of(recipe, len(images.class_names))
+    _load_weights(network, bundle_path / WEIGHTS)
+    step = round(made_by["epochs"] * recipe.optimisation.steps_per_epoch(len(split.train)))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    split.save(folder.split)
+    folder.save_checkpoint(
+        {
+            **Averaging(network, recipe.optimisation.ema_decay).state(),
+            "optimiser": optimiser_of(network, recipe.optimisation).state_dict(),
+            "progress": vars(Progress(step=step, seconds=made_by["seconds"])),
+        }
+    )
+    description = {
+        **{key: made_by[key] for key in ("seed", "processes", "commit", "command", "torch", "python", "machine")},
+        "recipe": recipe.model_dump(),
+        "data": {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256},
+        "unpacked_from": f"{manifest.name} {manifest.version}",
+    }
+    folder.description.write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    """Read a bundle's weights; those stored in half precision are widened."""
+    try:
+        stored = load_file(path)
+        wanted = network.state_dict()
+        network.load_state_dict({name: value.to(wanted[name].dtype) for name, value in stored.items()})
+    except (RuntimeError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"{path}: not the weights of the bundle's own recipe ({reason})") from error
