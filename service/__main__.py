@@ -1,9 +1,10 @@
-"""`python -m service`: load a bundle, check it, warm it up, serve it; `python -m service classify`: see `command`.
+"""`python -m service`: load a bundle, check it, warm it up, serve it. With `classify`: see `command`; `plan`: `plan`.
 
 Exit codes: 0 stopped as told, 1 something failed, 2 wrong settings or an unusable bundle.
 """
 
 import logging
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -18,11 +19,15 @@ logger = logging.getLogger("service")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until told to stop, or classify; returns the exit code."""
+    """Serve until told to stop, or classify, or plan; returns the exit code."""
     if list(arguments[:1]) == ["classify"]:
         from service import command
 
         return command.main(arguments[1:])
+    if list(arguments[:1]) == ["plan"]:
+        from service.plan import command as plan
+
+        return plan.main(arguments[1:])
     try:
         settings = load_settings(arguments)
     except SettingsError as error:
@@ -47,54 +52,69 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(settings: Settings, listener: socket.socket) -> int:
     from models.bundle import load_bundle
     from models.onnx_weights import StageLoadError
-    from service.api.app import create_app
     from service.assembly import build_engine
+    from service.front.supervisor import Front
     from service.metrics import Metrics
+    from service.precision import at_precision
     from service.runners.base import RunnerError
-    from service.server import Server
-    from service.target import Targets
+    from service.server import ServerFailed
+    from service.single import serve
+    from service.target import Keeper, Targets
 
     admin_token = settings.read_admin_token()
-    bundle = load_bundle(settings.bundle)
+    try:
+        bundle = at_precision(load_bundle(settings.bundle), settings.precision, settings.device)
+    except (StageLoadError, RunnerError) as error:
+        return _refuse(error)
     manifest = bundle.manifest
     targets = Targets(bundle.frontier(), bundle.costs_mflops)
     target = _target(settings, targets)
-    metrics = Metrics(manifest)
+    front = Front(bundle, targets, settings, admin_token, listener) if settings.http_workers else None
+    metrics = Metrics(manifest, front.tallies if front else ())
     try:
         engine = build_engine(
             bundle,
             target.average_mflops,
+            runner_name=settings.runner,
             device=settings.device,
             n_lanes=settings.lanes or None,
             max_rows=settings.max_batch_rows,
+            policy=settings.scheduling_policy,
             burst_images=settings.burst_images,
             max_in_flight_rows=settings.max_in_flight,
             max_queue_s=settings.max_queue_s,
+            latency_s=settings.latency_s,
             observer=metrics,
         )
     except (StageLoadError, RunnerError) as error:
         return _refuse(error)
-    failure: list[Exception] = []
+    metrics.watch(engine.stats, engine.budget_state, bundle)
+    keeper = Keeper(engine, target)
 
-    def on_started(error: Exception | None) -> None:
-        if error is not None:
-            failure.append(error)
-            server.should_exit = True
-            return
+    def say_ready() -> None:
         sys.stdout.write(
-            f"ExitServe is ready on {_url(listener)} with {manifest.name} {manifest.version}: {len(manifest.exits)} "
-            f"exits, {target.average_mflops:.4g} of {targets.full_mflops:.4g} MFLOPs an image\n"
+            f"ExitServe is ready on {url} with {manifest.name} {manifest.version} in {bundle.precision}: "
+            f"{len(manifest.exits)} exits, {target.average_mflops:.4g} of {targets.full_mflops:.4g} MFLOPs an image\n"
         )
         sys.stdout.flush()
 
-    app = create_app(bundle, engine, metrics, targets, target, settings, admin_token, on_started)
-    server = Server(app, app.lifecycle, settings)
-    server.run(sockets=[listener])
+    url = _url(listener)
+    failure = None
+    code = 1
+    try:
+        if front is None:
+            code = serve(bundle, engine, metrics, targets, keeper, settings, admin_token, listener, say_ready)
+        else:
+            code = front.serve(engine, metrics, keeper, say_ready)
+    except ServerFailed as error:
+        failure = error
     stats = engine.stats()
     logger.info("stopped: %d answered, %d abandoned, %d failed", stats.answered, stats.abandoned, stats.failed)
-    if failure:
-        return _refuse(failure[0], code=1)
-    return 1 if server.n_unanswered else 0
+    if engine.broken.done():
+        _refuse(engine.broken.result())
+        logging.shutdown()
+        os._exit(1)  # the clean-up of a lost device, at the end of Python, may hang
+    return code if failure is None else _refuse(failure, code=1)
 
 
 def _target(settings: Settings, targets: "Targets") -> "Target":

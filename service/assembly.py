@@ -6,7 +6,8 @@ from models.bundle import Bundle
 from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import Observer
-from service.runners.onnx import Device, OnnxRunner
+from service.runners.choice import RunnerName, open_runner
+from service.runners.onnx import Device
 from service.scheduler import Scheduler
 
 
@@ -25,6 +26,7 @@ def build_engine(
     bundle: Bundle,
     budget_mflops: float,
     *,
+    runner_name: RunnerName = "auto",
     device: Device = "auto",
     n_lanes: int | None = None,
     max_rows: int = 32,
@@ -33,6 +35,7 @@ def build_engine(
     burst_images: float | None = None,
     max_in_flight_rows: int = 1024,
     max_queue_s: float = inf,
+    latency_s: float | None = None,
     lookahead_batches: int | None = None,
     steer: bool = True,
     exits: bool = True,
@@ -43,11 +46,13 @@ def build_engine(
     Args:
         bundle: as loaded.
         budget_mflops: average per image, millions of multiply-adds as executed.
-        device, n_lanes, max_rows: see `OnnxRunner`.
-        max_wait_s, policy: see `Scheduler`.
+        runner_name, device, n_lanes, max_rows: see `open_runner`.
+        max_wait_s: see `Scheduler`.
+        policy: a key of `policies.POLICIES`.
         burst_images, steer: see `BudgetController`; by default `default_burst_images`.
         max_in_flight_rows, lookahead_batches, observer: see `Engine`.
         max_queue_s: predicted wait beyond which images are refused.
+        latency_s: for which the budget falls under load; see `Engine`.
         exits: False runs every image to the last exit, whatever the budget.
 
     Raises:
@@ -55,7 +60,9 @@ def build_engine(
         StageLoadError, RunnerError: a stage cannot be opened.
     """
     costs_mflops = bundle.costs_mflops
-    runner = OnnxRunner(bundle, max_rows, n_lanes, device)
+    runner = open_runner(
+        bundle, runner_name, device=device, n_lanes=n_lanes, max_rows=max_rows, max_in_flight_rows=max_in_flight_rows
+    )
     return Engine(
         runner,
         BudgetController(
@@ -73,4 +80,5 @@ def build_engine(
         exits,
         observer,
         max_queue_s,
+        latency_s,
     )

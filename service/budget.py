@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.frontier import Frontier
+from service.latency import LatencyState
 from service.ledger import Account, Ledger
 from service.steering import MEGA, Steering
 
@@ -22,8 +23,9 @@ Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the la
 class BudgetState:
     """A snapshot. Costs are mflops (millions of multiply-adds), averages per image."""
 
-    budget_mflops: float
-    fraction: float  # of the full network
+    budget_mflops: float  # as it was set
+    fraction: float  # the same, of the full network
+    working_mflops: float  # what is kept at the moment: the budget, or less (`BudgetController.work_at`)
     burst_images: float
     position: float  # on the frontier, 0 to 1, without the swing of the moment
     thresholds: tuple[float, ...]  # of this moment, one per exit, finite or +-inf
@@ -38,6 +40,7 @@ class BudgetState:
     abandoned: int
     spent_answered_mflops: float
     spent_abandoned_mflops: float
+    latency: LatencyState | None = None  # where a latency target may lower the budget
 
 
 class BudgetController:
@@ -63,7 +66,8 @@ class BudgetController:
         steer: bool = True,
     ) -> None:
         self.costs = tuple(round(cost * MEGA) for cost in costs_mflops)
-        self.ledger = Ledger(self._checked(budget_mflops), burst_images)
+        self.budget = self._checked(budget_mflops)
+        self.ledger = Ledger(self.budget, burst_images)
         self.steering = Steering(frontier, self.costs, self.ledger.allowance)
         self._frontier = frontier
         self._steer = steer
@@ -83,9 +87,33 @@ class BudgetController:
         Raises:
             ValueError: it lies outside the cost of the first exit to that of the last.
         """
-        self.ledger.set_allowance(self._checked(budget_mflops))
-        self.steering.set_budget(self.ledger.allowance)
+        self.budget = self._checked(budget_mflops)
+        self.ledger.set_allowance(self.budget)
+        self.steering.set_budget(self.budget)
         self._hold()
+
+    @property
+    def working_mflops(self) -> float:
+        """What is kept at the moment: the budget that was set, or less (`work_at`)."""
+        return self.ledger.allowance / MEGA
+
+    @property
+    def useful_mflops(self) -> tuple[float, float]:
+        """Between which budgets make a difference, up to the one that was set: below the frontier's end."""
+        lowest = self.costs[0]
+        return lowest / MEGA, max(lowest, min(self.budget, self.steering.highest)) / MEGA
+
+    def work_at(self, mflops: float) -> None:
+        """Give images admitted from now on less than the budget that was set, until told otherwise or set anew.
+
+        Cheap, and fit for a budget that moves all the time. What lies beyond the useful ones is the budget itself.
+        """
+        lowest, highest = self.useful_mflops
+        working = self.budget if mflops >= highest else round(max(mflops, lowest) * MEGA)
+        if working != self.ledger.allowance:
+            self.ledger.work_at(working)
+            self.steering.set_budget(working)
+            self._hold()
 
     def admit(self) -> Account:
         """Open the account of an image, committed to stage 1."""
@@ -122,15 +150,16 @@ class BudgetController:
         ledger, point = self.ledger, self._held or self.steering.point
         rolling = ledger.rolling_average
         return BudgetState(
-            budget_mflops=ledger.allowance / MEGA,
-            fraction=ledger.allowance / self.costs[-1],
+            budget_mflops=self.budget / MEGA,
+            fraction=self.budget / self.costs[-1],
+            working_mflops=self.working_mflops,
             burst_images=ledger.burst_images,
             position=point.position,
             thresholds=self.thresholds,
             expected_mflops=point.cost,
             expected_accuracy=point.accuracy,
             expected_shares=point.shares,
-            frontier_limited=self.steering.highest < ledger.allowance,
+            frontier_limited=self.steering.highest < self.budget,
             rolling_mflops=None if rolling is None else rolling / MEGA,
             settled_mflops=ledger.settled / MEGA,
             reserved_mflops=ledger.reserved / MEGA,

@@ -132,8 +132,9 @@ class _Calls:
         files = [("image", (_name(image, i), _bytes(image))) for i, image in enumerate(images)]
         return {"method": "POST", "url": "/classify/batch", "files": files, "params": {**wishes}}
 
-    def _budget(self, kind: BudgetKind, value: float) -> dict[str, Any]:
-        return {"method": "PUT", "url": "/budget", "json": {kind: value}}
+    def _budget(self, kind: BudgetKind, value: float, latency_ms: float | None) -> dict[str, Any]:
+        target = {} if latency_ms is None else {"latency_ms": latency_ms}
+        return {"method": "PUT", "url": "/budget", "json": {kind: value, **target}}
 
     def _read(self, response: "httpx.Response", shape: type[M]) -> M:
         """Return a whole response's document, or raise its problem."""
@@ -212,9 +213,12 @@ class Client(_Calls):
     def budget(self) -> BudgetState:
         return self._read(self._send({"method": "GET", "url": "/budget"}), BudgetState)
 
-    def set_budget(self, kind: BudgetKind, value: float) -> BudgetState:
-        """Set the average compute per image, e.g. `set_budget("fraction", 0.4)`; returns the new state."""
-        return self._read(self._send(self._budget(kind, value)), BudgetState)
+    def set_budget(self, kind: BudgetKind, value: float, latency_ms: float | None = None) -> BudgetState:
+        """Set the average compute per image, e.g. `set_budget("fraction", 0.4)`; returns the new state.
+
+        With `latency_ms` the server works below it under load, as far as it takes to answer 95 % in that time.
+        """
+        return self._read(self._send(self._budget(kind, value, latency_ms)), BudgetState)
 
     def model(self) -> ModelDescription:
         return self._read(self._send({"method": "GET", "url": "/model"}), ModelDescription)
@@ -262,8 +266,8 @@ class AsyncClient(_Calls):
     async def budget(self) -> BudgetState:
         return self._read(await self._send({"method": "GET", "url": "/budget"}), BudgetState)
 
-    async def set_budget(self, kind: BudgetKind, value: float) -> BudgetState:
-        return self._read(await self._send(self._budget(kind, value)), BudgetState)
+    async def set_budget(self, kind: BudgetKind, value: float, latency_ms: float | None = None) -> BudgetState:
+        return self._read(await self._send(self._budget(kind, value, latency_ms)), BudgetState)
 
     async def model(self) -> ModelDescription:
         return self._read(await self._send({"method": "GET", "url": "/model"}), ModelDescription)

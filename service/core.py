@@ -10,13 +10,12 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from models.exits import confidence
 from service import wishes
 from service.budget import BudgetController, Reason
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
 from service.rows import ENDED, Answer, EngineError, EngineTooLate, Head, Outcome, Request, Sink, Told
-from service.runners.base import keep
+from service.runners.base import Block, RowState, keep, lie_side_by_side
 from service.scheduler import Scheduler
 from service.steering import MEGA
 
@@ -33,6 +32,7 @@ class Core:
         n_ended, n_answered, n_abandoned, n_failed, n_late: requests, since the start; the first is the sum of the
             others. Late ones were refused, their deadline having passed before they could run.
         exits: answers by exit (from 1) and reason.
+        n_idle: rows that ran a stage although they had answered, by stage: see `Policy.compact`.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Core:
         self.deadlines = wishes.Deadlines()
         self.n_answered = self.n_abandoned = self.n_failed = self.n_late = 0
         self.exits: Counter[tuple[int, Reason]] = Counter()
+        self.n_idle = [0] * len(budget.costs)
         self._class_names = tuple(class_names)
         self._exits_on = exits
         self._observer = observer
@@ -58,6 +59,12 @@ class Core:
     @property
     def n_ended(self) -> int:
         return self.n_answered + self.n_abandoned + self.n_failed + self.n_late
+
+    @property
+    def idle_mflops(self) -> float:
+        """Spent on rows that had answered."""
+        steps = zip(self.n_idle, self.budget.costs, (0, *self.budget.costs), strict=False)
+        return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 
     def admit(self, requests: Sequence[Request], now_s: float) -> None:
         for request in requests:
@@ -81,10 +88,8 @@ class Core:
         for row in self.deadlines.pop_due(now_s):
             waits = self.scheduler.drop(row)
             if row.head is not None and not row.abandoned:
-                state, row.abandoned = row.state, True
+                row.abandoned = True
                 self._answer_from(row, row.head)
-                if not waits:
-                    row.state = state  # a lane may be about to read it
             elif waits:
                 self._end(row, EngineTooLate())
 
@@ -101,7 +106,17 @@ class Core:
         stage, rows = picked
         for row in rows:
             self.budget.charge(row.account)
-        return Batch(stage, rows)
+        batch = Batch(stage, rows)
+        return batch if self.scheduler.policy.compact else self._uncompacted(batch)
+
+    def _uncompacted(self, batch: Batch) -> Batch:
+        """Have the whole block run that a batch's rows lie in, those that have left included."""
+        block = batch.states[0].block
+        if batch.states[-1].block is block and block.n_rows > len(batch.rows):
+            self.n_idle[batch.stage] += block.n_rows - len(batch.rows)
+            batch.places = [state.index for state in batch.states]
+            batch.states = [RowState(block, i) for i in range(block.n_rows)]
+        return batch
 
     def finish(self, batch: Batch, now_s: float) -> None:
         """Take back a batch that has run: every row of it leaves or goes on."""
@@ -112,8 +127,11 @@ class Core:
             row.queue_s += wait
             row.compute_s += seconds
         if batch.result is None:
+            self.scheduler.limits.failed(batch.stage, len(batch.rows), batch.error)
             self.fail(batch, f"failed: {batch.error}", now_s)
             return
+        self.scheduler.limits.ran(batch.stage, len(batch.rows))
+        self.scheduler.costs.ran(batch.stage, batch.result.block.n_rows, seconds, batch.result.copy_s)
         if self._observer is not None:
             self._observer.batch_ran(batch.stage + 1, seconds, waits)
         self._decide(batch, batch.result, now_s)
@@ -137,10 +155,13 @@ class Core:
             self.scheduler.drop(row)
             self._end(row, None if row.abandoned else error)
 
-    def _queue(self, rows: Sequence[Request], stage: int, now_s: float) -> None:
+    def _queue(self, rows: Sequence[Request], stage: int, now_s: float, joined: bool = False) -> None:
+        plain = True
         for row in rows:
             row.queued_since_s = now_s
-        self.scheduler.add(rows, stage, now_s)
+            plain &= row.options.is_plain
+        due_s = None if plain else [row.options.deadline_s for row in rows]
+        self.scheduler.add(rows, stage, now_s, joined, due_s)
 
     def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
         leaving: list[tuple[int, Reason]] = []
@@ -158,17 +179,25 @@ class Core:
             else:
                 leaving.append((i, reason))
         if going_on:
-            survivors = [batch.rows[i] for i in going_on]
-            for row, state in zip(survivors, keep(result.output.block, going_on), strict=True):
-                row.state = state
-            self._queue(survivors, batch.stage + 1, now_s)
+            self._go_on(batch, result.block, going_on, now_s)
         if leaving:
             self._answer(batch, result, leaving)
 
+    def _go_on(self, batch: Batch, block: Block, indices: Sequence[int], now_s: float) -> None:
+        """Queue those rows of a batch for the stage after it."""
+        rows = [batch.rows[i] for i in indices]
+        if batch.places is not None:
+            indices = [batch.places[i] for i in indices]
+        compact = self.scheduler.policy.compact
+        states = keep(block, indices) if compact else [RowState(block, i) for i in indices]
+        for row, state in zip(rows, states, strict=True):
+            row.state = state
+        self._queue(rows, batch.stage + 1, now_s, lie_side_by_side(states))
+
     def _answer(self, batch: Batch, result: BatchResult, leaving: Sequence[tuple[int, Reason]]) -> None:
         answers = []
-        logits = result.output.logits
-        sure = confidence(logits[[i for i, _ in leaving]]).tolist()
+        logits = result.logits
+        sure = result.confidences([i for i, _ in leaving])
         for (i, reason), share in zip(leaving, sure, strict=True):
             row, class_id = batch.rows[i], result.classes[i]
             top_k: tuple[tuple[int, float], ...] = ((class_id, share),)
@@ -197,7 +226,7 @@ class Core:
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
         score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
         threshold = self.budget.thresholds[batch.stage]
-        logits = result.output.logits[i].copy()  # so that no more than this row is kept
+        logits = result.logits[i].copy()  # so that no more than this row is kept
         head = Head(batch.stage + 1, logits, result.classes[i], score, threshold, len(batch.rows))
         row.head = head
         reason = wishes.decide(self.budget, row, head, now_s)

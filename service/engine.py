@@ -9,6 +9,7 @@ Every request ends in exactly one way: submitted = answered + refused + abandone
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from math import inf
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -19,14 +20,16 @@ from numpy.typing import NDArray
 from service.admission import Admission
 from service.budget import BudgetController, BudgetState
 from service.core import Core
+from service.costs import CostTable
+from service.degrade import Degrade
 from service.guard import HANG_S
 from service.inbox import Abandon, Wake
 from service.lanes import Lanes, Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
-from service.rows import Answer, EngineDraining, Options, Request, Sink, Step, Told
-from service.runners.base import Runner, fit_stage_time
-from service.scheduler import Scheduler, ripe_rows
+from service.rows import Answer, EngineDraining, EngineError, Options, Request, Sink, Step, Told
+from service.runners.base import Runner
+from service.scheduler import Scheduler
 
 T = TypeVar("T")
 
@@ -46,6 +49,7 @@ class Engine:
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
         max_queue_s: predicted wait beyond which `submit` refuses as well.
+        latency_s: that 95 % of the answers are to take at most, for which the budget falls under load; see `Degrade`.
         hang_s: how long a batch may run before its images run again elsewhere; see `Guard`.
         clock: seconds, of deadlines too; `time.perf_counter` unless a test has its own.
     """
@@ -62,6 +66,7 @@ class Engine:
         exits: bool = True,
         observer: Observer | None = None,
         max_queue_s: float = inf,
+        latency_s: float | None = None,
         hang_s: float = HANG_S,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -71,11 +76,14 @@ class Engine:
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._admission = Admission(max_in_flight_rows)
         self._core = Core(budget, scheduler, class_names, exits, observer)
+        self._degrade = Degrade(budget, max_in_flight_rows)
+        self._degrade.set(budget.working_mflops, latency_s, clock())
         self._loop = Loop(
             self._core,
             Lanes(runner, score, self._inbox.put),
             self._inbox,
             self._admission,
+            self._degrade,
             lookahead_batches,
             max_queue_s,
             hang_s,
@@ -92,8 +100,8 @@ class Engine:
         """
         scheduler = self._core.scheduler
         self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
-        fits = [fit_stage_time(seconds) for seconds in self.stage_seconds]
-        scheduler.ripe = tuple(ripe_rows(fixed_s, per_row_s, scheduler.max_rows) for fixed_s, per_row_s in fits)
+        scheduler.costs = CostTable(self.stage_seconds)
+        scheduler.max_rows = min(scheduler.max_rows, self._runner.max_rows)  # the memory may hold fewer than was asked
         self._loop.start(self.stage_seconds, scheduler.max_rows)
 
     @property
@@ -114,6 +122,16 @@ class Engine:
     def trouble(self) -> str | None:
         """Why no image can be answered at the moment, None while they can."""
         return self._loop.trouble
+
+    @property
+    def broken(self) -> "Future[EngineError]":
+        """Done once the engine has ended without being told to, with what every request in flight was told."""
+        return self._loop.broken
+
+    @property
+    def room(self) -> tuple[int, float]:
+        """How many images may be in flight at the moment, and by how many seconds each of them makes a new one wait."""
+        return self._admission.room_rows, self._admission.row_s
 
     def require_room(self) -> None:
         """Refuse early what `submit` would refuse, uncounted.
@@ -164,23 +182,29 @@ class Engine:
         """Run a function on the engine's thread, between batches. Waiting for it on that thread would take for ever."""
         return self._loop.ask(function)
 
-    def set_budget(self, budget_mflops: float) -> BudgetState:
+    def took(self, seconds: float) -> None:
+        """Report what an answer took as its client saw it, from the last byte of its request on; for `latency_s`."""
+        self._degrade.took(seconds)
+
+    def set_budget(self, budget_mflops: float, latency_s: float | None = None) -> BudgetState:
         """Set the average mflops per image for images admitted from now on; returns the new state.
+
+        Args:
+            latency_s: see `Engine`; None ends it.
 
         Raises:
             ValueError: the budget is out of the network's reach; the message gives its range.
         """
-        budget = self._core.budget
 
         def change() -> BudgetState:
-            budget.set(budget_mflops)
-            return budget.state()
+            self._degrade.set(budget_mflops, latency_s, self.clock())
+            return self._budget_state()
 
         return self.ask(change).result()
 
     def budget_state(self) -> BudgetState:
         """What the budget is, what it does and what was spent: exact, taken between batches (well under 1 ms)."""
-        return self.ask(self._core.budget.state).result()
+        return self.ask(self._budget_state).result()
 
     def stats(self) -> EngineStats:
         """Counts: exact, taken between batches (well under 1 ms)."""
@@ -199,6 +223,9 @@ class Engine:
         self._loop.stop()
         return in_time
 
+    def _budget_state(self) -> BudgetState:
+        return replace(self._core.budget.state(), latency=self._degrade.state(self.clock()))
+
     def _stats(self) -> EngineStats:
         core = self._core
         submitted, refused, in_flight = self._admission.counts()
@@ -213,9 +240,12 @@ class Engine:
             running_batches=len(self._loop.guard.running),
             failed_batches=self._loop.guard.n_failed,
             hung_batches=self._loop.guard.n_hung,
+            max_batch_rows=tuple(core.scheduler.limits.rows),
             room_rows=self._admission.room_rows,
             predicted_wait_s=in_flight * self._loop.pace.row_s,
             exits=dict(core.exits),
+            idle_mflops=core.idle_mflops,
+            latency_limited_s=self._degrade.limited_total_s,
         )
 
 

@@ -2,13 +2,17 @@
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 
+import numpy as np
+from numpy.typing import NDArray
+
+from models.exits import confidence
 from models.scores import Score as Score
 from service.rows import Request
-from service.runners.base import Block, Gathering, RowState, Runner, StageOutput
+from service.runners.base import Block, Gathering, RowState, Runner
 
 HISTORY = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
@@ -18,10 +22,15 @@ TRIAL = -1  # in a batch's place for a stage: run every stage on blank images, t
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Rows that run one stage together (stages from 0), and, once they have, what came of it."""
+    """Rows that run one stage together (stages from 0), and, once they have, what came of it.
+
+    What runs is `states`; `places` says where among these the rows are, None where they are all of them, in order.
+    """
 
     stage: int
     rows: list[Request]
+    states: Sequence[RowState] = ()
+    places: Sequence[int] | None = None
     started_s: float = 0.0
     ended_s: float = 0.0
     result: "BatchResult | None" = None  # None if it failed
@@ -29,14 +38,26 @@ class Batch:
     given_up: bool = False  # nobody waits for it any more
     hung: bool = False  # it was running too long
 
+    def __post_init__(self) -> None:
+        self.states = self.states or [row.state for row in self.rows]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchResult:
-    """What one run says of every row of its batch."""
+    """What one run says of the rows of its batch."""
 
-    output: StageOutput
+    logits: NDArray[np.float32]  # [rows, classes]
+    block: Block  # of all that ran: see `Batch.places`
+    copy_s: float
     classes: list[int]  # the leading class
     scores: list[float]  # the exit's score
+    known_confidences: NDArray[np.float64] | None = None  # of all rows, where the runner has worked them out
+
+    def confidences(self, indices: Sequence[int]) -> list[float]:
+        """The softmax outputs of the leading classes of some rows."""
+        known = self.known_confidences
+        shares: list[float] = (confidence(self.logits[indices]) if known is None else known[indices]).tolist()
+        return shares
 
 
 class Lanes:
@@ -81,21 +102,23 @@ class Lanes:
             except Exception as error:  # one batch's failure is those images' failure, not the lane's
                 batch.error = error
             batch.ended_s = time.perf_counter()
+            batch.states = ()  # so that a lane with nothing to do keeps nothing alive
             self._post(batch)
 
     def _run(self, batch: Batch) -> BatchResult:
-        states = [row.state for row in batch.rows]
-        output = self._runner.run(batch.stage, states)
+        output = self._runner.run(batch.stage, batch.states)
+        logits, block, heads = output.logits, output.block, output.heads
         if self._score.history_width:
-            output, scores = self._score_with_history(batch.stage, states, output)
+            history = self._score.start(block.n_rows) if batch.stage == 0 else Gathering(batch.states).take(HISTORY)
+            scores, history = self._score(batch.stage, logits, history)
+            block = Block({**block.values, HISTORY: history}, block.n_rows, block.slots)
+        elif heads is not None:
+            scores = heads.scores
         else:
-            scores = self._score(batch.stage, output.logits, self._score.start(len(states)))[0].tolist()
-        return BatchResult(output, output.logits.argmax(axis=1).tolist(), scores)
-
-    def _score_with_history(
-        self, stage: int, states: list[RowState], output: StageOutput
-    ) -> tuple[StageOutput, list[float]]:
-        history = self._score.start(len(states)) if stage == 0 else Gathering(states).take(HISTORY)
-        scores, history = self._score(stage, output.logits, history)
-        block = Block({**output.block.values, HISTORY: history}, output.block.n_rows)
-        return replace(output, block=block), scores.tolist()
+            scores = self._score(batch.stage, logits, self._score.start(block.n_rows))[0]
+        classes = logits.argmax(axis=1) if heads is None else heads.classes
+        confidences = None if heads is None else heads.confidences
+        if batch.places is not None:
+            logits, scores, classes = logits[batch.places], scores[batch.places], classes[batch.places]
+            confidences = None if confidences is None else confidences[batch.places]
+        return BatchResult(logits, block, output.copy_seconds, classes.tolist(), scores.tolist(), confidences)

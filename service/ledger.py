@@ -86,10 +86,15 @@ class Ledger:
         if len(self._recent) > ROLLING_ANSWERS:
             self._recent_sum -= self._recent.popleft()
 
+    def work_at(self, allowance: int) -> None:
+        """Give later admissions another allowance, below what the cap was set for. Balance and cap stay as they are, so
+        that an allowance that moves all the time wears the balance down no more than it mints one."""
+        self.allowance = allowance
+
     def set_allowance(self, allowance: int) -> None:
         """Give later admissions another allowance. A lower one shrinks the balance in proportion, a higher one grows
         only the cap: a balance is earned, else changing to and fro would mint it."""
-        if allowance < self.allowance:
-            self.settled = max(self.reserved, self.settled * allowance // self.allowance)
-        self.allowance = allowance
-        self.cap = int(self.burst_images * allowance)
+        cap = int(self.burst_images * allowance)
+        if cap < self.cap:
+            self.settled = max(self.reserved, self.settled * cap // self.cap)
+        self.allowance, self.cap = allowance, cap

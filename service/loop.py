@@ -15,11 +15,13 @@ from typing import TypeVar
 
 from service.admission import Admission
 from service.core import Core
+from service.degrade import Degrade
 from service.guard import Guard
 from service.inbox import Abandon, Call, Stop, Wake
 from service.lanes import Batch, Lanes
 from service.pace import Pace
-from service.rows import EngineError, EngineUnsound
+from service.rows import EngineError, EngineLost, EngineUnsound
+from service.runners.base import FatalRunnerError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,6 +45,7 @@ class Loop:
         lanes: Lanes,
         inbox: SimpleQueue[Message],
         admission: Admission,
+        degrade: Degrade,
         lookahead_batches: int | None,
         max_queue_s: float,
         hang_s: float,
@@ -50,6 +53,7 @@ class Loop:
     ) -> None:
         self.core = core
         self.admission = admission
+        self.degrade = degrade
         self.guard = Guard(len(lanes), hang_s)
         self.pace = Pace(len(lanes), 0.0)
         self.owns = False  # the thread is there and takes messages
@@ -62,6 +66,7 @@ class Loop:
         self._clock = clock
         self._told_unsound: str | None = None
         self.trouble: str | None = None  # the same, once admission follows it: read by any thread
+        self.broken: Future[EngineError] = Future()
         self._messages: deque[Message] = deque()  # taken from the inbox
         self._handing_over = threading.Lock()  # of what the thread owns, to it and back
         self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
@@ -99,15 +104,20 @@ class Loop:
     # --- the engine's thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        ending = EngineError("the engine stopped before this image was answered")
+        broken: EngineError | None = None
         try:
             while self._take_messages():
                 self._dispatch()
                 self._deliver()
+        except FatalRunnerError as error:
+            logger.critical("the device is lost: %s", error)
+            broken = EngineLost(f"the device is lost ({error})")
         except Exception as error:
             logger.exception("the engine broke down")
-            ending = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
-        self._wind_up(ending)
+            broken = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
+        self._wind_up(broken or EngineError("the engine stopped before this image was answered"))
+        if broken is not None:
+            self.broken.set_result(broken)
 
     def _take_messages(self) -> bool:
         """Wait for a message, then take all there are, and all images before them; False once told to stop.
@@ -154,6 +164,8 @@ class Loop:
             self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self._clock())))
 
     def _take_back(self, batch: Batch) -> None:
+        if isinstance(batch.error, FatalRunnerError):
+            raise batch.error  # nothing that still runs or waits can be run any more
         now_s = self._clock()
         if not self.guard.ended(batch, now_s):
             return
@@ -178,9 +190,10 @@ class Loop:
         self.guard.give_up_all()
 
     def _take_arrivals(self) -> None:
-        arrivals = self.admission.take()
+        arrivals, now_s = self.admission.take(), self._clock()
+        self.degrade.follow(now_s, self.admission.in_flight, self.pace.row_s)
         if arrivals:
-            self.core.admit(arrivals, self._clock())
+            self.core.admit(arrivals, now_s)
 
     def _dispatch(self) -> None:
         while len(self.guard.running) < self._max_running:
@@ -209,7 +222,7 @@ class Loop:
         self.core.outbox.clear()
         if not n_new:  # steps alone
             return
-        room_rows = self.pace.room_rows(self._max_queue_s, self._max_rows)
+        room_rows = self.pace.room_rows(self.degrade.bearable_wait_s(self._max_queue_s), self._max_rows)
         self.admission.leave(n_new, room_rows, self.pace.row_s)
 
     def _wind_up(self, error: EngineError) -> None:

@@ -6,57 +6,51 @@ child is made once, before the first request.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from models.bundle import Bundle
 from models.manifest import Manifest
 from service.budget import BudgetState, Reason
 from service.observer import EngineStats
 from service.rows import Answer
+from service.tally import SECONDS, Tally, families
 
-Outcome = Literal["answered", "invalid", "overloaded", "unavailable", "abandoned", "failed"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 disable_created_metrics()  # else a second series for each of ours
 
-# 15 bounds and +Inf: no histogram has more than 16 buckets.
 MAX_BOUNDS = 15
-SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-DECODE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 
 
 class Metrics:
     """The registry, and what is observed as it happens.
 
-    `batch_ran` and `answered` are called on the engine's thread (it is the engine's `Observer`), the rest on the
-    event loop.
+    `batch_ran` and `answered` are called on the engine's thread: it is the engine's `Observer`. `count`, `decoded` and
+    `responded` are those of its tally.
+
+    Args:
+        manifest: of the network.
+        tallies: of the event loops that serve; by default there is one, `count` and its like.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, tallies: Sequence[Tally] = ()) -> None:
         self.registry = CollectorRegistry()
         exits = range(1, len(manifest.exits) + 1)
+        tallies = tallies or [Tally(len(exits))]
+        self.count, self.decoded, self.responded = tallies[0].count, tallies[0].decoded, tallies[0].responded
+        self.registry.register(_RequestCollector(tallies))
         self._ready = Gauge("exitserve_ready", "1 while images are taken, 0 before and after", registry=self.registry)
-        requests = Counter(
-            "exitserve_requests", "Classification requests, by how they ended", ["outcome"], registry=self.registry
-        )
-        self._requests = {outcome: requests.labels(outcome) for outcome in OUTCOMES}
         self._request_mflops = Histogram(
             "exitserve_request_mflops",
             "Millions of multiply-adds an answer was charged",
             buckets=_cost_bounds([exit_.executed_mflops for exit_ in manifest.exits]),
             registry=self.registry,
-        )
-        self._request_seconds = self._by(
-            "exit", exits, "exitserve_request_seconds", "From a request's whole body to its answer, by exit", SECONDS
-        )
-        self._decode_seconds = Histogram(
-            "exitserve_decode_seconds", "Decoding an image", buckets=DECODE_SECONDS, registry=self.registry
         )
         self._batch_rows = self._by("stage", exits, "exitserve_batch_rows", "Images that ran a stage together", ROWS)
         self._queue_seconds = self._by(
@@ -72,22 +66,9 @@ class Metrics:
         family = Histogram(name, text, [label], buckets=bounds, registry=self.registry)
         return {value: family.labels(str(value)) for value in values}
 
-    def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
-        """Ask `is_ready` at every scrape from now on."""
-        self._ready.set_function(lambda: float(is_ready()))
-
-    def watch(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], manifest: Manifest) -> None:
+    def watch(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], bundle: Bundle) -> None:
         """Read the engine's counts and the budget at every scrape from now on."""
-        self.registry.register(_EngineCollector(stats, budget, manifest))
-
-    def count(self, outcome: Outcome) -> None:
-        self._requests[outcome].inc()
-
-    def decoded(self, seconds: float) -> None:
-        self._decode_seconds.observe(seconds)
-
-    def responded(self, exit_number: int, seconds: float) -> None:
-        self._request_seconds[exit_number].observe(seconds)
+        self.registry.register(_EngineCollector(stats, budget, bundle))
 
     def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
         self._batch_rows[stage].observe(len(queue_seconds))
@@ -100,8 +81,9 @@ class Metrics:
         for answer in answers:
             self._request_mflops.observe(answer.mflops)
 
-    def exposition(self) -> tuple[bytes, str]:
+    def exposition(self, is_ready: bool) -> tuple[bytes, str]:
         """The text that Prometheus reads, and its content type. Waits for the engine: not for the event loop."""
+        self._ready.set(is_ready)
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
@@ -112,15 +94,31 @@ def _cost_bounds(costs_mflops: Sequence[float]) -> list[float]:
     return [float(f"{cost * 1.0005:.4g}") for cost in kept]
 
 
+class _RequestCollector(Collector):
+    """Adds the tallies up when it is asked."""
+
+    def __init__(self, tallies: Sequence[Tally]) -> None:
+        self._tallies = tallies
+
+    def collect(self) -> Iterable[Metric]:
+        return families(self._tallies)
+
+
 class _EngineCollector(Collector):
     """Reads the engine when it is asked, never in between."""
 
-    def __init__(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], manifest: Manifest) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], bundle: Bundle) -> None:
+        manifest = bundle.manifest
         self._stats = stats
         self._budget = budget
         self._exits = range(1, len(manifest.exits) + 1)
         self._full_mflops = manifest.exits[-1].executed_mflops
-        self._info = {"name": manifest.name, "version": manifest.version, "exits": str(len(manifest.exits))}
+        self._info = {
+            "name": manifest.name,
+            "version": manifest.version,
+            "exits": str(len(manifest.exits)),
+            "precision": bundle.precision,
+        }
 
     def describe(self) -> Iterable[Metric]:
         """Empty, so that registering does not ask an engine that may not have been started."""
@@ -139,12 +137,22 @@ class _EngineCollector(Collector):
         for name, text, count in (
             ("failed_batches", "Batches that a runner failed on", stats.failed_batches),
             ("hung_batches", "Batches given up because they ran too long", stats.hung_batches),
+            ("latency_limited_seconds", "Time worked below the budget for a latency target", stats.latency_limited_s),
         ):
             family = CounterMetricFamily(f"exitserve_{name}", text)
             family.add_metric([], count)
             yield family
+        latency = budget.latency
+        target_s, p95_s = (None, None) if latency is None else (latency.target_s, latency.p95_s)
+        is_limited = latency is not None and latency.limited_s is not None
+        is_lowest = latency is not None and latency.is_lowest
         for name, text, value in (
-            ("budget_mflops", "The average that is kept, in millions of multiply-adds per image", budget.budget_mflops),
+            ("budget_mflops", "The average that was set, in millions of multiply-adds per image", budget.budget_mflops),
+            ("working_mflops", "The average that is kept now: less where latency needs it", budget.working_mflops),
+            ("latency_target_seconds", "Time to answer 95 % in; NaN without a target", target_s),
+            ("latency_p95_seconds", "95 % of the last second's answers took no longer", p95_s),
+            ("latency_limited", "1 while a latency target holds the budget down", is_limited),
+            ("latency_at_lowest", "1 while it can hold it down no further", is_lowest),
             ("full_mflops", "What the whole network costs, in millions of multiply-adds", self._full_mflops),
             ("burst_images", "Images' budgets that any window of answers may overspend", budget.burst_images),
             ("rolling_mflops", "What the last 1,000 answers cost on average", budget.rolling_mflops),
@@ -165,6 +173,7 @@ class _EngineCollector(Collector):
             "exit",
             budget.expected_shares,
         )
+        yield self._by_number("max_batch_rows", "Largest batch that is tried", "stage", stats.max_batch_rows)
         yield self._by_number("queue_rows", "Images waiting before a stage", "stage", stats.queued_rows)
         info = InfoMetricFamily("exitserve_model", "The bundle that is served")
         info.add_metric([], self._info)

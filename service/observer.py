@@ -34,6 +34,9 @@ class EngineStats:
     running_batches: int
     failed_batches: int
     hung_batches: int  # given up, having run too long
+    max_batch_rows: tuple[int, ...]  # by stage: fewer than were set where memory was too short
     room_rows: int  # images that may be in flight at the moment
     predicted_wait_s: float  # of an image that came now
     exits: dict[tuple[int, Reason], int]  # answers by exit (from 1) and reason
+    idle_mflops: float  # millions of multiply-adds run for images that had answered
+    latency_limited_s: float  # in which a latency target held the budget down

@@ -10,13 +10,23 @@ from service.settings import NOT_ON_THE_COMMAND_LINE, Settings, flag, shown_defa
 
 GROUPS = {  # all of them, in the order of `Settings`
     "What is served, and where": ("bundle", "host", "port"),
-    "The budget at the start": ("budget_fraction", "budget_mflops", "budget_accuracy", "burst_images"),
-    "Compute and queues": ("device", "lanes", "max_batch_rows", "max_in_flight", "max_queue_s"),
-    "Requests": ("max_body_bytes", "max_batch_images", "max_pixels", "body_timeout_s", "drain_s"),
+    "The budget at the start": ("budget_fraction", "budget_mflops", "budget_accuracy", "latency_ms", "burst_images"),
+    "Compute and queues": (
+        "runner",
+        "device",
+        "precision",
+        "lanes",
+        "max_batch_rows",
+        "scheduling_policy",
+        "max_in_flight",
+        "max_queue_s",
+    ),
+    "Requests": ("http_workers", "max_body_bytes", "max_batch_images", "max_pixels", "body_timeout_s", "drain_s"),
     "Access and logs": ("admin_token", "admin_token_file", "log_level", "access_log"),
 }
 UNITS = {
     "s": "seconds",
+    "ms": "milliseconds",
     "bytes": "bytes",
     "pixels": "pixels",
     "images": "images",
@@ -24,6 +34,7 @@ UNITS = {
     "flight": "images",
     "mflops": "10⁶ multiply-adds",
     "lanes": "batches",
+    "workers": "processes",
 }
 
 HEAD = """\

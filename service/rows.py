@@ -28,6 +28,10 @@ class EngineUnsound(EngineError):  # noqa: N818
     """The engine cannot run its stages; it tries again by itself."""
 
 
+class EngineLost(EngineError):  # noqa: N818
+    """The engine can run nothing any more in this process: its device is lost."""
+
+
 class EngineOverloaded(EngineError):  # noqa: N818
     """As many rows are in flight as the engine holds, or as can be answered in bearable time."""
 

@@ -7,77 +7,81 @@ object and waits in at most one queue.
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from itertools import islice
+from math import inf
 from typing import Generic, TypeVar
 
+from service.costs import CostTable
+from service.limits import RowLimits
+from service.policies import POLICIES
+
 Row = TypeVar("Row", bound=Hashable)
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Rows added together: arrivals, or those of one batch that go on."""
+
+    joined: bool  # they lie side by side, and as a batch of their own need no copy
+    n_rows: int = 0  # that wait
 
 
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[Row]):
     row: Row | None  # None once dropped: whoever comes upon it skips it
     added_s: float
-    group: int  # rows added together
+    due_s: float
+    group: _Group
 
 
 @dataclass(slots=True, eq=False)
 class _Queue(Generic[Row]):
     entries: deque[_Entry[Row]] = field(default_factory=deque)
     n_rows: int = 0  # those not dropped
+    n_due: int = 0  # of these, with a deadline
 
     def head(self) -> _Entry[Row] | None:
         while self.entries and self.entries[0].row is None:
             self.entries.popleft()
         return self.entries[0] if self.entries else None
 
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How the next batch is chosen, from queues of which one at least is not empty.
-
-    The deepest queue that is ripe runs, and if none is, the longest (the deeper of two). A queue is ripe with enough
-    rows for an efficient batch, or with `wait` False with any, or once its head has waited long enough.
-    """
-
-    wait: bool = True
-    merge: bool = True  # False: only rows that have been together since stage 0 share a batch
-
-
-POLICIES: dict[str, Policy] = {
-    "default": Policy(),
-    "deepest": Policy(wait=False),
-    "no-merge": Policy(wait=False, merge=False),  # compaction alone
-}
-
-
-def ripe_rows(fixed_s: float, per_row_s: float, max_rows: int, max_fixed_share: float = 0.15) -> int:
-    """Return the rows from which the fixed part of `fixed + rows x per_row` is at most `max_fixed_share` of it.
-
-    At most an eighth of `max_rows`: to wait for more holds back answers, and keeps dear rows in flight, for little.
-    """
-    if fixed_s <= 0 or per_row_s <= 0:
-        return 1
-    efficient = ceil(fixed_s * (1 - max_fixed_share) / (per_row_s * max_fixed_share))
-    return max(1, min(efficient, max_rows // 8))
+    def left(self, entry: _Entry[Row]) -> None:
+        """Account for a row that was taken or dropped."""
+        self.n_rows -= 1
+        entry.group.n_rows -= 1
+        if entry.due_s < inf:
+            self.n_due -= 1
 
 
 class Scheduler(Generic[Row]):
     """One queue per stage; `pick` takes the next batch from one of them.
 
-    Work is conserved: `pick` returns None only when every queue is empty. Rows wait to be merged only while others run,
-    and deep rows go first: they have cost the most, and their answers free memory and clients soonest.
+    Work is conserved: `pick` returns None only when every queue is empty. In this order, it runs
+    1. a queue in which a row's deadline comes too close for another batch before it (every other time at most);
+    2. the deepest queue that is full, or whose head has waited for `max_wait_s`, or that is ripe: to wait for company
+       would cost its rows more than a larger batch saves (`Policy.is_ripe`). Deep rows have cost the most, and their
+       answers free memory and clients soonest;
+    3. the longest queue.
+    A batch is taken from the queue's front, oldest first; it grows by further groups of rows while merging them saves
+    more than it copies (`Policy.merges`).
 
-    No row starves. Once it has waited `max_wait_s`, only older rows of its queue and rows of deeper queues can be
-    picked before it, and what is deeper was let there by picks of older rows: with W rows in the scheduler, each of
-    which can go deeper `n_stages` times at most, it is picked at the latest `W x n_stages` picks later. Where batches
-    are full it is about `W / max_rows x n_stages`.
+    No row starves. Once it has waited `max_wait_s`, nothing is picked before it but older rows of its queue, rows of
+    deeper queues, and, every other time at most, rows with a deadline. What is deeper was let there by picks of older
+    rows; rows picked from shallower queues come to wait behind it. So with W rows in the scheduler, each of which can
+    go deeper `n_stages` times at most, it is picked at the latest `2 x W x n_stages` picks later; without deadlines
+    `W x n_stages`. Where batches are full it is about `W / max_rows x n_stages`.
 
     Args:
         n_stages: stages, one queue each.
         max_rows: the largest batch.
-        max_wait_s: how long a queue may wait to become an efficient batch while others run.
-        ripe: per stage, the rows from which a batch is efficient; see `ripe_rows`.
+        max_wait_s: how long a queue may wait to become a larger batch while others run.
+        costs: what batches take, followed by the caller; without it, nothing costs anything, and no queue waits.
         policy: a key of `POLICIES`.
+
+    Attributes:
+        costs: may be replaced, once they have been measured.
+        limits: of batches, by stage; told by the caller of those that ran and failed.
+        policy: what the key stands for.
 
     Raises:
         ValueError: the policy is unknown, or a number is out of range.
@@ -88,7 +92,7 @@ class Scheduler(Generic[Row]):
         n_stages: int,
         max_rows: int = 32,
         max_wait_s: float = 0.05,
-        ripe: Sequence[int] | None = None,
+        costs: CostTable | None = None,
         policy: str = "default",
     ) -> None:
         if policy not in POLICIES:
@@ -96,12 +100,13 @@ class Scheduler(Generic[Row]):
         if n_stages < 1 or max_rows < 1 or max_wait_s < 0:
             raise ValueError("n_stages and max_rows must be at least 1, max_wait_s at least 0")
         self.max_rows = max_rows
+        self.limits = RowLimits(n_stages, max_rows)
         self.max_wait_s = max_wait_s
-        self.ripe = tuple(ripe) if ripe is not None else (1,) * n_stages
-        self._policy = POLICIES[policy]
+        self.costs = costs or CostTable([{1: 0.0}] * n_stages)
+        self.policy = POLICIES[policy]
         self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
         self._place: dict[Row, tuple[_Queue[Row], _Entry[Row]]] = {}
-        self._n_groups = 0
+        self._hurried = False  # the last batch was picked for a deadline
 
     def __len__(self) -> int:
         return len(self._place)
@@ -109,21 +114,37 @@ class Scheduler(Generic[Row]):
     def queued_rows(self, stage: int) -> int:
         return self._queues[stage].n_rows
 
-    def add(self, rows: Iterable[Row], stage: int, now_s: float) -> None:
-        """Queue rows for a stage: arrivals for stage 0, or the survivors of one batch for the stage after it.
+    def add(
+        self,
+        rows: Iterable[Row],
+        stage: int,
+        now_s: float,
+        joined: bool = False,
+        due_s: Sequence[float] | None = None,
+    ) -> None:
+        """Queue rows for a stage: arrivals for stage 0, or those of one batch that go on to the stage after it.
+
+        Args:
+            rows: in the order in which they lie in memory.
+            stage: from 0.
+            now_s: the time.
+            joined: they lie side by side, so that they can run together without being copied.
+            due_s: the rows' deadlines, infinite where a row has none; None where none has.
 
         Raises:
             ValueError: a row already waits.
         """
-        queue = self._queues[stage]
-        self._n_groups += 1
-        for row in rows:
+        queue, group = self._queues[stage], _Group(joined)
+        for i, row in enumerate(rows):
             if row in self._place:
                 raise ValueError(f"{row!r} already waits")
-            entry = _Entry(row, now_s, self._n_groups)
+            entry = _Entry(row, now_s, inf if due_s is None else due_s[i], group)
             self._place[row] = queue, entry
             queue.entries.append(entry)
             queue.n_rows += 1
+            group.n_rows += 1
+            if entry.due_s < inf:
+                queue.n_due += 1
 
     def drop(self, row: Row) -> bool:
         """Take a row out of its queue; False if it does not wait in any (it runs, or is gone)."""
@@ -132,7 +153,7 @@ class Scheduler(Generic[Row]):
             return False
         queue, entry = place
         entry.row = None
-        queue.n_rows -= 1
+        queue.left(entry)
         return True
 
     def pick(self, now_s: float) -> tuple[int, list[Row]] | None:
@@ -143,25 +164,68 @@ class Scheduler(Generic[Row]):
         return stage, self._take(stage)
 
     def _choose(self, now_s: float) -> int:
+        queues, costs = self._queues, self.costs
+        longest = max(range(len(queues)), key=lambda stage: (queues[stage].n_rows, stage))
+        other_s = costs.seconds(longest, min(queues[longest].n_rows, self.limits.rows[longest]))
+        hurried = None if self._hurried else self._hurrying(now_s, other_s)
+        self._hurried = hurried is not None
+        if hurried is not None:
+            return hurried
+        for stage in range(len(queues) - 1, -1, -1):
+            n_rows = queues[stage].n_rows
+            if n_rows and (
+                n_rows >= self.limits.rows[stage]
+                or self._is_overdue(stage, now_s)
+                or self.policy.is_ripe(costs, stage, n_rows, len(self._place), other_s)
+            ):
+                return stage
+        return longest
+
+    def _is_overdue(self, stage: int, now_s: float) -> bool:
+        head = self._queues[stage].head()
+        return head is not None and now_s - head.added_s >= self.max_wait_s
+
+    def _hurrying(self, now_s: float, other_s: float) -> int | None:
+        """The deepest stage of which a row at the front has just the time left to run it, but for no batch before it.
+
+        A deadline too near even for that is met with the answer at hand. A row that has none, before stage 0, hurries
+        until the last moment: what has begun is answered.
+        """
         for stage in range(len(self._queues) - 1, -1, -1):
             queue = self._queues[stage]
-            if not queue.n_rows:
+            if not queue.n_due:
                 continue
-            head = queue.head()
-            overdue = head is not None and now_s - head.added_s >= self.max_wait_s
-            if overdue or not self._policy.wait or queue.n_rows >= self.ripe[stage]:
-                return stage
-        return max(range(len(self._queues)), key=lambda stage: (self._queues[stage].n_rows, stage))
+            run_s = self.costs.seconds(stage, min(queue.n_rows, self.limits.rows[stage]))
+            soonest_s = now_s + run_s if stage else now_s
+            for entry in islice(queue.entries, self.limits.rows[stage]):
+                if entry.row is not None and soonest_s <= entry.due_s < now_s + other_s + run_s:
+                    return stage
+        return None
 
     def _take(self, stage: int) -> list[Row]:
         queue = self._queues[stage]
-        entries = queue.entries
+        entries, max_rows = queue.entries, self.limits.rows[stage]
         rows: list[Row] = []
-        group = None if self._policy.merge or stage == 0 else entries[0].group  # before stage 0 a batch is made up
-        while entries and len(rows) < self.max_rows and group in (None, entries[0].group):
-            row = entries.popleft().row
-            if row is not None:
-                rows.append(row)
-                del self._place[row]
-        queue.n_rows -= len(rows)
+        group: _Group | None = None
+        uncopied_rows = 0  # of this batch, were it not to grow
+        while entries and len(rows) < max_rows:
+            entry = entries[0]
+            if entry.row is not None:
+                if stage and entry.group is not group:
+                    if group is not None and not self._merges(stage, len(rows), uncopied_rows, entry.group):
+                        break
+                    uncopied_rows = entry.group.n_rows if group is None and entry.group.joined else 0
+                    group = entry.group
+                rows.append(entry.row)
+                del self._place[entry.row]
+                queue.left(entry)
+            entries.popleft()
         return rows
+
+    def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group) -> bool:
+        """Whether a batch of `n_rows` takes in (the first of) another group as well."""
+        n_more = min(group.n_rows, self.limits.rows[stage] - n_rows)
+        if n_more < group.n_rows and not self.policy.compact:
+            return False  # a part of a group could not run as the whole lies
+        copied_rows = uncopied_rows + (n_more if group.joined else 0)
+        return self.policy.merges(self.costs, stage, n_more / group.n_rows, copied_rows)

@@ -22,6 +22,11 @@ BACKLOG = 2048
 # until none has come for so long, yet not for ever.
 QUIET_S = 0.25
 MAX_LINGER_S = 2.0
+FAILED_S = 1.0  # for requests to hear that the server cannot work any more
+
+
+class ServerFailed(Exception):  # noqa: N818
+    """The server cannot start, or cannot go on; the message says why."""
 
 
 class ListenError(Exception):
@@ -79,6 +84,7 @@ class Server(uvicorn.Server):
         self.lifecycle = lifecycle
         self.drain_s = settings.drain_s
         self.n_unanswered = 0
+        self._signalled = False
         self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -89,22 +95,34 @@ class Server(uvicorn.Server):
         yield
 
     def _on_signal(self, number: int) -> None:
-        if self._draining is not None:
+        if self._signalled:  # draining alone does not count: another process may have asked for it before
             logger.warning("second signal: stopping at once, %d unanswered", self.lifecycle.requests_in_flight)
             logging.shutdown()
             os._exit(128 + number)
-        logger.info("stopping: answering %d requests first", self.lifecycle.requests_in_flight)
-        self.lifecycle.drain()
-        self._draining = asyncio.create_task(self._drain())
+        self._signalled = True
+        self.begin_drain()
 
-    async def _drain(self) -> None:
+    def begin_drain(self) -> None:
+        """Refuse from now on, answer what was accepted, then stop. Once begun, it goes on."""
+        if self._draining is None:
+            logger.info("stopping: answering %d requests first", self.lifecycle.requests_in_flight)
+            self.lifecycle.drain()
+            self._draining = asyncio.create_task(self._drain(self.drain_s))
+
+    def fail(self, why: Exception) -> None:
+        """Stop, as no request can be answered any more; those in work hear why. On the event loop."""
+        if self._draining is None:
+            self.lifecycle.fail(str(why))
+            self._draining = asyncio.create_task(self._drain(FAILED_S))
+
+    async def _drain(self, limit_s: float) -> None:
         started_s = monotonic()
-        deadline_s = started_s + self.drain_s
+        deadline_s = started_s + limit_s
         while self.lifecycle.requests_in_flight and monotonic() < deadline_s:
             await asyncio.sleep(0.01)
         self.n_unanswered = self.lifecycle.requests_in_flight
         if self.n_unanswered:
-            logger.error("%d requests were not answered within --drain-s %g", self.n_unanswered, self.drain_s)
+            logger.error("%d requests were not answered within %g s", self.n_unanswered, limit_s)
         linger_until_s = min(deadline_s, monotonic() + MAX_LINGER_S)
         while monotonic() < min(linger_until_s, max(started_s, self.lifecycle.last_refused_s) + QUIET_S):
             await asyncio.sleep(0.01)

@@ -6,6 +6,7 @@ line can be read by every user of the machine.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -13,6 +14,8 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.latency import MAX_LATENCY_MS
 
 ENV_PREFIX = "EXITSERVE_"
 NOT_ON_THE_COMMAND_LINE = frozenset({"admin_token"})
@@ -36,6 +39,12 @@ class Settings(BaseSettings):
     )
     budget_mflops: float | None = Field(None, gt=0, description="the same in millions of multiply-adds")
     budget_accuracy: float | None = Field(None, gt=0, lt=1, description="the same as the accuracy it has to reach")
+    latency_ms: float | None = Field(
+        None,
+        ge=1,
+        le=MAX_LATENCY_MS,
+        description="time in which 95 % of images are to be answered; under load the budget falls as far as that takes",
+    )
     burst_images: float | None = Field(
         None,
         ge=1,
@@ -43,11 +52,20 @@ class Settings(BaseSettings):
         description="budgets that may be saved up in easy traffic, in images; none: half a batch a lane, 32 at least",
     )
 
+    runner: Literal["auto", "onnx", "torch-cuda"] = Field(
+        "auto", description="what runs the stages; auto is onnx without a GPU or torch, else the faster as measured"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where stages run; auto takes CUDA if it is there"
     )
-    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0 is one per core, on CUDA one")
+    precision: Literal["auto", "fp32", "int8"] = Field(
+        "fp32", description="of the stages: int8 (on CPUs, if the bundle has it); auto measures which is faster here"
+    )
+    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0: one a core, on CUDA 1 or 2")
     max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
+    scheduling_policy: Literal["default", "none", "no-compaction", "always-compact", "merge-full"] = Field(
+        "default", description="how images are regrouped between stages: by measured cost, or otherwise to compare"
+    )
     max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="images in work; more are refused with 429")
     max_queue_s: float = Field(
         1.0,
@@ -56,6 +74,12 @@ class Settings(BaseSettings):
         description="longest wait, as predicted; images that had to wait longer get 429",
     )
 
+    http_workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="processes for HTTP and decoding, in front of the engine's; 0: the engine's own does both",
+    )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**30, description="largest request body, in bytes")
     max_batch_images: int = Field(128, ge=1, le=10_000, description="most images one POST /classify/batch may hold")
     max_pixels: int = Field(32_000_000, ge=1024, le=89_000_000, description="largest image, as width x height")
@@ -87,11 +111,17 @@ class Settings(BaseSettings):
         if len(given) > 1:
             named = " and ".join(f"{flag(name)} ({variable(name)})" for name in given)
             raise ValueError(f"{named} say the same thing twice: give one of them")
+        if self.http_workers and sys.platform != "linux":
+            raise ValueError(f"{flag('http_workers')} needs Linux: leave it out to serve in one process")
         if self.admin_token is not None and self.admin_token_file is not None:
             raise ValueError(
                 f"{variable('admin_token')} and {flag('admin_token_file')} are both given: give one of them"
             )
         return self
+
+    @property
+    def latency_s(self) -> float | None:
+        return None if self.latency_ms is None else self.latency_ms / 1e3
 
     def read_admin_token(self) -> str | None:
         """Return the admin token, read from its file where it is in one; None where none is configured.
@@ -164,6 +194,7 @@ def command_line() -> argparse.ArgumentParser:
             "  python -m service --budget-fraction 0.4\n"
             "  python -m service serve --bundle models/zoo/cifar100-msdnet --host 0.0.0.0 --port 8080\n"
             "  python -m service classify photo.jpg --url http://127.0.0.1:8000   (classify --help)\n"
+            "  python -m service plan --rate 2000 --budget 40%   (plan --help)\n"
             "  curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/classify\n\n"
             f"Set by the environment alone: {variable('admin_token')}, the "
             f"{Settings.model_fields['admin_token'].description}."

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from models.frontier import Frontier, FrontierPoint
+from service.budget import BudgetState
 
 Kind = Literal["average_mflops", "fraction", "accuracy"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -19,10 +20,14 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A budget: the average that is kept, in mflops per image, and how it was asked for."""
+    """A budget: the average that is kept, in mflops per image, and how it was asked for.
+
+    With `latency_s`, less is kept where 95 % of the answers would take longer.
+    """
 
     kind: Kind
     average_mflops: float
+    latency_s: float | None = None
 
 
 class Targets:
@@ -77,3 +82,25 @@ class Targets:
         why = above[kind] if value > highest else below[kind]
         # Seven digits err by less than SLACK: the limits named here are taken when they are sent back.
         return f"{kind} {value:.7g} {why}: give a value from {lowest:.7g} to {highest:.7g}."
+
+
+class _Engine(Protocol):
+    def set_budget(self, budget_mflops: float, latency_s: float | None) -> BudgetState: ...
+    def budget_state(self) -> BudgetState: ...
+
+
+class Keeper:
+    """Knows the budget as it was asked for; the engine, made with it, keeps the number itself."""
+
+    def __init__(self, engine: _Engine, target: Target) -> None:
+        self._engine = engine
+        self._target = target
+
+    def read(self) -> tuple[Target, BudgetState]:
+        """The budget as it was asked for, and what the engine says of it."""
+        return self._target, self._engine.budget_state()
+
+    def set(self, target: Target) -> None:
+        """Keep another one from now on."""
+        self._engine.set_budget(target.average_mflops, target.latency_s)
+        self._target = target

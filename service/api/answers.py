@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.latency import MAX_LATENCY_MS
+
 
 class Ranked(BaseModel):
     label: str = Field(examples=["bicycle"])
@@ -83,20 +85,20 @@ class BatchAnswer(BaseModel):
 
 
 class BudgetRequest(BaseModel):
-    """The average compute per image to keep: exactly one of the three."""
+    """The average compute per image to keep: one of the three, a latency target, or one of the three with a target."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        json_schema_extra={
-            "oneOf": [{"required": ["average_mflops"]}, {"required": ["fraction"]}, {"required": ["accuracy"]}],
-            "examples": [{"average_mflops": 40}, {"fraction": 0.4}, {"accuracy": 0.74}],
-        },
-    )
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     average_mflops: float | None = Field(None, description="millions of multiply-adds, on average over images")
     fraction: float | None = Field(None, description="of what the last exit costs")
     accuracy: float | None = Field(None, description="expected on images like the held-out ones, 0 to 1")
+    latency_ms: float | None = Field(
+        None,
+        ge=1,
+        le=MAX_LATENCY_MS,
+        description="time in which 95 % of the images are to be answered: under load the server works below the "
+        "budget, as far as that takes. Alone it goes with the budget of the whole network; without it there is none",
+    )
 
 
 class Range(BaseModel):
@@ -124,6 +126,26 @@ class LedgerState(BaseModel):
     burst_images: float = Field(description="the most that is saved up, in budgets")
 
 
+class Working(BaseModel):
+    average_mflops: float = Field(description="what is kept at the moment: the budget, or less")
+    fraction: float = Field(description="the same as a fraction of the full network")
+    accuracy: float = Field(description="the accuracy to expect at it")
+
+
+class LatencyState(BaseModel):
+    """A latency target, and what it does to the budget at the moment."""
+
+    target_ms: float
+    p95_ms: float | None = Field(
+        description="95 % of the latest answers took no longer, from a request's last byte on; null below 20 in 10 s"
+    )
+    answers: int = Field(description="how many those are: the last second's, or 20")
+    limited: bool = Field(description="true while the server works below the budget to keep the target")
+    limited_since: str | None = Field(description="UTC; null while it is not", examples=["2026-11-21T10:04:31Z"])
+    at_lowest: bool = Field(description="true where it can go no lower: what comes beyond that is refused (429)")
+    working: Working
+
+
 class BudgetState(BaseModel):
     """The budget in each of the three ways to say it, and what keeping it means."""
 
@@ -140,6 +162,7 @@ class BudgetState(BaseModel):
     )
     rolling: Rolling
     ledger: LedgerState
+    latency: LatencyState | None = Field(description="null without a target")
     allowed: dict[Literal["average_mflops", "fraction", "accuracy"], Range]
 
 

@@ -17,14 +17,14 @@ from service.api.budget import budget_routes
 from service.api.classify import classify_routes
 from service.api.delivery import Delivery
 from service.api.lifecycle import Gate, Lifecycle
+from service.api.ports import EnginePort, KeeperPort, MetricsPort
+from service.api.room import Room
 from service.api.state import State
 from service.api.status import status_routes
 from service.api.stream import stream_routes
-from service.engine import Engine
 from service.images import ImageDecoder
-from service.metrics import Metrics
 from service.settings import Settings
-from service.target import Target, Targets
+from service.target import Targets
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ ENGINE_STOP_S = 1.0  # requests have been waited for before; what is left has no
 
 def create_app(
     bundle: Bundle,
-    engine: Engine,
-    metrics: Metrics,
+    engine: EnginePort,
+    metrics: MetricsPort,
     targets: Targets,
-    target: Target,
+    keeper: KeeperPort,
     settings: Settings,
     admin_token: str | None = None,
     on_started: Callable[[Exception | None], object] = lambda error: None,
@@ -52,8 +52,8 @@ def create_app(
 
     Args:
         engine: not yet started: the application warms it up once it listens, so that `/readyz` can tell.
-        metrics: the observer that `engine` was made with.
-        targets, target: what may be asked for, and what was; `engine` was made with it.
+        metrics: of the requests here, and of `engine`.
+        targets, keeper: what budgets may be asked for, and who keeps the one that was.
         admin_token: that changes need; without one, clients of this machine may.
         on_started: called on the event loop once the engine is ready, or with the error that kept it from starting.
     """
@@ -63,6 +63,7 @@ def create_app(
         bundle=bundle,
         targets=targets,
         engine=engine,
+        keeper=keeper,
         delivery=Delivery(engine),
         decoder=ImageDecoder(
             manifest.input.height_px, manifest.input.width_px, settings.max_pixels, observe_seconds=metrics.decoded
@@ -72,23 +73,24 @@ def create_app(
         settings=settings,
         admin_token=admin_token,
     )
-    metrics.watch_readiness(lambda: state.is_ready)
 
     async def start_engine() -> None:
         try:
             await asyncio.to_thread(engine.start)
+            await asyncio.to_thread(app.openapi)  # once and now: it takes long enough for requests to notice
         except Exception as error:
             logger.exception("the engine cannot start")
             lifecycle.fail(f"its engine did not start ({error})")
             on_started(error)
             return
-        metrics.watch(engine.stats, engine.budget_state, manifest)
         lifecycle.become_ready()
         on_started(None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(start_engine())
+        if engine.is_alive:  # it is another process's, and warm: nobody is to hear that it is not
+            await asyncio.wait([starting])
         yield
         await starting
         await asyncio.to_thread(engine.drain, ENGINE_STOP_S)
@@ -107,13 +109,14 @@ def create_app(
         classify_routes(state),
         stream_routes(state),
         batch_routes(state),
-        budget_routes(state, target),
+        budget_routes(state),
         status_routes(state),
     ):
         app.include_router(routes)
     page.install(app, state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    return LoggedGate(app, lifecycle) if settings.access_log == "json" else Gate(app, lifecycle)
+    gate = LoggedGate if settings.access_log == "json" else Gate
+    return gate(app, lifecycle, Room(state).refusal)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

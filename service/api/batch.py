@@ -10,10 +10,11 @@ from starlette.requests import ClientDisconnect
 
 from service.api.answers import BatchAnswer, ProblemDocument
 from service.api.bodies import FIELD, FORM_TYPE, Upload, read_images
-from service.api.classify import CLIENT_LEFT, STATUSES, Classifier
+from service.api.classify import CLIENT_LEFT, IMAGE_PARTS, STATUSES, Classifier
 from service.api.delivery import PATIENCE_S, Watch
 from service.api.documents import engine_problem, outcome
 from service.api.options import Asked
+from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
 from service.api.state import State
 from service.logs import NOTES
@@ -84,7 +85,7 @@ class Batcher:
         except Problem as problem:
             return problem
         total_s = perf_counter() - started
-        self.state.metrics.responded(answer.exit, total_s)
+        self.state.responded(answer.exit, total_s)
         return self.classifier.documents.answer(answer, decoded - decoding, total_s, request_id)
 
     def _response(self, request: Request, uploads: list[Upload], results: list[Result]) -> Response:
@@ -112,7 +113,7 @@ class Batcher:
 
 
 def batch_routes(state: State) -> APIRouter:
-    router = APIRouter(tags=["classify"])
+    router = APIRouter(tags=["classify"], route_class=PlainRoute)
     batcher = Batcher(Classifier(state))
     form = {
         "type": "object",
@@ -137,7 +138,7 @@ def batch_routes(state: State) -> APIRouter:
         "of them now (429, 503).",
         openapi_extra={
             "parameters": batcher.classifier.options.parameters(),
-            "requestBody": {"required": True, "content": {FORM_TYPE: {"schema": form}}},
+            "requestBody": {"required": True, "content": {FORM_TYPE: {"schema": form, "encoding": IMAGE_PARTS}}},
         },
         responses={status: {"model": ProblemDocument} for status in STATUSES},
     )

@@ -3,6 +3,9 @@
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -14,23 +17,24 @@ from service.api.bodies import read_body
 from service.api.problems import Problem
 from service.api.queries import read_query
 from service.api.state import State
+from service.budget import BudgetState as EngineBudget
+from service.latency import LatencyState as EngineLatency
 from service.ledger import ROLLING_ANSWERS
-from service.target import KINDS, Target, TargetError
+from service.target import KINDS, Target, TargetError, Targets
 
 MAX_BYTES = 64 * 1024
-EXAMPLES = '{"average_mflops": 40}, {"fraction": 0.4} or {"accuracy": 0.74}'
+EXAMPLES = '{"average_mflops": 40}, {"fraction": 0.4} or {"accuracy": 0.74}, and {"latency_ms": 50} alone or with one'
 
 
 class Budget:
-    """The operator's budget as it was asked for; the engine keeps the number itself."""
+    """Shows what the keeper of the operator's budget knows."""
 
-    def __init__(self, state: State, target: Target) -> None:
+    def __init__(self, state: State) -> None:
         self.state = state
-        self.target = target
 
     async def document(self) -> bytes:
         """Everything about the budget, as `BudgetState` describes it."""
-        now = await asyncio.to_thread(self.state.engine.budget_state)
+        target, now = await asyncio.to_thread(self.state.keeper.read)
         targets = self.state.targets
         expected = targets.expected(now.budget_mflops)
         return orjson.dumps(
@@ -38,7 +42,7 @@ class Budget:
                 "average_mflops": now.budget_mflops,
                 "fraction": round(now.fraction, 6),
                 "accuracy": round(expected.accuracy, 5),
-                "set_as": self.target.kind,
+                "set_as": target.kind,
                 "expected": {
                     "average_mflops": expected.cost,
                     "accuracy": round(expected.accuracy, 5),
@@ -56,16 +60,36 @@ class Budget:
                     "saved_mflops": now.settled_mflops,
                     "burst_images": now.burst_images,
                 },
+                "latency": None if now.latency is None else self._latency(now, now.latency),
                 "allowed": {
                     kind: {"lowest": lowest, "highest": highest} for kind, (lowest, highest) in targets.allowed.items()
                 },
             }
         )
 
+    def _latency(self, now: EngineBudget, latency: EngineLatency) -> dict[str, object]:
+        limited_since = None
+        if latency.limited_s is not None:
+            began = datetime.now(UTC) - timedelta(seconds=latency.limited_s)
+            limited_since = began.strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {
+            "target_ms": round(latency.target_s * 1e3, 3),
+            "p95_ms": None if latency.p95_s is None else round(latency.p95_s * 1e3, 3),
+            "answers": latency.n_answers,
+            "limited": limited_since is not None,
+            "limited_since": limited_since,
+            "at_lowest": latency.is_lowest,
+            "working": {
+                "average_mflops": now.working_mflops,
+                "fraction": round(now.working_mflops / self.state.targets.full_mflops, 6),
+                "accuracy": round(self.state.targets.expected(now.working_mflops).accuracy, 5),
+            },
+        }
 
-def budget_routes(state: State, target: Target) -> APIRouter:
+
+def budget_routes(state: State) -> APIRouter:
     router = APIRouter(tags=["budget"])
-    budget = Budget(state, target)
+    budget = Budget(state)
     curve = _curve(state)
 
     @router.get("/budget", response_model=BudgetState, summary="The budget, what to expect of it, and what is spent")
@@ -78,19 +102,16 @@ def budget_routes(state: State, target: Target) -> APIRouter:
         "/budget",
         response_model=BudgetState,
         summary="Set the average compute per image",
-        description="From the next image on. Needs the admin token where one is configured; where none is, only "
+        description="From the next image on, the whole of it: a budget without `latency_ms` has no latency target. "
+        "Needs the admin token where one is configured; where none is, only "
         "clients on the server's own machine may.",
         openapi_extra={
             "requestBody": {
                 "required": True,
                 "content": {
                     "application/json": {
-                        "schema": BudgetRequest.model_json_schema(),
-                        "examples": {
-                            "mflops": {"value": {"average_mflops": 40}},
-                            "fraction": {"value": {"fraction": 0.4}},
-                            "accuracy": {"value": {"accuracy": 0.74}},
-                        },
+                        "schema": _schema(state.targets),
+                        "examples": _examples(state.targets),
                     }
                 },
             },
@@ -112,9 +133,7 @@ def budget_routes(state: State, target: Target) -> APIRouter:
                 "application/json.",
             )
         body = await read_body(request, MAX_BYTES, state.settings.body_timeout_s)
-        asked = _resolve(state, body)
-        await asyncio.to_thread(state.engine.set_budget, asked.average_mflops)
-        budget.target = asked
+        await asyncio.to_thread(state.keeper.set, _resolve(state, body))
         return Response(await budget.document(), media_type="application/json")
 
     @router.get("/budget/frontier", response_model=FrontierCurve, summary="What each budget would bring")
@@ -123,6 +142,25 @@ def budget_routes(state: State, target: Target) -> APIRouter:
         return Response(curve, media_type="application/json")
 
     return router
+
+
+def _schema(targets: Targets) -> dict[str, Any]:
+    """A budget as OpenAPI describes it, with what this network can do."""
+    schema = BudgetRequest.model_json_schema()
+    nulls: dict[str, Any] = {kind: {"type": "null"} for kind in targets.allowed}
+    schema["oneOf"] = [
+        {"required": [kind], "properties": {**nulls, kind: {"type": "number", "minimum": lowest, "maximum": highest}}}
+        for kind, (lowest, highest) in targets.allowed.items()
+    ]
+    schema["oneOf"].append({"required": ["latency_ms"], "properties": {**nulls, "latency_ms": {"type": "number"}}})
+    return schema
+
+
+def _examples(targets: Targets) -> dict[str, Any]:
+    """Halfway between what may be asked for."""
+    halfway = {kind: round((lowest + highest) / 2, 4) for kind, (lowest, highest) in targets.allowed.items()}
+    budgets: dict[str, Any] = {kind: {"value": {kind: value}} for kind, value in halfway.items()}
+    return {**budgets, "latency_ms": {"value": {"latency_ms": 50, "fraction": halfway["fraction"]}}}
 
 
 def _resolve(state: State, body: bytes) -> Target:
@@ -137,13 +175,19 @@ def _resolve(state: State, body: bytes) -> Target:
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         raise Problem(422, "bad-budget", "Bad budget", f"{where}: {first['msg'].lower()}. Send {EXAMPLES}.") from None
     given = {kind: value for kind in KINDS if (value := getattr(asked, kind)) is not None}
+    latency_s = None if asked.latency_ms is None else asked.latency_ms / 1e3
+    if not given and latency_s is not None:
+        given = {"fraction": 1.0}
     if len(given) != 1:
         raise Problem(
-            422, "bad-budget", "Bad budget", f"{len(given)} of {', '.join(KINDS)} are given: send exactly one of them."
+            422,
+            "bad-budget",
+            "Bad budget",
+            f"{len(given)} of {', '.join(KINDS)} are given: send one of them, or latency_ms.",
         )
     [(kind, value)] = given.items()
     try:
-        return state.targets.resolve(kind, value)
+        return replace(state.targets.resolve(kind, value), latency_s=latency_s)
     except TargetError as error:
         lowest, highest = state.targets.allowed[kind]
         raise Problem(

@@ -11,8 +11,9 @@ from starlette.requests import ClientDisconnect
 from service.api.answers import Classification, ProblemDocument
 from service.api.bodies import FIELD, FORM_TYPE, IMAGE_TYPES, read_image
 from service.api.delivery import ClientLeft
-from service.api.documents import Documents, engine_problem, image_problem, outcome, overloaded
+from service.api.documents import Documents, engine_problem, image_problem, outcome
 from service.api.options import Asked, OptionReader
+from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
 from service.api.state import State
 from service.images import ImageError
@@ -21,6 +22,7 @@ from service.rows import Answer, EngineError
 
 CLIENT_LEFT = Response(status_code=499)  # nobody reads it; nginx's number, for the access log
 STATUSES = (400, 408, 413, 415, 422, 429, 500, 503, 504)
+IMAGE_PARTS = {FIELD: {"contentType": ", ".join(IMAGE_TYPES)}}  # of a form, as OpenAPI describes them
 ABOUT_IMAGES = (
     "The image is the raw body or the field `image` of a form; its bytes decide what it is. It may have any size: it "
     "is cut to the network's aspect ratio around its centre, scaled with antialiasing, turned as its EXIF orientation "
@@ -52,15 +54,8 @@ class Classifier:
         return response
 
     def begin(self, request: Request) -> Asked:
-        """Refuse what cannot be served, before its body is read (what waits there is bounded too)."""
-        state = self.state
-        state.require_ready()
-        if state.lifecycle.requests_in_flight > state.settings.max_in_flight:
-            raise overloaded(f"{state.settings.max_in_flight} requests are in work")
-        try:
-            state.engine.require_room()
-        except EngineError as error:
-            raise engine_problem(error) from None
+        """Refuse what cannot be served, before its body is read; where there is no room, the gate has refused it."""
+        self.state.require_ready()
         return self.options.read(request.scope["query_string"])
 
     async def decode(self, body: bytes) -> NDArray[np.uint8]:
@@ -82,7 +77,7 @@ class Classifier:
         except EngineError as error:
             raise engine_problem(error) from None
         total_s = perf_counter() - started
-        state.metrics.responded(answer.exit, total_s)
+        state.responded(answer.exit, total_s)
         note(request, answer)
         document = self.documents.answer(answer, decoded - started, total_s, request.scope["request_id"])
         return Response(orjson.dumps(document), media_type="application/json")
@@ -98,7 +93,7 @@ def note(request: Request, answer: Answer) -> None:
 
 
 def classify_routes(state: State) -> APIRouter:
-    router = APIRouter(tags=["classify"])
+    router = APIRouter(tags=["classify"], route_class=PlainRoute)
     classifier = Classifier(state)
 
     @router.post(
@@ -123,4 +118,5 @@ def one_image() -> dict[str, object]:
         "required": [FIELD],
         "properties": {FIELD: {"type": "string", "format": "binary", "description": "one image file"}},
     }
-    return {"required": True, "content": {FORM_TYPE: {"schema": form}, **dict.fromkeys(IMAGE_TYPES, binary)}}
+    content = {FORM_TYPE: {"schema": form, "encoding": IMAGE_PARTS}, **dict.fromkeys(IMAGE_TYPES, binary)}
+    return {"required": True, "content": content}

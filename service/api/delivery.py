@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import Receive
 
-from service.engine import Engine
+from service.api.ports import EnginePort
 from service.rows import Answer, Options, Sink, Step, Told
 
 # A client that waits this long is watched for hanging up; sooner, the watching would cost more than the work.
@@ -22,7 +22,7 @@ class ClientLeft(Exception):  # noqa: N818 (nobody's error)
 class Delivery:
     """Submits images from the event loop and resolves its futures there."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EnginePort) -> None:
         self.engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
         # One object for all requests of a kind: the engine groups outcomes by it.

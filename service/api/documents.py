@@ -6,8 +6,17 @@ from typing import Any
 from models.manifest import Manifest
 from service.api.problems import Problem, not_ready
 from service.images import ImageError
-from service.metrics import Outcome
-from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, EngineTooLate, EngineUnsound, Step
+from service.rows import (
+    Answer,
+    EngineDraining,
+    EngineError,
+    EngineLost,
+    EngineOverloaded,
+    EngineTooLate,
+    EngineUnsound,
+    Step,
+)
+from service.tally import Outcome
 
 TITLES = {
     "empty-image": "Empty body",
@@ -91,6 +100,8 @@ def engine_problem(error: EngineError) -> Problem:
         )
     if isinstance(error, EngineUnsound):
         return not_ready(f"The image was not answered, for {error}: the server tries again by itself.")
+    if isinstance(error, EngineLost):
+        return not_ready(f"The image was not answered, for {error}: the server ends, and works again once restarted.")
     if isinstance(error, EngineDraining):
         return not_ready(f"The server takes no new work, {error}: use another one.")
     return Problem(

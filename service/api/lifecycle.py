@@ -2,13 +2,14 @@
 
 import os
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from itertools import count
 from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.problems import not_ready
+from service.api.problems import Problem, not_ready
 
 # Asked by machines that have to hear from a server in any state.
 ALWAYS_OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -54,11 +55,19 @@ class Gate:
 
     Requests that came in before are answered to the end, the rest with 503; and every connection is closed with its
     next answer, so that clients and load balancers go elsewhere.
+
+    Args:
+        app: what is behind the gate.
+        lifecycle: when to close.
+        refusal: why a request is not let in while the gate is open, None where it is.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, app: ASGIApp, lifecycle: Lifecycle, refusal: Callable[[Scope], Problem | None] = lambda scope: None
+    ) -> None:
         self.app = app
         self.lifecycle = lifecycle
+        self.refusal = refusal
         prefix = os.urandom(4).hex()
         self._new_ids = (f"{prefix}-{number:06d}" for number in count(1))
 
@@ -84,6 +93,9 @@ class Gate:
             self.lifecycle.last_refused_s = monotonic()
             problem = not_ready(self.lifecycle.detail)
             await problem.response(scope["path"], request_id)(scope, receive, send_named)
+            return
+        if (refusal := self.refusal(scope)) is not None:
+            await refusal.response(scope["path"], request_id)(scope, receive, send_named)
             return
         self.lifecycle.requests_in_flight += 1
         try:

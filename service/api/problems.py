@@ -94,13 +94,19 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             404, "not-found", "Not found", f"There is nothing at {path!r}: / and /docs list what there is."
         )
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        # The error names the methods of the first route that fits alone, the document those of all.
+        documented = request.app.openapi()["paths"].get(path)
+        allowed = ", ".join(map(str.upper, documented or ())) or (error.headers or {}).get("Allow", "GET, HEAD")
         problem = Problem(
-            405, "method-not-allowed", "Method not allowed", f"{path} does not answer {method}: use {allowed or 'GET'}."
+            405,
+            "method-not-allowed",
+            "Method not allowed",
+            f"{path} does not answer {method}: use {allowed}.",
+            headers={"Allow": allowed},
         )
     else:
         problem = Problem(error.status_code, "http-error", "Request refused", str(error.detail))
-    problem.headers |= error.headers or {}
+    problem.headers = {**(error.headers or {}), **problem.headers}
     return respond(request, problem)
 
 

@@ -7,7 +7,8 @@ from urllib.parse import parse_qsl
 
 from service.api.problems import Problem
 
-NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
+# As languages print their numbers: doubles have 17 digits and exponents of up to three.
+NUMBER = re.compile(r"([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?")
 
 
 def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
@@ -43,7 +44,7 @@ def number(name: str, text: str, lowest: float, highest: float, known: Collectio
     """Return a parameter's value.
 
     Raises:
-        Problem: 422 where it is no plain decimal number from `lowest` to `highest`.
+        Problem: 422 where it is no decimal number from `lowest` to `highest`.
     """
     if NUMBER.fullmatch(text) and lowest <= float(text) <= highest:
         return float(text)

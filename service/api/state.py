@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from models.bundle import Bundle
 from service.api.delivery import Delivery
 from service.api.lifecycle import Lifecycle
+from service.api.ports import EnginePort, KeeperPort, MetricsPort
 from service.api.problems import not_ready
-from service.engine import Engine
 from service.images import ImageDecoder
-from service.metrics import Metrics
 from service.settings import Settings
 from service.target import Targets
 
@@ -17,10 +16,11 @@ from service.target import Targets
 class State:
     bundle: Bundle
     targets: Targets
-    engine: Engine
+    engine: EnginePort
+    keeper: KeeperPort
     delivery: Delivery
     decoder: ImageDecoder
-    metrics: Metrics
+    metrics: MetricsPort
     lifecycle: Lifecycle
     settings: Settings
     admin_token: str | None
@@ -28,6 +28,11 @@ class State:
     @property
     def is_ready(self) -> bool:
         return self.lifecycle.is_ready and self.engine.is_alive and self.engine.trouble is None
+
+    def responded(self, exit_number: int, seconds: float) -> None:
+        """Count an answer, `seconds` after the last byte of its request."""
+        self.metrics.responded(exit_number, seconds)
+        self.engine.took(seconds)
 
     def require_ready(self) -> None:
         """Raise 503 unless the engine is warm and well."""

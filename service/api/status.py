@@ -10,13 +10,13 @@ from service.api.queries import read_query
 from service.api.state import State
 
 # A client has no use for where files lie or how they hash; `GET /model` leaves these out.
-PRIVATE = {"files", "stages"}
+PRIVATE = {"files", "stages", "int8"}
 
 
 def status_routes(state: State) -> APIRouter:
     router = APIRouter()
     public = state.bundle.manifest.model_dump(mode="json", exclude=PRIVATE)
-    model_document = orjson.dumps(public)
+    model_document = orjson.dumps({**public, "precision": state.bundle.precision})
 
     @router.get("/healthz", response_model=Health, tags=["status"], summary="Is the process alive?")
     async def healthz() -> Response:
@@ -35,7 +35,7 @@ def status_routes(state: State) -> APIRouter:
 
     @router.get("/metrics", tags=["status"], summary="For Prometheus", response_class=Response)
     async def metrics() -> Response:
-        content, content_type = await asyncio.to_thread(state.metrics.exposition)
+        content, content_type = await asyncio.to_thread(state.metrics.exposition, state.is_ready)
         return Response(content, headers={"Content-Type": content_type})
 
     @router.get("/model", tags=["model"], summary="The network: classes, exits, costs, accuracies")

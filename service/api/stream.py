@@ -16,11 +16,12 @@ from service.api.bodies import read_image
 from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, note, one_image
 from service.api.delivery import ClientLeft
 from service.api.documents import engine_problem, finite, outcome
+from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
 from service.api.state import State
-from service.metrics import Outcome
 from service.rows import Answer, EngineError
 from service.rows import Step as HeadStep
+from service.tally import Outcome
 
 MEDIA_TYPE = "application/x-ndjson"
 
@@ -108,7 +109,7 @@ class Streamer:
                         yield documents.step(step)
                         continue
                     total_s = perf_counter() - started
-                    state.metrics.responded(step.exit, total_s)
+                    state.responded(step.exit, total_s)
                     note(request, step)
                     answer = documents.answer(step, decoded - started, total_s, request.scope["request_id"])
                     yield {**answer, "score": finite(step.score), "threshold": finite(step.threshold), "final": True}
@@ -128,7 +129,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def stream_routes(state: State) -> APIRouter:
-    router = APIRouter(tags=["classify"])
+    router = APIRouter(tags=["classify"], route_class=PlainRoute)
     streamer = Streamer(Classifier(state))
     schema = {"oneOf": [_schema(Step), _schema(LastStep)]}
 

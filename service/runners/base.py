@@ -14,12 +14,20 @@ class RunnerError(RuntimeError):
     """A runner cannot be made or cannot run; the message names the cause and the fix."""
 
 
+class FatalRunnerError(RunnerError):
+    """A runner can never run again in this process: its device is lost. Only a new process helps."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Values of rows that ran together, by name, each [n_rows, ...]. Never written to once made."""
+    """Values of rows that ran together, by name, each [n_rows, ...]. Never written to once made.
+
+    Runners that keep values on a device give every row a slot there, which is the row's own until nothing refers to it.
+    """
 
     values: Mapping[str, Array]
     n_rows: int
+    slots: Sequence[Any] | None = None
 
     @property
     def bytes(self) -> int:
@@ -35,12 +43,23 @@ class RowState:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """What a runner has worked out of logits itself, on its device: [rows] each."""
+
+    classes: NDArray[np.int64]  # the leading class
+    confidences: NDArray[np.float64]  # its softmax output
+    scores: NDArray[np.float64]  # as the bundle's own score gives them
+
+
+@dataclass(frozen=True, slots=True)
 class StageOutput:
     """What one run gives: the logits of the stage's exit, float32 [rows, classes], and what its rows go on with."""
 
     logits: NDArray[np.float32]
     block: Block  # row i's state is `RowState(block, i)`; without values after the last stage
     seconds: float  # wall time of the run, gathering included
+    copy_seconds: float = 0.0  # of these, to copy rows together that did not lie side by side
+    heads: Heads | None = None
 
     @property
     def states(self) -> list[RowState]:
@@ -84,15 +103,6 @@ class Runner(Protocol):
         ...
 
 
-def fit_stage_time(seconds_by_rows: Mapping[int, float]) -> tuple[float, float]:
-    """Fit t(rows) = fixed + per_row x rows through the smallest and the largest batch; returns (fixed_s, per_row_s)."""
-    fewest, most = min(seconds_by_rows), max(seconds_by_rows)
-    if fewest == most:
-        return 0.0, seconds_by_rows[most] / most
-    per_row = max(0.0, (seconds_by_rows[most] - seconds_by_rows[fewest]) / (most - fewest))
-    return max(0.0, seconds_by_rows[most] - per_row * most), per_row
-
-
 class Gathering:
     """The rows of a batch as stretches of the blocks they lie in, found once for all values."""
 
@@ -107,6 +117,7 @@ class Gathering:
                 self._stretches.append((block, indices))
             indices.append(row.index)
         self._stretches = [(block, _as_slice(indices)) for block, indices in self._stretches]
+        self.copies = len(self._stretches) > 1 or not isinstance(self._stretches[0][1], slice)
 
     def take(self, name: str, out: Array | None = None) -> Array:
         """Return one value of all rows as a batch, copying each row once at most.
@@ -139,12 +150,22 @@ def _as_slice(indices: list[int] | slice) -> list[int] | slice:
     return slice(indices[0], indices[0] + len(indices))
 
 
+def lie_side_by_side(rows: Sequence[RowState]) -> bool:
+    """Whether rows, in this order, can run together without being copied."""
+    first = rows[0]
+    return all(row.block is first.block and row.index == first.index + i for i, row in enumerate(rows))
+
+
 def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[RowState]:
     """Return the states of some rows of a block, having bounded the memory that they keep alive.
 
     Rows that are `max_waste` times fewer than the block's get one of their own. That copies few rows; where more are
-    left, the block is kept and each is copied once, when it runs.
+    left, the block is kept and each is copied once, when it runs. Rows with slots get a block each, as a slot is to be
+    free as soon as its row has left.
     """
+    if block.slots is not None:
+        values, slots = block.values.items(), block.slots
+        return [RowState(Block({k: v[i : i + 1] for k, v in values}, 1, slots[i : i + 1]), 0) for i in indices]
     if block.n_rows < max_waste * len(indices):
         return [RowState(block, i) for i in indices]
     own = Block({name: value[list(indices)] for name, value in block.values.items()}, len(indices))

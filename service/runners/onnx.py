@@ -6,6 +6,7 @@ spin against each other and fall behind a single one.
 
 import ctypes
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import ValueInfo
 from models.onnx_weights import StageLoadError, load_stage_session
-from service.runners.base import Array, Block, Gathering, RowState, RunnerError, StageOutput
+from service.runners.base import Array, Block, FatalRunnerError, Gathering, RowState, RunnerError, StageOutput
 
 Device = Literal["auto", "cpu", "cuda"]
 ALIGNMENT_BYTES = 64
@@ -36,6 +37,22 @@ def cuda_device_count() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def uses_cuda(device: Device) -> bool:
+    """Whether stages for `device` would go to a CUDA device, if ONNX Runtime can load its provider."""
+    listed = "CUDAExecutionProvider" in ort.get_available_providers()
+    return device != "cpu" and listed and cuda_device_count() > 0
+
+
+# Errors of which CUDA says: "the process must be terminated and relaunched" (CUDA Runtime API, cudaError_t).
+LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error of ONNX Runtime's CUDA provider means that nothing can run in this process any more."""
+    told = re.search(r"CUDA failure (\d+)", str(error))
+    return told is not None and int(told[1]) in LOST
 
 
 def default_lanes() -> int:
@@ -95,16 +112,18 @@ class OnnxRunner:
         for value in self.stages[stage].inputs:
             carried = value.name in self._needed[stage]  # read again later: it must outlive the lane's buffer
             feed[value.name] = gathering.take(value.name, None if carried else buffers[value.name][:n_rows])
+        copy_s = time.perf_counter() - started if gathering.copies else 0.0
         try:
             outputs = self._sessions[stage].run(None, feed)
         except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception
-            raise RunnerError(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
+            kind = FatalRunnerError if is_lost(error) else RunnerError
+            raise kind(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
         names = [value.name for value in self.stages[stage].outputs]
         by_name = dict(zip(names, outputs, strict=True))
         values = {name: by_name[name] for name in self._kept[stage]}
         for name in self._needed[stage].difference(values).intersection(rows[0].block.values):
             values[name] = feed[name] if name in feed else gathering.take(name)
-        return StageOutput(outputs[0], Block(values, n_rows), time.perf_counter() - started)
+        return StageOutput(outputs[0], Block(values, n_rows), time.perf_counter() - started, copy_s)
 
     def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:
         """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent."""
@@ -135,6 +154,10 @@ class OnnxRunner:
 
 def _open_sessions(bundle: Bundle, device: Device) -> tuple[list[ort.InferenceSession], str]:
     """Open every stage on one provider; returns them and the provider's name."""
+    if bundle.precision == "int8":
+        if device == "cuda":
+            raise RunnerError("int8 stages run on the CPU: choose the device cpu or auto, or the precision fp32")
+        device = "cpu"
     n_devices = cuda_device_count() if device != "cpu" else 0
     listed = "CUDAExecutionProvider" in ort.get_available_providers()
     if device == "cuda" and not (n_devices and listed):

@@ -3,7 +3,7 @@
 import { badge, byId, element, tint } from "./element.js";
 import { Curve } from "./curve.js";
 import { readAccess, setBudget } from "./server.js";
-import { count, millions, needs, percent } from "./words.js";
+import { aboutLatency, count, millions, needs, percent } from "./words.js";
 
 export class BudgetPanel {
   // changed(state) is called with every new GET /budget document, failed(error) where setting it failed.
@@ -114,7 +114,7 @@ export class BudgetPanel {
     try {
       while (this.wanted !== undefined) {
         const asked = this.wanted;
-        const state = await setBudget(asked, this.token);
+        const state = await setBudget(asked, this.state.latency?.target_ms, this.token);
         if (this.wanted === asked) this.wanted = undefined;
         this.state = state;
         this.changes++;
@@ -165,6 +165,8 @@ export class BudgetPanel {
     byId("budget-limit").hidden = end > fraction - 0.005;
     byId("budget-limit").textContent =
       `For this network going deeper stops paying at ${percent(end)}: the rest of the budget is not spent.`;
+    byId("latency-note").hidden = !this.state.latency;
+    byId("latency-note").textContent = this.state.latency ? aboutLatency(this.state.latency) : "";
     this.rows.forEach((row, i) => {
       const takesAll = i + 1 === this.rows.length || expected.exit_shares[i] > 0;
       row.threshold.textContent = needs(thresholds[i], takesAll);

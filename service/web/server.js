@@ -69,10 +69,11 @@ export async function* classifyStream(body, signal) {
   if (!final) throw unreachable();
 }
 
-export const setBudget = (fraction, token) =>
+// The whole of it: a latency target that is not sent again would end.
+export const setBudget = (fraction, latencyMs, token) =>
   readJson("budget", {
     method: "PUT",
-    body: JSON.stringify({ fraction }),
+    body: JSON.stringify(latencyMs === undefined ? { fraction } : { fraction, latency_ms: latencyMs }),
     headers: { "Content-Type": "application/json", ...authority(token) },
   });
 

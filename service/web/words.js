@@ -13,6 +13,19 @@ export const count = (number, one, many = `${one}s`) => `${number} ${number === 
 export const needs = (threshold, takesAll) =>
   Number.isFinite(threshold) ? score(threshold) : takesAll ? "any" : "none will do";
 
+// What a latency target does to the budget at the moment.
+export function aboutLatency({ target_ms: target, p95_ms: p95, limited, limited_since: since, at_lowest: lowest, working }) {
+  const aim = `95 of 100 pictures are to be answered within ${target} ms`;
+  const now = p95 === null ? "" : ` (now: ${Math.round(p95)} ms)`;
+  if (!limited) return `${aim}${now}. At present that takes no less than this budget.`;
+  const from = new Date(since).toLocaleTimeString("en", { hour12: false });
+  const most = lowest ? ", and that is the least: what comes beyond it is refused" : "";
+  return (
+    `${aim}${now}. There is more to do than this budget has time for, so since ${from} the server has gone below it: ` +
+    `it works at ${percent(working.fraction)} of the full network, with ${percent(working.accuracy, 1)} expected to be right${most}.`
+  );
+}
+
 const SCORES = {
   logit_margin: "The score says how far the best guess is ahead of the next one.",
   max_softmax: "The score says how far the best guess is ahead of all others together.",

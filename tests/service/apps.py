@@ -22,8 +22,9 @@ from service.api.lifecycle import Gate
 from service.assembly import build_engine
 from service.engine import Engine
 from service.metrics import Metrics
+from service.precision import at_precision
 from service.settings import Settings
-from service.target import Targets
+from service.target import Keeper, Targets
 
 T = TypeVar("T")
 
@@ -38,23 +39,27 @@ def build_app(
 ) -> Gate:
     """The application as `python -m service` makes it, on two lanes and the CPU; `keep` is given its engine."""
     chosen = Settings(**{"bundle": folder, "lanes": 2, "device": "cpu", "budget_fraction": 0.6, **settings})
-    bundle = load_bundle(folder)
+    bundle = at_precision(load_bundle(folder), chosen.precision, chosen.device)
     targets = Targets(bundle.frontier(), bundle.costs_mflops)
     target = targets.resolve("fraction", chosen.budget_fraction or 1.0)
     metrics = Metrics(bundle.manifest)
     engine = build_engine(
         bundle,
         target.average_mflops,
+        runner_name=chosen.runner,
         device=chosen.device,
         n_lanes=chosen.lanes,
         max_rows=chosen.max_batch_rows,
         burst_images=chosen.burst_images,
         max_in_flight_rows=chosen.max_in_flight,
         max_queue_s=chosen.max_queue_s,
+        latency_s=chosen.latency_s,
         observer=metrics,
     )
     keep(engine)
-    return create_app(bundle, engine, metrics, targets, target, chosen, chosen.read_admin_token(), on_started)
+    metrics.watch(engine.stats, engine.budget_state, bundle)
+    keeper = Keeper(engine, target)
+    return create_app(bundle, engine, metrics, targets, keeper, chosen, chosen.read_admin_token(), on_started)
 
 
 class Http:

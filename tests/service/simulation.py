@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from models.frontier import Frontier, build_frontier
 from service.budget import BudgetController
+from service.costs import CostTable
 from service.ledger import Account
 from service.scheduler import Scheduler
 
@@ -63,13 +64,13 @@ def simulate(
     n_clients: int = 32,
     n_lanes: int = 2,
     max_rows: int = 32,
-    ripe_rows: int = 4,
     at_answer: Callable[[int], None] = lambda n_answers: None,
 ) -> Run:
     """Send every image, each client one at a time; batches take 0.3 ms and 1 ms per 13 mflops of every row."""
     n_exits = len(budget.costs)
     seconds_per_row = np.diff([0.0, *(cost / 1e6 for cost in budget.costs)]) / 13_000
-    scheduler: Scheduler[Image] = Scheduler(n_exits, max_rows, 0.05, (ripe_rows,) * n_exits)
+    costs = CostTable([{1: 3e-4 + row_s, max_rows: 3e-4 + row_s * max_rows} for row_s in seconds_per_row.tolist()])
+    scheduler: Scheduler[Image] = Scheduler(n_exits, max_rows, 0.05, costs)
     waiting: Iterator[tuple[list[float], list[bool]]] = zip(images[0].tolist(), images[1].tolist(), strict=True)
     running: list[tuple[float, int, int, list[Image]]] = []
     run, now_s, n_batches = Run(), 0.0, 0

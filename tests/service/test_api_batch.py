@@ -137,6 +137,7 @@ def test_a_client_that_leaves_is_given_up_with_all_its_images(folder: Path, path
         client.run(app(scope, receive, send))  # type: ignore[arg-type]
         go_on.set()
         stats = engines[0].stats()
-        assert (stats.submitted, stats.abandoned, stats.in_flight_rows) == (n_images, n_images, 0)
+        assert (stats.abandoned, stats.in_flight_rows) == (stats.submitted, 0)
+        assert 1 <= stats.submitted <= n_images  # on a busy machine it may leave before the last is decoded
         assert sent[0]["status"] == 499
         assert outcomes(client)["abandoned"] == n_images

@@ -1,7 +1,9 @@
 """`/budget`: said in three ways, refused with its range, and changed only by those who may."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -87,6 +89,14 @@ def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, ki
         (b'{"fraction": NaN}', 422, "budget-out-of-range"),
         (b'{"fraction": Infinity}', 422, "budget-out-of-range"),
         (b'{"fraction": 40}', 422, "budget-out-of-range"),
+        (b'{"latency_ms": null}', 422, "bad-budget"),
+        (b'{"latency_ms": "50"}', 422, "bad-budget"),
+        (b'{"latency_ms": 0.5}', 422, "bad-budget"),
+        (b'{"latency_ms": -50}', 422, "bad-budget"),
+        (b'{"latency_ms": NaN}', 422, "bad-budget"),
+        (b'{"latency_ms": 1e9, "fraction": 0.4}', 422, "bad-budget"),
+        (b'{"latency_ms": 50, "fraction": 0.4, "accuracy": 0.7}', 422, "bad-budget"),
+        (b'{"latency_ms": 50, "fraction": 40}', 422, "budget-out-of-range"),
         (b" " * 70_000, 413, "body-too-large"),
     ],
 )
@@ -133,6 +143,72 @@ def test_the_ledger_equals_the_answers(folder: Path) -> None:
         assert state["ledger"]["total_mflops"] == pytest.approx(spent, rel=1e-9)
         assert state["rolling"]["average_mflops"] == pytest.approx(spent / 60, rel=1e-9)
         assert spent <= (60 + state["ledger"]["burst_images"]) * state["average_mflops"]
+
+
+# --- a latency target -------------------------------------------------------------------------------------------
+
+
+def test_a_latency_target_goes_with_the_whole_network_or_a_ceiling_and_ends_with_the_next_budget(http: Http) -> None:
+    state = http.put("/budget", json={"latency_ms": 60_000}).json()
+    assert (state["fraction"], state["latency"]["target_ms"]) == (1.0, 60_000)
+    state = http.put("/budget", json={"latency_ms": 50.5, "fraction": 0.5}).json()
+    assert (state["fraction"], state["set_as"]) == (pytest.approx(0.5, rel=1e-5), "fraction")
+    assert state["latency"] == {
+        "target_ms": 50.5,
+        "p95_ms": None,
+        "answers": 0,
+        "limited": False,
+        "limited_since": None,
+        "at_lowest": False,
+        "working": {key: state[key] for key in ("average_mflops", "fraction", "accuracy")},
+    }
+    problem(http.put("/budget", json={"latency_ms": 20, "fraction": 40}), 422, "budget-out-of-range")
+    assert http.get("/budget").json()["latency"]["target_ms"] == 50.5
+    assert http.put("/budget", json={"fraction": 0.5}).json()["latency"] is None
+
+
+def test_a_target_can_be_set_at_the_start(folder: Path) -> None:
+    with serving(build_app(folder, latency_ms=75)) as http:
+        state = http.get("/budget").json()
+        assert (state["fraction"], state["latency"]["target_ms"]) == (pytest.approx(0.6, rel=1e-5), 75)
+
+
+def test_late_answers_lower_the_working_budget_and_everybody_is_told(folder: Path) -> None:
+    """No image is answered within a millisecond of its last byte, so that the budget has to give way."""
+    with serving(build_app(folder, access_log="off")) as http:
+        full = http.get("/model").json()["exits"][-1]["executed_mflops"]
+        http.put("/budget", json={"latency_ms": 1, "fraction": 0.8})
+        bodies = [png(image) for image in random_images(60, seed=22)]
+        limit_s = monotonic() + 30
+        while not (latency := http.get("/budget").json()["latency"])["at_lowest"]:
+            assert monotonic() < limit_s, latency
+            for response in http.post_all("/classify", bodies, 2, headers=PNG):
+                assert response.status_code in (200, 429)
+        state = http.get("/budget").json()
+        latency = state["latency"]
+        assert latency["limited"]
+        assert latency["p95_ms"] > 1
+        assert latency["answers"] >= 20
+        since = datetime.fromisoformat(latency["limited_since"])
+        assert timedelta(0) <= datetime.now(UTC) - since < timedelta(seconds=60)
+        assert latency["working"]["average_mflops"] == pytest.approx(state["allowed"]["average_mflops"]["lowest"])
+        assert latency["working"]["accuracy"] < state["accuracy"]
+        assert state["average_mflops"] == pytest.approx(0.8 * full)  # as it was set
+        assert http.post("/classify", content=bodies[0], headers=PNG).json()["exit"] == 1
+        told = dict(
+            line.removeprefix("exitserve_").split(" ")
+            for line in http.get("/metrics").text.splitlines()
+            if line.startswith(("exitserve_latency", "exitserve_working", "exitserve_budget"))
+        )
+        assert float(told["working_mflops"]) == pytest.approx(latency["working"]["average_mflops"])
+        assert float(told["budget_mflops"]) == pytest.approx(0.8 * full)
+        assert float(told["latency_target_seconds"]) == 0.001
+        assert float(told["latency_p95_seconds"]) > 0.001
+        assert (told["latency_limited"], told["latency_at_lowest"]) == ("1.0", "1.0")
+        assert float(told["latency_limited_seconds_total"]) > 0
+        state = http.put("/budget", json={"fraction": 0.8}).json()
+        assert state["latency"] is None
+        assert "exitserve_latency_limited 0.0" in http.get("/metrics").text
 
 
 # --- who may ----------------------------------------------------------------------------------------------------

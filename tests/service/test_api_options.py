@@ -29,6 +29,8 @@ READER = OptionReader(100, (13.391768, 22.9, 60.307544))
         (b"min_confidence=0&deadline_ms=50", Asked(Options(5, min_confidence=0.0), 50.0)),
         (b"max_mflops=13.391768", Asked(Options(5, max_mflops=13.391768))),
         (b"max_mflops=1000000", Asked(Options(5, max_mflops=1e6))),
+        (b"max_mflops=3.820728052080613e%2B16", Asked(Options(5, max_mflops=3.820728052080613e16))),
+        (b"min_confidence=0.3710719865150565", Asked(Options(5, min_confidence=0.3710719865150565))),
         (b"deadline_ms=1.5", Asked(Options(5), 1.5)),
     ],
 )
@@ -55,7 +57,8 @@ def test_a_deadline_counts_from_the_moment_the_body_is_there() -> None:
         ("min_confidence=nan", "number from 0 to 1"),
         ("max_mflops=13.3", "at least 13.391768"),
         ("max_mflops=inf", "at least 13.391768"),
-        ("max_mflops=1e3", "at least 13.391768"),
+        ("max_mflops=1e", "at least 13.391768"),
+        ("max_mflops=1e-3", "at least 13.391768"),
         ("deadline_ms=0", "number from 1 to 600000"),
         ("deadline_ms=600001", "number from 1 to 600000"),
         ("deadline_ms=", "number from 1 to 600000"),

@@ -74,7 +74,10 @@ def test_the_client_makes_every_call(url: str, pictures: list[Path]) -> None:
         assert (bad.kind, bad.status) == ("not-an-image", 400)
         assert client.set_budget("fraction", 0.5).fraction == pytest.approx(0.5, abs=1e-5)
         assert client.budget().set_as == "fraction"
-        assert client.set_budget("fraction", 1.0).set_as == "fraction"
+        limited = client.set_budget("fraction", 1.0, latency_ms=60_000)
+        assert limited.latency is not None
+        assert (limited.set_as, limited.latency.target_ms) == ("fraction", 60_000)
+        assert client.set_budget("fraction", 1.0).latency is None
         model = client.model()
         assert model.class_names == CLASS_NAMES
         assert len(model.exits) == answer.exits

@@ -20,10 +20,11 @@ from service.assembly import build_engine
 from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import EngineStats
+from service.policies import POLICIES
 from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options
 from service.runners.base import RowState, StageOutput
 from service.runners.onnx import OnnxRunner
-from service.scheduler import POLICIES, Scheduler
+from service.scheduler import Scheduler
 from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_bundle, tiny_network
 from training.export import Normalise
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, load_bundle
 from service.budget import BudgetController
 from service.engine import Engine
-from service.rows import Answer, EngineError, EngineOverloaded, EngineUnsound, Options
-from service.runners.base import RowState, StageOutput
+from service.rows import Answer, EngineError, EngineLost, EngineOverloaded, EngineUnsound, Options
+from service.runners.base import FatalRunnerError, RowState, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
 from tests.bundles import random_images, tiny_bundle
@@ -86,18 +86,24 @@ def test_of_a_batch_that_fails_only_its_cause_is_lost(bundle: Bundle, images: ND
     assert state.reserved_mflops == 0.0
 
 
-def test_a_batch_too_large_for_the_memory_runs_a_row_at_a_time(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_where_memory_is_short_for_a_batch_those_of_its_stage_become_smaller(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
     def no_memory(stage: int, rows: Sequence[RowState]) -> None:
-        if len(rows) > 1:
-            raise MemoryError("out of memory")
+        if stage == 1 and len(rows) > 2:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 8388608")
 
     engine, runner = troubled(bundle)
     with running(engine):
         runner.befall = no_memory
-        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
-        assert all(answer.batch_rows == 1 for answer in answers)
+        for _ in range(4):
+            futures = [engine.submit(image, Options(exit=4)) for image in images]
+            assert all(isinstance(future.result(30), Answer) for future in futures)
+        stats = engine.stats()
+        assert stats.max_batch_rows == (8, 2, 8, 8)
+        assert stats.failed_batches <= 8  # four with the lanes at a time: once of 8 rows, once of 4
         assert engine.trouble is None
-        assert engine.stats().answered == len(images)
+        assert stats.answered == 4 * len(images)
 
 
 def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundle, images: NDArray[np.uint8]) -> None:
@@ -238,3 +244,35 @@ def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, ima
         assert stats.refused == len(refused)
         assert stats.room_rows < len(images)
         assert balanced(stats)
+
+
+def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    all_in = threading.Event()
+
+    def lost(stage: int, rows: Sequence[RowState]) -> None:
+        all_in.wait(30)
+        raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
+
+    engine, runner = troubled(bundle)
+    with running(engine):
+        runner.befall = lost
+        futures = [engine.submit(image) for image in images]
+        all_in.set()
+        for future in futures:
+            with pytest.raises(EngineLost, match="illegal memory access"):
+                future.result(30)
+        assert "illegal memory access" in str(engine.broken.result(30))
+        assert not engine.is_alive
+        with pytest.raises(EngineLost):
+            engine.submit(images[0])
+        stats = engine.stats()
+    assert (stats.failed, stats.in_flight_rows) == (len(images), 0)
+    assert balanced(stats)
+    assert engine.budget_state().reserved_mflops == 0.0
+
+
+def test_an_engine_that_is_told_to_stop_is_not_broken(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    engine, _ = troubled(bundle)
+    with running(engine):
+        engine.submit(images[0]).result(30)
+    assert not engine.broken.done()

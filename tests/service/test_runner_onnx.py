@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle
-from service.runners.base import Block, Gathering, RowState, RunnerError, fit_stage_time, keep
+from service.runners.base import Block, Gathering, RowState, RunnerError, keep
 from service.runners.onnx import OnnxRunner, cuda_device_count
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_bundle, tiny_network
 from training.export import Normalise
@@ -149,12 +149,6 @@ def test_warm_up_runs_every_stage_at_both_ends(runner):
     for seconds_by_rows in times:
         assert {1, MAX_ROWS} <= set(seconds_by_rows)
         assert all(seconds > 0 for seconds in seconds_by_rows.values())
-
-
-def test_stage_times_are_fitted_through_both_ends():
-    fixed_s, per_row_s = fit_stage_time({1: 1.5, 4: 9.9, 33: 17.5})
-    assert (fixed_s, per_row_s) == (1.0, 0.5)
-    assert fit_stage_time({8: 4.0}) == (0.0, 0.5)
 
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")

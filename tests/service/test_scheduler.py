@@ -2,15 +2,29 @@
 
 import heapq
 from collections import Counter
+from math import inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import POLICIES, Scheduler, ripe_rows
+from service.costs import CostTable
+from service.policies import POLICIES
+from service.scheduler import Scheduler
 
 N_STAGES = 4
+
+
+def table(fixed_s: float, row_s: float, copy_s: float = 0.0, n_stages: int = N_STAGES) -> CostTable:
+    """Stages that all cost the same; copies were measured if they cost anything."""
+    costs = CostTable([{1: fixed_s + row_s, 32: fixed_s + 32 * row_s}] * n_stages)
+    for stage in range(n_stages if copy_s else 0):
+        costs.ran(stage, 32, fixed_s + 32 * (row_s + copy_s), copy_seconds=32 * copy_s)
+    return costs
+
+
 POLICY = st.sampled_from(sorted(POLICIES))
+COSTS = st.builds(table, st.floats(0, 5), st.floats(0, 1), st.sampled_from([0.0, 0.1, 3.0]))
 
 
 @settings(max_examples=120, deadline=None)
@@ -18,20 +32,23 @@ POLICY = st.sampled_from(sorted(POLICIES))
     policy=POLICY,
     max_rows=st.integers(1, 6),
     max_wait_s=st.sampled_from([0.0, 1.5, 100.0]),
-    ripe=st.lists(st.integers(1, 6), min_size=N_STAGES, max_size=N_STAGES),
+    costs=COSTS,
+    deadlines=st.booleans(),
     actions=st.lists(st.tuples(st.sampled_from(["arrive", "arrive", "pick", "drop"]), st.integers(0, 7)), max_size=150),
 )
 def test_nothing_is_lost_or_run_twice_and_every_queue_is_first_in_first_out(
-    policy, max_rows, max_wait_s, ripe, actions
+    policy, max_rows, max_wait_s, costs, deadlines, actions
 ):
-    scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, ripe, policy)
+    scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, costs, policy)
     queues: list[list[int]] = [[] for _ in range(N_STAGES)]  # what ought to be in each, in order
     dropped, finished, n_rows = set(), [], 0
     for now_s, (action, number) in enumerate([*actions, *[("pick", 5)] * 600]):
         if action == "arrive":
             rows = list(range(n_rows, n_rows + number))
             n_rows += number
-            scheduler.add(rows, 0, now_s)
+            scheduler.add(
+                rows, 0, now_s, due_s=[now_s + row % 9 if row % 3 else inf for row in rows] if deadlines else None
+            )
             queues[0] += rows
         elif action == "drop" and (waiting := [row for queue in queues for row in queue]):
             row = waiting[number % len(waiting)]
@@ -49,12 +66,12 @@ def test_nothing_is_lost_or_run_twice_and_every_queue_is_first_in_first_out(
             stage, rows = picked
             assert 1 <= len(rows) <= max_rows
             assert rows == queues[stage][: len(rows)]
-            if policy != "no-merge":
+            if stage == 0 or policy == "merge-full":
                 assert len(rows) == min(max_rows, len(queues[stage]))
             del queues[stage][: len(rows)]
             going_on = [row for row in rows if (row + stage) % 8 < number and stage + 1 < N_STAGES]
             if going_on:
-                scheduler.add(going_on, stage + 1, now_s)
+                scheduler.add(going_on, stage + 1, now_s, joined=number % 2 == 0)
                 queues[stage + 1] += going_on
             finished += [row for row in rows if row not in going_on]
         assert [scheduler.queued_rows(stage) for stage in range(N_STAGES)] == [len(queue) for queue in queues]
@@ -67,16 +84,18 @@ def test_nothing_is_lost_or_run_twice_and_every_queue_is_first_in_first_out(
     policy=POLICY,
     max_rows=st.integers(1, 8),
     max_wait_s=st.sampled_from([0.0, 3.0, 20.0]),
-    ripe=st.integers(1, 8),
+    costs=COSTS,
+    deadlines=st.booleans(),
     n_lanes=st.integers(1, 3),
     n_held=st.integers(1, 40),
     leaves_at=st.lists(st.integers(0, N_STAGES - 1), min_size=200, max_size=200),
 )
 def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
-    policy, max_rows, max_wait_s, ripe, n_lanes, n_held, leaves_at
+    policy, max_rows, max_wait_s, costs, deadlines, n_lanes, n_held, leaves_at
 ):
     """`n_held` rows are kept in the scheduler at any time: what leaves is replaced at once, at stage 0."""
-    scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, (ripe,) * N_STAGES, policy)
+    scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, costs, policy)
+    bound = n_held * N_STAGES * (2 if deadlines else 1)
     added_s: dict[int, float] = {}
     pick_number: dict[int, int] = {}  # when a row's time was up: how many batches had been picked
     running: list[tuple[float, int, int, list[int]]] = []
@@ -84,7 +103,7 @@ def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
 
     def arrive() -> None:
         nonlocal n_arrived
-        scheduler.add([n_arrived], 0, now_s)
+        scheduler.add([n_arrived], 0, now_s, due_s=[now_s + 2 if n_arrived % 2 else inf] if deadlines else None)
         added_s[n_arrived] = now_s
         n_arrived += 1
 
@@ -96,7 +115,7 @@ def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
             n_picks += 1
             for row in rows:
                 del added_s[row]
-                assert n_picks - pick_number.pop(row, n_picks) <= n_held * N_STAGES
+                assert n_picks - pick_number.pop(row, n_picks) <= bound
             heapq.heappush(running, (now_s + 1 + len(rows) % 3, n_picks, stage, rows))
         now_s, _, stage, rows = heapq.heappop(running)
         for row in rows:
@@ -104,7 +123,7 @@ def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
                 n_ended += 1
                 arrive()
             else:
-                scheduler.add([row], stage + 1, now_s)
+                scheduler.add([row], stage + 1, now_s, due_s=[now_s + 2 if row % 2 else inf] if deadlines else None)
                 added_s[row] = now_s
         for row, since_s in added_s.items():
             if now_s - since_s >= max_wait_s:
@@ -112,7 +131,7 @@ def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
 
 
 def test_a_lone_deep_row_is_not_forgotten_while_the_first_queue_is_always_full():
-    scheduler: Scheduler[str] = Scheduler(2, max_rows=4, max_wait_s=10.0, ripe=(4, 4))
+    scheduler: Scheduler[str] = Scheduler(2, max_rows=4, max_wait_s=10.0, costs=table(fixed_s=9, row_s=0.1, n_stages=2))
     scheduler.add(["deep"], 1, 0.0)
     for now_s in range(30):
         scheduler.add([f"{now_s}-{i}" for i in range(4)], 0, now_s)
@@ -123,25 +142,88 @@ def test_a_lone_deep_row_is_not_forgotten_while_the_first_queue_is_always_full()
     pytest.fail("the deep row starved")
 
 
-def test_ripe_queues_run_deepest_first_and_unripe_ones_wait_for_company():
-    scheduler: Scheduler[str] = Scheduler(3, max_rows=4, max_wait_s=1e9, ripe=(2, 2, 2))
+def test_the_deepest_queue_that_is_worth_a_batch_runs_first_and_others_wait_for_company():
+    # A batch of the longest queue takes 1 + 4 x 1 = 5 s, and 9 rows wait: two rows waste 10 s to save 9, one row 5 s.
+    scheduler: Scheduler[str] = Scheduler(3, max_rows=4, max_wait_s=1e9, costs=table(1, 1, n_stages=3))
     scheduler.add(["c1"], 2, 0.0)
     scheduler.add(["b1", "b2", "b3", "b4", "b5"], 1, 0.0)
     scheduler.add(["a1", "a2", "a3"], 0, 0.0)
     assert scheduler.pick(0.0) == (1, ["b1", "b2", "b3", "b4"])
-    assert scheduler.pick(0.0) == (0, ["a1", "a2", "a3"])
+    scheduler.add(["a4", "a5", "a6", "a7"], 0, 0.0)
+    assert scheduler.pick(0.0) == (0, ["a1", "a2", "a3", "a4"])
     scheduler.add(["c2"], 2, 0.0)
     assert scheduler.pick(0.0) == (2, ["c1", "c2"])
-    assert scheduler.pick(0.0) == (1, ["b5"])  # work is never left lying
-    assert scheduler.pick(0.0) is None
+    scheduler.drop("a7")
+    scheduler.drop("a6")
+    assert scheduler.pick(0.0) == (1, ["b5"])  # three rows are waiting, and none is worth more than a batch of 2
+    assert scheduler.pick(0.0) == (0, ["a5"])
+    assert scheduler.pick(0.0) is None  # and work was never left lying
 
 
-def test_rows_of_two_batches_merge_or_keep_apart_as_the_policy_says():
-    for policy, expected in (("default", ["a", "b", "c"]), ("no-merge", ["a", "b"])):
-        scheduler: Scheduler[str] = Scheduler(2, policy=policy)
-        scheduler.add(["a", "b"], 1, 0.0)
-        scheduler.add(["c"], 1, 0.0)
-        assert scheduler.pick(0.0) == (1, expected)
+def test_with_next_to_no_fixed_cost_nothing_waits():
+    scheduler: Scheduler[str] = Scheduler(2, max_rows=4, max_wait_s=1e9, costs=table(0, 1, n_stages=2))
+    scheduler.add(["b"], 1, 0.0)
+    scheduler.add(["a1", "a2", "a3", "a4"], 0, 0.0)
+    assert scheduler.pick(0.0) == (1, ["b"])
+
+
+PAIRS = (["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "costs", "joined", "expected"),
+    [
+        ("default", table(fixed_s=1.0, row_s=1.0, copy_s=0.2), True, 4),  # 4 copies, 0.8, save 1
+        ("default", table(fixed_s=1.0, row_s=1.0, copy_s=0.3), True, 2),  # 4 copies, 1.2
+        ("default", table(fixed_s=1.0, row_s=1.0, copy_s=9.9), False, 4),  # copied in any case
+        ("none", table(fixed_s=9.0, row_s=1.0), True, 2),
+        ("no-compaction", table(fixed_s=1.0, row_s=1.0, copy_s=0.2), True, 4),
+        ("always-compact", table(fixed_s=9.0, row_s=1.0), False, 2),
+        ("merge-full", table(fixed_s=0.0, row_s=1.0, copy_s=9.9), True, 4),
+    ],
+)
+def test_two_batches_merge_where_that_saves_more_than_it_copies_or_as_the_policy_says(policy, costs, joined, expected):
+    scheduler: Scheduler[str] = Scheduler(N_STAGES, costs=costs, policy=policy)
+    for rows in PAIRS:
+        scheduler.add(rows, 1, 0.0, joined=joined)
+    assert scheduler.pick(0.0) == (1, [*PAIRS[0], *PAIRS[1]][:expected])
+
+
+def test_a_group_is_split_to_fill_a_batch_only_where_that_costs_no_copy():
+    for joined, expected in ((False, 8), (True, 5)):
+        scheduler: Scheduler[int] = Scheduler(2, max_rows=8, costs=table(1.0, 1.0, 0.15, n_stages=2))
+        scheduler.add(range(5), 1, 0.0, joined=joined)
+        scheduler.add(range(5, 11), 1, 0.0, joined=joined)  # half a batch is saved, for eight copies, 1.2
+        assert scheduler.pick(0.0) == (1, list(range(expected)))
+
+
+def test_full_batches_are_waited_for_until_a_row_has_waited_long_enough():
+    scheduler: Scheduler[int] = Scheduler(2, max_rows=4, max_wait_s=5.0, policy="merge-full")
+    scheduler.add(range(3), 1, 0.0)
+    for now_s in (1.0, 4.0, 6.0):
+        scheduler.add(range(int(100 * now_s), int(100 * now_s) + 4), 0, now_s)
+    assert scheduler.pick(4.0) == (0, [100, 101, 102, 103])
+    assert scheduler.pick(6.0) == (1, [0, 1, 2])
+
+
+def test_a_row_whose_deadline_is_near_runs_before_deeper_ones_but_not_twice_in_a_row():
+    def pick(due_s: float) -> int:
+        scheduler: Scheduler[str] = Scheduler(3, max_rows=4, costs=table(1, 1, n_stages=3))  # a batch of one takes 2 s
+        scheduler.add(["deep"], 2, 0.0)
+        scheduler.add(["plain", "hurried"], 1, 0.0, due_s=[inf, due_s])  # 3 s
+        picked = scheduler.pick(0.0)
+        assert picked
+        return picked[0]
+
+    assert pick(due_s=7.0) == 2  # there is time for both
+    assert pick(due_s=5.9) == 1
+    assert pick(due_s=3.0) == 1
+    assert pick(due_s=2.9) == 2  # too late: it is answered from the head it has
+
+    scheduler: Scheduler[int] = Scheduler(2, max_rows=1, costs=table(1, 1, n_stages=2))
+    scheduler.add(range(3), 0, 0.0, due_s=[1.0] * 3)
+    scheduler.add(range(10, 13), 1, 0.0)
+    assert [scheduler.pick(0.0) for _ in range(6)] == [(0, [0]), (1, [10]), (0, [1]), (1, [11]), (0, [2]), (1, [12])]
 
 
 def test_a_row_can_wait_in_one_place_only():
@@ -153,15 +235,12 @@ def test_a_row_can_wait_in_one_place_only():
 
 @pytest.mark.parametrize(
     ("arguments", "what"),
-    [({"policy": "fastest"}, "default, deepest, no-merge"), ({"max_rows": 0}, "at least"), ({"max_wait_s": -1}, "0")],
+    [
+        ({"policy": "fastest"}, "default, none, no-compaction, always-compact, merge-full"),
+        ({"max_rows": 0}, "at least"),
+        ({"max_wait_s": -1}, "0"),
+    ],
 )
 def test_bad_settings_are_refused(arguments, what):
     with pytest.raises(ValueError, match=what):
         Scheduler(2, **arguments)
-
-
-def test_ripe_rows_keep_the_fixed_share_low():
-    assert ripe_rows(fixed_s=0.6, per_row_s=1.0, max_rows=32, max_fixed_share=0.15) == 4
-    assert ripe_rows(fixed_s=100.0, per_row_s=1.0, max_rows=64) == 8
-    assert ripe_rows(fixed_s=100.0, per_row_s=1.0, max_rows=4) == 1
-    assert ripe_rows(fixed_s=0.0, per_row_s=1.0, max_rows=32) == 1

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from service import reference
+from service.policies import POLICIES
 from service.settings import (
     NOT_ON_THE_COMMAND_LINE,
     Settings,
@@ -121,3 +122,10 @@ def test_the_page_of_settings_is_up_to_date_and_complete() -> None:
     assert [name for fields in reference.GROUPS.values() for name in fields] == list(Settings.model_fields)
     written = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert written == reference.document(), "run `make configuration`"
+
+
+def test_every_scheduling_policy_can_be_set_and_no_other():
+    for policy in POLICIES:
+        assert load_settings(["--scheduling-policy", policy]).scheduling_policy == policy
+    with pytest.raises(SettingsError, match="no-compaction"):
+        load_settings(["--scheduling-policy", "fastest"])

@@ -90,7 +90,7 @@ def test_the_best_answer_so_far_leaves_at_the_deadline_while_its_next_stage_runs
     assert request.state is ENDED
 
 
-def test_a_row_keeps_its_state_until_the_lane_has_read_it() -> None:
+def test_a_batch_keeps_the_states_that_its_lane_has_yet_to_read() -> None:
     here = world()
     request = here.admit("a", Options(exit=N_EXITS, deadline_s=here.now_s + 1))
     batch = here.start()
@@ -100,7 +100,7 @@ def test_a_row_keeps_its_state_until_the_lane_has_read_it() -> None:
     assert batch is not None
     here.wait_until(here.now_s + 2)
     assert here.answer("a").reason == "deadline"
-    assert request.state is not ENDED
+    assert batch.states[0] is not ENDED
     here.finish(batch)
     assert request.state is ENDED
     assert here.start() is None

@@ -12,7 +12,7 @@ from service.budget import BudgetController
 from service.core import Core
 from service.lanes import Batch, BatchResult
 from service.rows import Answer, EngineError, Options, Request, Step, Told
-from service.runners.base import Block, RowState, StageOutput
+from service.runners.base import Block, RowState
 from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier
 
@@ -44,8 +44,8 @@ class World:
         n_rows = len(batch.rows)
         logits = np.zeros((n_rows, len(CLASS_NAMES)), np.float32)
         logits[:, 1] = 1.0 + batch.stage  # sureness: softmax maximum .58, .79, .91, .96, .99, .995
-        output = StageOutput(logits, Block({"state": np.zeros((n_rows, 1))}, n_rows), self.stage_s)
-        batch.result = BatchResult(output, [1] * n_rows, [float(batch.stage)] * n_rows)
+        block = Block({"state": np.zeros((n_rows, 1))}, n_rows)
+        batch.result = BatchResult(logits, block, 0.0, [1] * n_rows, [float(batch.stage)] * n_rows)
         batch.ended_s = self.now_s
         self.core.finish(batch, self.now_s)
         self.deliver()

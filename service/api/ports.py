@@ -1,0 +1,68 @@
+"""What the HTTP face asks of those behind it. They may live in this process or in another: the face doesn't know."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.budget import BudgetState
+from service.rows import Options, Sink
+from service.tally import Outcome
+from service.target import Target
+
+
+class EnginePort(Protocol):
+    """As `service.engine.Engine`, which says more."""
+
+    def start(self) -> None:
+        """Wait until images are taken; raises what keeps the engine from it."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """True from `start` until the engine has stopped or broken down."""
+        ...
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no image can be answered at the moment, None while they can."""
+        ...
+
+    def require_room(self) -> None:
+        """Refuse early what `submit_to` would refuse; raises EngineOverloaded."""
+        ...
+
+    def submit_to(self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None) -> Any:
+        """Classify an image; (token, outcome) goes to `sink`. Returns what `abandon` takes; raises EngineError."""
+        ...
+
+    def took(self, seconds: float) -> None:
+        """Report how long after the last byte of its request an answer was there."""
+        ...
+
+    def abandon(self, request: Any) -> None:
+        """Give a request up."""
+        ...
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more, and let go of the engine; returns whether all that was accepted had its outcome in time."""
+        ...
+
+
+class MetricsPort(Protocol):
+    """Counts this event loop's requests, and shows the whole server's."""
+
+    def count(self, outcome: Outcome) -> None: ...
+    def decoded(self, seconds: float) -> None: ...
+    def responded(self, exit_number: int, seconds: float) -> None: ...
+
+    def exposition(self, is_ready: bool) -> tuple[bytes, str]:
+        """The text that Prometheus reads, and its content type. Waits: not for the event loop."""
+        ...
+
+
+class KeeperPort(Protocol):
+    """As `service.target.Keeper`. Both wait: not for the event loop."""
+
+    def read(self) -> tuple[Target, BudgetState]: ...
+    def set(self, target: Target) -> None: ...

@@ -1,0 +1,143 @@
+"""What a batch takes, in seconds by stage and rows: measured at warm-up, and kept current by every batch that runs.
+
+Plain Python over numbers: no clock, no thread, no array. Stages are counted from 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+MEMORY_BATCHES = 16  # of a bucket, over which its time is averaged
+MOST_AT_ONCE = 2.0  # one batch counts as this many times what was expected at most, and as no less than its inverse
+FOLLOW_BATCHES = 4  # of a stage, after which a bucket that was not among them follows those that are
+FORGET_BATCHES = 64  # of a stage without a copied row, after which what copies take is no longer held to be known
+
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """Batches of about as many rows."""
+
+    seconds: float  # at the bucket's own rows, averaged
+    n_batches: int = 1
+    last: int = 0  # batch of its stage
+
+
+@dataclass(slots=True, eq=False)
+class _Stage:
+    fixed_s: float
+    row_s: float
+    buckets: dict[int, _Bucket] = field(default_factory=dict)  # by rows, a power of two
+    n_batches: int = 0
+    copy_s: float = 0.0  # a row
+    n_copies: int = 0
+    last_copy: int = 0
+
+    def seconds(self, n_rows: int) -> float:
+        return self.fixed_s + self.row_s * n_rows
+
+
+class CostTable:
+    """t(stage, rows), and what copying a row into a batch takes.
+
+    A bucket is a power of two; a batch counts in the next larger one. Averages run over the last batches of a bucket,
+    and one batch, however long it took, moves them by a few per cent only: a machine that stumbles is forgotten, one
+    that has become slower is believed after some thirty batches. Buckets that have not run lately follow those that
+    have, since what slows a machine slows all sizes. A line through the buckets of a stage tells the fixed part of a
+    batch from the part that grows with its rows.
+
+    Memory: a few numbers for each stage and each power of two up to the largest batch.
+
+    Args:
+        stage_seconds: by batch rows, per stage, as measured alone; one size at least of each. Where
+            they are 0, they are not known.
+    """
+
+    def __init__(self, stage_seconds: Sequence[Mapping[int, float]]) -> None:
+        self._stages = []
+        for by_rows in stage_seconds:
+            stage = _Stage(*_fit(by_rows))
+            for n_rows, seconds in by_rows.items() if stage.row_s or stage.fixed_s else ():
+                stage.buckets[_bucket(n_rows)] = _Bucket(_at_bucket(stage, n_rows, seconds))
+            self._stages.append(stage)
+
+    def seconds(self, stage: int, n_rows: int) -> float:
+        """What a batch of rows that lie side by side takes."""
+        known, size = self._stages[stage], _bucket(n_rows)
+        bucket, line_s = known.buckets.get(size), known.seconds(n_rows)
+        return line_s * bucket.seconds / known.seconds(size) if bucket and line_s else line_s
+
+    def fixed_s(self, stage: int) -> float:
+        """What any batch takes, however few its rows."""
+        return self._stages[stage].fixed_s
+
+    def row_s(self, stage: int) -> float:
+        """What each row adds."""
+        return self._stages[stage].row_s
+
+    def copy_s(self, stage: int) -> float:
+        """What each row adds where it must be copied to lie beside the others; 0 until that was measured."""
+        return self._stages[stage].copy_s
+
+    def by_rows(self, stage: int) -> dict[int, float]:
+        """The table's line for a stage: seconds by rows, powers of two, those that were measured."""
+        return {n_rows: bucket.seconds for n_rows, bucket in sorted(self._stages[stage].buckets.items())}
+
+    def ran(self, stage: int, n_rows: int, seconds: float, copy_seconds: float = 0.0) -> None:
+        """Take note of a batch that took `seconds`, of which `copy_seconds` to copy its rows (0: none was copied)."""
+        known = self._stages[stage]
+        known.n_batches += 1
+        if copy_seconds > 0:
+            self._copied(known, copy_seconds / n_rows)
+        elif known.n_batches - known.last_copy > FORGET_BATCHES:
+            known.copy_s *= 1 - 1 / MEMORY_BATCHES  # held too dear, it would never be tried again
+        size, sample = _bucket(n_rows), _at_bucket(known, n_rows, seconds - copy_seconds)
+        bucket = known.buckets.get(size)
+        if bucket is None:
+            bucket = known.buckets[size] = _Bucket(known.seconds(size) or sample)
+        bucket.last = known.n_batches
+        bucket.n_batches = min(bucket.n_batches + 1, MEMORY_BATCHES)
+        factor = _moved(bucket.seconds, sample, bucket.n_batches)
+        bucket.seconds *= factor
+        for other in known.buckets.values():
+            if known.n_batches - other.last > FOLLOW_BATCHES:
+                other.seconds *= factor
+        known.fixed_s, known.row_s = _fit({rows: each.seconds for rows, each in known.buckets.items()})
+
+    @staticmethod
+    def _copied(known: _Stage, row_s: float) -> None:
+        known.last_copy = known.n_batches
+        known.n_copies = min(known.n_copies + 1, MEMORY_BATCHES)
+        known.copy_s = known.copy_s * _moved(known.copy_s, row_s, known.n_copies) or row_s
+
+
+def _bucket(n_rows: int) -> int:
+    return 1 << (n_rows - 1).bit_length()
+
+
+def _at_bucket(stage: _Stage, n_rows: int, seconds: float) -> float:
+    """What a batch of a bucket's full size would have taken, given what one of `n_rows` took."""
+    expected = stage.seconds(n_rows)
+    return seconds * stage.seconds(_bucket(n_rows)) / expected if expected > 0 else seconds
+
+
+def _moved(average: float, sample: float, n_samples: int) -> float:
+    """The factor by which one sample moves an average over `n_samples`."""
+    ratio = sample / average if average > 0 else 1.0
+    return 1 + (min(max(ratio, 1 / MOST_AT_ONCE), MOST_AT_ONCE) - 1) / n_samples
+
+
+def _fit(seconds_by_rows: Mapping[int, float]) -> tuple[float, float]:
+    """Fit t(rows) = fixed + per_row x rows, neither negative, with the least squares of relative errors."""
+    if min(seconds_by_rows.values()) < 1e-9:  # nothing runs in less than a nanosecond
+        return 0.0, 0.0
+    weight = rows = seconds = squares = products = 0.0
+    for n_rows, took_s in seconds_by_rows.items():
+        w = 1 / took_s**2
+        weight += w
+        rows += w * n_rows
+        seconds += w * took_s
+        squares += w * n_rows * n_rows
+        products += w * n_rows * took_s
+    spread = weight * squares - rows * rows
+    per_row_s = (weight * products - rows * seconds) / spread if len(seconds_by_rows) > 1 else products / squares
+    per_row_s = min(max(per_row_s, 0.0), products / squares)  # the latter: through the origin
+    return max(0.0, (seconds - per_row_s * rows) / weight), per_row_s

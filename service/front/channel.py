@@ -1,0 +1,91 @@
+"""A stream of frames between two processes, over a socket that never makes its sender wait.
+
+A socket rather than a ring in shared memory: to order what one process writes before what another reads, and never to
+lose a wake-up, takes memory barriers, which Python has not; the kernel does both with the one system call that waking
+takes anyway, and tells when the other end has died.
+"""
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+HEAD = struct.Struct("<IB3x")  # bytes of the payload, kind
+READ_BYTES = 256 * 1024
+
+
+class Frame(NamedTuple):
+    kind: int
+    payload: bytes
+
+
+class Channel:
+    """One end. `send` is for any thread, `receive` for one.
+
+    Args:
+        sock: a connected stream socket, owned by this from now on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._sending = threading.Lock()
+        self._unsent = bytearray()
+        self._unread = bytearray()
+        self.is_closed = False  # by either end; what is sent from then on is lost
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, kind: int, payload: bytes = b"") -> bool:
+        """Send a frame; False where some of what was sent is left, and `flush` is to be called when there is room."""
+        with self._sending:
+            self._unsent += HEAD.pack(len(payload), kind) + payload
+            return self._flush()
+
+    def flush(self) -> bool:
+        """Send what is left; returns as `send` does."""
+        with self._sending:
+            return self._flush()
+
+    def _flush(self) -> bool:
+        try:
+            while self._unsent and not self.is_closed:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            return False
+        except OSError:  # the other end has gone: the reader hears of it too
+            self.is_closed = True
+        self._unsent.clear()
+        return True
+
+    def receive(self) -> list[Frame]:
+        """Take what has come; empty where that is no whole frame. After the last frames `is_closed` is true."""
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        if not data:
+            self.is_closed = True
+            return []
+        self._unread += data
+        return list(self._frames())
+
+    def _frames(self) -> Iterator[Frame]:
+        start = 0
+        while len(self._unread) >= start + HEAD.size:
+            length, kind = HEAD.unpack_from(self._unread, start)
+            end = start + HEAD.size + length
+            if len(self._unread) < end:
+                break
+            yield Frame(kind, bytes(self._unread[start + HEAD.size : end]))
+            start = end
+        del self._unread[:start]
+
+    def close(self) -> None:
+        with self._sending:
+            self.is_closed = True
+            self._socket.close()

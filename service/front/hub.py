@@ -1,0 +1,260 @@
+"""The engine's end of all channels: takes what workers submit, and hands them what the engine tells.
+
+One thread reads; the engine's thread writes answers to the worker that each belongs to. Neither waits for a worker:
+what a socket has no room for stays with its channel, and is bounded by the worker's slots.
+"""
+
+import json
+import logging
+import pickle
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
+from typing import Any
+
+from service.engine import Engine
+from service.front import wire
+from service.front.channel import Channel
+from service.front.memory import SharedMemory
+from service.front.wire import Kind
+from service.metrics import Metrics
+from service.rows import EngineError, Request, Told
+from service.target import Keeper, Target
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_EVERY_S = 0.1  # how late workers hear, at most, that the engine is in trouble
+
+
+class Link:
+    """One worker process, from its start to its death. Its slots outlive it.
+
+    Args:
+        worker: which one, from 0.
+        channel: to it.
+        on_unsent: called, on any thread, where the channel has something left to send.
+    """
+
+    def __init__(
+        self, worker: int, channel: Channel, memory: SharedMemory, engine: Engine, on_unsent: Callable[["Link"], None]
+    ) -> None:
+        self.worker = worker
+        self.channel = channel
+        self._engine = engine
+        self._slots = list(memory.slots(worker))
+        # By slot, the last one's number and itself. It may have ended: to abandon it then does nothing.
+        self._requests: list[tuple[int, Request] | None] = [None] * len(self._slots)
+        self._on_unsent = on_unsent
+        self._sink = self._deliver  # one object: the engine groups outcomes by it
+
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
+        if not self.channel.send(kind, payload):
+            self._on_unsent(self)
+
+    # --- the hub's thread ---------------------------------------------------------------------------------------
+
+    def submit(self, payload: bytes) -> None:
+        refused: list[tuple[int, Told]] = []
+        for number, options in wire.submissions(payload):
+            slot = number % len(self._slots)
+            try:
+                request = self._engine.submit_to(self._sink, number, self._slots[slot], options)
+            except EngineError as error:
+                refused.append((number, error))
+            else:
+                self._requests[slot] = number, request
+        if refused:
+            self._deliver(refused)
+
+    def abandon(self, payload: bytes) -> None:
+        for number in wire.numbers(payload):
+            entry = self._requests[number % len(self._slots)]
+            if entry is not None and entry[0] == number:
+                self._engine.abandon(entry[1])
+        # The engine's thread has read these messages before it comes to this: from then on the slots are not in use,
+        # or by batches alone whose outcome for them is dropped.
+        self._engine.ask(partial(self.send, Kind.RELEASED, payload))
+
+    def give_up(self, then: Callable[[], object]) -> None:
+        """The worker has died: abandon all it had in flight, and call `then` once the engine has let go of it."""
+        for entry in self._requests:
+            if entry is not None:
+                self._engine.abandon(entry[1])
+        self._engine.ask(then)
+
+    # --- the engine's thread, or the hub's ----------------------------------------------------------------------
+
+    def _deliver(self, outcomes: list[tuple[Any, Told]]) -> None:
+        for number, outcome in outcomes:
+            slot = number % len(self._slots)
+            entry = self._requests[slot]
+            if entry is not None and entry[0] == number and wire.is_last(outcome):
+                self._requests[slot] = None  # so that nothing of it is kept
+        if self.channel.is_closed:
+            return
+        told, failed = wire.pack_outcomes(outcomes)
+        if told:
+            self.send(Kind.TOLD, told)
+        if failed:
+            self.send(Kind.FAILED, failed)
+
+
+class Hub:
+    """All links.
+
+    Args:
+        engine: whose images these are; started by somebody else.
+        metrics, keeper: of it, for the calls.
+        memory: shared with the workers.
+        on_serving: called, on a thread of this process, with a worker's number once it serves.
+        on_gone: likewise, with that and the requests it had in flight, when it has died and the engine has let go of
+            them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        keeper: Keeper,
+        memory: SharedMemory,
+        on_serving: Callable[[int], object],
+        on_gone: Callable[[int, int], object],
+    ) -> None:
+        self._engine, self._metrics, self._keeper, self._memory = engine, metrics, keeper, memory
+        self._on_serving, self._on_gone = on_serving, on_gone
+        self._links: dict[int, Link] = {}
+        self._tasks: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._selector = DefaultSelector()
+        self._selector.register(self._woken, EVENT_READ)
+        self._callers = ThreadPoolExecutor(1, thread_name_prefix="front-calls")
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="front-hub", daemon=True)
+
+    # --- any thread ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self.publish()
+        self._thread.start()
+
+    def attach(self, worker: int, sock: socket.socket) -> None:
+        """Speak with a worker that has been started, over its socket."""
+        link = Link(worker, Channel(sock), self._memory, self._engine, self._watch_for_room)
+        self._links[worker] = link
+        self._do(partial(self._selector.register, link.channel, EVENT_READ, link))
+
+    def tell(self, worker: int, kind: Kind, text: str = "") -> None:
+        """Send a worker, if it lives, a message."""
+        link = self._links.get(worker)
+        if link is not None:
+            link.send(kind, text.encode())
+
+    def publish(self) -> None:
+        """Tell the workers how the engine is doing."""
+        engine = self._engine
+        self._memory.board.publish(engine.is_alive, engine.trouble, *engine.room)
+
+    def stop(self) -> None:
+        """Hang up, once and for all."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._do(lambda: None)
+        self._thread.join()
+        self._callers.shutdown(wait=False, cancel_futures=True)
+        for link in self._links.values():
+            link.channel.close()
+        self._selector.close()
+        self._waker.close()
+        self._woken.close()
+
+    def _do(self, task: Callable[[], object]) -> None:
+        """Run something on the hub's thread."""
+        self._tasks.put(task)
+        with suppress(BlockingIOError):  # woken often enough
+            self._waker.send(b"\0")
+
+    def _watch_for_room(self, link: Link) -> None:
+        self._do(partial(self._set_events, link, EVENT_READ | EVENT_WRITE))
+
+    # --- the hub's thread ---------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._stopping:
+            for key, events in self._selector.select(PUBLISH_EVERY_S):
+                link: Link | None = key.data
+                if link is None:
+                    self._run_tasks()
+                    continue
+                if events & EVENT_WRITE and link.channel.flush():
+                    self._set_events(link, EVENT_READ)
+                if events & EVENT_READ:
+                    self._read(link)
+            self.publish()
+
+    def _run_tasks(self) -> None:
+        self._woken.recv(4096)
+        while not self._tasks.empty():
+            self._tasks.get()()
+
+    def _set_events(self, link: Link, events: int) -> None:
+        if self._links.get(link.worker) is link:
+            self._selector.modify(link.channel, events, link)
+
+    def _read(self, link: Link) -> None:
+        for kind, payload in link.channel.receive():
+            if kind == Kind.SUBMIT:
+                link.submit(payload)
+            elif kind == Kind.ABANDON:
+                link.abandon(payload)
+            elif kind == Kind.TOOK:
+                for seconds in wire.seconds(payload):
+                    self._engine.took(seconds)
+            elif kind == Kind.CALL:
+                self._callers.submit(self._answer, link, payload)
+            elif kind == Kind.SERVING:
+                self._on_serving(link.worker)
+        if link.channel.is_closed:
+            self._lose(link)
+
+    def _lose(self, link: Link) -> None:
+        worker = link.worker
+        del self._links[worker]
+        self._selector.unregister(link.channel)
+        link.channel.close()
+        n_lost = self._memory.in_flight_of(worker)
+
+        def let_go() -> None:
+            self._memory.set_in_flight(worker, 0)
+            self._on_gone(worker, n_lost)
+
+        link.give_up(let_go)
+
+    # --- a thread for what may take a while ---------------------------------------------------------------------
+
+    def _answer(self, link: Link, payload: bytes) -> None:
+        head = payload[: wire.CALL_NUMBER.size]
+        value: Any
+        try:
+            name, arguments = json.loads(payload[wire.CALL_NUMBER.size :])
+            value = self._call(name, arguments)
+        except Exception as error:
+            logger.exception("a call failed")
+            value = error
+        link.send(Kind.REPLY, head + pickle.dumps(value))
+
+    def _call(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name == "exposition":
+            return self._metrics.exposition(**arguments)
+        if name == "read_budget":
+            return self._keeper.read()
+        if name == "set_budget":
+            return self._keeper.set(Target(**arguments))
+        raise ValueError(f"no such call: {name}")

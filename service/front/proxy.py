@@ -1,0 +1,306 @@
+"""The engine, the metrics and the budget's keeper as a worker has them: what `service.api.ports` asks for, by messages.
+
+All but the calls that wait belongs to the worker's event loop.
+"""
+
+import asyncio
+import json
+import logging
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.budget import BudgetState
+from service.front import wire
+from service.front.channel import Channel
+from service.front.memory import SharedMemory
+from service.front.wire import Kind
+from service.rows import EngineDraining, EngineError, EngineOverloaded, Options, Sink, Told
+from service.tally import Tally
+from service.target import Target
+
+logger = logging.getLogger(__name__)
+
+CALL_S = 30.0  # the engine's process answers between batches; one that takes so long has hung
+PLAIN = Options()
+
+
+class Calls:
+    """Asks the engine's process for what is rare, and waits: for any thread but the event loop's."""
+
+    def __init__(self, send: Callable[[Kind, bytes], None]) -> None:
+        self._send = send
+        self._numbers = count()
+        self._waiting: dict[int, Future[Any]] = {}
+        self._closed = False
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """Return what the call `name` of the hub returns, or raise what it raises."""
+        number, future = next(self._numbers), Future[Any]()
+        self._waiting[number] = future
+        try:
+            if self._closed:
+                raise _gone()
+            self._send(Kind.CALL, wire.CALL_NUMBER.pack(number) + json.dumps([name, arguments]).encode())
+            return future.result(CALL_S)
+        finally:
+            self._waiting.pop(number, None)
+
+    def take_reply(self, payload: bytes) -> None:
+        (number,) = wire.CALL_NUMBER.unpack_from(payload)
+        value = pickle.loads(payload[wire.CALL_NUMBER.size :])
+        future = self._waiting.pop(number, None)
+        if future is None:
+            return
+        if isinstance(value, Exception):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
+
+    def close(self) -> None:
+        """Nobody answers any more."""
+        self._closed = True
+        while self._waiting:
+            self._waiting.popitem()[1].set_exception(_gone())
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A request at the engine. `token` is None once its client has left."""
+
+    number: int
+    sink: Sink
+    token: Any
+
+
+class RemoteEngine:
+    """The engine, in another process. See `service.api.ports.EnginePort`. To be used once it is attached to a loop.
+
+    A submission is a structure of 40 bytes and the image in a slot of shared memory. What one turn of the event loop
+    submits leaves in one message, as what a batch of the engine's has ended comes back in one. The slot is free again
+    with the request's outcome or, where it was abandoned, when the engine has said that it has let go of it.
+
+    Args:
+        channel: to the engine's process.
+        memory: shared with it.
+        worker: which one this is, from 0.
+        class_names: by class id.
+        on_drain: called when the engine's process says that the server is to stop.
+        on_broken: called when the engine has broken down, or its process has died, with what there is to say.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        memory: SharedMemory,
+        worker: int,
+        class_names: Sequence[str],
+        on_drain: Callable[[], object],
+        on_broken: Callable[[Exception], object],
+    ) -> None:
+        self.calls = Calls(self._send_soon)
+        self._channel = channel
+        self._memory = memory
+        self._worker = worker
+        self._board = memory.board
+        self._class_names = class_names
+        self._on_drain, self._on_broken = on_drain, on_broken
+        self._slots = list(memory.slots(worker))
+        # The next number of every slot that is free; the lowest slots first, so that few pages are in use.
+        self._free = list(range(len(self._slots)))[::-1]
+        self._tickets: dict[int, Ticket] = {}  # by number
+        self._submissions: list[bytes] = []
+        self._abandoned: list[int] = []
+        self._took: list[float] = []
+        self._flush_is_due = False
+        self._started = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- the port -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._started.wait()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the engine's process lives."""
+        return not self._channel.is_closed
+
+    @property
+    def is_alive(self) -> bool:
+        return self._board.is_alive and self.is_connected
+
+    @property
+    def trouble(self) -> str | None:
+        return self._board.trouble
+
+    def require_room(self) -> None:
+        in_flight = self._memory.in_flight_rows
+        if in_flight >= self._board.room_rows or not self._free:
+            raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
+
+    def submit_to(self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None) -> Ticket:
+        if self._channel.is_closed:
+            raise _gone()
+        if not self._free:
+            in_flight = self._memory.in_flight_rows
+            raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
+        number = self._free.pop()
+        self._slots[number % len(self._slots)][:] = image
+        ticket = self._tickets[number] = Ticket(number, sink, token)
+        self._submissions.append(wire.pack_submission(number, options or PLAIN))
+        self._note_in_flight()
+        self._flush_soon()
+        return ticket
+
+    def took(self, seconds: float) -> None:
+        self._took.append(seconds)
+        self._flush_soon()
+
+    def abandon(self, request: Ticket) -> None:
+        if request.number in self._tickets and request.token is not None:
+            request.token = None
+            self._abandoned.append(request.number)
+            self._flush_soon()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Requests have been waited for before; this lets go."""
+        self._started.set()
+        self.calls.close()
+        return not self._tickets
+
+    # --- the event loop -----------------------------------------------------------------------------------------
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Speak with the engine's process from now on, on this loop."""
+        self._loop = loop
+        loop.add_reader(self._channel, self._read)
+        self._read()  # what came before
+
+    def say_serving(self) -> None:
+        self._send(Kind.SERVING)
+
+    def _note_in_flight(self) -> None:
+        self._memory.set_in_flight(self._worker, len(self._tickets))
+
+    def _flush_soon(self) -> None:
+        if not self._flush_is_due:
+            assert self._loop is not None
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        if self._submissions:
+            payload = b"".join(self._submissions)
+            self._submissions.clear()
+            self._send(Kind.SUBMIT, payload)
+        if self._took:
+            payload = wire.pack_seconds(self._took)
+            self._took.clear()
+            self._send(Kind.TOOK, payload)
+        if self._abandoned:  # after the submissions, which they may be of
+            payload = wire.pack_numbers(self._abandoned)
+            self._abandoned.clear()
+            self._send(Kind.ABANDON, payload)
+
+    def _send(self, kind: Kind, payload: bytes = b"") -> None:
+        if not self._channel.send(kind, payload) and self._loop is not None:
+            self._loop.add_writer(self._channel, self._send_rest)
+
+    def _send_rest(self) -> None:
+        if self._channel.flush() and self._loop is not None:
+            self._loop.remove_writer(self._channel)
+
+    def _send_soon(self, kind: Kind, payload: bytes) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._send, kind, payload)
+
+    def _read(self) -> None:
+        for kind, payload in self._channel.receive():
+            if kind == Kind.TOLD:
+                self._deliver(wire.told(payload, self._class_names))
+            elif kind == Kind.FAILED:
+                self._deliver(wire.failures(payload))
+            elif kind == Kind.RELEASED:
+                for number in wire.numbers(payload):
+                    self._release(number)
+            elif kind == Kind.REPLY:
+                self.calls.take_reply(payload)
+            elif kind == Kind.STARTED:
+                self._started.set()
+            elif kind == Kind.DRAIN:
+                self._on_drain()
+                self._started.set()  # nobody is to wait for an engine that may never start
+            elif kind == Kind.BROKEN:
+                self._on_broken(EngineError(payload.decode()))
+        if self._channel.is_closed:
+            self._hang_up()
+
+    def _deliver(self, items: Any) -> None:
+        by_sink: dict[Sink, list[tuple[Any, Told]]] = {}
+        for number, outcome in items:
+            ticket = self._tickets.get(number)
+            if ticket is None or ticket.token is None:
+                continue  # abandoned: its slot comes, or came, back with RELEASED
+            by_sink.setdefault(ticket.sink, []).append((ticket.token, outcome))
+            if wire.is_last(outcome):
+                self._release(number)
+        self._note_in_flight()
+        for sink, outcomes in by_sink.items():
+            sink(outcomes)
+
+    def _release(self, number: int) -> None:
+        del self._tickets[number]
+        self._free.append(number + len(self._slots))
+        self._note_in_flight()
+
+    def _hang_up(self) -> None:
+        """The engine's process has died: whoever waits hears of it, and this process ends."""
+        assert self._loop is not None
+        self._loop.remove_reader(self._channel)
+        self._loop.remove_writer(self._channel)
+        self._channel.close()
+        self.calls.close()
+        self._started.set()
+        for ticket in list(self._tickets.values()):
+            if ticket.token is not None:
+                ticket.sink([(ticket.token, _gone())])
+        self._on_broken(_gone())
+
+
+class RemoteMetrics:
+    """Counts in shared memory; the engine's process shows it all. See `service.api.ports.MetricsPort`."""
+
+    def __init__(self, tally: Tally, calls: Calls) -> None:
+        self.count, self.decoded, self.responded = tally.count, tally.decoded, tally.responded
+        self._calls = calls
+
+    def exposition(self, is_ready: bool) -> tuple[bytes, str]:
+        content, content_type = self._calls.ask("exposition", is_ready=is_ready)
+        return content, content_type
+
+
+class RemoteKeeper:
+    """The keeper of the budget, in the engine's process. See `service.api.ports.KeeperPort`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def read(self) -> tuple[Target, BudgetState]:
+        target, state = self._calls.ask("read_budget")
+        return target, state
+
+    def set(self, target: Target) -> None:
+        self._calls.ask("set_budget", **asdict(target))
+
+
+def _gone() -> EngineError:
+    return EngineDraining("the engine's process has ended")

@@ -1,0 +1,235 @@
+"""Starts the workers, replaces those that die, and stops them all without losing a request."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from time import monotonic
+from types import FrameType
+
+from models.bundle import Bundle
+from service.engine import Engine
+from service.front.hub import Hub
+from service.front.memory import Layout, SharedMemory
+from service.front.setup import Setup
+from service.front.wire import Kind
+from service.metrics import Metrics
+from service.server import FAILED_S, ServerFailed
+from service.settings import Settings
+from service.tally import Tally
+from service.target import Keeper, Targets
+
+logger = logging.getLogger(__name__)
+
+BEGIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+SOUND_S = 10.0  # a worker that has served so long starts anew without waiting longer than the first time
+END_S = 5.0  # beyond --drain-s, for workers to end; and for a worker that has hung up to end
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    worker: int
+    n_lost: int  # requests that it had in flight
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    error: Exception
+
+
+Event = Serving | Gone | Signal | Broken
+
+
+class Front:
+    """The workers in front of an engine.
+
+    Args:
+        bundle, targets, settings, admin_token: what the workers serve, and how.
+        listener: listening; every worker accepts from it.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        targets: Targets,
+        settings: Settings,
+        admin_token: str | None,
+        listener: socket.socket,
+    ) -> None:
+        manifest, self._n_workers = bundle.manifest, settings.http_workers
+        layout = Layout(
+            n_workers=self._n_workers,
+            n_slots=settings.max_in_flight,  # one worker may have them all
+            height_px=manifest.input.height_px,
+            width_px=manifest.input.width_px,
+            n_exits=len(manifest.exits),
+        )
+        self._listener = listener
+        self._drain_s = settings.drain_s
+        self._memory = SharedMemory.create(layout)
+        self._setup = os.memfd_create("exitserve-setup", os.MFD_CLOEXEC)
+        Setup(bundle, targets, settings, admin_token, layout).write(self._setup)
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._began_s = [0.0] * self._n_workers
+        self._backoff_s = [BEGIN_BACKOFF_S] * self._n_workers
+        self._restarts: dict[int, float] = {}  # when, by worker
+        self._serving: set[int] = set()
+        self._is_ending = False
+        self._n_failed = 0  # workers that did not end well, once told to
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """How requests ended, by worker; for `Metrics`."""
+        return [self._memory.tally(worker) for worker in range(self._n_workers)]
+
+    def serve(self, engine: Engine, metrics: Metrics, keeper: Keeper, say_ready: Callable[[], object]) -> int:
+        """Start the engine and the workers, serve until a signal says stop, and return the exit code.
+
+        Raises:
+            ServerFailed: the engine did not start or broke down, or a worker ended before it had served.
+        """
+        hub = Hub(
+            engine,
+            metrics,
+            keeper,
+            self._memory,
+            on_serving=lambda worker: self._events.put(Serving(worker)),
+            on_gone=lambda worker, n_lost: self._events.put(Gone(worker, n_lost)),
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        hub.start()
+        try:
+            for worker in range(self._n_workers):
+                self._start(worker, hub)
+            self._start_engine(engine, hub)
+            self._supervise(hub, say_ready)
+        finally:
+            for process in self._processes.values():
+                process.kill()
+                process.wait()
+            engine.drain(1.0)
+            hub.stop()
+        return 1 if self._n_failed else 0
+
+    def _start_engine(self, engine: Engine, hub: Hub) -> None:
+        try:
+            engine.start()
+        except Exception as error:
+            logger.exception("the engine cannot start")
+            raise ServerFailed(str(error)) from error
+        engine.broken.add_done_callback(lambda broken: self._events.put(Broken(broken.result())))
+        hub.publish()
+        for worker in range(self._n_workers):
+            hub.tell(worker, Kind.STARTED)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending:
+            logger.warning("second signal: stopping at once, %d unanswered", self._memory.in_flight_rows)
+            for process in self._processes.values():
+                process.kill()
+            logging.shutdown()
+            os._exit(128 + number)
+        self._is_ending = True
+        self._events.put(Signal(number))
+
+    def _start(self, worker: int, hub: Hub) -> None:
+        ours, theirs = socket.socketpair()
+        descriptors = (self._listener.fileno(), theirs.fileno(), self._memory.descriptor, self._setup)
+        with theirs:
+            self._processes[worker] = subprocess.Popen(
+                [sys.executable, "-m", "service.front.worker", str(worker), *map(str, descriptors)],
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+            )
+        self._began_s[worker] = monotonic()
+        hub.attach(worker, ours)
+
+    def _supervise(self, hub: Hub, say_ready: Callable[[], object]) -> None:
+        is_ready = False
+        ends_s = 0.0  # once it is to end
+        while self._processes or self._restarts:
+            event = self._next_event(ends_s)
+            if isinstance(event, Signal):
+                logger.info("stopping: %d workers answer what they have accepted first", len(self._processes))
+                ends_s = self._end(hub, self._drain_s, Kind.DRAIN)
+            elif isinstance(event, Broken):
+                ends_s = self._end(hub, FAILED_S, Kind.BROKEN, str(event.error))
+            elif isinstance(event, Serving):
+                self._serving.add(event.worker)
+                if not is_ready and len(self._serving) == self._n_workers:
+                    is_ready = True
+                    say_ready()
+            elif isinstance(event, Gone):
+                if not is_ready and not self._is_ending:
+                    raise ServerFailed("an HTTP worker ended before it had served: what it logged above says why")
+                self._bury(event)
+            elif ends_s:
+                logger.error("%d workers did not end in time", len(self._processes))
+                self._n_failed += len(self._processes)
+                return
+            for worker in [worker for worker, due_s in self._restarts.items() if due_s <= monotonic()]:
+                del self._restarts[worker]
+                self._start(worker, hub)
+                hub.tell(worker, Kind.STARTED)
+
+    def _end(self, hub: Hub, within_s: float, kind: Kind, text: str = "") -> float:
+        """Have the workers end; returns until when they may."""
+        self._is_ending = True
+        self._restarts.clear()
+        self._listener.close()  # the workers have it too, and refuse what comes until they end
+        for worker in self._processes:
+            hub.tell(worker, kind, text)
+        return monotonic() + within_s + END_S
+
+    def _next_event(self, ends_s: float) -> Event | None:
+        """Wait for one; None when a restart, or the end, is due."""
+        due_s = ends_s or min(self._restarts.values(), default=0.0)
+        try:
+            return self._events.get(timeout=max(0.0, due_s - monotonic()) if due_s else None)
+        except Empty:
+            return None
+
+    def _bury(self, gone: Gone) -> None:
+        worker = gone.worker
+        process = self._processes.pop(worker)
+        self._serving.discard(worker)
+        try:
+            code = process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if self._is_ending:
+            self._n_failed += code != 0
+            return
+        if monotonic() - self._began_s[worker] > SOUND_S:
+            self._backoff_s[worker] = BEGIN_BACKOFF_S
+        backoff_s = self._backoff_s[worker]
+        self._backoff_s[worker] = min(MAX_BACKOFF_S, 2 * backoff_s)
+        self._restarts[worker] = monotonic() + backoff_s
+        level = logging.ERROR if code else logging.WARNING
+        logger.log(
+            level,
+            "HTTP worker %d (process %d) ended with %d and %d requests in flight: another in %g s",
+            worker + 1,
+            process.pid,
+            code,
+            gone.n_lost,
+            backoff_s,
+        )

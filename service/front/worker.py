@@ -1,0 +1,70 @@
+"""A worker process: the HTTP face around an engine in another process. `supervisor` starts it."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+
+from service.api.app import create_app
+from service.front.channel import Channel
+from service.front.memory import SharedMemory
+from service.front.proxy import RemoteEngine, RemoteKeeper, RemoteMetrics
+from service.front.setup import Setup
+from service.logs import set_up_logs
+from service.server import Server
+
+
+class WorkerServer(Server):
+    """The server, which hears from the engine's process while it runs."""
+
+    engine: RemoteEngine
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            self.engine.attach(asyncio.get_running_loop())
+            yield
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until told to stop; returns the exit code, as the server's own.
+
+    Args:
+        arguments: the worker's number, and the descriptors of the listening socket, the channel, the shared memory and
+            the setup.
+    """
+    number, listening, speaking, sharing, telling = map(int, arguments)
+    setup = Setup.read(telling)
+    os.close(telling)
+    settings, bundle = setup.settings, setup.bundle
+    set_up_logs(settings.log_level, as_json=settings.access_log == "json")
+    memory = SharedMemory(setup.layout, sharing)
+    engine = RemoteEngine(
+        Channel(socket.socket(fileno=speaking)),
+        memory,
+        number,
+        bundle.manifest.class_names,
+        on_drain=lambda: server.begin_drain(),
+        on_broken=lambda error: server.fail(error),
+    )
+    app = create_app(
+        bundle,
+        engine,
+        RemoteMetrics(memory.tally(number), engine.calls),
+        setup.targets,
+        RemoteKeeper(engine.calls),
+        settings,
+        setup.admin_token,
+        on_started=lambda error: engine.say_serving(),
+    )
+    server = WorkerServer(app, app.lifecycle, settings)
+    server.engine = engine
+    with socket.socket(fileno=listening) as listener:
+        server.run(sockets=[listener])
+    return 1 if server.n_unanswered or not engine.is_connected else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""A plan as a picture: latency over load, and how it is spread at the rate asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.plan.planning import Outcome
+from service.plan.report import Plan
+
+LOADS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)  # of a replica's capacity
+
+
+class PlotError(RuntimeError):
+    """A plot cannot be drawn; the message says what to do."""
+
+
+def require_matplotlib() -> None:
+    """Refuse early what cannot be drawn later: serving does not need matplotlib, so it may be missing.
+
+    Raises:
+        PlotError: it is.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise PlotError("--plot needs matplotlib: pip install 'exitserve[train]', or use --json") from None
+
+
+def draw(plan: Plan, by_rate: Sequence[tuple[float, Outcome]], path: Path) -> None:
+    """Write a PNG, an SVG or a PDF, as the name ends.
+
+    Args:
+        plan: what was planned.
+        by_rate: outcomes of one replica, by its rate.
+        path: of the file.
+
+    Raises:
+        PlotError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    over_load, spread = figure.subplots(1, 2)
+    rates = [rate for rate, _ in by_rate]
+    for name in ("p50", "p95", "p99"):
+        over_load.plot(rates, [getattr(outcome, f"{name}_ms") for _, outcome in by_rate], "o-", label=name)
+    over_load.axvline(plan.saturated.images_per_s, color="0.5", linestyle=":", label="capacity")
+    over_load.axvline(plan.replica_rate_per_s, color="C3", linestyle="--", label="asked for")
+    if plan.for_latency is not None:
+        over_load.axhline(plan.for_latency.target_p99_ms, color="0.7", linewidth=1)
+    over_load.set(xlabel="images/s on one replica", ylabel="latency, ms", yscale="log", title="Latency over load")
+    over_load.legend()
+    if plan.at_rate is None:
+        spread.set_axis_off()
+        spread.text(0.5, 0.5, "overload: the queue grows without end", ha="center", va="center")
+    else:
+        spread.hist(plan.at_rate.latencies_ms, bins=60, color="C0")
+        spread.set(xlabel="latency, ms", ylabel="images", title=f"At {plan.replica_rate_per_s:,.0f} images/s")
+    figure.suptitle(f"{plan.network}, budget {plan.setup.budget_mflops:.4g} MFLOPs: simulated")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise PlotError(f"--plot {path}: {error}") from None

@@ -1,0 +1,275 @@
+"""The engine under a virtual clock: the real core, scheduler and budget; stages and host are times from a table.
+
+What `service.loop` does with threads happens here one event after the other: arrivals, batches that end, and the host's
+work for both. Runs are the same for the same seed.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import inf
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.frontier import Frontier
+from service.assembly import default_burst_images
+from service.budget import BudgetController
+from service.core import Core
+from service.costs import CostTable
+from service.lanes import Batch, BatchResult
+from service.plan.stage_times import StageTimes
+from service.rows import Answer, Options, Request, Told
+from service.runners.base import Block, RowState, lie_side_by_side
+from service.scheduler import Scheduler
+
+NOTHING = Block({}, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """What a simulation needs to know of a network: how sure every exit is of real images, and what exits cost."""
+
+    scores: NDArray[Any]  # [images, exits], as the server would score them
+    correct: NDArray[np.bool_]  # [images, exits]
+    costs_mflops: Sequence[float]  # cumulative, by exit
+    frontier: Frontier
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a server is told, and what it runs on."""
+
+    budget_mflops: float
+    n_lanes: int
+    n_cores: int
+    max_rows: int = 32
+    policy: str = "default"
+    burst_images: float | None = None  # of the ledger; None: as the server chooses
+    steer: bool = True
+    max_wait_s: float = 0.05
+    http_image_s: float = 0.0  # processor time of an image outside the engine
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of the images, in the order of their answers, and of the batches, in the order of their ends."""
+
+    row: list[int] = field(default_factory=list)  # of `Network.scores`
+    came_s: list[float] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)
+    exit: list[int] = field(default_factory=list)  # from 1
+    reason: list[str] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)  # multiply-adds
+    allowance: list[int] = field(default_factory=list)
+    batch_rows: list[list[int]] = field(default_factory=list)  # by stage
+
+
+@dataclass(slots=True, eq=False)
+class _Image:
+    row: int
+    came_s: float
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _HostWork:
+    """The host's work for one image that has come, or for one batch that has run."""
+
+    seconds: float
+    done: Callable[[], None]
+
+
+class Simulation:
+    """One replica: lanes, a host thread (Python runs one at a time), and cores that they share.
+
+    Where stages run on the processor, work in progress shares the cores evenly: with more of it than cores each piece
+    is slower by the ratio. A batch alone is faster than the table says (`StageTimes.alone_speed`).
+
+    Args:
+        network, times, setup: see there.
+        seed: of the held-out images that are drawn.
+        at_answer: called after every answer with the number of answers, for whoever changes the budget on the way.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        times: StageTimes,
+        setup: Setup,
+        seed: int = 0,
+        at_answer: Callable[[int], None] | None = None,
+    ) -> None:
+        burst_images = setup.burst_images
+        if burst_images is None:
+            burst_images = default_burst_images(setup.n_lanes, setup.max_rows)
+        self.budget = BudgetController(
+            network.frontier, network.costs_mflops, setup.budget_mflops, burst_images, setup.steer
+        )
+        self.record = Record(batch_rows=[[] for _ in network.costs_mflops])
+        self.now_s = 0.0
+        self._times, self._setup = times, setup
+        costs = CostTable(times.stage_seconds)  # as after warm-up; it follows what runs
+        scheduler: Scheduler[Request] = Scheduler(
+            len(times.stage_seconds), setup.max_rows, setup.max_wait_s, costs, setup.policy
+        )
+        self._core = Core(self.budget, scheduler, ("",))
+        self._scores: list[list[float]] = network.scores.tolist()
+        self._rng = np.random.default_rng(seed)
+        self._rows: Iterator[int] = iter(())
+        self._at_answer = at_answer
+        self._logits = np.zeros((setup.max_rows, 2), np.float32)  # read for an answer's confidence alone
+        # Work in progress, by how much work will have been done on each piece when this one is.
+        self._progress: list[tuple[float, int, Callable[[], None]]] = []
+        self._done_s = 0.0  # work done on each piece in progress since the start
+        self._n_begun = 0
+        self._host: deque[_HostWork] = deque()  # the first is in progress
+        self._handed_over: deque[Batch] = deque()  # batches that no lane has begun
+        self._n_out = 0  # batches with the lanes
+        self._n_running = 0
+        self._arrived: list[Request] = []  # not yet seen by the engine
+        self._closed_loop = 0  # images that are still to come, each when one has been answered
+
+    def run(self, arrivals: Iterable[float]) -> Record:
+        """Send images at these times (seconds, ascending) and run until all are answered."""
+        coming = iter(arrivals)
+        next_s = next(coming, inf)
+        while True:
+            speed = self._speed
+            done_at = self.now_s + (self._progress[0][0] - self._done_s) / speed if self._progress else inf
+            if next_s == done_at == inf:
+                return self.record
+            if next_s < done_at:
+                self._done_s += (next_s - self.now_s) * speed
+                self.now_s = next_s
+                self._come()
+                next_s = next(coming, inf)
+            else:
+                self.now_s = done_at
+                self._done_s, _, done = heappop(self._progress)
+                done()
+
+    def saturate(self, n_images: int, n_in_flight: int) -> Record:
+        """Keep so many images in work until `n_images` are answered."""
+        n_first = min(n_images, n_in_flight)
+        self._closed_loop = n_images - n_first
+        return self.run([self.now_s] * n_first)
+
+    @property
+    def _speed(self) -> float:
+        """Of every piece of work in progress."""
+        n_lanes, n_cores, n_pieces = self._setup.n_lanes, self._setup.n_cores, len(self._progress)
+        if not self._times.lanes_take_cores or not n_pieces:
+            return 1.0
+        if n_pieces > n_cores:
+            return n_cores / n_pieces
+        if n_pieces >= n_lanes:
+            return 1.0
+        return 1.0 + (self._times.alone_speed - 1.0) * (n_lanes - n_pieces) / (n_lanes - 1)
+
+    def _begin(self, seconds: float, done: Callable[[], None]) -> None:
+        self._n_begun += 1  # ties go to the older
+        heappush(self._progress, (self._done_s + seconds, self._n_begun, done))
+
+    # --- the host -----------------------------------------------------------------------------------------------
+
+    def _come(self) -> None:
+        row = next(self._rows, None)
+        if row is None:
+            self._rows = iter(self._rng.integers(0, len(self._scores), 4096).tolist())
+            row = next(self._rows)
+        request = Request(None, self._deliver, Options(), RowState(NOTHING, 0))
+        request.token = _Image(row, self.now_s, request)
+
+        def arrive() -> None:
+            self._arrived.append(request)
+            if self._n_out < self._max_out:
+                self._dispatch()
+
+        self._ask_host(self._times.host_image_seconds + self._setup.http_image_s, arrive)
+
+    def _ask_host(self, seconds: float, done: Callable[[], None]) -> None:
+        if not seconds:
+            done()
+            return
+        self._host.append(_HostWork(seconds, done))
+        if len(self._host) == 1:
+            self._begin(seconds, self._host_is_done)
+
+    def _host_is_done(self) -> None:
+        self._host[0].done()
+        self._host.popleft()  # only now: what comes of it waits its turn
+        if self._host:
+            self._begin(self._host[0].seconds, self._host_is_done)
+
+    # --- the engine's thread, as `service.loop` -----------------------------------------------------------------
+
+    @property
+    def _max_out(self) -> int:
+        return 2 * self._setup.n_lanes
+
+    def _take_arrivals(self) -> None:
+        if self._arrived:
+            self._core.admit(self._arrived, self.now_s)
+            self._arrived = []
+
+    def _take_back(self, batch: Batch) -> None:
+        self._n_out -= 1
+        self._take_arrivals()
+        self._core.finish(batch, self.now_s)
+        self._dispatch()
+        for sink, told in self._core.outbox.items():
+            sink(told)
+        self._core.outbox.clear()
+
+    def _dispatch(self) -> None:
+        self._take_arrivals()
+        while self._n_out < self._max_out and (batch := self._core.next_batch(self.now_s)) is not None:
+            self._n_out += 1
+            self._handed_over.append(batch)
+        self._run_lanes()
+
+    def _deliver(self, told: list[tuple[Any, Told]]) -> None:
+        record = self.record
+        for image, answer in told:
+            if not isinstance(answer, Answer):
+                raise TypeError(f"a simulated image got {answer!r}. This is a bug.")
+            account = image.request.account
+            record.row.append(image.row)
+            record.came_s.append(image.came_s)
+            record.answered_s.append(self.now_s)
+            record.exit.append(answer.exit)
+            record.reason.append(answer.reason)
+            record.spent.append(account.spent)
+            record.allowance.append(account.allowance)
+            if self._at_answer is not None:
+                self._at_answer(len(record.row))
+        for _ in range(min(self._closed_loop, len(told))):
+            self._closed_loop -= 1
+            self._come()
+
+    # --- lanes --------------------------------------------------------------------------------------------------
+
+    def _run_lanes(self) -> None:
+        while self._handed_over and self._n_running < self._setup.n_lanes:
+            self._n_running += 1
+            self._start(self._handed_over.popleft())
+
+    def _start(self, batch: Batch) -> None:
+        batch.started_s = self.now_s
+        stage, n_run = batch.stage, len(batch.states)
+        copy_s = 0.0 if lie_side_by_side(batch.states) else n_run * self._times.copy_row_seconds[stage]
+
+        def end() -> None:
+            self._n_running -= 1
+            batch.ended_s = self.now_s
+            n_rows = len(batch.rows)
+            scores = [self._scores[row.token.row][stage] for row in batch.rows]
+            batch.result = BatchResult(self._logits[:n_rows], Block({}, n_run), copy_s, [0] * n_rows, scores)
+            self.record.batch_rows[stage].append(n_rows)
+            self._run_lanes()
+            self._ask_host(self._times.host_batch_seconds, lambda: self._take_back(batch))
+
+        self._begin(self._times.seconds(stage, n_run) + copy_s, end)

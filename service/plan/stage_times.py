@@ -1,0 +1,94 @@
+"""What stages and the host take, as a JSON file: measured on one machine, read on any."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class StageTimesError(ValueError):
+    """A file of stage times that cannot be used; the message says why and what to do."""
+
+
+class StageTimes(BaseModel):
+    """Times of a network's stages on one machine, and what serving an image takes beside them.
+
+    Between the sizes that were measured times are interpolated; beyond the largest they grow as they did before it, and
+    a batch smaller than the smallest takes as long as that.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: str = Field(description="name and version of the bundle")
+    machine: str = Field(description="where and when it was measured")
+    n_lanes: int = Field(ge=1, le=4096, description="batches at once while it was measured")
+    n_cores: int = Field(ge=1, le=4096, description="processor cores that lanes and host share")
+    lanes_take_cores: bool = Field(description="stages run on the processor: lanes and host slow each other")
+    alone_speed: float = Field(1.0, ge=1, le=16, description="of a batch while all other lanes rest; 1 while all run")
+    stage_seconds: tuple[dict[Annotated[int, Field(ge=1)], Positive], ...] = Field(
+        min_length=1, description="per stage, by rows of a batch: seconds while all lanes run"
+    )
+    copy_row_seconds: tuple[Seconds, ...] = Field(
+        description="per stage, what a row adds where it must be copied to lie beside the others of its batch"
+    )
+    host_image_seconds: Seconds = Field(description="processor time of an image in the engine, outside its batches")
+    host_batch_seconds: Seconds = Field(description="processor time of a batch in the engine, outside its run")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not all(self.stage_seconds):
+            raise ValueError("every stage needs the time of one batch size at least")
+        if len(self.copy_row_seconds) != len(self.stage_seconds):
+            raise ValueError("copy_row_seconds must have one number a stage, as stage_seconds has")
+        return self
+
+    @cached_property
+    def _points(self) -> list[list[tuple[int, float]]]:
+        return [sorted(by_rows.items()) for by_rows in self.stage_seconds]
+
+    def seconds(self, stage: int, n_rows: int) -> float:
+        """What a batch takes while all lanes run, its rows side by side; stages from 0."""
+        points = self._points[stage]
+        if n_rows <= points[0][0]:
+            return points[0][1]  # fewer rows take no longer, and how much less is not known
+        above = min(bisect_left(points, (n_rows, 0.0)), len(points) - 1)
+        (rows, seconds), (more_rows, more_seconds) = points[above - 1 : above + 1] if above else ((0, 0.0), points[0])
+        return seconds + (n_rows - rows) * max(0.0, more_seconds - seconds) / (more_rows - rows)
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "StageTimes":
+        """Read what `save` wrote, or a file made by hand.
+
+        Raises:
+            StageTimesError: it cannot be read or is not what it should be.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise StageTimesError(f"{path}: {error.strerror}; --save-stage-times writes such a file") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise StageTimesError(f"{path}: {where}: {first['msg']}; --save-stage-times writes such a file") from None
+
+
+def require_stages(times: StageTimes, stages: Sequence[object], path: Path) -> None:
+    """Refuse times of a network with another number of stages.
+
+    Raises:
+        StageTimesError: they are not of this network.
+    """
+    if len(times.stage_seconds) != len(stages):
+        raise StageTimesError(
+            f"{path}: times of {len(times.stage_seconds)} stages ({times.network}) where the network has "
+            f"{len(stages)}; measure this network's"
+        )

@@ -1,0 +1,109 @@
+"""One lane: a stream, its buffers, and a program for every stage and bucket. One batch at a time.
+
+A batch of up to `bucket` rows is filled up to it with rows of `SCRATCH`. Its program reads the rows' slots from a
+buffer that stays where it is, gathers, runs the stage, writes to the slots, and leaves what is told of the rows in
+another.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.staging import Stage
+from service.runners.base import Array
+from service.runners.torch_cuda.device import Device, Program
+from service.runners.torch_cuda.memory import SCRATCH, Values
+from service.runners.torch_cuda.scoring import N_NUMBERS, judge
+
+IMAGES = "images"
+
+
+def buckets_for(max_rows: int) -> list[int]:
+    """The batch sizes that are prepared: powers of two, and `max_rows`."""
+    return sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows})
+
+
+class Lane:
+    """See the module.
+
+    Args:
+        device: where it runs; a stream is opened there.
+        stages: lowered, on the device; shared by all lanes, as are `values`.
+        image_shape: (height, width, 3).
+        n_classes, score: of the network, and of `scoring.SCORES`.
+        max_rows: the largest bucket.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        stages: Sequence[Stage],
+        values: Values,
+        image_shape: Sequence[int],
+        n_classes: int,
+        score: str,
+        max_rows: int,
+    ) -> None:
+        self.stream = device.open_stream()
+        self.programs: dict[tuple[int, int], Program] = {}  # by stage and bucket
+        self._stages, self._values = stages, values
+        self._n_classes, self._score = n_classes, score
+        self._row_bytes = 8 * N_NUMBERS + 4 * n_classes
+        host = partial(torch.zeros, pin_memory=device.pins)
+        there = partial(torch.zeros, device=device.kind)
+        self._slots_host, self._slots = (make(max_rows, dtype=torch.int64) for make in (host, there))
+        self._images_host, self._images = (make((max_rows, *image_shape), dtype=torch.uint8) for make in (host, there))
+        self._told_host, self._told = (make(max_rows * self._row_bytes, dtype=torch.uint8) for make in (host, there))
+
+    def prepare(self, stage: int, bucket: int) -> None:
+        """Make the program of a stage for batches of up to `bucket` rows."""
+        self._slots_host.fill_(SCRATCH)
+        with self.stream.use():
+            self._slots.copy_(self._slots_host)
+        self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket))
+
+    def run(
+        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Run a stage on the rows in `slots`, up to `bucket`; of the first stage `images` are the rows' own.
+
+        Returns:
+            what is told of the rows, float64 [rows, N_NUMBERS], and their logits, float32 [rows, classes].
+        """
+        n_rows = len(slots)
+        self._slots_host.numpy()[:bucket] = [*slots, *[SCRATCH] * (bucket - n_rows)]
+        if images:
+            np.stack(images, out=self._images_host.numpy()[:n_rows])
+        with self.stream.use():
+            self._slots[:bucket].copy_(self._slots_host[:bucket], non_blocking=True)
+            if images:
+                self._images[:n_rows].copy_(self._images_host[:n_rows], non_blocking=True)
+            self.programs[stage, bucket]()
+            n_bytes = bucket * self._row_bytes
+            self._told_host[:n_bytes].copy_(self._told[:n_bytes], non_blocking=True)
+            self.stream.wait()
+        told, logits = self._parts(self._told_host, bucket)
+        return told[:n_rows].numpy().copy(), logits[:n_rows].numpy().copy()
+
+    def _program(self, stage_index: int, bucket: int) -> None:
+        stage, slots = self._stages[stage_index], self._slots[:bucket]
+        carried = [name for name in stage.inputs if name != IMAGES]
+        inputs = dict(zip(carried, self._values.gather(carried, slots), strict=True))
+        inputs[IMAGES] = self._images[:bucket]
+        outputs = stage(*(inputs[name] for name in stage.inputs))
+        made = zip(stage.outputs, outputs, strict=True)
+        self._values.scatter({name: value for name, value in made if name in self._values}, slots)
+        told, logits = self._parts(self._told, bucket)
+        told.copy_(judge(outputs[0], self._score))
+        logits.copy_(outputs[0])
+
+    def _parts(self, told: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
+        """What is told of `bucket` rows [rows, N_NUMBERS] and their logits [rows, classes] in one run of bytes."""
+        middle = bucket * 8 * N_NUMBERS
+        end = middle + bucket * 4 * self._n_classes
+        numbers = told[:middle].view(torch.float64).view(bucket, N_NUMBERS)
+        return numbers, told[middle:end].view(torch.float32).view(bucket, self._n_classes)

@@ -1,0 +1,100 @@
+"""From a bundle to stages that a device runs fast: the network rebuilt, cut, and lowered.
+
+Lowered means: BatchNorm folded into the convolution before it, maps and weights channels-last, convolutions in half
+precision. Linear layers, and with them logits, their ensemble and scores, stay in float32.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.bundle import Bundle
+from models.normalise import Normalise
+from models.registry import ARCHITECTURES, build_network
+from models.staging import Stage, split
+from service.runners.base import RunnerError
+
+WEIGHTS = "weights.safetensors"
+
+
+def load_network(bundle: Bundle) -> nn.Module:
+    """Rebuild a bundle's network with its weights, float32, in evaluation mode, on the CPU.
+
+    Raises:
+        RunnerError: the bundle says of its network no more than its ONNX graphs, or its weights do not fit it.
+    """
+    manifest = bundle.manifest
+    if manifest.architecture not in ARCHITECTURES:
+        raise RunnerError(
+            f"the runner torch-cuda rebuilds networks of the kinds {', '.join(ARCHITECTURES)}, and this bundle's is "
+            f"{manifest.architecture!r}: choose the runner onnx, or auto"
+        )
+    try:
+        network = build_network(manifest.architecture, manifest.arguments)
+        network.load_state_dict(load_file(bundle.path / WEIGHTS))  # what is stored in half precision is widened
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise RunnerError(
+            f"{bundle.path}: the weights do not fit the network of the manifest ({error}): export the bundle again, or "
+            "choose the runner onnx"
+        ) from error
+    return network.eval()
+
+
+def cut(network: nn.Module, image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> list[Stage]:
+    """Cut a network into stages, the first of which takes uint8 images [rows, height, width, 3]; see `split`."""
+    example = torch.randint(0, 256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return split(network, example, Normalise(mean, std)).stages
+
+
+@torch.no_grad()
+def lower(stages: Sequence[Stage], device: torch.device, dtype: torch.dtype) -> list[Stage]:
+    """Lower stages for a device; they are changed and returned."""
+    for stage in stages:
+        _fold_batch_norm(stage)
+        if dtype != torch.float32:
+            _narrow(stage, dtype)
+        for module in stage.modules():
+            if isinstance(module, nn.Conv2d):
+                # Module.to knows memory formats, its annotations do not.
+                module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        stage.to(device)
+    return list(stages)
+
+
+def _fold_batch_norm(stage: Stage) -> None:
+    modules = dict(stage.named_modules())
+    calls = Counter(node.target for node in stage.graph.nodes if node.op == "call_module")
+    for node in list(stage.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        source = node.args[0]
+        is_own = source.op == "call_module" and len(source.users) == 1 and calls[source.target] == 1
+        if is_own and isinstance(modules[source.target], nn.Conv2d):
+            stage.set_submodule(source.target, fuse_conv_bn_eval(modules[source.target], modules[node.target]))
+            node.replace_all_uses_with(source)
+            stage.graph.erase_node(node)
+    stage.delete_all_unused_submodules()
+    stage.recompile()
+
+
+def _narrow(stage: Stage, dtype: torch.dtype) -> None:
+    """Have maps made in `dtype` from the normalised images on, and widened where a linear layer reads them."""
+    modules = dict(stage.named_modules())
+    graph: fx.Graph = stage.graph
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        if isinstance(modules[node.target], Normalise):
+            with graph.inserting_after(node):
+                narrow = graph.call_method("to", (node, dtype))
+            node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
+        elif isinstance(modules[node.target], nn.Linear):
+            with graph.inserting_before(node):
+                wide = graph.call_method("float", (node.args[0],))
+            node.args = (wide,)
+    stage.recompile()

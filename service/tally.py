@@ -1,0 +1,92 @@
+"""How requests ended and how long they took, as numbers in one block of memory.
+
+One event loop writes a tally; whoever has the memory may read it. That lets several processes count each in a tally of
+its own, without a message, and a count outlives the process that made it.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
+
+Outcome = Literal["answered", "invalid", "overloaded", "unavailable", "abandoned", "failed"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+# 15 bounds and +Inf: no histogram has more than 16 buckets.
+SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+DECODE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+CELL_BYTES = 8  # a float64: a reader sees it whole
+HISTOGRAM_CELLS = len(SECONDS) + 2  # a count for every bucket, and the sum
+OUTCOME_AT = {outcome: i for i, outcome in enumerate(OUTCOMES)}
+DECODE_AT = len(OUTCOMES)
+
+
+def tally_bytes(n_exits: int) -> int:
+    """The memory that a tally takes."""
+    return CELL_BYTES * (DECODE_AT + HISTOGRAM_CELLS * (1 + n_exits))
+
+
+class Tally:
+    """Counts the requests of one event loop.
+
+    Args:
+        n_exits: of the network.
+        memory: `tally_bytes(n_exits)` of it, zero or an earlier tally, which is counted on; by default its own.
+    """
+
+    def __init__(self, n_exits: int, memory: memoryview | None = None) -> None:
+        self.n_exits = n_exits
+        self._cells = (memoryview(bytearray(tally_bytes(n_exits))) if memory is None else memory).cast("d")
+
+    def count(self, outcome: Outcome) -> None:
+        """A request has ended."""
+        self._cells[OUTCOME_AT[outcome]] += 1.0
+
+    def decoded(self, seconds: float) -> None:
+        """An image was decoded."""
+        self._observe(DECODE_AT, DECODE_SECONDS, seconds)
+
+    def responded(self, exit_number: int, seconds: float) -> None:
+        """A request was answered at an exit (from 1), `seconds` after its body was there."""
+        self._observe(DECODE_AT + HISTOGRAM_CELLS * exit_number, SECONDS, seconds)
+
+    def _observe(self, start: int, bounds: Sequence[float], value: float) -> None:
+        self._cells[start + bisect_left(bounds, value)] += 1.0
+        self._cells[start + HISTOGRAM_CELLS - 1] += value
+
+    def read(self) -> Sequence[float]:
+        return self._cells.tolist()
+
+
+def families(tallies: Sequence[Tally]) -> Iterable[Metric]:
+    """What tallies of the same network say together, as Prometheus reads it."""
+    cells = [sum(values) for values in zip(*(tally.read() for tally in tallies), strict=True)]
+    requests = CounterMetricFamily(
+        "exitserve_requests", "Classification requests, by how they ended", labels=["outcome"]
+    )
+    for outcome, at in OUTCOME_AT.items():
+        requests.add_metric([outcome], cells[at])
+    yield requests
+    decode = HistogramMetricFamily("exitserve_decode_seconds", "Decoding an image")
+    _add(decode, [], cells, DECODE_AT, DECODE_SECONDS)
+    yield decode
+    by_exit = HistogramMetricFamily(
+        "exitserve_request_seconds", "From a request's whole body to its answer, by exit", labels=["exit"]
+    )
+    for number in range(1, tallies[0].n_exits + 1):
+        _add(by_exit, [str(number)], cells, DECODE_AT + HISTOGRAM_CELLS * number, SECONDS)
+    yield by_exit
+
+
+def _add(
+    family: HistogramMetricFamily, labels: list[str], cells: Sequence[float], start: int, bounds: Sequence[float]
+) -> None:
+    buckets: list[tuple[str, float]] = []
+    total = 0.0
+    for i, bound in enumerate((*bounds, float("inf"))):
+        total += cells[start + i]
+        buckets.append((floatToGoString(bound), total))
+    family.add_metric(labels, buckets, cells[start + HISTOGRAM_CELLS - 1])

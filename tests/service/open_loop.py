@@ -1,0 +1,174 @@
+"""Traffic that does not wait for answers, under a virtual clock: the real scheduler, budget, pace and degrading."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+import numpy as np
+
+from models.frontier import Frontier
+from service.budget import BudgetController
+from service.costs import CostTable
+from service.degrade import Degrade
+from service.pace import Pace
+from service.scheduler import Scheduler
+from tests.service.simulation import COSTS_MFLOPS, Image, population
+
+N_EXITS = len(COSTS_MFLOPS)
+BATCH_S = 3e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One image and what became of it."""
+
+    came_s: float
+    took_s: float  # NaN where it was refused
+    right: bool
+    spent: int
+    allowance: int
+    working_mflops: float  # when it came
+    is_lowest: bool  # the working budget, when it came
+
+
+@dataclass
+class Record:
+    arrivals: list[Arrival] = field(default_factory=list)  # in the order in which they answered or were refused
+    n_images: int = 0
+
+    def between(self, from_s: float, to_s: float) -> "Record":
+        return Record([arrival for arrival in self.arrivals if from_s <= arrival.came_s < to_s], self.n_images)
+
+    @property
+    def answered(self) -> list[Arrival]:
+        return [arrival for arrival in self.arrivals if arrival.took_s == arrival.took_s]
+
+    @property
+    def refused(self) -> list[Arrival]:
+        return [arrival for arrival in self.arrivals if arrival.took_s != arrival.took_s]
+
+    @property
+    def p95_s(self) -> float:
+        return float(np.percentile([arrival.took_s for arrival in self.answered], 95))
+
+    @property
+    def mean_mflops(self) -> float:
+        return float(np.mean([arrival.spent for arrival in self.answered])) / 1e6
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.mean([arrival.right for arrival in self.answered]))
+
+    @property
+    def working_mflops(self) -> list[float]:
+        return [arrival.working_mflops for arrival in self.arrivals]
+
+
+@dataclass(slots=True, eq=False)
+class _Row(Image):
+    came_s: float
+    working_mflops: float
+    is_lowest: bool
+
+
+def seconds_per_row(mflops_per_s: float) -> list[float]:
+    """By stage."""
+    return [float(mflops) / mflops_per_s for mflops in np.diff([0.0, *COSTS_MFLOPS])]
+
+
+def capacity(frontier: Frontier, n_lanes: int, mflops_per_s: float) -> float:
+    """Images a second at the frontier's end, in large batches."""
+    return n_lanes * mflops_per_s / frontier.cost[-1]
+
+
+def simulate_open_loop(
+    budget: BudgetController,
+    degrade: Degrade,
+    phases: Sequence[tuple[float, float]],
+    *,
+    seed: int = 0,
+    n_lanes: int = 2,
+    max_rows: int = 32,
+    max_in_flight: int = 1_024,
+    max_queue_s: float = 1.0,
+    mflops_per_s: float = 13_000.0,
+    batch_s: float = BATCH_S,
+) -> Record:
+    """Send Poisson traffic in phases of (seconds, images a second), and answer all that is let in.
+
+    A batch takes `batch_s` and, for every row, the stage's cost at `mflops_per_s`. Batches are handed over ahead, one
+    a lane, as the engine does.
+    """
+    rng = np.random.default_rng(seed)
+    came: list[float] = []
+    began_s = 0.0
+    for seconds, rate in phases:
+        came += (began_s + np.sort(rng.random(rng.poisson(seconds * rate))) * seconds).tolist()
+        began_s += seconds
+    scores, right = (table.tolist() for table in population(len(came), seed + 1))
+    row_s = seconds_per_row(mflops_per_s)
+    costs = CostTable([{1: batch_s + seconds, max_rows: batch_s + seconds * max_rows} for seconds in row_s])
+    scheduler: Scheduler[_Row] = Scheduler(N_EXITS, max_rows, 0.05, costs)
+    pace = Pace(n_lanes, sum(row_s))
+    ahead: list[tuple[int, list[_Row]]] = []
+    running: list[tuple[float, int, int, list[_Row], float]] = []
+    record = Record(n_images=len(came))
+    room, in_flight, n_batches, n_came, now_s = max_in_flight, 0, 0, 0, 0.0
+
+    def dispatch() -> None:
+        nonlocal n_batches
+        while True:
+            while ahead and len(running) < n_lanes:
+                stage, rows = ahead.pop(0)
+                n_batches += 1
+                done_s = now_s + batch_s + row_s[stage] * len(rows)
+                heapq.heappush(running, (done_s, n_batches, stage, rows, now_s))
+            if len(running) + len(ahead) >= 2 * n_lanes or (picked := scheduler.pick(now_s)) is None:
+                return
+            for row in picked[1]:
+                budget.charge(row.account)
+            ahead.append(picked)
+
+    while n_came < len(came) or running:
+        if n_came < len(came) and came[n_came] <= (running[0][0] if running else inf):
+            now_s, n, n_came = came[n_came], n_came, n_came + 1
+            degrade.follow(now_s, in_flight, pace.row_s)
+            working, is_lowest = budget.working_mflops, budget.ledger.allowance == budget.costs[0]
+            if in_flight >= room:
+                record.arrivals.append(Arrival(now_s, float("nan"), False, 0, 0, working, is_lowest))
+                continue
+            in_flight += 1
+            row = _Row(scores[n], right[n], budget.admit(), now_s, now_s, working, is_lowest)
+            scheduler.add([row], 0, now_s)
+            dispatch()
+            continue
+        now_s, _, stage, rows, started_s = heapq.heappop(running)
+        budget.refresh()
+        n_left = 0
+        for row in rows:
+            if budget.decide(row.account, row.scores[stage]) is None:
+                scheduler.add([row], stage + 1, now_s)
+                continue
+            budget.settle(row.account)
+            n_left += 1
+            took_s, account = now_s - row.came_s, row.account
+            degrade.took(took_s)
+            record.arrivals.append(
+                Arrival(
+                    row.came_s,
+                    took_s,
+                    row.right[stage],
+                    account.spent,
+                    account.allowance,
+                    row.working_mflops,
+                    row.is_lowest,
+                )
+            )
+        in_flight -= n_left
+        pace.ran(now_s - started_s, n_left)
+        if n_left:
+            room = pace.room_rows(degrade.bearable_wait_s(max_queue_s), max_in_flight)
+        degrade.follow(now_s, in_flight, pace.row_s)
+        dispatch()
+    return record

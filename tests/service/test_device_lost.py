@@ -1,0 +1,85 @@
+"""A real server process whose device is lost: who waits gets 503, and the process ends, to be restarted."""
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+from time import monotonic
+
+import httpx
+
+from tests.bundles import random_images
+from tests.service.apps import PNG, png
+from tests.service.process import REPOSITORY, environment
+
+N_CLIENTS = 8
+# The server's own code, but for a device that is lost under the first batch that runs once the file `go` is there.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from service.runners.base import FatalRunnerError
+from service.runners.onnx import OnnxRunner
+from service.__main__ import main
+
+run, go = OnnxRunner.run, Path(sys.argv[1])
+warm_up = OnnxRunner.warm_up
+
+def lost(self, stage, rows):
+    while not go.exists():
+        time.sleep(0.01)
+    raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
+
+def warm_up_and_then_lose_it(self, limit_s=1.0):
+    times = warm_up(self, limit_s)
+    OnnxRunner.run = lost
+    return times
+
+OnnxRunner.warm_up = warm_up_and_then_lose_it
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_lost_device_answers_503_and_ends_the_process(bundle_path: Path, tmp_path: Path) -> None:
+    go, log = tmp_path / "go", tmp_path / "log"
+    arguments = ["--bundle", str(bundle_path), "--port", "0", "--device", "cpu", "--lanes", "2", "--max-queue-s", "60"]
+    with log.open("w") as stderr:
+        server = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(go), *arguments],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    stdout = server.stdout
+    assert stdout is not None
+    try:
+        lines: Queue[str] = Queue()
+        threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
+        line = lines.get(timeout=60)
+        assert "http://" in line, log.read_text()
+        url = next(word for word in line.split() if word.startswith("http://"))
+        body = png(random_images(1, seed=43)[0])
+        with ThreadPoolExecutor(N_CLIENTS) as pool:
+            asked = [
+                pool.submit(httpx.post, f"{url}/classify", content=body, headers=PNG, timeout=60)
+                for _ in range(N_CLIENTS)
+            ]
+            limit_s = monotonic() + 30
+            while "exitserve_in_flight_rows 8.0" not in httpx.get(f"{url}/metrics").text:
+                assert monotonic() < limit_s
+            go.touch()
+            responses = [future.result(60) for future in asked]
+        for response in responses:
+            assert response.status_code == 503
+            assert response.headers["content-type"] == "application/problem+json"
+            assert "illegal memory access" in response.json()["detail"]
+        assert server.wait(30) == 1
+        assert "the device is lost" in log.read_text()
+    finally:
+        if server.poll() is None:
+            server.kill()
+        server.wait()
+        stdout.close()

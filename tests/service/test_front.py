@@ -1,0 +1,228 @@
+"""Real processes: a server with two HTTP workers does all that one without them does."""
+
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.bundles import random_images, tiny_bundle
+from tests.service.apps import PNG, build_app, png, problem, serving
+from tests.service.process import ServerProcess, running_server
+from tests.service.test_shutdown import SlowClient, slow_clients, wait_for
+
+BODIES = [png(image) for image in random_images(24, seed=53)]
+IN_FRONT = ("--http-workers", "2", "--lanes", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("front")
+    tiny_bundle(folder / "bundle")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    with running_server(folder / "bundle", folder / "log", *IN_FRONT, "--budget-fraction", "0.6") as server:
+        yield server
+
+
+def workers_of(server: ServerProcess) -> list[int]:
+    tasks = Path(f"/proc/{server.process.pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Not ended; not a zombie either."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(what: str, is_so: Any, timeout_s: float = 20.0) -> None:
+    limit_s = monotonic() + timeout_s
+    while not is_so():
+        assert monotonic() < limit_s, what
+        sleep(0.02)
+
+
+def answer_of(response: httpx.Response) -> Any:
+    """What was answered, without the times and names that differ from request to request."""
+    assert response.status_code == 200, response.text
+    lines = [json.loads(line) for line in response.text.splitlines()]
+    for line in lines:
+        line.pop("timings", None)
+        line.pop("request_id", None)
+    return lines
+
+
+def numbers(text: str) -> dict[str, float]:
+    """The metrics, by name and labels."""
+    return {name: float(value) for name, value in re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)}
+
+
+def test_it_answers_as_one_process_does(server: ServerProcess, folder: Path) -> None:
+    calls = [("/classify?top_k=10&exit=", "1"), ("/classify/stream?exit=", "4"), ("/classify?exit=", "3")]
+    with serving(build_app(folder / "bundle")) as alone:
+        for i, body in enumerate(BODIES):
+            path = "".join(calls[i % 3])
+            there = httpx.post(server.url + path, content=body, headers=PNG)
+            here = alone.post(path, content=body, headers=PNG)
+            if "stream" not in path:
+                assert answer_of(there) == answer_of(here)
+                continue
+            for line, same in zip(answer_of(there), answer_of(here), strict=True):
+                line.pop("threshold"), same.pop("threshold")  # they move with the budget
+                assert line == same
+        for path, body, kind in (
+            ("/classify", b"no image", "not-an-image"),
+            ("/classify?exit=9", BODIES[0], "bad-parameter"),
+            ("/nowhere", b"", "not-found"),
+        ):
+            there = httpx.post(server.url + path, content=body, headers=PNG)
+            here = alone.post(path, content=body, headers=PNG)
+            assert there.status_code == here.status_code
+            problem(there, here.status_code, kind)
+    form = [("image", (f"{i}.png", body, "image/png")) for i, body in enumerate(BODIES)]
+    batch = httpx.post(server.url + "/classify/batch", files=form).json()
+    assert (batch["answered"], batch["failed"]) == (len(BODIES), 0)
+    assert httpx.get(server.url + "/").status_code == httpx.get(server.url + "/docs").status_code == 200
+    assert "/classify" in httpx.get(server.url + "/openapi.json").json()["paths"]
+
+
+def test_whichever_worker_is_asked_tells_the_whole_truth(server: ServerProcess) -> None:
+    before = numbers(httpx.get(server.url + "/metrics").text)
+    served: set[str] = set()
+    for body in BODIES:  # a connection each
+        response = httpx.post(server.url + "/classify", content=body, headers=PNG)
+        served.add(response.headers["x-request-id"].partition("-")[0])
+    mflops = 0.0
+    for _ in range(12):
+        response = httpx.put(server.url + "/budget", json={"fraction": 0.7})
+        assert response.status_code == 200
+        served.add(response.headers["x-request-id"].partition("-")[0])
+        shown = httpx.get(server.url + "/budget").json()
+        assert shown["set_as"] == "fraction"
+        assert shown["fraction"] == pytest.approx(0.7)
+        after = numbers(httpx.get(server.url + "/metrics").text)
+        for name, count in {
+            'exitserve_requests_total{outcome="answered"}': 24,
+            "exitserve_decode_seconds_count": 24,
+            'exitserve_decode_seconds_bucket{le="+Inf"}': 24,
+        }.items():
+            assert after[name] - before[name] == count, name
+        by_exit = [f'exitserve_request_seconds_count{{exit="{number}"}}' for number in range(1, 5)]
+        assert sum(after[name] - before[name] for name in by_exit) == 24
+        assert after["exitserve_request_mflops_count"] - before["exitserve_request_mflops_count"] == 24
+        assert after["exitserve_ready"] == 1
+        assert mflops in (0.0, after["exitserve_mflops_total"])
+        mflops = after["exitserve_mflops_total"]
+    if len(served) < 2:  # the kernel gives connections to whoever is there first
+        wait_until("both workers serve", lambda: len(served | {_server_of(server)}) > 1)
+
+
+def _server_of(server: ServerProcess) -> str:
+    return httpx.get(server.url + "/model").headers["x-request-id"].partition("-")[0]
+
+
+def test_workers_hold_no_engine(server: ServerProcess) -> None:
+    pids = workers_of(server)
+    assert len(pids) == 2
+    for pid in pids:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "onnxruntime" not in maps
+        assert "memfd:exitserve" in maps
+
+
+def test_a_client_that_hangs_up_gives_its_image_up(server: ServerProcess) -> None:
+    name = 'exitserve_requests_total{outcome="abandoned"}'
+    before = numbers(httpx.get(server.url + "/metrics").text)[name]
+    with slow_clients(server, 5):
+        pass
+    wait_until("they are counted", lambda: numbers(httpx.get(server.url + "/metrics").text)[name] == before + 5)
+    assert numbers(httpx.get(server.url + "/metrics").text)["exitserve_in_flight_rows"] == 0
+
+
+def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: ServerProcess) -> None:
+    answered = 'exitserve_requests_total{outcome="answered"}'
+    before = numbers(httpx.get(server.url + "/metrics").text)
+    victim, survivor = workers_of(server)
+    os.kill(victim, signal.SIGKILL)
+    wait_until("another has been started", lambda: len(set(workers_of(server)) - {victim, survivor}) == 1)
+    for body in BODIES:
+        assert httpx.post(server.url + "/classify", content=body, headers=PNG, timeout=30).status_code == 200
+    after = numbers(httpx.get(server.url + "/metrics").text)
+    assert after[answered] == before[answered] + 24
+    assert f"HTTP worker 1 (process {victim}) ended with -9" in server.log.read_text()
+    # The other one too, so that all requests are the new worker's.
+    os.kill(survivor, signal.SIGKILL)
+    assert httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=30).status_code == 200
+    assert numbers(httpx.get(server.url + "/metrics", timeout=30).text)[answered] == before[answered] + 25
+
+
+class Accepted(SlowClient):
+    """A client whose request is being read: the server has asked for its body."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        head = (
+            f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(BODIES[0])}"
+        )
+        self._socket.sendall(head.encode() + b"\r\nExpect: 100-continue\r\n\r\n")
+        asked = b""
+        while not asked.endswith(b"\r\n\r\n"):
+            asked += self._socket.recv(1)
+        assert asked.startswith(b"HTTP/1.1 100 ")
+
+    def finish(self) -> None:
+        self._socket.sendall(BODIES[0])
+
+
+@pytest.mark.parametrize("to_all", [False, True])
+def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: Path, to_all: bool) -> None:
+    """Told by SIGTERM to the parent, and as Ctrl-C and service managers tell every process at once."""
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server, ExitStack() as stack:
+        clients = [Accepted(server) for _ in range(12)]
+        for client in clients:
+            stack.callback(client.close)
+        workers = workers_of(server)
+        for pid in [server.process.pid, *(workers if to_all else [])]:
+            os.kill(pid, signal.SIGINT if to_all else signal.SIGTERM)
+        refused = wait_for(503, server.url + "/readyz")
+        assert "stopping" in refused.json()["detail"]
+        for client in clients:
+            client.finish()
+        for client in clients:
+            assert client.response()[0] == 200
+        assert server.process.wait(15) == 0
+        assert not any(map(is_running, workers))
+    log = (tmp_path / "log").read_text()
+    assert "stopped: 12 answered, 0 abandoned, 0 failed" in log
+    assert "Traceback" not in log
+
+
+def test_a_client_that_never_finishes_cannot_hold_it(folder: Path, tmp_path: Path) -> None:
+    arguments = (*IN_FRONT, "--drain-s", "1")
+    with running_server(folder / "bundle", tmp_path / "log", *arguments) as server, slow_clients(server, 1):
+        assert server.stop() == 1
+    assert "1 requests were not answered" in (tmp_path / "log").read_text()
+
+
+def test_workers_do_not_outlive_the_engines_process(folder: Path, tmp_path: Path) -> None:
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server:
+        workers = workers_of(server)
+        assert all(map(is_running, workers))
+        server.process.kill()
+        server.process.wait()
+        wait_until("they end", lambda: not any(map(is_running, workers)))
+    assert "Traceback" not in (tmp_path / "log").read_text()

@@ -1,0 +1,180 @@
+"""Between processes nothing is lost, doubled, swapped or rounded."""
+
+import random
+import socket
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.front import wire
+from service.front.channel import Channel, Frame
+from service.front.memory import Layout, SharedMemory
+from service.rows import (
+    Answer,
+    EngineDraining,
+    EngineError,
+    EngineLost,
+    EngineOverloaded,
+    EngineTooLate,
+    EngineUnsound,
+    Options,
+    Step,
+)
+
+NAMES = [f"class {i}" for i in range(1000)]
+NUMBERS = st.integers(0, 2**63)
+SHARES = st.floats(0, 1)
+REALS = st.floats(allow_nan=False)
+RANKED = st.lists(st.tuples(st.integers(0, 999), SHARES), min_size=1, max_size=100).map(tuple)
+ANSWERS = st.builds(
+    lambda ranked, exit_number, reason, mflops, times, rows: Answer(
+        ranked[0][0], NAMES[ranked[0][0]], ranked[0][1], ranked, exit_number, reason, mflops, *times, rows
+    ),
+    RANKED,
+    st.integers(1, 64),
+    st.sampled_from(wire.REASONS),
+    REALS,
+    st.tuples(REALS, REALS),
+    st.integers(1, 4096),
+)
+STEPS = st.builds(
+    lambda ranked, exit_number, mflops, score, threshold: Step(
+        ranked[0][0], NAMES[ranked[0][0]], ranked[0][1], ranked, exit_number, mflops, score, threshold
+    ),
+    RANKED,
+    st.integers(1, 64),
+    REALS,
+    REALS,
+    REALS,
+)
+OPTIONS = st.builds(
+    Options,
+    top_k=st.integers(1, 1000),
+    exit=st.none() | st.integers(1, 64),
+    min_confidence=st.none() | SHARES,
+    max_mflops=st.floats(0, inf),
+    deadline_s=st.floats(0, inf),
+    steps=st.booleans(),
+)
+ERRORS = [
+    EngineError("a batch failed, Straße"),
+    EngineOverloaded(1024, 1.25),
+    EngineTooLate(),
+    EngineUnsound("no stage can be run"),
+    EngineLost("the device is lost"),
+    EngineDraining("stopping"),
+]
+
+
+@given(st.lists(st.tuples(NUMBERS, OPTIONS), max_size=20))
+def test_options_arrive_as_they_were(sent: list[tuple[int, Options]]) -> None:
+    payload = b"".join(wire.pack_submission(number, options) for number, options in sent)
+    assert list(wire.submissions(payload)) == sent
+
+
+@given(st.lists(st.tuples(NUMBERS, ANSWERS | STEPS), max_size=5))
+def test_answers_arrive_to_the_last_bit(sent: list[tuple[int, Answer | Step]]) -> None:
+    answered, failed = wire.pack_outcomes(sent)
+    assert list(wire.told(answered, NAMES)) == sent
+    assert failed == b""
+
+
+def test_an_answer_with_steps_keeps_its_score() -> None:
+    answer = Answer(3, NAMES[3], 0.5, ((3, 0.5),), 2, "pinned", 12.5, 0.1, 0.2, 4, score=-inf, threshold=inf)
+    assert list(wire.told(wire.pack_told(7, answer), NAMES)) == [(7, answer)]
+
+
+def test_errors_arrive_as_what_they_were() -> None:
+    answered, failed = wire.pack_outcomes(enumerate(ERRORS))
+    assert answered == b""
+    for (number, arrived), (i, sent) in zip(wire.failures(failed), enumerate(ERRORS), strict=True):
+        assert number == i
+        assert type(arrived) is type(sent)
+        assert str(arrived) == str(sent)
+        assert arrived.__dict__ == sent.__dict__
+
+
+class OddError(EngineError):
+    pass
+
+
+def test_an_error_of_a_kind_unknown_here_is_an_error_all_the_same() -> None:
+    [(_, arrived)] = wire.failures(wire.pack_failure(1, OddError("odd")))
+    assert type(arrived) is EngineError
+    assert str(arrived) == "odd"
+
+
+def channels() -> tuple[Channel, Channel]:
+    """Two ends with as little room between them as the kernel gives."""
+    pair = socket.socketpair()
+    for end in pair:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    return Channel(pair[0]), Channel(pair[1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_frames_arrive_whole_and_in_order_whatever_the_room(seed: int) -> None:
+    random_of = random.Random(seed)
+    sizes = [random_of.choice((0, 1, 40, 5_000, 50_000)) for _ in range(100)]
+    sent = [Frame(i % 256, random_of.randbytes(size)) for i, size in enumerate(sizes)]
+    near, far = channels()
+    received: list[Frame] = []
+    waiting = list(sent)
+    all_out = False
+    while waiting or not all_out:
+        if waiting and random_of.random() < 0.5:
+            all_out = near.send(*waiting.pop(0))
+        elif random_of.random() < 0.7:
+            received += far.receive()
+        else:
+            all_out = near.flush()
+    near.close()
+    while not far.is_closed:
+        received += far.receive()
+    far.close()
+    assert received == sent
+
+
+def test_a_sender_never_waits_and_hears_when_something_is_left() -> None:
+    near, far = channels()
+    assert near.send(1, b"small")
+    results = [near.send(2, bytes(10_000)) for _ in range(20)]  # nobody reads
+    assert not any(results[1:])
+    received: list[Frame] = []
+    while not near.flush():
+        received += far.receive()
+    while len(received) < 21:
+        received += far.receive()
+    assert [len(frame.payload) for frame in received] == [5, *[10_000] * 20]
+    far.close()
+    near.send(3, bytes(1_000_000))
+    assert near.is_closed
+    assert near.send(4, b"lost, without an error")
+    near.close()
+
+
+def test_the_numbers_of_one_worker_are_not_those_of_another() -> None:
+    layout = Layout(n_workers=3, n_slots=5, height_px=7, width_px=9, n_exits=4)
+    near = SharedMemory.create(layout)
+    far = SharedMemory(layout, near.descriptor)
+    for worker in range(3):
+        far.set_in_flight(worker, 10 + worker)
+        far.slots(worker)[...] = 100 + worker
+        far.tally(worker).count("answered")
+        far.tally(worker).responded(4, 0.001 * worker)
+    assert near.in_flight_rows == 33
+    assert [near.in_flight_of(worker) for worker in range(3)] == [10, 11, 12]
+    for worker in range(3):
+        assert np.all(near.slots(worker) == 100 + worker)
+        assert near.tally(worker).read() == far.tally(worker).read()
+        assert near.tally(worker).read()[0] == 1
+    assert not far.board.is_alive
+    near.board.publish(True, "Störung " * 200, 12, 0.25)
+    assert far.board.is_alive
+    assert (far.board.trouble or "").startswith("Störung Störung")
+    assert (far.board.room_rows, far.board.row_s) == (12, 0.25)
+    near.board.publish(True, None, 12, 0.25)
+    assert far.board.trouble is None

@@ -1,0 +1,186 @@
+"""The simulation behind `python -m service plan`: where queueing theory knows the answer, it gives it."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from models.frontier import build_frontier
+from service.plan import planning
+from service.plan.arrivals import poisson
+from service.plan.planning import Planner, first, least_replicas, observe
+from service.plan.simulation import Network, Setup, Simulation
+from service.plan.stage_times import StageTimes
+from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, population
+
+MS = 1e-3
+
+
+def times(*stage_seconds: dict[int, float], **others: float) -> StageTimes:
+    known = {"n_lanes": 1, "n_cores": 1, "lanes_take_cores": True, "alone_speed": 1.0}
+    host = {"host_image_seconds": 0.0, "host_batch_seconds": 0.0}
+    return StageTimes(
+        network="none",
+        machine="none: chosen by a test",
+        stage_seconds=stage_seconds,
+        copy_row_seconds=[0.0] * len(stage_seconds),
+        **{**known, **host, **others},
+    )
+
+
+def one_exit() -> Network:
+    scores, correct = np.zeros((100, 1)), np.ones((100, 1), np.bool_)
+    return Network(scores, correct, (10.0,), build_frontier(scores, correct, (10.0,)))
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    scores, correct = population(5_000, seed=0)
+    return Network(scores, correct, COSTS_MFLOPS, build_frontier(scores, correct, COSTS_MFLOPS))
+
+
+SIX_STAGES = times(*[{1: 1.0 * MS, 32: 8.0 * MS}] * 6, n_lanes=2, n_cores=2)
+
+
+def waits_in_line(arrivals: list[float], service_s: float) -> list[float]:
+    """One server, first come first served, constant service: Lindley's recursion."""
+    waits = [0.0]
+    for before, now in pairwise(arrivals):
+        waits.append(max(0.0, waits[-1] + service_s - (now - before)))
+    return waits
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_the_recursion_is_an_m_d_1_queue(load):
+    """Pollaczek-Khinchine: the mean wait is load / (2 (1 - load)) services. What the next two compare with is right."""
+    waits = waits_in_line(poisson(load / MS, 200_000, seed=1).tolist(), MS)
+    assert np.mean(waits) == pytest.approx(load / (2 * (1 - load)) * MS, rel=0.05)
+
+
+@pytest.mark.parametrize("load", [0.5, 0.8])
+def test_one_image_at_a_time_waits_as_in_an_m_d_1_queue(load):
+    arrivals = poisson(load / MS, 1_500, seed=1).tolist()
+    record = Simulation(one_exit(), times({1: MS}), Setup(10.0, 1, 1, max_rows=1)).run(arrivals)
+    waits = np.array(record.answered_s) - record.came_s - MS
+    assert waits == pytest.approx(waits_in_line(arrivals, MS), abs=1e-9)
+
+
+def test_the_host_is_a_queue_of_its_own():
+    """Images that cost the host 1 ms and a device next to nothing wait for the host."""
+    arrivals = poisson(0.7 / MS, 1_500, seed=2).tolist()
+    slow_host = times({1: 1e-9}, host_image_seconds=0.6 * MS, lanes_take_cores=False)
+    record = Simulation(one_exit(), slow_host, Setup(10.0, 1, 1, max_rows=1, http_image_s=0.4 * MS)).run(arrivals)
+    waits = np.array(record.answered_s) - record.came_s - MS
+    assert waits == pytest.approx(waits_in_line(arrivals, MS), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n_lanes", "n_cores", "lanes_take_cores", "host_ms", "per_s"),
+    [
+        (1, 1, True, 0.0, 1_000),
+        (2, 2, True, 0.0, 2_000),
+        (2, 1, True, 0.0, 1_000),  # two lanes share a core
+        (1, 1, True, 0.25, 800),  # 1.25 ms an image on one core
+        (1, 2, True, 0.25, 1_000),  # the host has a core to itself
+        (1, 1, False, 0.25, 1_000),  # or the stages have a device
+    ],
+)
+def test_lanes_and_host_share_the_cores(n_lanes, n_cores, lanes_take_cores, host_ms, per_s):
+    table = times({1: MS}, n_lanes=n_lanes, lanes_take_cores=lanes_take_cores, host_image_seconds=host_ms * MS)
+    simulation = Simulation(one_exit(), table, Setup(10.0, n_lanes, n_cores, max_rows=1))
+    record = simulation.saturate(300, n_in_flight=16)
+    assert 300 / record.answered_s[-1] == pytest.approx(per_s, rel=0.02)
+
+
+def test_a_batch_alone_is_as_fast_as_was_measured():
+    table = times({1: 3 * MS}, n_lanes=2, n_cores=2, alone_speed=1.5)
+    record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 1.0, 1.0, 2.0])
+    latencies = np.array(record.answered_s) - record.came_s
+    assert latencies == pytest.approx([2 * MS, 3 * MS, 3 * MS, 2 * MS])
+
+
+def test_full_batches_answer_as_many_as_their_stage_times_allow():
+    table = times({1: 1 * MS, 32: 8 * MS})
+    record = Simulation(one_exit(), table, Setup(10.0, 1, 1)).saturate(3_200, n_in_flight=128)
+    assert 3_200 / record.answered_s[-1] == pytest.approx(32 / (8 * MS), rel=0.02)
+    assert record.batch_rows[0].count(32) >= 99  # the first and the last are smaller
+
+
+def test_rows_that_lie_apart_cost_their_copies(network):
+    """Nothing else differs between these two, so that the time lost is what copies take."""
+    setup = Setup(0.4 * FULL_MFLOPS, 2, 2)
+    costly = SIX_STAGES.model_copy(update={"copy_row_seconds": (1 * MS,) * 6})
+    plain, copying = (Simulation(network, table, setup).saturate(1_000, 256) for table in (SIX_STAGES, costly))
+    assert copying.answered_s[-1] > 1.2 * plain.answered_s[-1]
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.6])
+def test_the_budget_is_kept_and_images_leave_where_the_frontier_says(network, fraction):
+    budget_mflops = fraction * FULL_MFLOPS
+    planner = Planner(network, SIX_STAGES, Setup(budget_mflops, 2, 2))
+    outcome = planner.at(2_000.0, 4_000)
+    point = network.frontier.at(network.frontier.position_at_cost(budget_mflops))
+    assert 0.985 * budget_mflops <= outcome.mean_mflops <= budget_mflops
+    assert outcome.worst_mflops <= budget_mflops * 1.033  # 32 budgets in 1,000 answers, and the steering's aim
+    assert outcome.shares == pytest.approx(point.shares, abs=0.04)
+    assert outcome.accuracy == pytest.approx(point.accuracy, abs=0.015)
+    assert outcome.images_per_s == pytest.approx(2_000, rel=0.05)
+    assert outcome.p50_ms <= outcome.p95_ms <= outcome.p99_ms
+
+
+def test_no_window_of_answers_overspends_by_more_than_the_burst(network):
+    setup = Setup(0.4 * FULL_MFLOPS, 2, 2, burst_images=32.0)
+    record = Simulation(network, SIX_STAGES, setup).run(poisson(2_000, 2_500, 3, burst_images=100).tolist())
+    balance = np.cumsum(np.array(record.spent) - np.array(record.allowance))
+    assert (balance - np.minimum.accumulate(np.minimum(balance, 0))).max() <= 32 * record.allowance[0]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_a_different_one(network):
+    setup = Setup(0.4 * FULL_MFLOPS, 2, 2)
+    runs = [Simulation(network, SIX_STAGES, setup, seed).run(poisson(2_000, 600, seed).tolist()) for seed in (7, 7, 8)]
+    assert runs[0] == runs[1]
+    assert runs[0].answered_s != runs[2].answered_s
+
+
+def test_every_image_is_answered_once_and_none_before_it_came(network):
+    record = Simulation(network, SIX_STAGES, Setup(FULL_MFLOPS, 2, 2)).run(poisson(1_500, 1_000, 4, 7).tolist())
+    assert sorted(record.came_s) == pytest.approx(poisson(1_500, 1_000, 4, 7).tolist())
+    assert (np.array(record.answered_s) > record.came_s).all()
+    assert (np.diff(record.answered_s) >= 0).all()
+
+
+def test_arrivals_have_their_rate_and_their_bursts():
+    alone, bursts = poisson(50.0, 20_000, 0), poisson(50.0, 20_000, 0, 10)
+    for arrivals in (alone, bursts):
+        assert len(arrivals) == 20_000
+        assert 20_000 / arrivals[-1] == pytest.approx(50, rel=0.05)
+    assert np.diff(alone).min() > 0
+    assert len(set(bursts.tolist())) == 2_000
+
+
+def test_replicas_are_as_many_as_a_latency_needs(network, monkeypatch):
+    for name in ("SETTLING_IMAGES", "SATURATED_IMAGES", "SEARCH_IMAGES"):
+        monkeypatch.setattr(planning, name, 800)
+    planner = Planner(network, SIX_STAGES, Setup(0.4 * FULL_MFLOPS, 2, 2))
+    capacity = planner.saturated().images_per_s
+    rate = 2.5 * capacity
+    found = planner.replicas_for(rate, 30.0, capacity)
+    assert found.needed is not None
+    assert found.needed >= least_replicas(rate, capacity) == 3
+    assert found.p99_ms <= 30.0
+    impossible = planner.replicas_for(rate, 0.5, capacity)  # less than one stage takes
+    assert impossible.needed is None
+    assert impossible.p99_ms > 0.5
+
+
+@pytest.mark.parametrize("answer", [4, 5, 6, 7, 11, 40])
+def test_the_search_finds_the_first(answer):
+    assert first(lambda n: n >= answer, 3, 40) == answer
+    assert first(lambda n: False, 3, 40) is None
+
+
+def test_what_settles_is_not_counted():
+    record = Simulation(one_exit(), times({1: MS}), Setup(10.0, 1, 1, max_rows=1)).run([0.0, 0.0, 0.0, 5.0])
+    outcome = observe(one_exit(), record, n_settling=3)
+    assert outcome.images == 1
+    assert outcome.p50_ms == pytest.approx(1.0)
