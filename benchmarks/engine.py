@@ -2,15 +2,13 @@
 
     python -m benchmarks.engine --bundle models/zoo/cifar100-msdnet --data cifar-100-python.tar.gz
 
-Both serve the same images in turns, so that a machine's moods hit both alike. Beside the ratio stand the ideal (what
+All serve the same images in turns, so that a machine's moods hit all alike. Beside the ratio stand the ideal (what
 the engine's own stage times allow at the exits these images really took: no copies, no decisions, full batches) and
 the floor (multiply-adds at the machine's measured matrix product rate). Keep the machine idle meanwhile.
 """
 
 import json
-import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,27 +22,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.closed_loop import Load, Round, ideal_rate
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
-from service.engine import Engine
-from service.rows import Answer, EngineError, Told
+from service.policies import POLICIES
 from service.runners.base import RowState
 from service.runners.onnx import OnnxRunner
-from service.scheduler import POLICIES
 from training.data import load_image_set
 
 Images = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Round:
-    """One engine serving all images once."""
-
-    images_per_s: float
-    shares: list[float]  # of the images, by exit
-    mean_mflops: float
-    mean_batch_rows: float  # in the batch an image left from
-    median_ms: float  # in the engine
 
 
 @dataclass(frozen=True)
@@ -80,43 +66,6 @@ class Report:
         return median(on.images_per_s / off.images_per_s for on, off in pairs)
 
 
-class Load:
-    """Keeps `n_in_flight` images in an engine until all are answered."""
-
-    def __init__(self, engine: Engine, images: Images, n_in_flight: int) -> None:
-        self.answers: list[Answer] = []
-        self._engine = engine
-        self._images = images
-        self._room = threading.Semaphore(n_in_flight)
-        self._done = threading.Event()
-
-    def run(self) -> Round:
-        started = time.perf_counter()
-        for image in self._images:
-            self._room.acquire()
-            self._engine.submit_to(self._take, None, image)
-        self._done.wait()
-        seconds = time.perf_counter() - started
-        exits = Counter(answer.exit for answer in self.answers)
-        return Round(
-            images_per_s=len(self.answers) / seconds,
-            shares=[exits[k] / len(self.answers) for k in range(1, len(self._engine.stage_seconds) + 1)],
-            mean_mflops=sum(answer.mflops for answer in self.answers) / len(self.answers),
-            mean_batch_rows=sum(answer.batch_rows for answer in self.answers) / len(self.answers),
-            median_ms=median(answer.queue_ms + answer.compute_ms for answer in self.answers),
-        )
-
-    def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
-        for _, outcome in outcomes:
-            if isinstance(outcome, EngineError):
-                raise outcome
-            assert isinstance(outcome, Answer)
-            self.answers.append(outcome)
-        self._room.release(len(outcomes))
-        if len(self.answers) == len(self._images):
-            self._done.set()
-
-
 def stage_row_seconds(bundle: Bundle, images: Images, max_rows: int, n_lanes: int, repeats: int) -> list[float]:
     """What a row of a full batch takes at every stage while all lanes run that stage: the median of `repeats`."""
     runner = OnnxRunner(bundle, max_rows, n_lanes)
@@ -128,15 +77,6 @@ def stage_row_seconds(bundle: Bundle, images: Images, max_rows: int, n_lanes: in
             seconds.append(median(output.seconds for run in runs for output in run) / max_rows)
             rows = [output.states for output in runs[-1]]
     return seconds
-
-
-def ideal_rate(row_seconds: Sequence[float], shares: Sequence[float], n_lanes: int) -> float:
-    """Images/s where every stage costs its row time, and only images that reach it pay."""
-    reaching, seconds = 1.0, 0.0
-    for stage_seconds, share in zip(row_seconds, shares, strict=True):
-        seconds += reaching * stage_seconds
-        reaching -= share
-    return n_lanes / seconds
 
 
 def matrix_product_gmacs_per_s(size: int = 1536, repeats: int = 8) -> float:
@@ -168,13 +108,14 @@ def measure(
     fraction: float,
     rounds: int,
     n_in_flight: int,
-    policy: str,
+    policies: Sequence[str],
     **options: Any,
-) -> Report:
-    """Serve the images `rounds` times with exits and as often without, in turns."""
+) -> list[Report]:
+    """Serve the images `rounds` times by each policy with exits, and as often without, all in turns; a report each."""
     budget_mflops = fraction * bundle.costs_mflops[-1]
-    engines = [build_engine(bundle, budget_mflops, policy=policy, exits=on, **options) for on in (True, False)]
-    results: list[list[Round]] = [[], []]
+    engines = [build_engine(bundle, budget_mflops, policy=policy, **options) for policy in policies]
+    engines.append(build_engine(bundle, budget_mflops, exits=False, **options))
+    results: list[list[Round]] = [[] for _ in engines]
     try:
         for engine in engines:
             engine.start()
@@ -187,23 +128,25 @@ def measure(
             engine.drain(60)
     n_lanes = engines[0].n_lanes
     row_seconds = stage_row_seconds(bundle, images, engines[0].max_rows, n_lanes, repeats=9)
-    shares = np.mean([r.shares for r in results[0]], axis=0).tolist()
     gmacs = matrix_product_gmacs_per_s()
-    return Report(
-        bundle=f"{bundle.manifest.name} {bundle.manifest.version}",
-        images=description,
-        n_images=len(images),
-        n_lanes=n_lanes,
-        policy=policy,
-        budget_fraction=fraction,
-        with_exits=results[0],
-        exits_off=results[1],
-        stage_row_seconds=row_seconds,
-        ideal_images_per_s=ideal_rate(row_seconds, shares, n_lanes),
-        ideal_off_images_per_s=n_lanes / sum(row_seconds),
-        matrix_product_gmacs_per_s=gmacs,
-        floor_images_per_s=gmacs * 1e3 / median(r.mean_mflops for r in results[0]),
-    )
+    return [
+        Report(
+            bundle=f"{bundle.manifest.name} {bundle.manifest.version}",
+            images=description,
+            n_images=len(images),
+            n_lanes=n_lanes,
+            policy=policy,
+            budget_fraction=fraction,
+            with_exits=result,
+            exits_off=results[-1],
+            stage_row_seconds=row_seconds,
+            ideal_images_per_s=ideal_rate(row_seconds, np.mean([r.shares for r in result], axis=0).tolist(), n_lanes),
+            ideal_off_images_per_s=n_lanes / sum(row_seconds),
+            matrix_product_gmacs_per_s=gmacs,
+            floor_images_per_s=gmacs * 1e3 / median(r.mean_mflops for r in result),
+        )
+        for policy, result in zip(policies, results, strict=False)
+    ]
 
 
 def show(report: Report, console: Console) -> None:
@@ -225,6 +168,7 @@ def show(report: Report, console: Console) -> None:
     table.add_row("share of the ideal reached", f"{report.rate / report.ideal_images_per_s:.0%}", f"{off_share:.0%}")
     table.add_row("floor of the multiply-adds, images/s", f"{report.floor_images_per_s:.0f}", "")
     table.add_row("mean cost, M multiply-adds", *(f"{r.mean_mflops:.2f}" for r in last))
+    table.add_row("run for answered images, M", *(f"{r.idle_mflops:.2f}" for r in last))
     table.add_row("exit shares, %", *(" ".join(f"{100 * share:.0f}" for share in r.shares) for r in last))
     table.add_row("rows in an answer's last batch", *(f"{r.mean_batch_rows:.1f}" for r in last))
     table.add_row("median time in the engine, ms", *(f"{r.median_ms:.1f}" for r in last))
@@ -247,17 +191,15 @@ def main(
     lookahead: Annotated[
         int | None, typer.Option(help="Batches handed to the lanes ahead; by default one each.")
     ] = None,
-    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or 'all'.")] = "default",
+    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or 'all', in turns.")] = "default",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
 ) -> None:
     """Measure the engine at a budget against the same engine with exits off."""
     loaded = load_bundle(bundle)
     description, pixels = read_images(data, loaded, images)
     options = {"n_lanes": lanes, "max_rows": max_rows, "lookahead_batches": lookahead, "max_in_flight_rows": in_flight}
-    reports = [
-        measure(loaded, pixels, description, fraction, rounds, in_flight, name, **options)
-        for name in (POLICIES if policy == "all" else [policy])
-    ]
+    policies = list(POLICIES) if policy == "all" else [policy]
+    reports = measure(loaded, pixels, description, fraction, rounds, in_flight, policies, **options)
     for report in reports:
         show(report, Console())
     if json_path is not None:

@@ -29,12 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 from models.cost import measure_cost
 from training.checkpoint import RunFolder
 from training.data import CIFAR100_MEAN, CIFAR100_STD, Split, load_image_set
+from training.numerics import precision_of
 from training.objectives import network_of
 from training.processes import launch
 from training.recipe import Recipe
 
 FORWARD_AND_BACKWARD = 3
 N_CLASSES = 100
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def measure(
             ours.append(our_rate(recipe_name, settings, data, device, processes))
             plain.append(plain_rate(recipe, images.train_images[train], images.train_labels[train], device, workers))
     cost = measure_cost(network_of(recipe, N_CLASSES), images.image_size_px)
+    precision = precision_of(recipe.numerics, device)
     return Report(
         recipe=" ".join([recipe_name, *settings]),
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores",
@@ -177,10 +180,8 @@ def measure(
         mmacs_forward=cost.published_macs[-1] / 1e6,
         ours=ours,
         plain=plain,
-        peak_gmacs_per_s={
-            name: peak_gmacs_per_s(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-        },
-        precision=recipe.numerics.precision,
+        peak_gmacs_per_s={name: peak_gmacs_per_s(device, DTYPES[name]) for name in {"fp32", precision}},
+        precision=precision,
     )
 
 

@@ -1,0 +1,77 @@
+"""A number of images always in work in an engine, and what became of them. Needs no more than the engine does."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine import Engine
+from service.rows import Answer, EngineError, Told
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One engine serving all images once."""
+
+    images_per_s: float
+    shares: list[float]  # of the images, by exit
+    mean_mflops: float
+    mean_batch_rows: float  # in the batch an image left from
+    median_ms: float  # in the engine
+    idle_mflops: float  # run for images that had answered, an image
+
+
+class Load:
+    """Keeps `n_in_flight` images in an engine until all are answered."""
+
+    def __init__(self, engine: Engine, images: Sequence[Images] | Images, n_in_flight: int) -> None:
+        self.answers: list[Answer] = []
+        self._engine = engine
+        self._images = images
+        self._room = threading.Semaphore(n_in_flight)
+        self._done = threading.Event()
+
+    def run(self) -> Round:
+        idle_mflops = self._engine.stats().idle_mflops
+        started = time.perf_counter()
+        for image in self._images:
+            self._room.acquire()
+            self._engine.submit_to(self._take, None, image)
+        self._done.wait()
+        seconds = time.perf_counter() - started
+        exits = Counter(answer.exit for answer in self.answers)
+        return Round(
+            images_per_s=len(self.answers) / seconds,
+            shares=[exits[k] / len(self.answers) for k in range(1, len(self._engine.stage_seconds) + 1)],
+            mean_mflops=sum(answer.mflops for answer in self.answers) / len(self.answers),
+            mean_batch_rows=sum(answer.batch_rows for answer in self.answers) / len(self.answers),
+            median_ms=median(answer.queue_ms + answer.compute_ms for answer in self.answers),
+            idle_mflops=(self._engine.stats().idle_mflops - idle_mflops) / len(self.answers),
+        )
+
+    def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
+        for _, outcome in outcomes:
+            if isinstance(outcome, EngineError):
+                raise outcome
+            assert isinstance(outcome, Answer)
+            self.answers.append(outcome)
+        self._room.release(len(outcomes))
+        if len(self.answers) == len(self._images):
+            self._done.set()
+
+
+def ideal_rate(row_seconds: Sequence[float], shares: Sequence[float], n_lanes: int) -> float:
+    """Images/s where every stage costs its row time, and only images that reach it pay."""
+    reaching, seconds = 1.0, 0.0
+    for stage_seconds, share in zip(row_seconds, shares, strict=True):
+        seconds += reaching * stage_seconds
+        reaching -= share
+    return n_lanes / seconds

@@ -1,0 +1,295 @@
+"""A latency target at work: open-loop traffic beyond what the whole network can do, and then less of it again.
+
+    python -m benchmarks.degrade --target-ms 50 --data cifar-100-python.tar.gz
+
+Images come at random (Poisson), whether answers keep up or not, and their time runs from the moment at which they were
+due. First the full network's own capacity is measured, with as many images in flight as it takes; rates are multiples
+of it. Keep the machine idle meanwhile.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.closed_loop import Load
+from benchmarks.engine import read_images
+from models.bundle import Bundle, load_bundle
+from service.assembly import build_engine
+from service.budget import BudgetState
+from service.engine import Engine
+from service.rows import Answer, EngineOverloaded, Told
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What happened to the images that were due in one stretch of time."""
+
+    from_s: float
+    offered_per_s: float
+    answered_per_s: float
+    refused: int
+    p50_ms: float  # of those answered; NaN without any
+    p95_ms: float
+    working_mflops: float  # the rest as the engine said at the slice's end
+    expected_accuracy: float
+    limited: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    bundle: str
+    images: str
+    n_lanes: int
+    capacity_per_s: float  # of the whole network, measured
+    target_ms: float | None
+    budget_mflops: float
+    phases: list[tuple[float, float]]  # seconds, multiple of the capacity
+    slices: list[Slice]
+
+
+class Traffic:
+    """Sends images at given moments, and keeps how long each took."""
+
+    def __init__(self, engine: Engine, images: NDArray[np.uint8]) -> None:
+        self.took_s: list[tuple[float, float]] = []  # when each was due, from the start, and its time; refused: NaN
+        self._engine = engine
+        self._images = images
+        self._started_s = 0.0
+        self._n_out = 0
+        self._changed = threading.Condition()
+
+    def run(self, due_s: Sequence[float], slice_s: float, at_slice: Callable[[], None]) -> None:
+        """Send an image at each moment, from now on; `at_slice` is called as often as slices end."""
+        self._started_s = time.perf_counter()
+        next_slice_s = slice_s
+        for i, due in enumerate(due_s):
+            while next_slice_s <= due:
+                self._sleep_until(next_slice_s)
+                at_slice()
+                next_slice_s += slice_s
+            self._sleep_until(due)
+            with self._changed:
+                self._n_out += 1
+            try:
+                self._engine.submit_to(self._take, due, self._images[i % len(self._images)])
+            except EngineOverloaded:
+                self._note([(due, nan)])
+        self._sleep_until(next_slice_s)
+        at_slice()
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._n_out == 0, timeout=60):
+                raise RuntimeError(f"{self._n_out} images were not answered within a minute")
+
+    def _sleep_until(self, moment_s: float) -> None:
+        if (left_s := moment_s - (time.perf_counter() - self._started_s)) > 0:
+            time.sleep(left_s)
+
+    def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
+        now_s = time.perf_counter() - self._started_s
+        noted = []
+        for due, outcome in outcomes:
+            took_s = now_s - due if isinstance(outcome, Answer) else nan
+            if isinstance(outcome, Answer):
+                self._engine.took(took_s)
+            noted.append((due, took_s))
+        self._note(noted)
+
+    def _note(self, took_s: list[tuple[float, float]]) -> None:
+        with self._changed:
+            self.took_s += took_s
+            self._n_out -= len(took_s)
+            self._changed.notify_all()
+
+
+def arrivals(phases: Sequence[tuple[float, float]], capacity_per_s: float, seed: int) -> list[float]:
+    """Moments of a Poisson process whose rate changes from phase to phase."""
+    rng = np.random.default_rng(seed)
+    due_s: list[float] = []
+    began_s = 0.0
+    for seconds, multiple in phases:
+        n_images = rng.poisson(seconds * multiple * capacity_per_s)
+        due_s += (began_s + np.sort(rng.random(n_images)) * seconds).tolist()
+        began_s += seconds
+    return due_s
+
+
+def slices(took_s: Sequence[tuple[float, float]], states: Sequence[BudgetState], slice_s: float) -> list[Slice]:
+    """Sort what happened by when each image was due."""
+    found = []
+    due, took = np.array(took_s).reshape(-1, 2).T
+    for i, state in enumerate(states):
+        inside = took[(due >= i * slice_s) & (due < (i + 1) * slice_s)]
+        answered = inside[~np.isnan(inside)]
+        p50_s, p95_s = np.percentile(answered, [50, 95]) if len(answered) else (nan, nan)
+        found.append(
+            Slice(
+                from_s=i * slice_s,
+                offered_per_s=len(inside) / slice_s,
+                answered_per_s=len(answered) / slice_s,
+                refused=len(inside) - len(answered),
+                p50_ms=1e3 * float(p50_s),
+                p95_ms=1e3 * float(p95_s),
+                working_mflops=state.working_mflops,
+                expected_accuracy=state.expected_accuracy,
+                limited=state.latency is not None and state.latency.limited_s is not None,
+            )
+        )
+    return found
+
+
+def measure(
+    bundle: Bundle,
+    images: NDArray[np.uint8],
+    description: str,
+    target_ms: float | None,
+    phases: list[tuple[float, float]],
+    slice_s: float = 1.0,
+    fraction: float = 1.0,
+    n_lanes: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Measure the capacity at the ceiling, `fraction` of the full cost, then send the phases."""
+    budget_mflops = fraction * bundle.costs_mflops[-1]
+    latency_s = None if target_ms is None else target_ms / 1e3
+    engine = build_engine(bundle, budget_mflops, n_lanes=n_lanes)  # refuses for the target alone, or 1,024 in flight
+    try:
+        engine.start()
+        in_flight = 4 * engine.n_lanes * engine.max_rows
+        Load(engine, images[: len(images) // 4], in_flight).run()  # steering settles, caches fill
+        capacity_per_s = Load(engine, images, in_flight).run().images_per_s
+        engine.set_budget(budget_mflops, latency_s)
+        traffic, states = Traffic(engine, images), []
+        traffic.run(arrivals(phases, capacity_per_s, seed), slice_s, lambda: states.append(engine.budget_state()))
+    finally:
+        engine.drain(60)
+    return Report(
+        bundle=f"{bundle.manifest.name} {bundle.manifest.version}",
+        images=description,
+        n_lanes=engine.n_lanes,
+        capacity_per_s=capacity_per_s,
+        target_ms=target_ms,
+        budget_mflops=budget_mflops,
+        phases=phases,
+        slices=slices(traffic.took_s, states, slice_s),
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report as a table, a row a slice."""
+    target = "no latency target" if report.target_ms is None else f"95 % within {report.target_ms:g} ms"
+    title = (
+        f"{report.bundle}: {report.images}, {report.n_lanes} lanes, {target}; "
+        f"capacity at {report.budget_mflops:.1f} M: {report.capacity_per_s:.0f} images/s"
+    )
+    names = (
+        "from s",
+        "offered/s",
+        "answered/s",
+        "refused",
+        "p50 ms",
+        "p95 ms",
+        "working M",
+        "expected right",
+        "limited",
+    )
+    table = Table(*names, title=title)
+    for row in report.slices:
+        table.add_row(
+            f"{row.from_s:g}",
+            f"{row.offered_per_s:.0f}",
+            f"{row.answered_per_s:.0f}",
+            f"{row.refused}",
+            f"{row.p50_ms:.1f}",
+            f"{row.p95_ms:.1f}",
+            f"{row.working_mflops:.1f}",
+            f"{row.expected_accuracy:.1%}",
+            "yes" if row.limited else "",
+        )
+    console.print(table)
+
+
+def draw(report: Report, path: Path) -> None:
+    """Save load, p95, working budget and expected accuracy over time as a figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True)
+    middle_s = [row.from_s + (report.slices[1].from_s if len(report.slices) > 1 else 1.0) / 2 for row in report.slices]
+    axes[0].plot(middle_s, [row.offered_per_s for row in report.slices], label="offered")
+    axes[0].plot(middle_s, [row.answered_per_s for row in report.slices], "--", label="answered in all")
+    axes[0].axhline(report.capacity_per_s, color="grey", linestyle=":", label="capacity at the ceiling")
+    axes[1].plot(middle_s, [row.p95_ms for row in report.slices], label="p95")
+    if report.target_ms is not None:
+        axes[1].axhline(report.target_ms, color="grey", linestyle=":", label="target")
+    axes[2].plot(middle_s, [row.working_mflops for row in report.slices], label="working budget")
+    axes[2].axhline(report.budget_mflops, color="grey", linestyle=":", label="as it was set")
+    axes[3].plot(middle_s, [100 * row.expected_accuracy for row in report.slices], label="expected accuracy")
+    for axis, label in zip(axes, ("images/s", "ms", "M multiply-adds an image", "% right"), strict=True):
+        axis.set_ylabel(label)
+        axis.legend(loc="upper right")
+    for axis in axes[:3]:
+        axis.set_ylim(bottom=0)
+    axes[0].set_title(report.bundle)
+    axes[3].set_xlabel("seconds")
+    figure.savefig(path)
+
+
+def read_phases(text: str) -> list[tuple[float, float]]:
+    """Read e.g. `5x0.4,15x1.5`: seconds, and multiples of the capacity.
+
+    Raises:
+        typer.BadParameter: it is not that.
+    """
+    try:
+        phases = [
+            (float(seconds), float(multiple)) for seconds, multiple in (part.split("x") for part in text.split(","))
+        ]
+        if any(not (0 < seconds < 3600 and 0 < multiple < 100) for seconds, multiple in phases):
+            raise ValueError(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: give seconds x multiple of the capacity, as in 5x0.4,15x1.5") from None
+    return phases
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
+    data: Annotated[
+        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
+    ] = None,
+    target_ms: Annotated[float, typer.Option(help="95 % are to be answered in that time; 0: no target.")] = 50.0,
+    phases: Annotated[
+        str, typer.Option(help="Seconds x multiple of the capacity, one after the other.")
+    ] = "8x0.4,20x1.5,12x0.4",
+    slice_s: Annotated[float, typer.Option(help="A row of the table, in seconds.")] = 1.0,
+    fraction: Annotated[float, typer.Option(help="The ceiling, of the full network's cost.")] = 1.0,
+    images: Annotated[int, typer.Option(help="Different images, sent again and again.")] = 2_000,
+    lanes: Annotated[int | None, typer.Option(help="Batches at once; by default one per core.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Save a plot there, e.g. docs/figures/degrade.svg.")] = None,
+) -> None:
+    """Show how the budget follows a latency target under load, and returns."""
+    loaded = load_bundle(bundle)
+    description, pixels = read_images(data, loaded, images)
+    report = measure(
+        loaded, pixels, description, target_ms or None, read_phases(phases), slice_s, fraction, n_lanes=lanes
+    )
+    show(report, Console())
+    if json_path is not None:
+        json_path.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    if figure is not None:
+        draw(report, figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

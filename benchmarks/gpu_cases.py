@@ -1,0 +1,189 @@
+"""What the GPU benchmark runs: networks, SYNTHETIC images, and what the same network answers in float32, eagerly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.bundle import load_bundle
+from models.cost import measure_cost
+from models.exits import SCORES, take_exits
+from models.frontier import Frontier, build_frontier
+from models.registry import build_network
+from models.scores import HeadScore, score_exits
+from service.budget import BudgetController
+from service.engine import Engine
+from service.observer import Observer
+from service.runners.base import RowState
+from service.runners.torch_cuda.device import Device
+from service.runners.torch_cuda.network import cut, load_network
+from service.runners.torch_cuda.runner import TorchCudaRunner
+from service.scheduler import Scheduler
+
+ZOO = Path(__file__).resolve().parents[1] / "models" / "zoo"
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+TINY = {
+    **{"config": "C-batch-4", "n_classes": 10, "n_blocks": 4, "base": 1, "step": 1, "n_channels": 4, "growth_rate": 4},
+    **{"growth_factors": [1, 1, 2], "bottleneck": False, "bottleneck_factors": [1, 1, 2], "temperatures": 0.5},
+}
+WANTED_SAME = 0.999
+IN_FLIGHT_ROWS = 1024  # more than are ever asked for at once
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done."""
+
+    device: Device
+    dtype: torch.dtype
+    max_rows: int
+    n_images: int
+    in_flight: int
+    seconds: float  # of each measurement of a rate
+    repeats: int  # of each program
+    n_alone: int  # images asked one at a time
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, images of its size, and where they leave at every budget."""
+
+    name: str
+    network: nn.Module
+    mean: Sequence[float]
+    std: Sequence[float]
+    score: str
+    images: Images
+    logits: list[NDArray[np.float32]]  # the reference: float32, eager, [exits][images, classes]
+    costs_mflops: list[float]
+    stage_macs: list[int]
+    frontier: Frontier
+
+    def runner(self, plan: Plan, network: nn.Module | None = None, **options: Any) -> TorchCudaRunner:
+        given: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype} | options
+        shape = self.images.shape[1:]
+        network = network or self.network
+        rows = (plan.max_rows, IN_FLIGHT_ROWS)
+        runner = TorchCudaRunner(network, shape, self.mean, self.std, self.score, *rows, **given)
+        runner.warm_up(inf)
+        return runner
+
+    def engine(self, runner: TorchCudaRunner, policy: str, observer: Observer | None = None) -> Engine:
+        full, burst_images = self.costs_mflops[-1], max(32.0, 2.0 * runner.max_rows)
+        budget = BudgetController(self.frontier, self.costs_mflops, full, burst_images)
+        scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
+        names = [str(i) for i in range(self.logits[0].shape[1])]
+        score = HeadScore(SCORES[self.score])
+        return Engine(runner, budget, scheduler, score, names, IN_FLIGHT_ROWS, observer=observer)
+
+
+def make_images(n_images: int, side_px: int) -> Images:
+    """Coarse and fine noise, uint8 [n_images, side_px, side_px, 3]."""
+    rng = np.random.default_rng(0)
+    images = np.empty((n_images, side_px, side_px, 3), np.uint8)
+    for image in images:
+        coarse = rng.normal(size=(4, 4, 3)).repeat(side_px // 4, axis=0).repeat(side_px // 4, axis=1)
+        image[:] = np.clip(128 + 45 * coarse + 25 * rng.normal(size=image.shape), 0, 255)
+    return images
+
+
+@torch.no_grad()
+def random_network(arguments: dict[str, Any], images: Images, device: torch.device) -> nn.Module:
+    """A network with random weights, whose maps do not vanish and whose exits say something."""
+    torch.manual_seed(0)
+    network = build_network("msdnet", arguments).to(device)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # one pass sets the statistics
+        elif isinstance(module, nn.Linear):
+            module.weight.mul_(10.0)
+    pixels = torch.from_numpy(images[:16]).to(device).permute(0, 3, 1, 2).float() / 255
+    network.train()((pixels - pixels.new_tensor(MEAN)[:, None, None]) / pixels.new_tensor(STD)[:, None, None])
+    return network.cpu().eval()
+
+
+def make_case(
+    name: str, network: nn.Module, mean: Sequence[float], std: Sequence[float], score: str, images: Images, plan: Plan
+) -> Case:
+    logits = reference(network, mean, std, images, plan.device.kind)
+    cost = measure_cost(network, images.shape[1])
+    costs_mflops = [executed / 1e6 for executed in cost.executed]
+    scores = score_exits(HeadScore(SCORES[score]), logits)
+    # Each exit is right of a larger share of images: so the frontier reaches from the first exit to the last.
+    luck = np.random.default_rng(1).random((len(images), 1))
+    correct = luck < np.linspace(0.5, 0.9, len(logits))
+    stage_macs = [b - a for a, b in pairwise([0, *cost.executed_macs])]
+    frontier = build_frontier(scores, correct, costs_mflops)
+    return Case(name, network, mean, std, score, images, logits, costs_mflops, stage_macs, frontier)
+
+
+def make_cases(plan: Plan, quick: bool) -> list[Case]:
+    images = make_images(plan.n_images, 32)
+    if quick:
+        network = random_network(TINY, images, plan.device.kind)
+        return [make_case("tiny, random weights", network, MEAN, STD, "logit_margin", images, plan)]
+    bundle = load_bundle(ZOO / "cifar100-msdnet")
+    of = bundle.manifest.input
+    score = bundle.manifest.score if bundle.manifest.score in SCORES else "logit_margin"
+    cifar = make_case("CIFAR size: cifar100-msdnet", load_network(bundle), of.mean, of.std, score, images, plan)
+    images = make_images(plan.n_images // 2, 224)
+    network = random_network({"config": "I-5", "temperatures": [0.5]}, images, plan.device.kind)
+    return [cifar, make_case("ImageNet size: MSDNet I-5, random weights", network, MEAN, STD, score, images, plan)]
+
+
+@torch.inference_mode()
+def reference(
+    network: nn.Module, mean: Sequence[float], std: Sequence[float], images: Images, device: torch.device
+) -> list[NDArray[np.float32]]:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    stages = [stage.to(device) for stage in cut(network, images.shape[1:], mean, std)]
+    logits: list[list[Tensor]] = [[] for _ in stages]
+    for start in range(0, len(images), 64):
+        state = {"images": torch.from_numpy(images[start : start + 64]).to(device)}
+        for stage, at_exit in zip(stages, logits, strict=True):
+            state.update(zip(stage.outputs, stage(*(state[name] for name in stage.inputs)), strict=True))
+            at_exit.append(state[stage.outputs[0]].float().cpu())
+    return [torch.cat(at_exit).numpy() for at_exit in logits]
+
+
+def check_answers(case: Case, runner: TorchCudaRunner) -> dict[str, Any]:
+    """Every image through every stage, against the reference: labels, exits at 40 % budget, logits and scores."""
+    found: list[list[NDArray[np.float32]]] = [[] for _ in case.logits]
+    for start in range(0, len(case.images), runner.max_rows):
+        rows: Sequence[RowState] = [runner.first_state(image) for image in case.images[start : start + runner.max_rows]]
+        for stage, at_exit in enumerate(found):
+            output = runner.run(stage, rows)
+            at_exit.append(output.logits)
+            rows = output.states
+    logits = [np.concatenate(at_exit) for at_exit in found]
+    point = case.frontier.at(case.frontier.position_at_cost(0.4 * case.costs_mflops[-1]))
+    score, thresholds = HeadScore(SCORES[case.score]), np.array(point.thresholds)
+    ours, theirs = (score_exits(score, x) for x in (logits, case.logits))
+    exits = take_exits(theirs, thresholds)
+    rows_of = np.arange(len(exits))
+    labels = [np.stack([x.argmax(axis=1) for x in each], axis=1)[rows_of, exits] for each in (logits, case.logits)]
+    same = (take_exits(ours, thresholds) == exits) & (labels[0] == labels[1])
+    errors = np.array([np.abs(a - b).max(axis=1) for a, b in zip(logits, case.logits, strict=True)]).T
+    top = np.sort(np.stack(case.logits, axis=1), axis=2)
+    margin = (top[:, :, -1] - top[:, :, -2])[rows_of, exits]
+    score_error = np.abs(ours - theirs).max(axis=1)
+    passed = np.arange(theirs.shape[1])[None, :] <= exits[:, None]
+    distance = np.where(passed & np.isfinite(thresholds), np.abs(theirs - thresholds), inf).min(axis=1)
+    close_call = (margin < 2 * errors.max(axis=1)) | (distance < score_error)
+    clear = same[~close_call]
+    return {
+        "same_label_and_exit": float(same.mean()),
+        "wanted": WANTED_SAME,
+        "close_calls": float(close_call.mean()),  # the decision is nearer than the rounding: either may come out
+        "same_of_the_others": float(clear.mean()) if len(clear) else None,
+        "worst_logit_error_of_largest": float(errors.max() / max(np.abs(x).max() for x in case.logits)),
+        "median_score_error": float(np.median(score_error)),
+    }

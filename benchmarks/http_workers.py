@@ -1,0 +1,195 @@
+"""What `--http-workers` brings: requests/s and processor time a request, around a network that computes nothing.
+
+    python -m benchmarks.http_workers
+
+Servers with no, one, two, ... workers take turns under the same load, so that a machine's moods hit all alike. The load
+is wrk's (Debian's package `wrk`), which takes a few microseconds a request: still, it and the servers share the cores,
+so the table has the processor time of each beside the requests/s. What the engine's process takes a request bounds what
+any number of workers can reach.
+"""
+
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.null_bundle import write_null_bundle
+
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One server under load for a while. Times are of all processors, a request."""
+
+    requests_per_s: float
+    http_us: float  # in the processes that speak HTTP; without workers, everything
+    engine_us: float  # in the engine's process, where that is another one
+    client_us: float
+    refused: int  # answers other than 200, and errors of sockets
+    p50_ms: float
+    p99_ms: float
+
+
+class Measured:
+    """A server process, its workers, and how it did."""
+
+    def __init__(self, n_workers: int, pid: int, url: str) -> None:
+        self.n_workers, self.pid, self.url = n_workers, pid, url
+        self.rounds: list[Round] = []
+
+    def run(self, script: Path, connections: int, seconds: int) -> Round:
+        workers = children(self.pid)
+        before = [cpu_s(pid) for pid in (self.pid, *workers)]
+        client_before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        told = subprocess.run(
+            [
+                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", "--latency"),
+                *("--timeout=10s", f"--script={script}", self.url + "/classify"),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        spent = [cpu_s(pid) - b for pid, b in zip((self.pid, *workers), before, strict=True)]
+        client_after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        client_s = sum(client_after[:2]) - sum(client_before[:2])
+        n_requests = int(found(r"(\d+) requests in", told))
+        errors = sum(
+            int(n) for n in re.findall(r"(?:connect|read|write|timeout|Non-2xx or 3xx responses:) (\d+)", told)
+        )
+        return Round(
+            requests_per_s=float(found(r"Requests/sec:\s+([\d.]+)", told)),
+            http_us=1e6 * (sum(spent[1:]) if workers else spent[0]) / n_requests,
+            engine_us=1e6 * spent[0] / n_requests if workers else 0.0,
+            client_us=1e6 * client_s / n_requests,
+            refused=errors,
+            p50_ms=milliseconds(found(r"(?m)^\s+50%\s+(\S+)", told)),
+            p99_ms=milliseconds(found(r"(?m)^\s+99%\s+(\S+)", told)),
+        )
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise SystemExit(f"wrk said something else than expected:\n{text}")
+    return match[1]
+
+
+def milliseconds(text: str) -> float:
+    """wrk's latency, `850.00us`, `12.30ms` or `1.02s`."""
+    number, unit = found(r"^([\d.]+)", text), found(r"([a-z]+)$", text)
+    return float(number) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}[unit]
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has taken, all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@contextmanager
+def server(bundle: Path, n_workers: int) -> Iterator[Measured]:
+    command = [sys.executable, "-m", "service", "--bundle", str(bundle), "--port", "0", "--lanes", "1"]
+    command += ["--http-workers", str(n_workers), "--log-level", "error", "--access-log", "off"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            yield Measured(n_workers, process.pid, found(r"(http://\S+)", line))
+        finally:
+            process.terminate()
+
+
+def load_script(folder: Path, size_px: int) -> Path:
+    """What wrk sends: one picture as PNG, of the network's own size."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((size_px, size_px)).save(file, "PNG")
+    body = "".join(f"\\{byte:03d}" for byte in file.getvalue())
+    script = folder / "load.lua"
+    script.write_text(
+        f'wrk.method = "POST"\nwrk.headers["Content-Type"] = "image/png"\nwrk.body = "{body}"\n', encoding="ascii"
+    )
+    return script
+
+
+def show(servers: list[Measured], console: Console, title: str) -> None:
+    table = Table(
+        "HTTP workers", "requests/s", "x none", "HTTP us", "engine us", "client us", "p50, p99 ms", title=title
+    )
+    alone = servers[0].rounds
+    for measured in servers:
+        rounds = measured.rounds
+        rates = [r.requests_per_s for r in rounds]
+        gain = median(r.requests_per_s / a.requests_per_s for r, a in zip(rounds, alone, strict=True))
+        table.add_row(
+            str(measured.n_workers),
+            f"{median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})",
+            f"{gain:.2f}",
+            f"{median(r.http_us for r in rounds):.0f}",
+            f"{median(r.engine_us for r in rounds):.0f}" if measured.n_workers else "",
+            f"{median(r.client_us for r in rounds):.0f}",
+            f"{median(r.p50_ms for r in rounds):.1f}, {median(r.p99_ms for r in rounds):.1f}",
+        )
+    console.print(table)
+    engine_us = median(r.engine_us for measured in servers if measured.n_workers for r in measured.rounds)
+    console.print(
+        f"The engine's process alone would allow {1e6 / engine_us:.0f} requests/s, if it had a core to itself."
+    )
+    if refused := sum(r.refused for measured in servers for r in measured.rounds):
+        console.print(f"{refused} requests were not answered with 200.")
+
+
+def main(
+    workers: Annotated[str, typer.Option(help="Numbers of workers to compare with none, after commas.")] = "1,2",
+    rounds: Annotated[int, typer.Option(help="Rounds of each server.")] = 5,
+    seconds: Annotated[int, typer.Option(help="Seconds a round.")] = 5,
+    connections: Annotated[int, typer.Option(help="Requests at once, a connection each.")] = 64,
+    size_px: Annotated[int, typer.Option(help="Height and width of the pictures, and of the network's input.")] = 32,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+) -> None:
+    """Measure a server with worker processes against one without."""
+    if shutil.which("wrk") is None:
+        raise SystemExit("error: the load client wrk is missing: apt-get install wrk")
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        write_null_bundle(folder / "null", size_px)
+        script = load_script(folder, size_px)
+        servers = [stack.enter_context(server(folder / "null", n)) for n in (0, *map(int, workers.split(",")))]
+        for measured in servers:
+            measured.run(script, connections, 1)
+        for _ in range(rounds):
+            for measured in servers:
+                measured.rounds.append(measured.run(script, connections, seconds))
+    title = f"A network that computes nothing, {size_px} px PNG, {connections} connections, {os.cpu_count()} cores"
+    show(servers, Console(), title)
+    if json_path is not None:
+        report = {str(measured.n_workers): [asdict(r) for r in measured.rounds] for measured in servers}
+        json_path.write_text(json.dumps({"title": title, "rounds": report}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

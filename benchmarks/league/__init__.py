@@ -1,0 +1,1 @@
+"""This service beside the servers people use today: `python -m benchmarks.league --help`."""

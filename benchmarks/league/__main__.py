@@ -1,0 +1,186 @@
+"""`python -m benchmarks.league --data cifar-100-python.tar.gz --data imagenette`: see `main`."""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+
+from benchmarks.league import environment
+from benchmarks.league.graph import write_whole_graph
+from benchmarks.league.measurement import Measurement, PeerError, Plan
+from benchmarks.league.peers.serving import Setup
+from benchmarks.league.pictures import Pictures, read_pictures
+from benchmarks.league.plots import plot
+from benchmarks.league.records import Record, Records
+from benchmarks.league.roster import Peer, Places, roster
+from benchmarks.league.tables import markdown
+from models.bundle import Bundle, load_bundle
+from service.runners.onnx import default_lanes
+from training.data import DataError
+
+ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
+BUNDLES = [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]
+QUICK = {"rounds": 2, "seconds": 3.0, "points": 5}
+THOROUGH = {"rounds": 5, "seconds": 10.0, "points": 8}
+
+
+class Network:
+    """A bundle, ready to be served by all."""
+
+    def __init__(self, bundle: Bundle, pictures: Pictures, places: Places, peers: list[Peer]) -> None:
+        self.bundle, self.pictures, self.places, self.peers = bundle, pictures, places, peers
+        self.name = bundle.manifest.name
+
+
+def prepare(
+    path: Path, data: list[Path], python: Path, folder: Path, port: int, fraction: float, variants: dict[str, list[str]]
+) -> Network:
+    """Write the whole graph and say how this network is served."""
+    bundle = load_bundle(path)
+    size = bundle.manifest.input
+    graph = folder / f"{bundle.manifest.name}.onnx"
+    write_whole_graph(bundle, graph)
+    small = size.width_px <= 64
+    setup = Setup(
+        bundle=str(path.resolve()),
+        graph=str(graph),
+        port=port,
+        height_px=size.height_px,
+        width_px=size.width_px,
+        n_workers=default_lanes(),
+        # At 224 px one image keeps a core busy: a larger batch would only cost latency.
+        max_rows=32 if small else 8,
+        wait_ms=2.0,
+        budget_fraction=fraction,
+    )
+    n_exits = len(bundle.manifest.exits)
+    if bundle.manifest.int8 is not None:
+        variants = {"exitserve-int8": ["--precision", "int8"], **variants}
+    return Network(bundle, read_pictures(bundle, data, 1000), Places(python, setup, n_exits), roster(n_exits, variants))
+
+
+def why_not(peer: Peer, python: Path) -> str | None:
+    """Why a peer cannot take part; None where it can."""
+    return next((why for package in peer.imports if (why := environment.missing(python, package)) is not None), None)
+
+
+def known_settings() -> str:
+    """The service's own help: which settings this version has."""
+    return subprocess.run([sys.executable, "-m", "service", "--help"], capture_output=True, text=True).stdout
+
+
+def read_variants(given: list[str]) -> dict[str, list[str]]:
+    """From NAME=SETTINGS to settings by name, and those left out that this version does not know."""
+    variants, known = {}, known_settings()
+    for text in given:
+        name, separator, settings = text.partition("=")
+        words = shlex.split(settings)
+        if not separator or not name or not words:
+            raise typer.BadParameter(f"{text!r}: write NAME=SETTINGS, as in 'batches=--max-batch-rows 16'")
+        for word in words:
+            if word.startswith("--") and f"{word} " not in known:
+                raise typer.BadParameter(f"{text!r}: the service has no setting {word}")
+        variants[name] = words
+    return variants
+
+
+def one_round(network: Network, peer: Peer, round_: int, records: Records, plan: Plan, logs: Path) -> None:
+    """Measure one server once and append what was found."""
+    reason = why_not(peer, network.places.python)
+    finding = None
+    started_s = time.monotonic()
+    if reason is None:
+        earlier = [f["max_rate_per_s"] for f in records.findings(network.name, peer.name) if f["max_rate_per_s"]]
+        measurement = Measurement(peer, network.places, network.pictures, network.bundle.costs_mflops[-1], plan)
+        try:
+            log = logs / f"{network.name}-{peer.name}-{round_}.log"
+            finding = measurement.run(log, median(earlier) if earlier else None).as_dict()
+        except PeerError as error:
+            reason = str(error)
+    images = network.pictures.description
+    records.add(Record(network.name, images, peer.name, peer.title, round_, finding, reason))
+    told = f"{finding['max_rate_per_s']:.0f} images/s" if finding is not None else f"skipped: {reason}"
+    print(f"{network.name} round {round_} {peer.name}: {told} [{time.monotonic() - started_s:.0f} s]", flush=True)
+
+
+def main(
+    bundle: Annotated[list[Path] | None, typer.Option(help="Bundles; repeat. By default those that ship.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image sets, as training takes them; repeat. Each bundle takes the one with its classes."),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="2 rounds of 3 s a rate in place of 5 of 10 s.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; all servers in turns in each.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.2, help="Of one run at one rate.")] = None,
+    points: Annotated[int | None, typer.Option(min=1, help="Rates tried to find the highest.")] = None,
+    warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds of load that are not counted.")] = 2.0,
+    limit_ms: Annotated[float, typer.Option(help="What the 99th percentile may be.")] = 100.0,
+    fraction: Annotated[float, typer.Option(help="This service's budget, of the full network's cost.")] = 0.4,
+    only: Annotated[list[str] | None, typer.Option(help="Measure these servers alone; repeat.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="One more row of this service, NAME=SETTINGS, as 'small=--max-batch-rows 8'; repeat."),
+    ] = None,
+    python: Annotated[Path | None, typer.Option(help="Python that has the peers' packages.")] = None,
+    venv: Annotated[Path, typer.Option(help="Where to install them otherwise.")] = Path("build/league-venv"),
+    folder: Annotated[Path, typer.Option(help="Where results, logs and the plot go.")] = Path("build/league"),
+    output: Annotated[Path | None, typer.Option(help="Write the markdown tables there too.")] = None,
+    port: Annotated[int, typer.Option(help="First of the ports used.")] = 8570,
+) -> None:
+    """Measure this service and the servers people use today, in turns, on the same network, images and cores.
+
+    Everything found is appended to FOLDER/results.jsonl, server by server: the same command goes on where it was cut
+    short; another folder starts anew. Keep the machine idle meanwhile.
+    """
+    preset = QUICK if quick else THOROUGH
+    plan = Plan(
+        seconds=seconds or preset["seconds"],
+        warm_up_s=warm_up,
+        limit_ms=limit_ms,
+        max_points=points or int(preset["points"]),
+        resolution=1.04,
+    )
+    variants = read_variants(variant or [])
+    folder.mkdir(parents=True, exist_ok=True)
+    records = Records(folder / "results.jsonl")
+    # Absolute but not resolved: a virtual environment's Python is a link to another.
+    peers_python = python.absolute() if python is not None else environment.make(venv.absolute())
+    with tempfile.TemporaryDirectory(prefix="league-") as scratch:
+        try:
+            networks = [
+                prepare(path, data or [], peers_python, Path(scratch), port, fraction, variants)
+                for path in bundle or BUNDLES
+            ]
+        except DataError as error:
+            sys.exit(f"error: {error}")
+        names = {peer.name for network in networks for peer in network.peers}
+        if only and not names.issuperset(only):
+            raise typer.BadParameter(f"there are {', '.join(sorted(names))}", param_hint="--only")
+        for round_ in range(1, (rounds or int(preset["rounds"])) + 1):
+            for network in networks:
+                for peer in network.peers:
+                    if (not only or peer.name in only) and not records.has(network.name, peer.name, round_):
+                        one_round(network, peer, round_, records, plan, folder)
+                        write_tables(records, folder, output)
+    plot(records, folder / "league.png")
+    print(write_tables(records, folder, output))
+
+
+def write_tables(records: Records, folder: Path, output: Path | None) -> str:
+    """Write what has been found so far, so that a run which is cut short leaves its tables too; returns them."""
+    text = markdown(records)
+    for path in filter(None, (folder / "table.md", output)):
+        path.write_text(text)
+    (folder / "results.json").write_text(json.dumps([r.__dict__ for r in records.all], indent=2) + "\n")
+    return text
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,113 @@
+"""A server as a tree of processes: started, watched and stopped from outside. Linux: it reads /proc."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Tree:
+    """One server's processes; those that leave the tree for a session of their own are found while it runs."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, command: Sequence[str], environment: Mapping[str, str], log: Path) -> "Tree":
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        return cls(process, log)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while its first process runs."""
+        return self.process.poll()
+
+    def pids(self) -> list[int]:
+        """Of all its processes: descendants of the first one, and whoever is in its session."""
+        parents: dict[int, int] = {}
+        found = set()
+        for path in Path("/proc").iterdir():
+            if path.name.isdecimal() and (fields := _stat(int(path.name))) is not None:
+                parents[int(path.name)] = int(fields[1])
+                if int(fields[3]) == self.process.pid:
+                    found.add(int(path.name))
+        found.add(self.process.pid)
+        grown = True
+        while grown:
+            more = {pid for pid, parent in parents.items() if parent in found} - found
+            found |= more
+            grown = bool(more)
+        return sorted(pid for pid in found if pid in parents)
+
+    def cpu_s(self) -> float:
+        """User and system time used up to now by those that run, and by their children that have ended."""
+        return sum(cpu_s(pid) for pid in self.pids())
+
+    def memory_mib(self) -> float:
+        """Proportional set size now: what processes share is counted once."""
+        total_kib = 0
+        for pid in self.pids():
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except OSError:
+                continue
+            total_kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total_kib / 1024
+
+    def terminate(self) -> None:
+        """SIGTERM to the first process, as an operator's tool sends it."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float) -> bool:
+        """True once the first process has ended."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End whatever of it still runs."""
+        pids = self.pids()
+        for pid in pids:
+            _signal(pid, signal.SIGKILL)
+        self.process.wait()
+        deadline_s = monotonic() + 5
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and monotonic() < deadline_s:
+            sleep(0.02)
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time of one process and of its children that have ended; 0 where there is none."""
+    fields = _stat(pid)
+    return 0.0 if fields is None else sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the name: state, parent, group, session, ..., user, system and children's."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,156 @@
+"""How much a server still answers when more is asked than it can do: `python -m benchmarks.overload --help`."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.load.arrivals import poisson
+from benchmarks.load.connection import http_request
+from benchmarks.load.loops import closed_loop, open_loop
+from benchmarks.load.result import Result
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SAMPLES = REPOSITORY / "service" / "web" / "samples"
+TIMES = (0.9, 1.0, 1.5, 2.0, 3.0)  # of what the server can do
+N_IN_FLIGHT = 64  # of the closed loop that finds what the server can do
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One rate for some seconds."""
+
+    times: float  # of what the server can do
+    answered_per_s: float
+    refused_per_s: float
+    other: int  # neither answered nor refused with 429
+    refusal_p50_ms: float
+    refusal_p99_ms: float
+    answer_p99_ms: float
+    server_cpu_share: float  # of one core
+
+
+def run_of(times: float, result: Result, server_cpu_s: float) -> Run:
+    refused = result.statuses == 429
+    # From the moment of sending: how late the client itself was is no fault of the server's.
+    waits_ms = (result.done_s - result.sent_s)[refused] * 1e3 if refused.any() else np.array([np.nan])
+    return Run(
+        times=times,
+        answered_per_s=result.achieved_rate,
+        refused_per_s=int(refused.sum()) / result.seconds,
+        other=int((~refused & ~result.answered).sum()),
+        refusal_p50_ms=float(np.percentile(waits_ms, 50)),
+        refusal_p99_ms=float(np.percentile(waits_ms, 99)),
+        answer_p99_ms=result.percentile_ms(99, of_all=False),
+        server_cpu_share=server_cpu_s / result.seconds,
+    )
+
+
+@contextlib.contextmanager
+def serving(arguments: Sequence[str], cores: set[int]) -> Iterator[tuple[str, int]]:
+    """A server on some cores; yields its address and process id."""
+    command = [sys.executable, "-m", "service", "--port", "0", "--access-log", "off", *arguments]
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # a new process has those of the one that starts it
+    try:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    finally:
+        os.sched_setaffinity(0, before)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if "http://" not in line:
+            sys.exit("error: the server did not start; what it says stands above")
+        yield next(word for word in line.split() if word.startswith("http://")), process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def cpu_s(pid: int) -> float:
+    """User and system time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def measure(url: str, pid: int, requests: list[bytes], times: float, rate: float, seconds: float, seed: int) -> Run:
+    before_s = cpu_s(pid)
+    result = uvloop.run(open_loop(url, requests, poisson(rate, seconds, seed), max_connections=4096))
+    return run_of(times, result, cpu_s(pid) - before_s)
+
+
+def show(runs: Sequence[Run], capacity: float, console: Console) -> dict[str, Any]:
+    """Print a row a rate, medians over the rounds; returns what it shows."""
+    rows = []
+    for times in sorted({run.times for run in runs}):
+        same = [run for run in runs if run.times == times]
+        rows.append({name: median(getattr(run, name) for run in same) for name in Run.__dataclass_fields__})
+    peak = max(row["answered_per_s"] for row in rows)
+    table = Table(title=f"asked for times {capacity:.0f} images/s, which a closed loop was answered")
+    for name in ("asked", "answered/s", "of the peak", "refused/s", "refusal p50, p99 ms", "answer p99 ms", "CPU"):
+        table.add_column(name, justify="right")
+    table.add_column("other")
+    for row in rows:
+        row["share_of_peak"] = row["answered_per_s"] / peak
+        table.add_row(
+            f"{row['times']:g} x",
+            f"{row['answered_per_s']:.0f}",
+            f"{row['share_of_peak']:.1%}",
+            f"{row['refused_per_s']:.0f}",
+            f"{row['refusal_p50_ms']:.1f}, {row['refusal_p99_ms']:.1f}",
+            f"{row['answer_p99_ms']:.0f}",
+            f"{row['server_cpu_share']:.2f}",
+            f"{row['other']:.0f}",
+        )
+    console.print(table)
+    return {"capacity_per_s": capacity, "rows": rows}
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Bundle to serve.")] = REPOSITORY / "models" / "zoo" / "cifar100-msdnet",
+    images: Annotated[Path, typer.Option(help="Folder of PNG files, sent in turn.")] = SAMPLES,
+    budget: Annotated[float, typer.Option(help="Fraction of the full cost.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=1.0, help="For each rate and round.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Times each rate is tried, in turns.")] = 3,
+    share_cores: Annotated[bool, typer.Option(help="Let client and server share all cores.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None,
+) -> None:
+    """Ask a server for 0.9, 1, 1.5, 2 and 3 times what it can do, at times fixed beforehand (open loop).
+
+    The client has the last core to itself and the server the others, unless they are to share: else a client that sends
+    three times as much would take from the server what it is measured by.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    ours, theirs = (set(cores), set(cores)) if share_cores or len(cores) < 2 else ({cores[-1]}, set(cores[:-1]))
+    bodies = [path.read_bytes() for path in sorted(images.glob("*.png"))]
+    if not bodies:
+        raise typer.BadParameter(f"{images} holds no PNG", param_hint="--images")
+    arguments = ["--bundle", str(bundle), "--budget-fraction", str(budget)]
+    with serving(arguments, theirs) as (address, pid):
+        os.sched_setaffinity(0, ours)
+        url = address + "/classify"
+        requests = [http_request(url, body, "image/png") for body in bodies]
+        uvloop.run(closed_loop(url, requests, N_IN_FLIGHT, min(seconds, 3.0)))  # until the pace is known
+        capacity = uvloop.run(closed_loop(url, requests, N_IN_FLIGHT, seconds)).achieved_rate
+        turns = [(times, number) for number in range(rounds) for times in TIMES]
+        runs = [measure(url, pid, requests, times, times * capacity, seconds, number) for times, number in turns]
+    summary = show(runs, capacity, Console())
+    if json_path is not None:
+        json_path.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

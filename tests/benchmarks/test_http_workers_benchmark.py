@@ -1,0 +1,50 @@
+"""The benchmark of HTTP workers measures what it says: a network that costs nothing, and every request answered."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.http_workers import milliseconds
+from benchmarks.null_bundle import write_null_bundle
+from service.assembly import build_engine
+from tests.service.process import REPOSITORY
+
+
+def test_every_image_leaves_the_null_network_at_once(tmp_path: Path) -> None:
+    bundle = write_null_bundle(tmp_path / "null", size_px=16)
+    engine = build_engine(bundle, bundle.costs_mflops[-1], n_lanes=1)
+    engine.start()
+    try:
+        images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), np.uint8)
+        answers = [future.result(10) for future in [engine.submit(image) for image in images]]
+    finally:
+        engine.drain(10)
+    assert {answer.exit for answer in answers} == {1}
+    assert [answer.class_id for answer in answers] == [int(image.reshape(-1)[:10].argmax()) for image in images]
+
+
+@pytest.mark.parametrize(("told", "ms"), [("850.50us", 0.8505), ("12.30ms", 12.3), ("1.02s", 1020.0), ("2.00m", 120e3)])
+def test_the_clients_times_are_read(told: str, ms: float) -> None:
+    assert milliseconds(told) == pytest.approx(ms)
+
+
+def test_it_measures(tmp_path: Path) -> None:
+    if shutil.which("wrk") is None:
+        pytest.skip("the load client wrk is not installed")
+    path = tmp_path / "report.json"
+    options = ["--workers", "1", "--rounds", "1", "--seconds", "1", "--connections", "8", "--json", str(path)]
+    command = [sys.executable, "-m", "benchmarks.http_workers", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rounds = json.loads(path.read_text())["rounds"]
+    for n_workers in ("0", "1"):
+        [measured] = rounds[n_workers]
+        assert measured["requests_per_s"] > 0
+        assert measured["http_us"] > 0
+        assert measured["refused"] == 0
+    assert rounds["1"][0]["engine_us"] > 0 == rounds["0"][0]["engine_us"]

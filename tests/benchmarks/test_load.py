@@ -1,0 +1,217 @@
+"""The load generator sends when it said it would, charges a server for its stalls, and counts what failed."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from benchmarks.load.__main__ import main
+from benchmarks.load.arrivals import bursts, poisson
+from benchmarks.load.connection import http_request
+from benchmarks.load.loops import closed_loop, open_loop
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+Handler = Callable[[int], Awaitable[bytes | None]]  # from the number of a request to an answer; None: hang up
+
+
+@contextmanager
+def http_server(handler: Handler) -> Iterator[str]:
+    """A small server on a thread of its own; yields where to POST."""
+    ready, running = threading.Event(), []
+    counted = iter(range(1_000_000))
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:"))
+                await reader.readexactly(length)
+                answer = await handler(next(counted))
+                if answer is not None:
+                    writer.write(answer)
+                if answer is None or (b"content-length" not in answer and b"chunked" not in answer):
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        server = await asyncio.start_server(converse, "127.0.0.1", 0)
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/classify"
+        running.append((address, asyncio.get_running_loop(), stop))
+        ready.set()
+        await stop.wait()
+        server.close()
+        conversations = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in conversations:
+            task.cancel()
+        await asyncio.gather(*conversations, return_exceptions=True)
+        await asyncio.sleep(0.01)  # transports end in the iteration after they are closed
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert ready.wait(10)
+    url, loop, stop = running[0]
+    try:
+        yield url
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+async def answer_at_once(number: int) -> bytes:
+    return OK
+
+
+def requests(url: str, n_images: int = 3) -> list[bytes]:
+    return [http_request(url, f"image {i}".encode(), "image/png") for i in range(n_images)]
+
+
+@pytest.mark.parametrize("max_connections", [1000, 1])
+def test_a_stall_is_charged_to_all_who_would_have_come_meanwhile(max_connections: int) -> None:
+    """The server stalls at the 20th request for half a second; the clients are not to wait with it."""
+    stalled: list[asyncio.Future[None]] = []
+    stall_s = 0.5
+
+    async def stall_once(number: int) -> bytes:
+        if number == 20:
+            stalled.append(asyncio.ensure_future(asyncio.sleep(stall_s)))
+        if number >= 20:
+            await stalled[0]
+        return OK
+
+    arrivals = np.arange(200) / 200.0  # 5 ms apart: the stall begins at 0.1 s
+    with http_server(stall_once) as url:
+        result = asyncio.run(open_loop(url, requests(url), arrivals, max_connections=max_connections))
+    assert result.n_sent == 200
+    assert result.failures == {}
+    during = (result.intended_s >= 0.1) & (result.intended_s < 0.1 + stall_s)
+    waited_ms = 1e3 * (0.1 + stall_s - result.intended_s[during])
+    # A client that waited for its answer before it sent again would have seen one slow answer, and not these 100.
+    assert during.sum() == 100
+    assert (result.latency_ms[during] >= waited_ms - 1).all()
+    assert result.percentile_ms(75) > 100
+
+
+def test_requests_are_sent_at_the_rate_that_was_asked_for_and_each_image_in_turn() -> None:
+    arrivals = poisson(300, 1.0, seed=1)
+    assert abs(len(arrivals) - 300) < 5 * 300**0.5
+    assert (np.diff(arrivals) >= 0).all()
+    with http_server(answer_at_once) as url:
+        result = asyncio.run(open_loop(url, requests(url), arrivals))
+    assert result.n_sent == len(arrivals) == result.answered.sum()
+    assert (result.sent_s >= result.intended_s).all()
+    assert result.achieved_rate == pytest.approx(len(arrivals) / result.seconds)
+    assert result.image_index.tolist()[:4] == [0, 1, 2, 0]
+    assert 0 < result.client_cpu_s < result.seconds
+
+
+def test_bursts_come_together_at_the_same_average_rate() -> None:
+    arrivals = bursts(1000, 10, 50, seed=2)
+    starts, sizes = np.unique(arrivals, return_counts=True)
+    assert (sizes == 50).all()
+    assert abs(len(starts) - 200) < 5 * 200**0.5
+
+
+def test_what_fails_is_counted_by_how_it_did() -> None:
+    async def by_turns(number: int) -> bytes | None:
+        refusal = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n"
+        return [OK, refusal, None][number % 3]
+
+    with http_server(by_turns) as url:
+        result = asyncio.run(open_loop(url, requests(url), np.arange(30) / 300.0, max_connections=1))
+    assert result.failures == {"connection ended": 10, "429": 10}
+    assert result.answered.sum() == 10
+    assert result.percentile_ms(99) == float("inf")
+    assert result.percentile_ms(99, of_all=False) < 10_000
+
+
+def test_a_server_that_never_answers_does_not_hold_the_client() -> None:
+    async def never(number: int) -> bytes:
+        await asyncio.Event().wait()
+        return OK
+
+    with http_server(never) as url:
+        result = asyncio.run(open_loop(url, requests(url), np.zeros(5), drain_s=0.2))
+    assert result.failures == {"unanswered": 5}
+
+
+def test_sending_ends_once_too_many_are_late_to_change_the_verdict() -> None:
+    async def slow(number: int) -> bytes:
+        await asyncio.sleep(0.05)
+        return OK
+
+    with http_server(slow) as url:
+        arrivals = np.arange(2000) / 400.0
+        result = asyncio.run(open_loop(url, requests(url), arrivals, limit_s=0.01, allowed_late=0.01))
+    assert result.stopped_early
+    assert 20 < result.n_sent < 2000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{"a\r\n4\r\n":1}\r\n0\r\n\r\n',
+        b'HTTP/1.1 200 OK\r\nServer: x\r\n\r\n{"a":1}',
+        b'HTTP/1.1 200 OK\r\ncontent-length: 7\r\nConnection: close\r\n\r\n{"a":1}',
+    ],
+    ids=["chunked", "until the end", "closing"],
+)
+def test_bodies_are_read_however_they_come(answer: bytes) -> None:
+    async def given(number: int) -> bytes:
+        return answer
+
+    with http_server(given) as url:
+        result = asyncio.run(open_loop(url, requests(url), np.arange(5) / 50.0))
+    assert result.failures == {}
+    assert {json.loads(body)["a"] for body in result.bodies} == {1}
+
+
+def test_a_closed_loop_keeps_as_many_in_flight_as_it_says() -> None:
+    now, most = [0], [0]
+
+    async def count(number: int) -> bytes:
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        await asyncio.sleep(0.01)
+        now[0] -= 1
+        return OK
+
+    with http_server(count) as url:
+        result = asyncio.run(closed_loop(url, requests(url), 4, 0.3))
+    assert most[0] == 4
+    assert result.failures == {}
+    assert result.n_sent >= 4
+
+
+def test_the_command_prints_and_writes_what_it_found(tmp_path: Path) -> None:
+    app = Typer()
+    app.command()(main)
+    out = tmp_path / "load.json"
+    with http_server(answer_at_once) as url:
+        done = CliRunner().invoke(app, [url, "--rate", "100", "--seconds", "0.5", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "the client's own CPU" in done.output
+    found = json.loads(out.read_text())
+    assert found["sent"] == found["answered"] > 0
+    assert found["p99_ms"] >= found["p50_ms"] > 0
+
+
+def test_a_missing_server_and_an_empty_folder_are_told_plainly(tmp_path: Path) -> None:
+    app = Typer()
+    app.command()(main)
+    with http_server(answer_at_once) as url:
+        pass  # gone now
+    refused = CliRunner().invoke(app, [url, "--seconds", "0.2"])
+    assert "start the server first" in str(refused.exception) + refused.output
+    empty = CliRunner().invoke(app, [url, "--images", str(tmp_path)])
+    assert empty.exit_code == 2
+    assert "holds no image" in " ".join(empty.output.replace("│", " ").split())  # however wide the terminal

@@ -1,0 +1,64 @@
+"""The check of the planner runs from its command line. How near it comes is measured on a quiet machine, not here."""
+
+import json
+
+import pytest
+from typer import Typer
+from typer.testing import CliRunner
+
+from benchmarks import plan_check
+from benchmarks.plan_check import Pair, main, mean_of
+from service.plan import measuring, planning
+from service.plan.stage_times import StageTimes
+from tests.bundles import tiny_bundle
+
+
+def test_the_command_predicts_and_serves(tmp_path, monkeypatch):
+    for name in ("SETTLING_IMAGES", "SATURATED_IMAGES"):
+        monkeypatch.setattr(planning, name, 300)
+    monkeypatch.setattr(measuring, "HOST_IMAGES", 200)
+    monkeypatch.setattr(measuring, "FEW_IMAGES", 20)
+    monkeypatch.setattr(plan_check, "LOADS", (0.2,))  # under what any machine keeps up with
+    monkeypatch.setattr(plan_check, "SETTLING_S", 0.2)
+    app = Typer()
+    app.command()(main)
+    out = tmp_path / "check.json"
+    arguments = ["--bundle", str(tiny_bundle(tmp_path / "tiny")), "--fraction", "0.7", "--images", "200"]
+    arguments += ["--seconds", "0.5", "--rounds", "1", "--lanes", "2", "--max-rows", "4", "--json", str(out)]
+    done = CliRunner(env={"EXITSERVE_DATA": ""}).invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "images/s at saturation" in done.output
+    assert "SYNTHETIC" in done.output
+    [pairs] = json.loads(out.read_text())
+    assert [pair["what"] for pair in pairs] == [
+        "images/s at saturation",
+        "p50 at 20% load, ms",
+        "p99 at 20% load, ms",
+    ]
+    assert all(pair["predicted"] > 0 and pair["live"] > 0 for pair in pairs)
+
+
+def test_an_error_is_relative_to_what_was_seen():
+    assert Pair("x", 90.0, 100.0).error == pytest.approx(-0.1)
+
+
+def test_the_mean_of_two_tables_is_their_mean():
+    tables = [
+        StageTimes(
+            network="a",
+            machine="none: chosen by a test",
+            n_lanes=2,
+            n_cores=2,
+            lanes_take_cores=True,
+            alone_speed=speed,
+            stage_seconds=[{1: seconds, 4: 3 * seconds}],
+            copy_row_seconds=[seconds],
+            host_image_seconds=seconds,
+            host_batch_seconds=0.0,
+        )
+        for speed, seconds in ((1.0, 0.001), (2.0, 0.003))
+    ]
+    mean = mean_of(tables)
+    assert (mean.alone_speed, mean.host_image_seconds) == pytest.approx((1.5, 0.002))
+    assert mean.copy_row_seconds == pytest.approx((0.002,))
+    assert mean.seconds(0, 4) == pytest.approx(0.006)
