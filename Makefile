@@ -5,11 +5,12 @@ BUNDLE ?= models/zoo/cifar100-msdnet
 RECIPE ?= cifar100-fast
 RUN    ?= runs/$(RECIPE)
 DATA   ?= $(EXITSERVE_DATA)
+PHOTOS ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve test check format bench train secrets configuration dashboard check-containers clean
+.PHONY: help serve test check format bench league train secrets configuration dashboard check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,8 +30,12 @@ format: $(VENV)/.dev   ## mend what lint and format can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev    ## measure the engine on BUNDLE (keep the machine idle meanwhile)
+bench: $(VENV)/.dev    ## measure the engine on BUNDLE, then the league (keep the machine idle meanwhile)
 	$(BIN)/python -m benchmarks.engine --bundle $(BUNDLE) $(if $(DATA),--data $(DATA))
+	$(MAKE) league
+
+league: $(VENV)/.dev   ## measure the service beside the servers people use, on DATA and PHOTOS (an image folder)
+	$(BIN)/python -m benchmarks.league --quick $(foreach set,$(DATA) $(PHOTOS),--data $(set)) --output build/league/table.md
 
 train: $(VENV)/.dev    ## train RECIPE on DATA into RUN; the same command resumes
 	$(BIN)/python -m training train $(RUN) --recipe $(RECIPE) --data $(DATA)

@@ -110,7 +110,7 @@ def test_every_command_knows_its_options(typed: Typed) -> None:
     words = command.split(" -m ")[1].split()
     named = words[:1] + [word for word in words[1:2] if re.fullmatch(r"[a-z]+", word)]  # a module and its command
     known = help_of(*named)
-    for option in re.findall(r"\s(--[a-z-]+)", command):
+    for option in re.findall(r"\s(--[a-z0-9-]+)", command):
         assert re.search(rf"{option}\b", known), f"{page}: {command}: no such option {option}"
     if "--recipe" in command:
         recipe = re.search(r"--recipe (\S+)", command)

@@ -59,9 +59,8 @@ def configuration(folder: Path, server_port: int) -> Path:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     port = free_port()
-    with running_server(
-        BUNDLE, folder / "server.log", "--lanes", "1", "--device", "cpu", "--budget-fraction", "0.5"
-    ) as server:
+    settings = ("--lanes", "1", "--device", "cpu", "--budget-fraction", "0.5", "--latency-ms", "10000")
+    with running_server(BUNDLE, folder / "server.log", *settings) as server:
         command = (
             "prometheus",
             f"--config.file={configuration(folder / 'prometheus', server.port)}",
