@@ -40,20 +40,48 @@ class Boosting(nn.Module):
         temperatures: t_1..t_N (t_1 is unused). All zero gives a plain multi-exit network.
         stop_gradient: cut the gradient of loss n from the heads before n, as published. False is the paper's ablation.
         scales: s_1..s_N, by default 1 as in training; another value is fitted after it, see `training.ensemble`.
+        learned: t_2..t_N are parameters, trained with the network from these values on; each stays between 0 and 1.
 
     Raises:
-        ValueError: there are not as many scales as temperatures.
+        ValueError: there are not as many scales as temperatures, or learned ones start at 0 or 1 or outside.
     """
 
     def __init__(
-        self, temperatures: Sequence[float], stop_gradient: bool = True, scales: Sequence[float] | None = None
+        self,
+        temperatures: Sequence[float],
+        stop_gradient: bool = True,
+        scales: Sequence[float] | None = None,
+        learned: bool = False,
     ) -> None:
         super().__init__()
-        self.temperatures = tuple(float(t) for t in temperatures)
+        self.log_odds: nn.Parameter | None = None
+        if learned and len(temperatures) > 1:
+            if not all(0.0 < t < 1.0 for t in temperatures[1:]):
+                raise ValueError(f"learned temperatures start between 0 and 1, not at {list(temperatures)}")
+            self.log_odds = nn.Parameter(torch.zeros(len(temperatures) - 1))
+        self.temperatures = tuple(temperatures)
         self.scales = tuple(float(s) for s in scales) if scales is not None else (1.0,) * len(self.temperatures)
         if len(self.scales) != len(self.temperatures):
             raise ValueError(f"{len(self.scales)} scales for {len(self.temperatures)} exits: give one an exit")
         self.stop_gradient = stop_gradient
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """t_1..t_N as they are now; those that are learned can be set too, and are learned on from there."""
+        if self.log_odds is None:
+            return self._fixed
+        return (self._fixed[0], *self.log_odds.detach().sigmoid().tolist())
+
+    @temperatures.setter
+    def temperatures(self, values: Sequence[float]) -> None:
+        self._fixed = tuple(float(t) for t in values)
+        if self.log_odds is not None:
+            with torch.no_grad():
+                self.log_odds.copy_(torch.tensor(self._fixed[1:]).logit())
+
+    def fixed(self) -> "Boosting":
+        """The same sum with its temperatures as plain numbers: what is counted, staged and served."""
+        return Boosting(self.temperatures, self.stop_gradient, self.scales).train(self.training)
 
     def forward(self, head_logits: list[Tensor]) -> list[Tensor]:
         """Map N raw head logits [rows, classes] to the N ensembled logits of the same shape, float32."""
@@ -63,8 +91,11 @@ class Boosting(nn.Module):
             for scale, logits in zip(self.scales, head_logits, strict=True)
         )
         ensembled = [first]
-        for temperature, logits in zip(self.temperatures[1:], later, strict=True):
-            if temperature == 0.0:
+        weights: Sequence[float | Tensor] = self._fixed[1:]
+        if self.log_odds is not None:
+            weights = self.log_odds.sigmoid().unbind()
+        for temperature, logits in zip(weights, later, strict=True):
+            if self.log_odds is None and temperature == 0.0:
                 ensembled.append(logits)
                 continue
             previous = ensembled[-1].detach() if self.stop_gradient and self.training else ensembled[-1]

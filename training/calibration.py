@@ -20,7 +20,7 @@ from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
 from training.ensemble import Ensemble, fit_ensemble
-from training.objectives import network_of
+from training.objectives import boosting_of, network_of, served, trainable
 
 BATCH_ROWS = 250
 STORED = ("labels", "predictions", "correct", "correct_top5", "features")
@@ -85,6 +85,7 @@ class CalibrationRecord(BaseModel):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     half_weights: bool = False  # see `load_trained`
+    temperatures: tuple[float, ...] = ()  # as trained, at its end; older records have none
     ensemble: Ensemble | None = None  # as fitted to the held-out images; None: as trained
 
     @classmethod
@@ -134,8 +135,7 @@ def calibrate(
     split = _checked_split(folder, made_by["data"], images)
     network, progress = load_trained(folder, len(images.class_names), half_weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained = network.boosting
-    assert isinstance(trained, Boosting)
+    trained = boosting_of(network)
     network.boosting = Boosting([0.0] * len(trained.temperatures))  # so that the heads' own logits come out
     heads, labels = exit_logits(network, _part(images, split.held_out, device), folder.heldout.stem)
     ensemble = fit_ensemble(heads, labels, trained.temperatures) if refit else None
@@ -158,6 +158,7 @@ def calibrate(
         mean=images.mean,
         std=images.std,
         half_weights=half_weights,
+        temperatures=trained.temperatures,
         ensemble=ensemble,
     )
     folder.calibration.write_text(record.model_dump_json(indent=2) + "\n")
@@ -182,13 +183,17 @@ def load_trained(
         ensemble: to sum up its heads with in place of the one it was trained with.
     """
     state = folder.load_checkpoint()
-    network = network_of(folder.read_recipe(), n_classes)
+    recipe, progress = folder.read_recipe(), Progress.of(state["progress"])
+    network = trainable(network_of(recipe, n_classes), recipe.objective)
     folder.restore_weights(network, state)
+    if progress.temperatures:
+        network.boosting.temperatures = progress.temperatures  # type: ignore[union-attr]
+    served(network)
     if half_weights:
         round_to_half(network)
     if ensemble is not None:
         network.boosting = ensemble.build()
-    return network.eval(), Progress.of(state["progress"])
+    return network.eval(), progress
 
 
 @torch.no_grad()

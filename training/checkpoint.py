@@ -27,6 +27,7 @@ class Progress:
     seconds: float = 0.0  # spent training, over all the times it was resumed
     # Sums over the steps of the epoch under way of what the objective reports, [statistics][exits].
     epoch_sums: list[list[float]] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)  # of the last step, where a schedule moves them
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Progress":

@@ -18,7 +18,14 @@ from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder, describe_run
 from training.data import DataError, ImageSet, Split
 from training.numerics import Precision, autocast, precision_of
-from training.objectives import build_objective, check_image_size, network_of
+from training.objectives import (
+    boosting_of,
+    build_objective,
+    check_image_size,
+    network_of,
+    temperatures_at,
+    trainable,
+)
 from training.processes import Processes, StopRequest
 from training.recipe import Optimisation, Recipe
 from training.schedule import learning_rate
@@ -27,8 +34,14 @@ EVALUATION_ROWS = 500
 
 
 def optimiser_of(network: nn.Module, o: Optimisation) -> torch.optim.SGD:
+    """SGD; weight decay spares learned temperatures, which it would pull to 1/2 (their log-odds to 0)."""
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        (spared if name.startswith("boosting.") else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.SGD(
-        network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
+        groups if spared else decayed, o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
     )
 
 
@@ -57,13 +70,14 @@ class Trainer:
         self.recipe, self.folder, self.seed, self.processes = recipe, folder, seed, processes
         device, o = processes.device, recipe.optimisation
         torch.manual_seed(seed)  # the initial weights, the same in every process
-        network = network_of(recipe, len(images.class_names)).to(device)
+        network = network_of(recipe, len(images.class_names))
         for size_px in {images.image_size_px, *recipe.augmentation.sizes_px}:
             check_image_size(network, size_px)
+        network = trainable(network, recipe.objective).to(device)
         layout = torch.channels_last if recipe.numerics.channels_last else torch.contiguous_format
         self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
         self.averaging = Averaging(self.network, o.ema_decay)
-        self.loss_of = build_objective(recipe.objective)
+        self.loss_of = build_objective(recipe.objective, self.network)
         self.optimiser = optimiser_of(self.network, o)
         self.progress = Progress()
         self.precision: Precision = precision_of(recipe.numerics, device)
@@ -178,6 +192,7 @@ class Trainer:
 
     def _step(self, step: int) -> tuple[Tensor, int]:
         self.wrapped.train()
+        self._move_temperatures(step)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.recipe.optimisation, step, self.steps_per_epoch)
         draws = torch.Generator(self.processes.device)
@@ -191,6 +206,15 @@ class Trainer:
         self.optimiser.step()
         self.averaging.update()
         return statistics, len(labels) * self.processes.count
+
+    def _move_temperatures(self, step: int) -> None:
+        """Where a schedule moves them: to where they are at `step`, from the first values to the final ones."""
+        share = step / max(1, self.total_steps - 1)
+        moved = temperatures_at(self.recipe.objective, len(boosting_of(self.network).temperatures), share)
+        if moved is not None:
+            for network in (self.network, self.averaging.evaluated):
+                boosting_of(network).temperatures = moved
+            self.progress.temperatures = list(moved)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.precision, self.processes.device)
@@ -221,6 +245,9 @@ class Trainer:
             "images_per_s": round(images_per_s, 1),
             "seconds": round(self.progress.seconds, 1),
         }
+        if self.recipe.objective.temperatures_move:
+            temperatures = boosting_of(self.averaging.evaluated).temperatures
+            record["temperatures"] = [round(t, 4) for t in temperatures]
         if self.processes.is_first:
             self.folder.append_log(record)
             percent = " ".join(f"{100 * x:.1f}" for x in accuracy)

@@ -153,6 +153,9 @@ def _objective(recipe: Recipe, record: CalibrationRecord) -> str:
         text = "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
     else:
         temperatures = ", ".join(f"{t:g}" for t in recipe.objective.temperatures)
+        if recipe.objective.temperatures_move:
+            way = "learned" if recipe.objective.learned_temperatures else "moved on a line"
+            temperatures += f", {way} to {', '.join(f'{t:.2f}' for t in record.temperatures[1:])} from exit 2 on"
         text = (
             "Boosted training (BoostNet, AAAI 2023): each head learns what the heads before it got wrong,\n"
             f"F_n = t F_(n-1) + f_n with t = {temperatures}; gradient rescaling: {recipe.objective.gradient_rescaling}."

@@ -59,8 +59,9 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
 
 
 def _arguments(recipe: Recipe, record: CalibrationRecord) -> dict[str, Any]:
+    trained = {"temperatures": list(record.temperatures)} if recipe.objective.temperatures_move else {}
     fitted = {} if record.ensemble is None else record.ensemble.model_dump(mode="json")
-    return {**network_arguments(recipe, len(record.class_names)), **fitted}
+    return {**network_arguments(recipe, len(record.class_names)), **trained, **fitted}
 
 
 def _facts(recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation) -> dict[str, Any]:
@@ -110,4 +111,5 @@ def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[s
         "machine": made_by["machine"],
         "torch": made_by["torch"],
         "python": made_by["python"],
+        "temperatures": list(record.temperatures),
     }

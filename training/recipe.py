@@ -32,12 +32,29 @@ class Network(_Section):
 class Objective(_Section):
     name: Literal["boosted", "joint"] = "boosted"
     temperatures: list[float] = [0.5]  # 1, 2 (linear) or one per exit; `joint` ignores them: it is t = 0
+    # Then they move: on a line over the run to these, or trained with the network (from those, each between 0 and 1).
+    final_temperatures: list[float] | None = None
+    learned_temperatures: bool = False
     gradient_rescaling: Literal["off", "coarsest", "all"] = "coarsest"  # of the earlier stages (BoostNet Eq. 7)
     stop_gradient: bool = True
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # Weight of the divergence of each earlier exit's answer from the last one's, both softened by the temperature.
     distillation: Annotated[float, Field(ge=0)] = 0.0
     distillation_temperature: Annotated[float, Field(gt=0)] = 2.0
+    # Weight of a further output per earlier exit that learns to tell whether going on mends its answer.
+    gates: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def temperatures_move(self) -> bool:
+        return self.learned_temperatures or self.final_temperatures is not None
+
+    @model_validator(mode="after")
+    def _one_way_to_move(self) -> Self:
+        if self.learned_temperatures and self.final_temperatures is not None:
+            raise ValueError("temperatures are learned or go to final_temperatures, not both")
+        if self.temperatures_move and self.name == "joint":
+            raise ValueError("joint is t = 0: leave learned_temperatures and final_temperatures out")
+        return self
 
 
 class Optimisation(_Section):

@@ -12,7 +12,7 @@ from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
 from training.loop import optimiser_of
-from training.objectives import network_of
+from training.objectives import network_of, trainable
 from training.recipe import Recipe
 
 WEIGHTS = "weights.safetensors"
@@ -49,15 +49,23 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     if split.sha256 != data.split_sha256:
         raise DataError(f"{bundle_path}: --data gives another split of held-out images; it must be the very set")
     network = network_of(recipe, len(images.class_names))
-    _load_weights(network, bundle_path / WEIGHTS)
+    load_weights(network, bundle_path / WEIGHTS)
+    # Gates are not in a bundle: the run that is made again has none.
+    recipe = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"gates": 0.0})})
+    temperatures = list(made_by.get("temperatures", ()))  # older bundles tell none, and theirs did not move
+    if recipe.objective.temperatures_move:
+        trainable(network, recipe.objective).boosting.temperatures = temperatures  # type: ignore[union-attr]
     step = round(made_by["epochs"] * recipe.optimisation.steps_per_epoch(len(split.train)))
+    progress = Progress(step=step, seconds=made_by["seconds"])
+    if recipe.objective.final_temperatures is not None:
+        progress.temperatures = temperatures
     folder.path.mkdir(parents=True, exist_ok=True)
     split.save(folder.split)
     folder.save_checkpoint(
         {
             **Averaging(network, recipe.optimisation.ema_decay).state(),
             "optimiser": optimiser_of(network, recipe.optimisation).state_dict(),
-            "progress": vars(Progress(step=step, seconds=made_by["seconds"])),
+            "progress": vars(progress),
         }
     )
     description = {
@@ -69,7 +77,7 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     folder.description.write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(network: nn.Module, path: Path) -> None:
     """Read a bundle's weights; those stored in half precision are widened."""
     try:
         stored = load_file(path)

@@ -54,6 +54,43 @@ def test_a_loss_reaches_its_own_head_and_earlier_ones_only_where_asked(stop_grad
         assert torch.equal(gradients[0], torch.full((4, 5), 0.25))
 
 
+@given(st.lists(st.floats(0.01, 0.99), min_size=2, max_size=8))
+def test_learned_temperatures_sum_up_in_training_and_fixed_alike(temperatures: list[float]) -> None:
+    heads = head_logits(len(temperatures))
+    boosting = Boosting(temperatures, learned=True)
+    assert boosting.temperatures == pytest.approx(temperatures, abs=1e-5)
+    fixed = boosting.fixed()
+    assert not list(fixed.parameters())
+    plain = Boosting(temperatures)(heads)
+    for trained, served, expected in zip(boosting.train()(heads), fixed.eval()(heads), plain, strict=True):
+        assert torch.equal(trained, served)
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_teaches_the_temperature_of_its_own_exit() -> None:
+    """d loss_n / d t_n is the gradient of F_n along F_(n-1); earlier temperatures lie behind the cut."""
+    heads = head_logits(4)
+    boosting = Boosting([0.5, 0.3, 0.6, 0.8], learned=True).train()
+    ensembled = boosting(heads)
+    labels = torch.tensor([0, 1, 2, 3])
+    loss = functional.cross_entropy(ensembled[2], labels)
+    assert boosting.log_odds is not None
+    (gradient,) = torch.autograd.grad(loss, boosting.log_odds)
+    at_logits = (ensembled[2].softmax(1) - functional.one_hot(labels, 5)) / 4
+    expected = (at_logits * ensembled[1]).sum() * 0.6 * 0.4  # t = sigmoid(log-odds)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, expected.item(), 0.0]))
+
+
+def test_learned_temperatures_can_be_set_and_start_between_zero_and_one() -> None:
+    boosting = Boosting([0.5] * 3, learned=True)
+    boosting.temperatures = (0.5, 0.2, 0.9)
+    assert boosting.temperatures == pytest.approx((0.5, 0.2, 0.9))
+    for wrong in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            Boosting([0.5, wrong], learned=True)
+    assert Boosting([0.5], learned=True)(head_logits(1))[0].shape == (4, 5)  # one exit: nothing to learn
+
+
 def test_zero_temperature_leaves_the_heads_as_they_are() -> None:
     heads = head_logits(3)
     assert all(a is b for a, b in zip(Boosting([0.0] * 3)(heads), heads, strict=True))

@@ -2,6 +2,8 @@
 
 boosted   sum of the cross-entropies of the ensembled logits F_n = t_n F_(n-1) + f_n (BoostNet)
 joint     the same sum with t = 0: plain multi-exit training, the baseline
+
+Temperatures may move while training: learned with the network, or on a line to other ones (`temperatures_at`).
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.boosting import Boosting, temperatures_per_exit
 from models.registry import build_network
+from training.gates import Gates
 from training.recipe import Objective, Recipe, RecipeError
 
 
@@ -39,6 +43,48 @@ def network_of(recipe: Recipe, n_classes: int) -> nn.Module:
         raise RecipeError(f"network: {error}") from error
 
 
+def trainable(network: nn.Module, objective: Objective) -> nn.Module:
+    """Give a network what is trained with it and not served: temperatures that are learned, gates.
+
+    Raises:
+        RecipeError: its temperatures can't be learned from where they start.
+    """
+    if objective.learned_temperatures:
+        boosting = boosting_of(network)
+        try:
+            network.boosting = Boosting(boosting.temperatures, boosting.stop_gradient, learned=True)
+        except ValueError as error:
+            raise RecipeError(f"objective.temperatures: {error}") from error
+    if objective.gates:
+        network.gates = Gates(network)
+    return network
+
+
+def served(network: nn.Module) -> nn.Module:
+    """Take off again what is trained with a network and not served; its temperatures stay where they are."""
+    network.boosting = boosting_of(network).fixed()
+    gates = getattr(network, "gates", None)
+    if isinstance(gates, Gates):
+        gates.inputs.remove()
+        del network.gates
+    return network
+
+
+def boosting_of(network: nn.Module) -> Boosting:
+    """How a network of `models.registry` sums up its heads."""
+    boosting = network.boosting
+    assert isinstance(boosting, Boosting)
+    return boosting
+
+
+def temperatures_at(objective: Objective, n_exits: int, share: float) -> tuple[float, ...] | None:
+    """The temperatures when this share of a run is done, 0 to 1; None where no schedule moves them."""
+    if objective.final_temperatures is None:
+        return None
+    ends = (temperatures_per_exit(t, n_exits) for t in (objective.temperatures, objective.final_temperatures))
+    return tuple(first + (last - first) * share for first, last in zip(*ends, strict=True))
+
+
 def check_image_size(network: nn.Module, image_size_px: int) -> None:
     """Let a network see one empty image.
 
@@ -64,11 +110,14 @@ class ExitLosses:
         distillation: weight of a further term per earlier exit: the divergence of its softened answer from the last
             exit's (Hinton et al. 2015), through which no gradient reaches the last exit.
         distillation_temperature: what softens both.
+        gates_weight: of the loss of the network's gates, with `gates`.
     """
 
     label_smoothing: float = 0.0
     distillation: float = 0.0
     distillation_temperature: float = 2.0
+    gates_weight: float = 0.0
+    gates: Gates | None = None
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed loss, and statistics [2, exits] without gradient, both float32.
@@ -86,6 +135,8 @@ class ExitLosses:
         total = per_exit.sum()
         if self.distillation and len(logits) > 1:
             total = total + self.distillation * self._divergence(logits)
+        if self.gates is not None:
+            total = total + self.gates_weight * self.gates.loss(logits, labels)
         with torch.no_grad():
             valid = losses > losses[0].quantile(0.1)
             statistics = torch.stack([per_exit.detach(), valid.float().mean(1)])
@@ -99,5 +150,9 @@ class ExitLosses:
         return t * t * (teacher.exp() * (teacher - students)).sum(2).mean(1).sum()
 
 
-def build_objective(objective: Objective) -> ExitLosses:
-    return ExitLosses(objective.label_smoothing, objective.distillation, objective.distillation_temperature)
+def build_objective(objective: Objective, network: nn.Module | None = None) -> ExitLosses:
+    """The loss of an objective; `network` is the `trainable` one, which its gates are part of."""
+    gates = getattr(network, "gates", None)
+    return ExitLosses(
+        objective.label_smoothing, objective.distillation, objective.distillation_temperature, objective.gates, gates
+    )
