@@ -253,20 +253,25 @@ def study(
     folder: Annotated[Path, typer.Option("--runs", help="Folder of its runs; goes on with what is there.")],
     device: DeviceOption = Device.auto,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 1,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="Train this of its seeds alone, as one of several that share a study; may repeat."),
+    ] = None,
 ) -> None:
-    """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv and .png."""
+    """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv, .png."""
     from rich.console import Console
 
     from training.study import Study, results_of, run_study, write_table
-    from training.study_report import plot_study, print_study
+    from training.study_report import plot_study, plot_valid_shares, print_study
 
     loaded = Study.load(name)
-    run_study(loaded, folder, data, device.resolve(), processes)
+    run_study(loaded, folder, data, device.resolve(), processes, seeds)
     results = results_of(loaded, folder)
     write_table(results, folder / "study.csv")
     plot_study(folder / "study.png", loaded.description, results)
+    plot_valid_shares(folder / "valid.png", loaded.description, results)
     print_study(results, Console())
-    typer.echo(f"{folder}: wrote study.csv, study.png")
+    typer.echo(f"{folder}: wrote study.csv, study.png, valid.png")
 
 
 def _images_of(folder: "RunFolder", data: Path) -> "ImageSet":

@@ -21,10 +21,10 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def figure_axes(path: Path, title: str, n_columns: int = 1) -> Iterator[list[Axes]]:
-    """Axes to draw on; the figure is written when they are left. No window system is asked for."""
+def figure_axes(path: Path, title: str, n_columns: int = 1, width: float = 6.4) -> Iterator[list[Axes]]:
+    """Axes to draw on, `width` inches each; the figure is written when they are left. No window system is asked for."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4 * n_columns, 4.4), layout="constrained")
+        figure = Figure(figsize=(width * n_columns, 4.4), layout="constrained")
         axes = figure.subplots(1, n_columns, squeeze=False)[0]
         figure.suptitle(title)
         yield list(axes)

@@ -75,14 +75,26 @@ class Study(BaseModel):
                 yield name, seed, RunFolder(folder / f"{name}-seed{seed}")
 
 
-def run_study(study: Study, folder: Path, data: Path, device: torch.device, n_processes: int) -> None:
+def run_study(
+    study: Study,
+    folder: Path,
+    data: Path,
+    device: torch.device,
+    n_processes: int,
+    seeds: Sequence[int] | None = None,
+) -> None:
     """Train and calibrate what is still missing; a study that was stopped goes on where it was.
 
+    Args:
+        seeds: those of its seeds to train now; by default all. So several machines or cores can share a study.
+
     Raises:
-        StudyError: a run ended early: stopped by a signal, or failed.
+        StudyError: a run ended early, stopped by a signal or failed; or the study has no such seed.
     """
+    if unknown := set(seeds or ()).difference(study.seeds):
+        raise StudyError(f"seeds {sorted(unknown)} are none of the study's, {study.seeds}")
     images = None
-    for name, seed, run in study.runs(folder):
+    for name, seed, run in study.runs(folder, seeds):
         recipe = study.recipe_of(name)
         if not is_trained(run, recipe):
             settings = [f"--set={setting}" for setting in (*study.set, *study.variants[name].set)]
@@ -119,10 +131,11 @@ class VariantResult:
 
     name: str
     label: str
+    is_baseline: bool
     seeds: list[int]
     held_out_accuracy: NDArray[np.float64]  # [seeds, exits]
     test_accuracy: NDArray[np.float64]  # [seeds, exits]
-    valid_shares: NDArray[np.float64]  # [seeds, exits], of the last epoch
+    valid_shares: NDArray[np.float64]  # [seeds, epochs, exits], of each epoch's samples
     gain: NDArray[np.float64]  # [seeds, exits]: test accuracy less the baseline's of the same seed
     gain_error: NDArray[np.float64]  # [exits]: standard error of the mean gain, over test images (paired)
     minutes: float  # of training, mean over the seeds
@@ -142,23 +155,26 @@ def results_of(study: Study, folder: Path) -> list[VariantResult]:
     if not baseline:
         raise StudyError(f"{folder}: the baseline {study.baseline!r} has not been trained to its end yet")
     return [
-        _result(name, study.variants[name].label, {s: r for s, r in runs.items() if s in baseline}, baseline)
+        _result(study, name, {s: r for s, r in runs.items() if s in baseline}, baseline)
         for name, runs in finished.items()
         if any(seed in baseline for seed in runs)
     ]
 
 
-def _result(name: str, label: str, runs: dict[int, RunFolder], baseline: dict[int, NDArray[np.bool_]]) -> VariantResult:
+def _result(
+    study: Study, name: str, runs: dict[int, RunFolder], baseline: dict[int, NDArray[np.bool_]]
+) -> VariantResult:
     tests = {seed: ExitOutputs.load(run.test).correct for seed, run in runs.items()}
     logs = [run.read_log() for run in runs.values()]
     difference = np.stack([tests[seed].astype(float) - baseline[seed] for seed in runs])  # [seeds, images, exits]
     return VariantResult(
         name=name,
-        label=label,
+        label=study.variants[name].label,
+        is_baseline=name == study.baseline,
         seeds=list(runs),
         held_out_accuracy=np.stack([ExitOutputs.load(run.heldout).correct.mean(0) for run in runs.values()]),
         test_accuracy=np.stack([tests[seed].mean(0) for seed in runs]),
-        valid_shares=np.array([log[-1]["valid_shares"] for log in logs]),
+        valid_shares=np.array([[record["valid_shares"] for record in log] for log in logs]),
         gain=difference.mean(1),
         gain_error=difference.mean(0).std(0) / np.sqrt(difference.shape[1]),
         minutes=float(np.mean([log[-1]["seconds"] for log in logs])) / 60,
@@ -173,6 +189,6 @@ def write_table(results: Sequence[VariantResult], path: Path) -> None:
         for result in results:
             for i, seed in enumerate(result.seeds):
                 for exit_index in range(result.gain.shape[1]):
-                    columns = (result.held_out_accuracy, result.test_accuracy, result.gain, result.valid_shares)
+                    columns = (result.held_out_accuracy, result.test_accuracy, result.gain, result.valid_shares[:, -1])
                     values: list[Any] = [round(float(column[i, exit_index]), 4) for column in columns]
                     rows.writerow([result.name, seed, exit_index + 1, *values])

@@ -1,11 +1,13 @@
 """Variants of a recipe, really trained, on a small image set."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tests.training import tiny
 from training.calibration import ExitOutputs, calibrate
@@ -13,7 +15,7 @@ from training.checkpoint import RunFolder
 from training.loop import Trainer
 from training.processes import Processes
 from training.study import STUDY_FOLDER, Study, StudyError, results_of, run_study, write_table
-from training.study_report import plot_study
+from training.study_report import plot_study, plot_valid_shares, print_study
 
 CPU = torch.device("cpu")
 STUDY = """
@@ -78,8 +80,23 @@ def test_what_is_missing_is_trained_and_every_variant_is_compared_seed_by_seed(t
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 3
     assert float(rows[0]["test_accuracy"]) == pytest.approx(results["joint"].test_accuracy[0, 0], abs=1e-4)
-    plot_study(tmp_path / "study.png", study.description, list(results.values()))
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert results["joint"].valid_shares.shape == (2, 1, 3)
+    for seed, shares in zip((0, 1), results["joint"].valid_shares, strict=True):
+        assert shares.tolist() == [r["valid_shares"] for r in RunFolder(folder / f"joint-seed{seed}").read_log()]
+    for draw, name in ((plot_study, "study.png"), (plot_valid_shares, "valid.png")):
+        draw(tmp_path / name, study.description, list(results.values()))
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_study(list(results.values()), console)
+    shown = console.export_text()
+    for i in range(2):  # each seed has its row, the baseline none among the gains
+        assert f"{100 * results['joint'].gain[i].mean():+.2f}" in shown
+    assert shown.count("boosted") == 4
+
+
+def test_a_seed_that_the_study_does_not_have_is_refused(tmp_path: Path, study: Study) -> None:
+    with pytest.raises(StudyError, match=r"\[7\] are none of the study's, \[0, 1\]"):
+        run_study(study, tmp_path / "runs", tmp_path, CPU, n_processes=1, seeds=[1, 7])
 
 
 def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> None:
