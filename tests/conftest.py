@@ -7,12 +7,19 @@ from pathlib import Path
 # it makes every operation wait. Commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import httpx
 import pytest
 from hypothesis import settings
+
+from tests.waiting import LIMIT_S
 
 # Random examples may take as long as a busy machine needs: no test asserts its own speed.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+# Nor does a client give up, as those of httpx do after 5 s unless told otherwise.
+for step in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, step, LIMIT_S)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any, TypeVar
 
 import httpx
@@ -18,13 +17,14 @@ from PIL import Image
 from models.bundle import load_bundle
 from service.api import problems
 from service.api.app import create_app
-from service.api.lifecycle import Gate
+from service.api.gate import Gate
 from service.assembly import build_engine
 from service.engine import Engine
 from service.metrics import Metrics
 from service.precision import at_precision
 from service.settings import Settings
 from service.target import Keeper, Targets
+from tests.waiting import wait_until
 
 T = TypeVar("T")
 
@@ -123,10 +123,8 @@ def serving(
     """Run an application from start to stop, and talk to it as a client at the given address."""
     http = Http(app, client, url)
     try:
-        limit_s = monotonic() + 30
-        while ready and http.get("/readyz").status_code != 200:
-            assert monotonic() < limit_s
-            sleep(0.01)
+        if ready:
+            wait_until("it is ready", lambda: http.get("/readyz").status_code == 200)
         yield http
     finally:
         http.close()

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from time import monotonic
+
+from tests.waiting import LIMIT_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -20,10 +21,9 @@ class ServerProcess:
     process: subprocess.Popen[str]
     url: str
     port: int
-    started_s: float  # monotonic time of the start
     log: Path
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = LIMIT_S) -> int:
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
 
@@ -41,7 +41,6 @@ def environment(**variables: str) -> dict[str, str]:
 @contextmanager
 def running_server(bundle: Path, log: Path, *arguments: str, **variables: str) -> Iterator[ServerProcess]:
     """Start `python -m service` and wait for the line that says it is ready; kill it at the end if it still runs."""
-    started_s = monotonic()
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command("--bundle", str(bundle), "--port", "0", *arguments),
@@ -52,10 +51,10 @@ def running_server(bundle: Path, log: Path, *arguments: str, **variables: str) -
             text=True,
         )
     try:
-        line = _first_line(process, 60.0)
+        line = _first_line(process, 5 * LIMIT_S)
         assert "http://" in line, f"{line!r}; the log says: {log.read_text()}"
         url = next(word for word in line.split() if word.startswith("http://"))
-        yield ServerProcess(process, url, int(url.rsplit(":", 1)[1]), started_s, log)
+        yield ServerProcess(process, url, int(url.rsplit(":", 1)[1]), log)
     finally:
         if process.poll() is None:
             process.kill()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from service.engine import Engine
 from service.runners.base import RunnerError
 from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
+from tests.waiting import wait_until
 
 IMAGES = random_images(8, seed=11)
 BODIES = [png(image) for image in IMAGES]
@@ -157,10 +157,7 @@ def test_an_engine_that_cannot_start_is_told(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Engine, "start", fails)
     told: list[Exception | None] = []
     with serving(build_app(folder, on_started=told.append), ready=False) as client:
-        limit_s = monotonic() + 10
-        while not told:
-            assert monotonic() < limit_s
-            sleep(0.01)
+        wait_until("it is told", lambda: told)
         assert isinstance(told[0], RunnerError)
         assert "stage 3 does not run" in problem(client.get("/readyz"), 503, "not-ready")["detail"]
         problem(client.post("/classify", content=BODIES[0], headers=PNG), 503, "not-ready")

@@ -14,6 +14,7 @@ from service.assembly import build_engine
 from service.engine import Engine
 from service.rows import Answer, EngineDraining, Options
 from tests.bundles import random_images
+from tests.waiting import LIMIT_S
 
 IMAGES = random_images(40, seed=61)
 
@@ -24,7 +25,7 @@ def engine(bundle_path: Path) -> Iterator[Engine]:
     engine = build_engine(bundle, bundle.costs_mflops[-1], device="cpu", n_lanes=2)
     engine.start()
     yield engine
-    engine.drain(5.0)
+    engine.drain(LIMIT_S)
 
 
 def keep_busy(engine: Engine) -> Event:
@@ -36,7 +37,7 @@ def keep_busy(engine: Engine) -> Event:
         go_on.wait()
 
     engine.ask(wait)
-    assert busy.wait(10.0)
+    assert busy.wait(LIMIT_S)
     return go_on
 
 
@@ -94,6 +95,6 @@ def test_every_request_gets_its_own_answer(engine: Engine) -> None:
 
 
 def test_a_stopped_engine_says_so(engine: Engine) -> None:
-    engine.drain(5.0)
+    engine.drain(LIMIT_S)
     with pytest.raises(EngineDraining):
         asyncio.run(Delivery(engine).classify(IMAGES[0], Options(), stays))

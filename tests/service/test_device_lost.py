@@ -6,13 +6,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from time import monotonic
 
 import httpx
 
 from tests.bundles import random_images
 from tests.service.apps import PNG, png
 from tests.service.process import REPOSITORY, environment
+from tests.waiting import LIMIT_S, wait_until
 
 N_CLIENTS = 8
 # The server's own code, but for a device that is lost under the first batch that runs once the file `go` is there.
@@ -58,25 +58,24 @@ def test_a_lost_device_answers_503_and_ends_the_process(bundle_path: Path, tmp_p
     try:
         lines: Queue[str] = Queue()
         threading.Thread(target=lambda: lines.put(stdout.readline()), daemon=True).start()
-        line = lines.get(timeout=60)
+        line = lines.get(timeout=LIMIT_S)
         assert "http://" in line, log.read_text()
         url = next(word for word in line.split() if word.startswith("http://"))
         body = png(random_images(1, seed=43)[0])
         with ThreadPoolExecutor(N_CLIENTS) as pool:
             asked = [
-                pool.submit(httpx.post, f"{url}/classify", content=body, headers=PNG, timeout=60)
+                pool.submit(httpx.post, f"{url}/classify", content=body, headers=PNG, timeout=LIMIT_S)
                 for _ in range(N_CLIENTS)
             ]
-            limit_s = monotonic() + 30
-            while "exitserve_in_flight_rows 8.0" not in httpx.get(f"{url}/metrics").text:
-                assert monotonic() < limit_s
+            all_there = "exitserve_in_flight_rows 8.0"
+            wait_until("all are in flight", lambda: all_there in httpx.get(f"{url}/metrics").text)
             go.touch()
-            responses = [future.result(60) for future in asked]
+            responses = [future.result(LIMIT_S) for future in asked]
         for response in responses:
             assert response.status_code == 503
             assert response.headers["content-type"] == "application/problem+json"
             assert "illegal memory access" in response.json()["detail"]
-        assert server.wait(30) == 1
+        assert server.wait(LIMIT_S) == 1
         assert "the device is lost" in log.read_text()
     finally:
         if server.poll() is None:

@@ -1,7 +1,6 @@
 """The engine with its threads on a real bundle: same answers, exact books, and nobody left waiting."""
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -26,6 +25,7 @@ from service.runners.base import RowState, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
 from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_bundle, tiny_network
+from tests.waiting import LIMIT_S, wait_until
 from training.export import Normalise
 
 POISON = 255  # an image of this value throughout makes `FaultyRunner` fail
@@ -57,7 +57,7 @@ class FaultyRunner(OnnxRunner):
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         if self.gate is not None:
-            self.gate.wait(30)
+            self.gate.wait(LIMIT_S)
         if stage == 0 and any(row.block.values["images"][row.index].min() == POISON for row in rows):
             raise RuntimeError("poisoned")
         return super().run(stage, rows)
@@ -71,7 +71,7 @@ def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0,
         Scheduler(runner.n_stages, max_rows),
         bundle.score(),
         bundle.manifest.class_names,
-        **{"hang_s": 60.0, **options},  # lanes that a test holds do not hang
+        **{"hang_s": 600.0, **options},  # lanes that a test holds do not hang
     )
 
 
@@ -81,7 +81,7 @@ def running(engine: Engine) -> Iterator[Engine]:
     try:
         yield engine
     finally:
-        engine.drain(20)
+        engine.drain(LIMIT_S)
 
 
 def balanced(stats: EngineStats) -> bool:
@@ -108,7 +108,7 @@ def test_answers_are_those_of_the_whole_network(bundle, images, whole, policy, m
     options = {"policy": policy, "max_rows": max_rows, "n_lanes": 2, "device": "cpu"}
     with running(build_engine(bundle, budget_mflops, steer=False, burst_images=1e6, **options)) as engine:
         thresholds = engine.budget_state().thresholds
-        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+        answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
     expected = take_exits(scores, thresholds)
     tied = (np.abs(scores - np.array(thresholds)) < 1e-4).any(axis=1)
     assert len(set(expected.tolist())) == len(whole)  # every exit is tried
@@ -131,7 +131,7 @@ def test_answers_are_those_of_the_whole_network(bundle, images, whole, policy, m
 def test_top_k_is_the_softmax_in_order(bundle, images, whole):
     with running(build_engine(bundle, bundle.costs_mflops[-1], device="cpu", exits=False)) as engine:
         futures = [engine.submit(image, Options(top_k=k)) for k, image in zip((1, 3, 10, 50), images, strict=False)]
-        answers = [future.result(30) for future in futures]
+        answers = [future.result(LIMIT_S) for future in futures]
     for i, (answer, n_wanted) in enumerate(zip(answers, (1, 3, 10, 10), strict=True)):
         logits = whole[-1][i].astype(np.float64)
         shares = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -142,14 +142,14 @@ def test_top_k_is_the_softmax_in_order(bundle, images, whole):
 
 def test_with_exits_off_everything_runs_to_the_end(bundle, images):
     with running(build_engine(bundle, bundle.costs_mflops[0], device="cpu", exits=False)) as engine:
-        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+        answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
     assert {(answer.exit, answer.reason) for answer in answers} == {(4, "final")}
 
 
 def test_a_burst_too_small_is_answered_from_the_head_at_hand(bundle, images):
     budget_mflops = 0.5 * bundle.costs_mflops[-1]
     with running(build_engine(bundle, budget_mflops, device="cpu", burst_images=0.5, steer=False)) as engine:
-        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+        answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
         state = engine.budget_state()
     assert {"confident", "budget"} <= {answer.reason for answer in answers}
     total = sum(answer.mflops for answer in answers)
@@ -169,7 +169,7 @@ def test_many_clients_are_kept_at_the_budget(bundle):
                 image = next(pool, None)
             if image is None:
                 return
-            answer = engine.submit(image).result(30)
+            answer = engine.submit(image).result(LIMIT_S)
             with lock:
                 answers.append(answer)
 
@@ -195,8 +195,8 @@ def test_a_failing_batch_fails_its_own_images_alone(bundle, images):
     with running(faulty_engine(bundle, max_rows=1)) as engine:
         bad, good = engine.submit(poisoned), [engine.submit(image) for image in images[:20]]
         with pytest.raises(EngineError, match="stage 1 failed: poisoned"):
-            bad.result(30)
-        assert all(isinstance(future.result(30), Answer) for future in good)
+            bad.result(LIMIT_S)
+        assert all(isinstance(future.result(LIMIT_S), Answer) for future in good)
         stats, state = engine.stats(), engine.budget_state()
     assert (stats.answered, stats.failed) == (20, 1)
     assert balanced(stats)
@@ -211,9 +211,9 @@ def test_cancelled_images_run_no_further_and_are_counted(bundle, images):
         assert all(future.cancel() for future in futures[50:])
         gate.set()
         for future in futures[:50]:
-            assert isinstance(future.result(30), Answer)
+            assert isinstance(future.result(LIMIT_S), Answer)
         with pytest.raises(CancelledError):
-            futures[99].result(30)
+            futures[99].result(LIMIT_S)
         stats, state = engine.stats(), engine.budget_state()
     assert (stats.answered, stats.abandoned, stats.in_flight_rows) == (50, 50, 0)
     assert balanced(stats)
@@ -225,13 +225,11 @@ def test_an_image_abandoned_while_it_runs_is_charged_and_ends_with_its_batch(bun
     with running(faulty_engine(bundle)) as engine:
         gate = hold(engine)
         future = engine.submit(images[0])
-        while engine.stats().running_batches == 0:
-            time.sleep(0.001)
+        wait_until("its batch runs", lambda: engine.stats().running_batches > 0)
         future.cancel()
         assert engine.stats().in_flight_rows == 1
         gate.set()
-        while engine.stats().in_flight_rows:
-            time.sleep(0.001)
+        wait_until("the batch has run", lambda: engine.stats().in_flight_rows == 0)
         stats, state = engine.stats(), engine.budget_state()
     assert (stats.answered, stats.abandoned) == (0, 1)
     assert state.spent_abandoned_mflops == pytest.approx(bundle.costs_mflops[0])
@@ -246,11 +244,11 @@ def test_beyond_its_room_it_refuses_at_once(bundle, images):
             engine.submit(images[30])
         assert refused.value.in_flight_rows == 30
         gate.set()
-        assert all(isinstance(future.result(30), Answer) for future in futures)
+        assert all(isinstance(future.result(LIMIT_S), Answer) for future in futures)
         stats = engine.stats()
         assert (stats.answered, stats.refused) == (30, 1)
         assert balanced(stats)
-        assert isinstance(engine.submit(images[31]).result(30), Answer)
+        assert isinstance(engine.submit(images[31]).result(LIMIT_S), Answer)
 
 
 def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images):
@@ -261,15 +259,14 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images)
     gate = hold(engine)
     futures = [engine.submit(image) for image in images[:60]]
     drained: Future[bool] = Future()
-    thread = threading.Thread(target=lambda: drained.set_result(engine.drain(30)))
+    thread = threading.Thread(target=lambda: drained.set_result(engine.drain(LIMIT_S)))
     thread.start()
-    while engine._admission.closed is None:
-        time.sleep(0.001)
+    wait_until("it refuses new ones", lambda: engine._admission.closed is not None)
     with pytest.raises(EngineDraining, match="stopping"):
         engine.submit(images[0])
     assert not drained.done()
     gate.set()
-    assert drained.result(30)
+    assert drained.result(LIMIT_S)
     assert all(future.done() and isinstance(future.result(), Answer) for future in futures)
     assert not engine.is_alive
     stats = engine.stats()
@@ -289,7 +286,7 @@ def test_what_is_not_answered_in_time_fails(bundle, images):
     assert not engine.drain(0.05)
     for future in futures:
         with pytest.raises(EngineError, match="stopped before"):
-            future.result(1)
+            future.result(LIMIT_S)
     gate.set()
     stats = engine.stats()
     assert (stats.failed, stats.in_flight_rows) == (40, 0)
@@ -311,7 +308,7 @@ def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
     gate.set()
     for future in futures:
         with pytest.raises(EngineError, match=r"broke down \(ZeroDivisionError: a bug\)"):
-            future.result(30)
+            future.result(LIMIT_S)
     with pytest.raises(EngineError, match="broke down"):
         engine.submit(images[0])
     assert not engine.is_alive
@@ -338,8 +335,8 @@ def test_outcomes_come_once_a_batch_and_a_sink_that_raises_hurts_nobody(bundle, 
         for token, image in enumerate(images[:200]):
             engine.submit_to(sink, token, image)
         gate.set()
-        assert all_there.wait(30)
-        assert isinstance(engine.submit(images[0]).result(30), Answer)
+        assert all_there.wait(LIMIT_S)
+        assert isinstance(engine.submit(images[0]).result(LIMIT_S), Answer)
     assert sorted(token for outcomes in deliveries for token, _ in outcomes) == list(range(200))
     assert len(deliveries) < 100
 
@@ -363,7 +360,7 @@ class CountingObserver:
 def test_an_observer_hears_of_every_row_and_every_answer(bundle, images):
     observer = CountingObserver()
     with running(faulty_engine(bundle, observer=observer)) as engine:
-        answers = [future.result(30) for future in [engine.submit(image) for image in images]]
+        answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
     assert len(observer.answers) == len(answers)
     assert {id(answer) for answer in observer.answers} == {id(answer) for answer in answers}
     for stage in range(1, 5):
@@ -380,7 +377,7 @@ def test_the_budget_changes_while_traffic_flows_and_refuses_what_is_out_of_reach
         with pytest.raises(ValueError, match="out of reach"):
             engine.set_budget(1.01 * full_mflops)
         futures += [engine.submit(image) for image in images]
-        assert all(isinstance(future.result(30), Answer) for future in futures)
+        assert all(isinstance(future.result(LIMIT_S), Answer) for future in futures)
         assert engine.budget_state().fraction == pytest.approx(0.4, abs=1e-6)
 
 
@@ -390,5 +387,5 @@ def test_memory_does_not_grow_with_the_images_served(bundle, images):
         answered = threading.Semaphore(0)
         requests = [engine.submit_to(lambda outcomes: answered.release(len(outcomes)), None, image) for image in images]
         for _ in requests:
-            assert answered.acquire(timeout=30)
+            assert answered.acquire(timeout=LIMIT_S)
         assert sum(request.state.block.bytes for request in requests) == 0

@@ -17,8 +17,10 @@ from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
 from tests.bundles import random_images, tiny_bundle
 from tests.service.test_engine import balanced, running
+from tests.waiting import LIMIT_S, wait_until
 
 POISON = 255
+HANG_S = 3.0  # a batch that runs takes this long on no machine, however loaded
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ class TroubledRunner(OnnxRunner):
 
 
 def troubled(
-    bundle: Bundle, hang_s: float = 60.0, max_rows: int = 8, **options: float
+    bundle: Bundle, hang_s: float = 600.0, max_rows: int = 8, **options: float
 ) -> tuple[Engine, TroubledRunner]:
     runner = TroubledRunner(bundle, max_rows, n_lanes=2, device="cpu")
     budget = BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1], burst_images=1000)
@@ -56,13 +58,6 @@ def is_poisoned(row: RowState) -> bool:
     return "images" in row.block.values and row.block.values["images"][row.index].min() == POISON
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    limit_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < limit_s
-        time.sleep(0.005)
-
-
 def test_of_a_batch_that_fails_only_its_cause_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     def poison(stage: int, rows: Sequence[RowState]) -> None:
         if any(map(is_poisoned, rows)):
@@ -72,13 +67,13 @@ def test_of_a_batch_that_fails_only_its_cause_is_lost(bundle: Bundle, images: ND
     with running(engine):
         runner.befall = poison
         go_on = threading.Event()
-        engine.ask(lambda: go_on.wait(30))  # so that all of them are there when the first batch is made up
+        engine.ask(lambda: go_on.wait(LIMIT_S))  # so that all of them are there when the first batch is made up
         futures = [engine.submit(image) for image in images[:7]]
         bad = engine.submit(np.full_like(images[0], POISON))
         go_on.set()
-        assert all(isinstance(future.result(30), Answer) for future in futures)
+        assert all(isinstance(future.result(LIMIT_S), Answer) for future in futures)
         with pytest.raises(EngineError, match="stage 1 failed: poisoned"):
-            bad.result(30)
+            bad.result(LIMIT_S)
         stats, state = engine.stats(), engine.budget_state()
     assert (stats.answered, stats.failed, stats.failed_batches) == (7, 1, 2)
     assert balanced(stats)
@@ -98,7 +93,7 @@ def test_where_memory_is_short_for_a_batch_those_of_its_stage_become_smaller(
         runner.befall = no_memory
         for _ in range(4):
             futures = [engine.submit(image, Options(exit=4)) for image in images]
-            assert all(isinstance(future.result(30), Answer) for future in futures)
+            assert all(isinstance(future.result(LIMIT_S), Answer) for future in futures)
         stats = engine.stats()
         assert stats.max_batch_rows == (8, 2, 8, 8)
         assert stats.failed_batches <= 8  # four with the lanes at a time: once of 8 rows, once of 4
@@ -116,16 +111,16 @@ def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundl
         runner.befall = poison
         for _ in range(6):
             with pytest.raises(EngineError, match="poisoned"):
-                engine.submit(np.full_like(images[0], POISON)).result(30)
+                engine.submit(np.full_like(images[0], POISON)).result(LIMIT_S)
         assert engine.trouble is None
-        assert isinstance(engine.submit(images[0]).result(30), Answer)
+        assert isinstance(engine.submit(images[0]).result(LIMIT_S), Answer)
 
 
 def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     all_in = threading.Event()
 
     def dead(stage: int, rows: Sequence[RowState]) -> None:
-        all_in.wait(30)
+        all_in.wait(LIMIT_S)
         raise RuntimeError("device lost")
 
     engine, runner = troubled(bundle)
@@ -135,8 +130,8 @@ def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bund
         all_in.set()
         for future in futures:
             with pytest.raises(EngineError, match=r"device lost"):
-                future.result(30)
-        wait_for(lambda: engine.trouble is not None)
+                future.result(LIMIT_S)
+        wait_until("it is in trouble", lambda: engine.trouble is not None)
         assert engine.trouble == "every batch fails (device lost)"
         with pytest.raises(EngineUnsound, match="device lost"):
             engine.submit(images[0])
@@ -144,8 +139,8 @@ def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bund
         assert (stats.failed, stats.in_flight_rows) == (len(images), 0)
         assert balanced(stats)
         runner.befall = None
-        wait_for(lambda: engine.trouble is None)
-        assert isinstance(engine.submit(images[0]).result(30), Answer)
+        wait_until("it is well again", lambda: engine.trouble is None)
+        assert isinstance(engine.submit(images[0]).result(LIMIT_S), Answer)
         assert engine.budget_state().reserved_mflops == 0.0
 
 
@@ -155,18 +150,18 @@ def test_images_of_a_lane_that_hangs_are_answered_by_the_other(bundle: Bundle, i
     def hang_once(stage: int, rows: Sequence[RowState]) -> None:
         if not hung.is_set():
             hung.set()
-            go_on.wait(60)
+            go_on.wait(2 * LIMIT_S)
 
-    engine, runner = troubled(bundle, hang_s=1.0)
+    engine, runner = troubled(bundle, hang_s=HANG_S)
     with running(engine):
         runner.befall = hang_once
         futures = [engine.submit(image) for image in images]
-        assert all(isinstance(future.result(30), Answer) for future in futures)
+        assert all(isinstance(future.result(LIMIT_S), Answer) for future in futures)
         assert engine.trouble is None
         assert engine.stats().hung_batches == 1
         go_on.set()  # it comes back late, and is used again
-        wait_for(lambda: engine._loop.guard.lanes_left == 2)
-        assert all(isinstance(engine.submit(image).result(30), Answer) for image in images)
+        wait_until("both lanes are used", lambda: engine._loop.guard.lanes_left == 2)
+        assert all(isinstance(engine.submit(image).result(LIMIT_S), Answer) for image in images)
         stats = engine.stats()
     assert (stats.answered, stats.failed) == (2 * len(images), 0)
     assert balanced(stats)
@@ -176,21 +171,21 @@ def test_where_every_lane_hangs_nobody_waits_and_it_comes_back(bundle: Bundle, i
     go_on = threading.Event()
 
     def hang(stage: int, rows: Sequence[RowState]) -> None:
-        go_on.wait(60)
+        go_on.wait(2 * LIMIT_S)
 
-    engine, runner = troubled(bundle, hang_s=1.0)
+    engine, runner = troubled(bundle, hang_s=HANG_S)
     with running(engine):
         runner.befall = hang
         futures = [engine.submit(image) for image in images]
         for future in futures:
             with pytest.raises(EngineUnsound, match="2 lanes hang"):
-                future.result(30)
+                future.result(LIMIT_S)
         with pytest.raises(EngineUnsound):
             engine.submit(images[0])
         runner.befall = None
         go_on.set()
-        wait_for(lambda: engine.trouble is None)
-        assert isinstance(engine.submit(images[0]).result(30), Answer)
+        wait_until("it is well again", lambda: engine.trouble is None)
+        assert isinstance(engine.submit(images[0]).result(LIMIT_S), Answer)
         stats, state = engine.stats(), engine.budget_state()
     assert (stats.failed, stats.answered) == (len(images), 1)
     assert balanced(stats)
@@ -204,16 +199,16 @@ def test_who_has_a_deadline_is_answered_in_time_by_an_engine_that_hangs(
 
     def hang_at_two(stage: int, rows: Sequence[RowState]) -> None:
         if stage == 1:
-            go_on.wait(60)
+            go_on.wait(2 * LIMIT_S)
 
     engine, runner = troubled(bundle)
     with running(engine):
         runner.befall = hang_at_two
-        future = engine.submit(images[0], Options(exit=4, deadline_s=engine.clock() + 1.5))
-        answer = future.result(30)
+        future = engine.submit(images[0], Options(exit=4, deadline_s=engine.clock() + 3.0))
+        answer = future.result(LIMIT_S)
         assert (answer.exit, answer.reason) == (1, "deadline")
         go_on.set()
-        assert isinstance(engine.submit(images[1]).result(30), Answer)
+        assert isinstance(engine.submit(images[1]).result(LIMIT_S), Answer)
 
 
 def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, images: NDArray[np.uint8]) -> None:
@@ -225,7 +220,7 @@ def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, ima
         runner.befall = slow
         for _ in range(8):  # until it has seen how slow it is
             for future in [engine.submit(image) for image in images[:4]]:
-                future.result(30)
+                future.result(LIMIT_S)
         refused: list[EngineOverloaded] = []
         accepted = []
         for image in images:
@@ -235,11 +230,11 @@ def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, ima
                 refused.append(error)
         assert refused
         assert accepted
-        assert all(0.1 < error.wait_s < 2.0 for error in refused)
+        assert all(0.1 < error.wait_s < 20.0 for error in refused)
         assert "will take about" in str(refused[0])
         with pytest.raises(EngineOverloaded):
             engine.require_room()
-        assert all(isinstance(future.result(30), Answer) for future in accepted)
+        assert all(isinstance(future.result(LIMIT_S), Answer) for future in accepted)
         stats = engine.stats()
         assert stats.refused == len(refused)
         assert stats.room_rows < len(images)
@@ -250,7 +245,7 @@ def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundl
     all_in = threading.Event()
 
     def lost(stage: int, rows: Sequence[RowState]) -> None:
-        all_in.wait(30)
+        all_in.wait(LIMIT_S)
         raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
 
     engine, runner = troubled(bundle)
@@ -260,8 +255,8 @@ def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundl
         all_in.set()
         for future in futures:
             with pytest.raises(EngineLost, match="illegal memory access"):
-                future.result(30)
-        assert "illegal memory access" in str(engine.broken.result(30))
+                future.result(LIMIT_S)
+        assert "illegal memory access" in str(engine.broken.result(LIMIT_S))
         assert not engine.is_alive
         with pytest.raises(EngineLost):
             engine.submit(images[0])
@@ -274,5 +269,5 @@ def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundl
 def test_an_engine_that_is_told_to_stop_is_not_broken(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     engine, _ = troubled(bundle)
     with running(engine):
-        engine.submit(images[0]).result(30)
+        engine.submit(images[0]).result(LIMIT_S)
     assert not engine.broken.done()

@@ -4,11 +4,8 @@ import json
 import os
 import re
 import signal
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import httpx
@@ -17,7 +14,8 @@ import pytest
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, build_app, png, problem, serving
 from tests.service.process import ServerProcess, running_server
-from tests.service.test_shutdown import SlowClient, slow_clients, wait_for
+from tests.service.test_shutdown import slow_clients, wait_for
+from tests.waiting import LIMIT_S, wait_until
 
 BODIES = [png(image) for image in random_images(24, seed=53)]
 IN_FRONT = ("--http-workers", "2", "--lanes", "1")
@@ -47,13 +45,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(what: str, is_so: Any, timeout_s: float = 20.0) -> None:
-    limit_s = monotonic() + timeout_s
-    while not is_so():
-        assert monotonic() < limit_s, what
-        sleep(0.02)
 
 
 def answer_of(response: httpx.Response) -> Any:
@@ -160,41 +151,20 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: ServerProces
     os.kill(victim, signal.SIGKILL)
     wait_until("another has been started", lambda: len(set(workers_of(server)) - {victim, survivor}) == 1)
     for body in BODIES:
-        assert httpx.post(server.url + "/classify", content=body, headers=PNG, timeout=30).status_code == 200
+        assert httpx.post(server.url + "/classify", content=body, headers=PNG, timeout=LIMIT_S).status_code == 200
     after = numbers(httpx.get(server.url + "/metrics").text)
     assert after[answered] == before[answered] + 24
     assert f"HTTP worker 1 (process {victim}) ended with -9" in server.log.read_text()
     # The other one too, so that all requests are the new worker's.
     os.kill(survivor, signal.SIGKILL)
-    assert httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=30).status_code == 200
-    assert numbers(httpx.get(server.url + "/metrics", timeout=30).text)[answered] == before[answered] + 25
-
-
-class Accepted(SlowClient):
-    """A client whose request is being read: the server has asked for its body."""
-
-    def __init__(self, server: ServerProcess) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=30)
-        head = (
-            f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(BODIES[0])}"
-        )
-        self._socket.sendall(head.encode() + b"\r\nExpect: 100-continue\r\n\r\n")
-        asked = b""
-        while not asked.endswith(b"\r\n\r\n"):
-            asked += self._socket.recv(1)
-        assert asked.startswith(b"HTTP/1.1 100 ")
-
-    def finish(self) -> None:
-        self._socket.sendall(BODIES[0])
+    assert httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=LIMIT_S).status_code == 200
+    assert numbers(httpx.get(server.url + "/metrics", timeout=LIMIT_S).text)[answered] == before[answered] + 25
 
 
 @pytest.mark.parametrize("to_all", [False, True])
 def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: Path, to_all: bool) -> None:
     """Told by SIGTERM to the parent, and as Ctrl-C and service managers tell every process at once."""
-    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server, ExitStack() as stack:
-        clients = [Accepted(server) for _ in range(12)]
-        for client in clients:
-            stack.callback(client.close)
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server, slow_clients(server, 12) as clients:
         workers = workers_of(server)
         for pid in [server.process.pid, *(workers if to_all else [])]:
             os.kill(pid, signal.SIGINT if to_all else signal.SIGTERM)
@@ -204,7 +174,7 @@ def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: 
             client.finish()
         for client in clients:
             assert client.response()[0] == 200
-        assert server.process.wait(15) == 0
+        assert server.process.wait(LIMIT_S) == 0
         assert not any(map(is_running, workers))
     log = (tmp_path / "log").read_text()
     assert "stopped: 12 answered, 0 abandoned, 0 failed" in log
@@ -212,7 +182,7 @@ def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: 
 
 
 def test_a_client_that_never_finishes_cannot_hold_it(folder: Path, tmp_path: Path) -> None:
-    arguments = (*IN_FRONT, "--drain-s", "1")
+    arguments = (*IN_FRONT, "--drain-s", "1", "--body-timeout-s", "3600")
     with running_server(folder / "bundle", tmp_path / "log", *arguments) as server, slow_clients(server, 1):
         assert server.stop() == 1
     assert "1 requests were not answered" in (tmp_path / "log").read_text()

@@ -5,7 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image
 from service.images import SMALL_PIXELS, ImageDecoder, ImageError
 
 SIZE_PX = 32
+REFUSED_WITHIN_S = 0.1  # of processor time; to decode it would take ten times as long
 DECODER = ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=32_000_000)
 
 
@@ -289,9 +290,9 @@ def test_a_bomb_is_refused_from_its_header(side_px: int) -> None:
     body = body if side_px <= 10_000 else body + png_bomb(8)[24:]
     if side_px > 10_000:  # the checksum of the patched header
         body = body[:29] + struct.pack(">I", zlib.crc32(body[12:29])) + body[33:]
-    started = perf_counter()
+    started_s = thread_time()
     assert kind_of_error(body) == "image-too-large"
-    assert perf_counter() - started < 0.1
+    assert thread_time() - started_s < REFUSED_WITHIN_S
 
 
 def test_a_webp_bomb_is_refused_before_its_canvas_exists() -> None:
@@ -300,9 +301,9 @@ def test_a_webp_bomb_is_refused_before_its_canvas_exists() -> None:
         b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + b"\xfe\x3f\0" * 2 + bytes(8),
         b"RIFF\x1e\0\0\0WEBPVP8 \x0a\0\0\0\0\0\0\x9d\x01\x2a" + b"\xff\x3f" * 2 + bytes(8),
     ):
-        started = perf_counter()
+        started_s = thread_time()
         assert kind_of_error(body) == "image-too-large"
-        assert perf_counter() - started < 0.1
+        assert thread_time() - started_s < REFUSED_WITHIN_S
 
 
 def test_the_pixel_limit_is_inclusive() -> None:

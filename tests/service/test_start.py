@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from time import monotonic
 
 import httpx
 import pytest
@@ -31,12 +30,10 @@ def cpu_seconds(pid: int) -> float:
 def test_it_answers_soon_after_its_start_and_without_torch(bundle_path: Path, log: Path) -> None:
     with running_server(bundle_path, log) as server:
         response = httpx.post(server.url + "/classify", content=BODY, headers=PNG)
-        seconds = monotonic() - server.started_s
         assert response.status_code == 200
         assert httpx.get(server.url + "/readyz").status_code == 200
+        # Processor time: beside other work, how long it takes says nothing.
         assert cpu_seconds(server.process.pid) < STARTED_WITHIN_S
-        # On a machine with other work, how long it takes says nothing.
-        assert seconds < STARTED_WITHIN_S or os.getloadavg()[0] > 1, f"{seconds:.1f} s"
         assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
         assert server.stop() == 0
     assert "Traceback" not in log.read_text()
