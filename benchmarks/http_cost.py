@@ -42,7 +42,7 @@ from service.observer import Observer
 from service.rows import Told
 from service.runners.base import Block, RowState, StageOutput
 from service.scheduler import Scheduler
-from service.server import Server, listen
+from service.server import Server, listen, settle_memory
 from service.settings import load_settings
 from service.target import Keeper, Targets
 
@@ -123,6 +123,7 @@ def serve(bundle_path: Path, listener: socket.socket, told: "Connection[Any, Any
 
     def on_started(error: Exception | None) -> None:
         loops.append(asyncio.get_running_loop())
+        settle_memory()
         told.send(None if error is None else str(error))
 
     engine = null_engine(bundle, metrics)

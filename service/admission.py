@@ -22,6 +22,7 @@ class Admission:
         self._lock = threading.Condition()
         self._arrivals: list[Request] = []
         self._hungry = True  # lanes are free, so the engine's thread is to be woken for a single image
+        self._in_haste = False  # one of the arrivals has wishes: its deadline may be near
 
     @property
     def is_full(self) -> bool:
@@ -30,8 +31,8 @@ class Admission:
     def overload(self) -> EngineOverloaded:
         return EngineOverloaded(self.in_flight, self.in_flight * self.row_s)
 
-    def enter(self, request: Request) -> bool:
-        """Let a request in; returns whether the engine's thread is to be woken for it.
+    def enter(self, request: Request) -> None:
+        """Let a request in.
 
         Raises:
             EngineError: of the class that says why not.
@@ -45,15 +46,22 @@ class Admission:
                 raise type(self.closed)(*self.closed.args)  # one that is raised often would keep every frame alive
             self.in_flight += 1
             self._arrivals.append(request)
-            wake = self._hungry or not request.options.is_plain  # its deadline may be near
+            if not request.options.is_plain:
+                self._in_haste = True
+
+    def is_to_wake(self) -> bool:
+        """Whether the engine's thread is to be woken for what has come in; it is told once."""
+        with self._lock:
+            wake = (self._hungry or self._in_haste) and bool(self._arrivals)
             if wake:
-                self._hungry = False
+                self._hungry = self._in_haste = False
             return wake
 
     def take(self) -> Sequence[Request]:
         """Take all requests that have come in."""
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
+            self._in_haste = False
         return arrivals
 
     def wait_for_one(self, lanes_are_free: bool) -> bool:

@@ -196,13 +196,13 @@ class Core:
 
     def _answer(self, batch: Batch, result: BatchResult, leaving: Sequence[tuple[int, Reason]]) -> None:
         answers = []
-        logits = result.logits
-        sure = result.confidences([i for i, _ in leaving])
-        for (i, reason), share in zip(leaving, sure, strict=True):
+        indices = [i for i, _ in leaving]
+        sure = result.confidences(indices)
+        most = max(batch.rows[i].options.top_k for i in indices)
+        ranked = wishes.rank(result.logits[indices], sure, most) if most > 1 else [()] * len(indices)
+        for (i, reason), share, best in zip(leaving, sure, ranked, strict=True):
             row, class_id = batch.rows[i], result.classes[i]
-            top_k: tuple[tuple[int, float], ...] = ((class_id, share),)
-            if row.options.top_k > 1:
-                top_k = wishes.rank(logits[i], share, row.options.top_k)
+            top_k = best[: row.options.top_k] if row.options.top_k > 1 else ((class_id, share),)
             answer = Answer(
                 class_id=class_id,
                 label=self._class_names[class_id],

@@ -32,6 +32,7 @@ from service.runners.base import Runner
 from service.scheduler import Scheduler
 
 T = TypeVar("T")
+PLAIN = Options()
 
 
 class Engine:
@@ -163,16 +164,28 @@ class Engine:
         future.add_done_callback(lambda done: self.abandon(request) if done.cancelled() else None)
         return future
 
-    def submit_to(self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None) -> Request:
+    def submit_to(
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+    ) -> Request:
         """Classify one image and have (token, outcome) delivered to `sink`, with the others that its batch has ended.
 
         For an event loop, which is so woken once a batch, not once an image. Raises as `submit` does. The request
         returned is for `abandon` alone.
+
+        Args:
+            flush: False where more images follow at once, and then a call of `flush`: so the engine's thread is woken
+                once for all of them, and they may run together.
         """
-        request = Request(token, sink, options or Options(), self._runner.first_state(image))
-        if self._admission.enter(request):
-            self._inbox.put(Wake())
+        request = Request(token, sink, options or PLAIN, self._runner.first_state(image))
+        self._admission.enter(request)
+        if flush:
+            self.flush()
         return request
+
+    def flush(self) -> None:
+        """Wake the engine's thread for what was submitted, if it waits for that."""
+        if self._admission.is_to_wake():
+            self._inbox.put(Wake())
 
     def abandon(self, request: Request) -> None:
         """Give a request up: it runs no further stage, and nothing is delivered unless that has happened already."""

@@ -13,7 +13,7 @@ by 8 at most, and take half the time.
 import asyncio
 import io
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
@@ -30,6 +30,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from service.plain_images import PlainPng
+
 FORMATS = tuple(
     plugin.format
     for plugin in (
@@ -44,9 +46,11 @@ FORMAT_NAMES = "PNG, JPEG, WebP, BMP or GIF"
 BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8")
 ANIMATED_FORMATS = frozenset({"PNG", "WEBP", "GIF"})
 
-# Below both, decoding costs less than handing the work to another thread (about 0.3 ms at worst).
+# Below both, decoding takes the event loop less than about 0.3 ms: handing the work to another thread costs as much, in
+# switches between threads that want the same lock.
 SMALL_BYTES = 64 * 1024
 SMALL_PIXELS = 128 * 128
+SMALL_PIXELS_OF_JPEG = 256 * 256
 
 EXIF_ORIENTATION_TAG = 0x0112
 EXIF_SOURCES = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
@@ -79,8 +83,8 @@ class ImageError(Exception):
 class ImageDecoder:
     """Decode image files to a network's input size.
 
-    Small ones are decoded on the event loop, where that is the cheapest, larger ones on `n_threads` threads (Pillow
-    lets go of the interpreter lock while it decodes), so that no large image delays a small one.
+    Small ones are decoded on the event loop, where that is the cheapest (`decode_here`), larger ones on `n_threads`
+    threads (Pillow lets go of the interpreter lock while it decodes), so that no large image delays a small one.
 
     Args:
         height_px, width_px: the network's input.
@@ -98,33 +102,54 @@ class ImageDecoder:
     ) -> None:
         self.height_px, self.width_px, self.max_pixels = height_px, width_px, max_pixels
         self.observe_seconds = observe_seconds
+        self._plain_png = PlainPng(height_px, width_px) if height_px * width_px <= max_pixels else None
         self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    async def decode(self, body: bytes) -> NDArray[np.uint8]:
-        """Return the pixels of an image file, uint8 [height_px, width_px, 3].
+    def decode_here(self, body: bytes) -> NDArray[np.uint8] | None:
+        """Return the pixels of a small image file, uint8 [height_px, width_px, 3]; None for one that takes longer.
 
         Raises:
             ImageError: the body is not an image, or one that is refused.
         """
-        started = perf_counter()
-        run_elsewhere = asyncio.get_running_loop().run_in_executor
         if len(body) > SMALL_BYTES:
-            pixels = await run_elsewhere(self.pool, self.decode_now, body)
-        else:
+            return None
+        started = perf_counter()
+        pixels = self._decode_plain(body)
+        if pixels is None:
             image = self.open(body)
-            if image.width * image.height <= SMALL_PIXELS:
-                pixels = self.load(image)
-            else:
-                pixels = await run_elsewhere(self.pool, self.load, image)
+            if image.width * image.height > (SMALL_PIXELS_OF_JPEG if image.format == "JPEG" else SMALL_PIXELS):
+                return None
+            pixels = self.load(image)
         self.observe_seconds(perf_counter() - started)
         return pixels
 
+    def decode_elsewhere(self, body: bytes) -> "Future[NDArray[np.uint8]]":
+        """Decode any image file on a thread of the pool; what it took is for the caller to observe, on its own."""
+        return self.pool.submit(self.decode_now, body)
+
+    async def decode(self, body: bytes) -> NDArray[np.uint8]:
+        """Return the pixels of any image file, uint8 [height_px, width_px, 3]; here or elsewhere.
+
+        Raises:
+            ImageError: as `decode_here`.
+        """
+        pixels = self.decode_here(body)
+        if pixels is None:
+            started = perf_counter()
+            pixels = await asyncio.wrap_future(self.decode_elsewhere(body))
+            self.observe_seconds(perf_counter() - started)
+        return pixels
+
     def decode_now(self, body: bytes) -> NDArray[np.uint8]:
-        """The same as `decode`, on the calling thread."""
-        return self.load(self.open(body))
+        """The same, on the calling thread."""
+        pixels = self._decode_plain(body)
+        return self.load(self.open(body)) if pixels is None else pixels
+
+    def _decode_plain(self, body: bytes) -> NDArray[np.uint8] | None:
+        return None if self._plain_png is None else self._plain_png.decode(body)
 
     def open(self, body: bytes) -> Image.Image:
         """Read the header alone and decide whether the image may be decoded."""

@@ -128,7 +128,7 @@ class Request:
     sink: Sink
     options: Options
     state: RowState
-    account: Account = field(default_factory=lambda: Account(0, 0))  # opened when the engine takes it in
+    account: Account = field(init=False)  # opened when the engine takes it in
     queued_since_s: float = 0.0
     queue_s: float = 0.0
     compute_s: float = 0.0

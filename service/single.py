@@ -8,7 +8,7 @@ from models.bundle import Bundle
 from service.api.app import create_app
 from service.api.ports import KeeperPort, MetricsPort
 from service.engine import Engine
-from service.server import Server, ServerFailed
+from service.server import Server, ServerFailed, settle_memory
 from service.settings import Settings
 from service.target import Targets
 
@@ -42,6 +42,7 @@ def serve(
             return
         loop = asyncio.get_running_loop()
         engine.broken.add_done_callback(lambda broken: loop.call_soon_threadsafe(on_broken, broken.result()))
+        settle_memory()
         say_ready()
 
     app = create_app(bundle, engine, metrics, targets, keeper, settings, admin_token, on_started)

@@ -57,14 +57,18 @@ def step(row: Request, head: Head, class_names: Sequence[str]) -> Step:
 def top_k(head: Head, k: int) -> tuple[tuple[int, float], ...]:
     """The k best classes of a head and their softmax outputs, best first."""
     largest = _largest(head.logits)
-    return ((head.class_id, largest),) if k == 1 else rank(head.logits, largest, k)
+    return ((head.class_id, largest),) if k == 1 else rank(head.logits[None], [largest], k)[0]
 
 
-def rank(logits: NDArray[np.float32], largest: float, k: int) -> tuple[tuple[int, float], ...]:
-    """The k best classes of logits [classes] and their softmax outputs, of which `largest` is the first."""
-    best = np.argsort(-logits, kind="stable")[:k]
-    shares = np.exp(logits[best].astype(np.float64) - float(logits[best[0]])) * largest
-    return tuple(zip(best.tolist(), shares.tolist(), strict=True))
+def rank(logits: NDArray[np.float32], largest: Sequence[float], k: int) -> list[tuple[tuple[int, float], ...]]:
+    """The k best classes of logits [rows, classes] and their softmax outputs, of which `largest` [rows] are the first.
+
+    What it says of a row depends on that row alone, bit for bit.
+    """
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    leading = logits[np.arange(len(best))[:, None], best].astype(np.float64)
+    shares = np.exp(leading - leading[:, :1]) * np.asarray(largest)[:, None]
+    return [tuple(zip(*row, strict=True)) for row in zip(best.tolist(), shares.tolist(), strict=True)]
 
 
 def _largest(logits: NDArray[np.float32]) -> float:

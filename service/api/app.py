@@ -11,12 +11,13 @@ from fastapi.openapi.utils import get_openapi
 
 from models.bundle import Bundle
 from service.api import page, problems
-from service.api.access_log import LoggedGate
 from service.api.batch import batch_routes
 from service.api.budget import budget_routes
-from service.api.classify import classify_routes
+from service.api.classify import Classifier, classify_routes
 from service.api.delivery import Delivery
-from service.api.lifecycle import Gate, Lifecycle
+from service.api.direct import Desk
+from service.api.gate import Gate, LoggedGate
+from service.api.lifecycle import Lifecycle, Names
 from service.api.ports import EnginePort, KeeperPort, MetricsPort
 from service.api.room import Room
 from service.api.state import State
@@ -105,18 +106,20 @@ def create_app(
         redoc_url=None,
     )
     problems.install(app)
+    classifier, room, names = Classifier(state), Room(state), Names()
     for routes in (
-        classify_routes(state),
-        stream_routes(state),
-        batch_routes(state),
+        classify_routes(classifier),
+        stream_routes(classifier),
+        batch_routes(classifier),
         budget_routes(state),
         status_routes(state),
     ):
         app.include_router(routes)
     page.install(app, state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    gate = LoggedGate if settings.access_log == "json" else Gate
-    return gate(app, lifecycle, Room(state).refusal)
+    has_log = settings.access_log == "json"
+    desk = Desk(classifier, room, names, has_log)
+    return (LoggedGate if has_log else Gate)(app, lifecycle, room, names, desk)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from service.api.documents import engine_problem, outcome
 from service.api.options import Asked
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
-from service.api.state import State
 from service.logs import NOTES
 from service.rows import EngineError
 
@@ -112,9 +111,9 @@ class Batcher:
         return Response(orjson.dumps(document, default=str), media_type="application/json")
 
 
-def batch_routes(state: State) -> APIRouter:
+def batch_routes(classifier: Classifier) -> APIRouter:
     router = APIRouter(tags=["classify"], route_class=PlainRoute)
-    batcher = Batcher(Classifier(state))
+    batcher = Batcher(classifier)
     form = {
         "type": "object",
         "required": [FIELD],
@@ -123,7 +122,7 @@ def batch_routes(state: State) -> APIRouter:
                 "type": "array",
                 "items": {"type": "string", "format": "binary"},
                 "minItems": 1,
-                "maxItems": state.settings.max_batch_images,
+                "maxItems": classifier.state.settings.max_batch_images,
                 "description": "one image file each",
             }
         },

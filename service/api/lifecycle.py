@@ -1,15 +1,10 @@
-"""Where the server stands between starting and stopping, and the gate that every request passes."""
+"""Where the server stands between starting and stopping, and what its requests are called."""
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from enum import StrEnum
 from itertools import count
-from time import monotonic
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from service.api.problems import Problem, not_ready
 
 # Asked by machines that have to hear from a server in any state.
 ALWAYS_OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -50,75 +45,24 @@ class Lifecycle:
         self.phase, self.detail = Phase.FAILED, f"The server cannot work, {why}: its log says more; restart it."
 
 
-class Gate:
-    """The outermost application: names every request, counts those in work, and closes when the server drains.
+class Names:
+    """Names requests, so that they are found again: in answers, and in logs of every service that they have passed."""
 
-    Requests that came in before are answered to the end, the rest with 503; and every connection is closed with its
-    next answer, so that clients and load balancers go elsewhere.
-
-    Args:
-        app: what is behind the gate.
-        lifecycle: when to close.
-        refusal: why a request is not let in while the gate is open, None where it is.
-    """
-
-    def __init__(
-        self, app: ASGIApp, lifecycle: Lifecycle, refusal: Callable[[Scope], Problem | None] = lambda scope: None
-    ) -> None:
-        self.app = app
-        self.lifecycle = lifecycle
-        self.refusal = refusal
+    def __init__(self) -> None:
         prefix = os.urandom(4).hex()
         self._new_ids = (f"{prefix}-{number:06d}" for number in count(1))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        named = self._names(scope)
-        request_id = scope["request_id"]
+    def read(self, headers: Mapping[bytes, bytes]) -> tuple[str, str | None]:
+        """Return a request's id and its trace (W3C Trace Context), by its header fields, names in lower case.
 
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), *named]
-                if self.lifecycle.phase is Phase.DRAINING:
-                    headers.append((b"connection", b"close"))
-                message["headers"] = headers
-            await send(message)
-
-        if scope["path"] in ALWAYS_OPEN:
-            await self.app(scope, receive, send_named)
-            return
-        if self.lifecycle.phase is Phase.DRAINING:
-            self.lifecycle.last_refused_s = monotonic()
-            problem = not_ready(self.lifecycle.detail)
-            await problem.response(scope["path"], request_id)(scope, receive, send_named)
-            return
-        if (refusal := self.refusal(scope)) is not None:
-            await refusal.response(scope["path"], request_id)(scope, receive, send_named)
-            return
-        self.lifecycle.requests_in_flight += 1
-        try:
-            await self.app(scope, receive, send_named)
-        finally:
-            self.lifecycle.requests_in_flight -= 1
-
-    def _names(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        """Name a request and its trace, in its scope; returns the headers that tell the client.
-
-        The client's own id where it sends a decent one, for tracing across services; a new one otherwise.
+        The client's own id where it sends a decent one; a new one otherwise.
         """
-        request_id = b""
-        named: list[tuple[bytes, bytes]] = []
-        for name, value in scope["headers"]:
-            if name == b"x-request-id":
-                request_id = value if CLIENTS_REQUEST_ID.fullmatch(value) else b""
-            elif name == b"traceparent" and is_traceparent(value):
-                scope["traceparent"] = value.decode()
-                named.append((name, value))
-        scope["request_id"] = request_id.decode() or next(self._new_ids)
-        named.append((b"x-request-id", scope["request_id"].encode()))
-        return named
+        request_id, trace = headers.get(b"x-request-id"), headers.get(b"traceparent")
+        decent = request_id is not None and CLIENTS_REQUEST_ID.fullmatch(request_id) is not None
+        return (
+            request_id.decode() if request_id is not None and decent else next(self._new_ids),
+            trace.decode() if trace is not None and is_traceparent(trace) else None,
+        )
 
 
 def is_traceparent(value: bytes) -> bool:

@@ -32,8 +32,18 @@ class EnginePort(Protocol):
         """Refuse early what `submit_to` would refuse; raises EngineOverloaded."""
         ...
 
-    def submit_to(self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None) -> Any:
-        """Classify an image; (token, outcome) goes to `sink`. Returns what `abandon` takes; raises EngineError."""
+    def submit_to(
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+    ) -> Any:
+        """Classify an image; (token, outcome) goes to `sink`. Returns what `abandon` takes; raises EngineError.
+
+        Args:
+            flush: False where others may follow at once; then the caller calls `flush` soon.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Have the engine look at what was submitted."""
         ...
 
     def took(self, seconds: float) -> None:

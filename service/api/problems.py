@@ -54,10 +54,17 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
             **self.extensions,
         }
 
-    def response(self, path: str, request_id: str) -> Response:
+    def body(self, path: str, request_id: str) -> bytes:
         # `default=str`: an error about odd input must not fail on that input in turn.
-        body = orjson.dumps(self.document(path, request_id), default=str)
-        return Response(body, self.status, headers=self.headers, media_type=MEDIA_TYPE)
+        return orjson.dumps(self.document(path, request_id), default=str)
+
+    def fields(self) -> bytes:
+        """The header fields that belong to it, as they are sent."""
+        fields = {"content-type": MEDIA_TYPE, **self.headers}
+        return "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items()).encode("latin-1")
+
+    def response(self, path: str, request_id: str) -> Response:
+        return Response(self.body(path, request_id), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
 def body_too_large(limit_bytes: int) -> Problem:
@@ -68,6 +75,15 @@ def body_too_large(limit_bytes: int) -> Problem:
         f"The body is larger than the {limit_bytes:,} bytes this server takes: send a smaller image, "
         "or raise --max-body-bytes.",
         limit_bytes=limit_bytes,
+    )
+
+
+def internal_error(request_id: str) -> Problem:
+    return Problem(
+        500,
+        "internal-error",
+        "Internal error",
+        f"The server failed on this request. Report it with request id {request_id}, which its log carries too.",
     )
 
 
@@ -124,15 +140,7 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this answer, so the server's log has the trace: none here.
     request_id = request.scope.get("request_id", "")
     logger.error("request %s failed: %s", request_id, type(error).__name__)
-    return respond(
-        request,
-        Problem(
-            500,
-            "internal-error",
-            "Internal error",
-            f"The server failed on this request. Report it with request id {request_id}, which its log carries too.",
-        ),
-    )
+    return respond(request, internal_error(request_id))
 
 
 def install(app: FastAPI) -> None:

@@ -20,18 +20,22 @@ class Room:
 
     def refusal(self, scope: Scope) -> Problem | None:
         """Why a request is refused at the gate; None where it is not (another call, or one the server cannot take)."""
-        state = self.state
-        if scope["path"] not in CLASSIFYING or scope["method"] != "POST" or not state.is_ready:
+        if scope["path"] not in CLASSIFYING or scope["method"] != "POST" or not self.state.is_ready:
             return None
-        if state.lifecycle.requests_in_flight >= state.settings.max_in_flight:
-            problem = overloaded(f"{state.settings.max_in_flight} requests are in work")
-        else:
-            try:
-                state.engine.require_room()
-                return None
-            except EngineError as error:
-                problem = engine_problem(error)
-        state.metrics.count(outcome(problem))
-        if (notes := scope.get(NOTES)) is not None:
-            notes["problem"] = problem.kind
+        problem = self.problem()
+        if problem is not None:
+            self.state.metrics.count(outcome(problem))
+            if (notes := scope.get(NOTES)) is not None:
+                notes["problem"] = problem.kind
         return problem
+
+    def problem(self) -> Problem | None:
+        """Why no image is taken at the moment; None while they are."""
+        limit = self.state.settings.max_in_flight
+        if self.state.lifecycle.requests_in_flight >= limit:
+            return overloaded(f"{limit} requests are in work")
+        try:
+            self.state.engine.require_room()
+        except EngineError as error:
+            return engine_problem(error)
+        return None

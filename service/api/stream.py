@@ -13,12 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.answers import LastStep, ProblemDocument, Step
 from service.api.bodies import read_image
-from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, note, one_image
+from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, one_image
 from service.api.delivery import ClientLeft
 from service.api.documents import engine_problem, finite, outcome
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
-from service.api.state import State
+from service.logs import NOTES
 from service.rows import Answer, EngineError
 from service.rows import Step as HeadStep
 from service.tally import Outcome
@@ -108,10 +108,9 @@ class Streamer:
                     if isinstance(step, HeadStep):
                         yield documents.step(step)
                         continue
-                    total_s = perf_counter() - started
-                    state.responded(step.exit, total_s)
-                    note(request, step)
-                    answer = documents.answer(step, decoded - started, total_s, request.scope["request_id"])
+                    answer = self.classifier.answered(
+                        step, started, decoded, request.scope["request_id"], request.scope.get(NOTES)
+                    )
                     yield {**answer, "score": finite(step.score), "threshold": finite(step.threshold), "final": True}
         except EngineError as error:
             raise engine_problem(error) from None
@@ -128,9 +127,9 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
     return schema
 
 
-def stream_routes(state: State) -> APIRouter:
+def stream_routes(classifier: Classifier) -> APIRouter:
     router = APIRouter(tags=["classify"], route_class=PlainRoute)
-    streamer = Streamer(Classifier(state))
+    streamer = Streamer(classifier)
     schema = {"oneOf": [_schema(Step), _schema(LastStep)]}
 
     @router.post(

@@ -63,11 +63,12 @@ class Link:
         for number, options in wire.submissions(payload):
             slot = number % len(self._slots)
             try:
-                request = self._engine.submit_to(self._sink, number, self._slots[slot], options)
+                request = self._engine.submit_to(self._sink, number, self._slots[slot], options, flush=False)
             except EngineError as error:
                 refused.append((number, error))
             else:
                 self._requests[slot] = number, request
+        self._engine.flush()
         if refused:
             self._deliver(refused)
 

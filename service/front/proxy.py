@@ -146,7 +146,9 @@ class RemoteEngine:
         if in_flight >= self._board.room_rows or not self._free:
             raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
 
-    def submit_to(self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None) -> Ticket:
+    def submit_to(
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+    ) -> Ticket:
         if self._channel.is_closed:
             raise _gone()
         if not self._free:
@@ -157,7 +159,8 @@ class RemoteEngine:
         ticket = self._tickets[number] = Ticket(number, sink, token)
         self._submissions.append(wire.pack_submission(number, options or PLAIN))
         self._note_in_flight()
-        self._flush_soon()
+        if flush:
+            self._flush_soon()
         return ticket
 
     def took(self, seconds: float) -> None:
@@ -194,9 +197,9 @@ class RemoteEngine:
         if not self._flush_is_due:
             assert self._loop is not None
             self._flush_is_due = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         self._flush_is_due = False
         if self._submissions:
             payload = b"".join(self._submissions)

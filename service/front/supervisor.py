@@ -19,7 +19,7 @@ from service.front.memory import Layout, SharedMemory
 from service.front.setup import Setup
 from service.front.wire import Kind
 from service.metrics import Metrics
-from service.server import FAILED_S, ServerFailed
+from service.server import FAILED_S, ServerFailed, settle_memory
 from service.settings import Settings
 from service.tally import Tally
 from service.target import Keeper, Targets
@@ -136,6 +136,7 @@ class Front:
             raise ServerFailed(str(error)) from error
         engine.broken.add_done_callback(lambda broken: self._events.put(Broken(broken.result())))
         hub.publish()
+        settle_memory()
         for worker in range(self._n_workers):
             hub.tell(worker, Kind.STARTED)
 

@@ -13,7 +13,7 @@ from service.front.memory import SharedMemory
 from service.front.proxy import RemoteEngine, RemoteKeeper, RemoteMetrics
 from service.front.setup import Setup
 from service.logs import set_up_logs
-from service.server import Server
+from service.server import Server, settle_memory
 
 
 class WorkerServer(Server):
@@ -49,6 +49,11 @@ def main(arguments: Sequence[str]) -> int:
         on_drain=lambda: server.begin_drain(),
         on_broken=lambda error: server.fail(error),
     )
+
+    def on_started(error: Exception | None) -> None:
+        settle_memory()
+        engine.say_serving()
+
     app = create_app(
         bundle,
         engine,
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         RemoteKeeper(engine.calls),
         settings,
         setup.admin_token,
-        on_started=lambda error: engine.say_serving(),
+        on_started=on_started,
     )
     server = WorkerServer(app, app.lifecycle, settings)
     server.engine = engine

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.access_log import LoggedGate
+from service.api.gate import LoggedGate
 from service.api.lifecycle import is_traceparent
 from service.logs import JsonFormatter
 from tests.bundles import random_images, tiny_bundle

@@ -1,0 +1,243 @@
+"""`POST /classify` with the image as its body, whole at once: what most requests are, answered without an ASGI task.
+
+Plain callbacks on the event loop: body -> decoded -> submitted -> told -> bytes. A task, its futures and a framework's
+layers cost several times what this does. The protocol (`protocol.py`) decides which requests come here; all others, and
+whatever is unusual about one, go the application's way, whose steps these are as well (`classify.Classifier`).
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from service.api.access_log import log_request
+from service.api.classify import Classifier
+from service.api.documents import engine_problem, image_problem, outcome
+from service.api.lifecycle import Names
+from service.api.options import Asked
+from service.api.problems import Problem, internal_error
+from service.api.room import Room
+from service.images import ImageError
+from service.rows import Answer, EngineError, Told
+
+logger = logging.getLogger(__name__)
+
+PATH = "/classify"
+# Decoding goes on for so long before sockets have their turn again: the first of a burst are not to wait for its last.
+TURN_S = 0.002
+LEFT_STATUS = 499  # for the log, as in `classify.CLIENT_LEFT`
+
+JSON = b"content-type: application/json\r\n"
+
+Respond = Callable[["Visit", int, bytes, bytes], None]  # whose, status, fields of the head that belong to it, body
+
+
+class Visit:
+    """One request, from its head to its end. The desk deals with it, on the event loop alone."""
+
+    __slots__ = (
+        "asked",
+        "client",
+        "decoded_s",
+        "ended",
+        "entered_s",
+        "notes",
+        "request",
+        "request_id",
+        "respond",
+        "started_s",
+        "traceparent",
+    )
+
+    def __init__(self, client: str | None, respond: Respond, request_id: str, traceparent: str | None) -> None:
+        self.client, self.respond = client, respond
+        self.request_id, self.traceparent = request_id, traceparent
+        self.asked: Asked
+        self.entered_s = self.started_s = self.decoded_s = 0.0  # its head, its body, its pixels were there
+        self.request: Any = None  # the engine's, once submitted
+        self.notes: dict[str, object] | None = None  # for its line in the log, where there is one
+        self.ended = False
+
+
+class Desk:
+    """Answers visits; counts and logs how each ended.
+
+    Args:
+        classifier: whose steps these are.
+        room: asked before a body is looked at.
+        names: names visits.
+        has_log: a line of the log for each.
+    """
+
+    def __init__(self, classifier: Classifier, room: Room, names: Names, has_log: bool) -> None:
+        self.classifier, self.room, self.names, self.has_log = classifier, room, names, has_log
+        self.state = classifier.state
+        self.lifecycle = self.state.lifecycle
+        self._engine = self.state.engine
+        self._decoder = self.state.decoder
+        self._sink = self._hand_over  # one object: the engine groups outcomes by it
+        self._bodies: deque[tuple[Visit, bytes]] = deque()
+        self.limit_bytes = self.state.settings.max_body_bytes
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
+
+    @property
+    def is_open(self) -> bool:
+        """False where a request is better told why not by the application."""
+        return self.state.is_ready
+
+    def enter(self, headers: Mapping[bytes, bytes], query: bytes, client: str | None, respond: Respond) -> Visit:
+        """A request's head is there. Its visit may be ended already: then its body is not wanted."""
+        visit = Visit(client, respond, *self.names.read(headers))
+        if self.has_log:
+            visit.entered_s, visit.notes = perf_counter(), {}
+        problem = self.room.problem()
+        if problem is None:
+            try:
+                visit.asked = self.classifier.options.read(query)
+                return visit
+            except Problem as error:
+                problem = error
+        self._refuse(visit, problem)
+        return visit
+
+    def take(self, visit: Visit, body: bytes) -> None:
+        """The body of a visit is there, whole."""
+        self.lifecycle.requests_in_flight += 1
+        visit.started_s = perf_counter()
+        if not self._bodies:
+            if self._loop is None:
+                self._loop, self._loop_thread = asyncio.get_running_loop(), threading.get_ident()
+            self._loop.call_soon(self._work)
+        self._bodies.append((visit, body))
+
+    def leave(self, visit: Visit) -> None:
+        """The client has hung up: its image runs no further stage."""
+        if visit.ended:
+            return
+        visit.ended = True
+        if visit.started_s:
+            self.lifecycle.requests_in_flight -= 1
+        if visit.request is not None:
+            self._engine.abandon(visit.request)
+        self.state.metrics.count("abandoned")
+        self._log(visit, LEFT_STATUS, 0)
+
+    # --- its steps ----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Decode what has come in this turn of the event loop, and wake the engine once for all of it."""
+        until_s = perf_counter() + TURN_S
+        while self._bodies:
+            visit, body = self._bodies.popleft()
+            if not visit.ended:
+                self._step(visit, self._decode, body)
+            if self._bodies and perf_counter() >= until_s:
+                assert self._loop is not None
+                self._loop.call_soon(self._work)
+                break
+        self._engine.flush()
+
+    def _step(self, visit: Visit, step: Callable[[Visit, Any], None], argument: Any) -> None:
+        try:
+            step(visit, argument)
+        except Problem as problem:
+            self._end(visit, problem)
+        except Exception:
+            logger.exception("request %s failed", visit.request_id)
+            if not visit.ended:
+                self._end(visit, internal_error(visit.request_id))
+
+    def _decode(self, visit: Visit, body: bytes) -> None:
+        try:
+            pixels = self._decoder.decode_here(body)
+        except ImageError as error:
+            raise image_problem(error) from None
+        if pixels is None:
+            decoding = asyncio.wrap_future(self._decoder.decode_elsewhere(body))
+            decoding.add_done_callback(partial(self._decoded_elsewhere, visit))
+        else:
+            self._submit(visit, pixels)
+
+    def _decoded_elsewhere(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
+        self._decoder.observe_seconds(perf_counter() - visit.started_s)
+        if not visit.ended:
+            self._step(visit, self._take_decoded, decoding)
+            self._engine.flush()
+
+    def _take_decoded(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
+        try:
+            pixels = decoding.result()
+        except ImageError as error:
+            raise image_problem(error) from None
+        self._submit(visit, pixels)
+
+    def _submit(self, visit: Visit, pixels: NDArray[np.uint8]) -> None:
+        visit.decoded_s = perf_counter()
+        options = visit.asked.at(visit.started_s)
+        try:
+            visit.request = self._engine.submit_to(self._sink, visit, pixels, options, flush=False)
+        except EngineError as error:
+            raise engine_problem(error) from None
+
+    def _hand_over(self, outcomes: list[tuple[Visit, Told]]) -> None:
+        """The engine has ended these; on its thread, or on the event loop where it is another process's."""
+        if threading.get_ident() == self._loop_thread:
+            self._tell(outcomes)
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._tell, outcomes)
+
+    def _tell(self, outcomes: list[tuple[Visit, Told]]) -> None:
+        for visit, told in outcomes:
+            if not visit.ended:
+                self._step(visit, self._answer, told)
+
+    def _answer(self, visit: Visit, told: Told) -> None:
+        if isinstance(told, EngineError):
+            raise engine_problem(told)
+        assert isinstance(told, Answer)
+        document = self.classifier.answered(told, visit.started_s, visit.decoded_s, visit.request_id, visit.notes)
+        self._end(visit, orjson.dumps(document))
+
+    # --- ends ---------------------------------------------------------------------------------------------------
+
+    def _end(self, visit: Visit, result: bytes | Problem) -> None:
+        self.lifecycle.requests_in_flight -= 1
+        if isinstance(result, Problem):
+            self._refuse(visit, result)
+            return
+        visit.ended = True
+        self.state.metrics.count("answered")
+        visit.respond(visit, 200, JSON, result)
+        self._log(visit, 200, len(result))
+
+    def _refuse(self, visit: Visit, problem: Problem) -> None:
+        visit.ended = True
+        self.state.metrics.count(outcome(problem))
+        if visit.notes is not None:
+            visit.notes["problem"] = problem.kind
+        body = problem.body(PATH, visit.request_id)
+        visit.respond(visit, problem.status, problem.fields(), body)
+        self._log(visit, problem.status, len(body))
+
+    def _log(self, visit: Visit, status: int, n_bytes: int) -> None:
+        if visit.notes is not None:
+            log_request(
+                visit.request_id,
+                visit.traceparent,
+                visit.client,
+                "POST",
+                PATH,
+                status,
+                n_bytes,
+                visit.entered_s,
+                visit.notes,
+            )

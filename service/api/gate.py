@@ -1,0 +1,105 @@
+"""The gate that every request passes, but those that the protocol deals with itself (`direct.py`)."""
+
+import logging
+from time import monotonic, perf_counter
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.access_log import log_request
+from service.api.access_log import logger as access_log
+from service.api.direct import Desk
+from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names, Phase
+from service.api.problems import not_ready
+from service.api.room import Room
+from service.logs import NOTES
+
+
+class Gate:
+    """The outermost application: names every request, counts those in work, and closes when the server drains.
+
+    Requests that came in before are answered to the end, the rest with 503; and every connection is closed with its
+    next answer, so that clients and load balancers go elsewhere.
+
+    Args:
+        app: what is behind the gate.
+        lifecycle: when to close.
+        room: why a request is not let in while the gate is open.
+        names: names requests.
+        desk: past which the protocol sends plain classifications, which never come here.
+    """
+
+    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, room: Room, names: Names, desk: Desk) -> None:
+        self.app, self.lifecycle, self.room, self.names, self.desk = app, lifecycle, room, names, desk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id, trace = self.names.read(dict(scope["headers"]))
+        scope["request_id"] = request_id
+        named = [(b"x-request-id", request_id.encode())]
+        if trace is not None:
+            scope["traceparent"] = trace
+            named.append((b"traceparent", trace.encode()))
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), *named]
+                if self.lifecycle.phase is Phase.DRAINING:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
+            await send(message)
+
+        if scope["path"] in ALWAYS_OPEN:
+            await self.app(scope, receive, send_named)
+            return
+        if self.lifecycle.phase is Phase.DRAINING:
+            self.lifecycle.last_refused_s = monotonic()
+            problem = not_ready(self.lifecycle.detail)
+            await problem.response(scope["path"], request_id)(scope, receive, send_named)
+            return
+        if (refusal := self.room.refusal(scope)) is not None:
+            await refusal.response(scope["path"], request_id)(scope, receive, send_named)
+            return
+        self.lifecycle.requests_in_flight += 1
+        try:
+            await self.app(scope, receive, send_named)
+        finally:
+            self.lifecycle.requests_in_flight -= 1
+
+
+class LoggedGate(Gate):
+    """The gate, with a line for every request that has come through."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not access_log.isEnabledFor(logging.INFO):
+            await super().__call__(scope, receive, send)
+            return
+        started = perf_counter()
+        status = n_bytes = 0
+        notes: dict[str, object] = {}
+        scope[NOTES] = notes
+
+        async def send_seen(message: Message) -> None:
+            nonlocal status, n_bytes
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            else:
+                n_bytes += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_seen)
+        finally:
+            client = scope.get("client")
+            log_request(
+                scope["request_id"],
+                scope.get("traceparent"),
+                client[0] if client else None,
+                scope["method"],
+                scope["path"],
+                status,
+                n_bytes,
+                started,
+                notes,
+            )

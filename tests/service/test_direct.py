@@ -1,0 +1,325 @@
+"""Requests that the protocol answers itself: over real sockets, the same as the application's answers in every way."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from service.api.direct import Desk
+from service.api.gate import Gate
+from service.api.lifecycle import Phase
+from service.engine import Engine
+from service.logs import JsonFormatter
+from service.rows import Options
+from service.server import Server, listen
+from service.settings import Settings
+from tests.bundles import random_images, tiny_bundle
+from tests.service.apps import PNG, build_app, encoded, png
+from tests.service.test_delivery import keep_busy
+from tests.waiting import LIMIT_S, wait_until
+
+IMAGES = random_images(16, seed=71)
+BODY = png(IMAGES[0])
+LARGE = encoded(np.tile(IMAGES[0], (12, 12, 1)), "PNG")  # too large to be decoded on the event loop
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+class Served(Server):
+    """The server on a thread, which no signal reaches."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass
+class Here:
+    app: Gate
+    server: Served
+    engine: Engine
+    loop: asyncio.AbstractEventLoop
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> "Line":
+        return Line(socket.create_connection(("127.0.0.1", self.port), LIMIT_S))
+
+    def metric(self, line: str) -> float:
+        [value] = [
+            text.split()[-1] for text in httpx.get(self.url + "/metrics").text.splitlines() if text.startswith(line)
+        ]
+        return float(value)
+
+
+class Line:
+    """One connection, byte by byte."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket, self._file = sock, sock.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def receive(self) -> tuple[int, dict[str, str], dict[str, Any]]:
+        status = int(self._file.readline().split()[1])
+        headers: dict[str, str] = {}
+        while (line := self._file.readline().strip()) != b"":
+            name, _, value = line.decode().partition(": ")
+            assert name not in headers
+            headers[name] = value
+        return status, headers, json.loads(self._file.read(int(headers["content-length"])))
+
+    def ended(self) -> bool:
+        return self._file.read() == b""
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+
+def head(length: int, query: str = "", **more: str) -> bytes:
+    fields = {"Host": "localhost", "Content-Type": "image/png", "Content-Length": str(length)}
+    fields |= {name.replace("_", "-"): value for name, value in more.items()}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"POST /classify{query} HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+def request(body: bytes = BODY, query: str = "", **more: str) -> bytes:
+    return head(len(body), query, **more) + body
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[Here]:
+    engines: list[Engine] = []
+    loops: Queue[asyncio.AbstractEventLoop] = Queue()
+    app = build_app(folder, engines.append, lambda error: loops.put(asyncio.get_running_loop()), **settings)
+    server = Served(app, app.lifecycle, Settings(bundle=folder))
+    with listen("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            loop = loops.get(timeout=LIMIT_S)
+            yield Here(app, server, engines[0], loop, listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> Iterator[Here]:
+    with serving(folder) as served:
+        yield served
+
+
+@pytest.fixture
+def line(here: Here) -> Iterator[Line]:
+    line = here.connect()
+    yield line
+    line.close()
+
+
+@pytest.fixture
+def visits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of all bodies that come to the desk."""
+    lengths: list[int] = []
+    take = Desk.take
+
+    def seen(desk: Desk, visit: Any, body: bytes) -> None:
+        lengths.append(len(body))
+        take(desk, visit, body)
+
+    monkeypatch.setattr(Desk, "take", seen)
+    return lengths
+
+
+def without_times(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name not in ("timings", "request_id")}
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "status"),
+    [
+        (BODY, "", 200),
+        (BODY, "?exit=2&top_k=3", 200),
+        (BODY, "?deadline_ms=60000", 200),
+        (encoded(IMAGES[1], "JPEG"), "", 200),
+        (LARGE, "", 200),
+        (b"", "", 400),
+        (b"no image", "", 400),
+        (BODY[:-40], "", 400),
+        (LARGE[:-4000], "", 400),
+        (BODY, "?topk=1", 422),
+        (BODY, "?exit=9", 422),
+    ],
+)
+def test_the_answer_is_that_of_the_application(
+    here: Here, visits: list[int], body: bytes, query: str, status: int
+) -> None:
+    with contextlib.closing(here.connect()) as line:
+        line.send(request(body, query, traceparent=TRACEPARENT))
+        direct = line.receive()
+    assert len(visits) == (status != 422)  # a bad query is refused by its head
+    application = httpx.post(
+        here.url + "/classify" + query,
+        content=(part for part in (body,)),  # of a length not announced: the application reads it
+        headers={**PNG, "traceparent": TRACEPARENT},
+    )
+    assert len(visits) == (status != 422)
+    assert without_times(direct[2]) == without_times(application.json())
+    assert direct[0] == application.status_code == status
+    assert direct[1].keys() == dict(application.headers).keys()
+    assert direct[1]["content-type"] == application.headers["content-type"]
+    assert direct[1]["traceparent"] == TRACEPARENT
+    assert direct[1]["x-request-id"] == direct[2].get("request_id", direct[1]["x-request-id"])
+
+
+def test_bodies_in_pieces_and_other_unusual_requests_are_the_applications(
+    here: Here, line: Line, visits: list[int]
+) -> None:
+    data = request()
+    line.send(data[:-100])
+    wait_until("the application has the request", lambda: here.app.lifecycle.requests_in_flight == 1)
+    line.send(data[-100:])
+    assert line.receive()[0] == 200
+    for more in ({"Connection": "close"}, {"Content_Type": "image/png; charset=binary"}):
+        with contextlib.closing(here.connect()) as other:
+            other.send(request(**more))
+            assert other.receive()[0] == 200
+    assert not visits
+    line.send(request())
+    assert line.receive()[0] == 200
+    assert len(visits) == 1
+
+
+def test_requests_sent_ahead_are_answered_in_order(here: Here, line: Line) -> None:
+    go_on = keep_busy(here.engine)
+    wanted = [request(query=f"?top_k={k}") for k in (1, 2, 3)] + [request(b"none"), request(query="?top_k=4")]
+    line.send(b"".join(wanted))
+    go_on.set()
+    told = [line.receive() for _ in wanted]
+    assert [len(document.get("top_k", ())) for _, _, document in told] == [1, 2, 3, 0, 4]
+    assert len({headers["x-request-id"] for _, headers, _ in told}) == len(wanted)
+
+
+def test_many_connections_each_get_their_own_answer(here: Here, visits: list[int]) -> None:
+    alone = [here.engine.submit(image, Options(exit=1)).result(LIMIT_S).confidence for image in IMAGES]
+    lines = [here.connect() for _ in IMAGES]
+    for _ in range(20):
+        for line, image in zip(lines, IMAGES, strict=True):
+            line.send(request(png(image), "?exit=1"))
+        assert [line.receive()[2]["confidence"] for line in lines] == [round(sure, 6) for sure in alone]
+    assert len(visits) == 20 * len(IMAGES)
+    for line in lines:
+        line.close()
+
+
+def test_a_client_that_leaves_is_given_up_at_once(here: Here) -> None:
+    before = here.engine.stats().abandoned
+    gone = 'exitserve_requests_total{outcome="abandoned"}'
+    counted = here.metric(gone)
+    go_on = keep_busy(here.engine)
+    line = here.connect()
+    line.send(request())
+    wait_until("the request is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+    line.close()
+    wait_until("it is given up", lambda: here.app.lifecycle.requests_in_flight == 0)
+    go_on.set()
+    assert here.engine.stats().abandoned == before + 1
+    assert here.metric(gone) == counted + 1
+
+
+def test_where_there_is_no_room_the_head_is_enough_and_the_connection_stays(
+    here: Here, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admission = here.engine._admission
+    monkeypatch.setattr(admission, "room_rows", 0)
+    line.send(head(len(BODY)))
+    status, headers, document = line.receive()
+    assert (status, document["type"]) == (429, "urn:exitserve:problem:overloaded")
+    assert headers["retry-after"] == "1"
+    line.send(BODY)
+    line.send(request())
+    assert line.receive()[0] == 429
+    monkeypatch.undo()
+    line.send(request())
+    assert line.receive()[0] == 200
+    assert here.app.lifecycle.requests_in_flight == 0
+
+
+def test_a_bug_is_a_problem_and_the_next_request_an_answer(
+    here: Here, line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("a secret of the inside")
+
+    monkeypatch.setattr("service.api.documents.Documents.answer", broken)
+    line.send(request())
+    status, _, document = line.receive()
+    assert (status, document["type"]) == (500, "urn:exitserve:problem:internal-error")
+    assert "secret" not in json.dumps(document)
+    assert "a secret of the inside" in caplog.text
+    monkeypatch.undo()
+    line.send(request())
+    assert line.receive()[0] == 200
+    assert here.app.lifecycle.requests_in_flight == 0
+
+
+def test_each_leaves_a_line_in_the_log(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    line.send(request(query="?exit=2", traceparent=TRACEPARENT, X_Request_ID="mine-1"))
+    assert line.receive()[1]["x-request-id"] == "mine-1"
+    line.send(request(b"none"))
+    line.receive()
+    wait_until("both are logged", lambda: sum(record.name == "service.access" for record in caplog.records) == 2)
+    first, second = (
+        json.loads(JsonFormatter().format(record)) for record in caplog.records if record.name == "service.access"
+    )
+    assert {
+        "request_id": "mine-1",
+        "traceparent": TRACEPARENT,
+        "client": "127.0.0.1",
+        "path": "/classify",
+        "status": 200,
+        "exit": 2,
+    }.items() <= first.items()
+    assert first["response_bytes"] > 100
+    assert {"status": 400, "problem": "not-an-image"}.items() <= second.items()
+
+
+def test_what_is_in_work_when_the_server_stops_is_answered_and_its_connection_closed(folder: Path) -> None:
+    with serving(folder) as here:
+        line, late = here.connect(), here.connect()
+        go_on = keep_busy(here.engine)
+        line.send(request())
+        wait_until("the request is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+        late.send(request(b"none"))
+        assert late.receive()[0] == 400
+        here.loop.call_soon_threadsafe(here.server.begin_drain)
+        wait_until("it is draining", lambda: here.app.lifecycle.phase is Phase.DRAINING)
+        late.send(request())
+        assert late.receive()[0] == 503
+        go_on.set()
+        status, headers, _ = line.receive()
+        assert (status, headers["connection"]) == (200, "close")
+        assert line.ended()
+        line.close()
+        late.close()
