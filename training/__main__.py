@@ -247,6 +247,29 @@ def sheet(
 
 
 @app.command()
+def signals(
+    run: RunArgument,
+    data: DataOption,
+    device: DeviceOption = Device.auto,
+    images: Annotated[
+        int | None, typer.Option(min=100, help="Training images to fit gates on; by default all.")
+    ] = None,
+) -> None:
+    """Try signals of whether going on helps on a run that was calibrated; prints their leads, writes signals.csv."""
+    from rich.console import Console
+
+    from training.checkpoint import RunFolder
+    from training.signals import judge
+    from training.signals_report import print_signals, write_signals
+
+    folder = RunFolder(run)
+    results = judge(folder, _images_of(folder, data), device.resolve(), images)
+    write_signals(results, run / "signals.csv")
+    print_signals(results, Console(width=160))
+    typer.echo(f"{run}: wrote signals.csv")
+
+
+@app.command()
 def study(
     name: Annotated[str, typer.Argument(help="A study that ships (training/studies/) or a .toml file.")],
     data: DataOption,

@@ -133,6 +133,17 @@ def compare(
     return Comparison(tuple(grid.tolist()), tuple(compared), *headroom)
 
 
+def mean_leads(
+    behaviours: Mapping[Policy, Behaviour], over: Policy, costs: Sequence[float], seed: int = 0
+) -> dict[Policy, Estimate]:
+    """The lead of every policy over one of them, on average over the costs compared at."""
+    grid = np.linspace(costs[0], costs[-1], N_COSTS + 1)[1:]
+    weights = resamples(len(behaviours[over].costs), seed)
+    reference = _at_costs(behaviours[over], weights, grid)
+    leads = {policy: (_at_costs(done, weights, grid) - reference).mean(axis=1) for policy, done in behaviours.items()}
+    return {policy: Estimate.of(float(lead[0]), lead[1:]) for policy, lead in leads.items()}
+
+
 def resamples(n_images: int, seed: int) -> NDArray[np.float32]:
     """Return how often each of M images is drawn, as shares [1 + N_RESAMPLES, M]; the first row is the images as is."""
     generator = np.random.default_rng(seed)

@@ -62,7 +62,9 @@ def _fit_exits(features: NDArray[Any], happens: Answers) -> NDArray[np.float64]:
     return weights
 
 
-def logistic_regression(features: NDArray[np.float64], happens: Answers) -> NDArray[np.float64]:
+def logistic_regression(
+    features: NDArray[np.float64], happens: Answers, ridge_images: float = RIDGE
+) -> NDArray[np.float64]:
     """Fit the log-odds of `happens` [M] as weights and bias [F + 1] on features [M, F], by damped Newton steps.
 
     A ridge keeps weights finite where features are constant, equal or separate the images; rows that are not finite
@@ -75,7 +77,7 @@ def logistic_regression(features: NDArray[np.float64], happens: Answers) -> NDAr
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale[scale < 1e-9] = 1.0
     z = np.column_stack([(x - mean) / scale, np.ones(len(x))])
-    ridge = np.full(z.shape[1], RIDGE)
+    ridge = np.full(z.shape[1], ridge_images)
     ridge[-1] = 1e-3  # the bias is free but for sets where nothing ever happens, or always
 
     def loss_of(weights: NDArray[np.float64]) -> float:

@@ -1,0 +1,90 @@
+"""What tells whether going on helps: fitted on some images, judged on others, and beside the logit margin."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from models.predictor import FEATURES
+from tests.training import tiny
+from training.calibration import ExitOutputs, calibrate
+from training.checkpoint import RunFolder
+from training.loop import Trainer
+from training.processes import Processes
+from training.signals import MARGIN, PAPER, Seen, apply, fit, fitted_signals, judge, judged, plain_signals
+from training.signals_report import print_signals, write_signals
+
+CPU = torch.device("cpu")
+COSTS = (10.0, 20.0, 40.0)
+
+
+def seen(n_images: int, seed: int, tells: float) -> Seen:
+    """Images whose first input says with this strength whether going on mends, and whose logits say nothing."""
+    draw = np.random.default_rng(seed)
+    correct = draw.random((n_images, 3)) < [0.4, 0.5, 0.7]
+    names = ("max_softmax", "logit_margin", "probability_margin", "entropy")
+    scores = {name: draw.normal(size=(n_images, 3)).astype(np.float32) for name in names}
+    features = draw.normal(size=(n_images, 3, len(FEATURES))).astype(np.float32)
+    labels = np.zeros(n_images, dtype=np.int64)
+    outputs = ExitOutputs(labels, np.where(correct, 0, 1), correct, correct, scores, features)
+    inputs = draw.normal(size=(n_images, 3, 4)).astype(np.float32)
+    inputs[:, :, 0] += tells * Seen(outputs, inputs).mends
+    return Seen(outputs, inputs)
+
+
+def test_going_on_mends_an_answer_that_is_wrong_where_a_later_one_is_right() -> None:
+    part = seen(50, 0, 0.0)
+    for row, answers in zip(part.mends, part.outputs.correct, strict=True):
+        assert row.tolist() == [not answers[n] and bool(answers[n + 1 :].any()) for n in range(3)]
+
+
+def test_a_fit_gives_the_log_odds_of_what_happens() -> None:
+    part = seen(20_000, 1, 2.0)
+    log_odds = apply(fit(part.inputs, part.mends), part.inputs)
+    for n in range(2):  # calibrated in the mean, and surer of what it says than chance
+        assert (1 / (1 + np.exp(-log_odds[:, n]))).mean() == pytest.approx(part.mends[:, n].mean(), rel=0.01)
+        assert log_odds[part.mends[:, n], n].mean() > log_odds[~part.mends[:, n], n].mean() + 2
+    assert np.all(log_odds[:, 2] == 0)  # at the last exit all stop
+
+
+def test_what_heads_read_is_found_where_it_tells_and_only_there() -> None:
+    for tells, n_sure in ((3.0, 0.05), (0.0, 0.0)):
+        train, heldout, test = (seen(n, i, tells) for i, n in enumerate((2000, 600, 600)))
+        signals = [*plain_signals(heldout, test), *fitted_signals(train, heldout, test)]
+        results = judged(signals, heldout.outputs.correct, test.outputs.correct, COSTS)
+        by_name = {result.signal.name: result for result in results}
+        assert by_name[MARGIN.score].over_margin == (0.0, 0.0)
+        assert by_name[MARGIN.score].test_over_margin.mean == 0.0
+        gate, logits = by_name["the head's inputs"], by_name["margins and agreement of two heads"]
+        assert (gate.signal.fitted_on, logits.signal.fitted_on) == ("training images", "held-out images")
+        if tells:
+            assert gate.over_margin[0] > n_sure + 3 * gate.over_margin[1]
+            assert gate.test_over_margin.mean > n_sure + 3 * gate.test_over_margin.error
+        for result in [logits] if tells else results:  # noise leads nothing by much
+            assert abs(result.over_margin[0]) < max(0.01, 4 * result.over_margin[1])
+
+
+@pytest.mark.parametrize("gates", [0.0, 0.3])
+def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float) -> None:
+    images, folder = tiny.image_set(tmp_path / "cifar"), RunFolder(tmp_path / "run")
+    recipe = tiny.recipe(objective={"gates": gates})
+    Trainer(recipe, images, folder, 0, Processes(0, 1, CPU)).train()
+    calibrate(folder, images, CPU)
+    results = judge(folder, images, CPU)
+    names = [result.signal.name for result in results]
+    assert names[:2] == [PAPER.score, MARGIN.score]
+    assert ("gates trained with the network" in names) == bool(gates)
+    for outputs, part in ((ExitOutputs.load(folder.heldout), "heldout"), (ExitOutputs.load(folder.test), "test")):
+        assert np.allclose(getattr(results[1].signal, part), outputs.scores[MARGIN.score], atol=1e-4)
+    write_signals(results, tmp_path / "signals.csv")
+    with (tmp_path / "signals.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["signal"] for row in rows] == names
+    assert float(rows[0]["test_lead_over_margin"]) == pytest.approx(100 * results[0].test_over_margin.mean, abs=1e-3)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_signals(results, console)
+    assert f"{100 * results[-1].over_margin[0]:+.2f}" in console.export_text()

@@ -1,0 +1,266 @@
+"""Does anything tell better than the logit margin whether going on helps? Signals, judged on a run as policies are.
+
+Every signal is a score an exit, minus the log-odds that going on mends its answer, by a logistic regression on what the
+heads say or on what their last layers read (a gate). Those fitted on held-out images are judged by cross-fitting; those
+fitted on training images, augmented as in training, have seen none of the held-out ones.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.frontier import build_frontier
+from training.augment import DeviceImages
+from training.calibration import BATCH_ROWS, CalibrationRecord, ExitOutputs, load_trained, outputs_of
+from training.checkpoint import RunFolder
+from training.comparison import Behaviour, Estimate, behaviour, mean_leads
+from training.data import ImageSet, Split
+from training.evaluation import N_BUDGETS, cost_of
+from training.gates import HeadInputs
+from training.policies import PAPER, Policy, Rows, Source, crossfit_rightness
+from training.predicting import N_FOLDS, RIDGE, logistic_regression
+
+MARGIN = Policy("logit_margin", "ratio")
+FAMILY = "ratio"
+Columns = NDArray[np.floating[Any]]  # [images, N, F]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network shows of M images at N exits."""
+
+    outputs: ExitOutputs
+    inputs: NDArray[np.float32]  # [M, N, width]: what the last layer of every head reads
+
+    @property
+    def mends(self) -> NDArray[np.bool_]:
+        """Going on mends the answer [M, N]: this exit is wrong, and a later one right."""
+        correct = self.outputs.correct
+        later = np.stack([correct[:, i + 1 :].any(axis=1) for i in range(correct.shape[1])], axis=1)
+        mends: NDArray[np.bool_] = ~correct & later
+        return mends
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A score, and the images that it was fitted on."""
+
+    name: str
+    fitted_on: str  # "held-out images", "training images", or "" where nothing is fitted
+    source: Source
+    heldout: NDArray[np.float64]  # [M, N]: of held-out images, none scored by what was fitted on it
+    test: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a signal is worth with `ratio` thresholds: points of top-1 as shares, on average over all budgets."""
+
+    signal: Signal
+    over_paper: tuple[float, float]  # on held-out images: the lead over max softmax, geometric, and its standard error
+    over_margin: tuple[float, float]  # the same over the logit margin, ratio
+    test_over_margin: Estimate  # on test images, at equal measured cost
+
+
+def judge(folder: RunFolder, images: ImageSet, device: torch.device, n_train: int | None = None) -> list[Judged]:
+    """Fit and judge every signal on a run that was calibrated.
+
+    Args:
+        n_train: training images to fit gates on; by default all.
+    """
+    record = CalibrationRecord.load(folder)
+    train, heldout, test = look(folder, record, images, device, n_train)
+    costs = tuple(cost / 1e6 for cost in cost_of(folder, record).executed)
+    signals = [*plain_signals(heldout, test), *fitted_signals(train, heldout, test)]
+    signals += trained_gate(folder, heldout, test)
+    return judged(signals, heldout.outputs.correct, test.outputs.correct, costs)
+
+
+def look(
+    folder: RunFolder, record: CalibrationRecord, images: ImageSet, device: torch.device, n_train: int | None
+) -> tuple[Seen, Seen, Seen]:
+    """Run the network over training images, each augmented once, and over held-out and test images as they are."""
+    split = Split.load(folder.split, len(images.train_labels))
+    a = folder.read_recipe().augmentation
+    network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    normalisation = images.mean, images.std, device
+    augmentation = a.crop_padding_px, a.crop_area, a.cutout_px
+    part = split.train[:n_train]
+    train = DeviceImages(images.train_images[part], images.train_labels[part], *normalisation, *augmentation)
+    part = split.held_out
+    heldout = DeviceImages(images.train_images[part], images.train_labels[part], *normalisation)
+    test = DeviceImages(images.test_images, images.test_labels, *normalisation)
+    draws = torch.Generator(device).manual_seed(0)
+    return (
+        _run(network, train, lambda rows: train.augmented(rows, draws)[0], "training images"),
+        _run(network, heldout, lambda rows: heldout.plain(rows)[0], "held-out images"),
+        _run(network, test, lambda rows: test.plain(rows)[0], "test images"),
+    )
+
+
+@torch.no_grad()
+def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tensor], description: str) -> Seen:
+    kept, logits, inputs = HeadInputs(network), [], []
+    for rows in tqdm(torch.arange(len(images)).split(BATCH_ROWS), desc=description, disable=None):
+        logits.append(torch.stack(network(read(rows))).float().cpu())
+        inputs.append(torch.stack(kept.take(), 1).float().cpu())
+    kept.remove()
+    return Seen(outputs_of(list(torch.cat(logits, 1)), images.labels.cpu()), torch.cat(inputs).numpy())
+
+
+def plain_signals(heldout: Seen, test: Seen) -> list[Signal]:
+    """The published score and the logit margin: what the others are compared with."""
+    names = PAPER.score, MARGIN.score
+    return [_given(name, "", heldout.outputs.scores[name], test.outputs.scores[name]) for name in names]
+
+
+def fitted_signals(train: Seen, heldout: Seen, test: Seen) -> list[Signal]:
+    """Everything that is fitted after training."""
+
+    def of_both(columns: Callable[[Seen], Columns]) -> tuple[Columns, Columns]:
+        return columns(heldout), columns(test)
+
+    both_margins = "margins and agreement of two heads"
+    signals = [
+        _fitted("this head's margin, log-odds, probability margin, entropy", heldout, of_both(_this_head)),
+        _fitted(both_margins, heldout, of_both(_two_margins)),
+        _fitted("all of those", heldout, of_both(_two_heads)),
+    ]
+    signals += [
+        _fitted(f"all of those and the head's inputs, ridge {ridge:g}", heldout, of_both(_with_inputs), ridge)
+        for ridge in (30.0, 300.0)
+    ]
+    gates: list[tuple[str, Callable[[Seen], Columns]]] = [
+        ("the head's inputs", lambda seen: seen.inputs),
+        (f"the head's inputs, {both_margins}", lambda seen: np.concatenate([seen.inputs, _two_margins(seen)], axis=2)),
+    ]
+    for name, columns in gates:
+        weights = fit(columns(train), train.mends)
+        signals += _gate_signals(name, heldout, test, *(apply(weights, part) for part in of_both(columns)))
+    return signals
+
+
+def trained_gate(folder: RunFolder, heldout: Seen, test: Seen) -> list[Signal]:
+    """What the network's own gates say, if it was trained with them (`training.gates`)."""
+    state = folder.load_checkpoint()["network"]
+    if "gates.outputs.0.weight" not in state:
+        return []
+    n_exits, width = heldout.inputs.shape[1:]
+    weights = np.zeros((n_exits, width + 1))
+    for i in range(n_exits - 1):
+        weights[i, :-1] = state[f"gates.outputs.{i}.weight"].numpy()[0]
+        weights[i, -1] = state[f"gates.outputs.{i}.bias"].item()
+    said = (apply(weights, part.inputs) for part in (heldout, test))
+    return _gate_signals("gates trained with the network", heldout, test, *said)
+
+
+def _gate_signals(name: str, heldout: Seen, test: Seen, *said: NDArray[np.float64]) -> list[Signal]:
+    """A gate's answer alone, and beside both margins, by a regression on held-out images."""
+    alone = _given(name, "training images", *(-log_odds for log_odds in said))
+    beside = [
+        np.concatenate([_two_margins(part), log_odds[:, :, None]], axis=2)
+        for part, log_odds in zip((heldout, test), said, strict=True)
+    ]
+    return [alone, _fitted(f"its answer and both margins ({name})", heldout, (beside[0], beside[1]))]
+
+
+def judged(
+    signals: Sequence[Signal],
+    heldout_correct: NDArray[np.bool_],
+    test_correct: NDArray[np.bool_],
+    costs: tuple[float, ...],
+) -> list[Judged]:
+    """Compare signals, the published score and the logit margin among them, with `ratio` thresholds."""
+    budgets = np.linspace(costs[0], costs[-1], N_BUDGETS).tolist()
+    rightness: dict[str, NDArray[np.float64]] = {}
+    behaviours: dict[Policy, Behaviour] = {}
+    for signal in tqdm(signals, desc="signals", disable=None):
+        families = (FAMILY, PAPER.family) if signal.name == PAPER.score else (FAMILY,)
+        by_family = crossfit_rightness(signal.source, heldout_correct, costs, budgets, families)
+        rightness[signal.name] = by_family[FAMILY]
+        if PAPER.family in by_family:
+            paper = by_family[PAPER.family]
+        frontier = build_frontier(signal.heldout, heldout_correct, costs, FAMILY)
+        thresholds = np.array([frontier.at(frontier.position_at_cost(budget)).thresholds for budget in budgets])
+        behaviours[Policy(signal.name, FAMILY)] = behaviour(signal.test, test_correct, costs, thresholds)
+    leads = mean_leads(behaviours, MARGIN, costs)
+    return [
+        Judged(
+            signal,
+            _lead(rightness[signal.name] - paper),
+            _lead(rightness[signal.name] - rightness[MARGIN.score]),
+            leads[Policy(signal.name, FAMILY)],
+        )
+        for signal in signals
+    ]
+
+
+def _lead(difference: NDArray[np.float64]) -> tuple[float, float]:
+    return float(difference.mean()), float(difference.std() / np.sqrt(len(difference)))
+
+
+def fit(columns: Columns, mends: NDArray[np.bool_], ridge: float = RIDGE) -> NDArray[np.float64]:
+    """Weights and bias [N, F + 1] of the log-odds that going on mends the answer; none at the last exit."""
+    weights = np.zeros((columns.shape[1], columns.shape[2] + 1))
+    for i in range(columns.shape[1] - 1):
+        weights[i] = logistic_regression(columns[:, i].astype(np.float64), mends[:, i], ridge)
+    return weights
+
+
+def apply(weights: NDArray[np.float64], columns: Columns) -> NDArray[np.float64]:
+    """The log-odds [M, N] from columns [M, N, F]."""
+    log_odds: NDArray[np.float64] = np.einsum("mnf,nf->mn", columns, weights[:, :-1]) + weights[:, -1]
+    return log_odds
+
+
+def _given(name: str, fitted_on: str, heldout: NDArray[Any], test: NDArray[Any]) -> Signal:
+    """A signal that held-out images had no part in."""
+    return Signal(name, fitted_on, lambda fitted, judged: (heldout[fitted], heldout[judged]), heldout, test)
+
+
+def _fitted(name: str, heldout: Seen, columns: tuple[Columns, Columns], ridge: float = RIDGE) -> Signal:
+    """A signal fitted on the held-out images, from columns of those and of the test images."""
+    of_heldout, of_test = columns
+    mends = heldout.mends
+
+    def source(fitted: Rows, judged: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        weights = fit(of_heldout[fitted], mends[fitted], ridge)
+        return _crossfit(of_heldout[fitted], mends[fitted], ridge), -apply(weights, of_heldout[judged])
+
+    test = -apply(fit(of_heldout, mends, ridge), of_test)
+    return Signal(name, "held-out images", source, _crossfit(of_heldout, mends, ridge), test)
+
+
+def _crossfit(columns: Columns, mends: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
+    """Scores [M, N] of the very images that are fitted on, none by weights that it had a part in."""
+    fold = np.random.default_rng(0).permutation(len(columns)) % N_FOLDS
+    scores = np.empty(mends.shape)
+    for k in range(N_FOLDS):
+        scores[fold == k] = -apply(fit(columns[fold != k], mends[fold != k], ridge), columns[fold == k])
+    return scores
+
+
+def _this_head(seen: Seen) -> Columns:
+    names = ("logit_margin", "max_softmax", "probability_margin", "entropy")
+    return np.stack([seen.outputs.scores[name] for name in names], axis=2)
+
+
+def _two_margins(seen: Seen) -> Columns:
+    return seen.outputs.features
+
+
+def _two_heads(seen: Seen) -> Columns:
+    this = _this_head(seen)
+    before = np.concatenate([np.zeros_like(this[:, :1]), this[:, :-1]], axis=1)
+    return np.concatenate([this, before, _two_margins(seen)], axis=2)
+
+
+def _with_inputs(seen: Seen) -> Columns:
+    return np.concatenate([_two_heads(seen), seen.inputs], axis=2)

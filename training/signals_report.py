@@ -1,0 +1,42 @@
+"""Signals as people read them: a table on the terminal and as CSV."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from training.signals import Judged
+
+
+def write_signals(results: Sequence[Judged], path: Path) -> None:
+    """A line a signal; leads in points of top-1."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        kinds = ("heldout_lead_over_paper", "heldout_lead_over_margin", "test_lead_over_margin")
+        rows.writerow(["signal", "fitted_on", *(f"{kind}{end}" for kind in kinds for end in ("", "_error"))])
+        for result in results:
+            numbers = (*result.over_paper, *result.over_margin, *_estimate(result))
+            rows.writerow([result.signal.name, result.signal.fitted_on, *(f"{100 * x:.3f}" for x in numbers)])
+
+
+def print_signals(results: Sequence[Judged], console: Console) -> None:
+    table = Table(title="Signals with ratio thresholds: points of top-1, mean over budgets", title_justify="left")
+    for heading in (
+        "signal",
+        "fitted on",
+        "held out, over the paper's policy",
+        "over logit margin, ratio",
+        "test, same",
+    ):
+        table.add_column(heading)
+    for result in results:
+        leads = (result.over_paper, result.over_margin, _estimate(result))
+        cells = (f"{100 * mean:+.2f} ± {100 * error:.2f}" for mean, error in leads)
+        table.add_row(result.signal.name.replace("_", " "), result.signal.fitted_on, *cells)
+    console.print(table)
+
+
+def _estimate(result: Judged) -> tuple[float, float]:
+    return result.test_over_margin.mean, result.test_over_margin.error
