@@ -30,7 +30,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from service.plain_images import PlainPng
+from service.plain_images import PlainJpeg, PlainPng
 
 FORMATS = tuple(
     plugin.format
@@ -102,7 +102,8 @@ class ImageDecoder:
     ) -> None:
         self.height_px, self.width_px, self.max_pixels = height_px, width_px, max_pixels
         self.observe_seconds = observe_seconds
-        self._plain_png = PlainPng(height_px, width_px) if height_px * width_px <= max_pixels else None
+        size = (height_px, width_px)
+        self._plain = (PlainPng(*size), PlainJpeg(*size)) if height_px * width_px <= max_pixels else ()
         self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -149,7 +150,7 @@ class ImageDecoder:
         return self.load(self.open(body)) if pixels is None else pixels
 
     def _decode_plain(self, body: bytes) -> NDArray[np.uint8] | None:
-        return None if self._plain_png is None else self._plain_png.decode(body)
+        return next((pixels for plain in self._plain if (pixels := plain.decode(body)) is not None), None)
 
     def open(self, body: bytes) -> Image.Image:
         """Read the header alone and decide whether the image may be decoded."""

@@ -1,7 +1,8 @@
 """The pictures that most clients send, plain ones of the network's own size, by a shorter way to the same pixels.
 
-Half of what a small picture costs in Pillow is Python around its decoder: finding the plugin, reading ahead, keeping
-what may be wanted later. This way serves one form of PNG alone and hands its data to Pillow's decoder at once.
+Half of what a small PNG costs in Pillow is Python around its decoder: finding the plugin, reading ahead, keeping what
+may be wanted later. This way serves one form alone and hands its data to Pillow's decoder at once. A photograph of 224
+pixels as JPEG takes two thirds of Pillow's time in simplejpeg, the same libjpeg-turbo without copies between layouts.
 Whatever else a file is, odd or damaged ones above all, is for `service.images`, which also says what is wrong with it.
 """
 
@@ -9,6 +10,7 @@ import struct
 from zlib import crc32
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,6 +18,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_OF_8_BITS = struct.pack(">5B", 8, 2, 0, 0, 0)  # bits, colour type, compression, filter, no interlacing
 CHUNK_FRAME_BYTES = 12  # length, kind, and a checksum at the end
 DONE = (-1, 0)  # of Pillow's decoders: no more bytes wanted, no error
+JPEG_BEGINNING = b"\xff\xd8\xff"
+# Of JPEGs. Others, and whatever may say how the picture is to be turned, are Pillow's.
+PLAIN_COLOURS = frozenset({"YCbCr", "Gray"})
+SAYS_MORE = (b"Exif", b"http://ns.adobe.com/xap/")
 
 
 class PlainPng:
@@ -53,6 +59,26 @@ class PlainPng:
             return np.frombuffer(pixels, np.uint8).reshape(self._shape)
         except (AttributeError, TypeError, ValueError, OSError):
             return None
+
+
+class PlainJpeg:
+    """Decodes JPEG files of one size, colour or grey, that hold no EXIF or XMP. Made as `PlainPng`."""
+
+    def __init__(self, height_px: int, width_px: int) -> None:
+        self._size = (height_px, width_px)
+
+    def decode(self, body: bytes) -> NDArray[np.uint8] | None:
+        """As `PlainPng.decode`."""
+        if not body.startswith(JPEG_BEGINNING) or any(name in body for name in SAYS_MORE):
+            return None
+        try:
+            height_px, width_px, colours, _ = simplejpeg.decode_jpeg_header(body)
+            if (height_px, width_px) != self._size or colours not in PLAIN_COLOURS:
+                return None
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(body)
+        except ValueError:  # damaged, or the least bit odd: Pillow says which
+            return None
+        return pixels
 
 
 def _image_data(body: bytes, at: int) -> bytes | None:

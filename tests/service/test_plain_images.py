@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from service.images import ImageDecoder
-from service.plain_images import PlainPng
+from service.plain_images import PlainJpeg, PlainPng
 from tests.bundles import random_images
 
 SIZE_PX = 32
@@ -99,3 +99,64 @@ def test_whatever_is_changed_in_a_file_both_ways_agree() -> None:
         if (pixels := PLAIN.decode(bytes(changed))) is not None:
             np.testing.assert_array_equal(pixels, PILLOW.load(PILLOW.open(bytes(changed))))
     assert len(decompress(body[41:-16])) == SIZE_PX * (1 + 3 * SIZE_PX)  # the chunk that most of these bytes are in
+
+
+def jpeg(pixels: np.ndarray, mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+JPEG = PlainJpeg(SIZE_PX, SIZE_PX)
+PLAIN_JPEGS = [
+    jpeg(PIXELS, quality=quality, subsampling=subsampling, progressive=progressive)
+    for quality in (30, 75, 100)
+    for subsampling in (0, 1, 2)
+    for progressive in (False, True)
+] + [jpeg(PIXELS, "L")]
+
+
+@pytest.mark.parametrize("body", PLAIN_JPEGS)
+def test_plain_jpegs_give_the_pixels_that_pillow_gives(body: bytes) -> None:
+    pixels = JPEG.decode(body)
+    assert pixels is not None
+    np.testing.assert_array_equal(pixels, PILLOW.load(PILLOW.open(body)))
+    assert (pixels.shape, pixels.dtype) == (PIXELS.shape, np.uint8)
+
+
+def exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff\xd8\xff",
+        jpeg(PIXELS[:20]),
+        jpeg(PIXELS, "CMYK"),
+        jpeg(PIXELS, exif=exif(6)),
+        jpeg(PIXELS, xmp=b"<x:xmpmeta/>"),
+        jpeg(PIXELS)[:-2],
+        jpeg(PIXELS)[:-50],
+        jpeg(PIXELS)[:100],
+        written(PIXELS),
+    ],
+)
+def test_every_other_jpeg_is_left_to_the_long_way(body: bytes) -> None:
+    assert JPEG.decode(body) is None
+
+
+def test_whatever_is_changed_in_a_jpeg_both_ways_agree() -> None:
+    body = jpeg(PIXELS, quality=60)
+    rng = np.random.default_rng(0)
+    n_decoded = 0
+    for at in range(len(body)):
+        changed = bytearray(body)
+        changed[at] ^= int(rng.integers(1, 256))
+        if (pixels := JPEG.decode(bytes(changed))) is not None:
+            n_decoded += 1
+            np.testing.assert_array_equal(pixels, PILLOW.load(PILLOW.open(bytes(changed))))
+    assert n_decoded > 10
