@@ -5,11 +5,18 @@ No label comes from a client: exits, stages, reasons and outcomes are all known 
 child is made once, before the first request.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
@@ -18,11 +25,9 @@ from models.manifest import Manifest
 from service.budget import BudgetState, Reason
 from service.observer import EngineStats
 from service.rows import Answer
-from service.tally import SECONDS, Tally, families
+from service.tally import SECONDS, Tally, add_histogram, families
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
-
-disable_created_metrics()  # else a second series for each of ours
 
 MAX_BOUNDS = 15
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
@@ -46,40 +51,25 @@ class Metrics:
         self.count, self.decoded, self.responded = tallies[0].count, tallies[0].decoded, tallies[0].responded
         self.registry.register(_RequestCollector(tallies))
         self._ready = Gauge("exitserve_ready", "1 while images are taken, 0 before and after", registry=self.registry)
-        self._request_mflops = Histogram(
-            "exitserve_request_mflops",
-            "Millions of multiply-adds an answer was charged",
-            buckets=_cost_bounds([exit_.executed_mflops for exit_ in manifest.exits]),
-            registry=self.registry,
-        )
-        self._batch_rows = self._by("stage", exits, "exitserve_batch_rows", "Images that ran a stage together", ROWS)
-        self._queue_seconds = self._by(
-            "stage", exits, "exitserve_queue_seconds", "An image's wait before a stage", SECONDS
-        )
-        self._stage_seconds = self._by(
-            "stage", exits, "exitserve_stage_seconds", "A batch's run through a stage", SECONDS
-        )
-
-    def _by(
-        self, label: str, values: Iterable[int], name: str, text: str, bounds: Sequence[float]
-    ) -> dict[int, Histogram]:
-        family = Histogram(name, text, [label], buckets=bounds, registry=self.registry)
-        return {value: family.labels(str(value)) for value in values}
+        costs = _cost_bounds([exit_.executed_mflops for exit_ in manifest.exits])
+        self._request_mflops = _Observed("request_mflops", "Millions of multiply-adds an answer was charged", costs)
+        self._batch_rows = _Observed("batch_rows", "Images that ran a stage together", ROWS, exits)
+        self._queue_seconds = _Observed("queue_seconds", "An image's wait before a stage", SECONDS, exits)
+        self._stage_seconds = _Observed("stage_seconds", "A batch's run through a stage", SECONDS, exits)
+        for observed in (self._request_mflops, self._batch_rows, self._queue_seconds, self._stage_seconds):
+            self.registry.register(observed)
 
     def watch(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], bundle: Bundle) -> None:
         """Read the engine's counts and the budget at every scrape from now on."""
         self.registry.register(_EngineCollector(stats, budget, bundle))
 
     def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
-        self._batch_rows[stage].observe(len(queue_seconds))
-        self._stage_seconds[stage].observe(seconds)
-        waits = self._queue_seconds[stage]
-        for wait in queue_seconds:
-            waits.observe(wait)
+        self._batch_rows.observe((len(queue_seconds),), stage)
+        self._stage_seconds.observe((seconds,), stage)
+        self._queue_seconds.observe(queue_seconds, stage)
 
     def answered(self, answers: Sequence[Answer]) -> None:
-        for answer in answers:
-            self._request_mflops.observe(answer.mflops)
+        self._request_mflops.observe([answer.mflops for answer in answers])
 
     def exposition(self, is_ready: bool) -> tuple[bytes, str]:
         """The text that Prometheus reads, and its content type. Waits for the engine: not for the event loop."""
@@ -92,6 +82,31 @@ def _cost_bounds(costs_mflops: Sequence[float]) -> list[float]:
     step = -(-len(costs_mflops) // MAX_BOUNDS)
     kept = costs_mflops[::-1][::step][::-1]
     return [float(f"{cost * 1.0005:.4g}") for cost in kept]
+
+
+class _Observed(Collector):
+    """A histogram for every stage, or one; written by one thread, and for less than prometheus_client's own take.
+
+    Args:
+        stages: from 1; none: one histogram without a label.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float], stages: Iterable[int] = ()) -> None:
+        self._name, self._text, self._bounds = f"exitserve_{name}", text, tuple(bounds)
+        self._labels = ["stage"] if stages else []
+        self._cells = {stage: [0.0] * (len(self._bounds) + 2) for stage in stages or (0,)}
+
+    def observe(self, values: Iterable[float], stage: int = 0) -> None:
+        cells, bounds = self._cells[stage], self._bounds
+        for value in values:
+            cells[bisect_left(bounds, value)] += 1.0
+            cells[-1] += value
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for stage, cells in self._cells.items():
+            add_histogram(family, [str(stage)] if self._labels else [], cells, 0, self._bounds)
+        yield family
 
 
 class _RequestCollector(Collector):

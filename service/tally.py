@@ -71,22 +71,24 @@ def families(tallies: Sequence[Tally]) -> Iterable[Metric]:
         requests.add_metric([outcome], cells[at])
     yield requests
     decode = HistogramMetricFamily("exitserve_decode_seconds", "Decoding an image")
-    _add(decode, [], cells, DECODE_AT, DECODE_SECONDS)
+    add_histogram(decode, [], cells, DECODE_AT, DECODE_SECONDS)
     yield decode
     by_exit = HistogramMetricFamily(
         "exitserve_request_seconds", "From a request's whole body to its answer, by exit", labels=["exit"]
     )
     for number in range(1, tallies[0].n_exits + 1):
-        _add(by_exit, [str(number)], cells, DECODE_AT + HISTOGRAM_CELLS * number, SECONDS)
+        add_histogram(by_exit, [str(number)], cells, DECODE_AT + HISTOGRAM_CELLS * number, SECONDS)
     yield by_exit
 
 
-def _add(
+def add_histogram(
     family: HistogramMetricFamily, labels: list[str], cells: Sequence[float], start: int, bounds: Sequence[float]
 ) -> None:
+    """Add what `cells` say from `start` on: a count for every bucket (the last is for what is above all bounds), and
+    the sum."""
     buckets: list[tuple[str, float]] = []
     total = 0.0
     for i, bound in enumerate((*bounds, float("inf"))):
         total += cells[start + i]
         buckets.append((floatToGoString(bound), total))
-    family.add_metric(labels, buckets, cells[start + HISTOGRAM_CELLS - 1])
+    family.add_metric(labels, buckets, cells[start + len(bounds) + 1])
