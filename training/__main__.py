@@ -72,6 +72,10 @@ def train(
         list[str] | None,
         typer.Option("--set", help="Change a field of the recipe, e.g. optimisation.epochs=5; may be repeated."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Start from the weights of this bundle; other classes get a fresh last layer."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the first weights, the order and the augmentation.")] = 0,
     device: DeviceOption = Device.auto,
     processes: Annotated[
@@ -97,10 +101,11 @@ def train(
         raise typer.Exit(launch(processes, sys.argv[1:]))
     command = f"python -m training train RUN --recipe {Path(recipe).name} --data DATA --seed {seed}"
     command += "".join(f" --set {shlex.quote(setting)}" for setting in settings or [])
+    command += f" --from {start.resolve().name}" if start else ""
     group = Processes.join(torch_device.type)
     try:
         command += f" --processes {group.count}" if group.count > 1 else ""
-        trainer = Trainer(loaded, load_image_set(data, image_size_px), RunFolder(run), seed, group, command)
+        trainer = Trainer(loaded, load_image_set(data, image_size_px), RunFolder(run), seed, group, command, start)
         ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
         reached = f"step {trainer.progress.step} of {trainer.total_steps}"
         del trainer  # before the group ends, see `leave`

@@ -7,10 +7,11 @@ step and resumed gives the same numbers as one that was not.
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from training.augment import DeviceImages
@@ -26,23 +27,13 @@ from training.objectives import (
     temperatures_at,
     trainable,
 )
+from training.optimiser import optimiser_of
 from training.processes import Processes, StopRequest
-from training.recipe import Optimisation, Recipe
+from training.recipe import Recipe
 from training.schedule import learning_rate
+from training.starting import identity_of, start_from
 
 EVALUATION_ROWS = 500
-
-
-def optimiser_of(network: nn.Module, o: Optimisation) -> torch.optim.SGD:
-    """SGD; weight decay spares learned temperatures, which it would pull to 1/2 (their log-odds to 0)."""
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        (spared if name.startswith("boosting.") else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        groups if spared else decayed, o.learning_rate, o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov
-    )
 
 
 class Trainer:
@@ -52,9 +43,11 @@ class Trainer:
         images: the set to train on; the recipe's share of its training part is held out.
         seed: of the split, the initial weights, the order and the augmentation.
         command: how the run was started, for its description.
+        start: a bundle whose weights to start from; by default they are drawn.
 
     Raises:
-        RunError: the folder holds a run of another recipe, seed or number of processes, or is damaged.
+        RunError: the folder holds a run of another recipe, seed, number of processes or start, or is damaged; or the
+            bundle's weights don't fit, or know the images that are to be held out.
         DataError: the images don't fit the recipe, or the run that is resumed.
     """
 
@@ -66,7 +59,9 @@ class Trainer:
         seed: int,
         processes: Processes,
         command: str = "",
+        start: Path | None = None,
     ) -> None:
+        self.start = start
         self.recipe, self.folder, self.seed, self.processes = recipe, folder, seed, processes
         device, o = processes.device, recipe.optimisation
         torch.manual_seed(seed)  # the initial weights, the same in every process
@@ -109,10 +104,14 @@ class Trainer:
 
     def _start(self, images: ImageSet, command: str) -> Split:
         split = Split.make(len(images.train_labels), self.recipe.held_out_images, self.seed)
+        if self.start is not None:
+            start_from(self.start, self.network, images, split)
         if self.processes.is_first:
             data = {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256}
             description = describe_run(self.recipe, self.seed, data, self.processes.count, command)
             description["precision"] = self.precision
+            if self.start is not None:
+                description["from"] = identity_of(self.start)
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.trim_log(0)
             split.save(self.folder.split)
@@ -126,6 +125,7 @@ class Trainer:
             "seed": made_by["seed"] == self.seed,
             "number of processes": made_by["processes"] == self.processes.count,
             "image set": made_by["data"]["name"] == images.name,
+            "start": made_by.get("from") == (None if self.start is None else identity_of(self.start)),
         }
         for what, is_same in same.items():
             if not is_same:

@@ -112,4 +112,5 @@ def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[s
         "torch": made_by["torch"],
         "python": made_by["python"],
         "temperatures": list(record.temperatures),
+        **({"from": made_by["from"]} if "from" in made_by else {}),
     }

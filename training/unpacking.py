@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from models.bundle import BundleError, load_bundle
 from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
-from training.loop import optimiser_of
 from training.objectives import network_of, trainable
+from training.optimiser import optimiser_of
 from training.recipe import Recipe
 
 WEIGHTS = "weights.safetensors"
@@ -49,7 +50,7 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     if split.sha256 != data.split_sha256:
         raise DataError(f"{bundle_path}: --data gives another split of held-out images; it must be the very set")
     network = network_of(recipe, len(images.class_names))
-    load_weights(network, bundle_path / WEIGHTS)
+    _load_weights(network, bundle_path / WEIGHTS)
     # Gates are not in a bundle: the run that is made again has none.
     recipe = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"gates": 0.0})})
     temperatures = list(made_by.get("temperatures", ()))  # older bundles tell none, and theirs did not move
@@ -72,17 +73,29 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
         **{key: made_by[key] for key in ("seed", "processes", "commit", "command", "torch", "python", "machine")},
         "recipe": recipe.model_dump(),
         "data": {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256},
+        **({"from": made_by["from"]} if "from" in made_by else {}),
         "unpacked_from": f"{manifest.name} {manifest.version}",
     }
     folder.description.write_text(json.dumps(description, indent=2) + "\n")
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
-    """Read a bundle's weights; those stored in half precision are widened."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a bundle's weights, as they are stored.
+
+    Raises:
+        RunError: they can't be read.
+    """
     try:
-        stored = load_file(path)
-        wanted = network.state_dict()
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: can't be read ({error})") from error
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    """Those stored in half precision are widened."""
+    stored, wanted = read_weights(path), network.state_dict()
+    try:
         network.load_state_dict({name: value.to(wanted[name].dtype) for name, value in stored.items()})
-    except (RuntimeError, KeyError, OSError) as error:
+    except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise RunError(f"{path}: not the weights of the bundle's own recipe ({reason})") from error

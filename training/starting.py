@@ -1,0 +1,60 @@
+"""Starts a run from a bundle's weights in place of fresh ones: to train a network on, or for other images."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from models.bundle import BundleError, load_bundle
+from models.manifest import Manifest
+from training.checkpoint import RunError
+from training.data import ImageSet, Split
+from training.unpacking import WEIGHTS, read_weights
+
+
+def identity_of(bundle: Path) -> str:
+    """Name and version of a bundle, as a run keeps what it was started from.
+
+    Raises:
+        RunError: there is no bundle, or it is damaged.
+    """
+    manifest = _manifest_of(bundle)
+    return f"{manifest.name} {manifest.version}"
+
+
+def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split) -> None:
+    """Give a network with fresh weights those of a bundle; only layers that tell classes apart may stay fresh.
+
+    Raises:
+        RunError: the bundle's network is another one, or was trained on images that this run is to hold out.
+    """
+    manifest = _manifest_of(bundle)
+    if manifest.data.name == images.name and manifest.data.split_sha256 != split.sha256:
+        raise RunError(
+            f"--from {bundle}: its network was trained on images that this run would hold out; train with the bundle's "
+            f"own split: --seed {manifest.training.get('seed')} --set held_out_images={manifest.data.heldout_images}"
+        )
+    wanted = network.state_dict()
+    given = read_weights(bundle / WEIGHTS)
+    other_classes = list(images.class_names) != manifest.class_names
+    of_training = ("boosting.", "gates.")  # not in a bundle
+    for name, value in wanted.items():
+        if name.startswith(of_training) or (other_classes and ".classifier." in name):
+            given[name] = value
+    misfits = [name for name in wanted.keys() | given.keys() if _shape(wanted, name) != _shape(given, name)]
+    if misfits:
+        raise RunError(
+            f"--from {bundle}: not the network of this recipe ({len(misfits)} weights differ, {min(misfits)} for one); "
+            "give the recipe that the bundle was trained with, or one with the same [network]"
+        )
+    network.load_state_dict({name: value.to(wanted[name].dtype) for name, value in given.items()})
+
+
+def _manifest_of(bundle: Path) -> Manifest:
+    try:
+        return load_bundle(bundle).manifest
+    except BundleError as error:
+        raise RunError(f"--from: {error}") from error
+
+
+def _shape(weights: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
