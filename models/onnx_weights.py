@@ -20,6 +20,7 @@ def load_stage_session(
     stage_file: str,
     providers: Sequence[str | tuple[str, dict[str, Any]]] = ("CPUExecutionProvider",),
     session_options: ort.SessionOptions | None = None,
+    graph: bytes | None = None,
 ) -> ort.InferenceSession:
     """Open one stage of a bundle; a self-contained ONNX file opens just as well.
 
@@ -29,6 +30,7 @@ def load_stage_session(
         providers: ONNX Runtime execution providers, in order of preference.
         session_options: thread counts and the like; left as it was but for where the weights are. Options may be
             shared by the stages of one bundle, not by two bundles.
+        graph: what to open in the place of the file's contents; its weights are the bundle's.
 
     Raises:
         StageLoadError: a file is missing, or ONNX Runtime refuses the graph.
@@ -38,7 +40,7 @@ def load_stage_session(
     path = bundle_path / stage_file
     try:
         # As bytes: given a path, the runtime would look for the weights beside the stage, in no folder above.
-        return ort.InferenceSession(path.read_bytes(), options, providers=list(providers))
+        return ort.InferenceSession(graph or path.read_bytes(), options, providers=list(providers))
     except OSError as error:
         raise StageLoadError(f"{path}: {error.strerror}; restore the bundle or export it again") from error
     except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception

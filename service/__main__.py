@@ -77,6 +77,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
             target.average_mflops,
             runner_name=settings.runner,
             device=settings.device,
+            compile_stages=settings.compile_stages,
             n_lanes=settings.lanes or None,
             max_rows=settings.max_batch_rows,
             policy=settings.scheduling_policy,

@@ -7,7 +7,7 @@ from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import Observer
 from service.runners.choice import RunnerName, open_runner
-from service.runners.onnx import Device
+from service.runners.providers import Device
 from service.scheduler import Scheduler
 
 
@@ -29,6 +29,7 @@ def build_engine(
     runner_name: RunnerName = "auto",
     device: Device = "auto",
     n_lanes: int | None = None,
+    compile_stages: bool = False,
     max_rows: int = 32,
     max_wait_s: float = 0.05,
     policy: str = "default",
@@ -46,7 +47,7 @@ def build_engine(
     Args:
         bundle: as loaded.
         budget_mflops: average per image, millions of multiply-adds as executed.
-        runner_name, device, n_lanes, max_rows: see `open_runner`.
+        runner_name, device, n_lanes, compile_stages, max_rows: see `open_runner`.
         max_wait_s: see `Scheduler`.
         policy: a key of `policies.POLICIES`.
         burst_images, steer: see `BudgetController`; by default `default_burst_images`.
@@ -61,7 +62,13 @@ def build_engine(
     """
     costs_mflops = bundle.costs_mflops
     runner = open_runner(
-        bundle, runner_name, device=device, n_lanes=n_lanes, max_rows=max_rows, max_in_flight_rows=max_in_flight_rows
+        bundle,
+        runner_name,
+        device=device,
+        n_lanes=n_lanes,
+        max_rows=max_rows,
+        max_in_flight_rows=max_in_flight_rows,
+        compile_stages=compile_stages,
     )
     return Engine(
         runner,

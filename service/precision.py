@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from models.bundle import Bundle
-from service.runners.onnx import Device, OnnxRunner, uses_cuda
+from service.runners.onnx import OnnxRunner
+from service.runners.providers import Device, uses_cuda
 
 Asked = Literal["auto", "fp32", "int8"]
 N_ROWS = 8

@@ -14,6 +14,7 @@ GROUPS = {  # all of them, in the order of `Settings`
     "Compute and queues": (
         "runner",
         "device",
+        "compile_stages",
         "precision",
         "lanes",
         "max_batch_rows",

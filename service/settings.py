@@ -53,15 +53,19 @@ class Settings(BaseSettings):
     )
 
     runner: Literal["auto", "onnx", "torch-cuda"] = Field(
-        "auto", description="what runs the stages; auto is onnx without a GPU or torch, else the faster as measured"
+        "auto", description="what runs the stages; auto is onnx without a GPU, else the fastest as measured"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where stages run; auto takes CUDA if it is there"
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto", description="where stages run; auto is a GPU if it is there, with TensorRT if that is there and faster"
+    )
+    compile_stages: bool = Field(
+        False,
+        description="try torch.compile on the stages of torch-cuda and take it where faster; minutes at the start",
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "fp32", description="of the stages: int8 (on CPUs, if the bundle has it); auto measures which is faster here"
     )
-    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0: one a core, on CUDA 1 or 2")
+    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0: one a core, on GPUs 2")
     max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
     scheduling_policy: Literal["default", "none", "no-compaction", "always-compact", "merge-full"] = Field(
         "default", description="how images are regrouped between stages: by measured cost, or otherwise to compare"

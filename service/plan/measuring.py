@@ -24,7 +24,8 @@ from service.observer import Observer
 from service.plan.stage_times import StageTimes
 from service.rows import Answer, Options, Request, Told
 from service.runners.base import Block, RowState, StageOutput
-from service.runners.onnx import Device, OnnxRunner, default_lanes
+from service.runners.onnx import OnnxRunner, default_lanes
+from service.runners.providers import Device
 from service.scheduler import Scheduler
 
 LEAST_ROUNDS = 3

@@ -8,9 +8,11 @@ from typing import Literal
 from models.bundle import Bundle
 from models.onnx_weights import StageLoadError
 from service.runners.base import Runner, RunnerError
-from service.runners.onnx import Device, OnnxRunner, cuda_device_count
+from service.runners.onnx import OnnxRunner
+from service.runners.providers import Device, check_device, cuda_device_count, tensorrt_version
 
 RunnerName = Literal["auto", "onnx", "torch-cuda"]
+Candidates = Mapping[str, Callable[[], Runner]]
 logger = logging.getLogger(__name__)
 
 
@@ -22,21 +24,31 @@ def open_runner(
     n_lanes: int | None = None,
     max_rows: int = 32,
     max_in_flight_rows: int = 1024,
+    compile_stages: bool = False,
 ) -> Runner:
     """Open a bundle's stages.
 
     Args:
-        name: `auto` is `onnx` at once where there is no GPU to use or no torch, and for int8 stages; else whichever
-            measures faster.
-        device, n_lanes, max_rows: see `OnnxRunner`.
+        name: `auto` is `onnx` at once without a GPU, and for int8 stages; else whatever measures fastest.
+        device: `auto` is the GPU where there is one and something can run on it, else the processor.
+        n_lanes: batches at once; by default one a core, on GPUs as many as the runner wants.
+        max_rows: the largest batch.
         max_in_flight_rows: images in work at once.
+        compile_stages: see `TorchCudaRunner`.
 
     Raises:
         StageLoadError, RunnerError: the runner cannot be had; the message says why.
     """
-
-    def open_onnx() -> Runner:
+    if name == "torch-cuda":
+        if device in ("cpu", "tensorrt"):
+            raise RunnerError("the runner torch-cuda runs on CUDA: choose the device auto or cuda, or the runner onnx")
+        if bundle.precision != "fp32":
+            raise RunnerError("the runner torch-cuda has no int8 stages: choose the precision fp32, or the runner onnx")
+    if name != "torch-cuda" and (device == "cpu" or bundle.precision != "fp32"):
         return OnnxRunner(bundle, max_rows, n_lanes, device)
+    check_device(device)
+    if name != "torch-cuda" and not cuda_device_count():
+        return OnnxRunner(bundle, max_rows, n_lanes, "cpu")
 
     def open_torch() -> Runner:
         if importlib.util.find_spec("torch") is None:
@@ -46,21 +58,34 @@ def open_runner(
             )
         from service.runners.torch_cuda.runner import open_torch_runner
 
-        return open_torch_runner(bundle, max_rows, max_in_flight_rows, n_lanes)
+        return open_torch_runner(bundle, max_rows, max_in_flight_rows, n_lanes, compile_stages=compile_stages)
 
-    if name == "torch-cuda":
-        if device == "cpu":
-            raise RunnerError("the runner torch-cuda runs on GPUs: choose the device auto or cuda, or the runner onnx")
-        if bundle.precision != "fp32":
-            raise RunnerError("the runner torch-cuda has no int8 stages: choose the precision fp32, or the runner onnx")
-        return open_torch()
-    is_onnx = name == "onnx" or device == "cpu" or bundle.precision != "fp32"
-    if is_onnx or not cuda_device_count() or importlib.util.find_spec("torch") is None:
-        return open_onnx()
-    return fastest({"torch-cuda": open_torch, "onnx": open_onnx})
+    def open_onnx(on: Literal["cuda", "tensorrt"]) -> Runner:
+        if importlib.util.find_spec("onnx") is None:
+            raise RunnerError("ONNX Runtime on a GPU needs the package onnx, which is not installed: pip install onnx")
+        from service.runners.onnx_device.runner import OnnxDeviceRunner
+
+        return OnnxDeviceRunner(bundle, on, max_rows, max_in_flight_rows, n_lanes or 2)
+
+    candidates: dict[str, Callable[[], Runner]] = {}
+    if name == "torch-cuda" or (name == "auto" and device != "tensorrt" and importlib.util.find_spec("torch")):
+        candidates["torch-cuda"] = open_torch
+    if name != "torch-cuda" and device != "tensorrt":
+        candidates["onnx on cuda"] = lambda: open_onnx("cuda")
+    if name != "torch-cuda" and (device == "tensorrt" or (device == "auto" and tensorrt_version())):
+        candidates["onnx on tensorrt"] = lambda: open_onnx("tensorrt")
+    if len(candidates) == 1 and (device != "auto" or name == "torch-cuda"):
+        return next(iter(candidates.values()))()
+    try:
+        return fastest(candidates)
+    except RunnerError as error:
+        if device != "auto":
+            raise
+        logger.warning("stages run on the processor, although there is a GPU: %s", error)
+        return OnnxRunner(bundle, max_rows, n_lanes, "cpu")
 
 
-def fastest(candidates: Mapping[str, Callable[[], Runner]]) -> Runner:
+def fastest(candidates: Candidates) -> Runner:
     """Warm every candidate up, and return the one whose full batches take the least time an image through all stages.
 
     Those that cannot be opened or warmed up are left out, with a warning.

@@ -1,17 +1,15 @@
-"""ONNX Runtime: the fastest engine measured on CPUs, and CUDA where a device is really there. Needs no torch.
+"""ONNX Runtime with the state of rows in the host's memory: the fastest engine measured on CPUs. Needs no torch.
 
 One session per stage with a single thread each, called from one lane per core: pools of several threads per session
 spin against each other and fall behind a single one.
 """
 
-import ctypes
 import os
-import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -21,38 +19,9 @@ from models.bundle import Bundle
 from models.manifest import ValueInfo
 from models.onnx_weights import StageLoadError, load_stage_session
 from service.runners.base import Array, Block, FatalRunnerError, Gathering, RowState, RunnerError, StageOutput
+from service.runners.providers import CPU, CUDA, Device, check_device, check_loaded, is_lost, load_libraries, uses_cuda
 
-Device = Literal["auto", "cpu", "cuda"]
 ALIGNMENT_BYTES = 64
-
-
-def cuda_device_count() -> int:
-    """Ask the driver. ONNX Runtime's GPU package lists CUDA on machines without one, and asked for it runs on the CPU
-    with no more than a line in the log."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
-def uses_cuda(device: Device) -> bool:
-    """Whether stages for `device` would go to a CUDA device, if ONNX Runtime can load its provider."""
-    listed = "CUDAExecutionProvider" in ort.get_available_providers()
-    return device != "cpu" and listed and cuda_device_count() > 0
-
-
-# Errors of which CUDA says: "the process must be terminated and relaunched" (CUDA Runtime API, cudaError_t).
-LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
-
-
-def is_lost(error: Exception) -> bool:
-    """Whether an error of ONNX Runtime's CUDA provider means that nothing can run in this process any more."""
-    told = re.search(r"CUDA failure (\d+)", str(error))
-    return told is not None and int(told[1]) in LOST
 
 
 def default_lanes() -> int:
@@ -67,7 +36,8 @@ class OnnxRunner:
         bundle: with ONNX stages.
         max_rows: the largest batch.
         n_lanes: batches at once; by default one per core, on CUDA one.
-        device: "auto" takes CUDA if a device is there and ONNX Runtime can use it.
+        device: "auto" takes CUDA if a device is there and ONNX Runtime can use it. State crosses the bus at every stage
+            then; `onnx_device` keeps it there.
 
     Raises:
         StageLoadError: a stage cannot be opened.
@@ -80,7 +50,7 @@ class OnnxRunner:
         self.stages = bundle.manifest.stages
         self.max_rows = max_rows
         self._sessions, self.provider = _open_sessions(bundle, device)
-        self.n_lanes = n_lanes or (1 if self.provider == "CUDAExecutionProvider" else default_lanes())
+        self.n_lanes = n_lanes or (1 if self.provider == CUDA else default_lanes())
         self._image = self.stages[0].inputs[0]
         # What a row carries on from stage k: everything made up to it that a later stage reads.
         needed = [
@@ -155,26 +125,21 @@ class OnnxRunner:
 def _open_sessions(bundle: Bundle, device: Device) -> tuple[list[ort.InferenceSession], str]:
     """Open every stage on one provider; returns them and the provider's name."""
     if bundle.precision == "int8":
-        if device == "cuda":
+        if device not in ("auto", "cpu"):
             raise RunnerError("int8 stages run on the CPU: choose the device cpu or auto, or the precision fp32")
         device = "cpu"
-    n_devices = cuda_device_count() if device != "cpu" else 0
-    listed = "CUDAExecutionProvider" in ort.get_available_providers()
-    if device == "cuda" and not (n_devices and listed):
-        missing = "the driver reports no device" if listed else "this ONNX Runtime is built without CUDA"
-        raise RunnerError(
-            f"CUDA was asked for, but {missing}: choose the device cpu or auto, or install onnxruntime-gpu"
-        )
-    if n_devices and listed:
-        sessions = _open_all(bundle, ["CUDAExecutionProvider", "CPUExecutionProvider"])
-        if all("CUDAExecutionProvider" in session.get_providers() for session in sessions):
-            return sessions, "CUDAExecutionProvider"
-        if device == "cuda":
-            raise RunnerError("ONNX Runtime cannot load its CUDA provider: its log says which library it misses")
-    return _open_all(bundle, ["CPUExecutionProvider"]), "CPUExecutionProvider"
+    check_device(device)
+    if uses_cuda(device):
+        load_libraries()
+        sessions = _open_all(bundle, [CUDA, CPU])
+        if device != "auto":
+            check_loaded(sessions[0], CUDA)
+        if all(CUDA in session.get_providers() for session in sessions):
+            return sessions, CUDA
+    return _open_all(bundle, [CPU]), CPU
 
 
-def _options() -> ort.SessionOptions:
+def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # batches come in every size: a memory plan for each costs more than it saves
@@ -187,7 +152,7 @@ def _options() -> ort.SessionOptions:
 def _open_all(bundle: Bundle, providers: Sequence[str]) -> list[ort.InferenceSession]:
     sessions = []
     for stage in bundle.manifest.stages:
-        session = load_stage_session(bundle.path, stage.file, providers, _options())
+        session = load_stage_session(bundle.path, stage.file, providers, session_options())
         for what, declared, found in (
             ("reads", stage.inputs, session.get_inputs()),
             ("gives", stage.outputs, session.get_outputs()),

@@ -1,15 +1,27 @@
 """Which runner runs a bundle: as asked, else onnx at once without a GPU, else the faster of those that can run."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 
 from models.bundle import Bundle, load_bundle
-from service.runners import choice
+from models.onnx_weights import load_stage_session
+from service.runners import choice, providers
 from service.runners.base import Runner, RunnerError
-from service.runners.onnx import OnnxRunner, cuda_device_count, is_lost
+from service.runners.onnx import OnnxRunner
+from service.runners.providers import (
+    CUDA,
+    TENSORRT,
+    Device,
+    check_loaded,
+    cuda_device_count,
+    engine_cache,
+    is_lost,
+    tensorrt_options,
+)
 from tests.bundles import REPOSITORY, tiny_bundle
 
 
@@ -57,7 +69,7 @@ def test_without_a_gpu_auto_is_onnx_at_once(bundle: Bundle) -> None:
     assert isinstance(choice.open_runner(bundle, max_rows=4), OnnxRunner)
     with pytest.raises(RunnerError, match=r"torch-cuda was asked for, but torch .* sees no GPU"):
         choice.open_runner(bundle, "torch-cuda")
-    with pytest.raises(RunnerError, match="torch-cuda runs on GPUs: choose the device auto or cuda"):
+    with pytest.raises(RunnerError, match="torch-cuda runs on CUDA: choose the device auto or cuda"):
         choice.open_runner(bundle, "torch-cuda", device="cpu")
 
 
@@ -69,22 +81,120 @@ def test_int8_stages_are_for_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
         choice.open_runner(int8, "torch-cuda")
 
 
-def test_with_a_gpu_and_torch_auto_measures_both(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Sequence[str]] = []
+@pytest.mark.parametrize(
+    ("name", "device", "tensorrt", "expected"),
+    [
+        ("auto", "auto", None, ["torch-cuda", "onnx on cuda"]),
+        ("auto", "auto", 101500, ["torch-cuda", "onnx on cuda", "onnx on tensorrt"]),
+        ("auto", "cuda", 101500, ["torch-cuda", "onnx on cuda"]),
+        ("onnx", "auto", 101500, ["onnx on cuda", "onnx on tensorrt"]),
+        ("onnx", "auto", None, ["onnx on cuda"]),
+    ],
+)
+def test_with_a_gpu_auto_measures_what_there_is(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    name: choice.RunnerName,
+    device: Device,
+    tensorrt: int | None,
+    expected: list[str],
+) -> None:
+    asked: list[str] = []
+    fast = timed(bundle, 0.001)
 
     def first(candidates: Mapping[str, object]) -> Runner:
-        asked.append(tuple(candidates))
-        return timed(bundle, 0.001)
+        asked.extend(candidates)
+        return fast
 
-    monkeypatch.setattr(choice, "cuda_device_count", lambda: 1)
+    with_a_gpu(monkeypatch, tensorrt)
     monkeypatch.setattr(choice, "fastest", first)
-    choice.open_runner(bundle, max_rows=4)
+    assert choice.open_runner(bundle, name, device=device, max_rows=4) is fast
+    assert asked == expected
+    asked.clear()
     choice.open_runner(bundle, "onnx", device="cpu", max_rows=4)
     choice.open_runner(bundle, device="cpu", max_rows=4)
-    assert asked == [("torch-cuda", "onnx")]
+    assert not asked
+
+
+def test_without_its_packages_a_runner_says_what_to_install(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_a_gpu(monkeypatch, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RunnerError, match="needs a CUDA build of torch, which is not installed"):
         choice.open_runner(bundle, "torch-cuda")
+    with pytest.raises(RunnerError, match="needs the package onnx, which is not installed: pip install onnx"):
+        choice.open_runner(bundle, "onnx", device="cuda")
+
+
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch, tensorrt: int | None) -> None:
+    monkeypatch.setattr(choice, "cuda_device_count", lambda: 1)
+    monkeypatch.setattr(choice, "check_device", lambda device: None)
+    monkeypatch.setattr(choice, "tensorrt_version", lambda: tensorrt)
+
+
+@pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="this ONNX Runtime knows no CUDA")
+def test_a_provider_that_cannot_load_is_an_error_that_says_what_is_missing_not_a_slow_server(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime is asked for CUDA for real; this machine has no libraries for it, and it falls back."""
+    from service.runners.onnx_device import runner as onnx_device
+
+    with_a_gpu(monkeypatch, None)
+    monkeypatch.setattr(onnx_device, "check_device", lambda device: None)
+    missing = r"cannot load CUDAExecutionProvider \(lib\w+\.so\.\d+: cannot open shared object file.*pip install"
+    with pytest.raises(RunnerError, match=missing):
+        choice.open_runner(bundle, "onnx", device="cuda", max_rows=4)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    assert isinstance(choice.open_runner(bundle, max_rows=4), OnnxRunner)
+    assert any("on the processor, although there is a GPU" in message for message in caplog.messages)
+
+
+@pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_is_asked_for_and_not_there_is_refused(bundle: Bundle, device: Device) -> None:
+    with pytest.raises(RunnerError, match=f"the device {device} was asked for, but .*: choose the device cpu or auto"):
+        choice.open_runner(bundle, "onnx", device=device)
+
+
+def test_a_session_is_asked_what_it_runs_on(bundle: Bundle) -> None:
+    session = load_stage_session(bundle.path, bundle.manifest.stages[0].file)
+    check_loaded(session, "CPUExecutionProvider")
+    for provider in (CUDA, TENSORRT):
+        with pytest.raises(RunnerError, match=f"ONNX Runtime cannot load {provider}"):
+            check_loaded(session, provider)
+
+
+def test_engines_are_kept_apart_by_bundle_rows_versions_and_device(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(providers, "tensorrt_version", lambda: 101500)
+    monkeypatch.setattr(providers, "cuda_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    folder = engine_cache(bundle, 64)
+    name = f"{bundle.manifest.version}-fp16-64-ort-{ort.__version__}-trt-101500-NVIDIA-H100-80GB-HBM3"
+    assert folder == tmp_path / "exitserve" / "tensorrt" / name
+    assert folder.is_dir()
+    assert engine_cache(bundle, 64) == folder
+    others = [engine_cache(bundle, 32)]
+    monkeypatch.setattr(providers, "cuda_device_name", lambda: "NVIDIA L4")
+    others.append(engine_cache(bundle, 64))
+    monkeypatch.setattr(providers, "tensorrt_version", lambda: 101600)
+    others.append(engine_cache(bundle, 64))
+    assert len({folder, *others}) == 4
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunnerError, match="have XDG_CACHE_HOME name a folder that can be written to"):
+        engine_cache(bundle, 64)
+
+
+def test_tensorrt_is_told_every_shape_that_its_engines_will_meet(bundle: Bundle, tmp_path: Path) -> None:
+    stage = bundle.manifest.stages[1]
+    options = tensorrt_options(stage, 64, tmp_path, ["Gather", "ScatterElements"])
+    for name, n_rows in (("min", 1), ("opt", 64), ("max", 64)):
+        shapes = dict(one.split(":") for one in options[f"trt_profile_{name}_shapes"].split(","))
+        assert shapes == {v.name: "x".join(map(str, (n_rows, *v.shape))) for v in stage.inputs}
+    assert options["trt_op_types_to_exclude"] == "Gather,ScatterElements"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,5 +212,5 @@ def test_errors_of_onnx_runtime_that_no_later_call_survives_are_told_apart(messa
 def test_the_setting_reaches_the_runner(bundle_path: Path) -> None:
     from tests.service.apps import build_app
 
-    with pytest.raises(RunnerError, match="torch-cuda runs on GPUs"):
+    with pytest.raises(RunnerError, match="torch-cuda runs on CUDA"):
         build_app(bundle_path, runner="torch-cuda")

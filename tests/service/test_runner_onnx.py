@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from service.runners.base import Block, Gathering, RowState, RunnerError, keep
-from service.runners.onnx import OnnxRunner, cuda_device_count
+from service.runners.onnx import OnnxRunner
+from service.runners.providers import cuda_device_count
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_bundle, tiny_network
 from training.export import Normalise
 

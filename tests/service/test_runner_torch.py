@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from service.engine import Engine
 from service.rows import Answer, Options
 from service.runners.base import Block, FatalRunnerError, RowState, RunnerError, keep
 from service.runners.onnx import OnnxRunner
+from service.runners.slots import SCRATCH, Slots, buckets_for
 from service.runners.torch_cuda.device import Host, HostStream, Program, Stream
-from service.runners.torch_cuda.lane import buckets_for
-from service.runners.torch_cuda.memory import SCRATCH, Slots, Values
+from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, lower
 from service.runners.torch_cuda.runner import TorchCudaRunner, open_torch_runner
 from service.runners.torch_cuda.scoring import SCORES as DEVICE_SCORES
@@ -206,9 +207,9 @@ def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
 ) -> None:
     """Two lanes, exits, regrouping, clients that leave, and wishes; with a score of the device's, and one of the host's
     that remembers earlier exits."""
-    runner = open_torch_runner(bundle, 8, 256, device=Host())
-    if score != "logit_margin":
-        runner.score = None
+    told = bundle.manifest.model_copy(update={"score": score})
+    runner = open_torch_runner(Bundle(bundle.path, told, bundle.calibration), 8, 256, device=Host())
+    assert (runner.score is None) == (score == "patience")
     budget = BudgetController(bundle.frontier(score), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000)
     scores = plain_scores(runner.n_stages)[score]
     scheduler: Scheduler[Any] = Scheduler(runner.n_stages, 8)
@@ -352,7 +353,7 @@ class BooksStream(HostStream):
         self._device = device
 
     def prepare(self, program: Program) -> Program:
-        stage, bucket = program.args  # type: ignore[attr-defined]
+        stage, bucket, _ = program.args  # type: ignore[attr-defined]
         if bucket > self._device.room_rows:
             raise self._device.no_memory
         self._device.prepared.append((stage, bucket))
@@ -410,7 +411,7 @@ def test_where_memory_ends_batches_get_smaller_with_a_warning(
     engine = Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names)
     with running(engine):
         assert runner.max_rows == engine.max_rows == 2
-        assert [record.message for record in caplog.records if record.name.endswith("runner")] == [
+        assert [record.message for record in caplog.records if record.name.endswith("slotted")] == [
             "no memory for 8 images at once, at most 4 run together: CUDA out of memory",
             "no memory for 4 images at once, at most 2 run together: CUDA out of memory",
         ]
@@ -456,6 +457,57 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, im
     assert runner.run(0, row).block.n_rows == 1  # the lane was given back each time
     del told
     assert all_free(runner.slots)
+
+
+class Slow:
+    """A stage that takes its time; how often it was called."""
+
+    def __init__(self, stage: Any, seconds: float) -> None:
+        self.stage, self.seconds, self.calls = stage, seconds, 0
+        self.inputs, self.outputs = stage.inputs, stage.outputs
+
+    def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.calls += 1
+        sleep(self.seconds)
+        outputs: tuple[torch.Tensor, ...] = self.stage(*values)
+        return outputs
+
+
+def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alone(
+    images: NDArray[np.uint8], whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stages as they are take 20 ms longer here: of the compiled ones one fails, one is slower, and two are taken."""
+    made: list[Slow] = []
+
+    def compiler(stage: Any) -> Slow:
+        made.append(Slow(stage.stage, 0.2 if len(made) == 2 else 0.0))
+        if len(made) == 2:
+            raise RuntimeError("no C compiler was found")
+        return made[-1]
+
+    runner = TorchCudaRunner(
+        tiny_network(), SHAPE, MEAN, STD, None, 4, 16, device=Host(), dtype=torch.float32, compiler=compiler
+    )
+    runner.stages[:] = [Slow(stage, 0.02) for stage in runner.stages]  # type: ignore[misc]
+    with caplog.at_level("INFO"):
+        runner.warm_up(0.0)
+    assert sorted(runner.compiled) == [0, 3]
+    assert "stage 2 stays as it is, it cannot be compiled: no C compiler was found" in caplog.messages
+    assert [message.rsplit(": ")[-1] for message in caplog.messages if " compiled takes " in message] == [
+        "taken",
+        "left",
+        "taken",
+    ]
+    taken = [made[0], made[3]]
+    for call in taken:
+        call.calls = 0
+    for n_rows in (4, 3, 2, 1):
+        rows: Sequence[RowState] = [runner.first_state(image) for image in images[:n_rows]]
+        for stage in range(runner.n_stages):
+            output = runner.run(stage, rows)
+            close(output.logits, whole[stage][:n_rows])
+            rows = output.states
+    assert [call.calls for call in taken] == [2, 2]  # of 4 and of 3 images, which run as 4
 
 
 def test_an_image_of_another_kind_is_refused(runner: TorchCudaRunner) -> None:

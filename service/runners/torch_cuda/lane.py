@@ -5,7 +5,8 @@ buffer that stays where it is, gathers, runs the stage, writes to the slots, and
 another.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,17 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.staging import Stage
-from service.runners.base import Array
+from service.runners.base import Array, Heads
+from service.runners.slots import SCRATCH
+from service.runners.slotted import IMAGES
 from service.runners.torch_cuda.device import Device, Program
-from service.runners.torch_cuda.memory import SCRATCH, Values
+from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge
 
-IMAGES = "images"
-
-
-def buckets_for(max_rows: int) -> list[int]:
-    """The batch sizes that are prepared: powers of two, and `max_rows`."""
-    return sorted({1 << i for i in range(max_rows.bit_length())} | {max_rows})
+StageCall = Callable[..., tuple[Tensor, ...]]
+"""A stage, or what computes the same."""
 
 
 class Lane:
@@ -34,7 +33,8 @@ class Lane:
         device: where it runs; a stream is opened there.
         stages: lowered, on the device; shared by all lanes, as are `values`.
         image_shape: (height, width, 3).
-        n_classes, score: of the network, and of `scoring.SCORES`.
+        n_classes: of the network.
+        score: a key of `scoring.SCORES`; None leaves scores, classes and confidences to the caller.
         max_rows: the largest bucket.
     """
 
@@ -45,7 +45,7 @@ class Lane:
         values: Values,
         image_shape: Sequence[int],
         n_classes: int,
-        score: str,
+        score: str | None,
         max_rows: int,
     ) -> None:
         self.stream = device.open_stream()
@@ -59,21 +59,21 @@ class Lane:
         self._images_host, self._images = (make((max_rows, *image_shape), dtype=torch.uint8) for make in (host, there))
         self._told_host, self._told = (make(max_rows * self._row_bytes, dtype=torch.uint8) for make in (host, there))
 
-    def prepare(self, stage: int, bucket: int) -> None:
-        """Make the program of a stage for batches of up to `bucket` rows."""
+    @torch.inference_mode()
+    def prepare(self, stage: int, bucket: int, call: StageCall | None = None) -> None:
+        """Make the program of a stage for batches of up to `bucket` rows; `call` takes the stage's place in it."""
         self._slots_host.fill_(SCRATCH)
         with self.stream.use():
             self._slots.copy_(self._slots_host)
-        self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket))
+        self.programs[stage, bucket] = self.stream.prepare(
+            partial(self._program, stage, bucket, call or self._stages[stage])
+        )
 
+    @torch.inference_mode()
     def run(
         self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """Run a stage on the rows in `slots`, up to `bucket`; of the first stage `images` are the rows' own.
-
-        Returns:
-            what is told of the rows, float64 [rows, N_NUMBERS], and their logits, float32 [rows, classes].
-        """
+    ) -> tuple[NDArray[np.float32], Heads | None]:
+        """See `slotted.Lane`."""
         n_rows = len(slots)
         self._slots_host.numpy()[:bucket] = [*slots, *[SCRATCH] * (bucket - n_rows)]
         if images:
@@ -86,19 +86,35 @@ class Lane:
             n_bytes = bucket * self._row_bytes
             self._told_host[:n_bytes].copy_(self._told[:n_bytes], non_blocking=True)
             self.stream.wait()
-        told, logits = self._parts(self._told_host, bucket)
-        return told[:n_rows].numpy().copy(), logits[:n_rows].numpy().copy()
+        numbers, logits = (part[:n_rows].numpy().copy() for part in self._parts(self._told_host, bucket))
+        if self._score is None:
+            return logits, None
+        return logits, Heads(numbers[:, 0].astype(np.int64), numbers[:, 1], numbers[:, 2])
 
-    def _program(self, stage_index: int, bucket: int) -> None:
+    @torch.inference_mode()
+    def seconds(self, stage: int, bucket: int, repeats: int) -> float:
+        """What a program takes, `repeats` of them being put on the stream one after the other."""
+        program = self.programs[stage, bucket]
+        with self.stream.use():
+            program()
+            self.stream.wait()
+            started = time.perf_counter()
+            for _ in range(repeats):
+                program()
+            self.stream.wait()
+        return (time.perf_counter() - started) / repeats
+
+    def _program(self, stage_index: int, bucket: int, call: StageCall) -> None:
         stage, slots = self._stages[stage_index], self._slots[:bucket]
         carried = [name for name in stage.inputs if name != IMAGES]
         inputs = dict(zip(carried, self._values.gather(carried, slots), strict=True))
         inputs[IMAGES] = self._images[:bucket]
-        outputs = stage(*(inputs[name] for name in stage.inputs))
+        outputs = call(*(inputs[name] for name in stage.inputs))
         made = zip(stage.outputs, outputs, strict=True)
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
         told, logits = self._parts(self._told, bucket)
-        told.copy_(judge(outputs[0], self._score))
+        if self._score is not None:
+            told.copy_(judge(outputs[0], self._score))
         logits.copy_(outputs[0])
 
     def _parts(self, told: Tensor, bucket: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,6 @@
+"""ONNX Runtime with the state of rows in slots on a device: CUDA, TensorRT, or the processor, where it is tested.
+
+graph.py    a stage's graph, extended: it reads rows from slots and writes them there
+lane.py     one batch at a time: sessions, buffers that stay where they are, and what is bound to them
+runner.py   the runner
+"""

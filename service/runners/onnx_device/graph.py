@@ -1,0 +1,91 @@
+"""A stage's graph, extended so that rows stay in slots on the device.
+
+A value that a later stage reads has one tensor [slots, ...], its *store*. The graph gathers what it reads by the rows'
+slots, and scatters what it makes into stores that are its input and its output: bound to the same memory, so that rows
+are written and nothing else is copied.
+"""
+
+from collections.abc import Set
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+
+from models.manifest import StageInfo, ValueInfo
+
+SLOTS = "exitserve.slots"  # int64 [rows]
+STORE_OPERATORS = ("Gather", "Unsqueeze", "Expand", "ScatterElements")
+"""What is added. TensorRT, which cannot write to its input, is to leave these to CUDA."""
+
+
+def store(name: str) -> str:
+    """What the store of a value is called in graphs."""
+    return f"exitserve.store.{name}"
+
+
+def stored(name: str) -> str:
+    """The same with the rows of a batch written to it."""
+    return f"exitserve.stored.{name}"
+
+
+def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> bytes:
+    """Return the graph at `path` as one that reads and writes stores of `n_slots` rows. Weights stay where they are.
+
+    Inputs: what the stage reads of `kept` as its store, all else as it was; the stores it writes; `SLOTS`.
+    Outputs: the logits, and every store it writes.
+
+    Args:
+        kept: names of values that a later stage reads.
+    """
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    read = [value for value in stage.inputs if value.name in kept]
+    written = [value for value in stage.outputs if value.name in kept]
+    gathers = [helper.make_node("Gather", [store(v.name), SLOTS], [v.name], axis=0) for v in read]
+    scatters = [node for value in written for node in _scatter(value)]
+    constants = [constant for value in written for constant in _constants(value)]
+    extended = helper.make_graph(
+        [*gathers, *graph.node, *scatters],
+        graph.name,
+        [
+            *(one for one in graph.input if one.name not in kept),
+            *(_tensor(store(value.name), value, n_slots) for value in (*read, *written)),
+            helper.make_tensor_value_info(SLOTS, TensorProto.INT64, ["rows"]),
+        ],
+        [
+            *(one for one in graph.output if one.name == stage.outputs[0].name),
+            *(_tensor(stored(value.name), value, n_slots) for value in written),
+        ],
+        [*graph.initializer, *constants],
+    )
+    graph.CopyFrom(extended)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _constants(value: ValueInfo) -> list[TensorProto]:
+    axes, shape, rank = _name("axes", value), _name("shape", value), len(value.shape)
+    return [
+        helper.make_tensor(axes, TensorProto.INT64, [rank], range(1, 1 + rank)),
+        helper.make_tensor(shape, TensorProto.INT64, [1 + rank], [1, *value.shape]),
+    ]
+
+
+def _scatter(value: ValueInfo) -> list[NodeProto]:
+    """Rows of a value to their slots. One thread an element on CUDA, where ScatterND has one for all of a row."""
+    column, where = _name("column", value), _name("where", value)
+    return [
+        helper.make_node("Unsqueeze", [SLOTS, _name("axes", value)], [column]),
+        helper.make_node("Expand", [column, _name("shape", value)], [where]),
+        helper.make_node("ScatterElements", [store(value.name), where, value.name], [stored(value.name)], axis=0),
+    ]
+
+
+def _name(what: str, value: ValueInfo) -> str:
+    return f"exitserve.{what}.{value.name}"
+
+
+def _tensor(name: str, value: ValueInfo, n_slots: int) -> ValueInfoProto:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype))
+    return helper.make_tensor_value_info(name, kind, [n_slots, *value.shape])

@@ -1,0 +1,81 @@
+"""One lane: a session a stage, buffers that stay where they are, and a binding for every stage and bucket.
+
+What is bound never changes place or shape, as CUDA graphs ask for it: a batch is written into the buffers of its
+bucket, and its logits are read from there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from models.manifest import StageInfo
+from service.runners.base import Array, Heads
+from service.runners.onnx_device.graph import SLOTS, store, stored
+from service.runners.slots import SCRATCH
+
+Stores = Mapping[str, ort.OrtValue]
+
+
+class OnnxLane:
+    """See the module; a `slotted.Lane`.
+
+    Args:
+        sessions: of the extended stages, this lane's own: a session that replays graphs may not run twice at once.
+        stages: as the manifest has them.
+        stores: on the device, shared by all lanes.
+        kind: of the device, as ONNX Runtime calls it.
+    """
+
+    def __init__(
+        self, sessions: Sequence[ort.InferenceSession], stages: Sequence[StageInfo], stores: Stores, kind: str
+    ) -> None:
+        self.sessions, self._stages, self._stores, self._kind = sessions, stages, stores, kind
+        self._image = stages[0].inputs[0]
+        self._slots: dict[int, Any] = {}  # by bucket
+        self._images: dict[int, tuple[Array, Any]] = {}  # by bucket: as gathered on the host, and on the device
+        self._programs: dict[tuple[int, int], tuple[Any, Any, Any]] = {}  # by stage and bucket; see `_bind`
+
+    def prepare(self, stage: int, bucket: int) -> None:
+        if bucket not in self._slots:
+            self._slots[bucket] = self._tensor((bucket,), "int64")
+            host = np.zeros((bucket, *self._image.shape), self._image.dtype)
+            self._images[bucket] = host, self._tensor(host.shape, self._image.dtype)
+        self._programs[stage, bucket] = self._bind(stage, bucket)
+        # With graphs, ONNX Runtime runs it twice as it is, captures it, and replays it from then on.
+        self.run(stage, bucket, [SCRATCH], [self._images[bucket][0][0]] if stage == 0 else [])
+
+    def run(
+        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
+    ) -> tuple[NDArray[np.float32], Heads | None]:
+        n_rows = len(slots)
+        self._slots[bucket].update_inplace(np.array([*slots, *[SCRATCH] * (bucket - n_rows)]))
+        if images:
+            host, there = self._images[bucket]
+            np.stack(images, out=host[:n_rows])
+            there.update_inplace(host)
+        binding, options, logits = self._programs[stage, bucket]
+        self.sessions[stage].run_with_iobinding(binding, options)  # comes back when the device is done
+        return np.array(logits.numpy()[:n_rows]), None  # a copy: on the processor `numpy` is a view of the buffer
+
+    def _bind(self, stage: int, bucket: int) -> tuple[Any, Any, Any]:
+        """What a stage at a bucket is run with: its binding, run options, and the tensor that has its logits."""
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(bucket))  # one captured graph a bucket; 0 is ONNX Runtime's
+        first = self._stages[stage].outputs[0]
+        logits = self._tensor((bucket, *first.shape), first.dtype)
+        session = self.sessions[stage]
+        binding = session.io_binding()
+        inputs = {store(name): value for name, value in self._stores.items()} | {SLOTS: self._slots[bucket]}
+        inputs[self._image.name] = self._images[bucket][1]
+        for one in session.get_inputs():
+            binding.bind_ortvalue_input(one.name, inputs[one.name])
+        outputs = {stored(name): value for name, value in self._stores.items()} | {first.name: logits}
+        for one in session.get_outputs():
+            binding.bind_ortvalue_output(one.name, outputs[one.name])
+        return binding, options, logits
+
+    def _tensor(self, shape: Sequence[int], dtype: str) -> Any:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype), self._kind)

@@ -1,0 +1,184 @@
+"""What runners have in common that keep the state of rows on a device: slots, buckets, and lanes that take turns."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.limits import is_out_of_memory
+from service.runners.base import Array, Block, FatalRunnerError, Heads, RowState, RunnerError, StageOutput
+from service.runners.slots import Slot, Slots, buckets_for
+
+logger = logging.getLogger(__name__)
+
+IMAGES = "images"
+REPEATS = 3
+
+
+class Lane(Protocol):
+    """Runs one batch at a time."""
+
+    def prepare(self, stage: int, bucket: int) -> None:
+        """Make ready for batches of up to `bucket` rows, and run one whose rows are all `SCRATCH`."""
+        ...
+
+    def run(
+        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array]
+    ) -> tuple[NDArray[np.float32], Heads | None]:
+        """Run a stage on the rows in `slots`, up to `bucket`; of the first stage `images` are the rows' own.
+
+        Returns:
+            their logits, float32 [rows, classes], and what else is told of them; the caller's own.
+        """
+        ...
+
+
+L = TypeVar("L", bound=Lane)
+
+
+class SlotRunner(ABC, Generic[L]):
+    """See `base.Runner` for the contract.
+
+    Whoever makes one calls `_open_lanes` when all that lanes need is there.
+
+    Args:
+        n_stages: of the network.
+        image_shape, image_dtype: of what `first_state` takes.
+        max_rows: the largest batch; less where the device's memory ends before, see `warm_up`.
+        max_in_flight_rows: images in work at once; each has a slot on the device.
+        n_lanes: batches at once.
+
+    Raises:
+        RunnerError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        n_stages: int,
+        image_shape: Sequence[int],
+        image_dtype: str,
+        max_rows: int,
+        max_in_flight_rows: int,
+        n_lanes: int,
+    ) -> None:
+        if max_rows < 1 or n_lanes < 1:
+            raise RunnerError(f"max_rows ({max_rows}) and n_lanes ({n_lanes}) must be at least 1")
+        self.n_stages, self.n_lanes = n_stages, n_lanes
+        self.image_shape, self.image_dtype = tuple(image_shape), np.dtype(image_dtype)
+        self.buckets = buckets_for(max_rows)
+        # Beside the images in work, those of the batches that lanes run for nobody, or have run last.
+        self.slots = Slots(max_in_flight_rows + 2 * n_lanes * max_rows)
+        self.lanes: list[L] = []
+        self._idle: SimpleQueue[L] = SimpleQueue()
+        self._prepared = False
+
+    @abstractmethod
+    def _open_lane(self) -> L: ...
+
+    @abstractmethod
+    def _is_lost(self, error: Exception) -> bool:
+        """After an error: can nothing run on the device any more, in this process?"""
+
+    def _is_out_of_memory(self, error: Exception) -> bool:
+        return is_out_of_memory(error)
+
+    def _release_memory(self) -> None:
+        """Give unused memory back to the device, so that a smaller try finds it."""
+
+    @property
+    def max_rows(self) -> int:
+        return self.buckets[-1]
+
+    def first_state(self, image: Array) -> RowState:
+        if image.shape != self.image_shape or image.dtype != self.image_dtype:
+            wanted = f"{self.image_dtype} {self.image_shape}"
+            raise ValueError(f"an image {image.dtype} {image.shape} where the network takes {wanted}")
+        return RowState(Block({IMAGES: image[None]}, 1), 0)
+
+    def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
+        started = time.perf_counter()
+        slots = self.slots.take(len(rows)) if stage == 0 else [_slot_of(row) for row in rows]
+        images = [row.block.values[IMAGES][row.index] for row in rows] if stage == 0 else []
+        bucket = next(size for size in self.buckets if size >= len(rows))
+        lane = self._idle.get()
+        try:
+            logits, heads = lane.run(stage, bucket, [slot.index for slot in slots], images)
+        except Exception as error:  # torch and ONNX Runtime raise errors of many kinds
+            what = f"stage {stage + 1} failed on a batch of {len(rows)}: {error}"
+            raise (FatalRunnerError if self._is_lost(error) else RunnerError)(what) from error
+        finally:
+            self._idle.put(lane)
+        goes_on = stage + 1 < self.n_stages
+        block = Block({}, len(rows), slots if goes_on else None)
+        return StageOutput(logits, block, time.perf_counter() - started, heads=heads)
+
+    def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
+        """Prepare every stage at every bucket, the first time; then run every stage at all buckets for `limit_s`.
+
+        Where the memory of the device ends, `max_rows` is halved, with a warning.
+
+        Raises:
+            RunnerError: not even single images can be run.
+        """
+        if not self._prepared:
+            self._prepare()
+        times: list[dict[int, float]] = [{} for _ in range(self.n_stages)]
+        spent_s = 0.0
+        for bucket in self.buckets:
+            blank = np.zeros(self.image_shape, self.image_dtype)
+            rows: Sequence[RowState] = [self.first_state(blank) for _ in range(bucket)]
+            for stage in range(self.n_stages):
+                seconds = []
+                for _ in range(REPEATS):
+                    output = self.run(stage, rows)
+                    seconds.append(output.seconds)
+                times[stage][bucket] = min(seconds)
+                spent_s += sum(seconds)
+                rows = output.states
+            if spent_s > limit_s:
+                break
+        return times
+
+    def _prepare(self) -> None:
+        while (why := self._out_of_memory_at()) is not None:
+            # Here, not where the error was caught: it held on to all that its call had allocated.
+            self.lanes.clear()
+            self._idle = SimpleQueue()
+            self._release_memory()
+            too_many = self.buckets.pop()
+            if not self.buckets:
+                raise RunnerError(f"the device has no memory for single images: {why}")
+            logger.warning("no memory for %d images at once, at most %d run together: %s", too_many, self.max_rows, why)
+            self._open_lanes()
+        self._prepared = True
+
+    def _out_of_memory_at(self) -> str | None:
+        """Prepare all stages at all buckets; returns None, or what was said where the memory ended."""
+        try:
+            for lane in self.lanes:
+                for bucket in reversed(self.buckets):  # so that smaller ones find their memory in the pool
+                    for stage in range(self.n_stages):
+                        lane.prepare(stage, bucket)
+        except Exception as error:  # as above
+            if self._is_out_of_memory(error):
+                return str(error)
+            what = f"the stages cannot be prepared: {error}"
+            raise (FatalRunnerError if self._is_lost(error) else RunnerError)(what) from error
+        return None
+
+    def _open_lanes(self) -> None:
+        for _ in range(self.n_lanes):
+            lane = self._open_lane()
+            self.lanes.append(lane)
+            self._idle.put(lane)
+
+
+def _slot_of(row: RowState) -> Slot:
+    assert row.block.slots is not None  # it has run the first stage
+    slot: Slot = row.block.slots[row.index]
+    return slot

@@ -1,0 +1,406 @@
+"""ONNX Runtime with state in slots, on the processor: the graphs, bindings and books that a GPU would run."""
+
+import gc
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from models.bundle import Bundle, load_bundle
+from models.exits import confidence
+from models.manifest import StageInfo, ValueInfo
+from service.budget import BudgetController
+from service.engine import Engine
+from service.rows import Answer, Options
+from service.runners.base import FatalRunnerError, RowState, RunnerError, keep
+from service.runners.onnx import OnnxRunner
+from service.runners.onnx_device.graph import STORE_OPERATORS, with_slots
+from service.runners.onnx_device.lane import OnnxLane
+from service.runners.onnx_device.runner import OnnxDeviceRunner
+from service.runners.slots import SCRATCH
+from service.scheduler import Scheduler
+from tests.bundles import REPOSITORY, random_images, tiny_bundle
+from tests.service.test_engine import balanced, running
+
+MAX_ROWS = 16
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def runner(bundle: Bundle) -> OnnxDeviceRunner:
+    runner = OnnxDeviceRunner(bundle, "cpu", MAX_ROWS, 256)
+    runner.warm_up()
+    return runner
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    return random_images(200, seed=51)
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    """The logits [200, classes] of every exit, of the runner that keeps state in the host's memory."""
+    return logits_of(OnnxRunner(bundle, 200, 1, "cpu"), images)
+
+
+def logits_of(runner: OnnxRunner | OnnxDeviceRunner, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    rows: Sequence[RowState] = [runner.first_state(image) for image in images]
+    logits = []
+    for stage in range(runner.n_stages):
+        output = runner.run(stage, rows)
+        logits.append(output.logits)
+        rows = output.states
+    return logits
+
+
+def all_free(runner: OnnxDeviceRunner) -> bool:
+    gc.collect()
+    return runner.slots.n_free == runner.slots.n_slots
+
+
+# --- a million rows ---------------------------------------------------------------------------------------------
+
+
+def counting_stages(folder: Path, n_stages: int) -> list[StageInfo]:
+    """Stages whose rows say who they are: exit k tells 10 x image + j for every stage j up to it, as row and as map."""
+    one = (1,)
+
+    def value(name: str, shape: tuple[int, ...] = one) -> ValueInfo:
+        return ValueInfo(name=name, shape=list(shape), dtype="float32")
+
+    def info(of: ValueInfo) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(of.name, TensorProto.FLOAT, ["rows", *of.shape])
+
+    stages = []
+    for k in range(n_stages):
+        source = "images" if k == 0 else "image"
+        inputs = [value("images")] if k == 0 else [value("image"), value("map", (2, 3)), *map(value, made(k))]
+        outputs = [value(f"logits_{k + 1}", (k + 2,)), value(f"made_{k}")]
+        nodes = [
+            helper.make_node("Mul", [source, "ten"], ["tens"]),
+            helper.make_node("Add", ["tens", "stage"], [f"made_{k}"]),
+        ]
+        if k == 0:
+            outputs += [value("image"), value("map", (2, 3))]
+            nodes += [
+                helper.make_node("Identity", ["images"], ["image"]),
+                helper.make_node("Reshape", ["images", "as map"], ["cells"]),
+                helper.make_node("Expand", ["cells", "map shape"], ["map"]),
+                helper.make_node("Identity", ["images"], ["cell"]),
+            ]
+        else:
+            nodes.append(helper.make_node("ReduceMax", ["map", "map axes"], ["cells"], keepdims=1))
+            nodes.append(helper.make_node("Squeeze", ["cells", "last axis"], ["cell"]))
+        nodes.append(helper.make_node("Concat", [*made(k + 1), "cell"], [f"logits_{k + 1}"], axis=1))
+        constants = [
+            helper.make_tensor("ten", TensorProto.FLOAT, [], [10.0]),
+            helper.make_tensor("stage", TensorProto.FLOAT, [], [float(k)]),
+            helper.make_tensor("as map", TensorProto.INT64, [3], [-1, 1, 1]),
+            helper.make_tensor("map shape", TensorProto.INT64, [3], [1, 2, 3]),
+            helper.make_tensor("map axes", TensorProto.INT64, [2], [1, 2]),
+            helper.make_tensor("last axis", TensorProto.INT64, [1], [2]),
+        ]
+        used = {name for node in nodes for name in node.input}
+        graph = helper.make_graph(
+            nodes,
+            "counting",
+            [info(one) for one in inputs],
+            [info(one) for one in outputs],
+            [constant for constant in constants if constant.name in used],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        (folder / f"stage_{k + 1}.onnx").write_bytes(model.SerializeToString())
+        stages.append(StageInfo(file=f"stage_{k + 1}.onnx", inputs=inputs, outputs=outputs, state_bytes_per_row=0))
+    return stages
+
+
+def made(n_stages: int) -> list[str]:
+    return [f"made_{j}" for j in range(n_stages)]
+
+
+def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped(bundle: Bundle, tmp_path: Path) -> None:
+    """Rows start, go on in batches of any others, and leave at random; every one finds its own values, once a stage."""
+    n_images, n_stages, max_rows, in_flight = 1_000_000, 3, 8192, 20_000
+    manifest = bundle.manifest.model_copy(update={"stages": counting_stages(tmp_path, n_stages)})
+    runner = OnnxDeviceRunner(Bundle(tmp_path, manifest, bundle.calibration), "cpu", max_rows, in_flight)
+    for bucket in runner.buckets[6:]:
+        for stage in range(n_stages):
+            for lane in runner.lanes:
+                lane.prepare(stage, bucket)
+    runner.buckets = runner.buckets[6:]
+    rng = np.random.default_rng(0)
+    waiting: list[list[tuple[int, RowState]]] = [[] for _ in range(n_stages)]
+    passed = np.zeros((n_stages, n_images), np.int8)
+    n_started = n_ended = 0
+    while n_ended < n_images:
+        room = min(in_flight - sum(map(len, waiting)), n_images - n_started)
+        ready = [stage for stage in range(1, n_stages) if waiting[stage]] + [0] * (room > 0)
+        stage, size = int(rng.choice(ready)), int(rng.integers(1, max_rows))
+        if stage == 0:
+            ids = np.arange(n_started, n_started + min(size, room))
+            rows: Sequence[RowState] = [runner.first_state(image) for image in ids.astype(np.float32)[:, None]]
+            n_started += len(ids)
+        else:
+            order = rng.permutation(len(waiting[stage]))
+            batch = [waiting[stage][i] for i in order[:size]]
+            waiting[stage] = [waiting[stage][i] for i in order[size:]]
+            ids, rows = np.array([i for i, _ in batch]), [row for _, row in batch]
+            del batch
+        output = runner.run(stage, rows)
+        np.testing.assert_array_equal(output.logits[:, :-1], ids[:, None] * 10 + np.arange(stage + 1))
+        np.testing.assert_array_equal(output.logits[:, -1], ids)
+        passed[stage, ids] += 1
+        stays = np.flatnonzero(rng.random(len(ids)) < (0.6 if stage + 1 < n_stages else 0.0))
+        n_ended += len(ids) - len(stays)
+        if len(stays):
+            waiting[stage + 1] += zip(ids[stays].tolist(), keep(output.block, stays.tolist()), strict=True)
+        del rows, output
+    assert (passed[0] == 1).all()
+    assert (passed <= 1).all()
+    assert (np.diff(passed, axis=0) <= 0).all()
+    del waiting
+    assert all_free(runner)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_regrouped_at_random_get_the_plain_runners_answers_to_the_bit(
+    runner: OnnxDeviceRunner, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    waiting = [(i, runner.first_state(image)) for i, image in enumerate(images)]
+    for stage in range(runner.n_stages):
+        survivors: list[tuple[int, RowState]] = []
+        order = rng.permutation(len(waiting)) if seed % 2 else np.arange(len(waiting))
+        while len(order):
+            size = int(rng.integers(1, MAX_ROWS + 1))
+            batch, order = [waiting[j] for j in order[:size]], order[size:]
+            output = runner.run(stage, [row for _, row in batch])
+            ids = [i for i, _ in batch]
+            assert np.array_equal(output.logits, expected[stage][ids])
+            assert not output.block.values  # nothing but logits comes back
+            kept = [j for j in range(len(batch)) if rng.random() < 0.8] if stage + 1 < runner.n_stages else []
+            survivors += [(ids[j], state) for j, state in zip(kept, keep(output.block, kept), strict=True)]
+        waiting = survivors
+    del output, batch, survivors, waiting
+    assert all_free(runner)
+
+
+def test_lanes_do_not_disturb_each_other(
+    runner: OnnxDeviceRunner, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
+) -> None:
+    def through(part: int) -> None:
+        rows: Sequence[RowState] = [runner.first_state(image) for image in images[part::13]]
+        for stage in range(runner.n_stages):
+            first, rest = runner.run(stage, rows[:5]), runner.run(stage, rows[5:])
+            assert np.array_equal(np.concatenate([first.logits, rest.logits]), expected[stage][part::13])
+            rows = [*first.states, *rest.states]
+
+    with ThreadPoolExecutor(3) as threads:  # one more than lanes
+        list(threads.map(through, [*range(13)] * 2))
+    assert all_free(runner)
+
+
+def test_logits_are_the_callers_own(runner: OnnxDeviceRunner, images: NDArray[np.uint8]) -> None:
+    first = runner.run(0, [runner.first_state(images[0])]).logits
+    before = first.copy()
+    for image in images[1:4]:  # both lanes, the same buffers
+        runner.run(0, [runner.first_state(image)])
+    assert np.array_equal(first, before)
+
+
+@pytest.mark.parametrize("name", ["cifar100-msdnet", "imagenette-msdnet"])
+def test_the_bundles_that_ship_answer_as_with_the_plain_runner_to_the_bit(name: str) -> None:
+    shipped = load_bundle(REPOSITORY / "models/zoo" / name)
+    on_device = OnnxDeviceRunner(shipped, "cpu", 4, 4, 1)
+    on_device.warm_up()
+    pixels = np.random.default_rng(3).integers(0, 256, (3, *on_device.image_shape), dtype=np.uint8)
+    plain = logits_of(OnnxRunner(shipped, 4, 1, "cpu"), pixels)
+    for ours, theirs in zip(logits_of(on_device, pixels), plain, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
+    bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
+) -> None:
+    """Two lanes, exits, regrouping, clients that leave, and wishes."""
+    runner = OnnxDeviceRunner(bundle, "cpu", 8, 256)
+    budget = BudgetController(bundle.frontier(), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000)
+    scheduler: Scheduler[Any] = Scheduler(runner.n_stages, 8)
+    engine = Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names)
+    with running(engine):
+        futures = [engine.submit(image, Options(top_k=1 + i % 3)) for i, image in enumerate(images)]
+        pinned = engine.submit(images[0], Options(exit=3, steps=True, top_k=10))
+        for future in futures[5::20]:
+            future.cancel()
+        left = set()
+        for i, future in enumerate(futures):
+            if future.cancelled():
+                continue
+            answer = future.result(60)
+            assert isinstance(answer, Answer)
+            logits = expected[answer.exit - 1][i]
+            assert answer.class_id == logits.argmax()
+            assert answer.confidence == pytest.approx(float(confidence(logits[None])[0]), rel=1e-9)
+            left.add(answer.exit)
+        assert pinned.result(60).exit == 3
+        assert len(left) > 1
+        stats = engine.stats()
+    assert balanced(stats)
+    del futures, future, pinned
+    assert runner.slots.n_free >= runner.slots.n_slots - 2 * 2 * 8  # what idle lanes still remember of their last batch
+
+
+# --- graphs and bindings ----------------------------------------------------------------------------------------
+
+
+def test_a_stage_reads_and_writes_stores_and_gives_logits_alone(bundle: Bundle) -> None:
+    stage = bundle.manifest.stages[1]
+    read_later = {value.name for later in bundle.manifest.stages[2:] for value in later.inputs}
+    kept = {value.name for value in stage.inputs} | read_later
+    path = bundle.path / "extended.onnx"  # beside the weights that it refers to
+    path.write_bytes(with_slots(bundle.path / stage.file, stage, kept, 9))
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    written = {value.name for value in stage.outputs} & read_later
+    assert written
+    assert {one.name for one in model.graph.input} == {
+        "exitserve.slots",
+        *(f"exitserve.store.{name}" for name in {value.name for value in stage.inputs} | written),
+    }
+    assert next(one.name for one in model.graph.output) == stage.outputs[0].name
+    assert {one.name for one in model.graph.output} - {stage.outputs[0].name} == {
+        f"exitserve.stored.{name}" for name in written
+    }
+    added = [node for node in model.graph.node if any("exitserve." in name for name in (*node.input, *node.output))]
+    assert {node.op_type for node in added} == set(STORE_OPERATORS)
+
+
+def test_what_nobody_reads_is_written_nowhere_and_every_other_row_stays(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
+    """Stores are bound as input and as output: what a batch doesn't write is as it was, to the bit."""
+    runner = OnnxDeviceRunner(bundle, "cpu", 4, 8, 1)
+    runner.warm_up()
+    noise = {name: np.random.default_rng(1).random(value.shape()) for name, value in runner.stores.items()}
+    for name, value in runner.stores.items():
+        value.update_inplace(noise[name].astype(np.float32))
+    output = runner.run(0, [runner.first_state(image) for image in images[:3]])
+    slots = [row.block.slots[row.index].index for row in output.states]
+    made = {value.name for value in runner.stages[0].outputs}
+    for name, value in runner.stores.items():
+        changed = (value.numpy() != noise[name].astype(np.float32)).reshape(len(noise[name]), -1).any(axis=1)
+        assert set(np.flatnonzero(changed)) == ({*slots, SCRATCH} if name in made else set())
+
+
+def test_every_stage_is_bound_once_a_bucket_and_batches_take_the_smallest_that_fits(
+    bundle: Bundle, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[tuple[int, int]] = []
+    ran: list[tuple[int, int]] = []
+    prepare, run = OnnxLane.prepare, OnnxLane.run
+
+    def preparing(self: OnnxLane, stage: int, bucket: int) -> None:
+        prepared.append((stage, bucket))
+        prepare(self, stage, bucket)
+
+    def running(self: OnnxLane, stage: int, bucket: int, *rest: Any) -> Any:
+        ran.append((stage, bucket))
+        return run(self, stage, bucket, *rest)
+
+    monkeypatch.setattr(OnnxLane, "prepare", preparing)
+    monkeypatch.setattr(OnnxLane, "run", running)
+    runner = OnnxDeviceRunner(bundle, "cpu", 8, 8, 1)
+    times = runner.warm_up()
+    assert prepared == [(stage, bucket) for bucket in (8, 4, 2, 1) for stage in range(4)]
+    assert [sorted(by_rows) for by_rows in times] == [[1, 2, 4, 8]] * 4
+    ran.clear()
+    for n_rows in (1, 2, 3, 5, 8):
+        runner.run(0, [runner.first_state(image) for image in images[:n_rows]])
+    assert ran == [(0, 1), (0, 2), (0, 4), (0, 8), (0, 8)]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+
+def test_where_memory_ends_batches_get_smaller_with_a_warning(
+    bundle: Bundle, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare = OnnxLane.prepare
+    said = "Failed to allocate memory for requested buffer of size 4096"
+
+    def preparing(self: OnnxLane, stage: int, bucket: int) -> None:
+        if bucket > 3:
+            raise RuntimeError(said)
+        prepare(self, stage, bucket)
+
+    monkeypatch.setattr(OnnxLane, "prepare", preparing)
+    runner = OnnxDeviceRunner(bundle, "cpu", 8, 64)
+    runner.warm_up()
+    assert runner.max_rows == 2
+    assert [record.message for record in caplog.records if record.name.endswith("slotted")] == [
+        f"no memory for 8 images at once, at most 4 run together: {said}",
+        f"no memory for 4 images at once, at most 2 run together: {said}",
+    ]
+    assert runner.run(0, [runner.first_state(image) for image in images[:2]]).block.n_rows == 2
+
+
+class Breaking:
+    """A session that says what ONNX Runtime says when a kernel fails."""
+
+    def __init__(self, session: ort.InferenceSession, error: str) -> None:
+        self.session, self.error = session, error
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        raise RuntimeError(self.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", RunnerError),
+        ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", FatalRunnerError),
+    ],
+)
+def test_an_error_is_one_batchs_own_unless_the_device_is_lost(
+    bundle: Bundle, images: NDArray[np.uint8], error: str, kind: type[RunnerError]
+) -> None:
+    runner = OnnxDeviceRunner(bundle, "cpu", 4, 8, 1)
+    runner.warm_up()
+    lane, row = runner.lanes[0], [runner.first_state(images[0])]
+    sessions = lane.sessions
+    lane.sessions = [Breaking(sessions[0], error), *sessions[1:]]  # type: ignore[list-item]
+    with pytest.raises(RunnerError, match="stage 1 failed on a batch of 1: CUDA failure") as told:
+        runner.run(0, row)
+    assert type(told.value) is kind
+    lane.sessions = sessions
+    assert runner.run(0, row).block.n_rows == 1  # the lane was given back
+    del told
+    assert all_free(runner)
+
+
+def test_too_many_images_for_a_store_are_refused(bundle: Bundle) -> None:
+    with pytest.raises(RunnerError, match="are too many for one store: lower --max-in-flight"):
+        OnnxDeviceRunner(bundle, "cpu", 8, 10**6)
+
+
+def test_a_later_stage_that_reads_images_is_refused(bundle: Bundle) -> None:
+    first, second, *rest = bundle.manifest.stages
+    second = second.model_copy(update={"inputs": [*second.inputs, first.inputs[0]]})
+    manifest = bundle.manifest.model_copy(update={"stages": [first, second, *rest]})
+    with pytest.raises(RunnerError, match="a later stage reads the images"):
+        OnnxDeviceRunner(Bundle(bundle.path, manifest, bundle.calibration), "cpu", 8, 8)
