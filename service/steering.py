@@ -32,7 +32,11 @@ class Steering:
     window starts (`ECHO` of it, so that old deviations die out). Hard images answer last: when traffic stops, the
     window ends with the excess of all that were in flight, so the aim stays below the budget by that much, too. And a
     guard: where the window would end over the budget if traffic stopped now, or by less than `GUARD_MARGIN_IMAGES`
-    under it, it steers lower at once; the integral, which would work against that, stands still meanwhile.
+    under it, it steers lower at once; the integral, which would work against that, stands still meanwhile. It is for
+    traffic that it can help: excess beyond `MAX_EXCESS_IMAGES`, for which no aim makes room, is left out, and where
+    half of the window is in flight, spending less now does not help it. There it would never rest: at three times what
+    stages can do, with 500 to 1,000 images in flight, these got 55 to 87 % of the budget; now they get 97 to 99 %. In
+    return the last 1,000 answers before traffic stops may end some per cent over it, within the ledger's bound.
 
     Simulated on i.i.d. images (six exits, 5,000 images, 32 at a time, 2 lanes, budgets of 25, 40, 60 and 80 % of the
     full cost, 12 seeds each): the last 1,000 end at 0.993 to 0.999 of the budget, 0.9965 on average. Without the guard
@@ -129,14 +133,17 @@ class Steering:
         self._settled = min(max(self._settled, -most - self._owed), most - self._owed)
         self._reference, self._guard_from = 0.0, -inf
         if len(self._history) == ROLLING_ANSWERS:
-            at_window_start = self._history[min(sum(self._in_flight), ROLLING_ANSWERS - 1)]
+            n_in_flight = sum(self._in_flight)
+            at_window_start = self._history[min(n_in_flight, ROLLING_ANSWERS - 1)]
             spare = ROLLING_ANSWERS * (self._budget - self._aim) - self.GUARD_MARGIN_IMAGES * self._budget
-            self._guard_from = at_window_start - spare
+            if 2 * n_in_flight < ROLLING_ANSWERS:
+                self._guard_from = at_window_start - spare - self._excess_unpaid
             deviation = self.ECHO * (at_window_start - self._settled_mean)
             self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
 
     def _follow_operating_point(self) -> None:
         excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_IMAGES * self._budget)
+        self._excess_unpaid = max(self._excess_mean - excess, 0.0)
         self._aim = self._budget * (1.0 - self.AIM_UNDER) - excess / ROLLING_ANSWERS
         self._expected = self._expected_costs()
         self._owed = self._aims - sum(n * cost for n, cost in zip(self._in_flight, self._expected, strict=True))

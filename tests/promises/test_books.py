@@ -261,9 +261,8 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def state_is_kept_for_rows_in_flight_alone(self) -> None:
-        """Rows that went on keep blocks of at most four times their number alive, where they are compacted."""
-        if self.core.scheduler.policy.compact:
-            assert self._state_bytes() <= 4 * STATE_BYTES * len(self.core._live)
+        """A row in flight keeps the block of one batch alive at most: how much of it is seen when the batch ends."""
+        assert self._state_bytes() <= MAX_ROWS * STATE_BYTES * len(self.core._live)
         for client in self.clients:
             assert client.request in self.core._live or client.request.state is ENDED
 

@@ -1,22 +1,27 @@
-"""Traffic that does not wait for answers, under a virtual clock: the real scheduler, budget, pace and degrading."""
+"""Traffic that does not wait for answers, under a virtual clock: the real gate, scheduler, budget and degrading."""
 
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, nan
 
 import numpy as np
 
 from models.frontier import Frontier
+from service.admission import Admission
 from service.budget import BudgetController
 from service.costs import CostTable
 from service.degrade import Degrade
+from service.ledger import Account
 from service.pace import Pace
+from service.rows import EngineOverloaded, Options
 from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, Image, population
 
 N_EXITS = len(COSTS_MFLOPS)
 BATCH_S = 3e-4
+PLAIN = Options()
+NO_ACCOUNT = Account(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class _Row(Image):
     came_s: float
     working_mflops: float
     is_lowest: bool
+    options: Options = PLAIN  # as of a request at the gate
 
 
 def seconds_per_row(mflops_per_s: float) -> list[float]:
@@ -114,7 +120,9 @@ def simulate_open_loop(
     ahead: list[tuple[int, list[_Row]]] = []
     running: list[tuple[float, int, int, list[_Row], float]] = []
     record = Record(n_images=len(came))
-    room, in_flight, n_batches, n_came, now_s = max_in_flight, 0, 0, 0, 0.0
+    admission = Admission(max_in_flight)
+    admission.open()
+    n_batches, n_came, now_s = 0, 0, 0.0
 
     def dispatch() -> None:
         nonlocal n_batches
@@ -133,13 +141,16 @@ def simulate_open_loop(
     while n_came < len(came) or running:
         if n_came < len(came) and came[n_came] <= (running[0][0] if running else inf):
             now_s, n, n_came = came[n_came], n_came, n_came + 1
-            degrade.follow(now_s, in_flight, pace.row_s)
+            degrade.follow(now_s, admission.in_flight, pace.row_s)
             working, is_lowest = budget.working_mflops, budget.ledger.allowance == budget.costs[0]
-            if in_flight >= room:
-                record.arrivals.append(Arrival(now_s, float("nan"), False, 0, 0, working, is_lowest))
+            row = _Row(scores[n], right[n], NO_ACCOUNT, now_s, now_s, working, is_lowest)
+            try:
+                admission.enter(row)  # type: ignore[arg-type]  # it reads the options alone
+            except EngineOverloaded:
+                record.arrivals.append(Arrival(now_s, nan, False, 0, 0, working, is_lowest))
                 continue
-            in_flight += 1
-            row = _Row(scores[n], right[n], budget.admit(), now_s, now_s, working, is_lowest)
+            admission.take()
+            row.account = budget.admit()
             scheduler.add([row], 0, now_s)
             dispatch()
             continue
@@ -165,10 +176,10 @@ def simulate_open_loop(
                     row.is_lowest,
                 )
             )
-        in_flight -= n_left
         pace.ran(now_s - started_s, n_left)
         if n_left:
-            room = pace.room_rows(degrade.bearable_wait_s(max_queue_s), max_in_flight)
-        degrade.follow(now_s, in_flight, pace.row_s)
+            room_rows = pace.room_rows(degrade.bearable_wait_s(max_queue_s), max_in_flight)
+            admission.leave(n_left, room_rows, pace.row_s)
+        degrade.follow(now_s, admission.in_flight, pace.row_s)
         dispatch()
     return record

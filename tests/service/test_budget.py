@@ -198,6 +198,17 @@ def test_it_ends_there_at_any_concurrency(n_clients):
     assert 0.99 <= run.rolling[-1] <= 1.009
 
 
+@pytest.mark.parametrize(("n_clients", "n_lanes"), [(512, 2), (1_024, 2), (512, 8)])
+def test_with_a_thousand_in_flight_the_budget_is_spent_all_the_same(n_clients, n_lanes):
+    """When traffic stops, hard images answer last: what is kept for them must not starve those before."""
+    n_images = 12_000
+    budget = controller(0.4, default_burst_images(n_lanes, max_rows=32))
+    run = simulate(budget, population(n_images, 25), n_clients, n_lanes)
+    steady = run.spent[2 * n_clients : n_images - 2 * n_clients]
+    assert 0.96 <= np.mean(steady) / budget.budget <= 1.0
+    assert worst_window(run) <= budget.ledger.cap
+
+
 @pytest.mark.parametrize("n_lanes", [2, 8])
 def test_the_default_burst_leaves_the_ledger_nothing_to_refuse_at_full_load(n_lanes):
     burst_images = default_burst_images(n_lanes, max_rows=32)
