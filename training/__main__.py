@@ -285,6 +285,7 @@ def study(
         list[int] | None,
         typer.Option("--seed", help="Train this of its seeds alone, as one of several that share a study; may repeat."),
     ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Train nothing: tell of the runs that are there.")] = False,
 ) -> None:
     """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv, .png."""
     from rich.console import Console
@@ -293,7 +294,8 @@ def study(
     from training.study_report import plot_study, plot_valid_shares, print_study
 
     loaded = Study.load(name)
-    run_study(loaded, folder, data, device.resolve(), processes, seeds)
+    if not report:
+        run_study(loaded, folder, data, device.resolve(), processes, seeds)
     results = results_of(loaded, folder)
     write_table(results, folder / "study.csv")
     plot_study(folder / "study.png", loaded.description, results)

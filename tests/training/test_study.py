@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from tests.training import tiny
+from training.__main__ import app
 from training.calibration import ExitOutputs, calibrate
 from training.checkpoint import RunFolder
 from training.loop import Trainer
@@ -92,6 +94,12 @@ def test_what_is_missing_is_trained_and_every_variant_is_compared_seed_by_seed(t
     for i in range(2):  # each seed has its row, the baseline none among the gains
         assert f"{100 * results['joint'].gain[i].mean():+.2f}" in shown
     assert shown.count("boosted") == 4
+
+    told = CliRunner().invoke(
+        app, ["study", str(tmp_path / "study.toml"), "--data", "x", "--runs", str(folder), "--report"]
+    )
+    assert told.exit_code == 0, told.output
+    assert {"study.csv", "study.png", "valid.png"} <= {path.name for path in folder.iterdir()}
 
 
 def test_a_seed_that_the_study_does_not_have_is_refused(tmp_path: Path, study: Study) -> None:
