@@ -125,6 +125,7 @@ def main(
     budget: Annotated[float, typer.Option(help="Fraction of the full cost.")] = 0.4,
     seconds: Annotated[float, typer.Option(min=1.0, help="For each rate and round.")] = 10.0,
     rounds: Annotated[int, typer.Option(min=1, help="Times each rate is tried, in turns.")] = 3,
+    http_workers: Annotated[int, typer.Option(min=0, help="The server's --http-workers.")] = 0,
     share_cores: Annotated[bool, typer.Option(help="Let client and server share all cores.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None,
 ) -> None:
@@ -139,6 +140,7 @@ def main(
     if not bodies:
         raise typer.BadParameter(f"{images} holds no PNG", param_hint="--images")
     arguments = ["--bundle", str(bundle), "--budget-fraction", str(budget)]
+    arguments += ["--http-workers", str(http_workers)]
     with serving(arguments, theirs) as (address, pid):
         os.sched_setaffinity(0, ours)
         url = address + "/classify"

@@ -103,7 +103,8 @@ class DirectProtocol(HttpToolsProtocol):
             super().on_message_complete()
         elif not cycle.response_complete:
             self._last = cycle
-            self._desk.take(cycle.visit, cycle.body[0] if len(cycle.body) == 1 else b"".join(cycle.body))
+            parts, cycle.body = cycle.body, []  # the connection may live long, and is to keep no picture
+            self._desk.take(cycle.visit, parts[0] if len(parts) == 1 else b"".join(parts))
 
     # --- its own ------------------------------------------------------------------------------------------------
 

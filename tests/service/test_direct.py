@@ -19,6 +19,7 @@ import pytest
 from service.api.direct import Desk
 from service.api.gate import Gate
 from service.api.lifecycle import Phase
+from service.api.protocol import Cycle
 from service.engine import Engine
 from service.logs import JsonFormatter
 from service.rows import Options
@@ -245,6 +246,15 @@ def test_a_client_that_leaves_is_given_up_at_once(here: Here) -> None:
     go_on.set()
     assert here.engine.stats().abandoned == before + 1
     assert here.metric(gone) == counted + 1
+
+
+def test_a_connection_that_stays_keeps_no_picture(here: Here, line: Line) -> None:
+    body = BODY + bytes(50_000)  # what follows a picture's end is ignored
+    line.send(request(body))
+    assert line.receive()[0] == 200
+    cycles = [connection.cycle for connection in here.server.server_state.connections]
+    assert {tuple(cycle.body) for cycle in cycles if isinstance(cycle, Cycle)} == {()}
+    assert not here.app.desk._bodies
 
 
 def test_where_there_is_no_room_the_head_is_enough_and_the_connection_stays(
