@@ -10,7 +10,6 @@ the floor (multiply-adds at the machine's measured matrix product rate). Keep th
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,9 +24,8 @@ from rich.table import Table
 from benchmarks.closed_loop import Load, Round, ideal_rate
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
+from service.plan.measuring import measure as measure_times
 from service.policies import POLICIES
-from service.runners.base import RowState
-from service.runners.onnx import OnnxRunner
 from training.data import load_image_set
 
 Images = NDArray[np.uint8]
@@ -66,17 +64,13 @@ class Report:
         return median(on.images_per_s / off.images_per_s for on, off in pairs)
 
 
-def stage_row_seconds(bundle: Bundle, images: Images, max_rows: int, n_lanes: int, repeats: int) -> list[float]:
-    """What a row of a full batch takes at every stage while all lanes run that stage: the median of `repeats`."""
-    runner = OnnxRunner(bundle, max_rows, n_lanes)
-    rows: list[Sequence[RowState]] = [[runner.first_state(image) for image in images[:max_rows]]] * n_lanes
-    seconds = []
-    with ThreadPoolExecutor(n_lanes) as lanes:
-        for stage in range(runner.n_stages):
-            runs = [list(lanes.map(runner.run, [stage] * n_lanes, rows)) for _ in range(repeats + 1)][1:]
-            seconds.append(median(output.seconds for run in runs for output in run) / max_rows)
-            rows = [output.states for output in runs[-1]]
-    return seconds
+def stage_row_seconds(bundle: Bundle, n_lanes: int, max_rows: int, budget_mflops: float | None) -> list[float]:
+    """What a row of a full batch takes at every stage while all lanes run, stages in turns as often as at a budget.
+
+    Where stages wait for memory it matters which of them share it: lanes that all run the first one are the slowest.
+    """
+    by_rows = measure_times(bundle, "cpu", n_lanes, max_rows, budget_mflops).stage_seconds
+    return [stage[max_rows] / max_rows for stage in by_rows]
 
 
 def matrix_product_gmacs_per_s(size: int = 1536, repeats: int = 8) -> float:
@@ -127,7 +121,9 @@ def measure(
         for engine in engines:
             engine.drain(60)
     n_lanes = engines[0].n_lanes
-    row_seconds = stage_row_seconds(bundle, images, engines[0].max_rows, n_lanes, repeats=9)
+    row_seconds, off_row_seconds = (
+        stage_row_seconds(bundle, n_lanes, engines[0].max_rows, mflops) for mflops in (budget_mflops, None)
+    )
     gmacs = matrix_product_gmacs_per_s()
     return [
         Report(
@@ -141,7 +137,7 @@ def measure(
             exits_off=results[-1],
             stage_row_seconds=row_seconds,
             ideal_images_per_s=ideal_rate(row_seconds, np.mean([r.shares for r in result], axis=0).tolist(), n_lanes),
-            ideal_off_images_per_s=n_lanes / sum(row_seconds),
+            ideal_off_images_per_s=n_lanes / sum(off_row_seconds),
             matrix_product_gmacs_per_s=gmacs,
             floor_images_per_s=gmacs * 1e3 / median(r.mean_mflops for r in result),
         )

@@ -98,7 +98,7 @@ def mean_of(tables: Sequence[StageTimes]) -> StageTimes:
     """The mean of tables of the same network, measured at the same batch sizes."""
     documents = [table.model_dump() for table in tables]
     mean = dict(documents[0])
-    for name in ("alone_speed", "host_image_seconds", "host_batch_seconds"):
+    for name in ("alone_speed", "host_image_seconds", "host_batch_seconds", "wake_seconds"):
         mean[name] = float(np.mean([document[name] for document in documents]))
     mean["copy_row_seconds"] = np.mean([document["copy_row_seconds"] for document in documents], axis=0).tolist()
     mean["stage_seconds"] = [
@@ -113,7 +113,7 @@ def check(
 ) -> tuple[list[Pair], int]:
     """One round; returns the pairs, and how many images the live engine refused."""
     n_lanes, max_rows = engine.n_lanes, engine.max_rows
-    before = measure(bundle, "cpu", n_lanes, max_rows)
+    before = measure(bundle, "cpu", n_lanes, max_rows, budget_mflops)
     reached = Load(engine, images, 4 * n_lanes * max_rows).run().images_per_s
     rates = [load * reached for load in LOADS]
     n_refused, live = 0, []
@@ -122,7 +122,7 @@ def check(
         n_images = round(rate * (seconds + SETTLING_S))
         live.append(stream.run(poisson(rate, n_images, seed).tolist()))
         n_refused += stream.n_refused
-    times = mean_of([before, measure(bundle, "cpu", n_lanes, max_rows)])
+    times = mean_of([before, measure(bundle, "cpu", n_lanes, max_rows, budget_mflops)])
     calibration = bundle.calibration
     network = Network(
         calibration.scores[bundle.manifest.score], calibration.correct, bundle.costs_mflops, bundle.frontier()

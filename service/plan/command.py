@@ -119,7 +119,7 @@ def _plan(given: argparse.Namespace) -> tuple[Plan, Planner]:
     frontier = bundle.frontier()
     budget_mflops = _budget(given, Targets(frontier, bundle.costs_mflops))
     n_images = _n_images(given)
-    times = _times(given, bundle)
+    times = _times(given, bundle, budget_mflops)
     setup = Setup(
         budget_mflops=budget_mflops,
         n_lanes=given.lanes or times.n_lanes,
@@ -190,14 +190,14 @@ def _n_images(given: argparse.Namespace) -> int:
     return n_images
 
 
-def _times(given: argparse.Namespace, bundle: Bundle) -> StageTimes:
+def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> StageTimes:
     if given.stage_times is not None:
         if given.save_stage_times is not None:
             raise PlanError("--stage-times and --save-stage-times: give one of them; only what is measured is saved")
         times = StageTimes.load(given.stage_times)
         require_stages(times, bundle.manifest.stages, given.stage_times)
         return times
-    times = measure(bundle, given.device, given.lanes, given.max_batch_rows, tell=_tell)
+    times = measure(bundle, given.device, given.lanes, given.max_batch_rows, budget_mflops, tell=_tell)
     if given.save_stage_times is not None:
         try:
             times.save(given.save_stage_times)

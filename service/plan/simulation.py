@@ -86,7 +86,8 @@ class Simulation:
     """One replica: lanes, a host thread (Python runs one at a time), and cores that they share.
 
     Where stages run on the processor, work in progress shares the cores evenly: with more of it than cores each piece
-    is slower by the ratio. A batch alone is faster than the table says (`StageTimes.alone_speed`).
+    is slower by the ratio. A batch alone is faster than the table says (`StageTimes.alone_speed`). A host that wakes
+    while lanes hold all cores waits for one (`StageTimes.wake_seconds`).
 
     Args:
         network, times, setup: see there.
@@ -124,6 +125,7 @@ class Simulation:
         # Work in progress, by how much work will have been done on each piece when this one is.
         self._progress: list[tuple[float, int, Callable[[], None]]] = []
         self._done_s = 0.0  # work done on each piece in progress since the start
+        self._alarms: list[tuple[float, int, Callable[[], None]]] = []  # by time: what waits and does no work
         self._n_begun = 0
         self._host: deque[_HostWork] = deque()  # the first is in progress
         self._handed_over: deque[Batch] = deque()  # batches that no lane has begun
@@ -139,17 +141,22 @@ class Simulation:
         while True:
             speed = self._speed
             done_at = self.now_s + (self._progress[0][0] - self._done_s) / speed if self._progress else inf
-            if next_s == done_at == inf:
-                return self.record
-            if next_s < done_at:
-                self._done_s += (next_s - self.now_s) * speed
-                self.now_s = next_s
-                self._come()
-                next_s = next(coming, inf)
-            else:
+            alarm_s = self._alarms[0][0] if self._alarms else inf
+            if done_at <= min(next_s, alarm_s):
+                if done_at == inf:
+                    return self.record
                 self.now_s = done_at
                 self._done_s, _, done = heappop(self._progress)
                 done()
+                continue
+            now_s = min(next_s, alarm_s)
+            self._done_s += (now_s - self.now_s) * speed
+            self.now_s = now_s
+            if alarm_s <= next_s:
+                heappop(self._alarms)[2]()
+            else:
+                self._come()
+                next_s = next(coming, inf)
 
     def saturate(self, n_images: int, n_in_flight: int) -> Record:
         """Keep so many images in work until `n_images` are answered."""
@@ -195,14 +202,22 @@ class Simulation:
             done()
             return
         self._host.append(_HostWork(seconds, done))
-        if len(self._host) == 1:
-            self._begin(seconds, self._host_is_done)
+        if len(self._host) > 1:
+            return
+        if self._times.lanes_take_cores and self._n_running >= self._setup.n_cores:
+            self._n_begun += 1
+            heappush(self._alarms, (self.now_s + self._times.wake_seconds, self._n_begun, self._begin_host))
+        else:
+            self._begin_host()
+
+    def _begin_host(self) -> None:
+        self._begin(self._host[0].seconds, self._host_is_done)
 
     def _host_is_done(self) -> None:
         self._host[0].done()
         self._host.popleft()  # only now: what comes of it waits its turn
         if self._host:
-            self._begin(self._host[0].seconds, self._host_is_done)
+            self._begin_host()
 
     # --- the engine's thread, as `service.loop` -----------------------------------------------------------------
 

@@ -39,6 +39,9 @@ class StageTimes(BaseModel):
     )
     host_image_seconds: Seconds = Field(description="processor time of an image in the engine, outside its batches")
     host_batch_seconds: Seconds = Field(description="processor time of a batch in the engine, outside its run")
+    wake_seconds: Seconds = Field(
+        0.0, description="from a batch's end until the engine's thread has it, while all lanes run: it waits for a core"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

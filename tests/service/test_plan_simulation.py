@@ -92,6 +92,21 @@ def test_lanes_and_host_share_the_cores(n_lanes, n_cores, lanes_take_cores, host
     assert 300 / record.answered_s[-1] == pytest.approx(per_s, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("n_cores", "lanes_take_cores", "answered_ms"),
+    [
+        (1, True, [15, 22]),  # 3 ms until it has the core, and then half of it; the end of the second leaves it free
+        (2, True, [11, 21]),
+        (1, False, [11, 21]),
+    ],
+)
+def test_a_host_that_wakes_waits_for_a_core_where_lanes_hold_them_all(n_cores, lanes_take_cores, answered_ms):
+    """Two images, one after the other, 10 ms each; to take back a batch is 1 ms of the host's."""
+    table = times({1: 10 * MS}, lanes_take_cores=lanes_take_cores, host_batch_seconds=1 * MS, wake_seconds=3 * MS)
+    record = Simulation(one_exit(), table, Setup(10.0, 1, n_cores, max_rows=1)).run([0.0, 0.0])
+    assert record.answered_s == pytest.approx([ms * MS for ms in answered_ms])
+
+
 def test_a_batch_alone_is_as_fast_as_was_measured():
     table = times({1: 3 * MS}, n_lanes=2, n_cores=2, alone_speed=1.5)
     record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 1.0, 1.0, 2.0])
