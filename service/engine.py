@@ -134,6 +134,11 @@ class Engine:
         """How many images may be in flight at the moment, and by how many seconds each of them makes a new one wait."""
         return self._admission.room_rows, self._admission.row_s
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `require_room` refuses nothing."""
+        return not self._admission.is_full
+
     def require_room(self) -> None:
         """Refuse early what `submit` would refuse, uncounted.
 

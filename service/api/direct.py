@@ -224,8 +224,8 @@ class Desk:
         self.state.metrics.count(outcome(problem))
         if visit.notes is not None:
             visit.notes["problem"] = problem.kind
-        body = problem.body(PATH, visit.request_id)
-        visit.respond(visit, problem.status, problem.fields(), body)
+        fields, body = problem.write(PATH, visit.request_id)
+        visit.respond(visit, problem.status, fields, body)
         self._log(visit, problem.status, len(body))
 
     def _log(self, visit: Visit, status: int, n_bytes: int) -> None:

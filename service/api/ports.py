@@ -28,6 +28,11 @@ class EnginePort(Protocol):
         """Why no image can be answered at the moment, None while they can."""
         ...
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `require_room` refuses nothing; for less."""
+        ...
+
     def require_room(self) -> None:
         """Refuse early what `submit_to` would refuse; raises EngineOverloaded."""
         ...

@@ -1,6 +1,7 @@
 """Errors as RFC 9457 problem documents: every one says what happened and what to do about it."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 TYPE_PREFIX = "urn:exitserve:problem:"
 MEDIA_TYPE = "application/problem+json"
+ID_PLACE = os.urandom(16).hex()  # stands for a request's id; nobody can have sent it
 
 
 class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
@@ -42,6 +44,7 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
         self.status, self.kind, self.title, self.detail = status, kind, title, detail
         self.headers = dict(headers or {})
         self.extensions = extensions
+        self._written: tuple[str, bytes, list[bytes]] | None = None  # see `write`
 
     def document(self, path: str, request_id: str) -> dict[str, Any]:
         return {
@@ -58,10 +61,13 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
         # `default=str`: an error about odd input must not fail on that input in turn.
         return orjson.dumps(self.document(path, request_id), default=str)
 
-    def fields(self) -> bytes:
-        """The header fields that belong to it, as they are sent."""
-        fields = {"content-type": MEDIA_TYPE, **self.headers}
-        return "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items()).encode("latin-1")
+    def write(self, path: str, request_id: str) -> tuple[bytes, bytes]:
+        """The header fields that belong to it, as they are sent, and its body; cheap from the second time on."""
+        if self._written is None or self._written[0] != path:
+            fields = {"content-type": MEDIA_TYPE, **self.headers}
+            lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items())
+            self._written = path, lines.encode("latin-1"), self.body(path, ID_PLACE).split(ID_PLACE.encode())
+        return self._written[1], request_id.encode().join(self._written[2])
 
     def response(self, path: str, request_id: str) -> Response:
         return Response(self.body(path, request_id), self.status, headers=self.headers, media_type=MEDIA_TYPE)

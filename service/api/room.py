@@ -1,6 +1,8 @@
 """Refuses images there is no room for, before anything else is done: under overload most requests end here, and what a
 refusal costs is missing from the answers."""
 
+from time import monotonic
+
 from starlette.types import Scope
 
 from service.api.documents import engine_problem, outcome, overloaded
@@ -9,6 +11,7 @@ from service.api.state import State
 from service.logs import NOTES
 from service.rows import EngineError
 
+SAME_FOR_S = 0.02
 CLASSIFYING = frozenset({"/classify", "/classify/stream", "/classify/batch"})
 
 
@@ -17,6 +20,8 @@ class Room:
 
     def __init__(self, state: State) -> None:
         self.state = state
+        self._last: Problem | None = None
+        self._last_until_s = 0.0
 
     def refusal(self, scope: Scope) -> Problem | None:
         """Why a request is refused at the gate; None where it is not (another call, or one the server cannot take)."""
@@ -30,12 +35,25 @@ class Room:
         return problem
 
     def problem(self) -> Problem | None:
-        """Why no image is taken at the moment; None while they are."""
-        limit = self.state.settings.max_in_flight
-        if self.state.lifecycle.requests_in_flight >= limit:
-            return overloaded(f"{limit} requests are in work")
+        """Why no image is taken at the moment; None while they are.
+
+        For a while it is one and the same, which has been written out already: how long the wait will be is known no
+        better than that.
+        """
+        state = self.state
+        is_full = state.lifecycle.requests_in_flight >= state.settings.max_in_flight
+        if not is_full and state.engine.has_room:
+            return None
+        now_s = monotonic()
+        if self._last is None or now_s >= self._last_until_s:
+            self._last, self._last_until_s = self._why(is_full), now_s + SAME_FOR_S
+        return self._last
+
+    def _why(self, is_full: bool) -> Problem | None:
+        if is_full:
+            return overloaded(f"{self.state.settings.max_in_flight} requests are in work")
         try:
             self.state.engine.require_room()
         except EngineError as error:
             return engine_problem(error)
-        return None
+        return None  # there is room again by now

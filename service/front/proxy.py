@@ -141,9 +141,13 @@ class RemoteEngine:
     def trouble(self) -> str | None:
         return self._board.trouble
 
+    @property
+    def has_room(self) -> bool:
+        return self._memory.in_flight_rows < self._board.room_rows and bool(self._free)
+
     def require_room(self) -> None:
-        in_flight = self._memory.in_flight_rows
-        if in_flight >= self._board.room_rows or not self._free:
+        if not self.has_room:
+            in_flight = self._memory.in_flight_rows
             raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
 
     def submit_to(
