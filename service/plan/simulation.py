@@ -125,7 +125,7 @@ class Simulation:
         # Work in progress, by how much work will have been done on each piece when this one is.
         self._progress: list[tuple[float, int, Callable[[], None]]] = []
         self._done_s = 0.0  # work done on each piece in progress since the start
-        self._alarms: list[tuple[float, int, Callable[[], None]]] = []  # by time: what waits and does no work
+        self._host_wakes_s = inf  # when the host has the core that it waits for
         self._n_begun = 0
         self._host: deque[_HostWork] = deque()  # the first is in progress
         self._handed_over: deque[Batch] = deque()  # batches that no lane has begun
@@ -141,19 +141,19 @@ class Simulation:
         while True:
             speed = self._speed
             done_at = self.now_s + (self._progress[0][0] - self._done_s) / speed if self._progress else inf
-            alarm_s = self._alarms[0][0] if self._alarms else inf
-            if done_at <= min(next_s, alarm_s):
-                if done_at == inf:
-                    return self.record
-                self.now_s = done_at
+            now_s = min(done_at, self._host_wakes_s, next_s)
+            if now_s == inf:
+                return self.record
+            if now_s == done_at:
+                self.now_s = now_s
                 self._done_s, _, done = heappop(self._progress)
                 done()
                 continue
-            now_s = min(next_s, alarm_s)
             self._done_s += (now_s - self.now_s) * speed
             self.now_s = now_s
-            if alarm_s <= next_s:
-                heappop(self._alarms)[2]()
+            if now_s == self._host_wakes_s:
+                self._host_wakes_s = inf
+                self._begin_host()
             else:
                 self._come()
                 next_s = next(coming, inf)
@@ -205,8 +205,7 @@ class Simulation:
         if len(self._host) > 1:
             return
         if self._times.lanes_take_cores and self._n_running >= self._setup.n_cores:
-            self._n_begun += 1
-            heappush(self._alarms, (self.now_s + self._times.wake_seconds, self._n_begun, self._begin_host))
+            self._host_wakes_s = self.now_s + self._times.wake_seconds
         else:
             self._begin_host()
 
