@@ -143,6 +143,18 @@ def files_digest(files: Mapping[str, FileInfo]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
+def check_target(target: Path, replace: bool) -> None:
+    """See that a bundle may be put there; for whoever has much to do before it is.
+
+    Raises:
+        BundleError: the place is taken.
+    """
+    if target.exists() and not replace:
+        raise BundleError(target, "", "something stands there already", "give another folder, or replace it")
+    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+        raise BundleError(target, "", "it holds something that is no bundle", "give another folder")
+
+
 def write_bundle(
     folder: Path | str,
     manifest: Mapping[str, Any],
@@ -163,10 +175,7 @@ def write_bundle(
         BundleError: what was given does not make a bundle that `load_bundle` accepts, or `folder` is taken.
     """
     target = Path(folder)
-    if target.exists() and not replace:
-        raise BundleError(target, "", "something stands there already", "give another folder, or replace it")
-    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise BundleError(target, "", "it holds something that is no bundle", "give another folder")
+    check_target(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the rename stays on one disk.
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

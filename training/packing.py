@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from models.boosting import temperatures_per_exit
-from models.bundle import BundleError, write_bundle
+from models.bundle import BundleError, check_target, write_bundle
 from models.staging import StagingError
 from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunError, RunFolder
@@ -38,6 +38,7 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     training = _training_info(made_by, record)
     try:
+        check_target(output, replace=True)
         with TemporaryDirectory() as made:
             contents = Path(made)
             stages = export_stages(network, record.image_size_px, record.mean, record.std, contents)
