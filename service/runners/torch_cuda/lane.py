@@ -20,6 +20,7 @@ from service.runners.slots import SCRATCH
 from service.runners.slotted import IMAGES
 from service.runners.torch_cuda.device import Device, Program
 from service.runners.torch_cuda.memory import Values
+from service.runners.torch_cuda.resize import cut, resize
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge
 
 StageCall = Callable[..., tuple[Tensor, ...]]
@@ -36,6 +37,7 @@ class Lane:
         n_classes: of the network.
         score: a key of `scoring.SCORES`; None leaves scores, classes and confidences to the caller.
         max_rows: the largest bucket.
+        canvas_px: pictures of up to so many pixels a side are resized here; 0: none are.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Lane:
         n_classes: int,
         score: str | None,
         max_rows: int,
+        canvas_px: int = 0,
     ) -> None:
         self.stream = device.open_stream()
         self.programs: dict[tuple[int, int], Program] = {}  # by stage and bucket
@@ -57,6 +60,11 @@ class Lane:
         there = partial(torch.zeros, device=device.kind)
         self._slots_host, self._slots = (make(max_rows, dtype=torch.int64) for make in (host, there))
         self._images_host, self._images = (make((max_rows, *image_shape), dtype=torch.uint8) for make in (host, there))
+        self._image_shape, self._canvas_px = tuple(image_shape), canvas_px
+        self._resizers: dict[int, Program] = {}  # by bucket
+        canvas = (max_rows if canvas_px else 0, canvas_px, canvas_px, 3)
+        self._canvases_host, self._canvases = (make(canvas, dtype=torch.uint8) for make in (host, there))
+        self._cuts_host, self._cuts = (make((max_rows, 2, 3), dtype=torch.float64) for make in (host, there))
         self._told_host, self._told = (make(max_rows * self._row_bytes, dtype=torch.uint8) for make in (host, there))
 
     @torch.inference_mode()
@@ -69,6 +77,12 @@ class Lane:
             partial(self._program, stage, bucket, call or self._stages[stage])
         )
 
+        if stage == 0 and self._canvas_px:
+            self._cuts_host.copy_(torch.tensor(cut(self._image_shape[0], self._image_shape[1], self._image_shape)))
+            with self.stream.use():
+                self._cuts.copy_(self._cuts_host)
+            self._resizers[bucket] = self.stream.prepare(partial(self._resize, bucket))
+
     @torch.inference_mode()
     def run(
         self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
@@ -76,12 +90,19 @@ class Lane:
         """See `slotted.Lane`."""
         n_rows = len(slots)
         self._slots_host.numpy()[:bucket] = [*slots, *[SCRATCH] * (bucket - n_rows)]
-        if images:
+        own_size = all(image.shape == self._image_shape for image in images)
+        if images and own_size:
             np.stack(images, out=self._images_host.numpy()[:n_rows])
+        elif images:
+            self._lay_out(images)
         with self.stream.use():
             self._slots[:bucket].copy_(self._slots_host[:bucket], non_blocking=True)
-            if images:
+            if images and own_size:
                 self._images[:n_rows].copy_(self._images_host[:n_rows], non_blocking=True)
+            elif images:
+                self._canvases[:n_rows].copy_(self._canvases_host[:n_rows], non_blocking=True)
+                self._cuts[:n_rows].copy_(self._cuts_host[:n_rows], non_blocking=True)
+                self._resizers[bucket]()
             self.programs[stage, bucket]()
             n_bytes = bucket * self._row_bytes
             self._told_host[:n_bytes].copy_(self._told[:n_bytes], non_blocking=True)
@@ -116,6 +137,18 @@ class Lane:
         if self._score is not None:
             told.copy_(judge(outputs[0], self._score))
         logits.copy_(outputs[0])
+
+    def _lay_out(self, images: Sequence[Array]) -> None:
+        """Pictures of any size into the corners of their canvases."""
+        canvases, cuts = self._canvases_host.numpy(), self._cuts_host.numpy()
+        for i, image in enumerate(images):
+            height, width = image.shape[:2]
+            canvases[i, :height, :width] = image
+            cuts[i] = cut(height, width, self._image_shape)
+
+    def _resize(self, bucket: int) -> None:
+        dtype = torch.float32 if self._canvases.device.type == "cpu" else torch.float16
+        self._images[:bucket].copy_(resize(self._canvases[:bucket], self._cuts[:bucket], self._image_shape, dtype))
 
     def _parts(self, told: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
         """What is told of `bucket` rows [rows, N_NUMBERS] and their logits [rows, classes] in one run of bytes."""

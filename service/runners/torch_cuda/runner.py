@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.staging import Stage
-from service.runners.base import FatalRunnerError, RunnerError
+from service.runners.base import Array, Block, FatalRunnerError, RowState, RunnerError
 from service.runners.slotted import IMAGES, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.lane import Lane, StageCall
@@ -40,6 +41,8 @@ class TorchCudaRunner(SlotRunner[Lane]):
         device: by default the first GPU.
         dtype: of maps and convolutions.
         n_lanes: batches at once.
+        canvas_px: `first_state` takes pictures of up to so many pixels a side, which are cut and scaled on the device
+            (see `resize`); a batch with one of them crosses as canvases of that size. 0: it takes none.
         compiler: makes of a stage what computes the same, perhaps faster. Tried on full batches, whose stages it takes
             the place of where it measures faster; the first `warm_up` takes as long as it takes.
 
@@ -60,10 +63,11 @@ class TorchCudaRunner(SlotRunner[Lane]):
         device: Device | None = None,
         dtype: torch.dtype = torch.float16,
         n_lanes: int = N_LANES,
+        canvas_px: int = 0,
         compiler: Compiler | None = None,
     ) -> None:
         self.device = device or Cuda()
-        self.score, self._compiler = score, compiler
+        self.score, self.canvas_px, self._compiler = score, canvas_px, compiler
         self.compiled: dict[int, StageCall] = {}  # by stage, in full batches
         stages = cut(network, image_shape, mean, std)
         super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
@@ -80,9 +84,15 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 f"or --max-batch-rows ({error})"
             ) from error
 
+    def first_state(self, image: Array) -> RowState:
+        is_picture = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+        if is_picture and min(image.shape) > 0 and max(image.shape[:2]) <= self.canvas_px:
+            return RowState(Block({IMAGES: image[None]}, 1), 0)
+        return super().first_state(image)
+
     @torch.inference_mode()
     def _open_lane(self) -> Lane:
-        told = (self._n_classes, self.score, self.max_rows)
+        told = (self._n_classes, self.score, self.max_rows, self.canvas_px)
         return Lane(self.device, self.stages, self.values, self.image_shape, *told)
 
     def _prepare(self) -> None:
@@ -170,7 +180,7 @@ def open_torch_runner(
         device,
         dtype,
         n_lanes or N_LANES,
-        compile_stage if compile_stages else None,
+        compiler=compile_stage if compile_stages else None,
     )
 
 
