@@ -13,23 +13,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import inf, prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.closed_loop import Load, Round, ideal_rate
 from benchmarks.gpu_cases import WANTED_SAME, Case, Plan, check_answers, make_cases
+from benchmarks.gpu_engines import measure_alone, measure_engine
+from benchmarks.gpu_onnx import measure_onnx
 from benchmarks.gpu_page import write_up
-from service.rows import Answer, Options
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.lane import Lane
 from service.runners.torch_cuda.runner import TorchCudaRunner
-
-FRACTIONS = (0.25, 0.4, 0.6, 1.0)  # budgets, of the full network's cost
 
 
 def program_seconds(lane: Lane, stage: int, bucket: int, plan: Plan) -> float:
@@ -106,23 +104,6 @@ def measure_stages(
     return rows
 
 
-class BusyTime:
-    """An observer that adds up what the batches of an engine take on the device, by the runner's own times."""
-
-    def __init__(self, seconds: dict[tuple[int, int], float], buckets: Sequence[int]) -> None:
-        self._seconds, self._buckets = seconds, buckets
-        self.busy_s = 0.0
-        self.batches = 0
-
-    def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
-        bucket = next(size for size in self._buckets if size >= len(queue_seconds))
-        self.busy_s += self._seconds[stage, bucket]
-        self.batches += 1
-
-    def answered(self, answers: Sequence[Answer]) -> None:
-        pass
-
-
 class LastExit(nn.Module):
     """A network without its exits: as one stage, it is one graph."""
 
@@ -154,59 +135,6 @@ def measure_whole(case: Case, plan: Plan) -> float:
         return n_batches * len(rows) / (time.perf_counter() - started)
 
 
-def measure_engine(
-    case: Case, runner: TorchCudaRunner, policy: str, plan: Plan, device_s: dict[tuple[int, int], float]
-) -> list[dict[str, Any]]:
-    """Images/s of an engine at every budget, beside the ideal of its stage times at the exits that were taken."""
-    busy = BusyTime(device_s, runner.buckets)
-    engine = case.engine(runner, policy, busy)
-    row_s = [device_s[stage + 1, runner.max_rows] / runner.max_rows for stage in range(runner.n_stages)]
-    measured = []
-    try:
-        engine.start()
-        for fraction in FRACTIONS:
-            engine.set_budget(fraction * case.costs_mflops[-1])
-            settled = Load(engine, case.images, plan.in_flight).run()
-            n_images = max(len(case.images), int(settled.images_per_s * plan.seconds))
-            busy.busy_s, busy.batches = 0.0, 0
-            images = [case.images[i % len(case.images)] for i in range(n_images)]
-            found: Round = Load(engine, images, plan.in_flight).run()
-            wall_s, ideal = n_images / found.images_per_s, ideal_rate(row_s, found.shares, 1)
-            measured.append(
-                {
-                    "budget": fraction,
-                    "cost": found.mean_mflops / case.costs_mflops[-1],
-                    "images_per_s": found.images_per_s,
-                    "ideal_images_per_s": ideal,
-                    "share_of_ideal": found.images_per_s / ideal,
-                    "rows_a_batch": found.mean_batch_rows,
-                    "device_idle": max(0.0, 1 - busy.busy_s / wall_s),  # lost to launches, waiting and the engine
-                    "batches": busy.batches,
-                    "median_ms": found.median_ms,
-                    "shares": found.shares,
-                }
-            )
-    finally:
-        engine.drain(60)
-    return measured
-
-
-def measure_alone(case: Case, runner: TorchCudaRunner, plan: Plan) -> dict[str, float]:
-    """Milliseconds of an image that has the engine to itself: at 40 % budget, and through the whole network."""
-    engine, told = case.engine(runner, "default"), {}
-    engine.start()
-    engine.set_budget(0.4 * case.costs_mflops[-1])
-    for what, options in (("at 40 %", Options()), ("whole network", Options(exit=runner.n_stages))):
-        milliseconds = []
-        for i in range(plan.n_alone):
-            started = time.perf_counter()
-            engine.submit(case.images[i % len(case.images)], options).result()
-            milliseconds.append(1e3 * (time.perf_counter() - started))
-        told[f"{what}, p50"], told[f"{what}, p90"] = np.percentile(milliseconds, [50, 90]).tolist()
-    engine.drain(60)
-    return told
-
-
 def measure_case(case: Case, plan: Plan, peaks: tuple[float, float]) -> dict[str, Any]:
     runner = case.runner(plan)
     answers = check_answers(case, runner)
@@ -227,6 +155,7 @@ def measure_case(case: Case, plan: Plan, peaks: tuple[float, float]) -> dict[str
             "default": measure_engine(case, runner, "default", plan, device_s),
         },
         "alone_ms": measure_alone(case, runner, plan),
+        "onnx": measure_onnx(case, plan),
     }
 
 
@@ -237,6 +166,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run (default: cuda)")
     parser.add_argument("--quick", action="store_true", help="a tiny network and next to no time: to try the script")
+    parser.add_argument(
+        "--tensorrt", action="store_true", help="measure TensorRT too, whose engines take minutes to build"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder for gpu.md and gpu.json")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -248,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
     device: Device = Cuda() if on_gpu else Host()
     dtype = torch.float16 if on_gpu else torch.float32
     amounts: tuple[Any, ...] = (4, 32, 16, 0.05, 2, 4) if given.quick else (64, 2048, 512, 4.0, 20, 200)
-    plan = Plan(device, dtype, *amounts)
+    plan = replace(Plan(device, dtype, *amounts), tensorrt=given.tensorrt)
     peaks = measure_peaks(plan)
     real = on_gpu and not given.quick
     report: dict[str, Any] = {

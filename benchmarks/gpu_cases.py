@@ -1,7 +1,7 @@
 """What the GPU benchmark runs: networks, SYNTHETIC images, and what the same network answers in float32, eagerly."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.bundle import load_bundle
+from models.bundle import Bundle, load_bundle
 from models.cost import measure_cost
 from models.exits import SCORES, take_exits
 from models.frontier import Frontier, build_frontier
@@ -22,6 +22,7 @@ from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import Observer
 from service.runners.base import RowState
+from service.runners.slotted import SlotRunner
 from service.runners.torch_cuda.device import Device
 from service.runners.torch_cuda.network import cut, load_network
 from service.runners.torch_cuda.runner import TorchCudaRunner
@@ -50,6 +51,7 @@ class Plan:
     seconds: float  # of each measurement of a rate
     repeats: int  # of each program
     n_alone: int  # images asked one at a time
+    tensorrt: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Case:
     costs_mflops: list[float]
     stage_macs: list[int]
     frontier: Frontier
+    bundle: Bundle | None = None  # with the same network as ONNX stages
 
     def runner(self, plan: Plan, network: nn.Module | None = None, **options: Any) -> TorchCudaRunner:
         given: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype} | options
@@ -76,7 +79,7 @@ class Case:
         runner.warm_up(inf)
         return runner
 
-    def engine(self, runner: TorchCudaRunner, policy: str, observer: Observer | None = None) -> Engine:
+    def engine(self, runner: SlotRunner[Any], policy: str, observer: Observer | None = None) -> Engine:
         full, burst_images = self.costs_mflops[-1], max(32.0, 2.0 * runner.max_rows)
         budget = BudgetController(self.frontier, self.costs_mflops, full, burst_images)
         scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
@@ -134,6 +137,7 @@ def make_cases(plan: Plan, quick: bool) -> list[Case]:
     of = bundle.manifest.input
     score = bundle.manifest.score if bundle.manifest.score in SCORES else "logit_margin"
     cifar = make_case("CIFAR size: cifar100-msdnet", load_network(bundle), of.mean, of.std, score, images, plan)
+    cifar = replace(cifar, bundle=bundle)
     images = make_images(plan.n_images // 2, 224)
     network = random_network({"config": "I-5", "temperatures": [0.5]}, images, plan.device.kind)
     return [cifar, make_case("ImageNet size: MSDNet I-5, random weights", network, MEAN, STD, score, images, plan)]
@@ -154,7 +158,7 @@ def reference(
     return [torch.cat(at_exit).numpy() for at_exit in logits]
 
 
-def check_answers(case: Case, runner: TorchCudaRunner) -> dict[str, Any]:
+def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
     """Every image through every stage, against the reference: labels, exits at 40 % budget, logits and scores."""
     found: list[list[NDArray[np.float32]]] = [[] for _ in case.logits]
     for start in range(0, len(case.images), runner.max_rows):

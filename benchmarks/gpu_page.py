@@ -17,7 +17,7 @@ def write_up(report: dict[str, Any]) -> str:
         f"Matrix product {report['gmacs_per_s']:.0f} G multiply-adds/s, copy {report['gbytes_per_s']:.0f} GB/s.\n",
     ]
     for found in report["networks"]:
-        parts += [_about(found), _rates(found), _alone(found), _stages(found)]
+        parts += [_about(found), _rates(found), _alone(found["alone_ms"]), *_onnx(found), _stages(found)]
     return "\n".join(parts)
 
 
@@ -38,7 +38,8 @@ def _about(found: dict[str, Any]) -> str:
 def _rates(found: dict[str, Any]) -> str:
     whole = found["whole_network_images_per_s"]
     lines = []
-    for name, rows in found["engines"].items():
+    onnx = {name: told["rates"] for name, told in found["onnx"].items() if "rates" in told}
+    for name, rows in (found["engines"] | onnx).items():
         for row in rows:
             shares = [f"{row[key]:.0%}" for key in ("share_of_ideal", "device_idle")]
             speed = [f"{row['images_per_s']:.0f}", f"{row['images_per_s'] / whole:.2f} x"]
@@ -48,8 +49,20 @@ def _rates(found: dict[str, Any]) -> str:
     return _table(head, lines)
 
 
-def _alone(found: dict[str, Any]) -> str:
-    return "One image alone, ms: " + ", ".join(f"{what} {ms:.2f}" for what, ms in found["alone_ms"].items()) + ".\n"
+def _alone(alone_ms: dict[str, float]) -> str:
+    return "One image alone, ms: " + ", ".join(f"{what} {ms:.2f}" for what, ms in alone_ms.items()) + ".\n"
+
+
+def _onnx(found: dict[str, Any]) -> list[str]:
+    parts = []
+    for name, told in found["onnx"].items():
+        if "skipped" in told:
+            parts.append(f"Not measured, {name}: {told['skipped']}\n")
+            continue
+        graphs = "CUDA graphs" if told["graphs"] else "no CUDA graphs"
+        same = f"{told['answers']['same_label_and_exit']:.2%}"
+        parts.append(f"{name}, {graphs}; same label and exit as float32: {same}. {_alone(told['alone_ms'])}")
+    return parts
 
 
 def _stages(found: dict[str, Any]) -> str:

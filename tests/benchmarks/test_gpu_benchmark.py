@@ -3,13 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import main
-from tests.bundles import REPOSITORY
+from benchmarks.gpu_cases import Plan, make_case, make_images
+from benchmarks.gpu_onnx import measure_onnx
+from models.bundle import load_bundle
+from service.runners.torch_cuda.device import Cuda, Host
+from service.runners.torch_cuda.network import load_network
+from tests.bundles import MEAN, REPOSITORY, STD, tiny_bundle
 
 # The command, where nothing can be imported but torch, numpy, pydantic, safetensors and what these need themselves.
 PROGRAM = """
@@ -42,6 +48,36 @@ def test_it_checks_measures_and_writes_and_says_that_it_is_a_dry_run(tmp_path: P
         assert rows[0]["cost"] < rows[-1]["cost"]
     assert found["whole_network_images_per_s"] > 0
     assert found["alone_ms"]["whole network, p50"] > 0
+    assert found["onnx"] == {"onnx on cpu": {"skipped": "this network has no ONNX stages"}}
+    assert "Not measured, onnx on cpu: this network has no ONNX stages" in page
+
+
+def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
+    plan = Plan(Host(), torch.float32, 4, 32, 16, 0.05, 2, 4)
+    case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), plan)
+    case = replace(case, bundle=bundle)
+    (told,) = measure_onnx(case, plan).values()
+    assert told["answers"]["same_label_and_exit"] == 1.0
+    assert [(row["stage"], row["rows"]) for row in told["stages"]] == [(s, b) for s in range(1, 5) for b in (1, 2, 4)]
+    assert [row["budget"] for row in told["rates"]] == [0.25, 0.4, 0.6, 1.0]
+    assert all(row["images_per_s"] > 0 for row in told["rates"])
+    assert told["alone_ms"]["whole network, p50"] > 0
+    monkeypatch.setitem(sys.modules, "service.runners.onnx_device.runner", None)
+    assert "pip install onnxruntime-gpu onnx" in measure_onnx(case, plan)["onnx on cpu"]["skipped"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_provider_that_is_not_there_is_left_out_with_its_reason(tmp_path: Path) -> None:
+    bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
+    plan = Plan(Cuda(), torch.float32, 4, 32, 16, 0.05, 2, 4, True)
+    host = replace(plan, device=Host())
+    case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), host)
+    told = measure_onnx(replace(case, bundle=bundle), plan)
+    assert set(told) == {"onnx on cuda", "onnx on tensorrt"}
+    assert all("was asked for, but" in one["skipped"] for one in told.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
