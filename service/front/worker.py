@@ -13,7 +13,7 @@ from service.front.memory import SharedMemory
 from service.front.proxy import RemoteEngine, RemoteKeeper, RemoteMetrics
 from service.front.setup import Setup
 from service.logs import set_up_logs
-from service.server import Server, settle_memory
+from service.server import Server, settle_memory, use_one_heap
 
 
 class WorkerServer(Server):
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     os.close(telling)
     settings, bundle = setup.settings, setup.bundle
     set_up_logs(settings.log_level, as_json=settings.access_log == "json")
+    use_one_heap()
     memory = SharedMemory(setup.layout, sharing)
     engine = RemoteEngine(
         Channel(socket.socket(fileno=speaking)),

@@ -1,6 +1,7 @@
 """A real process: it starts fast and without torch, or says in one line what is wrong."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from tests.bundles import random_images
 from tests.service.apps import PNG, png
 from tests.service.process import REPOSITORY, command, environment, running_server
+from tests.waiting import LIMIT_S
 
 BODY = png(random_images(1, seed=41)[0])
 STARTED_WITHIN_S = 5.0
@@ -109,3 +111,29 @@ def test_the_service_imports_no_torch() -> None:
         "assert 'torch' not in sys.modules and 'training' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives threads heaps of their own")
+def test_all_threads_share_one_heap(tmp_path: Path) -> None:
+    told = tmp_path / "heaps.xml"
+    code = (
+        "import ctypes, sys, threading\n"
+        "from service.server import use_one_heap\n"
+        "if sys.argv[2] == 'one': use_one_heap()\n"
+        "libc, all_there = ctypes.CDLL(None), threading.Barrier(8)\n"
+        "libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p\n"
+        "def work():\n"
+        "    libc.malloc(1000)\n"
+        "    all_there.wait()\n"
+        "threads = [threading.Thread(target=work) for _ in range(8)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b'w'))\n"
+        "libc.malloc_info(0, file)\n"
+        "libc.fclose(file)\n"
+    )
+    heaps = {}
+    for kind in ("one", "many"):
+        subprocess.run([sys.executable, "-c", code, str(told), kind], cwd=REPOSITORY, check=True, timeout=LIMIT_S)
+        heaps[kind] = told.read_text().count("<heap nr=")
+    assert heaps["one"] == 1 < heaps["many"]
