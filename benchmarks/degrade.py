@@ -29,6 +29,7 @@ from service.assembly import build_engine
 from service.budget import BudgetState
 from service.engine import Engine
 from service.rows import Answer, EngineOverloaded, Told
+from service.server import settle_memory
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def measure(
         engine.start()
         in_flight = 4 * engine.n_lanes * engine.max_rows
         Load(engine, images[: len(images) // 4], in_flight).run()  # steering settles, caches fill
+        settle_memory()  # as the server does
         capacity_per_s = Load(engine, images, in_flight).run().images_per_s
         engine.set_budget(budget_mflops, latency_s)
         traffic, states = Traffic(engine, images), []

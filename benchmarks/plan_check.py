@@ -33,6 +33,7 @@ from service.plan.planning import Planner
 from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes
 from service.rows import EngineError, EngineOverloaded, Told
+from service.server import settle_memory
 
 LOADS = (0.5, 0.8)  # of the rate reached at saturation
 SETTLING_S = 1.0  # of a stream, not counted
@@ -173,6 +174,7 @@ def main(
     engine.start()
     try:
         Load(engine, pixels[: len(pixels) // 2], 4 * engine.n_lanes * max_rows).run()  # steering settles
+        settle_memory()  # as the server does
         results = [check(loaded, engine, pixels, budget_mflops, seconds, seed) for seed in range(rounds)]
     finally:
         engine.drain(60)
