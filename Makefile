@@ -18,8 +18,9 @@ help:            ## list the verbs
 serve: $(VENV)/.serve  ## serve BUNDLE on PORT (installs what serving needs into .venv)
 	$(BIN)/python -m service --bundle $(BUNDLE) --port $(PORT)
 
-test: $(VENV)/.dev     ## run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev     ## run the tests: a file a core at a time, then those that want the machine to themselves
+	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/.dev    ## lint, format and types
 	$(BIN)/ruff check .

@@ -4,11 +4,14 @@ Its weights are random, and so are its images: what it answers means nothing, bu
 surer they are, as trained ones do. Labels are what the last exit answers, with noise.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,14 +127,11 @@ def _built() -> Path:
     """The tiny bundle that the sources as they stand make: built by the first test run that asks for it."""
     sources = [*sorted((REPOSITORY / "models").glob("*.py")), REPOSITORY / "training/export.py", Path(__file__)]
     folder = _cache("tiny-bundle", sources)
-    try:
-        load_bundle(folder)
-    except BundleError:
-        with tempfile.TemporaryDirectory() as contents:
-            try:
-                _build(folder, Path(contents))
-            except OSError:  # another test run has just put its own there
-                load_bundle(folder)
+    with _one_at_a_time(folder), tempfile.TemporaryDirectory() as contents:
+        try:
+            load_bundle(folder)
+        except BundleError:
+            _build(folder, Path(contents))
     return folder
 
 
@@ -140,14 +140,21 @@ def _quantised() -> Path:
     makers = ("training/quantisation.py", "training/quantising.py", "training/stage_sessions.py")
     sources = [*sorted((REPOSITORY / "models").glob("*.py")), *(REPOSITORY / maker for maker in makers)]
     folder = _cache("tiny-int8-bundle", [*sources, REPOSITORY / "training/export.py", Path(__file__)])
-    try:
-        load_bundle(folder)
-    except BundleError:
+    with _one_at_a_time(folder):
         try:
-            quantise(_built(), tiny_images(), N_TRAIN, folder)
-        except OSError:  # another test run has just put its own there
             load_bundle(folder)
+        except BundleError:
+            quantise(_built(), tiny_images(), N_TRAIN, folder)
     return folder
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of several processes that run tests one builds, and the others find what it has built."""
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _cache(name: str, sources: list[Path]) -> Path:

@@ -66,6 +66,7 @@ class KnownScore:
         return self._scores[logits[:, 1].astype(int), exit_index], history
 
 
+@pytest.mark.alone
 def test_the_engine_answers_as_fast_as_predicted():
     scores, correct = population(5_000, seed=0)
     budget_mflops = 0.5 * FULL_MFLOPS
