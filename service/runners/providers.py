@@ -131,7 +131,7 @@ def check_loaded(session: ort.InferenceSession, provider: str) -> None:
     """
     if provider in session.get_providers():
         return
-    fix = "pip install 'onnxruntime-gpu[cuda,cudnn]'" if provider == CUDA else "pip install tensorrt-cu13"
+    fix = "pip install 'onnxruntime-gpu[cuda,cudnn]'" if provider == CUDA else "pip install 'tensorrt-cu13<11'"
     raise RunnerError(
         f"ONNX Runtime cannot load {provider} ({why_not_loaded(provider)}): {fix}, or choose the device cpu or auto"
     )
