@@ -35,13 +35,17 @@ class WaitingRunner:
     """Stages that wait; an image is its number, and its logits are that number."""
 
     n_stages, n_lanes, max_rows = len(COSTS_MFLOPS), N_LANES, MAX_ROWS
+    slept_s = overslept_s = 0.0
 
     def first_state(self, image: np.ndarray) -> RowState:
         return RowState(Block({"number": image[None]}, 1), 0)
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         seconds = TIMES.seconds(stage, len(rows))
+        began_s = time.perf_counter()
         time.sleep(seconds)
+        self.overslept_s += time.perf_counter() - began_s - seconds
+        self.slept_s += seconds
         numbers = Gathering(rows).take("number")
         logits = np.zeros((len(rows), 2), np.float32)
         logits[:, 1] = numbers[:, 0]
@@ -70,23 +74,31 @@ class KnownScore:
 def test_the_engine_answers_as_fast_as_predicted():
     scores, correct = population(5_000, seed=0)
     budget_mflops = 0.5 * FULL_MFLOPS
-    engine = Engine(
-        WaitingRunner(),
-        BudgetController(frontier(), COSTS_MFLOPS, budget_mflops, default_burst_images(N_LANES, MAX_ROWS)),
-        Scheduler(len(COSTS_MFLOPS), MAX_ROWS),
-        KnownScore(scores),
-        ["even", "odd"],
-    )
-    numbers = np.random.default_rng(1).integers(0, len(scores), (N_IMAGES, 1)).astype(np.float32)
-    engine.start()
-    try:
-        live = Load(engine, numbers, N_IN_FLIGHT).run()
-    finally:
-        engine.drain(30)
     network = Network(scores, correct, COSTS_MFLOPS, frontier())
     setup = Setup(budget_mflops, N_LANES, N_LANES, MAX_ROWS)
     record = Simulation(network, TIMES, setup).saturate(N_IMAGES, N_IN_FLIGHT)
+    predicted_per_s = N_IMAGES / record.answered_s[-1]
+    numbers = np.random.default_rng(1).integers(0, len(scores), (N_IMAGES, 1)).astype(np.float32)
+    for _ in range(3):  # a machine that is busy with something else makes it slower, and never faster
+        runner = WaitingRunner()
+        engine = Engine(
+            runner,
+            BudgetController(frontier(), COSTS_MFLOPS, budget_mflops, default_burst_images(N_LANES, MAX_ROWS)),
+            Scheduler(len(COSTS_MFLOPS), MAX_ROWS),
+            KnownScore(scores),
+            ["even", "odd"],
+        )
+        engine.start()
+        try:
+            live = Load(engine, numbers, N_IN_FLIGHT).run()
+        finally:
+            engine.drain(30)
+        if live.images_per_s > 0.9 * predicted_per_s:
+            break
+    else:
+        if runner.overslept_s > 0.02 * runner.slept_s:
+            pytest.skip("the machine is so busy that sleeping takes longer than it should")
     latencies_ms = 1e3 * (np.array(record.answered_s) - record.came_s)
-    assert N_IMAGES / record.answered_s[-1] == pytest.approx(live.images_per_s, rel=0.15)
+    assert predicted_per_s == pytest.approx(live.images_per_s, rel=0.15)
     assert np.median(latencies_ms) == pytest.approx(live.median_ms, rel=0.15)
     assert np.bincount(record.exit)[1:] / N_IMAGES == pytest.approx(live.shares, abs=0.05)
