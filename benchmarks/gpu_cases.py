@@ -52,6 +52,7 @@ class Plan:
     repeats: int  # of each program
     n_alone: int  # images asked one at a time
     tensorrt: bool = False
+    onnx_until_s: float = inf  # on `perf_counter`: later ONNX Runtime is not begun with
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """ONNX Runtime in the GPU benchmark: the same checks and rates, where it, onnx and a bundle with stages are there."""
 
+import time
 from math import inf
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ def measure_onnx(case: Case, plan: Plan) -> dict[str, dict[str, Any]]:
 def _measure(case: Case, plan: Plan, on: Literal["cpu", "cuda", "tensorrt"]) -> dict[str, Any]:
     if case.bundle is None:
         return {"skipped": "this network has no ONNX stages"}
+    if time.perf_counter() > plan.onnx_until_s:
+        return {"skipped": "too little time is left"}
     try:
         from models.onnx_weights import StageLoadError
         from service.runners.base import RunnerError

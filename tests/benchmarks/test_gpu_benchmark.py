@@ -65,6 +65,8 @@ def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
     assert [row["budget"] for row in told["rates"]] == [0.25, 0.4, 0.6, 1.0]
     assert all(row["images_per_s"] > 0 for row in told["rates"])
     assert told["alone_ms"]["whole network, p50"] > 0
+    late = replace(plan, onnx_until_s=0.0)
+    assert measure_onnx(case, late) == {"onnx on cpu": {"skipped": "too little time is left"}}
     monkeypatch.setitem(sys.modules, "service.runners.onnx_device.runner", None)
     assert "pip install onnxruntime-gpu onnx" in measure_onnx(case, plan)["onnx on cpu"]["skipped"]
 

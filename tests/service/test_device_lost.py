@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from time import monotonic
 
 import httpx
 
@@ -41,6 +42,13 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_a_lost_device_answers_503_and_ends_the_process(bundle_path: Path, tmp_path: Path) -> None:
     go, log = tmp_path / "go", tmp_path / "log"
     arguments = ["--bundle", str(bundle_path), "--port", "0", "--device", "cpu", "--lanes", "2", "--max-queue-s", "60"]
@@ -70,6 +78,9 @@ def test_a_lost_device_answers_503_and_ends_the_process(bundle_path: Path, tmp_p
             all_there = "exitserve_in_flight_rows 8.0"
             wait_until("all are in flight", lambda: all_there in httpx.get(f"{url}/metrics").text)
             go.touch()
+            lost_s = monotonic()
+            wait_until("the server is not ready", lambda: not is_ready(url))
+            assert monotonic() < lost_s + 10  # a second where the machine has nothing else to do
             responses = [future.result(LIMIT_S) for future in asked]
         for response in responses:
             assert response.status_code == 503
