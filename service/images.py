@@ -250,11 +250,16 @@ def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = image.convert("L")  # black and white can be averaged only as greys
     if image.size == size:
         return image
-    scale = min(image.width / size[0], image.height / size[1])
-    half_width, half_height = size[0] * scale / 2, size[1] * scale / 2
-    centre_x, centre_y = image.width / 2, image.height / 2
-    box = (centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height)
-    return image.resize(size, Image.Resampling.BILINEAR, box)
+    return image.resize(size, Image.Resampling.BILINEAR, _middle(image.width, image.height, size))
+
+
+def _middle(width_px: int, height_px: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest box of the aspect ratio of `size` in the middle of a picture: left, top, right, bottom."""
+    scale = min(width_px / size[0], height_px / size[1])
+    # Rounding must not take it over the edge: Pillow refuses such a box.
+    half_width, half_height = min(size[0] * scale, width_px) / 2, min(size[1] * scale, height_px) / 2
+    centre_x, centre_y = width_px / 2, height_px / 2
+    return centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height
 
 
 def _shallow(deep: Image.Image) -> Image.Image:

@@ -71,6 +71,15 @@ def test_any_size_becomes_the_networks_own(height_px: int, width_px: int, networ
     assert ImageDecoder(*network, max_pixels=10**6).decode_now(body).shape == (*network, 3)
 
 
+def test_of_no_size_the_cut_goes_over_the_edge() -> None:
+    # Scaling these to 224 x 224 in floats, without care, gives boxes that Pillow refuses.
+    sides = np.random.default_rng(0).integers(1, 400, (1000, 2)).tolist()
+    decoder = ImageDecoder(224, 224, max_pixels=10**6)
+    for width_px, height_px in [(30, 29), (29, 30), *sides]:
+        image = Image.new("L", (width_px, height_px), 77)
+        assert (decoder.decode_now(encoded(image, "BMP")) == 77).all(), (width_px, height_px)
+
+
 def test_a_wide_image_is_cut_around_its_centre() -> None:
     pixels = np.zeros((64, 192, 3), np.uint8)
     pixels[:, 64:128] = (10, 200, 30)
