@@ -54,9 +54,7 @@ def plot_study(path: Path, title: str, results: Sequence[VariantResult]) -> None
                 accuracies.plot(exits, 100 * result.test_accuracy.T, color=f"C{i}", alpha=0.3, linewidth=0.8)
                 gains.plot(exits, 100 * result.gain.T, color=f"C{i}", alpha=0.3, linewidth=0.8)
         accuracies.set(xlabel="exit", ylabel="top-1 on test images, %", xticks=exits)
-        gains.set(
-            xlabel="exit", ylabel="gain over the baseline, points (bars: standard error over images)", xticks=exits
-        )
+        gains.set(xlabel="exit", ylabel="gain over the baseline, points", xticks=exits)
         gains.legend()
 
 
