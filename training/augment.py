@@ -22,6 +22,8 @@ class DeviceImages:
         crop_area: smallest and largest share of an image's area that a random resized crop keeps (photographs: 0.35 to
             1, ImageNet's usual 0.08 to 1); None crops without resizing.
         cutout_px: side of a square painted over with the mean colour, around a random pixel (DeVries and Taylor 2017).
+        cutmix: share of batches in which a rectangle of every image comes from another one (CutMix, Yun et al. 2019).
+        n_classes: for `cutmix`.
     """
 
     def __init__(
@@ -34,12 +36,15 @@ class DeviceImages:
         padding_px: int = 0,
         crop_area: tuple[float, float] | None = None,
         cutout_px: int = 0,
+        cutmix: float = 0.0,
+        n_classes: int = 0,
     ) -> None:
         self.labels = torch.from_numpy(labels).to(device)
         self.height_px, self.width_px = images.shape[1:3]
         self.padding_px = padding_px
         self.crop_area = crop_area
         self.cutout_px = cutout_px
+        self.cutmix, self.n_classes = cutmix, n_classes
         border = (0, 0, padding_px, padding_px, padding_px, padding_px)
         self.padded = functional.pad(torch.from_numpy(images).to(device), border)
         self.scale = (1.0 / (255.0 * torch.tensor(std, device=device))).float()
@@ -58,7 +63,8 @@ class DeviceImages:
         """A random crop and a horizontal flip with probability 0.5, drawn for every row.
 
         The crop is out of the padded image, or with `crop_area` a part of the image resized to `size_px` (default: as
-        large as the image). Returns float32 [rows, 3, height, width], normalised, and labels [rows].
+        large as the image). Returns float32 [rows, 3, height, width], normalised, and labels [rows]; where images were
+        mixed, float32 [rows, classes]: the share of every class.
         """
         if self.crop_area is not None:
             images = self._resized_crops(rows, generator, size_px or self.height_px)
@@ -66,7 +72,8 @@ class DeviceImages:
             images = self._shifted_crops(rows, generator)
         if self.cutout_px:
             images *= self._outside_cutout(images, generator)
-        return images, self.labels[rows]
+        labels = self.labels[rows]
+        return self._mixed(images, labels, generator) if self.cutmix else (images, labels)
 
     def _shifted_crops(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         n, device = len(rows), self.padded.device
@@ -107,6 +114,24 @@ class DeviceImages:
             distance = torch.arange(n_px, device=images.device) - centre + self.cutout_px // 2
             inside.append((distance >= 0) & (distance < self.cutout_px))
         return (~(inside[0][:, :, None] & inside[1][:, None, :])).unsqueeze(1).float()
+
+    def _mixed(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """CutMix with alpha = 1: one rectangle for the batch, of a share of the area that is uniform in [0, 1], cut to
+        the image; every row takes it from the row that a shuffle puts in its place."""
+        device, (height_px, width_px) = images.device, images.shape[2:]
+        drawn = torch.rand(4, generator=generator, device=device).tolist()
+        partners = torch.randperm(len(labels), generator=generator, device=device)
+        if drawn[0] >= self.cutmix:
+            return images, labels
+        side = math.sqrt(drawn[1])
+        (top, bottom), (left, right) = (
+            (max(0, round((centre - side / 2) * n_px)), min(n_px, round((centre + side / 2) * n_px)))
+            for centre, n_px in ((drawn[2], height_px), (drawn[3], width_px))
+        )
+        images[:, :, top:bottom, left:right] = images[partners, :, top:bottom, left:right]
+        share = (bottom - top) * (right - left) / (height_px * width_px)
+        own = functional.one_hot(labels, self.n_classes).float()
+        return images, torch.lerp(own, own[partners], share)
 
     def _normalised(self, images: Tensor) -> Tensor:
         # [rows, height, width, 3] seen as [rows, 3, height, width] is already channels-last: nothing is copied.

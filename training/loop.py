@@ -87,6 +87,8 @@ class Trainer:
             a.crop_padding_px,
             a.crop_area,
             a.cutout_px,
+            a.cutmix,
+            len(images.class_names),
         )
         self.held_out = DeviceImages(images.train_images[held_out], images.train_labels[held_out], *normalisation)
         self.steps_per_epoch = o.steps_per_epoch(len(train))

@@ -91,6 +91,7 @@ class Augmentation(_Section):
     # With `crop_area`: sizes to train at, in equal parts of the run: small ones first train faster. Default: as read.
     sizes_px: list[Annotated[int, Field(ge=8)]] = []
     cutout_px: Annotated[int, Field(ge=0)] = 0  # side of a square painted over with the mean colour, at a random place
+    cutmix: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of batches in which images get a rectangle of another one
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -115,6 +116,12 @@ class Recipe(_Section):
     numerics: Numerics = Numerics()
     augmentation: Augmentation = Augmentation()
     held_out_images: Annotated[int, Field(ge=1)] = 5000
+
+    @model_validator(mode="after")
+    def _gates_see_one_class(self) -> Self:
+        if self.objective.gates and self.augmentation.cutmix:
+            raise ValueError("gates learn whether an answer is right, which mixed images do not tell: leave out cutmix")
+        return self
 
     @classmethod
     def load(cls, name_or_path: str, settings: Sequence[str] = ()) -> "Recipe":

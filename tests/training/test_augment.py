@@ -145,3 +145,31 @@ def test_cutout_paints_one_square_in_the_mean_colour() -> None:
     )  # a rectangle: a square, or what is left of it at the border
     assert rows.max() == columns.max() == 6
     assert rows.min() == columns.min() == 3
+
+
+def test_cutmix_puts_a_rectangle_of_another_image_and_its_share_of_the_label() -> None:
+    n = 8
+    pixels = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None] * 30, (n, 20, 16, 3)).copy()
+    images = DeviceImages(pixels, np.arange(n), (0, 0, 0), (1, 1, 1), CPU, cutmix=1.0, n_classes=n + 1)
+    shares = []
+    for seed in range(200):
+        batch, labels = images.augmented(torch.arange(n), torch.Generator().manual_seed(seed))
+        assert labels.shape == (n, n + 1)
+        assert torch.allclose(labels.sum(1), torch.ones(n))
+        of_pixels = torch.stack([(batch[:, 0] * 255 / 30).round() == k for k in range(n)], -1).float().mean((1, 2))
+        assert torch.allclose(labels[:, :n], of_pixels, atol=1e-6)  # every pixel votes for the image that it is from
+        own = labels.diagonal()
+        shares.append(1 - float(own.min()))
+    # Uniform side squared, cut at the border: most areas are met, none is preferred by much.
+    assert min(shares) < 0.05
+    assert max(shares) > 0.8
+    assert 0.25 < np.mean(shares) < 0.45
+
+
+def test_cutmix_mixes_its_share_of_the_batches() -> None:
+    images = DeviceImages(
+        np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), (0,) * 3, (1,) * 3, CPU, cutmix=0.3, n_classes=4
+    )
+    draws = torch.Generator().manual_seed(0)
+    mixed = [images.augmented(torch.arange(4), draws)[1].dim() == 2 for _ in range(1000)]
+    assert 0.25 < np.mean(mixed) < 0.35

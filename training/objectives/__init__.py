@@ -122,6 +122,8 @@ class ExitLosses:
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed loss, and statistics [2, exits] without gradient, both float32.
 
+        Labels are class numbers [rows], or shares of the classes [rows, classes].
+
         The statistics are each exit's mean cross-entropy, and its share of valid samples: those it still can learn
         from, with a loss above the 10th percentile of exit 1's in the batch (BoostNet, Fig. 3).
         """
