@@ -28,7 +28,7 @@ from service.lanes import Lanes, Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
 from service.rows import Answer, EngineDraining, EngineError, Options, Request, Sink, Step, Told
-from service.runners.base import Runner
+from service.runners.base import Runner, canvas_px_of
 from service.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -113,6 +113,11 @@ class Engine:
     def max_rows(self) -> int:
         """The largest batch."""
         return self._core.scheduler.max_rows
+
+    @property
+    def canvas_px(self) -> int:
+        """Up to which side pictures of other sizes than the network's are taken; 0: none are."""
+        return canvas_px_of(self._runner)
 
     @property
     def is_alive(self) -> bool:

@@ -45,17 +45,17 @@ class Documents:
         return {
             "label": answer.label,
             "class_id": answer.class_id,
-            "confidence": round(answer.confidence, 6),
+            "confidence": rounded(answer.confidence),
             "top_k": self._ranked(answer.top_k),
             "exit": answer.exit,
             "reason": answer.reason,
             "mflops": answer.mflops,
             **self.fixed,
             "timings": {
-                "decode_ms": round(decode_s * 1e3, 3),
-                "queue_ms": round(answer.queue_ms, 3),
-                "stages_ms": round(answer.compute_ms, 3),
-                "total_ms": round(total_s * 1e3, 3),
+                "decode_ms": int(decode_s * 1e6 + 0.5) / 1e3,  # to microseconds; as in `rounded`
+                "queue_ms": int(answer.queue_ms * 1e3 + 0.5) / 1e3,
+                "stages_ms": int(answer.compute_ms * 1e3 + 0.5) / 1e3,
+                "total_ms": int(total_s * 1e6 + 0.5) / 1e3,
             },
             "request_id": request_id,
         }
@@ -66,7 +66,7 @@ class Documents:
             "exits": self.n_exits,
             "label": step.label,
             "class_id": step.class_id,
-            "confidence": round(step.confidence, 6),
+            "confidence": rounded(step.confidence),
             "top": self._ranked(step.top_k),
             "score": finite(step.score),
             "threshold": finite(step.threshold),
@@ -76,7 +76,12 @@ class Documents:
 
     def _ranked(self, top_k: tuple[tuple[int, float], ...]) -> list[dict[str, Any]]:
         names = self.class_names
-        return [{"label": names[i], "class_id": i, "confidence": round(share, 6)} for i, share in top_k]
+        return [{"label": names[i], "class_id": i, "confidence": rounded(share)} for i, share in top_k]
+
+
+def rounded(share: float) -> float:
+    """A share to six places; `round` would write the number out and read it again."""
+    return int(share * 1e6 + 0.5) / 1e6 if share >= 0 else share  # or it is no number
 
 
 def finite(value: float | None) -> float | None:

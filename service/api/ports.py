@@ -19,6 +19,11 @@ class EnginePort(Protocol):
         ...
 
     @property
+    def canvas_px(self) -> int:
+        """Up to which side images may have other sizes than the network's; 0: none may."""
+        ...
+
+    @property
     def is_alive(self) -> bool:
         """True from `start` until the engine has stopped or broken down."""
         ...

@@ -3,10 +3,13 @@
 A `POST /classify` whose body is the image, announced by its length and there with its head, goes to the desk
 (`direct.py`) and is answered by one write. Everything else stays with uvicorn and the application: other calls, forms,
 bodies that arrive in pieces, old clients, and what comes before the request ahead of it is answered (pipelining).
+
+A client that keeps its connection sends nearly the same head again and again: one that is the same to the last byte is
+not parsed again.
 """
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -18,6 +21,7 @@ from service.api.gate import Gate
 from service.api.lifecycle import Phase
 
 TARGET = PATH.encode()
+HEAD_END = b"\r\n\r\n"
 RAW_TYPE_FIELDS = frozenset(name.encode() for name in RAW_TYPES)
 
 
@@ -29,11 +33,11 @@ class _Nobody:
 class Cycle:
     """A visit, as uvicorn's protocol knows requests: what it reads and writes of its own `RequestResponseCycle`."""
 
-    __slots__ = ("body", "disconnected", "keep_alive", "protocol", "response_complete", "visit")
+    __slots__ = ("body", "disconnected", "headers", "keep_alive", "protocol", "query", "response_complete", "visit")
     message_event = _Nobody()
 
-    def __init__(self, protocol: "DirectProtocol") -> None:
-        self.protocol = protocol
+    def __init__(self, protocol: "DirectProtocol", headers: dict[bytes, bytes], query: bytes) -> None:
+        self.protocol, self.headers, self.query = protocol, headers, query
         self.visit: Visit
         self.body: list[bytes] = []
         self.keep_alive = True
@@ -43,6 +47,15 @@ class Cycle:
         """Send an answer; see `direct.Respond`."""
         self.response_complete = True
         self.protocol.send(visit, status, fields, body, self.keep_alive)
+
+
+class Head(NamedTuple):
+    """A request's head that went to the desk, and what it said."""
+
+    data: bytes
+    request_bytes: int  # with the body
+    headers: dict[bytes, bytes]
+    query: bytes
 
 
 class DirectProtocol(HttpToolsProtocol):
@@ -61,25 +74,40 @@ class DirectProtocol(HttpToolsProtocol):
         self._desk = config.app.desk
         self._reading: Cycle | None = None  # whose body is still to come
         self._last: Cycle | None = None  # the latest whose body was there
+        self._in_message = False  # the parser is
+        self._head: Head | None = None  # of the latest request, where that was all the data that came
+        self._quiet_since_s = 0.0
 
     # --- called by the transport and the parser -----------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        head = self._head
+        if head is not None and len(data) == head.request_bytes and data.startswith(head.data) and self._is_free():
+            self._repeat(head, data)
+            return
+        self._head = None
+        was_between = not self._in_message
+        last = self._last
         super().data_received(data)
         cycle = self._reading
-        if cycle is None or cycle.response_complete or self.transport.is_closing():
-            return
-        # A body that takes its time: the application knows how much of that it may have.
-        self._reading = None
-        self.cycle = None  # type: ignore[assignment]
-        super().on_headers_complete()
-        for part in cycle.body:
-            super().on_body(part)
+        if cycle is not None and not cycle.response_complete and not self.transport.is_closing():
+            # A body that takes its time: the application knows how much of that it may have.
+            self._reading = None
+            self.cycle = None  # type: ignore[assignment]
+            super().on_headers_complete()
+            for part in cycle.body:
+                super().on_body(part)
+        elif was_between and not self._in_message and self._last is not None and self._last is not last:
+            self._know_again(data, self._last)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._last is not None:
             self._desk.leave(self._last.visit)
         super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_message = True
 
     def on_headers_complete(self) -> None:
         path, _, query = self.url.partition(b"?")
@@ -87,9 +115,7 @@ class DirectProtocol(HttpToolsProtocol):
         if path != TARGET or not self._is_direct(query, headers):
             super().on_headers_complete()
             return
-        cycle = self._reading = Cycle(self)
-        self.cycle = cycle  # type: ignore[assignment]
-        cycle.visit = self._desk.enter(headers, query, self.client[0] if self.client else None, cycle.respond)
+        self._reading = self._enter(headers, query)
 
     def on_body(self, body: bytes) -> None:
         if self._reading is None:
@@ -98,13 +124,28 @@ class DirectProtocol(HttpToolsProtocol):
             self._reading.body.append(body)
 
     def on_message_complete(self) -> None:
-        cycle, self._reading = self._reading, None
+        cycle, self._reading, self._in_message = self._reading, None, False
         if cycle is None:
             super().on_message_complete()
         elif not cycle.response_complete:
             self._last = cycle
             parts, cycle.body = cycle.body, []  # the connection may live long, and is to keep no picture
             self._desk.take(cycle.visit, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def on_response_complete(self) -> None:
+        self._quiet_since_s = self.loop.time()
+        super().on_response_complete()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if nobody has said anything on it for so long; requests do not stop this clock."""
+        self.timeout_keep_alive_task = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return  # its answer starts the clock anew
+        left_s = self._quiet_since_s + self.timeout_keep_alive - self.loop.time()
+        if left_s <= 0:
+            super().timeout_keep_alive_handler()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
 
     # --- its own ------------------------------------------------------------------------------------------------
 
@@ -122,10 +163,35 @@ class DirectProtocol(HttpToolsProtocol):
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
             and self.parser.should_keep_alive()
-            and (self.cycle is None or self.cycle.response_complete)
+            and self._is_free()
+        )
+
+    def _is_free(self) -> bool:
+        """Whether the desk can deal with what comes next."""
+        return (
+            (self.cycle is None or self.cycle.response_complete)
             and not self.flow.write_paused  # its client does not read what it is told
             and self._desk.is_open
         )
+
+    def _enter(self, headers: dict[bytes, bytes], query: bytes) -> Cycle:
+        cycle = Cycle(self, headers, query)
+        self.cycle = cycle  # type: ignore[assignment]
+        cycle.visit = self._desk.enter(headers, query, self.client[0] if self.client else None, cycle.respond)
+        return cycle
+
+    def _know_again(self, data: bytes, cycle: Cycle) -> None:
+        """Remember the head of a request, if `data` was that request and nothing else."""
+        n_bytes = len(data) - int(cycle.headers[b"content-length"])
+        if data.find(HEAD_END) == n_bytes - len(HEAD_END):
+            self._head = Head(data[:n_bytes], len(data), cycle.headers, cycle.query)
+
+    def _repeat(self, head: Head, data: bytes) -> None:
+        """A whole request is there, whose head is known."""
+        cycle = self._enter(head.headers, head.query)
+        if not cycle.response_complete:
+            self._last = cycle
+            self._desk.take(cycle.visit, data[len(head.data) :])
 
     def send(self, visit: Visit, status: int, fields: bytes, body: bytes, keep_alive: bool) -> None:
         """Write a whole answer, and be ready for the next request."""
@@ -133,10 +199,12 @@ class DirectProtocol(HttpToolsProtocol):
             return
         if self._lifecycle.phase is Phase.DRAINING:
             keep_alive = False
-        parts = [STATUS_LINE[status], fields, b"content-length: %d\r\nx-request-id: " % len(body)]
-        parts += (visit.request_id.encode(), b"\r\n")
-        for name, value in self.server_state.default_headers:
-            parts += (name, b": ", value, b"\r\n")
+        parts = [
+            STATUS_LINE[status],
+            fields,
+            b"content-length: %d\r\nx-request-id: %b\r\n" % (len(body), visit.request_id.encode()),
+            _default_fields(self.server_state.default_headers),
+        ]
         if visit.traceparent is not None:
             parts += (b"traceparent: ", visit.traceparent.encode(), b"\r\n")
         if not keep_alive:
@@ -145,4 +213,19 @@ class DirectProtocol(HttpToolsProtocol):
         self.transport.write(b"".join(parts))
         if not keep_alive:
             self.transport.close()
-        self.on_response_complete()
+        elif self.pipeline or self.timeout_keep_alive_task is None or self.flow.read_paused:
+            self.on_response_complete()
+        else:  # the same, but that the clock goes on: to stop and start one for each request takes its time
+            self.server_state.total_requests += 1
+            self._quiet_since_s = self.loop.time()
+
+
+_default: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")
+
+
+def _default_fields(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The header fields that every answer has, as bytes; uvicorn makes them anew every second, for the date."""
+    global _default
+    if _default[0] is not headers:
+        _default = headers, b"".join(b"%b: %b\r\n" % field for field in headers)
+    return _default[1]

@@ -8,7 +8,7 @@ takes anyway, and tells when the other end has died.
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 HEAD = struct.Struct("<IB3x")  # bytes of the payload, kind
@@ -40,8 +40,14 @@ class Channel:
 
     def send(self, kind: int, payload: bytes = b"") -> bool:
         """Send a frame; False where some of what was sent is left, and `flush` is to be called when there is room."""
+        return self.send_all(((kind, payload),))
+
+    def send_all(self, frames: Iterable[tuple[int, bytes]]) -> bool:
+        """Send some at once: it is the system call, and waking the other end, that takes time."""
         with self._sending:
-            self._unsent += HEAD.pack(len(payload), kind) + payload
+            for kind, payload in frames:
+                self._unsent += HEAD.pack(len(payload), kind)
+                self._unsent += payload
             return self._flush()
 
     def flush(self) -> bool:

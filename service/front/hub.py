@@ -20,7 +20,7 @@ from typing import Any
 from service.engine import Engine
 from service.front import wire
 from service.front.channel import Channel
-from service.front.memory import SharedMemory
+from service.front.memory import SharedMemory, picture_in
 from service.front.wire import Kind
 from service.metrics import Metrics
 from service.rows import EngineError, Request, Told
@@ -46,28 +46,32 @@ class Link:
         self.worker = worker
         self.channel = channel
         self._engine = engine
-        self._slots = list(memory.slots(worker))
+        self._slots, self._images = list(memory.slots(worker)), list(memory.images(worker))
         # By slot, the last one's number and itself. It may have ended: to abandon it then does nothing.
         self._requests: list[tuple[int, Request] | None] = [None] * len(self._slots)
         self._on_unsent = on_unsent
         self._sink = self._deliver  # one object: the engine groups outcomes by it
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
-        if not self.channel.send(kind, payload):
+        self._send_all([(kind, payload)])
+
+    def _send_all(self, frames: list[tuple[int, bytes]]) -> None:
+        if not self.channel.send_all(frames):
             self._on_unsent(self)
 
     # --- the hub's thread ---------------------------------------------------------------------------------------
 
     def submit(self, payload: bytes) -> None:
         refused: list[tuple[int, Told]] = []
-        for number, options in wire.submissions(payload):
-            slot = number % len(self._slots)
-            try:
-                request = self._engine.submit_to(self._sink, number, self._slots[slot], options, flush=False)
-            except EngineError as error:
-                refused.append((number, error))
-            else:
-                self._requests[slot] = number, request
+        images, submit_to = self._images, self._engine.submit_to
+        for options, size, numbers in wire.submissions(payload):
+            for number in numbers:
+                slot = number % len(images)
+                image = images[slot] if size == wire.OWN_SIZE else picture_in(self._slots[slot], *size)
+                try:
+                    self._requests[slot] = number, submit_to(self._sink, number, image, options, False)
+                except EngineError as error:
+                    refused.append((number, error))
         self._engine.flush()
         if refused:
             self._deliver(refused)
@@ -91,18 +95,15 @@ class Link:
     # --- the engine's thread, or the hub's ----------------------------------------------------------------------
 
     def _deliver(self, outcomes: list[tuple[Any, Told]]) -> None:
+        requests = self._requests
         for number, outcome in outcomes:
-            slot = number % len(self._slots)
-            entry = self._requests[slot]
-            if entry is not None and entry[0] == number and wire.is_last(outcome):
-                self._requests[slot] = None  # so that nothing of it is kept
+            if wire.is_last(outcome):
+                requests[number % len(requests)] = None  # so that nothing of it is kept
         if self.channel.is_closed:
             return
         told, failed = wire.pack_outcomes(outcomes)
-        if told:
-            self.send(Kind.TOLD, told)
-        if failed:
-            self.send(Kind.FAILED, failed)
+        frames = ((Kind.TOLD, told), (Kind.FAILED, failed))
+        self._send_all([(kind, payload) for kind, payload in frames if payload])
 
 
 class Hub:
@@ -231,6 +232,7 @@ class Hub:
         self._selector.unregister(link.channel)
         link.channel.close()
         n_lost = self._memory.in_flight_of(worker)
+        self._memory.set_connections(worker, None)
 
         def let_go() -> None:
             self._memory.set_in_flight(worker, 0)

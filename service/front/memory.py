@@ -3,12 +3,12 @@
 It is memory without a name (memfd): the kernel frees it with the last process that has it open, however that ends, and
 it does not count against the size of /dev/shm, which is small in containers.
 
-    board | one region a worker: its images in flight, its tally | one arena a worker: slots of an image each
+    board | a region a worker: images in flight, connections, tally | an arena a worker: slots of an image each
 """
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from service.tally import Tally, tally_bytes
 PAGE_BYTES = 4096
 TEXT_BYTES = 1024
 TEXT_AT = 256  # within the board
+COUNTS_BYTES = 16  # of a worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +31,19 @@ class Layout:
     height_px: int
     width_px: int
     n_exits: int
+    canvas_px: int = 0  # up to which side pictures of other sizes have room as well
 
     @property
-    def image_bytes(self) -> int:
-        return self.height_px * self.width_px * 3
+    def slot_bytes(self) -> int:
+        return 3 * max(self.height_px * self.width_px, self.canvas_px**2)
 
     @property
     def region_bytes(self) -> int:
-        return _pages(8 + tally_bytes(self.n_exits))
+        return _pages(COUNTS_BYTES + tally_bytes(self.n_exits))
 
     @property
     def arena_bytes(self) -> int:
-        return _pages(self.n_slots * self.image_bytes)
+        return _pages(self.n_slots * self.slot_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -62,7 +64,9 @@ class SharedMemory:
         self._map = mmap.mmap(descriptor, layout.total_bytes)
         self._view = memoryview(self._map)
         self.board = Board(self._view[:PAGE_BYTES])
-        self._in_flight = [self._region(i)[:8].cast("q") for i in range(layout.n_workers)]
+        counts = [self._region(i)[:COUNTS_BYTES] for i in range(layout.n_workers)]
+        self._in_flight = [cells[:8].cast("q") for cells in counts]
+        self._connections = [cells[8:].cast("q") for cells in counts]  # and one more; 0 while none are taken
 
     @classmethod
     def create(cls, layout: Layout) -> Self:
@@ -71,6 +75,12 @@ class SharedMemory:
         os.ftruncate(descriptor, layout.total_bytes)
         return cls(layout, descriptor)
 
+    def with_canvas(self, canvas_px: int) -> Self:
+        """The same memory, with room for such pictures in its slots; to be called before these are used."""
+        layout = replace(self.layout, canvas_px=canvas_px)
+        os.ftruncate(self.descriptor, layout.total_bytes)
+        return type(self)(layout, self.descriptor)
+
     def _region(self, worker: int) -> memoryview:
         start = PAGE_BYTES + worker * self.layout.region_bytes
         return self._view[start : start + self.layout.region_bytes]
@@ -78,7 +88,10 @@ class SharedMemory:
     @property
     def in_flight_rows(self) -> int:
         """Images handed to the engine, of all workers."""
-        return sum(cell[0] for cell in self._in_flight)
+        n_rows = 0
+        for cell in self._in_flight:
+            n_rows += cell[0]
+        return n_rows
 
     def in_flight_of(self, worker: int) -> int:
         return self._in_flight[worker][0]
@@ -87,17 +100,36 @@ class SharedMemory:
         """Only the worker itself does, and the engine's process once it has died."""
         self._in_flight[worker][0] = n_rows
 
+    def set_connections(self, worker: int, n: int | None) -> None:
+        """Say how many a worker has; None where it takes none. Written as `set_in_flight`."""
+        self._connections[worker][0] = 0 if n is None else n + 1
+
+    def least_connections_beside(self, worker: int) -> int | None:
+        """How many that one of the others has that has the fewest; None where none of them takes any."""
+        others = (cell[0] for other, cell in enumerate(self._connections) if other != worker)
+        return min((n - 1 for n in others if n), default=None)
+
     def tally(self, worker: int) -> Tally:
-        n_bytes = tally_bytes(self.layout.n_exits)
-        return Tally(self.layout.n_exits, self._region(worker)[8 : 8 + n_bytes])
+        end = COUNTS_BYTES + tally_bytes(self.layout.n_exits)
+        return Tally(self.layout.n_exits, self._region(worker)[COUNTS_BYTES:end])
 
     def slots(self, worker: int) -> NDArray[np.uint8]:
-        """A worker's images, uint8 [n_slots, height_px, width_px, 3]."""
+        """A worker's slots, uint8 [n_slots, slot_bytes]; see `picture_in`."""
         layout = self.layout
         start = PAGE_BYTES + layout.n_workers * layout.region_bytes + worker * layout.arena_bytes
-        n_bytes = layout.n_slots * layout.image_bytes
-        pixels = np.frombuffer(self._view[start : start + n_bytes], np.uint8)
-        return pixels.reshape(layout.n_slots, layout.height_px, layout.width_px, 3)
+        n_bytes = layout.n_slots * layout.slot_bytes
+        return np.frombuffer(self._view[start : start + n_bytes], np.uint8).reshape(layout.n_slots, layout.slot_bytes)
+
+    def images(self, worker: int) -> NDArray[np.uint8]:
+        """The same as images of the network's own size, uint8 [n_slots, height_px, width_px, 3]."""
+        height_px, width_px = self.layout.height_px, self.layout.width_px
+        own = self.slots(worker)[:, : 3 * height_px * width_px]
+        return own.reshape(self.layout.n_slots, height_px, width_px, 3)
+
+
+def picture_in(slot: NDArray[np.uint8], height_px: int, width_px: int) -> NDArray[np.uint8]:
+    """What lies in a slot, as a picture uint8 [height_px, width_px, 3]."""
+    return slot[: 3 * height_px * width_px].reshape(height_px, width_px, 3)
 
 
 class Board:

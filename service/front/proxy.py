@@ -8,7 +8,7 @@ import json
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from service.budget import BudgetState
 from service.front import wire
 from service.front.channel import Channel
-from service.front.memory import SharedMemory
+from service.front.memory import SharedMemory, picture_in
 from service.front.wire import Kind
 from service.rows import EngineDraining, EngineError, EngineOverloaded, Options, Sink, Told
 from service.tally import Tally
@@ -28,6 +28,7 @@ from service.target import Target
 
 logger = logging.getLogger(__name__)
 
+TOOK_S = 0.02  # how late the engine hears, at most, what answers took: nothing is sent for that alone
 CALL_S = 30.0  # the engine's process answers between batches; one that takes so long has hung
 PLAIN = Options()
 
@@ -83,8 +84,8 @@ class Ticket:
 class RemoteEngine:
     """The engine, in another process. See `service.api.ports.EnginePort`. To be used once it is attached to a loop.
 
-    A submission is a structure of 40 bytes and the image in a slot of shared memory. What one turn of the event loop
-    submits leaves in one message, as what a batch of the engine's has ended comes back in one. The slot is free again
+    A submission is a number, and the image in a slot of shared memory. What one turn of the event loop submits leaves
+    in one message, as what a batch of the engine's has ended comes back in one. The slot is free again
     with the request's outcome or, where it was abandoned, when the engine has said that it has let go of it.
 
     Args:
@@ -112,11 +113,12 @@ class RemoteEngine:
         self._board = memory.board
         self._class_names = class_names
         self._on_drain, self._on_broken = on_drain, on_broken
-        self._slots = list(memory.slots(worker))
+        self._slots, self._images = list(memory.slots(worker)), list(memory.images(worker))
+        self._image_shape = self._images[0].shape
         # The next number of every slot that is free; the lowest slots first, so that few pages are in use.
         self._free = list(range(len(self._slots)))[::-1]
         self._tickets: dict[int, Ticket] = {}  # by number
-        self._submissions: list[bytes] = []
+        self._submissions: list[tuple[int, Options, tuple[int, int]]] = []
         self._abandoned: list[int] = []
         self._took: list[float] = []
         self._flush_is_due = False
@@ -132,6 +134,10 @@ class RemoteEngine:
     def is_connected(self) -> bool:
         """Whether the engine's process lives."""
         return not self._channel.is_closed
+
+    @property
+    def canvas_px(self) -> int:
+        return self._memory.layout.canvas_px
 
     @property
     def is_alive(self) -> bool:
@@ -159,17 +165,25 @@ class RemoteEngine:
             in_flight = self._memory.in_flight_rows
             raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
         number = self._free.pop()
-        self._slots[number % len(self._slots)][:] = image
+        slot = number % len(self._slots)
+        if image.shape == self._image_shape:
+            size = wire.OWN_SIZE
+            self._images[slot][:] = image
+        else:
+            size = image.shape[0], image.shape[1]
+            picture_in(self._slots[slot], *size)[:] = image
         ticket = self._tickets[number] = Ticket(number, sink, token)
-        self._submissions.append(wire.pack_submission(number, options or PLAIN))
+        self._submissions.append((number, options or PLAIN, size))
         self._note_in_flight()
         if flush:
             self._flush_soon()
         return ticket
 
     def took(self, seconds: float) -> None:
+        if not self._took:
+            assert self._loop is not None
+            self._loop.call_later(TOOK_S, self.flush)
         self._took.append(seconds)
-        self._flush_soon()
 
     def abandon(self, request: Ticket) -> None:
         if request.number in self._tickets and request.token is not None:
@@ -205,21 +219,24 @@ class RemoteEngine:
 
     def flush(self) -> None:
         self._flush_is_due = False
+        frames: list[tuple[int, bytes]] = []
         if self._submissions:
-            payload = b"".join(self._submissions)
+            frames.append((Kind.SUBMIT, wire.pack_submissions(self._submissions)))
             self._submissions.clear()
-            self._send(Kind.SUBMIT, payload)
         if self._took:
-            payload = wire.pack_seconds(self._took)
+            frames.append((Kind.TOOK, wire.pack_seconds(self._took)))
             self._took.clear()
-            self._send(Kind.TOOK, payload)
         if self._abandoned:  # after the submissions, which they may be of
-            payload = wire.pack_numbers(self._abandoned)
+            frames.append((Kind.ABANDON, wire.pack_numbers(self._abandoned)))
             self._abandoned.clear()
-            self._send(Kind.ABANDON, payload)
+        if frames:
+            self._send_all(frames)
 
     def _send(self, kind: Kind, payload: bytes = b"") -> None:
-        if not self._channel.send(kind, payload) and self._loop is not None:
+        self._send_all([(kind, payload)])
+
+    def _send_all(self, frames: list[tuple[int, bytes]]) -> None:
+        if not self._channel.send_all(frames) and self._loop is not None:
             self._loop.add_writer(self._channel, self._send_rest)
 
     def _send_rest(self) -> None:
@@ -239,6 +256,7 @@ class RemoteEngine:
             elif kind == Kind.RELEASED:
                 for number in wire.numbers(payload):
                     self._release(number)
+                self._note_in_flight()
             elif kind == Kind.REPLY:
                 self.calls.take_reply(payload)
             elif kind == Kind.STARTED:
@@ -251,13 +269,17 @@ class RemoteEngine:
         if self._channel.is_closed:
             self._hang_up()
 
-    def _deliver(self, items: Any) -> None:
+    def _deliver(self, items: Iterable[tuple[int, Told]]) -> None:
         by_sink: dict[Sink, list[tuple[Any, Told]]] = {}
+        tickets = self._tickets
         for number, outcome in items:
-            ticket = self._tickets.get(number)
+            ticket = tickets.get(number)
             if ticket is None or ticket.token is None:
                 continue  # abandoned: its slot comes, or came, back with RELEASED
-            by_sink.setdefault(ticket.sink, []).append((ticket.token, outcome))
+            outcomes = by_sink.get(ticket.sink)
+            if outcomes is None:
+                outcomes = by_sink[ticket.sink] = []
+            outcomes.append((ticket.token, outcome))
             if wire.is_last(outcome):
                 self._release(number)
         self._note_in_flight()
@@ -267,7 +289,6 @@ class RemoteEngine:
     def _release(self, number: int) -> None:
         del self._tickets[number]
         self._free.append(number + len(self._slots))
-        self._note_in_flight()
 
     def _hang_up(self) -> None:
         """The engine's process has died: whoever waits hears of it, and this process ends."""

@@ -83,7 +83,7 @@ class Front:
         self._drain_s = settings.drain_s
         self._memory = SharedMemory.create(layout)
         self._setup = os.memfd_create("exitserve-setup", os.MFD_CLOEXEC)
-        Setup(bundle, targets, settings, admin_token, layout).write(self._setup)
+        self._told = bundle, targets, settings, admin_token
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._began_s = [0.0] * self._n_workers
@@ -104,6 +104,8 @@ class Front:
         Raises:
             ServerFailed: the engine did not start or broke down, or a worker ended before it had served.
         """
+        self._memory = self._memory.with_canvas(engine.canvas_px)
+        Setup(*self._told, self._memory.layout).write(self._setup)
         hub = Hub(
             engine,
             metrics,

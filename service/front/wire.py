@@ -1,5 +1,5 @@
-"""What workers and the engine's process tell each other, as bytes: structures of fixed size for what is said of every
-image, a batch of them in one frame.
+"""What workers and the engine's process tell each other, as bytes: structures for what is said of each image, those of
+a batch in one frame.
 
 A request is known by a number that no other of its worker ever has; modulo the number of slots it is the slot that the
 image lies in.
@@ -10,6 +10,8 @@ Numbers are doubles, so that an answer is the same as if it had never travelled.
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
+from functools import cache
+from itertools import chain
 from math import isnan, nan
 from typing import get_args
 
@@ -50,9 +52,12 @@ class Kind(IntEnum):
 NUMBER = struct.Struct("<Q")
 SECONDS = struct.Struct("<d")
 CALL_NUMBER = struct.Struct("<I")
-SUBMISSION = struct.Struct("<QIHBxddd")  # number, and what `pack_submission` says
-TOLD = struct.Struct("<QIHBxIIdddddd")  # number, class, exit, reason, batch rows, ranked; see `pack_told`
-RANKED = struct.Struct("<Id")  # class, softmax output
+WISHES = struct.Struct("<IHHIHBxddd")  # how many requests have them, and what `pack_submissions` says
+OWN_SIZE = (0, 0)  # a picture's height and width where they are the network's
+TOLD = "QIHBxIIdddddd"  # number, class, exit, reason, batch rows, ranked; see `pack_told`
+RANKED = "Id"  # class, softmax output
+RANKED_AT = struct.calcsize("<QIHBxI")  # where it says how many there are
+RANKED_N = struct.Struct("<I")
 FAILURE = struct.Struct("<QBxHId")  # number, class of the error, bytes of its message, in_flight_rows, wait_s
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -67,85 +72,114 @@ ERRORS: tuple[type[EngineError], ...] = (
 )
 ERROR_CODES = {error: code for code, error in enumerate(ERRORS)}
 MESSAGE_BYTES = 4096
-PLAIN = Options()
 
 
-def pack_submission(number: int, options: Options) -> bytes:
-    return SUBMISSION.pack(
-        number,
-        options.top_k,
-        options.exit or 0,
-        options.steps,
-        nan if options.min_confidence is None else options.min_confidence,
-        options.max_mflops,
-        options.deadline_s,
-    )
+def pack_submissions(submitted: Sequence[tuple[int, Options, tuple[int, int]]]) -> bytes:
+    """The payload of a frame SUBMIT: wishes and a size, and the numbers of the requests next to each other that have
+    these.
+
+    A deadline is on the monotonic clock, which all processes share.
+    """
+    parts: list[bytes] = []
+    start = 0
+    for end in range(1, len(submitted) + 1):
+        _, options, size = submitted[start]
+        if end < len(submitted) and submitted[end][1] is options and submitted[end][2] == size:
+            continue
+        wishes = WISHES.pack(
+            end - start,
+            *size,
+            options.top_k,
+            options.exit or 0,
+            options.steps,
+            nan if options.min_confidence is None else options.min_confidence,
+            options.max_mflops,
+            options.deadline_s,
+        )
+        parts += wishes, pack_numbers([number for number, _, _ in submitted[start:end]])
+        start = end
+    return b"".join(parts)
 
 
-def submissions(payload: bytes) -> Iterator[tuple[int, Options]]:
-    """The numbers and options of a frame SUBMIT. A deadline is on the monotonic clock, which all processes share."""
-    last_wishes: list[float] = []
-    options = PLAIN
-    for number, *wishes in SUBMISSION.iter_unpack(payload):
-        if wishes != last_wishes:  # most wish for the same
-            last_wishes = wishes
-            top_k, exit_number, steps, min_confidence, max_mflops, deadline_s = wishes
-            options = Options(
-                top_k=top_k,
-                exit=exit_number or None,
-                min_confidence=None if isnan(min_confidence) else min_confidence,
-                max_mflops=max_mflops,
-                deadline_s=deadline_s,
-                steps=bool(steps),
-            )
-        yield number, options
+def submissions(payload: bytes) -> Iterator[tuple[Options, tuple[int, int], Sequence[int]]]:
+    """The wishes and sizes in a frame SUBMIT, and the numbers of the requests that have them."""
+    at = 0
+    while at < len(payload):
+        n, height_px, width_px, top_k, exit_number, steps, min_confidence, max_mflops, deadline_s = WISHES.unpack_from(
+            payload, at
+        )
+        at += WISHES.size
+        options = Options(
+            top_k=top_k,
+            exit=exit_number or None,
+            min_confidence=None if isnan(min_confidence) else min_confidence,
+            max_mflops=max_mflops,
+            deadline_s=deadline_s,
+            steps=bool(steps),
+        )
+        yield options, (height_px, width_px), numbers(payload[at : at + n * NUMBER.size])
+        at += n * NUMBER.size
 
 
-def pack_numbers(numbers: Iterable[int]) -> bytes:
-    return b"".join(map(NUMBER.pack, numbers))
+def pack_numbers(numbers: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
 
 
-def numbers(payload: bytes) -> Iterator[int]:
-    return (number for (number,) in NUMBER.iter_unpack(payload))
+def numbers(payload: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(payload) // NUMBER.size}Q", payload)
 
 
-def pack_seconds(seconds: Iterable[float]) -> bytes:
-    return b"".join(map(SECONDS.pack, seconds))
+def pack_seconds(seconds: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(seconds)}d", *seconds)
 
 
-def seconds(payload: bytes) -> Iterator[float]:
-    return (took for (took,) in SECONDS.iter_unpack(payload))
+def seconds(payload: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(payload) // SECONDS.size}d", payload)
+
+
+@cache
+def _told(n_ranked: int) -> struct.Struct:
+    """What is said of one image, with so many classes ranked."""
+    return struct.Struct("<" + TOLD + n_ranked * RANKED)
 
 
 def pack_told(number: int, told: Answer | Step) -> bytes:
-    ranked = b"".join([RANKED.pack(*pair) for pair in told.top_k])
-    k = len(told.top_k)
+    top_k = told.top_k
+    n_ranked = len(top_k)
     if isinstance(told, Step):
-        values = (told.confidence, told.mflops, 0.0, 0.0, told.score, told.threshold)
-        return TOLD.pack(number, told.class_id, told.exit, 0, 0, k, *values) + ranked
-    values = (
+        queue_ms = compute_ms = 0.0
+        code = batch_rows = 0
+    else:
+        queue_ms, compute_ms = told.queue_ms, told.compute_ms
+        code, batch_rows = REASON_CODES[told.reason], told.batch_rows
+    return _told(n_ranked).pack(
+        number,
+        told.class_id,
+        told.exit,
+        code,
+        batch_rows,
+        n_ranked,
         told.confidence,
         told.mflops,
-        told.queue_ms,
-        told.compute_ms,
+        queue_ms,
+        compute_ms,
         nan if told.score is None else told.score,
         nan if told.threshold is None else told.threshold,
+        *chain.from_iterable(top_k),
     )
-    code = REASON_CODES[told.reason]
-    return TOLD.pack(number, told.class_id, told.exit, code, told.batch_rows, k, *values) + ranked
 
 
 def told(payload: bytes, class_names: Sequence[str]) -> Iterator[tuple[int, Answer | Step]]:
     """The numbers, and what is said of them, of a frame TOLD."""
     at = 0
     while at < len(payload):
-        number, class_id, exit_number, code, batch_rows, k, *values = TOLD.unpack_from(payload, at)
-        at += TOLD.size
-        ranked_end = at + k * RANKED.size
-        top_k = tuple(RANKED.iter_unpack(payload[at:ranked_end]))
-        at = ranked_end
-        confidence, mflops, queue_ms, compute_ms, score, threshold = values
+        structure = _told(RANKED_N.unpack_from(payload, at + RANKED_AT)[0])
+        values = structure.unpack_from(payload, at)
+        at += structure.size
+        number, class_id, exit_number, code, batch_rows, _ = values[:6]
+        confidence, mflops, queue_ms, compute_ms, score, threshold = values[6:12]
         label = class_names[class_id]
+        top_k = tuple(zip(values[12::2], values[13::2], strict=True))
         if code == 0:
             yield number, Step(class_id, label, confidence, top_k, exit_number, mflops, score, threshold)
             continue

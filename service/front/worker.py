@@ -5,9 +5,11 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from service.api.app import create_app
+from service.api.protocol import DirectProtocol
+from service.front.accepting import Acceptor
 from service.front.channel import Channel
 from service.front.memory import SharedMemory
 from service.front.proxy import RemoteEngine, RemoteKeeper, RemoteMetrics
@@ -16,10 +18,33 @@ from service.logs import set_up_logs
 from service.server import Server, settle_memory, use_one_heap
 
 
+class CountedProtocol(DirectProtocol):
+    """A connection that says when it ends."""
+
+    on_lost: Callable[[], object]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.on_lost()
+
+
 class WorkerServer(Server):
-    """The server, which hears from the engine's process while it runs."""
+    """The server, which hears from the engine's process while it runs, and shares its listening socket."""
 
     engine: RemoteEngine
+    memory: SharedMemory
+    number: int
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=[])
+        for listener in sockets or ():
+            acceptor = Acceptor(listener, self._open_connection, self.memory, self.number)
+            self.servers.append(acceptor)  # type: ignore[arg-type]
+
+    def _open_connection(self, on_lost: Callable[[], object]) -> CountedProtocol:
+        protocol = CountedProtocol(self.config, self.server_state, self.lifespan.state)
+        protocol.on_lost = on_lost
+        return protocol
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         on_started=on_started,
     )
     server = WorkerServer(app, app.lifecycle, settings)
-    server.engine = engine
+    server.engine, server.memory, server.number = engine, memory, number
     with socket.socket(fileno=listening) as listener:
         server.run(sockets=[listener])
     return 1 if server.n_unanswered or not engine.is_connected else 0

@@ -152,6 +152,11 @@ def _as_slice(indices: list[int] | slice) -> list[int] | slice:
 
 def lie_side_by_side(rows: Sequence[RowState]) -> bool:
     """Whether rows, in this order, can run together without being copied."""
+def canvas_px_of(runner: Runner) -> int:
+    """Up to which side a runner takes pictures of other sizes than the network's, which few do; 0: it takes none."""
+    return getattr(runner, "canvas_px", 0)
+
+
     first = rows[0]
     return all(row.block is first.block and row.index == first.index + i for i, row in enumerate(rows))
 

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from time import monotonic
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.direct import Desk
 from service.api.gate import Gate
@@ -231,6 +233,62 @@ def test_many_connections_each_get_their_own_answer(here: Here, visits: list[int
     assert len(visits) == 20 * len(IMAGES)
     for line in lines:
         line.close()
+
+
+def test_a_head_that_comes_again_is_not_parsed_again(
+    here: Here, line: Line, visits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[bytes] = []
+    parse = HttpToolsProtocol.data_received
+
+    def seen(protocol: HttpToolsProtocol, data: bytes) -> None:
+        parsed.append(data)
+        parse(protocol, data)
+
+    monkeypatch.setattr(HttpToolsProtocol, "data_received", seen)
+    bodies = [png(image).ljust(5_000, b"\0") for image in IMAGES]  # what follows a picture's end is ignored
+    alone = [here.engine.submit(image, Options(exit=1)).result(LIMIT_S).confidence for image in IMAGES]
+    for body, sure in zip(bodies, alone, strict=True):
+        line.send(request(body, "?exit=1"))
+        status, headers, document = line.receive()
+        assert (status, document["confidence"], document["exit"]) == (200, round(sure, 6), 1)
+        assert headers["x-request-id"] == document["request_id"]
+    assert len(parsed) == 1
+    for n_parsed, query in ((2, "?exit=2"), (2, "?exit=2"), (3, "?exit=1"), (4, "?exit=9"), (5, "?exit=9")):
+        line.send(request(bodies[0], query))
+        status, _, document = line.receive()
+        assert (status, document.get("exit")) == ((200, int(query[-1])) if query != "?exit=9" else (422, None))
+        assert len(parsed) == n_parsed  # one that is refused is not to be known
+    data = request(bodies[0], "?exit=1")
+    assert visits == [5_000] * 19
+    for pieces in ([data[:-100], data[-100:]], [data[:40], data[40:]]):
+        line.send(data)
+        assert line.receive()[0] == 200
+        line.send(pieces[0])
+        wait_until("it has come", lambda part=pieces[0]: parsed[-1] == part)  # type: ignore[misc]
+        line.send(pieces[1])
+        assert line.receive()[0] == 200
+    line.send(data + data)
+    assert [line.receive()[0] for _ in range(2)] == [200, 200]
+
+
+def test_a_quiet_connection_is_closed_and_a_busy_one_is_not(
+    here: Here, monkeypatch: pytest.MonkeyPatch, visits: list[int]
+) -> None:
+    monkeypatch.setattr(here.server.config, "timeout_keep_alive", 1.0)
+    line = here.connect()
+    until_s = monotonic() + 1.5
+    while monotonic() < until_s:
+        line.send(request())
+        assert line.receive()[0] == 200
+    go_on = keep_busy(here.engine)
+    line.send(request())
+    wait_until("its time is over", lambda: here.app.lifecycle.requests_in_flight == 1 and monotonic() > until_s + 1.2)
+    go_on.set()
+    assert line.receive()[0] == 200
+    assert len(visits) > 2
+    assert line.ended()
+    line.close()
 
 
 def test_a_client_that_leaves_is_given_up_at_once(here: Here) -> None:

@@ -282,4 +282,4 @@ def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None
     assert isinstance(outcomes[0][1], EngineDraining)
     with pytest.raises(EngineDraining):
         RemoteKeeper(front.proxies[0].calls).read()
-    assert np.all(front.memory.slots(0)[0] == IMAGES[0])
+    assert np.all(front.memory.images(0)[0] == IMAGES[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from service.front import wire
 from service.front.channel import Channel, Frame
-from service.front.memory import Layout, SharedMemory
+from service.front.memory import Layout, SharedMemory, picture_in
 from service.rows import (
     Answer,
     EngineDraining,
@@ -27,6 +27,7 @@ from service.rows import (
 NAMES = [f"class {i}" for i in range(1000)]
 NUMBERS = st.integers(0, 2**63)
 SHARES = st.floats(0, 1)
+SIZES = st.tuples(st.integers(1, 65535), st.integers(1, 65535))
 REALS = st.floats(allow_nan=False)
 RANKED = st.lists(st.tuples(st.integers(0, 999), SHARES), min_size=1, max_size=100).map(tuple)
 ANSWERS = st.builds(
@@ -69,10 +70,17 @@ ERRORS = [
 ]
 
 
-@given(st.lists(st.tuples(NUMBERS, OPTIONS), max_size=20))
-def test_options_arrive_as_they_were(sent: list[tuple[int, Options]]) -> None:
-    payload = b"".join(wire.pack_submission(number, options) for number, options in sent)
-    assert list(wire.submissions(payload)) == sent
+@given(
+    st.lists(OPTIONS, min_size=1, max_size=3),
+    st.lists(st.tuples(NUMBERS, st.integers(0, 2), st.just(wire.OWN_SIZE) | SIZES), max_size=20),
+)
+def test_options_arrive_as_they_were(wishes: list[Options], asked: list[tuple[int, int, tuple[int, int]]]) -> None:
+    sent = [(number, wishes[which % len(wishes)], size) for number, which, size in asked]
+    arrived = list(wire.submissions(wire.pack_submissions(sent)))
+    assert [(number, options, size) for options, size, numbers in arrived for number in numbers] == sent
+    assert len(arrived) <= len(sent)  # what is wished is said once for those next to each other
+    if sent and len(wishes) == 1 and len({size for _, _, size in sent}) == 1:
+        assert len(arrived) == 1
 
 
 @given(st.lists(st.tuples(NUMBERS, ANSWERS | STEPS), max_size=5))
@@ -162,15 +170,27 @@ def test_the_numbers_of_one_worker_are_not_those_of_another() -> None:
     far = SharedMemory(layout, near.descriptor)
     for worker in range(3):
         far.set_in_flight(worker, 10 + worker)
-        far.slots(worker)[...] = 100 + worker
+        far.set_connections(worker, 20 + worker)
+        far.images(worker)[...] = 100 + worker
         far.tally(worker).count("answered")
         far.tally(worker).responded(4, 0.001 * worker)
     assert near.in_flight_rows == 33
     assert [near.in_flight_of(worker) for worker in range(3)] == [10, 11, 12]
     for worker in range(3):
-        assert np.all(near.slots(worker) == 100 + worker)
+        assert np.all(near.images(worker) == 100 + worker)
         assert near.tally(worker).read() == far.tally(worker).read()
         assert near.tally(worker).read()[0] == 1
+    assert [near.least_connections_beside(worker) for worker in range(3)] == [21, 20, 20]
+    far.set_connections(1, None)  # it takes none
+    assert [near.least_connections_beside(worker) for worker in range(3)] == [22, 20, 20]
+    far.set_connections(2, None)
+    assert near.least_connections_beside(0) is None
+    larger = near.with_canvas(12)
+    assert larger.slots(2).shape == (5, 3 * 12 * 12)
+    assert larger.tally(2).read() == near.tally(2).read()
+    for slot, height, width in ((0, 12, 12), (4, 3, 11)):
+        picture_in(larger.slots(2)[slot], height, width)[...] = slot
+    assert larger.slots(2)[4].sum() == 3 * 3 * 11 * 4
     assert not far.board.is_alive
     near.board.publish(True, "Störung " * 200, 12, 0.25)
     assert far.board.is_alive
