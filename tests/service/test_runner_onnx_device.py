@@ -21,9 +21,12 @@ from service.engine import Engine
 from service.rows import Answer, Options
 from service.runners.base import FatalRunnerError, RowState, RunnerError, keep
 from service.runners.onnx import OnnxRunner
+from service.runners.onnx_device import staging
 from service.runners.onnx_device.graph import STORE_OPERATORS, with_slots
 from service.runners.onnx_device.lane import OnnxLane
 from service.runners.onnx_device.runner import OnnxDeviceRunner
+from service.runners.onnx_device.staging import Staging
+from service.runners.providers import cuda_device_count
 from service.runners.slots import SCRATCH
 from service.scheduler import Scheduler
 from tests.bundles import REPOSITORY, random_images, tiny_bundle
@@ -68,6 +71,53 @@ def logits_of(runner: OnnxRunner | OnnxDeviceRunner, images: NDArray[np.uint8]) 
 def all_free(runner: OnnxDeviceRunner) -> bool:
     gc.collect()
     return runner.slots.n_free == runner.slots.n_slots
+
+
+def test_logits_are_read_anew_where_they_cannot_be_copied_to_what_stays(
+    bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = ort.OrtValue.update_inplace
+
+    def refuses(value: ort.OrtValue, data: Any) -> None:
+        if isinstance(data, ort.OrtValue):
+            raise RuntimeError("no way from this device")
+        update(value, data)
+
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(ort.OrtValue, "update_inplace", refuses)
+        runner = OnnxDeviceRunner(bundle, "cpu", 32, 64, n_lanes=1)
+        runner.warm_up()
+        assert bool(runner.lanes[0]._told) == (not patched)
+        for found, wanted in zip(logits_of(runner, images[:32]), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted[:32])
+
+
+def test_memory_is_pinned_by_whoever_can_and_plain_otherwise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is no GPU here: the ways are the test's own, and then those of this machine, which are none."""
+
+    def broken(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+        raise RuntimeError("no such allocator")
+
+    def works(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+        return np.full(shape, 7, dtype)
+
+    assert Staging("cpu").how is None
+    assert not caplog.records
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "_ways", lambda: iter([("one", broken), ("another", works), ("third", broken)]))
+        pinned = Staging("cuda")
+        assert pinned.how == "another"
+        np.testing.assert_array_equal(pinned.array((2, 3), "int64"), np.zeros((2, 3), np.int64))
+    if cuda_device_count():
+        assert Staging("cuda").how is not None
+        return
+    plain = Staging("cuda")
+    assert plain.how is None
+    assert "host memory is not pinned" in caplog.text
+    np.testing.assert_array_equal(plain.array((2, 3), "uint8"), np.zeros((2, 3), np.uint8))
 
 
 # --- a million rows ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ What is bound never changes place or shape, as CUDA graphs ask for it: a batch i
 bucket, and its logits are read from there.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from models.manifest import StageInfo
 from service.runners.base import Array, Heads
 from service.runners.onnx_device.graph import SLOTS, store, stored
+from service.runners.onnx_device.staging import Staging
 from service.runners.slots import SCRATCH
 
 Stores = Mapping[str, ort.OrtValue]
+logger = logging.getLogger(__name__)
 
 
 class OnnxLane:
@@ -34,31 +37,54 @@ class OnnxLane:
     ) -> None:
         self.sessions, self._stages, self._stores, self._kind = sessions, stages, stores, kind
         self._image = stages[0].inputs[0]
-        self._slots: dict[int, Any] = {}  # by bucket
-        self._images: dict[int, tuple[Array, Any]] = {}  # by bucket: as gathered on the host, and on the device
+        self._staging = Staging(kind)
+        self._slots: dict[int, tuple[Array, Any]] = {}  # by bucket: as written on the host, and on the device
+        self._images: dict[int, tuple[Array, Any]] = {}  # likewise
         self._programs: dict[tuple[int, int], tuple[Any, Any, Any]] = {}  # by stage and bucket; see `_bind`
+        self._told: dict[tuple[int, int], Any] = {}  # by the same: logits on the host, where they can be copied there
 
     def prepare(self, stage: int, bucket: int) -> None:
         if bucket not in self._slots:
-            self._slots[bucket] = self._tensor((bucket,), "int64")
-            host = np.zeros((bucket, *self._image.shape), self._image.dtype)
-            self._images[bucket] = host, self._tensor(host.shape, self._image.dtype)
+            shapes = (((bucket,), "int64"), ((bucket, *self._image.shape), self._image.dtype))
+            self._slots[bucket], self._images[bucket] = (
+                (self._staging.array(shape, dtype), self._tensor(shape, dtype)) for shape, dtype in shapes
+            )
         self._programs[stage, bucket] = self._bind(stage, bucket)
         # With graphs, ONNX Runtime runs it twice as it is, captures it, and replays it from then on.
         self.run(stage, bucket, [SCRATCH], [self._images[bucket][0][0]] if stage == 0 else [])
+        self._stage_logits(stage, bucket)
 
     def run(
         self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
     ) -> tuple[NDArray[np.float32], Heads | None]:
         n_rows = len(slots)
-        self._slots[bucket].update_inplace(np.array([*slots, *[SCRATCH] * (bucket - n_rows)]))
+        host, there = self._slots[bucket]
+        host[:n_rows], host[n_rows:] = slots, SCRATCH
+        there.update_inplace(host)
         if images:
             host, there = self._images[bucket]
             np.stack(images, out=host[:n_rows])
             there.update_inplace(host)
         binding, options, logits = self._programs[stage, bucket]
         self.sessions[stage].run_with_iobinding(binding, options)  # comes back when the device is done
-        return np.array(logits.numpy()[:n_rows]), None  # a copy: on the processor `numpy` is a view of the buffer
+        told = self._told.get((stage, bucket))
+        if told is not None:
+            told.update_inplace(logits)
+        return np.array((told or logits).numpy()[:n_rows]), None  # a copy: in host memory `numpy` is a view
+
+    def _stage_logits(self, stage: int, bucket: int) -> None:
+        """Have logits copied to an array that stays, if ONNX Runtime can: else `numpy` makes a new one each time."""
+        logits = self._programs[stage, bucket][2]
+        told = ort.OrtValue.ortvalue_from_numpy(
+            self._staging.array(logits.shape(), self._stages[stage].outputs[0].dtype)
+        )
+        try:
+            told.update_inplace(logits)
+        except Exception as error:  # as for sessions: no common base
+            logger.info("logits are not copied to pinned memory: %s", error)
+            return
+        if np.array_equal(told.numpy(), logits.numpy(), equal_nan=True):
+            self._told[stage, bucket] = told
 
     def _bind(self, stage: int, bucket: int) -> tuple[Any, Any, Any]:
         """What a stage at a bucket is run with: its binding, run options, and the tensor that has its logits."""
@@ -68,7 +94,7 @@ class OnnxLane:
         logits = self._tensor((bucket, *first.shape), first.dtype)
         session = self.sessions[stage]
         binding = session.io_binding()
-        inputs = {store(name): value for name, value in self._stores.items()} | {SLOTS: self._slots[bucket]}
+        inputs = {store(name): value for name, value in self._stores.items()} | {SLOTS: self._slots[bucket][1]}
         inputs[self._image.name] = self._images[bucket][1]
         for one in session.get_inputs():
             binding.bind_ortvalue_input(one.name, inputs[one.name])
