@@ -79,6 +79,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
             runner_name=settings.runner,
             device=settings.device,
             compile_stages=settings.compile_stages,
+            resize=settings.resize,
             n_lanes=settings.lanes or None,
             max_rows=settings.max_batch_rows,
             policy=settings.scheduling_policy,

@@ -6,7 +6,8 @@ from models.bundle import Bundle
 from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import Observer
-from service.runners.choice import RunnerName, open_runner
+from service.runners.base import RunnerError, canvas_px_of
+from service.runners.choice import Resize, RunnerName, open_runner
 from service.runners.providers import Device
 from service.scheduler import Scheduler
 
@@ -30,6 +31,7 @@ def build_engine(
     device: Device = "auto",
     n_lanes: int | None = None,
     compile_stages: bool = False,
+    resize: Resize = "auto",
     max_rows: int = 32,
     max_wait_s: float = 0.05,
     policy: str = "default",
@@ -47,7 +49,7 @@ def build_engine(
     Args:
         bundle: as loaded.
         budget_mflops: average per image, millions of multiply-adds as executed.
-        runner_name, device, n_lanes, compile_stages, max_rows: see `open_runner`.
+        runner_name, device, n_lanes, compile_stages, resize, max_rows: see `open_runner`.
         max_wait_s: see `Scheduler`.
         policy: a key of `policies.POLICIES`.
         burst_images, steer: see `BudgetController`; by default `default_burst_images`.
@@ -69,7 +71,12 @@ def build_engine(
         max_rows=max_rows,
         max_in_flight_rows=max_in_flight_rows,
         compile_stages=compile_stages,
+        resize=resize,
     )
+    if resize == "device" and not canvas_px_of(runner):
+        raise RunnerError(
+            "pictures are to be scaled on the device, which the runner torch-cuda alone does: --resize auto"
+        )
     return Engine(
         runner,
         BudgetController(

@@ -15,6 +15,7 @@ GROUPS = {  # all of them, in the order of `Settings`
         "runner",
         "device",
         "compile_stages",
+        "resize",
         "precision",
         "lanes",
         "max_batch_rows",

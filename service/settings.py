@@ -62,6 +62,11 @@ class Settings(BaseSettings):
         False,
         description="try torch.compile on the stages of torch-cuda and take it where faster; minutes at the start",
     )
+    resize: Literal["auto", "host", "device"] = Field(
+        "auto",
+        description="where pictures that are not of the network's size are scaled; auto is the device with torch-cuda, "
+        "else the host",
+    )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "fp32", description="of the stages: int8 (on CPUs, if the bundle has it); auto measures which is faster here"
     )

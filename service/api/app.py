@@ -67,7 +67,11 @@ def create_app(
         keeper=keeper,
         delivery=Delivery(engine),
         decoder=ImageDecoder(
-            manifest.input.height_px, manifest.input.width_px, settings.max_pixels, observe_seconds=metrics.decoded
+            manifest.input.height_px,
+            manifest.input.width_px,
+            settings.max_pixels,
+            observe_seconds=metrics.decoded,
+            canvas_px=engine.canvas_px,
         ),
         metrics=metrics,
         lifecycle=lifecycle,

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
+from math import ceil
 from typing import Literal
 
 from models.bundle import Bundle
@@ -12,8 +13,18 @@ from service.runners.onnx import OnnxRunner
 from service.runners.providers import Device, check_device, cuda_device_count, tensorrt_version
 
 RunnerName = Literal["auto", "onnx", "torch-cuda"]
+Resize = Literal["auto", "host", "device"]
 Candidates = Mapping[str, Callable[[], Runner]]
 logger = logging.getLogger(__name__)
+
+CANVAS = 16 / 7  # of the network's side: 512 for 224 pixels
+CANVAS_STEP_PX = 16
+
+
+def canvas_px(height_px: int, width_px: int) -> int:
+    """The side of the largest pictures that cross to a device as they are. Those beyond it are scaled on the host: most
+    of their pixels would cross to be thrown away, and all canvases of a batch are as large."""
+    return CANVAS_STEP_PX * ceil(CANVAS * max(height_px, width_px) / CANVAS_STEP_PX)
 
 
 def open_runner(
@@ -25,6 +36,7 @@ def open_runner(
     max_rows: int = 32,
     max_in_flight_rows: int = 1024,
     compile_stages: bool = False,
+    resize: Resize = "auto",
 ) -> Runner:
     """Open a bundle's stages.
 
@@ -35,6 +47,7 @@ def open_runner(
         max_rows: the largest batch.
         max_in_flight_rows: images in work at once.
         compile_stages: see `TorchCudaRunner`.
+        resize: "host" has no runner take pictures of other sizes than the network's (see `base.canvas_px_of`).
 
     Raises:
         StageLoadError, RunnerError: the runner cannot be had; the message says why.
@@ -58,7 +71,15 @@ def open_runner(
             )
         from service.runners.torch_cuda.runner import open_torch_runner
 
-        return open_torch_runner(bundle, max_rows, max_in_flight_rows, n_lanes, compile_stages=compile_stages)
+        size = bundle.manifest.input
+        return open_torch_runner(
+            bundle,
+            max_rows,
+            max_in_flight_rows,
+            n_lanes,
+            compile_stages=compile_stages,
+            canvas_px=0 if resize == "host" else canvas_px(size.height_px, size.width_px),
+        )
 
     def open_onnx(on: Literal["cuda", "tensorrt"]) -> Runner:
         if importlib.util.find_spec("onnx") is None:

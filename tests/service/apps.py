@@ -48,6 +48,7 @@ def build_app(
         target.average_mflops,
         runner_name=chosen.runner,
         device=chosen.device,
+        resize=chosen.resize,
         n_lanes=chosen.lanes,
         max_rows=chosen.max_batch_rows,
         burst_images=chosen.burst_images,

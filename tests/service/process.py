@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from queue import Queue
 
 from tests.waiting import LIMIT_S
 
+PROGRAM = (sys.executable, "-m", "service")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -29,7 +30,7 @@ class ServerProcess:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "service", *arguments]
+    return [*PROGRAM, *arguments]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -39,11 +40,13 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_server(bundle: Path, log: Path, *arguments: str, **variables: str) -> Iterator[ServerProcess]:
-    """Start `python -m service` and wait for the line that says it is ready; kill it at the end if it still runs."""
+def running_server(
+    bundle: Path, log: Path, *arguments: str, program: Sequence[str] = PROGRAM, **variables: str
+) -> Iterator[ServerProcess]:
+    """Start `program`, the server, and wait for the line that says it is ready; kill it at the end if it still runs."""
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            command("--bundle", str(bundle), "--port", "0", *arguments),
+            [*program, "--bundle", str(bundle), "--port", "0", *arguments],
             cwd=REPOSITORY,
             env=environment(**variables),
             stdout=subprocess.PIPE,

@@ -150,6 +150,7 @@ def open_torch_runner(
     device: Device | None = None,
     dtype: torch.dtype | None = None,
     compile_stages: bool = False,
+    canvas_px: int = 0,
 ) -> TorchCudaRunner:
     """Make the runner of a bundle.
 
@@ -157,6 +158,7 @@ def open_torch_runner(
         device: by default the first GPU.
         dtype: by default half precision on a GPU, float32 on the host.
         compile_stages: whether torch.compile is tried on every stage: minutes.
+        canvas_px: see `TorchCudaRunner`.
 
     Raises:
         RunnerError: there is no GPU, the bundle's network cannot be rebuilt, or the device has no room.
@@ -180,6 +182,7 @@ def open_torch_runner(
         device,
         dtype,
         n_lanes or N_LANES,
+        canvas_px=canvas_px,
         compiler=compile_stage if compile_stages else None,
     )
 
