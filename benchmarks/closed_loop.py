@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -36,15 +37,19 @@ class Load:
         self.answers: list[Answer] = []
         self._engine = engine
         self._images = images
-        self._room = threading.Semaphore(n_in_flight)
+        self._room: SimpleQueue[int] = SimpleQueue()  # images that may be sent: as many as were answered
+        self._room.put(n_in_flight)
         self._done = threading.Event()
 
     def run(self) -> Round:
         idle_mflops = self._engine.stats().idle_mflops
         started = time.perf_counter()
+        n_room = 0
         for image in self._images:
-            self._room.acquire()
-            self._engine.submit_to(self._take, None, image)
+            n_room = n_room or self._room.get()
+            n_room -= 1
+            self._engine.submit_to(self._take, None, image, flush=not n_room)  # as a turn of an event loop does
+        self._engine.flush()
         self._done.wait()
         seconds = time.perf_counter() - started
         exits = Counter(answer.exit for answer in self.answers)
@@ -63,7 +68,7 @@ class Load:
                 raise outcome
             assert isinstance(outcome, Answer)
             self.answers.append(outcome)
-        self._room.release(len(outcomes))
+        self._room.put(len(outcomes))
         if len(self.answers) == len(self._images):
             self._done.set()
 

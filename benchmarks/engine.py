@@ -26,6 +26,7 @@ from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.plan.measuring import measure as measure_times
 from service.policies import POLICIES
+from service.server import settle_memory
 from training.data import load_image_set
 
 Images = NDArray[np.uint8]
@@ -114,6 +115,7 @@ def measure(
         for engine in engines:
             engine.start()
             Load(engine, images[: len(images) // 4], n_in_flight).run()  # steering settles, caches fill
+        settle_memory()  # as the server does
         for _ in range(rounds):
             for engine, rounds_of_engine in zip(engines, results, strict=True):
                 rounds_of_engine.append(Load(engine, images, n_in_flight).run())
@@ -193,7 +195,12 @@ def main(
     """Measure the engine at a budget against the same engine with exits off."""
     loaded = load_bundle(bundle)
     description, pixels = read_images(data, loaded, images)
-    options = {"n_lanes": lanes, "max_rows": max_rows, "lookahead_batches": lookahead, "max_in_flight_rows": in_flight}
+    options = {
+        "n_lanes": lanes,
+        "max_rows": max_rows,
+        "lookahead_batches": lookahead,
+        "max_in_flight_rows": in_flight + max_rows,  # a batch's are answered a moment before they are counted out
+    }
     policies = list(POLICIES) if policy == "all" else [policy]
     reports = measure(loaded, pixels, description, fraction, rounds, in_flight, policies, **options)
     for report in reports:

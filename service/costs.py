@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 MEMORY_BATCHES = 16  # of a bucket, over which its time is averaged
 MOST_AT_ONCE = 2.0  # one batch counts as this many times what was expected at most, and as no less than its inverse
 FOLLOW_BATCHES = 4  # of a stage, after which a bucket that was not among them follows those that are
+HOST_BATCH_S = 0.0002  # of processor time, to hand a batch over and take it back: 0.16 to 0.18 ms (Zen 4)
 FORGET_BATCHES = 64  # of a stage without a copied row, after which what copies take is no longer held to be known
 
 
@@ -49,9 +50,11 @@ class CostTable:
     Args:
         stage_seconds: by batch rows, per stage, as measured alone; one size at least of each. Where
             they are 0, they are not known.
+        host_batch_s: what a batch takes beside its run, on the cores that lanes share with their host.
     """
 
-    def __init__(self, stage_seconds: Sequence[Mapping[int, float]]) -> None:
+    def __init__(self, stage_seconds: Sequence[Mapping[int, float]], host_batch_s: float = 0.0) -> None:
+        self._host_batch_s = host_batch_s
         self._stages = []
         for by_rows in stage_seconds:
             stage = _Stage(*_fit(by_rows))
@@ -66,8 +69,9 @@ class CostTable:
         return line_s * bucket.seconds / known.seconds(size) if bucket and line_s else line_s
 
     def fixed_s(self, stage: int) -> float:
-        """What any batch takes, however few its rows."""
-        return self._stages[stage].fixed_s
+        """What any batch takes, however few its rows: in its run and beside it."""
+        known = self._stages[stage]
+        return known.fixed_s + self._host_batch_s if known.fixed_s or known.row_s else 0.0
 
     def row_s(self, stage: int) -> float:
         """What each row adds."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from service.admission import Admission
 from service.budget import BudgetController, BudgetState
 from service.core import Core
-from service.costs import CostTable
+from service.costs import HOST_BATCH_S, CostTable
 from service.degrade import Degrade
 from service.guard import HANG_S
 from service.inbox import Abandon, Wake
@@ -101,7 +101,7 @@ class Engine:
         """
         scheduler = self._core.scheduler
         self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
-        scheduler.costs = CostTable(self.stage_seconds)
+        scheduler.costs = CostTable(self.stage_seconds, HOST_BATCH_S)
         scheduler.max_rows = min(scheduler.max_rows, self._runner.max_rows)  # the memory may hold fewer than was asked
         self._loop.start(self.stage_seconds, scheduler.max_rows)
 

@@ -1,8 +1,8 @@
 """What an engine asks of whatever runs its stages, and how the state of a row is referred to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,15 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class PreparingRunner(Runner, Protocol):
+    """A runner that gathers a batch's rows apart from running it, so that its lane has a moment in between."""
+
+    def prepare(self, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
+        """Gather the rows; what is returned runs them, once, on the same thread, before the next `prepare`."""
+        ...
+
+
 class Gathering:
     """The rows of a batch as stretches of the blocks they lie in, found once for all values."""
 
@@ -143,6 +152,11 @@ class Gathering:
         return out
 
 
+def canvas_px_of(runner: Runner) -> int:
+    """Up to which side a runner takes pictures of other sizes than the network's, which few do; 0: it takes none."""
+    return getattr(runner, "canvas_px", 0)
+
+
 def _as_slice(indices: list[int] | slice) -> list[int] | slice:
     """Rows that stand side by side as a slice, others as they are."""
     if isinstance(indices, slice) or indices != list(range(indices[0], indices[0] + len(indices))):
@@ -152,11 +166,6 @@ def _as_slice(indices: list[int] | slice) -> list[int] | slice:
 
 def lie_side_by_side(rows: Sequence[RowState]) -> bool:
     """Whether rows, in this order, can run together without being copied."""
-def canvas_px_of(runner: Runner) -> int:
-    """Up to which side a runner takes pictures of other sizes than the network's, which few do; 0: it takes none."""
-    return getattr(runner, "canvas_px", 0)
-
-
     first = rows[0]
     return all(row.block is first.block and row.index == first.index + i for i, row in enumerate(rows))
 

@@ -7,7 +7,7 @@ spin against each other and fall behind a single one.
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -75,6 +75,9 @@ class OnnxRunner:
         return RowState(Block({self._image.name: image[None]}, 1), 0)
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
+        return self.prepare(stage, rows)()
+
+    def prepare(self, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
         started = time.perf_counter()
         gathering = Gathering(rows)
         n_rows, buffers = len(rows), self._buffers(stage)
@@ -82,18 +85,24 @@ class OnnxRunner:
         for value in self.stages[stage].inputs:
             carried = value.name in self._needed[stage]  # read again later: it must outlive the lane's buffer
             feed[value.name] = gathering.take(value.name, None if carried else buffers[value.name][:n_rows])
-        copy_s = time.perf_counter() - started if gathering.copies else 0.0
-        try:
-            outputs = self._sessions[stage].run(None, feed)
-        except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception
-            kind = FatalRunnerError if is_lost(error) else RunnerError
-            raise kind(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
-        names = [value.name for value in self.stages[stage].outputs]
-        by_name = dict(zip(names, outputs, strict=True))
-        values = {name: by_name[name] for name in self._kept[stage]}
-        for name in self._needed[stage].difference(values).intersection(rows[0].block.values):
-            values[name] = feed[name] if name in feed else gathering.take(name)
-        return StageOutput(outputs[0], Block(values, n_rows), time.perf_counter() - started, copy_s)
+        prepare_s = time.perf_counter() - started
+
+        def run() -> StageOutput:
+            started = time.perf_counter()
+            try:
+                outputs = self._sessions[stage].run(None, feed)
+            except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception
+                kind = FatalRunnerError if is_lost(error) else RunnerError
+                raise kind(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
+            names = [value.name for value in self.stages[stage].outputs]
+            by_name = dict(zip(names, outputs, strict=True))
+            values = {name: by_name[name] for name in self._kept[stage]}
+            for name in self._needed[stage].difference(values).intersection(rows[0].block.values):
+                values[name] = feed[name] if name in feed else gathering.take(name)
+            seconds = prepare_s + time.perf_counter() - started
+            return StageOutput(outputs[0], Block(values, n_rows), seconds, prepare_s if gathering.copies else 0.0)
+
+        return run
 
     def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:
         """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent."""

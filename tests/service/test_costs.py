@@ -32,6 +32,13 @@ def test_neither_part_is_negative_whatever_was_measured():
         assert costs.row_s(0) >= 0
 
 
+def test_what_the_host_does_for_a_batch_is_fixed_where_times_are_known():
+    costs = CostTable([{1: 2.5, 32: 18.0}, {1: 0.0}], host_batch_s=0.5)
+    assert costs.fixed_s(0) == pytest.approx(2.5)
+    assert costs.seconds(0, 32) == pytest.approx(18.0)  # its run alone
+    assert costs.fixed_s(1) == 0.0
+
+
 @pytest.mark.parametrize(("fixed_s", "row_s"), [(10.0, 2.5), (0.1, 0.1), (2.0, 3.0)])
 def test_it_learns_a_drift_of_all_sizes(fixed_s, row_s):
     costs = CostTable([{1: 2.5, 4: 4.0, 16: 10.0, 32: 18.0}])

@@ -24,19 +24,21 @@ from service.runners.base import FatalRunnerError
 from service.runners.onnx import OnnxRunner
 from service.__main__ import main
 
-run, go = OnnxRunner.run, Path(sys.argv[1])
-warm_up = OnnxRunner.warm_up
+prepare, warm_up, go, warmed = OnnxRunner.prepare, OnnxRunner.warm_up, Path(sys.argv[1]), []
 
-def lost(self, stage, rows):
+def lose_it_once_warm(self, stage, rows):
+    if not warmed:
+        return prepare(self, stage, rows)
     while not go.exists():
         time.sleep(0.01)
     raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
 
 def warm_up_and_then_lose_it(self, limit_s=1.0):
     times = warm_up(self, limit_s)
-    OnnxRunner.run = lost
+    warmed.append(True)
     return times
 
+OnnxRunner.prepare = lose_it_once_warm
 OnnxRunner.warm_up = warm_up_and_then_lose_it
 sys.exit(main(sys.argv[2:]))
 """

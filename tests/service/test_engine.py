@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any
@@ -55,12 +55,17 @@ class FaultyRunner(OnnxRunner):
     gate: threading.Event | None = None
     poisoned_stage = 0
 
-    def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
-        if self.gate is not None:
-            self.gate.wait(LIMIT_S)
-        if stage == 0 and any(row.block.values["images"][row.index].min() == POISON for row in rows):
-            raise RuntimeError("poisoned")
-        return super().run(stage, rows)
+    def prepare(self, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
+        prepared = super().prepare(stage, rows)
+
+        def run() -> StageOutput:
+            if self.gate is not None:
+                self.gate.wait(LIMIT_S)
+            if stage == 0 and any(row.block.values["images"][row.index].min() == POISON for row in rows):
+                raise RuntimeError("poisoned")
+            return prepared()
+
+        return run
 
 
 def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0, **options: Any) -> Engine:

@@ -38,10 +38,15 @@ class TroubledRunner(OnnxRunner):
 
     befall: Callable[[int, Sequence[RowState]], None] | None = None
 
-    def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
-        if self.befall is not None:
-            self.befall(stage, rows)
-        return super().run(stage, rows)
+    def prepare(self, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
+        prepared = super().prepare(stage, rows)
+
+        def run() -> StageOutput:
+            if self.befall is not None:
+                self.befall(stage, rows)
+            return prepared()
+
+        return run
 
 
 def troubled(
