@@ -11,6 +11,7 @@ is and whose text says what to do. It needs httpx, which the extra `client` brin
 import json
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
@@ -27,6 +28,9 @@ except ImportError as error:  # the server does without it
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 30.0
 BudgetKind = Literal["average_mflops", "fraction", "accuracy"]
+# The connection has ended before an answer came, most likely because the server closed it for being idle as the request
+# was on its way. It is sent once more: to classify twice, or to set a budget twice, does no harm.
+CUT_OFF = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 Image = bytes | os.PathLike[str]
 """The bytes of an image file, or its path."""
 M = TypeVar("M", bound=BaseModel)
@@ -197,7 +201,7 @@ class Client(_Calls):
         To leave off early gives the image up at the server. Raises as `classify` does.
         """
         try:
-            with self._http.stream(**self._one("/classify/stream", image, wishes)) as response:
+            with closing(self._send(self._one("/classify/stream", image, wishes), stream=True)) as response:
                 if response.status_code != 200:
                     response.read()
                     raise self._refusal(response)
@@ -232,9 +236,12 @@ class Client(_Calls):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _send(self, call: dict[str, Any]) -> "httpx.Response":
+    def _send(self, call: dict[str, Any], stream: bool = False) -> "httpx.Response":
         try:
-            return self._http.request(**call)
+            try:
+                return self._http.send(self._http.build_request(**call), stream=stream)
+            except CUT_OFF:
+                return self._http.send(self._http.build_request(**call), stream=stream)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
 
@@ -251,7 +258,8 @@ class AsyncClient(_Calls):
 
     async def stream(self, image: Image, **wishes: Unpack[Wishes]) -> AsyncIterator[Step | LastStep]:
         try:
-            async with self._http.stream(**self._one("/classify/stream", image, wishes)) as response:
+            sent = await self._send(self._one("/classify/stream", image, wishes), stream=True)
+            async with aclosing(sent) as response:
                 if response.status_code != 200:
                     await response.aread()
                     raise self._refusal(response)
@@ -283,9 +291,12 @@ class AsyncClient(_Calls):
     ) -> None:
         await self.close()
 
-    async def _send(self, call: dict[str, Any]) -> "httpx.Response":
+    async def _send(self, call: dict[str, Any], stream: bool = False) -> "httpx.Response":
         try:
-            return await self._http.request(**call)
+            try:
+                return await self._http.send(self._http.build_request(**call), stream=stream)
+            except CUT_OFF:
+                return await self._http.send(self._http.build_request(**call), stream=stream)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from None
 

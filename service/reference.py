@@ -23,7 +23,15 @@ GROUPS = {  # all of them, in the order of `Settings`
         "max_in_flight",
         "max_queue_s",
     ),
-    "Requests": ("http_workers", "max_body_bytes", "max_batch_images", "max_pixels", "body_timeout_s", "drain_s"),
+    "Requests": (
+        "http_workers",
+        "max_body_bytes",
+        "max_batch_images",
+        "max_pixels",
+        "body_timeout_s",
+        "keep_alive_s",
+        "drain_s",
+    ),
     "Access and logs": ("admin_token", "admin_token_file", "log_level", "access_log"),
 }
 UNITS = {

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+# For what the sockets hold when readiness goes: connections are accepted until none waits, but not for ever. Then some
+# turns of the event loop: to open the last of them, to read every connection, to begin what has been read.
+LAST_CALL_S = 1.0
+LAST_TURNS = 20
 # For requests that were on their way when readiness went: they still hear that the server is stopping. It listens
 # until none has come for so long, yet not for ever.
 QUIET_S = 0.25
@@ -104,14 +109,20 @@ class Server(uvicorn.Server):
                 # A client's own headers must not decide whether it counts as local.
                 proxy_headers=False,
                 backlog=BACKLOG,
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a fraction will do
                 timeout_graceful_shutdown=1,
             )
         )
         self.lifecycle = lifecycle
         self.drain_s = settings.drain_s
         self.n_unanswered = 0
+        self._listeners: list[socket.socket] = []
         self._signalled = False
         self._draining: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._listeners = sockets or []
+        await super().serve(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -129,17 +140,30 @@ class Server(uvicorn.Server):
         self.begin_drain()
 
     def begin_drain(self) -> None:
-        """Refuse from now on, answer what was accepted, then stop. Once begun, it goes on."""
+        """Be ready no more, answer what has come, refuse the rest, then stop. Once begun, it goes on."""
         if self._draining is None:
-            logger.info("stopping: answering %d requests first", self.lifecycle.requests_in_flight)
             self.lifecycle.drain()
-            self._draining = asyncio.create_task(self._drain(self.drain_s))
+            self._draining = asyncio.create_task(self._stop())
 
     def fail(self, why: Exception) -> None:
         """Stop, as no request can be answered any more; those in work hear why. On the event loop."""
         if self._draining is None:
             self.lifecycle.fail(str(why))
             self._draining = asyncio.create_task(self._drain(FAILED_S))
+
+    async def _stop(self) -> None:
+        """Take what had come before the signal, though nobody had read it; answer that, refuse the rest."""
+        waiting = select.poll()
+        for listener in self._listeners:
+            waiting.register(listener, select.POLLIN)
+        until_s = monotonic() + LAST_CALL_S
+        while waiting.poll(0) and monotonic() < until_s:
+            await asyncio.sleep(0.001)
+        for _ in range(LAST_TURNS):
+            await asyncio.sleep(0)
+        self.lifecycle.close()
+        logger.info("stopping: answering %d requests first", self.lifecycle.requests_in_flight)
+        await self._drain(self.drain_s)
 
     async def _drain(self, limit_s: float) -> None:
         started_s = monotonic()

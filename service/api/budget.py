@@ -94,7 +94,7 @@ def budget_routes(state: State) -> APIRouter:
 
     @router.get("/budget", response_model=BudgetState, summary="The budget, what to expect of it, and what is spent")
     async def read(request: Request) -> Response:
-        state.require_ready()
+        state.require_open()
         read_query(request.scope["query_string"], ())
         return Response(await budget.document(), media_type="application/json")
 
@@ -121,7 +121,7 @@ def budget_routes(state: State) -> APIRouter:
     )
     async def write(request: Request) -> Response:
         require_authority(request, state.admin_token)
-        state.require_ready()
+        state.require_open()
         read_query(request.scope["query_string"], ())
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":

@@ -56,7 +56,7 @@ class Classifier:
 
     def begin(self, request: Request) -> Asked:
         """Refuse what cannot be served, before its body is read; where there is no room, the gate has refused it."""
-        self.state.require_ready()
+        self.state.require_open()
         return self.options.read(request.scope["query_string"])
 
     async def decode(self, body: bytes) -> NDArray[np.uint8]:

@@ -92,7 +92,7 @@ class Desk:
     @property
     def is_open(self) -> bool:
         """False where a request is better told why not by the application."""
-        return self.state.is_ready
+        return self.state.is_open
 
     def enter(self, headers: Mapping[bytes, bytes], query: bytes, client: str | None, respond: Respond) -> Visit:
         """A request's head is there. Its visit may be ended already: then its body is not wanted."""

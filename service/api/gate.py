@@ -17,7 +17,7 @@ from service.logs import NOTES
 class Gate:
     """The outermost application: names every request, counts those in work, and closes when the server drains.
 
-    Requests that came in before are answered to the end, the rest with 503; and every connection is closed with its
+    Requests that had come before are answered to the end, the rest with 503; and every connection is closed with its
     next answer, so that clients and load balancers go elsewhere.
 
     Args:
@@ -53,7 +53,7 @@ class Gate:
         if scope["path"] in ALWAYS_OPEN:
             await self.app(scope, receive, send_named)
             return
-        if self.lifecycle.phase is Phase.DRAINING:
+        if self.lifecycle.phase is Phase.DRAINING and not self.lifecycle.is_last_call:
             self.lifecycle.last_refused_s = monotonic()
             problem = not_ready(self.lifecycle.detail)
             await problem.response(scope["path"], request_id)(scope, receive, send_named)

@@ -22,10 +22,15 @@ class Phase(StrEnum):
 
 
 class Lifecycle:
-    """One of four phases, and the number of requests in work. Owned by the event loop."""
+    """One of four phases, and the number of requests in work. Owned by the event loop.
+
+    Attributes:
+        is_last_call: the server is stopping, and still takes the requests that its sockets held when it was told to.
+    """
 
     def __init__(self) -> None:
         self.phase = Phase.STARTING
+        self.is_last_call = False
         self.detail = "The server is warming up: try again in a moment."
         self.requests_in_flight = 0
         self.last_refused_s = 0.0  # monotonic
@@ -34,12 +39,22 @@ class Lifecycle:
     def is_ready(self) -> bool:
         return self.phase is Phase.READY
 
+    @property
+    def takes_work(self) -> bool:
+        return self.is_ready or self.is_last_call
+
     def become_ready(self) -> None:
         if self.phase is Phase.STARTING:
             self.phase, self.detail = Phase.READY, "Ready."
 
     def drain(self) -> None:
+        """Be ready no more, and close every connection with its next answer."""
+        self.is_last_call = self.is_ready
         self.phase, self.detail = Phase.DRAINING, "The server is stopping and takes no new work: use another one."
+
+    def close(self) -> None:
+        """Take no more work; once draining."""
+        self.is_last_call = False
 
     def fail(self, why: str) -> None:
         self.phase, self.detail = Phase.FAILED, f"The server cannot work, {why}: its log says more; restart it."

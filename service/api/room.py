@@ -25,7 +25,7 @@ class Room:
 
     def refusal(self, scope: Scope) -> Problem | None:
         """Why a request is refused at the gate; None where it is not (another call, or one the server cannot take)."""
-        if scope["path"] not in CLASSIFYING or scope["method"] != "POST" or not self.state.is_ready:
+        if scope["path"] not in CLASSIFYING or scope["method"] != "POST" or not self.state.is_open:
             return None
         problem = self.problem()
         if problem is not None:

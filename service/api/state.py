@@ -29,14 +29,25 @@ class State:
     def is_ready(self) -> bool:
         return self.lifecycle.is_ready and self.engine.is_alive and self.engine.trouble is None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether images are taken: while it is ready, and for a moment after."""
+        return self.lifecycle.takes_work and self.engine.is_alive and self.engine.trouble is None
+
     def responded(self, exit_number: int, seconds: float) -> None:
         """Count an answer, `seconds` after the last byte of its request."""
         self.metrics.responded(exit_number, seconds)
         self.engine.took(seconds)
 
     def require_ready(self) -> None:
-        """Raise 503 unless the engine is warm and well."""
+        """Raise 503 unless the engine is warm and well and the server means to go on."""
         if not self.lifecycle.is_ready:
+            raise not_ready(self.lifecycle.detail)
+        self.require_open()
+
+    def require_open(self) -> None:
+        """Raise 503 unless images are taken."""
+        if not self.lifecycle.takes_work:
             raise not_ready(self.lifecycle.detail)
         if not self.engine.is_alive:
             raise not_ready("The engine has stopped: the server's log says why; restart it.")

@@ -39,6 +39,37 @@ BROKEN = SMALL[: len(SMALL) // 2]
 PNG, BMP = {"Content-Type": "image/png"}, {"Content-Type": "image/bmp"}
 
 
+class KeptConnections(httpx.AsyncHTTPTransport):
+    """Sends a request again whose connection had been used before and ended before a byte of the answer came.
+
+    A server may close an idle connection at any time, also as a request is on its way (RFC 9112, 9.5). Clients do so,
+    `service.client` among them.
+
+    Attributes:
+        n_again: times.
+    """
+
+    def __init__(self, limits: httpx.Limits) -> None:
+        super().__init__(limits=limits)
+        self.n_again = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        seen: set[str] = set()
+
+        async def trace(event: str, info: object) -> None:
+            seen.add(event)
+
+        request.extensions = {**request.extensions, "trace": trace}
+        while True:
+            try:
+                return await super().handle_async_request(request)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                was_new = "connection.connect_tcp.started" in seen
+                if was_new or "http11.receive_response_headers.complete" in seen:
+                    raise
+                self.n_again += 1
+
+
 @dataclass
 class Usage:
     """What a process holds, from outside."""
@@ -203,8 +234,14 @@ def _tenths(samples: list[tuple[float, Usage]]) -> list[float]:
     return [round(float(part.mean()), 1) for part in parts if len(part)]
 
 
-async def storm(server: ServerProcess, n_requests: int, minutes: float, seed: int) -> dict[str, object]:
-    """Send it all and watch the server meanwhile; returns what was seen."""
+async def storm(
+    server: ServerProcess, n_requests: int, minutes: float, seed: int, idle_s: float = 2.0
+) -> dict[str, object]:
+    """Send it all and watch the server meanwhile; returns what was seen.
+
+    Args:
+        idle_s: how long a client keeps a connection that it does not use.
+    """
     pid, started_s = server.process.pid, monotonic()
     samples: list[tuple[float, Usage]] = []
     done = asyncio.Event()
@@ -217,9 +254,9 @@ async def storm(server: ServerProcess, n_requests: int, minutes: float, seed: in
     assert await untouched_is_answered(server)
     before = Usage.of(pid)
     watching = asyncio.create_task(watch())
-    # The server ends connections that were idle for 5 s: one that old may go while a request is on its way.
-    limits = httpx.Limits(max_connections=N_CLIENTS, max_keepalive_connections=N_CLIENTS, keepalive_expiry=2.0)
-    async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=60) as http:
+    limits = httpx.Limits(max_connections=N_CLIENTS, max_keepalive_connections=N_CLIENTS, keepalive_expiry=idle_s)
+    transport = KeptConnections(limits)
+    async with httpx.AsyncClient(base_url=server.url, transport=transport, timeout=60) as http:
         clients = Clients(server, http, seed)
         await clients.run(n_requests, started_s + 60 * minutes)
     done.set()
@@ -234,6 +271,7 @@ async def storm(server: ServerProcess, n_requests: int, minutes: float, seed: in
         "sent": clients.ended.total(),
         "seconds": round(monotonic() - started_s, 1),
         "surprises": clients.surprises[:20],
+        "sent again, an idle connection having ended": transport.n_again,
         "untouched request answered": answered,
         "rss before, MiB": round(before.rss_kib / 1024, 1),
         "rss by tenths of the time, MiB": _tenths(samples),

@@ -32,6 +32,14 @@ def test_after_a_storm_the_server_is_as_it_was(bundle_path: Path, tmp_path: Path
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+def test_connections_that_end_while_idle_are_no_surprise(bundle_path: Path, tmp_path: Path) -> None:
+    """A server that keeps them as briefly as its clients pause: some requests cross with the end of theirs."""
+    with running_server(bundle_path, tmp_path / "log", "--device", "cpu", "--keep-alive-s", "0.01") as server:
+        seen = asyncio.run(storm(server, N_REQUESTS, minutes=0.0, seed=3, idle_s=60.0))
+        assert seen["surprises"] == []
+        assert server.stop() == 0
+
+
 def test_a_slope_is_found_with_its_error() -> None:
     seconds = np.arange(600.0)
     noise = np.random.default_rng(0).normal(0, 100, 600)

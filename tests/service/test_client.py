@@ -3,10 +3,13 @@
 import asyncio
 import http.server
 import json
+import select
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,66 @@ def pictures(tmp_path: Path) -> list[Path]:
     for path, body in zip(paths, BODIES, strict=True):
         path.write_bytes(body)
     return paths
+
+
+class CutOff:
+    """Stands before a server, and cuts every connection as the second request comes on it: as a server that closes an
+    idle connection in that moment does. Counts connections."""
+
+    def __init__(self, port: int) -> None:
+        self.n_connections = 0
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.n_connections += 1
+                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def _relay(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self._port)) as server:
+            is_answered = False
+            while True:
+                readable, _, _ = select.select([client, server], [], [])
+                if client in readable and is_answered:
+                    return  # what has come is not read: the client is told with a reset
+                data = readable[0].recv(65_536)
+                if not data:
+                    return
+                is_answered |= readable[0] is server
+                (client if readable[0] is server else server).sendall(data)
+
+
+@pytest.fixture
+def cut_off(url: str) -> Iterator[CutOff]:
+    relay = CutOff(int(url.rpartition(":")[2]))
+    yield relay
+    relay.close()
+
+
+def test_a_request_on_a_connection_that_the_server_has_just_closed_is_sent_again(cut_off: CutOff) -> None:
+    with Client(cut_off.url) as client:
+        assert client.classify(BODIES[0]).label in CLASS_NAMES
+        assert client.classify(BODIES[0]).label in CLASS_NAMES
+        assert list(client.stream(BODIES[0]))[-1].label in CLASS_NAMES
+    assert cut_off.n_connections == 3
+
+    async def ask() -> None:
+        client = AsyncClient(cut_off.url)
+        assert (await client.classify(BODIES[0])).label in CLASS_NAMES
+        assert (await client.classify(BODIES[0])).label in CLASS_NAMES
+        assert [step async for step in client.stream(BODIES[0])][-1].label in CLASS_NAMES
+        await client.close()
+
+    asyncio.run(ask())
+    assert cut_off.n_connections == 6
 
 
 def test_the_client_makes_every_call(url: str, pictures: list[Path]) -> None:

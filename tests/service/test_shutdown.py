@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -90,6 +91,59 @@ def test_accepted_requests_are_answered_before_it_stops(bundle_path: Path, log: 
             assert answer["label"]
         assert server.process.wait(LIMIT_S) == 0
     assert "answering 50 requests first" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def form() -> tuple[str, bytes]:
+    """The image as browsers send it: content type and body."""
+    request = httpx.Request("POST", "http://localhost", files={"image": ("a.png", BODY, "image/png")})
+    return request.headers["content-type"], request.read()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--http-workers", "2")])
+def test_what_its_sockets_hold_at_the_signal_is_answered(
+    bundle_path: Path, log: Path, arguments: tuple[str, ...]
+) -> None:
+    """Sent before the signal, read by nobody yet: on connections that are open, and on some that are not accepted."""
+    heads = [("/classify", "image/png", BODY), ("/classify/stream", "image/png", BODY), ("/classify", *form())]
+    requests = [
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n".encode()
+        + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        for path, kind, body in heads
+    ]
+    with running_server(bundle_path, log, *arguments) as server, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT_S))
+
+        connections = [connect() for _ in range(20)]
+        for connection in connections:  # accepted, and known to the server
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            heard = b""
+            while not heard.endswith(b'{"status":"alive"}'):
+                heard += connection.recv(10_000)
+        readers = children(server.process.pid) if arguments else [server.process.pid]
+        for pid in readers:
+            os.kill(pid, signal.SIGSTOP)
+        connections += [connect() for _ in range(20)]
+        for i, connection in enumerate(connections):
+            connection.sendall(requests[i % len(requests)])
+        server.process.send_signal(signal.SIGTERM)
+        if arguments:  # workers hear of it from their parent
+            wait_until("the parent has heard", lambda: "stopping:" in log.read_text())
+        for pid in readers:
+            os.kill(pid, signal.SIGCONT)
+        for connection in connections:
+            with connection.makefile("rb") as file:
+                answer = file.read()  # to the end: it closes what it has answered
+            assert answer.startswith(b"HTTP/1.1 200 "), answer[:200]
+            assert b"\r\nconnection: close\r\n" in answer.lower()
+            assert b'"label"' in answer
+        assert server.process.wait(LIMIT_S) == 0
     assert "Traceback" not in log.read_text()
 
 
