@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 STAND_BACK_S = 0.002
 OUT_OF_ORDER_S = 1.0
 MAX_AT_ONCE = 64
+# Taken in others' place each time that these have not come: enough for a thousand a second where one is stuck, and so
+# few that one that waits for a core comes in time for its share.
+IN_THEIR_PLACE = 2
 
 
 class Acceptor:
@@ -41,7 +44,6 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._opening: set[asyncio.Task[object]] = set()
         self._n_open = 0
-        self._patience = 1  # connections taken in others' place the next time that these have not come
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         listener.setblocking(False)
@@ -76,7 +78,6 @@ class Acceptor:
             if least is not None and self._n_open > least + 1:
                 self._rest(STAND_BACK_S)
                 return
-            self._patience = 1
             if not self._take():
                 return
 
@@ -89,10 +90,9 @@ class Acceptor:
         """Some may be left: the others are gone, stuck, or busier than they look."""
         self._timer = None
         self._loop.add_reader(self._listener, self._accept)
-        for _ in range(self._patience):
+        for _ in range(IN_THEIR_PLACE):
             if not self._take():
                 return
-        self._patience = min(MAX_AT_ONCE, 2 * self._patience)
 
     def _take(self) -> bool:
         """Take one; False where none waits."""
