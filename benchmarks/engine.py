@@ -9,8 +9,9 @@ the floor (multiply-adds at the machine's measured matrix product rate). Keep th
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -24,8 +25,9 @@ from rich.table import Table
 from benchmarks.closed_loop import Load, Round, ideal_rate
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
-from service.plan.measuring import measure as measure_times
+from service.plan.measuring import full_row_seconds
 from service.policies import POLICIES
+from service.runners.onnx import OnnxRunner
 from service.server import settle_memory
 from training.data import load_image_set
 
@@ -44,9 +46,9 @@ class Report:
     budget_fraction: float
     with_exits: list[Round]
     exits_off: list[Round]
-    stage_row_seconds: list[float]  # per row, full batches, all lanes busy
-    ideal_images_per_s: float  # at the shares that were taken
-    ideal_off_images_per_s: float
+    stage_row_seconds: list[float]  # per row, full batches, all lanes busy; median of rounds
+    ideals: list[float]  # images/s by round, at the shares that were taken
+    ideals_off: list[float]
     matrix_product_gmacs_per_s: float  # all cores
     floor_images_per_s: float  # multiply-adds of the mean cost at that rate
 
@@ -59,19 +61,18 @@ class Report:
         return median(r.images_per_s for r in self.exits_off)
 
     @property
+    def share_of_ideal(self) -> list[float]:
+        return [on.images_per_s / ideal for on, ideal in zip(self.with_exits, self.ideals, strict=True)]
+
+    @property
+    def share_of_ideal_off(self) -> list[float]:
+        return [off.images_per_s / ideal for off, ideal in zip(self.exits_off, self.ideals_off, strict=True)]
+
+    @property
     def speed_up(self) -> float:
         """Median over rounds of the ratio of neighbours in time."""
         pairs = zip(self.with_exits, self.exits_off, strict=True)
         return median(on.images_per_s / off.images_per_s for on, off in pairs)
-
-
-def stage_row_seconds(bundle: Bundle, n_lanes: int, max_rows: int, budget_mflops: float | None) -> list[float]:
-    """What a row of a full batch takes at every stage while all lanes run, stages in turns as often as at a budget.
-
-    Where stages wait for memory it matters which of them share it: lanes that all run the first one are the slowest.
-    """
-    by_rows = measure_times(bundle, "cpu", n_lanes, max_rows, budget_mflops).stage_seconds
-    return [stage[max_rows] / max_rows for stage in by_rows]
 
 
 def matrix_product_gmacs_per_s(size: int = 1536, repeats: int = 8) -> float:
@@ -111,21 +112,34 @@ def measure(
     engines = [build_engine(bundle, budget_mflops, policy=policy, **options) for policy in policies]
     engines.append(build_engine(bundle, budget_mflops, exits=False, **options))
     results: list[list[Round]] = [[] for _ in engines]
+    # What a row of a full batch takes while all lanes run, stages in turns as often as at the budget: where they wait
+    # for memory it matters which of them share it. Before and after every round, as machines change their speed.
+    runner = OnnxRunner(bundle, engines[0].max_rows, engines[0].n_lanes, "cpu")
+    row_seconds: list[list[float]] = []
+    off_row_seconds: list[list[float]] = []
+
+    def in_between(run: Callable[[], object], mflops: float | None, found: list[list[float]]) -> None:
+        before_s = full_row_seconds(runner, bundle, mflops)
+        run()
+        after_s = full_row_seconds(runner, bundle, mflops)
+        found.append([0.5 * (a + b) for a, b in zip(before_s, after_s, strict=True)])
+
+    def one_round(numbers: Sequence[int]) -> None:
+        for i in numbers:
+            results[i].append(Load(engines[i], images, n_in_flight).run())
+
     try:
         for engine in engines:
             engine.start()
             Load(engine, images[: len(images) // 4], n_in_flight).run()  # steering settles, caches fill
         settle_memory()  # as the server does
         for _ in range(rounds):
-            for engine, rounds_of_engine in zip(engines, results, strict=True):
-                rounds_of_engine.append(Load(engine, images, n_in_flight).run())
+            in_between(partial(one_round, range(len(policies))), budget_mflops, row_seconds)
+            in_between(partial(one_round, [len(policies)]), None, off_row_seconds)
     finally:
         for engine in engines:
             engine.drain(60)
     n_lanes = engines[0].n_lanes
-    row_seconds, off_row_seconds = (
-        stage_row_seconds(bundle, n_lanes, engines[0].max_rows, mflops) for mflops in (budget_mflops, None)
-    )
     gmacs = matrix_product_gmacs_per_s()
     return [
         Report(
@@ -137,9 +151,9 @@ def measure(
             budget_fraction=fraction,
             with_exits=result,
             exits_off=results[-1],
-            stage_row_seconds=row_seconds,
-            ideal_images_per_s=ideal_rate(row_seconds, np.mean([r.shares for r in result], axis=0).tolist(), n_lanes),
-            ideal_off_images_per_s=n_lanes / sum(off_row_seconds),
+            stage_row_seconds=[median(seconds) for seconds in zip(*row_seconds, strict=True)],
+            ideals=[ideal_rate(row_s, r.shares, n_lanes) for row_s, r in zip(row_seconds, result, strict=True)],
+            ideals_off=[n_lanes / sum(row_s) for row_s in off_row_seconds],
             matrix_product_gmacs_per_s=gmacs,
             floor_images_per_s=gmacs * 1e3 / median(r.mean_mflops for r in result),
         )
@@ -157,13 +171,18 @@ def show(report: Report, console: Console) -> None:
         for rounds, rate in pairs
     ]
     last = [rounds[-1] for rounds, _ in pairs]
-    off_share = report.rate_off / report.ideal_off_images_per_s
     table.add_row("images/s, median of rounds", *spread)
     table.add_row("speed-up", f"{report.speed_up:.2f} x", "1")
     table.add_row(
-        "ideal of its stage times, images/s", f"{report.ideal_images_per_s:.0f}", f"{report.ideal_off_images_per_s:.0f}"
+        "ideal of its stage times, images/s", *(f"{median(i):.0f}" for i in (report.ideals, report.ideals_off))
     )
-    table.add_row("share of the ideal reached", f"{report.rate / report.ideal_images_per_s:.0%}", f"{off_share:.0%}")
+    table.add_row(
+        "share of the ideal reached",
+        *(
+            f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
+            for shares in (report.share_of_ideal, report.share_of_ideal_off)
+        ),
+    )
     table.add_row("floor of the multiply-adds, images/s", f"{report.floor_images_per_s:.0f}", "")
     table.add_row("mean cost, M multiply-adds", *(f"{r.mean_mflops:.2f}" for r in last))
     table.add_row("run for answered images, M", *(f"{r.idle_mflops:.2f}" for r in last))

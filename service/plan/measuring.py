@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from queue import SimpleQueue
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +22,7 @@ from service.runners.providers import Device
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 30
+QUANTILES = 100
 BATCHES_A_LANE = 3  # put at once, so that all lanes run for most of the time
 
 
@@ -64,8 +65,18 @@ def measure(
         copy_row_seconds=tuple(stages.copy_row_seconds),
         host_image_seconds=image_s,
         host_batch_seconds=batch_s,
-        wake_seconds=lanes.mean_wake_s,
+        wake_seconds=lanes.wake_quantiles_s,
+        spread=stages.spread,
     )
+
+
+def full_row_seconds(
+    runner: OnnxRunner, bundle: Bundle, budget_mflops: float | None, limit_s: float = 0.5
+) -> list[float]:
+    """What a row of a full batch takes at every stage, as `measure` finds it, without the rest."""
+    with _LanesAtWork(runner, bundle.score()) as lanes:
+        stages = _Stages(runner, lanes, _reaching(bundle, budget_mflops), [runner.max_rows]).measure(limit_s)
+    return [by_rows[runner.max_rows] / runner.max_rows for by_rows in stages.seconds]
 
 
 def _reaching(bundle: Bundle, budget_mflops: float | None) -> list[float]:
@@ -93,8 +104,9 @@ class _LanesAtWork:
         self._lanes.stop(timeout_s=1.0)
 
     @property
-    def mean_wake_s(self) -> float:
-        return fmean(self._wake_s)
+    def wake_quantiles_s(self) -> tuple[float, ...]:
+        """In the tail is the kernel's tick, for which the thread waits once in a while."""
+        return _quantiles(self._wake_s)
 
     def run(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
@@ -117,9 +129,12 @@ class _Stages:
 
     Args:
         reaching: share of the images that run each stage.
+        sizes: of batches, the largest last; by default powers of two up to the runner's largest.
     """
 
-    def __init__(self, runner: OnnxRunner, lanes: _LanesAtWork, reaching: Sequence[float]) -> None:
+    def __init__(
+        self, runner: OnnxRunner, lanes: _LanesAtWork, reaching: Sequence[float], sizes: Sequence[int] = ()
+    ) -> None:
         self._runner, self._lanes = runner, lanes
         turns = range(BATCHES_A_LANE * runner.n_lanes)
         self._turns = [
@@ -129,7 +144,7 @@ class _Stages:
             if not i or int((i + 1) * share) > int(i * share)
         ]
         n_stages, max_rows = runner.n_stages, runner.max_rows
-        self._sizes = sorted({min(2**k, max_rows) for k in range(max_rows.bit_length() + 1)})
+        self._sizes = sizes or sorted({min(2**k, max_rows) for k in range(max_rows.bit_length() + 1)})
         self._busy: list[dict[int, list[float]]] = [{n: [] for n in self._sizes} for _ in range(n_stages)]
         self._alone: list[list[float]] = [[] for _ in range(n_stages)]  # by stage, at the largest size
         self._copied: list[list[float]] = [[] for _ in range(n_stages)]  # what copying adds, a row
@@ -144,6 +159,19 @@ class _Stages:
     @property
     def seconds(self) -> list[dict[int, float]]:
         return [{n: median(times) for n, times in by_rows.items()} for by_rows in self._busy]
+
+    @property
+    def spread(self) -> tuple[float, ...]:
+        """What is slower at times, by how much: over the medians, as what latency comes of is not only their mean."""
+        medians = self.seconds
+        return _quantiles(
+            [
+                took_s / medians[stage][n_rows]
+                for stage, by_rows in enumerate(self._busy)
+                for n_rows, times in by_rows.items()
+                for took_s in times
+            ]
+        )
 
     @property
     def alone_speed(self) -> float:
@@ -186,6 +214,11 @@ class _Stages:
         made = [Batch(stage, [Request(None, _nobody, Options(), s) for s in states]) for stage, states in batches]
         self._lanes.run(made)
         return made
+
+
+def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
+    """Evenly spaced, so that their mean is about the mean."""
+    return tuple(np.quantile(values, (np.arange(QUANTILES) + 0.5) / QUANTILES).tolist())
 
 
 def _result(batch: Batch) -> BatchResult:
