@@ -1,7 +1,8 @@
 """Keeps the average compute per image at the number that the operator sets.
 
 Two parts with one task each. `Ledger` is the promise: whatever the traffic and whatever the thresholds, any n
-consecutive answers spend at most n x budget + burst x budget. `Steering` is the aim: it moves the thresholds along the
+consecutive answers spend at most n x budget + burst x budget, and the last 1,000 before traffic stops no more than the
+budget. `Steering` is the aim: it moves the thresholds along the
 frontier so that steady traffic ends just under the budget and the ledger hardly ever has to refuse anything.
 
 Plain Python over numbers: no clock, no thread, no array. One owner (the engine's thread) calls it.
@@ -13,7 +14,7 @@ from typing import Literal
 
 from models.frontier import Frontier
 from service.latency import LatencyState
-from service.ledger import Account, Ledger
+from service.ledger import ROLLING_ANSWERS, Account, Ledger
 from service.steering import MEGA, Steering
 
 Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
@@ -67,7 +68,7 @@ class BudgetController:
     ) -> None:
         self.costs = tuple(round(cost * MEGA) for cost in costs_mflops)
         self.budget = self._checked(budget_mflops)
-        self.ledger = Ledger(self.budget, burst_images)
+        self.ledger = Ledger(self.budget, burst_images, ROLLING_ANSWERS if steer else 0)
         self.steering = Steering(frontier, self.costs, self.ledger.allowance)
         self._frontier = frontier
         self._steer = steer

@@ -31,9 +31,15 @@ class Ledger:
     on the way, cap is the largest of the caps.
 
     An abandoned image pays for its excess like any other but deposits nothing: the answers pay for it, never the cap.
+
+    With `average_over` a second bound holds: whenever traffic stops, the last so many answers have spent no more than
+    their allowances. For at every moment the answers that would be among them, and what the images in flight have
+    committed, keep to it. Committing checks that; an answer moves an image from one sum to the other; and a new image
+    takes the place of an answer that cannot have cost less. It begins anew with another allowance, needs no more images
+    in flight than that, and an image that is abandoned may give its place to an older, dearer answer.
     """
 
-    def __init__(self, allowance: int, burst_images: float) -> None:
+    def __init__(self, allowance: int, burst_images: float, average_over: int = 0) -> None:
         self.burst_images = burst_images
         self.allowance = allowance
         self.cap = int(burst_images * allowance)
@@ -45,6 +51,11 @@ class Ledger:
         self.spent_abandoned = 0
         self._recent: deque[int] = deque()
         self._recent_sum = 0
+        self._average_over = average_over
+        self._n_in_flight = 0
+        self._uncommitted = 0  # their allowances, less what they have committed
+        self._balances = [0] * (average_over + 1)  # a ring: after each of the latest answers, under this allowance
+        self._begin_average()
 
     @property
     def rolling_average(self) -> float | None:
@@ -55,13 +66,19 @@ class Ledger:
         """Admit an image and commit it to its first stage, which the budget always covers."""
         account = Account(self.allowance, first_cost)
         self.reserved += max(0, first_cost - account.allowance)
+        self._n_in_flight += 1
+        self._uncommitted += account.allowance - first_cost
         return account
 
     def commit(self, account: Account, cumulative_cost: int) -> bool:
-        """Commit to spending `cumulative_cost` in all, unless the settled balance cannot cover the excess."""
+        """Commit to spending `cumulative_cost` in all, unless a bound forbids it."""
         more = max(0, cumulative_cost - account.allowance) - max(0, account.committed - account.allowance)
         if self.reserved + more > self.settled:
             return False
+        step = cumulative_cost - account.committed
+        if self._average_over and not self._average_allows(step):
+            return False
+        self._uncommitted -= step
         self.reserved += more
         account.committed = cumulative_cost
         account.stages += 1
@@ -70,6 +87,8 @@ class Ledger:
     def close(self, account: Account, answered: bool) -> None:
         """Settle an image that has answered, or was given up, with what it has spent."""
         self.reserved -= max(0, account.committed - account.allowance)
+        self._n_in_flight -= 1
+        self._uncommitted -= account.allowance - account.committed
         balance = account.allowance - account.spent
         if balance < 0:
             self.settled += balance
@@ -85,10 +104,14 @@ class Ledger:
         self._recent_sum += account.spent
         if len(self._recent) > ROLLING_ANSWERS:
             self._recent_sum -= self._recent.popleft()
+        self._balance += balance
+        self._n_balances += 1
+        self._balances[self._n_balances % len(self._balances)] = self._balance
 
     def work_at(self, allowance: int) -> None:
         """Give later admissions another allowance, below what the cap was set for. Balance and cap stay as they are, so
         that an allowance that moves all the time wears the balance down no more than it mints one."""
+        self._begin_average()
         self.allowance = allowance
 
     def set_allowance(self, allowance: int) -> None:
@@ -98,3 +121,17 @@ class Ledger:
         if cap < self.cap:
             self.settled = max(self.reserved, self.settled * cap // self.cap)
         self.allowance, self.cap = allowance, cap
+        self._begin_average()
+
+    def _begin_average(self) -> None:
+        self._balance = self._n_balances = 0
+        self._balances[0] = 0
+
+    def _average_allows(self, step: int) -> bool:
+        """Whether the last answers keep to their allowances if all in flight end with what they have committed, and one
+        of them with `step` more."""
+        if self._n_balances < self._average_over:
+            return True
+        n_answered = max(self._average_over - self._n_in_flight, 0)
+        before = self._balances[(self._n_balances - n_answered) % len(self._balances)]
+        return self._balance - before + self._uncommitted >= step

@@ -4,7 +4,7 @@ Plain Python over numbers: no clock, no thread, no array. Costs inside are multi
 """
 
 from collections import deque
-from math import inf
+from math import pi, tan
 
 from models.frontier import Frontier, FrontierPoint
 from service.ledger import ROLLING_ANSWERS, Account
@@ -28,27 +28,27 @@ class Steering:
     not save it up.
 
     What an observer sees is the average of the last 1,000 answers, that is, the balance now less the balance 1,000
-    answers ago. Hence three refinements. The reference follows the deviation that the balance had where the coming
-    window starts (`ECHO` of it, so that old deviations die out). Hard images answer last: when traffic stops, the
-    window ends with the excess of all that were in flight, so the aim stays below the budget by that much, too. And a
-    guard: where the window would end over the budget if traffic stopped now, or by less than `GUARD_MARGIN_IMAGES`
-    under it, it steers lower at once; the integral, which would work against that, stands still meanwhile. It is for
-    traffic that it can help: excess beyond `MAX_EXCESS_IMAGES`, for which no aim makes room, is left out, and where
-    half of the window is in flight, spending less now does not help it. There it would never rest: at three times what
-    stages can do, with 500 to 1,000 images in flight, these got 55 to 87 % of the budget; now they get 97 to 99 %. In
-    return the last 1,000 answers before traffic stops may end some per cent over it, within the ledger's bound.
-
-    Simulated on i.i.d. images (six exits, 5,000 images, 32 at a time, 2 lanes, budgets of 25, 40, 60 and 80 % of the
-    full cost, 12 seeds each): the last 1,000 end at 0.993 to 0.999 of the budget, 0.9965 on average. Without the guard
-    they ended at 0.988 to 1.000, and real images in one fixed order, whose last thousand are harder, at 1.001.
+    answers ago: the *margin*, were traffic to stop now. It is to lie within `BAND_IMAGES` of its middle. Hence
+    * the reference follows the deviation that the balance had where the coming window starts (`ECHO` of it, so that old
+      deviations die out);
+    * hard images answer last: when traffic stops, the window ends with the excess of all that were in flight, so the
+      aim stays below the budget by that much, too. Excess beyond `MAX_EXCESS_IMAGES`, for which no aim makes room, is
+      left out of the margin, as long as so many are in flight: they are not to starve where there are always as many;
+    * the nearer the margin is to an end of the band, the steeper it steers back (the tangent is what keeps a random
+      walk between two walls with the least effort);
+    * swings cost accuracy, and images in flight can still put the margin right when traffic stops. So with many in
+      flight it looks further ahead and lets the margin stray (`_relax`), until their number falls below what it was.
+    The last word has the ledger: whatever the margin, an image goes on only if the average allows it.
     """
 
-    AIM_UNDER = 0.005  # of the budget: where the average is to end
+    AIM_UNDER = 0.004  # of the budget; with what is kept for images in flight the average ends at 0.995 of it
     HORIZON_IMAGES = 24.0  # shorter is tighter, but thresholds that swing cost accuracy
+    LONGEST_HORIZON_IMAGES = 70.0
+    HORIZON_IN_FLIGHT = 3.0  # between the two it is so many times the images in flight
     INTEGRAL_IMAGES = 1_000.0  # time constant
-    ECHO = 0.7
-    GUARD_IMAGES = 20.0  # as the horizon, where the window would end over the budget
-    GUARD_MARGIN_IMAGES = 1.0  # before it would
+    ECHO = 0.5
+    BAND_IMAGES = 5.0  # half of it
+    STEEPEST_AT = 0.85  # of that; beyond, it pulls no harder
     MEAN_IMAGES = 500.0  # time constant of the running means below
     MAX_FORECAST_IMAGES = 16.0
     MAX_EXCESS_IMAGES = 8.0
@@ -61,13 +61,16 @@ class Steering:
         reach = self.highest - self._lowest
         self._steps_per_cost = self.TABLE_STEPS / reach if reach > 0 else 0.0
         self._in_flight = [0] * len(costs)  # images, by exits passed
+        self._n_in_flight = 0
+        self._n_in_flight_mean = 0.0
         self._aims = 0.0  # of the images in flight
         self._owed = 0.0  # the same, less what these images are expected to spend
         self._settled = 0.0
         self._settled_mean = 0.0
         self._excess_mean = 0.0  # of what the images in flight are expected to spend beyond their aims
         self._integral = 0.0
-        self._history: deque[float] = deque()  # `_settled` after each of the last 1,000 answers
+        self._middle = 0.0  # of the band, as a forecast
+        self._history: deque[float] = deque()  # `_settled` before the last 1,000 answers, and after each
         self.set_budget(budget)
 
     @property
@@ -87,17 +90,19 @@ class Steering:
         is neither handed to others nor asked back, so that a new budget holds at once, however often it changes.
         """
         self._budget = budget
-        self._history.clear()
         self._integral = min(max(self._integral, -0.5 * budget), 0.5 * budget)
         forecast = self._settled + self._owed
         self._follow_operating_point()
         self._settled = forecast - self._owed
         self._settled_mean = self._settled
+        self._history.clear()
+        self._history.append(self._settled)
         self.refresh()
 
     def admit(self, account: Account) -> None:
         account.aim = self._aim
         self._in_flight[0] += 1
+        self._n_in_flight += 1
         self._aims += account.aim
         self._owed += account.aim - self._expected[0]
 
@@ -110,20 +115,22 @@ class Steering:
     def settle(self, account: Account, answered: bool) -> None:
         passed = account.stages - 1
         self._in_flight[passed] -= 1
+        self._n_in_flight -= 1
         self._aims -= account.aim
         self._owed -= account.aim - self._expected[passed]
         self._settled += (account.aim if answered else min(account.aim, account.spent)) - account.spent
         if not answered:
             return
         self._history.append(self._settled)
-        if len(self._history) > ROLLING_ANSWERS:
+        if len(self._history) > ROLLING_ANSWERS + 1:
             self._history.popleft()
+        self._n_in_flight_mean += (self._n_in_flight + 1 - self._n_in_flight_mean) / self.MEAN_IMAGES
         self._settled_mean += (self._settled - self._settled_mean) / self.MEAN_IMAGES
         self._excess_mean += (-self._owed - self._excess_mean) / self.MEAN_IMAGES
         error, wanted = self._settled + self._owed - self._reference, self._wanted()
-        too_low, too_high = wanted <= self._lowest, wanted >= self.highest or wanted < self._unguarded()
+        too_low, too_high = wanted <= self._lowest, wanted >= self.highest
         if (error > 0 or not too_low) and (error < 0 or not too_high):
-            moved = self._integral + error / (self.HORIZON_IMAGES * self.INTEGRAL_IMAGES)
+            moved = self._integral + error / (self._horizon * self.INTEGRAL_IMAGES)
             self._integral = min(max(moved, -0.5 * self._budget), 0.5 * self._budget)
 
     def refresh(self) -> None:
@@ -131,30 +138,35 @@ class Steering:
         self._follow_operating_point()
         most = self.MAX_FORECAST_IMAGES * self._budget
         self._settled = min(max(self._settled, -most - self._owed), most - self._owed)
-        self._reference, self._guard_from = 0.0, -inf
-        if len(self._history) == ROLLING_ANSWERS:
-            n_in_flight = sum(self._in_flight)
-            at_window_start = self._history[min(n_in_flight, ROLLING_ANSWERS - 1)]
-            spare = ROLLING_ANSWERS * (self._budget - self._aim) - self.GUARD_MARGIN_IMAGES * self._budget
-            if 2 * n_in_flight < ROLLING_ANSWERS:
-                self._guard_from = at_window_start - spare - self._excess_unpaid
-            deviation = self.ECHO * (at_window_start - self._settled_mean)
-            self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
+        self._relax()
+        latest = len(self._history) - 1
+        at_window_start = self._history[min(max(latest - ROLLING_ANSWERS + self._n_in_flight, 0), latest)]
+        deviation = self.ECHO * (at_window_start - self._settled_mean)
+        self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
+        self._middle = at_window_start - self._excess_paid - self._excess_unpaid * min(self._usual, 1.0)
+
+    def _relax(self) -> None:
+        """Look ahead as far as the images in flight allow, and the less far the fewer of the usual number are left."""
+        shortest = self.HORIZON_IMAGES
+        longest = max(shortest, min(self.LONGEST_HORIZON_IMAGES, self.HORIZON_IN_FLIGHT * self._n_in_flight_mean))
+        self._usual = self._n_in_flight / self._n_in_flight_mean if self._n_in_flight_mean else 1.0
+        self._horizon = shortest + (longest - shortest) * min(max(6.0 * self._usual - 5.0, 0.0), 1.0)
+        # As steep as the horizon at the middle of the band; less where the margin may stray.
+        self._steepness = self.BAND_IMAGES * self._budget / shortest * (shortest / self._horizon) ** 2
 
     def _follow_operating_point(self) -> None:
         excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_IMAGES * self._budget)
-        self._excess_unpaid = max(self._excess_mean - excess, 0.0)
+        self._excess_paid, self._excess_unpaid = excess, max(self._excess_mean - excess, 0.0)
         self._aim = self._budget * (1.0 - self.AIM_UNDER) - excess / ROLLING_ANSWERS
         self._expected = self._expected_costs()
         self._owed = self._aims - sum(n * cost for n, cost in zip(self._in_flight, self._expected, strict=True))
 
     def _wanted(self) -> float:
-        guarded = self._aim + self._integral + (self._settled + self._owed - self._guard_from) / self.GUARD_IMAGES
-        return min(self._unguarded(), guarded)
-
-    def _unguarded(self) -> float:
-        error = self._settled + self._owed - self._reference
-        return self._aim + self._integral + error / self.HORIZON_IMAGES
+        forecast = self._settled + self._owed
+        wanted = self._aim + self._integral + (forecast - self._reference) / self._horizon
+        off = (forecast - self._middle) / (self.BAND_IMAGES * self._budget)
+        off = min(max(off, -self.STEEPEST_AT), self.STEEPEST_AT)
+        return wanted + self._steepness * (2 / pi * tan(pi / 2 * off) - off)
 
     def _point_at(self, cost: float) -> FrontierPoint:
         step = int((cost - self._lowest) * self._steps_per_cost)

@@ -152,6 +152,9 @@ class Clients:
         if response.status_code == 429:
             return False
         document = response.json()
+        if response.status_code != 200:
+            self.surprises.append(f"batch: {document}")
+            return False
         found = [item["answer"] is not None or item["problem"]["status"] == 429 for item in document["results"]]
         if found != [True, False, True]:
             self.surprises.append(f"batch: {document}")

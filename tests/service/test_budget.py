@@ -76,6 +76,54 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
     assert ledger.rolling_average == (sum(recent) / len(recent) if recent else None)
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["admit", "go on", "go on", "answer"]), st.integers(0, 2**31)), max_size=200),
+    st.integers(100, 410),
+)
+def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, allowance):
+    window = 6
+    ledger = Ledger(allowance, 100, average_over=window)  # the other bound is out of reach
+    flights: list[Flight] = []
+    spent: list[int] = []
+    was_kept = False
+    for action, number in actions:
+        flight = flights[number % len(flights)] if flights else None
+        if action == "admit":
+            if len(flights) < window:
+                flights.append(Flight(ledger.open(COSTS[0])))
+        elif flight is None:
+            continue
+        elif action == "go on":
+            if flight.stages < len(COSTS) and ledger.commit(flight.account, COSTS[flight.stages]):
+                flight.stages += 1
+        else:
+            flights.remove(flight)
+            flight.account.spent = flight.account.committed
+            ledger.close(flight.account, answered=True)
+            spent.append(flight.account.spent)
+        if len(spent) < window:
+            continue
+        n_older = window - len(flights)
+        would_be = sum(spent[len(spent) - n_older :]) + sum(flight.account.committed for flight in flights)
+        is_kept = would_be <= window * allowance
+        assert is_kept or not was_kept
+        was_kept = is_kept
+
+
+def test_what_would_put_the_average_over_the_allowance_is_refused():
+    ledger = Ledger(100, 100, average_over=4)
+    for spent in (100, 160, 70, 60):  # 390 in all
+        account = ledger.open(50)
+        account.committed = account.spent = spent
+        ledger._uncommitted += 50 - spent
+        ledger.close(account, answered=True)
+    # The first, of 100, would no longer count: 290 and what the new one spends.
+    account = ledger.open(50)
+    assert not ledger.commit(account, 111)
+    assert ledger.commit(account, 110)
+
+
 def test_rolling_average_forgets_what_is_a_thousand_answers_old():
     ledger = Ledger(100, 1)
     for spent in [7] * 500 + [3] * 1000:
@@ -185,17 +233,17 @@ def test_steady_traffic_ends_within_one_percent_under_the_budget(fraction, seed)
     run = simulate(budget, images)
     assert 0.99 <= run.rolling[-1] <= 1.0
     assert max(run.rolling[999:]) <= 1 + BURST_IMAGES / 1000
-    assert set(run.reasons) <= {"confident", "final"}  # the ledger had nothing to refuse
+    assert run.reasons.count("budget") <= 5  # the ledger had next to nothing to refuse
     point = FRONTIER.at(FRONTIER.position_at_cost(fraction * FULL_MFLOPS))
     exits = (images[0] >= np.array(point.thresholds)).argmax(axis=1)
     offline = images[1][np.arange(len(exits)), exits].mean()
     assert np.mean(run.right) >= offline - 0.008  # 0.8 % less compute and swinging thresholds; measured 0.001 to 0.006
 
 
-@pytest.mark.parametrize("n_clients", [1, 128])
+@pytest.mark.parametrize("n_clients", [1, 8, 128, 256])
 def test_it_ends_there_at_any_concurrency(n_clients):
     run = simulate(controller(0.4), population(5_000, 5), n_clients)
-    assert 0.99 <= run.rolling[-1] <= 1.009
+    assert 0.99 <= run.rolling[-1] <= 1.0
 
 
 @pytest.mark.parametrize(("n_clients", "n_lanes"), [(512, 2), (1_024, 2), (512, 8)])
@@ -207,13 +255,17 @@ def test_with_a_thousand_in_flight_the_budget_is_spent_all_the_same(n_clients, n
     steady = run.spent[2 * n_clients : n_images - 2 * n_clients]
     assert 0.96 <= np.mean(steady) / budget.budget <= 1.0
     assert worst_window(run) <= budget.ledger.cap
+    if n_clients < 1_000:
+        assert run.rolling[-1] <= 1.0
 
 
 @pytest.mark.parametrize("n_lanes", [2, 8])
 def test_the_default_burst_leaves_the_ledger_nothing_to_refuse_at_full_load(n_lanes):
     burst_images = default_burst_images(n_lanes, max_rows=32)
-    run = simulate(controller(0.4, burst_images), population(5_000, 6), n_clients=64 * n_lanes, n_lanes=n_lanes)
-    assert run.reasons.count("budget") <= 0.002 * len(run.reasons)
+    n_clients = 64 * n_lanes
+    run = simulate(controller(0.4, burst_images), population(5_000, 6), n_clients, n_lanes)
+    # Some at the end, where all in flight must fit into the average of the last 1,000.
+    assert run.reasons[:-n_clients].count("budget") <= 0.002 * len(run.reasons)
     assert max(run.rolling[999:]) <= 1 + burst_images / 1000
     if n_lanes == 8:  # a bound that is too tight for what is in flight costs accuracy
         tight = simulate(controller(0.4, 32), population(5_000, 6), n_clients=64 * n_lanes, n_lanes=n_lanes)
@@ -264,7 +316,7 @@ def test_a_stream_of_only_hard_images_is_held(fraction):
 @pytest.mark.parametrize("harder", [1.0, -0.5])
 def test_traffic_unlike_the_calibration_ends_there_too(harder):
     run = simulate(controller(0.4), population(5_000, 13, harder))
-    assert 0.988 <= run.rolling[-1] <= 1.003
+    assert 0.988 <= run.rolling[-1] <= 1.0
 
 
 def test_hard_traffic_after_easy_traffic_finds_no_savings_beyond_the_burst():
@@ -272,7 +324,7 @@ def test_hard_traffic_after_easy_traffic_finds_no_savings_beyond_the_burst():
     run = simulate(controller(0.6), (np.concatenate([easy[0], hard[0]]), np.concatenate([easy[1], hard[1]])))
     assert run.rolling[3_999] < 0.9  # it could not be spent
     assert max(run.rolling[999:]) <= 1 + BURST_IMAGES / 1000
-    assert 0.985 <= run.rolling[-1] <= 1.002
+    assert 0.985 <= run.rolling[-1] <= 1.0
 
 
 def test_a_budget_beyond_the_frontier_is_a_ceiling():
