@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import cycle
 from math import inf
 from typing import Any
 
@@ -18,7 +19,7 @@ from models.frontier import Frontier
 from service.assembly import default_burst_images
 from service.budget import BudgetController
 from service.core import Core
-from service.costs import CostTable
+from service.costs import HOST_BATCH_S, CostTable
 from service.lanes import Batch, BatchResult
 from service.plan.stage_times import StageTimes
 from service.rows import Answer, Options, Request, Told
@@ -86,8 +87,9 @@ class Simulation:
     """One replica: lanes, a host thread (Python runs one at a time), and cores that they share.
 
     Where stages run on the processor, work in progress shares the cores evenly: with more of it than cores each piece
-    is slower by the ratio. A batch alone is faster than the table says (`StageTimes.alone_speed`). A host that wakes
-    while lanes hold all cores waits for one (`StageTimes.wake_seconds`).
+    is slower by the ratio. A batch alone is faster than the table says (`StageTimes.alone_speed`), each takes longer or
+    shorter than its stage's median (`StageTimes.spread`). A host that wakes while lanes hold all cores waits for one
+    (`StageTimes.wake_seconds`), until a lane has nothing to do at the latest.
 
     Args:
         network, times, setup: see there.
@@ -110,15 +112,16 @@ class Simulation:
             network.frontier, network.costs_mflops, setup.budget_mflops, burst_images, setup.steer
         )
         self.record = Record(batch_rows=[[] for _ in network.costs_mflops])
-        self.now_s = 0.0
-        self._times, self._setup = times, setup
-        costs = CostTable(times.stage_seconds)  # as after warm-up; it follows what runs
+        self._times, self._setup, self.now_s = times, setup, 0.0
+        costs = CostTable(times.stage_seconds, HOST_BATCH_S)  # as after warm-up; it follows what runs
         scheduler: Scheduler[Request] = Scheduler(
             len(times.stage_seconds), setup.max_rows, setup.max_wait_s, costs, setup.policy
         )
         self._core = Core(self.budget, scheduler, ("",))
         self._scores: list[list[float]] = network.scores.tolist()
         self._rng = np.random.default_rng(seed)
+        draw = np.random.default_rng((seed, 1)).choice
+        self._wakes, self._spread = (cycle(draw(of, 8192).tolist()) for of in (times.wake_seconds, times.spread))
         self._rows: Iterator[int] = iter(())
         self._at_answer = at_answer
         self._logits = np.zeros((setup.max_rows, 2), np.float32)  # read for an answer's confidence alone
@@ -204,10 +207,14 @@ class Simulation:
         self._host.append(_HostWork(seconds, done))
         if len(self._host) > 1:
             return
-        if self._times.lanes_take_cores and self._n_running >= self._setup.n_cores:
-            self._host_wakes_s = self.now_s + self._times.wake_seconds
+        if self._cores_are_held:
+            self._host_wakes_s = self.now_s + next(self._wakes)
         else:
             self._begin_host()
+
+    @property
+    def _cores_are_held(self) -> bool:
+        return self._times.lanes_take_cores and self._n_running >= self._setup.n_cores
 
     def _begin_host(self) -> None:
         self._begin(self._host[0].seconds, self._host_is_done)
@@ -284,6 +291,8 @@ class Simulation:
             batch.result = BatchResult(self._logits[:n_rows], Block({}, n_run), copy_s, [0] * n_rows, scores)
             self.record.batch_rows[stage].append(n_rows)
             self._run_lanes()
+            if self._host_wakes_s < inf and not self._cores_are_held:
+                self._host_wakes_s = self.now_s
             self._ask_host(self._times.host_batch_seconds, lambda: self._take_back(batch))
 
-        self._begin(self._times.seconds(stage, n_run) + copy_s, end)
+        self._begin(self._times.seconds(stage, n_run) * next(self._spread) + copy_s, end)

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,14 +34,27 @@ class StageTimes(BaseModel):
     stage_seconds: tuple[dict[Annotated[int, Field(ge=1)], Positive], ...] = Field(
         min_length=1, description="per stage, by rows of a batch: seconds while all lanes run"
     )
+    spread: tuple[Positive, ...] = Field(
+        (1.0,),
+        min_length=1,
+        description="of a batch's seconds, over those of its stage and size: quantiles, evenly spaced",
+    )
     copy_row_seconds: tuple[Seconds, ...] = Field(
         description="per stage, what a row adds where it must be copied to lie beside the others of its batch"
     )
     host_image_seconds: Seconds = Field(description="processor time of an image in the engine, outside its batches")
     host_batch_seconds: Seconds = Field(description="processor time of a batch in the engine, outside its run")
-    wake_seconds: Seconds = Field(
-        0.0, description="from a batch's end until the engine's thread has it, while all lanes run: it waits for a core"
+    wake_seconds: tuple[Seconds, ...] = Field(
+        (0.0,),
+        min_length=1,
+        description="from a batch's end until the engine's thread has it, while all lanes run and it waits for a core: "
+        "quantiles, evenly spaced, or one number",
     )
+
+    @field_validator("wake_seconds", mode="before")
+    @classmethod
+    def _as_quantiles(cls, value: object) -> object:
+        return (value,) if isinstance(value, int | float) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -16,8 +16,7 @@ from tests.bundles import tiny_bundle
 def test_the_command_predicts_and_serves(tmp_path, monkeypatch):
     for name in ("SETTLING_IMAGES", "SATURATED_IMAGES"):
         monkeypatch.setattr(planning, name, 300)
-    monkeypatch.setattr(host_times, "HOST_IMAGES", 200)
-    monkeypatch.setattr(host_times, "FEW_IMAGES", 20)
+    monkeypatch.setattr(host_times, "HOST_S", 0.1)
     monkeypatch.setattr(plan_check, "LOADS", (0.2,))  # under what any machine keeps up with
     monkeypatch.setattr(plan_check, "SETTLING_S", 0.2)
     app = Typer()
@@ -55,11 +54,12 @@ def test_the_mean_of_two_tables_is_their_mean():
             copy_row_seconds=[seconds],
             host_image_seconds=seconds,
             host_batch_seconds=0.0,
-            wake_seconds=2 * seconds,
+            wake_seconds=(seconds, 2 * seconds),
         )
         for speed, seconds in ((1.0, 0.001), (2.0, 0.003))
     ]
     mean = mean_of(tables)
-    assert (mean.alone_speed, mean.host_image_seconds, mean.wake_seconds) == pytest.approx((1.5, 0.002, 0.004))
+    assert (mean.alone_speed, mean.host_image_seconds) == pytest.approx((1.5, 0.002))
+    assert mean.wake_seconds == pytest.approx((0.002, 0.004))
     assert mean.copy_row_seconds == pytest.approx((0.002,))
     assert mean.seconds(0, 4) == pytest.approx(0.006)

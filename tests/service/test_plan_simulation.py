@@ -107,6 +107,34 @@ def test_a_host_that_wakes_waits_for_a_core_where_lanes_hold_them_all(n_cores, l
     assert record.answered_s == pytest.approx([ms * MS for ms in answered_ms])
 
 
+def test_a_host_that_waits_for_a_core_has_it_once_a_lane_has_nothing_to_do():
+    """Lanes are busy from 1 to 11 and from 2 to 12 ms; the third image comes at 6, and the host has a core at 11."""
+    table = times({1: 10 * MS}, n_lanes=2, n_cores=2, host_image_seconds=1 * MS, wake_seconds=8 * MS)
+    record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 0.0, 6 * MS])
+    assert record.answered_s == pytest.approx([11 * MS, 12 * MS, 22 * MS])
+
+
+def test_how_long_a_host_waits_for_a_core_is_drawn():
+    """Images in pairs: the second holds the core when the first one's batch is to be taken back."""
+    table = times({1: 10 * MS}, host_batch_seconds=1e-9, wake_seconds=(0.0, 0.0, 0.0, 4 * MS))
+    record = Simulation(one_exit(), table, Setup(10.0, 1, 1, max_rows=1)).run(np.repeat(np.arange(400.0), 2).tolist())
+    took_s = np.array(record.answered_s)[::2] - record.came_s[::2]
+    waited = took_s > 12 * MS
+    assert took_s[waited] == pytest.approx(14 * MS, rel=1e-3)
+    assert took_s[~waited] == pytest.approx(10 * MS, rel=1e-3)
+    assert waited.mean() == pytest.approx(0.25, abs=0.08)
+
+
+def test_batches_take_longer_at_times_as_was_measured():
+    table = times({1: 10 * MS}, spread=(1.0, 1.0, 1.0, 1.5))
+    record = Simulation(one_exit(), table, Setup(10.0, 1, 1, max_rows=1)).run(np.arange(400.0).tolist())
+    took_s = np.array(record.answered_s) - record.came_s
+    slow = took_s > 12 * MS
+    assert took_s[slow] == pytest.approx(15 * MS)
+    assert took_s[~slow] == pytest.approx(10 * MS)
+    assert slow.mean() == pytest.approx(0.25, abs=0.08)
+
+
 def test_a_batch_alone_is_as_fast_as_was_measured():
     table = times({1: 3 * MS}, n_lanes=2, n_cores=2, alone_speed=1.5)
     record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 1.0, 1.0, 2.0])
