@@ -4,11 +4,12 @@ A `POST /classify` whose body is the image, announced by its length and there wi
 (`direct.py`) and is answered by one write. Everything else stays with uvicorn and the application: other calls, forms,
 bodies that arrive in pieces, old clients, and what comes before the request ahead of it is answered (pipelining).
 
-A client that keeps its connection sends nearly the same head again and again: one that is the same to the last byte is
-not parsed again.
+A client that keeps its connection sends nearly the same head again and again: one that differs from the last in the
+length of its body alone is not parsed again.
 """
 
 import asyncio
+import re
 from typing import Any, NamedTuple
 
 from uvicorn.config import Config
@@ -22,6 +23,8 @@ from service.api.lifecycle import Phase
 
 TARGET = PATH.encode()
 HEAD_END = b"\r\n\r\n"
+LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]{1,10})\r\n", re.IGNORECASE)
+MAX_DIGITS = 10
 RAW_TYPE_FIELDS = frozenset(name.encode() for name in RAW_TYPES)
 
 
@@ -52,10 +55,21 @@ class Cycle:
 class Head(NamedTuple):
     """A request's head that went to the desk, and what it said."""
 
-    data: bytes
-    request_bytes: int  # with the body
+    before: bytes  # up to the length of its body
+    after: bytes  # from there to its end
     headers: dict[bytes, bytes]
     query: bytes
+
+    def body_at(self, data: bytes, limit_bytes: int) -> int | None:
+        """Where the body begins in `data`, if that is one whole request with this head; None where it is not."""
+        if not data.startswith(self.before):
+            return None
+        start = len(self.before)
+        end = data.find(b"\r", start, start + MAX_DIGITS + 1)
+        length = data[start:end]
+        at = end + len(self.after)
+        is_whole = end > 0 and data.startswith(self.after, end) and length.isdigit() and len(data) == at + int(length)
+        return at if is_whole and len(data) - at <= limit_bytes else None
 
 
 class DirectProtocol(HttpToolsProtocol):
@@ -82,8 +96,8 @@ class DirectProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         head = self._head
-        if head is not None and len(data) == head.request_bytes and data.startswith(head.data) and self._is_free():
-            self._repeat(head, data)
+        if head is not None and (body_at := head.body_at(data, self._desk.limit_bytes)) is not None and self._is_free():
+            self._repeat(head, data[body_at:])
             return
         self._head = None
         was_between = not self._in_message
@@ -183,15 +197,16 @@ class DirectProtocol(HttpToolsProtocol):
     def _know_again(self, data: bytes, cycle: Cycle) -> None:
         """Remember the head of a request, if `data` was that request and nothing else."""
         n_bytes = len(data) - int(cycle.headers[b"content-length"])
-        if data.find(HEAD_END) == n_bytes - len(HEAD_END):
-            self._head = Head(data[:n_bytes], len(data), cycle.headers, cycle.query)
+        found = LENGTH.search(data, 0, n_bytes)
+        if found is not None and data.find(HEAD_END) == n_bytes - len(HEAD_END):
+            self._head = Head(data[: found.start(1)], data[found.end(1) : n_bytes], cycle.headers, cycle.query)
 
-    def _repeat(self, head: Head, data: bytes) -> None:
+    def _repeat(self, head: Head, body: bytes) -> None:
         """A whole request is there, whose head is known."""
         cycle = self._enter(head.headers, head.query)
         if not cycle.response_complete:
             self._last = cycle
-            self._desk.take(cycle.visit, data[len(head.data) :])
+            self._desk.take(cycle.visit, body)
 
     def send(self, visit: Visit, status: int, fields: bytes, body: bytes, keep_alive: bool) -> None:
         """Write a whole answer, and be ready for the next request."""

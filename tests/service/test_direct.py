@@ -246,7 +246,8 @@ def test_a_head_that_comes_again_is_not_parsed_again(
         parse(protocol, data)
 
     monkeypatch.setattr(HttpToolsProtocol, "data_received", seen)
-    bodies = [png(image).ljust(5_000, b"\0") for image in IMAGES]  # what follows a picture's end is ignored
+    # What follows a picture's end is ignored.
+    bodies = [png(image).ljust(n_bytes, b"\0") for image, n_bytes in zip(IMAGES, [*range(9_993, 10_009)], strict=True)]
     alone = [here.engine.submit(image, Options(exit=1)).result(LIMIT_S).confidence for image in IMAGES]
     for body, sure in zip(bodies, alone, strict=True):
         line.send(request(body, "?exit=1"))
@@ -260,7 +261,7 @@ def test_a_head_that_comes_again_is_not_parsed_again(
         assert (status, document.get("exit")) == ((200, int(query[-1])) if query != "?exit=9" else (422, None))
         assert len(parsed) == n_parsed  # one that is refused is not to be known
     data = request(bodies[0], "?exit=1")
-    assert visits == [5_000] * 19
+    assert visits == [*map(len, bodies), *[9_993] * 3]
     for pieces in ([data[:-100], data[-100:]], [data[:40], data[40:]]):
         line.send(data)
         assert line.receive()[0] == 200
@@ -270,6 +271,16 @@ def test_a_head_that_comes_again_is_not_parsed_again(
         assert line.receive()[0] == 200
     line.send(data + data)
     assert [line.receive()[0] for _ in range(2)] == [200, 200]
+    line.send(data)
+    assert line.receive()[0] == 200
+    # A length that is not the body's is for the parser: too short, the rest is no request; too long, more is to come.
+    for length in ("9992", "+9993", "99930", "09993x"):
+        n_parsed = len(parsed)
+        with contextlib.closing(here.connect()) as other:
+            other.send(data)
+            assert other.receive()[0] == 200
+            other.send(data.replace(b": 9993\r", f": {length}\r".encode()))
+            wait_until("it is parsed", lambda both=n_parsed + 2: len(parsed) >= both)  # type: ignore[misc]
 
 
 def test_a_quiet_connection_is_closed_and_a_busy_one_is_not(
