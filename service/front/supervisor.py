@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from queue import Empty, SimpleQueue
 from time import monotonic
 from types import FrameType
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 BEGIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 SOUND_S = 10.0  # a worker that has served so long starts anew without waiting longer than the first time
+LOOK_S = 1.0  # a signal may reach another thread, and does not end the main one's waiting: it looks so often
 END_S = 5.0  # beyond --drain-s, for workers to end; and for a worker that has hung up to end
 
 
@@ -203,11 +205,13 @@ class Front:
 
     def _next_event(self, ends_s: float) -> Event | None:
         """Wait for one; None when a restart, or the end, is due."""
-        due_s = ends_s or min(self._restarts.values(), default=0.0)
-        try:
-            return self._events.get(timeout=max(0.0, due_s - monotonic()) if due_s else None)
-        except Empty:
-            return None
+        due_s = ends_s or min(self._restarts.values(), default=inf)
+        while True:
+            try:
+                return self._events.get(timeout=max(0.0, min(due_s - monotonic(), LOOK_S)))
+            except Empty:
+                if monotonic() >= due_s:
+                    return None
 
     def _bury(self, gone: Gone) -> None:
         worker = gone.worker

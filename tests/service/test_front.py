@@ -1,9 +1,11 @@
 """Real processes: a server with two HTTP workers does all that one without them does."""
 
+import ctypes
 import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,20 @@ def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: 
     log = (tmp_path / "log").read_text()
     assert "stopped: 12 answered, 0 abandoned, 0 failed" in log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("way", ["to a thread", "while it is stopped"])
+def test_a_signal_that_does_not_wake_the_main_thread_is_heard(folder: Path, tmp_path: Path, way: str) -> None:
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server:
+        pid = server.process.pid
+        time.sleep(1.0)  # so that the main thread waits: if it does not yet, the test is only less of one
+        if way == "to a thread":
+            other = next(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if int(task.name) != pid)
+            assert ctypes.CDLL(None).tgkill(pid, other, signal.SIGTERM) == 0
+        else:
+            for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGCONT):
+                os.kill(pid, number)
+        assert server.process.wait(LIMIT_S) == 0
 
 
 def test_a_client_that_never_finishes_cannot_hold_it(folder: Path, tmp_path: Path) -> None:
