@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
@@ -55,7 +56,7 @@ def plot_study(path: Path, title: str, results: Sequence[VariantResult]) -> None
                 gains.plot(exits, 100 * result.gain.T, color=f"C{i}", alpha=0.3, linewidth=0.8)
         accuracies.set(xlabel="exit", ylabel="top-1 on test images, %", xticks=exits)
         gains.set(xlabel="exit", ylabel="gain over the baseline, points", xticks=exits)
-        gains.legend()
+        _legend_below(gains)
 
 
 def plot_valid_shares(path: Path, title: str, results: Sequence[VariantResult]) -> None:
@@ -78,4 +79,11 @@ def plot_valid_shares(path: Path, title: str, results: Sequence[VariantResult]) 
         for axes in panels:
             axes.set_ylim(lowest, 92)
         panels[0].set(ylabel="valid samples, % of those trained on")
-        panels[0].legend(loc="lower left", fontsize=7)
+        _legend_below(panels[0])
+
+
+def _legend_below(axes: Axes) -> None:
+    """Variants are many and their lines everywhere: the legend goes under the whole figure."""
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
