@@ -101,4 +101,7 @@ def test_the_engine_answers_as_fast_as_predicted():
     latencies_ms = 1e3 * (np.array(record.answered_s) - record.came_s)
     assert predicted_per_s == pytest.approx(live.images_per_s, rel=0.15)
     assert np.median(latencies_ms) == pytest.approx(live.median_ms, rel=0.15)
-    assert np.bincount(record.exit)[1:] / N_IMAGES == pytest.approx(live.shares, abs=0.05)
+    shares = np.bincount(record.exit)[1:] / N_IMAGES
+    assert shares @ COSTS_MFLOPS == pytest.approx(np.array(live.shares) @ COSTS_MFLOPS, rel=0.03)
+    # Who shares a batch moves the thresholds, so that one exit's share is up to 0.06 off in one run of ten.
+    assert shares == pytest.approx(live.shares, abs=0.1)
