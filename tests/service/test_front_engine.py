@@ -216,8 +216,9 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
         front.loop.remove_reader(front.channels[0])
         front.channels[0].close()
 
-    done = threading.Event()
-    front.engine.ask(lambda: done.wait(LIMIT_S))  # it answers none of them before it hears of the death
+    began, done = threading.Event(), threading.Event()
+    front.engine.ask(lambda: (began.set(), done.wait(LIMIT_S)))  # it answers none of them before it hears of the death
+    assert began.wait(LIMIT_S)  # what comes now stays in its inbox
     front.run(die())
     wait_until("the hub has given its requests up", lambda: front.engine._inbox.qsize() > 20)
     done.set()
