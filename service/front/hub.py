@@ -4,9 +4,6 @@ One thread reads; the engine's thread writes answers to the worker that each bel
 what a socket has no room for stays with its channel, and is bounded by the worker's slots.
 """
 
-import json
-import logging
-import pickle
 import socket
 import threading
 from collections.abc import Callable
@@ -19,14 +16,13 @@ from typing import Any
 
 from service.engine import Engine
 from service.front import wire
+from service.front.calls import reply_to
 from service.front.channel import Channel
 from service.front.memory import SharedMemory, picture_in
 from service.front.wire import Kind
 from service.metrics import Metrics
 from service.rows import EngineError, Request, Told
-from service.target import Keeper, Target
-
-logger = logging.getLogger(__name__)
+from service.target import Keeper
 
 PUBLISH_EVERY_S = 0.1  # how late workers hear, at most, that the engine is in trouble
 
@@ -243,21 +239,4 @@ class Hub:
     # --- a thread for what may take a while ---------------------------------------------------------------------
 
     def _answer(self, link: Link, payload: bytes) -> None:
-        head = payload[: wire.CALL_NUMBER.size]
-        value: Any
-        try:
-            name, arguments = json.loads(payload[wire.CALL_NUMBER.size :])
-            value = self._call(name, arguments)
-        except Exception as error:
-            logger.exception("a call failed")
-            value = error
-        link.send(Kind.REPLY, head + pickle.dumps(value))
-
-    def _call(self, name: str, arguments: dict[str, Any]) -> Any:
-        if name == "exposition":
-            return self._metrics.exposition(**arguments)
-        if name == "read_budget":
-            return self._keeper.read()
-        if name == "set_budget":
-            return self._keeper.set(Target(**arguments))
-        raise ValueError(f"no such call: {name}")
+        link.send(Kind.REPLY, reply_to(payload, self._metrics, self._keeper))

@@ -1,75 +1,23 @@
-"""The engine, the metrics and the budget's keeper as a worker has them: what `service.api.ports` asks for, by messages.
-
-All but the calls that wait belongs to the worker's event loop.
-"""
+"""The engine as a worker has it: what `service.api.ports` asks for, by messages, all on the worker's event loop."""
 
 import asyncio
-import json
-import logging
-import pickle
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from itertools import count
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.budget import BudgetState
 from service.front import wire
+from service.front.calls import Calls, gone
 from service.front.channel import Channel
 from service.front.memory import SharedMemory, picture_in
 from service.front.wire import Kind
-from service.rows import EngineDraining, EngineError, EngineOverloaded, Options, Sink, Told
-from service.tally import Tally
-from service.target import Target
-
-logger = logging.getLogger(__name__)
+from service.rows import EngineError, EngineOverloaded, Options, Sink, Told
 
 TOOK_S = 0.02  # how late the engine hears, at most, what answers took: nothing is sent for that alone
-CALL_S = 30.0  # the engine's process answers between batches; one that takes so long has hung
 PLAIN = Options()
-
-
-class Calls:
-    """Asks the engine's process for what is rare, and waits: for any thread but the event loop's."""
-
-    def __init__(self, send: Callable[[Kind, bytes], None]) -> None:
-        self._send = send
-        self._numbers = count()
-        self._waiting: dict[int, Future[Any]] = {}
-        self._closed = False
-
-    def ask(self, name: str, **arguments: Any) -> Any:
-        """Return what the call `name` of the hub returns, or raise what it raises."""
-        number, future = next(self._numbers), Future[Any]()
-        self._waiting[number] = future
-        try:
-            if self._closed:
-                raise _gone()
-            self._send(Kind.CALL, wire.CALL_NUMBER.pack(number) + json.dumps([name, arguments]).encode())
-            return future.result(CALL_S)
-        finally:
-            self._waiting.pop(number, None)
-
-    def take_reply(self, payload: bytes) -> None:
-        (number,) = wire.CALL_NUMBER.unpack_from(payload)
-        value = pickle.loads(payload[wire.CALL_NUMBER.size :])
-        future = self._waiting.pop(number, None)
-        if future is None:
-            return
-        if isinstance(value, Exception):
-            future.set_exception(value)
-        else:
-            future.set_result(value)
-
-    def close(self) -> None:
-        """Nobody answers any more."""
-        self._closed = True
-        while self._waiting:
-            self._waiting.popitem()[1].set_exception(_gone())
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +108,7 @@ class RemoteEngine:
         self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
     ) -> Ticket:
         if self._channel.is_closed:
-            raise _gone()
+            raise gone()
         if not self._free:
             in_flight = self._memory.in_flight_rows
             raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
@@ -300,35 +248,5 @@ class RemoteEngine:
         self._started.set()
         for ticket in list(self._tickets.values()):
             if ticket.token is not None:
-                ticket.sink([(ticket.token, _gone())])
-        self._on_broken(_gone())
-
-
-class RemoteMetrics:
-    """Counts in shared memory; the engine's process shows it all. See `service.api.ports.MetricsPort`."""
-
-    def __init__(self, tally: Tally, calls: Calls) -> None:
-        self.count, self.decoded, self.responded = tally.count, tally.decoded, tally.responded
-        self._calls = calls
-
-    def exposition(self, is_ready: bool) -> tuple[bytes, str]:
-        content, content_type = self._calls.ask("exposition", is_ready=is_ready)
-        return content, content_type
-
-
-class RemoteKeeper:
-    """The keeper of the budget, in the engine's process. See `service.api.ports.KeeperPort`."""
-
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    def read(self) -> tuple[Target, BudgetState]:
-        target, state = self._calls.ask("read_budget")
-        return target, state
-
-    def set(self, target: Target) -> None:
-        self._calls.ask("set_budget", **asdict(target))
-
-
-def _gone() -> EngineError:
-    return EngineDraining("the engine's process has ended")
+                ticket.sink([(ticket.token, gone())])
+        self._on_broken(gone())

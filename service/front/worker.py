@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from service.api.app import create_app
 from service.api.protocol import DirectProtocol
 from service.front.accepting import Acceptor
+from service.front.calls import RemoteKeeper, RemoteMetrics
 from service.front.channel import Channel
 from service.front.memory import SharedMemory
-from service.front.proxy import RemoteEngine, RemoteKeeper, RemoteMetrics
+from service.front.proxy import RemoteEngine
 from service.front.setup import Setup
 from service.logs import set_up_logs
 from service.server import Server, settle_memory, use_one_heap

@@ -17,10 +17,11 @@ import pytest
 from models.bundle import load_bundle
 from service.assembly import build_engine
 from service.engine import Engine
+from service.front.calls import RemoteKeeper, RemoteMetrics
 from service.front.channel import Channel
 from service.front.hub import Hub
 from service.front.memory import Layout, SharedMemory
-from service.front.proxy import RemoteEngine, RemoteKeeper, RemoteMetrics
+from service.front.proxy import RemoteEngine
 from service.metrics import Metrics
 from service.rows import Answer, EngineDraining, EngineOverloaded, Options, Step, Told
 from service.target import Keeper, Target

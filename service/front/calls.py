@@ -1,0 +1,122 @@
+"""What a worker asks of the engine's process and waits for: the metrics' text, and the budget. Both ends of it.
+
+A question is JSON, since the engine's process unpickles nothing from processes that have decoded pictures from
+anywhere; what comes back is pickled. It is rare: images go another way (`proxy.py`).
+"""
+
+import json
+import logging
+import pickle
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from itertools import count
+from typing import Any
+
+from service.api.ports import KeeperPort, MetricsPort
+from service.budget import BudgetState
+from service.front import wire
+from service.front.wire import Kind
+from service.rows import EngineDraining
+from service.tally import Tally
+from service.target import Target
+
+logger = logging.getLogger(__name__)
+
+CALL_S = 30.0  # the engine's process answers between batches; one that takes so long has hung
+
+
+class Calls:
+    """Asks the engine's process for what is rare, and waits: for any thread but the event loop's."""
+
+    def __init__(self, send: Callable[[Kind, bytes], None]) -> None:
+        self._send = send
+        self._numbers = count()
+        self._waiting: dict[int, Future[Any]] = {}
+        self._closed = False
+
+    def ask(self, name: str, **arguments: Any) -> Any:
+        """Return what the call `name` of the hub returns, or raise what it raises."""
+        number, future = next(self._numbers), Future[Any]()
+        self._waiting[number] = future
+        try:
+            if self._closed:
+                raise gone()
+            self._send(Kind.CALL, wire.CALL_NUMBER.pack(number) + json.dumps([name, arguments]).encode())
+            return future.result(CALL_S)
+        finally:
+            self._waiting.pop(number, None)
+
+    def take_reply(self, payload: bytes) -> None:
+        (number,) = wire.CALL_NUMBER.unpack_from(payload)
+        value = pickle.loads(payload[wire.CALL_NUMBER.size :])
+        future = self._waiting.pop(number, None)
+        if future is None:
+            return
+        if isinstance(value, Exception):
+            future.set_exception(value)
+        else:
+            future.set_result(value)
+
+    def close(self) -> None:
+        """Nobody answers any more."""
+        self._closed = True
+        while self._waiting:
+            self._waiting.popitem()[1].set_exception(gone())
+
+
+class RemoteMetrics:
+    """Counts in shared memory; the engine's process shows it all. See `service.api.ports.MetricsPort`."""
+
+    def __init__(self, tally: Tally, calls: Calls) -> None:
+        self.count, self.decoded, self.responded = tally.count, tally.decoded, tally.responded
+        self._calls = calls
+
+    def exposition(self, is_ready: bool) -> tuple[bytes, str]:
+        content, content_type = self._calls.ask("exposition", is_ready=is_ready)
+        return content, content_type
+
+
+class RemoteKeeper:
+    """The keeper of the budget, in the engine's process. See `service.api.ports.KeeperPort`."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def read(self) -> tuple[Target, BudgetState]:
+        target, state = self._calls.ask("read_budget")
+        return target, state
+
+    def set(self, target: Target) -> None:
+        self._calls.ask("set_budget", **asdict(target))
+
+
+def gone() -> EngineDraining:
+    """What is told to whoever waits for an engine whose process has ended."""
+    return EngineDraining("the engine's process has ended")
+
+
+# --- the engine's process ---------------------------------------------------------------------------------------
+
+
+def reply_to(payload: bytes, metrics: MetricsPort, keeper: KeeperPort) -> bytes:
+    """The payload of the frame REPLY to a frame CALL: what the call returns, or raises."""
+    value: Any
+    try:
+        name, arguments = json.loads(payload[wire.CALL_NUMBER.size :])
+        value = _call(metrics, keeper, name, arguments)
+    except Exception as error:
+        logger.exception("a call failed")
+        value = error
+    return payload[: wire.CALL_NUMBER.size] + pickle.dumps(value)
+
+
+def _call(metrics: MetricsPort, keeper: KeeperPort, name: str, arguments: dict[str, Any]) -> Any:
+    if name == "exposition":
+        return metrics.exposition(**arguments)
+    if name == "read_budget":
+        return keeper.read()
+    if name == "set_budget":
+        keeper.set(Target(**arguments))
+        return None
+    raise ValueError(f"no such call: {name}")
