@@ -205,14 +205,21 @@ def test_every_problem_has_its_class(status: int, kind: str, expected: type[Refu
     error = refusal(document, 2.0)
     assert type(error) is expected
     assert (str(error), error.kind, error.status, error.retry_after_s) == ("why", kind, status, 2.0)
+    # Of a batch or a stream, where no head says it: to the millisecond.
+    assert refusal({**document, "retry_after_s": 0.125}).retry_after_s == 0.125
 
 
-def test_another_server_is_told_apart(tmp_path: Path) -> None:
+def test_another_server_is_told_apart() -> None:
     class Stranger(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/model" else 418)
             self.end_headers()
             self.wfile.write(b"{}")
+
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.rfile.read(int(self.headers["content-length"])))
 
         def log_message(self, *args: object) -> None: ...
 
@@ -225,6 +232,9 @@ def test_another_server_is_told_apart(tmp_path: Path) -> None:
                     client.model()
                 with pytest.raises(ServerError, match="418 without a problem"):
                     client.budget()
+                for echo in (b"hello", b"[]", b"1", b'{"final": false}', b'{"detail": "no kind"}'):
+                    with pytest.raises(ServerError, match="a line of its stream is no step"):
+                        list(client.stream(echo))
         finally:
             server.shutdown()
             thread.join()

@@ -1,0 +1,60 @@
+"""A client of an ExitServe server, for Python: the same calls waiting (`Client`) and awaited (`AsyncClient`).
+
+    with Client("http://127.0.0.1:8000") as client:
+        answer = client.classify(Path("cat.png"), deadline_ms=50)
+        print(answer.label, answer.confidence, answer.exit, answer.reason)
+
+Answers are the documented shapes of `service.api.answers`; every refusal is an exception whose class says what kind it
+is and whose text says what to do. It needs httpx, which the extra `client` brings.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("httpx") is None:  # the server does without it
+    raise ImportError("service.client needs httpx: pip install httpx")
+
+from service.api.answers import BudgetState, Classification, LastStep, ModelDescription, Step
+from service.client.awaited import AsyncClient
+from service.client.calls import DEFAULT_TIMEOUT_S, DEFAULT_URL, BudgetKind, Image, Wishes
+from service.client.errors import (
+    BadImage,
+    BadRequest,
+    DeadlinePassed,
+    Later,
+    NotAllowed,
+    NotReady,
+    Overloaded,
+    Refused,
+    ServerError,
+    ServerFault,
+    Unreachable,
+    refusal,
+)
+from service.client.waiting import Client
+
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "DEFAULT_URL",
+    "AsyncClient",
+    "BadImage",
+    "BadRequest",
+    "BudgetKind",
+    "BudgetState",
+    "Classification",
+    "Client",
+    "DeadlinePassed",
+    "Image",
+    "LastStep",
+    "Later",
+    "ModelDescription",
+    "NotAllowed",
+    "NotReady",
+    "Overloaded",
+    "Refused",
+    "ServerError",
+    "ServerFault",
+    "Step",
+    "Unreachable",
+    "Wishes",
+    "refusal",
+]
