@@ -33,6 +33,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from service.pixels import TURNS, as_rgb, fitted, orientation_of
 from service.plain_images import PlainJpeg, PlainPng
 
 FORMATS = tuple(
@@ -55,18 +56,6 @@ SMALL_BYTES = 64 * 1024
 SMALL_PIXELS = 128 * 128
 SMALL_PIXELS_OF_JPEG = 256 * 256
 
-EXIF_ORIENTATION_TAG = 0x0112
-EXIF_SOURCES = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SWAPS_SIDES = frozenset({5, 6, 7, 8})
 DRAFT_FACTOR = 3
 
 
@@ -201,14 +190,10 @@ class ImageDecoder:
         image.load()
         if image.mode == "RGB" and image.size == (self.width_px, self.height_px) and not image.info:
             return np.asarray(image)
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         if self._is_left_as_it_is(image, orientation):
-            return np.asarray(_as_rgb(image))
-        size = (self.width_px, self.height_px)
-        small = _scaled(image, size[::-1] if orientation in SWAPS_SIDES else size)
-        if orientation in TURNS:
-            small = small.transpose(TURNS[orientation])
-        return np.asarray(_as_rgb(small))
+            return np.asarray(as_rgb(image))
+        return np.asarray(fitted(image, (self.width_px, self.height_px), orientation))
 
     def _is_left_as_it_is(self, image: Image.Image, orientation: int) -> bool:
         return (
@@ -250,54 +235,3 @@ def _webp_canvas(body: bytes) -> tuple[int, int]:
         bits = int.from_bytes(body[21:25], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     return int.from_bytes(body[26:28], "little") & 0x3FFF, int.from_bytes(body[28:30], "little") & 0x3FFF
-
-
-def _orientation(image: Image.Image) -> int:
-    if not EXIF_SOURCES & image.info.keys():
-        return 1
-    try:
-        return int(image.getexif().get(EXIF_ORIENTATION_TAG, 1))
-    except Exception:  # a damaged note about the picture does not damage the picture
-        return 1
-
-
-def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cut `image` to the aspect ratio of `size` around its centre and scale it to `size`, antialiased."""
-    if image.mode.startswith("I") and "transparency" in image.info:
-        image = _deep_grey_with_alpha(image)
-    elif image.mode == "P" or "transparency" in image.info:
-        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    elif image.mode == "1":
-        image = image.convert("L")  # black and white can be averaged only as greys
-    if image.size == size:
-        return image
-    return image.resize(size, Image.Resampling.BILINEAR, _middle(image.width, image.height, size))
-
-
-def _middle(width_px: int, height_px: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box of the aspect ratio of `size` in the middle of a picture: left, top, right, bottom."""
-    scale = min(width_px / size[0], height_px / size[1])
-    # Rounding must not take it over the edge: Pillow refuses such a box.
-    half_width, half_height = min(size[0] * scale, width_px) / 2, min(size[1] * scale, height_px) / 2
-    centre_x, centre_y = width_px / 2, height_px / 2
-    return centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height
-
-
-def _shallow(deep: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; Pillow's own conversion would cut, not scale."""
-    return Image.fromarray((np.asarray(deep, np.float32) / 257.0 + 0.5).astype(np.uint8))
-
-
-def _deep_grey_with_alpha(image: Image.Image) -> Image.Image:
-    """16-bit grey, one value of which is transparent."""
-    opaque = np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
-    return Image.merge("LA", (_shallow(image), Image.fromarray(opaque)))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        return _shallow(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA"):
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")

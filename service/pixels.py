@@ -1,0 +1,81 @@
+"""From a picture as it was decoded to one that a network reads: cut and scaled, turned, laid on white, RGB.
+
+In this order, so that all but the scaling is done to few pixels. `service.images` says what comes before.
+"""
+
+import numpy as np
+from PIL import Image
+
+EXIF_ORIENTATION_TAG = 0x0112
+EXIF_SOURCES = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPS_SIDES = frozenset({5, 6, 7, 8})
+
+
+def orientation_of(image: Image.Image) -> int:
+    """What its EXIF note says: 1 for a picture that is upright, and where there is none."""
+    if not EXIF_SOURCES & image.info.keys():
+        return 1
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION_TAG, 1))
+    except Exception:  # a damaged note about the picture does not damage the picture
+        return 1
+
+
+def fitted(image: Image.Image, size: tuple[int, int], orientation: int) -> Image.Image:
+    """Return `image` upright, in RGB, and of a size: width and height in pixels."""
+    small = _scaled(image, size[::-1] if orientation in SWAPS_SIDES else size)
+    if orientation in TURNS:
+        small = small.transpose(TURNS[orientation])
+    return as_rgb(small)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Lay `image` on white where it is transparent."""
+    if image.mode.startswith("I"):
+        return _shallow(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA"):
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut `image` to the aspect ratio of `size` around its centre and scale it to `size`, antialiased."""
+    if image.mode.startswith("I") and "transparency" in image.info:
+        image = _deep_grey_with_alpha(image)
+    elif image.mode == "P" or "transparency" in image.info:
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    elif image.mode == "1":
+        image = image.convert("L")  # black and white can be averaged only as greys
+    if image.size == size:
+        return image
+    return image.resize(size, Image.Resampling.BILINEAR, _middle(image.width, image.height, size))
+
+
+def _middle(width_px: int, height_px: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest box of the aspect ratio of `size` in the middle of a picture: left, top, right, bottom."""
+    scale = min(width_px / size[0], height_px / size[1])
+    # Rounding must not take it over the edge: Pillow refuses such a box.
+    half_width, half_height = min(size[0] * scale, width_px) / 2, min(size[1] * scale, height_px) / 2
+    centre_x, centre_y = width_px / 2, height_px / 2
+    return centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height
+
+
+def _shallow(deep: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey; Pillow's own conversion would cut, not scale."""
+    return Image.fromarray((np.asarray(deep, np.float32) / 257.0 + 0.5).astype(np.uint8))
+
+
+def _deep_grey_with_alpha(image: Image.Image) -> Image.Image:
+    """16-bit grey, one value of which is transparent."""
+    opaque = np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (_shallow(image), Image.fromarray(opaque)))
