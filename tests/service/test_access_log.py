@@ -13,17 +13,12 @@ import pytest
 from service.api.gate import LoggedGate
 from service.api.lifecycle import is_traceparent
 from service.logs import JsonFormatter
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, serving
 from tests.service.process import running_server
 
 BODY = png(random_images(1, seed=23)[0])
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,13 @@ from service.api.bodies import IMAGE_TYPES
 from service.api.options import KNOWN
 from service.engine import Engine
 from service.runners.base import RunnerError
-from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
+from tests.bundles import CLASS_NAMES, random_images
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 from tests.waiting import wait_until
 
 IMAGES = random_images(8, seed=11)
 BODIES = [png(image) for image in IMAGES]
 REFUSED_WITHIN_S = 0.1
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

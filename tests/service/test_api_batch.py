@@ -10,17 +10,12 @@ import pytest
 from service.api import answers
 from service.engine import Engine
 from service.rows import EngineOverloaded
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy
 
 BODIES = [png(image) for image in random_images(12, seed=17)]
 MOST = 20
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,12 @@ from fastapi import Request
 
 from service.api.authority import require_authority
 from service.api.problems import Problem
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.waiting import wait_until
 
 TOKEN = "correct-horse-battery"
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

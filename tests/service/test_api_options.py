@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from service.api.options import KNOWN, Asked, OptionReader
 from service.api.problems import Problem
 from service.rows import Options
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy
 
@@ -97,8 +98,7 @@ def engines() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory, engines: list[Any]) -> Iterator[Http]:
-    folder = tiny_bundle(tmp_path_factory.mktemp("bundle"))
+def http(folder: Path, engines: list[Any]) -> Iterator[Http]:
     with serving(build_app(folder, keep=engines.append, budget_fraction=1.0, burst_images=1000)) as client:
         yield client
 

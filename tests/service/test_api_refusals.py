@@ -11,18 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.engine import Engine
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 from tests.service.test_images import png_bomb, webp_bomb
 
 IMAGES = random_images(8, seed=11)
 BODIES = [png(image) for image in IMAGES]
 REFUSED_WITHIN_S = 0.1  # of processor time
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

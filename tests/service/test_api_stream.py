@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -11,7 +12,7 @@ from service.api import answers
 from service.api.stream import MEDIA_TYPE
 from service.engine import Engine
 from service.rows import Answer, EngineError, Options, Step
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy, stays
 
@@ -25,8 +26,7 @@ def engines() -> list[Engine]:
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory, engines: list[Engine]) -> Iterator[Http]:
-    folder = tiny_bundle(tmp_path_factory.mktemp("bundle"))
+def http(folder: Path, engines: list[Engine]) -> Iterator[Http]:
     with serving(build_app(folder, keep=engines.append, budget_fraction=1.0, burst_images=1000)) as client:
         yield client
 

@@ -32,17 +32,12 @@ from service.client import (
     Unreachable,
     refusal,
 )
-from tests.bundles import CLASS_NAMES, random_images, tiny_bundle
+from tests.bundles import CLASS_NAMES, random_images
 from tests.service.apps import png
 from tests.service.process import REPOSITORY, environment, running_server
 
 BODIES = [png(image) for image in random_images(3, seed=29)]
 TOKEN = "a-token-for-tests"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,10 @@
 """Requests that the protocol answers itself: over real sockets, the same as the application's answers in every way."""
 
-import asyncio
 import contextlib
 import json
 import logging
-import socket
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from time import monotonic
 from typing import Any
 
@@ -19,16 +14,14 @@ import pytest
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.direct import Desk
-from service.api.gate import Gate
 from service.api.lifecycle import Phase
 from service.api.protocol import Cycle
-from service.engine import Engine
 from service.logs import JsonFormatter
 from service.rows import Options
-from service.server import Server, listen
-from service.settings import Settings
-from tests.bundles import random_images, tiny_bundle
-from tests.service.apps import PNG, build_app, encoded, png
+from tests.bundles import random_images
+from tests.service import sockets
+from tests.service.apps import PNG, encoded, png
+from tests.service.sockets import Here, Line, head, serving
 from tests.service.test_delivery import keep_busy
 from tests.waiting import LIMIT_S, wait_until
 
@@ -38,93 +31,8 @@ LARGE = encoded(np.tile(IMAGES[0], (12, 12, 1)), "PNG")  # too large to be decod
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-class Served(Server):
-    """The server on a thread, which no signal reaches."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@dataclass
-class Here:
-    app: Gate
-    server: Served
-    engine: Engine
-    loop: asyncio.AbstractEventLoop
-    port: int
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def connect(self) -> "Line":
-        return Line(socket.create_connection(("127.0.0.1", self.port), LIMIT_S))
-
-    def metric(self, line: str) -> float:
-        [value] = [
-            text.split()[-1] for text in httpx.get(self.url + "/metrics").text.splitlines() if text.startswith(line)
-        ]
-        return float(value)
-
-
-class Line:
-    """One connection, byte by byte."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket, self._file = sock, sock.makefile("rb")
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def receive(self) -> tuple[int, dict[str, str], dict[str, Any]]:
-        status = int(self._file.readline().split()[1])
-        headers: dict[str, str] = {}
-        while (line := self._file.readline().strip()) != b"":
-            name, _, value = line.decode().partition(": ")
-            assert name not in headers
-            headers[name] = value
-        return status, headers, json.loads(self._file.read(int(headers["content-length"])))
-
-    def ended(self) -> bool:
-        return self._file.read() == b""
-
-    def close(self) -> None:
-        self._file.close()
-        self.socket.close()
-
-
-def head(length: int, query: str = "", **more: str) -> bytes:
-    fields = {"Host": "localhost", "Content-Type": "image/png", "Content-Length": str(length)}
-    fields |= {name.replace("_", "-"): value for name, value in more.items()}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    return f"POST /classify{query} HTTP/1.1\r\n{lines}\r\n".encode()
-
-
 def request(body: bytes = BODY, query: str = "", **more: str) -> bytes:
-    return head(len(body), query, **more) + body
-
-
-@contextlib.contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[Here]:
-    engines: list[Engine] = []
-    loops: Queue[asyncio.AbstractEventLoop] = Queue()
-    app = build_app(folder, engines.append, lambda error: loops.put(asyncio.get_running_loop()), **settings)
-    server = Served(app, app.lifecycle, Settings(bundle=folder))
-    with listen("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            loop = loops.get(timeout=LIMIT_S)
-            yield Here(app, server, engines[0], loop, listener.getsockname()[1])
-        finally:
-            server.should_exit = True
-            thread.join(LIMIT_S)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle"))
+    return sockets.request(body, query, **more)
 
 
 @pytest.fixture(scope="module")

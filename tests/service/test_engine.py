@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, load_bundle
+from models.bundle import Bundle
 from models.exits import confidence, take_exits
 from models.scores import score_exits
 from service.assembly import build_engine
@@ -24,17 +24,12 @@ from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, 
 from service.runners.base import RowState, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
-from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_bundle, tiny_network
+from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_network
 from tests.waiting import LIMIT_S, wait_until
 from training.export import Normalise
 
 POISON = 255  # an image of this value throughout makes `FaultyRunner` fail
 N_IMAGES = 400
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
 
 
 @pytest.fixture(scope="module")

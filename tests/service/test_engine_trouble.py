@@ -8,24 +8,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, load_bundle
+from models.bundle import Bundle
 from service.budget import BudgetController
 from service.engine import Engine
 from service.rows import Answer, EngineError, EngineLost, EngineOverloaded, EngineUnsound, Options
 from service.runners.base import FatalRunnerError, RowState, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
-from tests.bundles import random_images, tiny_bundle
+from tests.bundles import random_images
 from tests.service.test_engine import balanced, running
 from tests.waiting import LIMIT_S, wait_until
 
 POISON = 255
 HANG_S = 3.0  # a batch that runs takes this long on no machine, however loaded
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
 
 
 @pytest.fixture(scope="module")

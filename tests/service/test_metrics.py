@@ -18,8 +18,8 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 @pytest.fixture(scope="module")
-def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Http]:
-    with serving(build_app(tiny_bundle(tmp_path_factory.mktemp("bundle")), max_body_bytes=50_000)) as client:
+def http(folder: Path) -> Iterator[Http]:
+    with serving(build_app(folder, max_body_bytes=50_000)) as client:
         yield client
 
 

@@ -24,10 +24,9 @@ from service.runners.choice import canvas_px, open_runner
 from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.resize import cut, resize
 from service.runners.torch_cuda.runner import TorchCudaRunner, open_torch_runner
-from tests.bundles import tiny_bundle
 from tests.service.apps import Http, build_app, serving
 from tests.service.process import running_server
-from tests.service.test_runner_torch import picture
+from tests.service.test_runner_torch_resize import picture
 
 SIDE_PX, CANVAS_PX = 32, 80
 N_PICTURES = 200
@@ -48,11 +47,6 @@ def on_the_processor(bundle: Any, name: str, **asked: Any) -> TorchCudaRunner:
     px = 0 if asked["resize"] == "host" else canvas_px(size.height_px, size.width_px)
     rows = asked["max_rows"], asked["max_in_flight_rows"]
     return open_torch_runner(bundle, *rows, asked["n_lanes"], device=Host(), canvas_px=px)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture

@@ -22,12 +22,7 @@ from service.runners.providers import (
     is_lost,
     tensorrt_options,
 )
-from tests.bundles import REPOSITORY, tiny_bundle
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+from tests.bundles import REPOSITORY
 
 
 class Timed(OnnxRunner):

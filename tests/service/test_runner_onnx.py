@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +14,10 @@ from models.bundle import load_bundle
 from service.runners.base import Block, Gathering, RowState, RunnerError, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.providers import cuda_device_count
-from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_bundle, tiny_network
+from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_network
 from training.export import Normalise
 
 MAX_ROWS = 16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """ONNX Runtime with state in slots, on the processor: the graphs, bindings and books that a GPU would run."""
 
-import gc
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +8,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from models.bundle import Bundle, load_bundle
-from models.exits import confidence
-from models.manifest import StageInfo, ValueInfo
-from service.budget import BudgetController
-from service.engine import Engine
-from service.rows import Answer, Options
-from service.runners.base import FatalRunnerError, RowState, RunnerError, keep
+from service.runners.base import FatalRunnerError, RunnerError, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.runners.onnx_device import staging
 from service.runners.onnx_device.graph import STORE_OPERATORS, with_slots
@@ -28,16 +19,8 @@ from service.runners.onnx_device.runner import OnnxDeviceRunner
 from service.runners.onnx_device.staging import Staging
 from service.runners.providers import cuda_device_count
 from service.runners.slots import SCRATCH
-from service.scheduler import Scheduler
-from tests.bundles import REPOSITORY, random_images, tiny_bundle
-from tests.service.test_engine import balanced, running
-
-MAX_ROWS = 16
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny"))
+from tests.bundles import REPOSITORY, random_images
+from tests.service.slotted import MAX_ROWS, all_free, answer_all, logits_of, regroup_at_random, run_side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +39,6 @@ def images() -> NDArray[np.uint8]:
 def expected(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     """The logits [200, classes] of every exit, of the runner that keeps state in the host's memory."""
     return logits_of(OnnxRunner(bundle, 200, 1, "cpu"), images)
-
-
-def logits_of(runner: OnnxRunner | OnnxDeviceRunner, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    rows: Sequence[RowState] = [runner.first_state(image) for image in images]
-    logits = []
-    for stage in range(runner.n_stages):
-        output = runner.run(stage, rows)
-        logits.append(output.logits)
-        rows = output.states
-    return logits
-
-
-def all_free(runner: OnnxDeviceRunner) -> bool:
-    gc.collect()
-    return runner.slots.n_free == runner.slots.n_slots
 
 
 def test_logits_are_read_anew_where_they_cannot_be_copied_to_what_stays(
@@ -120,110 +88,6 @@ def test_memory_is_pinned_by_whoever_can_and_plain_otherwise(
     np.testing.assert_array_equal(plain.array((2, 3), "uint8"), np.zeros((2, 3), np.uint8))
 
 
-# --- a million rows ---------------------------------------------------------------------------------------------
-
-
-def counting_stages(folder: Path, n_stages: int) -> list[StageInfo]:
-    """Stages whose rows say who they are: exit k tells 10 x image + j for every stage j up to it, as row and as map."""
-    one = (1,)
-
-    def value(name: str, shape: tuple[int, ...] = one) -> ValueInfo:
-        return ValueInfo(name=name, shape=list(shape), dtype="float32")
-
-    def info(of: ValueInfo) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(of.name, TensorProto.FLOAT, ["rows", *of.shape])
-
-    stages = []
-    for k in range(n_stages):
-        source = "images" if k == 0 else "image"
-        inputs = [value("images")] if k == 0 else [value("image"), value("map", (2, 3)), *map(value, made(k))]
-        outputs = [value(f"logits_{k + 1}", (k + 2,)), value(f"made_{k}")]
-        nodes = [
-            helper.make_node("Mul", [source, "ten"], ["tens"]),
-            helper.make_node("Add", ["tens", "stage"], [f"made_{k}"]),
-        ]
-        if k == 0:
-            outputs += [value("image"), value("map", (2, 3))]
-            nodes += [
-                helper.make_node("Identity", ["images"], ["image"]),
-                helper.make_node("Reshape", ["images", "as map"], ["cells"]),
-                helper.make_node("Expand", ["cells", "map shape"], ["map"]),
-                helper.make_node("Identity", ["images"], ["cell"]),
-            ]
-        else:
-            nodes.append(helper.make_node("ReduceMax", ["map", "map axes"], ["cells"], keepdims=1))
-            nodes.append(helper.make_node("Squeeze", ["cells", "last axis"], ["cell"]))
-        nodes.append(helper.make_node("Concat", [*made(k + 1), "cell"], [f"logits_{k + 1}"], axis=1))
-        constants = [
-            helper.make_tensor("ten", TensorProto.FLOAT, [], [10.0]),
-            helper.make_tensor("stage", TensorProto.FLOAT, [], [float(k)]),
-            helper.make_tensor("as map", TensorProto.INT64, [3], [-1, 1, 1]),
-            helper.make_tensor("map shape", TensorProto.INT64, [3], [1, 2, 3]),
-            helper.make_tensor("map axes", TensorProto.INT64, [2], [1, 2]),
-            helper.make_tensor("last axis", TensorProto.INT64, [1], [2]),
-        ]
-        used = {name for node in nodes for name in node.input}
-        graph = helper.make_graph(
-            nodes,
-            "counting",
-            [info(one) for one in inputs],
-            [info(one) for one in outputs],
-            [constant for constant in constants if constant.name in used],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        (folder / f"stage_{k + 1}.onnx").write_bytes(model.SerializeToString())
-        stages.append(StageInfo(file=f"stage_{k + 1}.onnx", inputs=inputs, outputs=outputs, state_bytes_per_row=0))
-    return stages
-
-
-def made(n_stages: int) -> list[str]:
-    return [f"made_{j}" for j in range(n_stages)]
-
-
-def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped(bundle: Bundle, tmp_path: Path) -> None:
-    """Rows start, go on in batches of any others, and leave at random; every one finds its own values, once a stage."""
-    n_images, n_stages, max_rows, in_flight = 1_000_000, 3, 8192, 20_000
-    manifest = bundle.manifest.model_copy(update={"stages": counting_stages(tmp_path, n_stages)})
-    runner = OnnxDeviceRunner(Bundle(tmp_path, manifest, bundle.calibration), "cpu", max_rows, in_flight)
-    for bucket in runner.buckets[6:]:
-        for stage in range(n_stages):
-            for lane in runner.lanes:
-                lane.prepare(stage, bucket)
-    runner.buckets = runner.buckets[6:]
-    rng = np.random.default_rng(0)
-    waiting: list[list[tuple[int, RowState]]] = [[] for _ in range(n_stages)]
-    passed = np.zeros((n_stages, n_images), np.int8)
-    n_started = n_ended = 0
-    while n_ended < n_images:
-        room = min(in_flight - sum(map(len, waiting)), n_images - n_started)
-        ready = [stage for stage in range(1, n_stages) if waiting[stage]] + [0] * (room > 0)
-        stage, size = int(rng.choice(ready)), int(rng.integers(1, max_rows))
-        if stage == 0:
-            ids = np.arange(n_started, n_started + min(size, room))
-            rows: Sequence[RowState] = [runner.first_state(image) for image in ids.astype(np.float32)[:, None]]
-            n_started += len(ids)
-        else:
-            order = rng.permutation(len(waiting[stage]))
-            batch = [waiting[stage][i] for i in order[:size]]
-            waiting[stage] = [waiting[stage][i] for i in order[size:]]
-            ids, rows = np.array([i for i, _ in batch]), [row for _, row in batch]
-            del batch
-        output = runner.run(stage, rows)
-        np.testing.assert_array_equal(output.logits[:, :-1], ids[:, None] * 10 + np.arange(stage + 1))
-        np.testing.assert_array_equal(output.logits[:, -1], ids)
-        passed[stage, ids] += 1
-        stays = np.flatnonzero(rng.random(len(ids)) < (0.6 if stage + 1 < n_stages else 0.0))
-        n_ended += len(ids) - len(stays)
-        if len(stays):
-            waiting[stage + 1] += zip(ids[stays].tolist(), keep(output.block, stays.tolist()), strict=True)
-        del rows, output
-    assert (passed[0] == 1).all()
-    assert (passed <= 1).all()
-    assert (np.diff(passed, axis=0) <= 0).all()
-    del waiting
-    assert all_free(runner)
-
-
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
@@ -231,38 +95,20 @@ def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped(bundle
 def test_rows_regrouped_at_random_get_the_plain_runners_answers_to_the_bit(
     runner: OnnxDeviceRunner, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    waiting = [(i, runner.first_state(image)) for i, image in enumerate(images)]
-    for stage in range(runner.n_stages):
-        survivors: list[tuple[int, RowState]] = []
-        order = rng.permutation(len(waiting)) if seed % 2 else np.arange(len(waiting))
-        while len(order):
-            size = int(rng.integers(1, MAX_ROWS + 1))
-            batch, order = [waiting[j] for j in order[:size]], order[size:]
-            output = runner.run(stage, [row for _, row in batch])
-            ids = [i for i, _ in batch]
-            assert np.array_equal(output.logits, expected[stage][ids])
-            assert not output.block.values  # nothing but logits comes back
-            kept = [j for j in range(len(batch)) if rng.random() < 0.8] if stage + 1 < runner.n_stages else []
-            survivors += [(ids[j], state) for j, state in zip(kept, keep(output.block, kept), strict=True)]
-        waiting = survivors
-    del output, batch, survivors, waiting
-    assert all_free(runner)
+    def check(stage: int, ids: Sequence[int], output: StageOutput) -> None:
+        assert np.array_equal(output.logits, expected[stage][ids])
+        assert not output.block.values  # nothing but logits comes back
+
+    regroup_at_random(runner, images, seed, check)
 
 
 def test_lanes_do_not_disturb_each_other(
     runner: OnnxDeviceRunner, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
-    def through(part: int) -> None:
-        rows: Sequence[RowState] = [runner.first_state(image) for image in images[part::13]]
-        for stage in range(runner.n_stages):
-            first, rest = runner.run(stage, rows[:5]), runner.run(stage, rows[5:])
-            assert np.array_equal(np.concatenate([first.logits, rest.logits]), expected[stage][part::13])
-            rows = [*first.states, *rest.states]
+    def check(stage: int, ids: Sequence[int], output: StageOutput) -> None:
+        assert np.array_equal(output.logits, expected[stage][ids])
 
-    with ThreadPoolExecutor(3) as threads:  # one more than lanes
-        list(threads.map(through, [*range(13)] * 2))
-    assert all_free(runner)
+    run_side_by_side(runner, images, check)
 
 
 def test_logits_are_the_callers_own(runner: OnnxDeviceRunner, images: NDArray[np.uint8]) -> None:
@@ -287,32 +133,7 @@ def test_the_bundles_that_ship_answer_as_with_the_plain_runner_to_the_bit(name: 
 def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
     bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
-    """Two lanes, exits, regrouping, clients that leave, and wishes."""
-    runner = OnnxDeviceRunner(bundle, "cpu", 8, 256)
-    budget = BudgetController(bundle.frontier(), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000)
-    scheduler: Scheduler[Any] = Scheduler(runner.n_stages, 8)
-    engine = Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names)
-    with running(engine):
-        futures = [engine.submit(image, Options(top_k=1 + i % 3)) for i, image in enumerate(images)]
-        pinned = engine.submit(images[0], Options(exit=3, steps=True, top_k=10))
-        for future in futures[5::20]:
-            future.cancel()
-        left = set()
-        for i, future in enumerate(futures):
-            if future.cancelled():
-                continue
-            answer = future.result(60)
-            assert isinstance(answer, Answer)
-            logits = expected[answer.exit - 1][i]
-            assert answer.class_id == logits.argmax()
-            assert answer.confidence == pytest.approx(float(confidence(logits[None])[0]), rel=1e-9)
-            left.add(answer.exit)
-        assert pinned.result(60).exit == 3
-        assert len(left) > 1
-        stats = engine.stats()
-    assert balanced(stats)
-    del futures, future, pinned
-    assert runner.slots.n_free >= runner.slots.n_slots - 2 * 2 * 8  # what idle lanes still remember of their last batch
+    answer_all(OnnxDeviceRunner(bundle, "cpu", 8, 256), bundle, images, expected, 1e-9)
 
 
 # --- graphs and bindings ----------------------------------------------------------------------------------------
@@ -440,7 +261,7 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(
     lane.sessions = sessions
     assert runner.run(0, row).block.n_rows == 1  # the lane was given back
     del told
-    assert all_free(runner)
+    assert all_free(runner.slots)
 
 
 def test_too_many_images_for_a_store_are_refused(bundle: Bundle) -> None:

@@ -1,31 +1,24 @@
 """What an exit score remembers of a row goes with it, however rows are regrouped on the way."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import Bundle, load_bundle
+from models.bundle import Bundle
 from models.calibration import Calibration
 from models.exits import take_exits
 from models.manifest import PredictorInfo
 from models.predictor import FEATURES
 from models.scores import score_exits
 from service.assembly import build_engine
-from tests.bundles import MEAN, STD, random_images, tiny_bundle, tiny_network
+from tests.bundles import MEAN, STD, random_images, tiny_network
 from training.export import Normalise
 
 N_IMAGES = 60
 TIE = 1e-4  # a score this close to a threshold may fall to either side
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path: Path = tmp_path_factory.mktemp("bundle") / "tiny"
-    return load_bundle(tiny_bundle(path))
 
 
 @pytest.fixture(scope="module")

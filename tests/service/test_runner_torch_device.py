@@ -1,0 +1,130 @@
+"""What the torch runner asks of its device, and what it makes of a device that fails: with books in a GPU's place."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from service.runners.base import FatalRunnerError, RunnerError
+from service.runners.torch_cuda.device import Host, HostStream, Program, Stream
+from service.runners.torch_cuda.runner import open_torch_runner
+from tests.bundles import random_images
+from tests.service.slotted import all_free, engine_around
+from tests.service.test_engine import running
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    return random_images(200, seed=51)
+
+
+class BooksStream(HostStream):
+    """The host's stream, which keeps a list of what was prepared and may run out of memory."""
+
+    def __init__(self, device: "BooksHost") -> None:
+        self._device = device
+
+    def prepare(self, program: Program) -> Program:
+        stage, bucket, _ = program.args  # type: ignore[attr-defined]
+        if bucket > self._device.room_rows:
+            raise self._device.no_memory
+        self._device.prepared.append((stage, bucket))
+        prepared = super().prepare(program)
+
+        def run() -> None:
+            if self._device.error is not None:
+                raise self._device.error
+            self._device.ran.append((stage, bucket))
+            prepared()
+
+        return run
+
+
+class BooksHost(Host):
+    def __init__(self, room_rows: int = 1000) -> None:
+        self.room_rows = room_rows
+        self.prepared: list[tuple[int, int]] = []
+        self.ran: list[tuple[int, int]] = []
+        self.error: Exception | None = None
+        self.lost = False
+        self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory")
+
+    def open_stream(self) -> Stream:
+        return BooksStream(self)
+
+    def is_lost(self) -> bool:
+        return self.lost
+
+
+def test_every_stage_is_prepared_once_a_bucket_largest_first_and_the_smallest_that_fits_runs(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
+    device = BooksHost()
+    runner = open_torch_runner(bundle, 8, 8, n_lanes=1, device=device)
+    times = runner.warm_up()
+    assert device.prepared == [(stage, bucket) for bucket in (8, 4, 2, 1) for stage in range(4)]
+    assert [sorted(by_rows) for by_rows in times] == [[1, 2, 4, 8]] * 4
+    device.ran.clear()
+    runner.warm_up(0.0)  # a trial prepares nothing
+    assert len(device.prepared) == 16
+    assert {bucket for _, bucket in device.ran} == {1}
+    device.ran.clear()
+    for n_rows in (1, 2, 3, 5, 8):
+        runner.run(0, [runner.first_state(image) for image in images[:n_rows]])
+    assert device.ran == [(0, 1), (0, 2), (0, 4), (0, 8), (0, 8)]
+
+
+def test_where_memory_ends_batches_get_smaller_with_a_warning(
+    bundle: Bundle, images: NDArray[np.uint8], caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = open_torch_runner(bundle, 8, 64, device=BooksHost(room_rows=3))
+    engine = engine_around(runner, bundle)
+    with running(engine):
+        assert runner.max_rows == engine.max_rows == 2
+        assert [record.message for record in caplog.records if record.name.endswith("slotted")] == [
+            "no memory for 8 images at once, at most 4 run together: CUDA out of memory",
+            "no memory for 4 images at once, at most 2 run together: CUDA out of memory",
+        ]
+        answers = [future.result(60) for future in [engine.submit(image) for image in images[:40]]]
+        assert max(answer.batch_rows for answer in answers) <= 2
+    with pytest.raises(RunnerError, match="no memory for single images"):
+        open_torch_runner(bundle, 8, 64, device=BooksHost(room_rows=0)).warm_up()
+
+
+@pytest.mark.parametrize(
+    ("error", "max_rows"),
+    [
+        (RuntimeError("CUDA error: out of memory"), 2),
+        (RuntimeError("CUDA error: operation failed due to a previous error during capture"), 2),
+        (RuntimeError("CUDA error: operation not permitted when stream is capturing"), None),
+    ],
+)
+def test_no_memory_is_understood_however_it_is_said(bundle: Bundle, error: Exception, max_rows: int | None) -> None:
+    device = BooksHost(room_rows=2)
+    device.no_memory = error
+    runner = open_torch_runner(bundle, 4, 8, device=device)
+    if max_rows is None:
+        with pytest.raises(RunnerError, match="the stages cannot be prepared: CUDA error: operation not permitted"):
+            runner.warm_up()
+    else:
+        runner.warm_up()
+        assert runner.max_rows == max_rows
+
+
+def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    device = BooksHost()
+    runner = open_torch_runner(bundle, 4, 8, device=device)
+    runner.warm_up()
+    row = [runner.first_state(images[0])]
+    device.error = RuntimeError("CUDA error: invalid argument")
+    with pytest.raises(RunnerError, match="stage 1 failed on a batch of 1: CUDA error") as told:
+        runner.run(0, row)
+    assert not isinstance(told.value, FatalRunnerError)
+    device.error, device.lost = RuntimeError("CUDA error: an illegal memory access was encountered"), True
+    with pytest.raises(FatalRunnerError, match="illegal memory access"):
+        runner.run(0, row)
+    device.error = None
+    assert runner.run(0, row).block.n_rows == 1  # the lane was given back each time
+    del told
+    assert all_free(runner.slots)
