@@ -43,7 +43,7 @@ from service.rows import Told
 from service.runners.base import Block, RowState, StageOutput
 from service.scheduler import Scheduler
 from service.server import Server, listen, settle_memory
-from service.settings import load_settings
+from service.command_line import load_settings
 from service.target import Keeper, Targets
 
 ZOO = Path("models/zoo")

@@ -5,14 +5,16 @@ Exit codes: 0 stopped as told, 1 something failed, 2 wrong settings or an unusab
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from service.settings import Settings, SettingsError, load_settings
-
+# All else is imported once it is needed: `--help`, a wrong setting and Ctrl-C are answered at once.
 if TYPE_CHECKING:
+    from service.settings import Settings
     from service.target import Target, Targets
 
 logger = logging.getLogger("service")
@@ -28,16 +30,20 @@ def main(arguments: Sequence[str]) -> int:
         from service.plan import command as plan
 
         return plan.main(arguments[1:])
+    from service.command_line import load_settings, mistaken_variables
+    from service.settings import SettingsError
+
     try:
         settings = load_settings(arguments)
     except SettingsError as error:
         return _refuse(error)
-    # Only now, so that `--help` and a wrong setting are answered at once.
     from models.bundle import BundleError
     from service.logs import set_up_logs
     from service.server import ListenError, listen, use_one_heap
 
     set_up_logs(settings.log_level, as_json=settings.access_log == "json")
+    for message in mistaken_variables(os.environ):
+        logger.warning(message)
     use_one_heap()
     try:
         listener = listen(settings.host, settings.port)
@@ -50,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
             return _refuse(error)
 
 
-def _serve(settings: Settings, listener: socket.socket) -> int:
+def _serve(settings: "Settings", listener: socket.socket) -> int:
     from models.bundle import load_bundle
     from models.onnx_weights import StageLoadError
     from service.assembly import build_engine
@@ -120,8 +126,9 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     return code if failure is None else _refuse(failure, code=1)
 
 
-def _target(settings: Settings, targets: "Targets") -> "Target":
+def _target(settings: "Settings", targets: "Targets") -> "Target":
     """The budget that was asked for; the whole network's where none was, of which the frontier uses what pays."""
+    from service.settings import SettingsError
     from service.target import Kind, TargetError
 
     asked: tuple[tuple[Kind, float | None], ...] = (
@@ -148,5 +155,20 @@ def _refuse(error: Exception, code: int = 2) -> int:
     return code
 
 
+def end_at_once_when_told() -> None:
+    """Until the server handles signals itself, let Ctrl-C and SIGTERM end the process at once and without a trace.
+
+    Python would raise KeyboardInterrupt in the midst of loading. And to the first process of a container the kernel
+    passes no signal that nobody handles: it would go on.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end if os.getpid() == 1 else signal.SIG_DFL)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
+    end_at_once_when_told()
     sys.exit(main(sys.argv[1:]))

@@ -6,34 +6,9 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from service.settings import NOT_ON_THE_COMMAND_LINE, Settings, flag, shown_default, variable
+from service.command_line import GROUPS, shown_default
+from service.settings import NOT_ON_THE_COMMAND_LINE, Settings, flag, variable
 
-GROUPS = {  # all of them, in the order of `Settings`
-    "What is served, and where": ("bundle", "host", "port"),
-    "The budget at the start": ("budget_fraction", "budget_mflops", "budget_accuracy", "latency_ms", "burst_images"),
-    "Compute and queues": (
-        "runner",
-        "device",
-        "compile_stages",
-        "resize",
-        "precision",
-        "lanes",
-        "max_batch_rows",
-        "scheduling_policy",
-        "max_in_flight",
-        "max_queue_s",
-    ),
-    "Requests": (
-        "http_workers",
-        "max_body_bytes",
-        "max_batch_images",
-        "max_pixels",
-        "body_timeout_s",
-        "keep_alive_s",
-        "drain_s",
-    ),
-    "Access and logs": ("admin_token", "admin_token_file", "log_level", "access_log"),
-}
 UNITS = {
     "s": "seconds",
     "ms": "milliseconds",

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -22,6 +23,11 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+STOPS = (signal.SIGTERM, signal.SIGINT)
+REMEDIES = {  # of an address that cannot be listened on, where another port is none
+    errno.EADDRNOTAVAIL: "Name an address of this machine by --host (0.0.0.0: all of them).",
+    errno.EACCES: "Ports below 1024 are the system's: choose another with --port.",
+}
 # For what the sockets hold when readiness goes: connections are accepted until none waits, but not for ever. Then some
 # turns of the event loop: to open the last of them, to read every connection, to begin what has been read.
 LAST_CALL_S = 1.0
@@ -60,9 +66,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise ListenError(
-            f"cannot listen on {host} port {port}: {error.strerror}. Choose another with --port (0 takes a free one)."
-        ) from None
+        remedy = REMEDIES.get(error.errno or 0, "Choose another with --port (0 takes a free one).")
+        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror}. {remedy}") from None
     return listener
 
 
@@ -127,7 +132,7 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             loop.add_signal_handler(number, self._on_signal, number)
         yield
 

@@ -5,14 +5,11 @@ Each field is a command line option (`max_pixels` is `--max-pixels`) and an envi
 line can be read by every user of the machine.
 """
 
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.latency import MAX_LATENCY_MS
@@ -37,8 +34,15 @@ class Settings(BaseSettings):
     budget_fraction: float | None = Field(
         None, gt=0, le=1, description="average compute per image, as a fraction of the full network's"
     )
-    budget_mflops: float | None = Field(None, gt=0, description="the same in millions of multiply-adds")
-    budget_accuracy: float | None = Field(None, gt=0, lt=1, description="the same as the accuracy it has to reach")
+    budget_mflops: float | None = Field(
+        None, gt=0, description="average compute per image, in millions of multiply-adds"
+    )
+    budget_accuracy: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="average compute per image, as the share of held-out images to get right, e.g. 0.7",
+    )
     latency_ms: float | None = Field(
         None,
         ge=1,
@@ -68,7 +72,8 @@ class Settings(BaseSettings):
         "else the host",
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
-        "fp32", description="of the stages: int8 (on CPUs, if the bundle has it); auto measures which is faster here"
+        "fp32",
+        description="precision of the stages: int8 (on CPUs, if the bundle has it); auto measures which is faster here",
     )
     lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0: one a core, on GPUs 2")
     max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
@@ -169,70 +174,3 @@ def flag(name: str) -> str:
 
 def variable(name: str) -> str:
     return ENV_PREFIX + name.upper()
-
-
-def load_settings(arguments: Sequence[str]) -> Settings:
-    """Read the settings from command line `arguments` and the environment.
-
-    Raises:
-        SettingsError: a value is refused; the message names the setting, its value and what it has to be.
-        SystemExit: from argparse, for `--help` (0) and options that do not exist (2).
-    """
-    if list(arguments[:1]) == ["serve"]:
-        arguments = arguments[1:]
-    given = vars(command_line().parse_args(arguments))
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        raise SettingsError("\n".join(_explain(dict(detail)) for detail in error.errors())) from None
-
-
-def _explain(detail: dict[str, object]) -> str:
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    location = detail["loc"]
-    if not isinstance(location, tuple) or not location:
-        return message
-    name = str(location[0])
-    told = "" if name in NOT_ON_THE_COMMAND_LINE else f" {detail['input']!r}"
-    names = variable(name) if name in NOT_ON_THE_COMMAND_LINE else f"{flag(name)} ({variable(name)})"
-    help_text = Settings.model_fields[name].description
-    return f"{names}{told}: {message[0].lower()}{message[1:]}. It is the {help_text}."
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The command line, written from the settings' own fields so that help and behaviour cannot drift apart."""
-    parser = argparse.ArgumentParser(
-        prog="python -m service",
-        usage="python -m service [serve] [--SETTING VALUE ...]   (--help lists the settings)",
-        description="Serve a bundle of early-exit stages over HTTP, at the average compute per image you set.",
-        epilog=(
-            "Examples:\n"
-            "  python -m service --budget-fraction 0.4\n"
-            "  python -m service serve --bundle models/zoo/cifar100-msdnet --host 0.0.0.0 --port 8080\n"
-            "  python -m service classify photo.jpg --url http://127.0.0.1:8000   (classify --help)\n"
-            "  python -m service plan --rate 2000 --budget 40%   (plan --help)\n"
-            "  curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/classify\n\n"
-            f"Set by the environment alone: {variable('admin_token')}, the "
-            f"{Settings.model_fields['admin_token'].description}."
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for name, field in Settings.model_fields.items():
-        if name in NOT_ON_THE_COMMAND_LINE:
-            continue
-        text = f"{field.description} (default: {shown_default(field)}; {variable(name)})"
-        if field.annotation is bool:
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag(name), metavar=name.rsplit("_", 1)[-1].upper(), help=text.replace("%", "%%"))
-    return parser
-
-
-def shown_default(field: FieldInfo) -> str:
-    if field.default is None:
-        return "none"
-    if isinstance(field.default, bool):
-        return "yes" if field.default else "no"
-    return str(field.default)

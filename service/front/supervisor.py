@@ -20,7 +20,7 @@ from service.front.memory import Layout, SharedMemory
 from service.front.setup import Setup
 from service.front.wire import Kind
 from service.metrics import Metrics
-from service.server import FAILED_S, ServerFailed, settle_memory
+from service.server import FAILED_S, STOPS, ServerFailed, settle_memory
 from service.settings import Settings
 from service.tally import Tally
 from service.target import Keeper, Targets
@@ -116,7 +116,7 @@ class Front:
             on_serving=lambda worker: self._events.put(Serving(worker)),
             on_gone=lambda worker, n_lost: self._events.put(Gone(worker, n_lost)),
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPS:
             signal.signal(number, self._on_signal)
         hub.start()
         try:
@@ -158,11 +158,16 @@ class Front:
         ours, theirs = socket.socketpair()
         descriptors = (self._listener.fileno(), theirs.fileno(), self._memory.descriptor, self._setup)
         with theirs:
-            self._processes[worker] = subprocess.Popen(
-                [sys.executable, "-m", "service.front.worker", str(worker), *map(str, descriptors)],
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-            )
+            # Held back until the worker can heed them: one that comes as it loads would end it with a stack trace.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            try:
+                self._processes[worker] = subprocess.Popen(
+                    [sys.executable, "-m", "service.front.worker", str(worker), *map(str, descriptors)],
+                    pass_fds=descriptors,
+                    stdin=subprocess.DEVNULL,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._began_s[worker] = monotonic()
         hub.attach(worker, ours)
 

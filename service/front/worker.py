@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from service.front.memory import SharedMemory
 from service.front.proxy import RemoteEngine
 from service.front.setup import Setup
 from service.logs import set_up_logs
-from service.server import Server, settle_memory, use_one_heap
+from service.server import STOPS, Server, settle_memory, use_one_heap
 
 
 class CountedProtocol(DirectProtocol):
@@ -51,6 +52,7 @@ class WorkerServer(Server):
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
             self.engine.attach(asyncio.get_running_loop())
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `supervisor`
             yield
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, build_app, png, problem, serving
-from tests.service.process import ServerProcess, running_server
+from tests.service.process import PROGRAM, REPOSITORY, ServerProcess, environment, running_server
 from tests.service.test_shutdown import slow_clients, wait_for
 from tests.waiting import LIMIT_S, wait_until
 
@@ -181,6 +182,25 @@ def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: 
     log = (tmp_path / "log").read_text()
     assert "stopped: 12 answered, 0 abandoned, 0 failed" in log
     assert "Traceback" not in log
+
+
+def test_ctrl_c_as_the_workers_load_is_no_failure(folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        server = subprocess.Popen(
+            [*PROGRAM, "--bundle", str(folder / "bundle"), "--port", "0", *IN_FRONT],
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            process_group=0,
+        )
+    with server:
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+        wait_until("its workers begin", lambda: len(children.read_text().split()) == 2)
+        os.killpg(server.pid, signal.SIGINT)  # as a terminal does
+        assert server.wait(LIMIT_S) == 0
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("way", ["to a thread", "while it is stopped"])

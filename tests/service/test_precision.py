@@ -8,10 +8,10 @@ import pytest
 
 from models.bundle import BundleError, load_bundle
 from service import precision
+from service.command_line import load_settings
 from service.precision import at_precision
 from service.runners.base import RunnerError
 from service.runners.onnx import OnnxRunner
-from service.settings import load_settings
 from tests.bundles import random_images, tiny_int8_bundle
 from tests.service.apps import PNG, Http, build_app, png, serving
 from tests.service.process import running_server

@@ -5,16 +5,9 @@ from pathlib import Path
 import pytest
 
 from service import reference
+from service.command_line import GROUPS, command_line, load_settings, mistaken_variables
 from service.policies import POLICIES
-from service.settings import (
-    NOT_ON_THE_COMMAND_LINE,
-    Settings,
-    SettingsError,
-    command_line,
-    flag,
-    load_settings,
-    variable,
-)
+from service.settings import NOT_ON_THE_COMMAND_LINE, Settings, SettingsError, flag, variable
 from tests.service.process import REPOSITORY
 
 
@@ -45,13 +38,16 @@ def test_help_teaches_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         load_settings(["--help"])
     assert exit_info.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split()).replace("multiply- adds", "multiply-adds")  # lines end in words
     for name, field in Settings.model_fields.items():
         assert variable(name) in shown
         assert field.description is not None
         assert field.description in shown
         offered = f" {flag(name)} " in shown or f" {flag(name)}, " in shown
         assert offered == (name not in NOT_ON_THE_COMMAND_LINE)
+    for title in GROUPS:
+        assert f" {title}: --" in shown
+    assert "--precision {auto,fp32,int8}" in shown
 
 
 @pytest.mark.parametrize(
@@ -85,11 +81,32 @@ def test_all_errors_are_told_at_once() -> None:
     assert "--lanes" in str(caught.value)
 
 
-def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prot", "80"], "no option --prot: did you mean --port?"),
+        (["--budget=40"], "--budget-accuracy or --budget-fraction or --budget-mflops?"),
+        (["--nonsense"], "no option --nonsense: --help lists those there are"),
+        (["--port", "8080", "models/zoo/mine"], "--bundle models/zoo/mine"),
+        (["clasify", "cat.png"], "'clasify' is no command (serve, classify, plan)"),
+    ],
+)
+def test_what_is_unknown_is_refused_with_what_was_meant(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        load_settings(["--prot", "80"])
+        load_settings(arguments)
     assert exit_info.value.code == 2
-    assert "--prot" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+
+
+def test_a_misspelt_variable_is_told_and_those_of_others_are_not() -> None:
+    others = ("EXITSERVE_DATA", "EXITSERVE_ZOO", "EXITSERVE_IMAGE", "EXITSERVE_ADDRESS", "EXITSERVE_MEMORY", "PROT")
+    right = ("EXITSERVE_PORT", "EXITSERVE_ADMIN_TOKEN")
+    assert not list(mistaken_variables(dict.fromkeys((*others, *right), "1")))
+    (told,) = mistaken_variables({"EXITSERVE_BUDGET_FRACTON": "0.4", "EXITSERVE_PORT": "1"})
+    assert "EXITSERVE_BUDGET_FRACTON is not a setting" in told
+    assert "did you mean EXITSERVE_BUDGET_FRACTION?" in told
 
 
 def test_the_token_is_never_on_the_command_line_nor_in_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +136,7 @@ def test_the_token_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_page_of_settings_is_up_to_date_and_complete() -> None:
-    assert [name for fields in reference.GROUPS.values() for name in fields] == list(Settings.model_fields)
+    assert [name for fields in GROUPS.values() for name in fields] == list(Settings.model_fields)
     written = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert written == reference.document(), "run `make configuration`"
 

@@ -2,9 +2,12 @@
 
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -65,6 +68,7 @@ def test_a_taken_port_is_told_in_one_line(bundle_path: Path) -> None:
         (("--budget-mflops", "1000000"), "give a value from"),
         (("--admin-token-file", "/nowhere/token"), "No such file"),
         (("--host", "no.such.host.invalid"), "--host"),
+        (("--host", "192.0.2.1"), "by --host"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(bundle_path: Path, arguments: tuple[str, ...], told: str) -> None:
@@ -89,6 +93,45 @@ def test_an_unusable_bundle_is_told_in_one_line(bundle_path: Path, damage: str) 
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert str(bundle_path) in result.stderr
+
+
+@contextmanager
+def loading(folder: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
+    """A server in the midst of its start: it reads its token from a pipe into which nobody writes."""
+    pipe = folder / "token"
+    os.mkfifo(pipe)
+    arguments = [*before, *command("--port", "0", "--admin-token-file", str(pipe))]
+    started = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
+    with started, pipe.open("w"):  # opened once the server reads
+        yield started
+        started.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_while_it_loads_it_ends_at_once_without_a_trace(tmp_path: Path, number: signal.Signals) -> None:
+    with loading(tmp_path) as started:
+        started.send_signal(number)
+        _, log = started.communicate(timeout=LIMIT_S)
+    assert started.returncode == -number
+    assert log == ""
+
+
+IN_A_CONTAINER = ("unshare", "--pid", "--fork", "--kill-child")
+
+
+def may_be_first() -> bool:
+    return sys.platform == "linux" and subprocess.run([*IN_A_CONTAINER, "true"], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_be_first(), reason="to be the first process of a namespace needs unshare, as root")
+def test_so_it_does_as_the_first_process_of_a_container(tmp_path: Path) -> None:
+    """To which the kernel passes no signal that nobody handles."""
+    with loading(tmp_path, *IN_A_CONTAINER) as unshare:
+        (first,) = map(int, Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split())
+        os.kill(first, signal.SIGTERM)
+        _, log = unshare.communicate(timeout=LIMIT_S)
+    assert unshare.returncode == 128 + signal.SIGTERM
+    assert log == ""
 
 
 def test_the_token_is_never_logged(bundle_path: Path, log: Path) -> None:
