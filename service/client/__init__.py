@@ -8,10 +8,11 @@ Answers are the documented shapes of `service.api.answers`; every refusal is an 
 is and whose text says what to do. It needs httpx, which the extra `client` brings.
 """
 
+import sys
 from importlib.util import find_spec
 
 if find_spec("httpx") is None:  # the server does without it
-    raise ImportError("service.client needs httpx: pip install httpx")
+    raise ImportError(f"service.client needs httpx: {sys.executable} -m pip install httpx")
 
 from service.api.answers import BudgetState, Classification, LastStep, ModelDescription, Step
 from service.client.awaited import AsyncClient

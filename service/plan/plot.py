@@ -1,5 +1,6 @@
 """A plan as a picture: latency over load, and how it is spread at the rate asked for."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise PlotError("--plot needs matplotlib: pip install 'exitserve[train]', or use --json") from None
+        raise PlotError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib, or use --json") from None
 
 
 def draw(plan: Plan, by_rate: Sequence[tuple[float, Outcome]], path: Path) -> None:
