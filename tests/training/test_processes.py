@@ -12,8 +12,9 @@ import torch
 
 from tests.data import REPOSITORY
 from tests.training import tiny
+from training.averaging import Averaging
 from training.checkpoint import RunFolder
-from training.data import load_image_set
+from training.data import ImageSet, load_image_set
 from training.loop import Trainer
 from training.processes import Processes
 from training.recipe import Recipe
@@ -33,41 +34,63 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_two_processes_take_the_mean_of_their_steps(tmp_path: Path) -> None:
-    """One step of two processes of 8 rows each equals, in one process, the mean of both gradients.
+def train_as_two(recipe: Recipe, images: ImageSet, folder: Path) -> list[Trainer]:
+    """What two processes are to do, in this one: each its own rows, then both the step of their mean gradient.
 
-    Not that of one batch of 16: each process normalises by the statistics of its own rows.
+    Not that of one batch of all rows: each normalises by the statistics of its own, of which both keep the mean after
+    every epoch.
     """
+    pair = [Trainer(recipe, images, RunFolder(folder / f"rank {rank}"), 0, Processes(0, 1, CPU)) for rank in (0, 1)]
+    for rank, one in enumerate(pair):
+        one.processes = Processes(rank, 2, CPU)
+        one.optimiser.step = one.averaging.update = lambda: None  # type: ignore[assignment,method-assign]
+    for step in range(pair[0].total_steps):
+        for one in pair:
+            one._step(step)
+        for both in zip(*(one.network.parameters() for one in pair), strict=True):
+            mean = sum(parameter.grad for parameter in both) / 2  # type: ignore[misc]
+            for parameter in both:
+                parameter.grad = mean.clone()  # type: ignore[union-attr]
+        for one in pair:
+            torch.optim.SGD.step(one.optimiser)
+            Averaging.update(one.averaging)
+        if (step + 1) % pair[0].steps_per_epoch == 0:
+            for networks in zip(*({one.network, one.averaging.evaluated} for one in pair), strict=True):
+                for both in zip(*(network.buffers() for network in networks), strict=True):
+                    mean = torch.stack(both).double().mean(0)
+                    for buffer in both:
+                        buffer.copy_(mean)
+    return pair
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["objective.learned_temperatures=true"],
+        ["objective.final_temperatures=[0.1]", "optimisation.ema_decay=0.8"],
+        ["objective.gates=0.3"],
+    ],
+    ids=["constant t", "learned t", "scheduled t, averaged", "gates"],
+)
+def test_two_processes_take_the_mean_of_their_steps(tmp_path: Path, settings: list[str]) -> None:
     data, recipe = tiny.write_folder(tmp_path / "cifar"), tiny.write_recipe(tmp_path / "tiny.toml")
     train = ("train", tmp_path / "two", "--recipe", recipe, "--data", data, "--processes", 2, "--device", "cpu")
-    told = start(*train, "--time-limit", 0)
-    out, err = told.communicate(timeout=PATIENCE_S)
+    told = start(*train, *(f"--set={setting}" for setting in settings))
+    _, err = told.communicate(timeout=PATIENCE_S)
     assert told.returncode == 0, err
-    assert "stopped by the time limit and saved at step 1 of 8" in out
     assert err == ""
 
-    alone = RunFolder(tmp_path / "alone")
-    one = Trainer(Recipe.load(str(recipe)), load_image_set(data), alone, 0, Processes(0, 1, CPU))
-    first_weights = {name: value.clone() for name, value in one.network.state_dict().items()}
-    gradients, statistics = [], []
-    for rank in (0, 1):
-        one.network.load_state_dict(first_weights)
-        one.processes = Processes(rank, 2, CPU)
-        one._step(0)
-        gradients.append([p.grad.clone() for p in one.network.parameters() if p.grad is not None])
-        statistics.append({name: value.clone() for name, value in one.network.named_buffers()})
-    one.network.load_state_dict(first_weights)
-    optimiser = torch.optim.SGD(one.network.parameters(), 0.1, 0.9, weight_decay=1e-4)
-    for parameter, first, second in zip(one.network.parameters(), *gradients, strict=True):
-        parameter.grad = (first + second) / 2
-    optimiser.step()
-
-    saved = RunFolder(tmp_path / "two").load_checkpoint()["network"]
-    for name, parameter in one.network.named_parameters():
-        assert torch.allclose(saved[name], parameter, atol=1e-6), name
-    for name, value in statistics[0].items():
-        mean = (value + statistics[1][name]) / 2 if value.is_floating_point() else value
-        assert torch.allclose(saved[name], mean.to(value.dtype), atol=1e-6), name
+    one, other = train_as_two(Recipe.load(str(recipe), settings), load_image_set(data), tmp_path)
+    state = RunFolder(tmp_path / "two").load_checkpoint()
+    networks = {"network": one.averaging.evaluated, "trained": one.network}
+    for part in networks.keys() & state.keys():
+        expected = networks[part].state_dict()
+        assert state[part].keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(state[part][name], value, rtol=1e-4, atol=1e-5), f"{part} {name}"
+    assert state["progress"]["temperatures"] == one.progress.temperatures == other.progress.temperatures
+    assert ("trained" in state) == bool(one.recipe.optimisation.ema_decay)
 
 
 def test_sigterm_saves_both_and_the_same_command_goes_on(tmp_path: Path) -> None:
