@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             rows = _ask(given.url, given.images, wishes)
         else:
             rows = _classify_here(given.bundle, given.budget_fraction, given.images, wishes)
-        failed = _print_lines(rows) if given.json else _print_table(list(rows))
+        failed = _print_lines(rows) if given.json else _print_table(list(_counted(rows, len(given.images))))
     except CommandError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -112,14 +112,16 @@ def _classify_here(
 
     try:
         bundle = load_bundle(bundle_path)
-        target = Targets(bundle.frontier(), bundle.costs_mflops).resolve("fraction", budget_fraction or 1.0)
+        target = Targets(bundle.frontier(), bundle.costs_mflops).resolve(
+            "fraction", 1.0 if budget_fraction is None else budget_fraction
+        )
         asked = OptionReader(len(bundle.manifest.class_names), bundle.costs_mflops).read(urlencode(wishes).encode())
         engine = build_engine(bundle, target.average_mflops)
         engine.start()
     except (BundleError, StageLoadError, RunnerError, TargetError) as error:
         raise CommandError(str(error)) from None
     except Problem as problem:
-        raise CommandError(problem.detail) from None
+        raise CommandError(problem.detail.removeprefix("In the query, ")) from None
     max_pixels: int = Settings.model_fields["max_pixels"].default
     size = bundle.manifest.input
     documents = Documents(bundle.manifest)
@@ -163,6 +165,15 @@ def _failed(path: Path, why: str) -> Callable[[], Row]:
 
 def _unreadable(error: OSError) -> str:
     return f"The file cannot be read: {error.strerror}."
+
+
+def _counted(rows: Iterable[Row], n_rows: int) -> Iterator[Row]:
+    """Say on a terminal how many are done: a table is printed whole, when its columns are known."""
+    told = sys.stderr.isatty()
+    for done, row in enumerate(rows, start=1):
+        if told:
+            sys.stderr.write(f"\r{done} of {n_rows} images" if done < n_rows else "\r\033[K")
+        yield row
 
 
 def _print_lines(rows: Iterable[Row]) -> int:

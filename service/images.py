@@ -206,7 +206,7 @@ class ImageDecoder:
 
     def _refuse_large(self, width_px: int, height_px: int) -> None:
         if width_px * height_px > self.max_pixels:
-            raise self._too_large(f"{width_px} x {height_px} =")
+            raise self._too_large(f"{width_px} x {height_px} = {width_px * height_px:,}")
 
     def _too_large(self, size: str) -> ImageError:
         return ImageError(

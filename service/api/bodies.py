@@ -150,11 +150,14 @@ def _parse(body: bytes, boundary: bytes) -> "_Form":
 
 
 def _unsupported(media_type: str, wanted: str, accepted: tuple[str, ...]) -> Problem:
+    what = media_type or "A body without a content type"
+    if media_type == "application/x-www-form-urlencoded":
+        what += f" (curl's own, unless told -H 'Content-Type: {accepted[0]}')"
     return Problem(
         415,
         "unsupported-media-type",
         "Unsupported media type",
-        f"{media_type or 'A body without a content type'} is not taken: send {wanted} {FIELD!r}.",
+        f"{what} is not taken: send {wanted} {FIELD!r}.",
         headers={"Accept-Post": ", ".join(accepted)},
     )
 

@@ -130,7 +130,7 @@ def budget_routes(state: State) -> APIRouter:
                 "unsupported-media-type",
                 "Unsupported media type",
                 f"A budget is JSON, not {media_type or 'untyped'}: send {EXAMPLES} with the content type "
-                "application/json.",
+                "application/json (curl -H 'Content-Type: application/json').",
             )
         body = await read_body(request, MAX_BYTES, state.settings.body_timeout_s)
         await asyncio.to_thread(state.keeper.set, _resolve(state, body))

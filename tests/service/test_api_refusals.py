@@ -92,6 +92,15 @@ def test_other_content_types_are_refused(http: Http, content_type: str) -> None:
     assert "image/png" in response.headers["accept-post"]
 
 
+def test_who_forgets_to_tell_curl_the_content_type_is_told_how(http: Http) -> None:
+    own = {"Content-Type": "application/x-www-form-urlencoded"}  # of curl --data-binary
+    for call, header in (("/classify", "image/png"), ("/classify/batch", "multipart/form-data")):
+        document = problem(http.post(call, content=BODIES[0], headers=own), 415, "unsupported-media-type")
+        assert f"-H 'Content-Type: {header}'" in document["detail"]
+    document = problem(http.put("/budget", content=b'{"fraction": 0.5}', headers=own), 415, "unsupported-media-type")
+    assert "-H 'Content-Type: application/json'" in document["detail"]
+
+
 def test_a_body_too_large_is_refused_by_its_length_and_by_its_count(http: Http) -> None:
     body = bytes(100_001)
     document = problem(http.post("/classify", content=body, headers=PNG), 413, "body-too-large")

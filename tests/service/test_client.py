@@ -275,8 +275,9 @@ def test_the_command_says_what_is_wrong(folder: Path, pictures: list[Path], caps
     picture = str(pictures[0])
     for arguments, says in (
         (["--bundle", str(folder / "nothing")], "nothing"),
-        (["--bundle", str(folder), "--exit", "7"], "integer from 1 to 4"),
+        (["--bundle", str(folder), "--exit", "7"], "error: exit is '7' and has to be an integer from 1 to 4"),
         (["--bundle", str(folder), "--budget-fraction", "0.01"], "give a value from"),
+        (["--bundle", str(folder), "--budget-fraction", "0"], "give a value from"),
         (["--url", "http://127.0.0.1:1"], "Leave --url out"),
         (["--url", "http://127.0.0.1:1", "--budget-fraction", "0.5"], "has its own budget"),
     ):
@@ -285,6 +286,16 @@ def test_the_command_says_what_is_wrong(folder: Path, pictures: list[Path], caps
         assert told.err.startswith("error: ")
         assert says in told.err
         assert told.out == ""
+
+
+def test_the_command_counts_images_on_a_terminal(
+    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert command.main([*map(str, pictures), "--bundle", str(folder)]) == 0
+    told = capsys.readouterr()
+    assert "\r1 of 3 images\r2 of 3 images\r" in told.err
+    assert "of 3 images" not in told.out
 
 
 def test_it_is_part_of_the_service_command_and_takes_no_torch(folder: Path, pictures: list[Path]) -> None:
