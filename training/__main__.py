@@ -33,6 +33,10 @@ Which recipe is better? `python -m training study` trains variants of one and te
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+def _shipped(folder: str) -> str:
+    return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.toml")))
+
+
 class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
@@ -61,16 +65,19 @@ def main() -> None:
     pass
 
 
-@app.command()
+@app.command(short_help="Step 1: train a recipe on images; the same again resumes.")
 def train(
     run: Annotated[Path, typer.Argument(help="Folder of the run: made if new, resumed if it holds a checkpoint.")],
     data: DataOption,
-    recipe: Annotated[str, typer.Option(help="A recipe that ships (training/recipes/) or a .toml file.")] = (
-        "cifar100-fast"
-    ),
+    recipe: Annotated[
+        str, typer.Option(help=f"A recipe that ships ({_shipped('recipes')}), or a .toml file of your own.")
+    ] = "cifar100-fast",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field of the recipe, e.g. optimisation.epochs=5; may be repeated."),
+        typer.Option(
+            "--set",
+            help="Change a field of the recipe, e.g. optimisation.epochs=5 (docs/training.md lists them); may repeat.",
+        ),
     ] = None,
     start: Annotated[
         Path | None,
@@ -119,7 +126,7 @@ def train(
         typer.echo(f"{run}: stopped by the {ended} and saved at {reached}; give the same command again to go on")
 
 
-@app.command()
+@app.command(short_help="Step 2: scores of held-out and test images.")
 def calibrate(
     run: RunArgument,
     data: DataOption,
@@ -151,7 +158,7 @@ def calibrate(
     )
 
 
-@app.command()
+@app.command(short_help="Step 3: accuracy per exit, budget curve, plots.")
 def evaluate(run: RunArgument) -> None:
     """Step 3: accuracy per exit and for a budget; prints tables, writes results.json, .csv files and plots."""
     from rich.console import Console
@@ -177,7 +184,7 @@ def evaluate(run: RunArgument) -> None:
     )
 
 
-@app.command()
+@app.command(short_help="Step 4: write the bundle that the service serves.")
 def export(
     run: RunArgument,
     output: Annotated[Path, typer.Option(help="Folder of the bundle: new, or a bundle to replace.")],
@@ -193,7 +200,7 @@ def export(
     typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
 
 
-@app.command()
+@app.command(short_help="Make the run of a bundle again, from the bundle.")
 def unpack(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that `export` wrote.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run to make.")],
@@ -204,11 +211,11 @@ def unpack(
     from training.data import load_image_set
     from training.unpacking import unpack as unpack_bundle
 
-    unpack_bundle(bundle, RunFolder(run), load_image_set(data))
+    unpack_bundle(bundle, RunFolder(run), load_image_set(data, _side_px(bundle)))
     typer.echo(f"{run}: unpacked from {bundle}; next: python -m training calibrate {run} --data {data}")
 
 
-@app.command()
+@app.command(short_help="Add int8 stages to a bundle.")
 def quantize(
     bundle: Annotated[Path, typer.Argument(help="A bundle that was exported here; no run is needed.")],
     data: DataOption,
@@ -220,16 +227,11 @@ def quantize(
     """Add int8 stages to a bundle, for `python -m service --precision int8`; measures their accuracy beside fp32."""
     from rich.console import Console
 
-    from models.bundle import BundleError, load_bundle
     from training.data import load_image_set
     from training.quantising import quantise
     from training.tables import print_precisions
 
-    try:
-        side_px = load_bundle(bundle, verify=False).manifest.input.height_px
-    except BundleError as error:
-        raise TrainingError(str(error)) from error
-    made = quantise(bundle, load_image_set(data, side_px), images, output or bundle)
+    made = quantise(bundle, load_image_set(data, _side_px(bundle)), images, output or bundle)
     print_precisions(made, Console())
     typer.echo(
         f"{made.bundle.path}: version {made.bundle.manifest.version}; "
@@ -237,7 +239,7 @@ def quantize(
     )
 
 
-@app.command()
+@app.command(short_help="Draw images that leave first, and last.")
 def sheet(
     run: RunArgument,
     data: DataOption,
@@ -251,7 +253,7 @@ def sheet(
     typer.echo(f"wrote {draw_sheet(folder, _images_of(folder, data), fraction)}")
 
 
-@app.command()
+@app.command(short_help="What else could tell whether going on helps?")
 def signals(
     run: RunArgument,
     data: DataOption,
@@ -274,9 +276,11 @@ def signals(
     typer.echo(f"{run}: wrote signals.csv")
 
 
-@app.command()
+@app.command(short_help="Train variants of a recipe and compare them.")
 def study(
-    name: Annotated[str, typer.Argument(help="A study that ships (training/studies/) or a .toml file.")],
+    name: Annotated[
+        str, typer.Argument(help=f"A study that ships ({_shipped('studies')}), or a .toml file of your own.")
+    ],
     data: DataOption,
     folder: Annotated[Path, typer.Option("--runs", help="Folder of its runs; goes on with what is there.")],
     device: DeviceOption = Device.auto,
@@ -308,6 +312,16 @@ def _images_of(folder: "RunFolder", data: Path) -> "ImageSet":
     from training.data import load_image_set
 
     return load_image_set(data, folder.read_description()["data"].get("image_size_px", 224))
+
+
+def _side_px(bundle: Path) -> int:
+    """The side of the images that a bundle's network takes, at which an image folder is to be read."""
+    from models.bundle import BundleError, load_bundle
+
+    try:
+        return load_bundle(bundle, verify=False).manifest.input.height_px
+    except BundleError as error:
+        raise TrainingError(str(error)) from error
 
 
 def run_command() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from training.errors import TrainingError
 
@@ -61,7 +62,8 @@ class Split:
     def make(cls, n_images: int, n_held_out: int, seed: int) -> "Split":
         if not 0 < n_held_out < n_images:
             raise DataError(
-                f"cannot hold out {n_held_out} of {n_images} training images: choose from 1 to {n_images - 1}"
+                f"cannot hold out {n_held_out} of {n_images} training images: choose from 1 to {n_images - 1} "
+                "(held_out_images of the recipe, or --set held_out_images=...)"
             )
         order = np.random.default_rng(seed).permutation(n_images).astype(np.int64)
         return cls(np.sort(order[:-n_held_out]), np.sort(order[-n_held_out:]))
@@ -209,7 +211,15 @@ def _image_folder(root: Path, image_size_px: int) -> ImageSet:
     class_names = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
     if len(class_names) < 2:
         raise DataError(f"{root / 'train'}: {len(class_names)} class folders; there must be at least 2")
+    strange = sorted({folder.name for folder in test_root.iterdir() if folder.is_dir()} - set(class_names))
+    if strange:
+        raise DataError(
+            f"{test_root}: {', '.join(strange[:5])}: no such class in train/; add images there, or remove it"
+        )
     train = _read_classes(root / "train", class_names, image_size_px)
+    absent = [name for label, name in enumerate(class_names) if label not in train[1]]
+    if absent:
+        raise DataError(f"{root / 'train'}: no images in {', '.join(absent[:5])}; add some, or remove the folder")
     test = _read_classes(test_root, class_names, image_size_px)
     return ImageSet(root.resolve().name, *train, *test, class_names, IMAGENET_MEAN, IMAGENET_STD)
 
@@ -219,7 +229,7 @@ def _read_classes(folder: Path, class_names: list[str], image_size_px: int) -> t
     if not found:
         raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
     images = np.empty((len(found), image_size_px, image_size_px, 3), np.uint8)
-    for row, (path, _) in enumerate(found):
+    for row, (path, _) in enumerate(tqdm(found, desc=f"reading {folder.name}", unit="image", disable=None)):
         try:
             with Image.open(path) as image:
                 rgb = ImageOps.exif_transpose(image).convert("RGB")

@@ -142,8 +142,21 @@ class Recipe(_Section):
         except tomllib.TOMLDecodeError as error:
             raise RecipeError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
-            lines = (f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            lines = (f"  {'.'.join(map(str, e['loc']))}: {_what_is_wrong(e['loc'], e['msg'])}" for e in error.errors())
             raise RecipeError(f"{path}: these fields are wrong:\n" + "\n".join(lines)) from error
+
+
+def _what_is_wrong(place: tuple[int | str, ...], message: str) -> str:
+    """Pydantic's message, but for a field that does not exist: then those that do."""
+    section: Any = Recipe
+    for name in place:
+        known = getattr(section, "model_fields", None)
+        if known is None:
+            return message
+        if name not in known:
+            return f"there is no such field; there are {', '.join(known)}"
+        section = known[name].annotation
+    return message
 
 
 def _change(values: dict[str, Any], setting: str) -> None:

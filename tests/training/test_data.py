@@ -165,6 +165,19 @@ def test_what_is_no_image_set_is_told_so(tmp_path: Path) -> None:
         load_image_set(tmp_path)
 
 
+def test_folders_that_do_not_fit_together_are_told(tmp_path: Path) -> None:
+    for place in ("train/cat", "train/dog", "val/cat", "val/dgo"):
+        save_image(tmp_path / place / "a.png", (8, 8), (0, 0, 0))
+    with pytest.raises(DataError, match=r"val: dgo: no such class in train/"):
+        load_image_set(tmp_path)
+    (tmp_path / "val" / "dgo").rename(tmp_path / "val" / "dog")
+    (tmp_path / "train" / "ant").mkdir()
+    with pytest.raises(DataError, match=r"train: no images in ant; add some, or remove the folder"):
+        load_image_set(tmp_path)
+    (tmp_path / "train" / "ant").rmdir()
+    assert load_image_set(tmp_path, image_size_px=8).class_names == ["cat", "dog"]
+
+
 def test_a_split_places_every_image_once_and_comes_back_from_disk(tmp_path: Path) -> None:
     split = Split.make(1000, 100, seed=3)
     both = np.concatenate([split.train, split.held_out])
@@ -186,5 +199,5 @@ def test_a_split_places_every_image_once_and_comes_back_from_disk(tmp_path: Path
 
 @pytest.mark.parametrize("n_held_out", [0, 10, 11])
 def test_a_split_needs_images_on_both_sides(n_held_out: int) -> None:
-    with pytest.raises(DataError, match="choose from 1 to 9"):
+    with pytest.raises(DataError, match=r"choose from 1 to 9 .*--set held_out_images"):
         Split.make(10, n_held_out, seed=0)
