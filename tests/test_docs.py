@@ -122,6 +122,14 @@ def test_every_verb_is_the_makefiles_and_every_link_leads_somewhere() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for page, command, _ in chosen("make "):
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), f"{page}: {command}"
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for page in [*PAGES, *(REPOSITORY / "models" / "zoo").glob("*/README.md")]:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors_of(path), f"{page.name}: {target}#{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#{1,6} (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -85,7 +85,7 @@ def command_line() -> argparse.ArgumentParser:
         type=_not_negative,
         default=0.0,
         metavar="US",
-        help="processor time of an image outside the engine: HTTP and decoding take about 300 for a small PNG (0)",
+        help="processor time of an image outside the engine: HTTP and decoding take about 110 for a small PNG (0)",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="a JSON document instead of text")
