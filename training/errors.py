@@ -2,4 +2,4 @@
 
 
 class TrainingError(Exception):
-    """Bad input to one of the four steps; the message names the cause and the fix."""
+    """Bad input to a command of `python -m training`; the message names the cause and the fix."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -100,6 +101,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
 
     SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop. When one fails, so do the others.
+    Both signals are the caller's again afterwards.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -115,17 +117,21 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             if worker.poll() is None:
                 worker.terminate()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
+    handlers: dict[signal.Signals, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: end}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     status = 0  # of the first that failed
     running = True
-    while running:
-        time.sleep(0.1)
-        statuses = [worker.poll() for worker in workers]
-        running = None in statuses
-        if not status and any(statuses):
-            status = next(s for s in statuses if s)
-            end()
+    try:
+        while running:
+            time.sleep(0.1)
+            statuses = [worker.poll() for worker in workers]
+            running = None in statuses
+            if not status and any(statuses):
+                status = next(s for s in statuses if s)
+                end()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return abs(status)
 
 

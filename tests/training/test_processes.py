@@ -16,7 +16,7 @@ from training.averaging import Averaging
 from training.checkpoint import RunFolder
 from training.data import ImageSet, load_image_set
 from training.loop import Trainer
-from training.processes import Processes
+from training.processes import Processes, launch
 from training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -126,6 +126,14 @@ def test_bad_input_to_two_processes_is_told_once(tmp_path: Path) -> None:
     assert err.count("error:") == 1
     assert "no such file or folder" in err
     assert "Traceback" not in err
+
+
+def test_whoever_launches_hears_signals_as_before() -> None:
+    """A study calibrates after it has trained: Ctrl-C and SIGTERM are to end that too."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    assert launch(1, ["train", "--help"]) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.mark.parametrize("n_rows", [16, 17, 3])
