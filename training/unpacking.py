@@ -46,6 +46,11 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     data = manifest.data
     if images.name != data.name:
         raise DataError(f"{bundle_path}: trained on {data.name!r}, but --data holds {images.name!r}")
+    if images.image_size_px != manifest.input.height_px:
+        raise DataError(
+            f"{bundle_path}: trained on images of {manifest.input.height_px} px, but --data was read at "
+            f"{images.image_size_px} px: read it at their size"
+        )
     split = Split.make(len(images.train_labels), data.heldout_images, seed)
     if split.sha256 != data.split_sha256:
         raise DataError(f"{bundle_path}: --data gives another split of held-out images; it must be the very set")
