@@ -18,6 +18,13 @@ RIDGE = 3.0  # on weights of features scaled to a standard deviation of 1; in im
 MAX_STEPS = 50
 
 
+def mends(correct: Answers) -> Answers:
+    """Where going on mends the answer [M, N]: this exit is wrong, and a later one right."""
+    later = np.stack([correct[:, i + 1 :].any(axis=1) for i in range(correct.shape[1])], axis=1)
+    mending: Answers = ~correct & later
+    return mending
+
+
 def fit_as_good(features: NDArray[Any], correct: Answers) -> Predictor:
     """Fit "stopping is as good as going on": this exit is right, or no later one is.
 
@@ -25,14 +32,13 @@ def fit_as_good(features: NDArray[Any], correct: Answers) -> Predictor:
         features: [M, N, FEATURES].
         correct: [M, N].
     """
-    later = np.stack([correct[:, i + 1 :].any(axis=1) for i in range(correct.shape[1])], axis=1)
-    return Predictor(_fit_exits(features, ~correct & later))
+    return Predictor(fit_exits(features, mends(correct)))
 
 
 def fit_expected_gain(features: NDArray[Any], correct: Answers) -> Predictor:
     """Fit the accuracy that going on to the last exit is expected to win, as P(it mends) - P(it spoils)."""
     last = correct[:, -1:]
-    return Predictor(_fit_exits(features, ~correct & last), _fit_exits(features, correct & ~last))
+    return Predictor(fit_exits(features, ~correct & last), fit_exits(features, correct & ~last))
 
 
 FITTED: dict[str, Callable[[NDArray[Any], Answers], Predictor]] = {
@@ -54,11 +60,14 @@ def crossfit(name: str, features: NDArray[Any], correct: Answers, seed: int = 0)
     return scores
 
 
-def _fit_exits(features: NDArray[Any], happens: Answers) -> NDArray[np.float64]:
-    """Weights and bias [N, FEATURES + 1] of the log-odds of `happens` [M, N]; none at the last exit, where all stop."""
+def fit_exits(features: NDArray[Any], happens: Answers, ridge_images: float = RIDGE) -> NDArray[np.float64]:
+    """Weights and bias [N, F + 1], on features [M, N, F], of the log-odds of `happens` [M, N].
+
+    None at the last exit, where all stop.
+    """
     weights = np.zeros((features.shape[1], features.shape[2] + 1))
     for i in range(features.shape[1] - 1):
-        weights[i] = logistic_regression(features[:, i].astype(np.float64), happens[:, i])
+        weights[i] = logistic_regression(features[:, i].astype(np.float64), happens[:, i], ridge_images)
     return weights
 
 

@@ -24,7 +24,7 @@ from training.data import ImageSet, Split
 from training.evaluation import N_BUDGETS, cost_of
 from training.gates import HeadInputs
 from training.policies import PAPER, Policy, Rows, Source, crossfit_rightness
-from training.predicting import N_FOLDS, RIDGE, logistic_regression
+from training.predicting import N_FOLDS, RIDGE, fit_exits, mends
 
 MARGIN = Policy("logit_margin", "ratio")
 FAMILY = "ratio"
@@ -40,11 +40,8 @@ class Seen:
 
     @property
     def mends(self) -> NDArray[np.bool_]:
-        """Going on mends the answer [M, N]: this exit is wrong, and a later one right."""
-        correct = self.outputs.correct
-        later = np.stack([correct[:, i + 1 :].any(axis=1) for i in range(correct.shape[1])], axis=1)
-        mends: NDArray[np.bool_] = ~correct & later
-        return mends
+        """Where going on mends the answer [M, N]."""
+        return mends(self.outputs.correct)
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ def fitted_signals(train: Seen, heldout: Seen, test: Seen) -> list[Signal]:
         (f"the head's inputs, {both_margins}", lambda seen: np.concatenate([seen.inputs, _two_margins(seen)], axis=2)),
     ]
     for name, columns in gates:
-        weights = fit(columns(train), train.mends)
+        weights = fit_exits(columns(train), train.mends)
         signals += _gate_signals(name, heldout, test, *(apply(weights, part) for part in of_both(columns)))
     return signals
 
@@ -206,14 +203,6 @@ def _lead(difference: NDArray[np.float64]) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std() / np.sqrt(len(difference)))
 
 
-def fit(columns: Columns, mends: NDArray[np.bool_], ridge: float = RIDGE) -> NDArray[np.float64]:
-    """Weights and bias [N, F + 1] of the log-odds that going on mends the answer; none at the last exit."""
-    weights = np.zeros((columns.shape[1], columns.shape[2] + 1))
-    for i in range(columns.shape[1] - 1):
-        weights[i] = logistic_regression(columns[:, i].astype(np.float64), mends[:, i], ridge)
-    return weights
-
-
 def apply(weights: NDArray[np.float64], columns: Columns) -> NDArray[np.float64]:
     """The log-odds [M, N] from columns [M, N, F]."""
     log_odds: NDArray[np.float64] = np.einsum("mnf,nf->mn", columns, weights[:, :-1]) + weights[:, -1]
@@ -228,22 +217,22 @@ def _given(name: str, fitted_on: str, heldout: NDArray[Any], test: NDArray[Any])
 def _fitted(name: str, heldout: Seen, columns: tuple[Columns, Columns], ridge: float = RIDGE) -> Signal:
     """A signal fitted on the held-out images, from columns of those and of the test images."""
     of_heldout, of_test = columns
-    mends = heldout.mends
+    happens = heldout.mends
 
     def source(fitted: Rows, judged: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        weights = fit(of_heldout[fitted], mends[fitted], ridge)
-        return _crossfit(of_heldout[fitted], mends[fitted], ridge), -apply(weights, of_heldout[judged])
+        weights = fit_exits(of_heldout[fitted], happens[fitted], ridge)
+        return _crossfit(of_heldout[fitted], happens[fitted], ridge), -apply(weights, of_heldout[judged])
 
-    test = -apply(fit(of_heldout, mends, ridge), of_test)
-    return Signal(name, "held-out images", source, _crossfit(of_heldout, mends, ridge), test)
+    test = -apply(fit_exits(of_heldout, happens, ridge), of_test)
+    return Signal(name, "held-out images", source, _crossfit(of_heldout, happens, ridge), test)
 
 
-def _crossfit(columns: Columns, mends: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
+def _crossfit(columns: Columns, happens: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
     """Scores [M, N] of the very images that are fitted on, none by weights that it had a part in."""
     fold = np.random.default_rng(0).permutation(len(columns)) % N_FOLDS
-    scores = np.empty(mends.shape)
+    scores = np.empty(happens.shape)
     for k in range(N_FOLDS):
-        scores[fold == k] = -apply(fit(columns[fold != k], mends[fold != k], ridge), columns[fold == k])
+        scores[fold == k] = -apply(fit_exits(columns[fold != k], happens[fold != k], ridge), columns[fold == k])
     return scores
 
 

@@ -14,8 +14,9 @@ from tests.training import tiny
 from training.calibration import ExitOutputs, calibrate
 from training.checkpoint import RunFolder
 from training.loop import Trainer
+from training.predicting import fit_exits
 from training.processes import Processes
-from training.signals import MARGIN, PAPER, Seen, apply, fit, fitted_signals, judge, judged, plain_signals
+from training.signals import MARGIN, PAPER, Seen, apply, fitted_signals, judge, judged, plain_signals
 from training.signals_report import print_signals, write_signals
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def test_going_on_mends_an_answer_that_is_wrong_where_a_later_one_is_right() -> 
 
 def test_a_fit_gives_the_log_odds_of_what_happens() -> None:
     part = seen(20_000, 1, 2.0)
-    log_odds = apply(fit(part.inputs, part.mends), part.inputs)
+    log_odds = apply(fit_exits(part.inputs, part.mends), part.inputs)
     for n in range(2):  # calibrated in the mean, and surer of what it says than chance
         assert (1 / (1 + np.exp(-log_odds[:, n]))).mean() == pytest.approx(part.mends[:, n].mean(), rel=0.01)
         assert log_odds[part.mends[:, n], n].mean() > log_odds[~part.mends[:, n], n].mean() + 2
