@@ -27,7 +27,7 @@ def temperatures_per_exit(temperatures: float | Sequence[float], n_exits: int) -
         return tuple(values)
     if len(values) == 1:
         return tuple(values * n_exits)
-    if len(values) == 2:
+    if len(values) == 2 and n_exits > 1:
         first, last = values
         return tuple(first + (last - first) * i / (n_exits - 1) for i in range(n_exits))
     raise ValueError(f"{len(values)} temperatures for {n_exits} exits: give 1, 2 (linear) or {n_exits}")

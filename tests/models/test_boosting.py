@@ -113,6 +113,8 @@ def test_temperatures_are_broadcast_drawn_as_a_line_or_taken(given_values: objec
 def test_a_wrong_number_of_temperatures_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"3 temperatures for 5 exits: give 1, 2 \(linear\) or 5"):
         temperatures_per_exit([1, 2, 3], 5)
+    with pytest.raises(ValueError, match="2 temperatures for 1 exits"):
+        temperatures_per_exit([1, 2], 1)  # a line has two ends
 
 
 @given(st.floats(0.01, 20, allow_nan=False))
