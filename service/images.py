@@ -33,7 +33,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from service.pixels import TURNS, as_rgb, fitted, orientation_of
+from models.pixels import TURNS, as_rgb, fitted, orientation_of
 from service.plain_images import PlainJpeg, PlainPng
 
 FORMATS = tuple(

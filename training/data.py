@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from models.pixels import fitted, orientation_of
 from training.errors import TrainingError
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -232,9 +233,9 @@ def _read_classes(folder: Path, class_names: list[str], image_size_px: int) -> t
     for row, (path, _) in enumerate(tqdm(found, desc=f"reading {folder.name}", unit="image", disable=None)):
         try:
             with Image.open(path) as image:
-                rgb = ImageOps.exif_transpose(image).convert("RGB")
-                images[row] = np.asarray(ImageOps.fit(rgb, (image_size_px, image_size_px), Image.Resampling.BILINEAR))
-        except OSError as error:
+                image.load()
+                images[row] = np.asarray(fitted(image, (image_size_px, image_size_px), orientation_of(image)))
+        except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
             raise DataError(f"{path}: not a readable image ({error}); remove or replace it") from error
     return images, np.asarray([label for _, label in found], np.int64)
 

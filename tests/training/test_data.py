@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.images import ImageDecoder
+from tests.service.test_images import png_bomb
 from tests.training import tiny
 from training.data import DataError, ImageSet, Split, load_image_set
 
@@ -88,6 +90,40 @@ def test_orientation_in_a_photo_is_followed(tmp_path: Path) -> None:
     assert images.train_images[0, -1].min() == 255
 
 
+def pictures() -> dict[str, tuple[Image.Image, dict[str, object]]]:
+    """Noise in every form that pixels come in, with a gradient of transparency where there is any."""
+    draw = np.random.default_rng(0)
+    noise = Image.fromarray(draw.integers(0, 256, (47, 61, 3), dtype=np.uint8))
+    alpha = Image.fromarray(np.tile(np.arange(61, dtype=np.uint8) * 4, (47, 1)))
+    see_through = Image.merge("RGBA", (*noise.split(), alpha))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(draw.integers(0, 65536, (47, 61), dtype=np.uint16))
+    return {
+        "black-and-white.png": (noise.convert("1"), {}),
+        "cmyk.jpg": (noise.convert("CMYK"), {}),
+        "grey.jpg": (noise.convert("L"), {}),
+        "palette.png": (noise.quantize(16), {"transparency": 3}),
+        "see-through.png": (see_through, {}),
+        "see-through.webp": (see_through, {"lossless": True}),
+        "see-through-grey.png": (see_through.convert("LA"), {}),
+        "sixteen-bits.png": (deep, {}),
+        "turned.jpg": (noise, {"exif": turned}),
+    }
+
+
+def test_pictures_are_trained_on_as_they_are_served(tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "val/a"):
+        save_image(tmp_path / folder / "0.png", (8, 8), (0, 0, 0))
+    for name, (picture, options) in pictures().items():
+        picture.save(tmp_path / "train" / "a" / name, **options)
+    images = load_image_set(tmp_path, image_size_px=24)
+    decoder = ImageDecoder(24, 24, max_pixels=10_000)
+    for row, path in enumerate(sorted((tmp_path / "train" / "a").iterdir())):
+        assert np.array_equal(images.train_images[row], decoder.decode_now(path.read_bytes())), path.name
+    decoder.close()
+
+
 class _Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch fired",)
@@ -162,6 +198,9 @@ def test_what_is_no_image_set_is_told_so(tmp_path: Path) -> None:
         load_image_set(tmp_path)
     (tmp_path / "train" / "dog" / "b.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"b\.png: not a readable image"):
+        load_image_set(tmp_path)
+    (tmp_path / "train" / "dog" / "b.png").write_bytes(png_bomb(14_000))
+    with pytest.raises(DataError, match=r"b\.png: not a readable image \(.*decompression bomb"):
         load_image_set(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """From a picture as it was decoded to one that a network reads: cut and scaled, turned, laid on white, RGB.
 
-In this order, so that all but the scaling is done to few pixels. `service.images` says what comes before.
+In this order, so that all but the scaling is done to few pixels. Pictures are trained on and served by the same code:
+a network is to see what it was taught with.
 """
 
 import numpy as np
