@@ -75,6 +75,15 @@ def test_a_form_is_bounded(http: Http) -> None:
     assert document["limit_images"] == MOST
 
 
+@pytest.mark.parametrize("call", ["/classify", "/classify/batch"])
+@pytest.mark.parametrize("name", ["image", "other"])
+def test_a_form_of_nothing_but_fields_is_not_read_to_its_end(http: Http, call: str, name: str) -> None:
+    """Else a small body of a hundred thousand fields would keep everybody waiting: here its end is broken."""
+    body = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\n\r\n' % name.encode() * 400
+    response = http.post(call, content=body, headers={"Content-Type": "multipart/form-data; boundary=XX"})
+    problem(response, 413, "too-many-images")
+
+
 def test_what_is_no_form_of_images_is_refused(http: Http) -> None:
     response = http.post("/classify/batch", content=BODIES[0], headers=PNG)
     problem(response, 415, "unsupported-media-type")
