@@ -13,7 +13,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 .PHONY: help serve test check format bench league train secrets configuration dashboard check-containers clean
 
 help:            ## list the verbs
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 serve: $(VENV)/.serve  ## serve BUNDLE on PORT (installs what serving needs into .venv)
 	$(BIN)/python -m service --bundle $(BUNDLE) --port $(PORT)
@@ -39,6 +39,7 @@ league: $(VENV)/.dev   ## measure the service beside the servers people use, on 
 	$(BIN)/python -m benchmarks.league --quick $(foreach set,$(DATA) $(PHOTOS),--data $(set)) --output build/league/table.md
 
 train: $(VENV)/.dev    ## train RECIPE on DATA into RUN; the same command resumes
+	@test -n '$(DATA)' || { echo 'which images? make train DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)'; exit 2; }
 	$(BIN)/python -m training train $(RUN) --recipe $(RECIPE) --data $(DATA)
 
 # World-readable files in a folder that only its owner may enter: the containers' users read them through mounts.
