@@ -10,13 +10,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve test check format bench league train secrets configuration dashboard check-containers clean
+.PHONY: help serve setup test check format bench league train secrets configuration dashboard check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 serve: $(VENV)/.serve  ## serve BUNDLE on PORT (installs what serving needs into .venv)
 	$(BIN)/python -m service --bundle $(BUNDLE) --port $(PORT)
+
+setup: $(VENV)/.dev    ## install what training, tests and benchmarks need into .venv
 
 test: $(VENV)/.dev     ## run the tests: a file a core at a time, then those that want the machine to themselves
 	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
