@@ -4,6 +4,7 @@ One thread reads; the engine's thread writes answers to the worker that each bel
 what a socket has no room for stays with its channel, and is bounded by the worker's slots.
 """
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from service.front.wire import Kind
 from service.metrics import Metrics
 from service.rows import EngineError, Request, Told
 from service.target import Keeper
+
+logger = logging.getLogger(__name__)
 
 PUBLISH_EVERY_S = 0.1  # how late workers hear, at most, that the engine is in trouble
 
@@ -68,6 +71,9 @@ class Link:
                     self._requests[slot] = number, submit_to(self._sink, number, image, options, False)
                 except EngineError as error:
                     refused.append((number, error))
+                except ValueError as error:  # no image that the network takes: this one's fault alone
+                    logger.exception("an image of HTTP worker %d cannot be submitted", self.worker + 1)
+                    refused.append((number, EngineError(str(error))))
         self._engine.flush()
         if refused:
             self._deliver(refused)
@@ -194,7 +200,11 @@ class Hub:
                 if events & EVENT_WRITE and link.channel.flush():
                     self._set_events(link, EVENT_READ)
                 if events & EVENT_READ:
-                    self._read(link)
+                    try:
+                        self._read(link)
+                    except Exception:  # a worker that has gone mad must not take the others with it
+                        logger.exception("HTTP worker %d does not speak as it should: let go", link.worker + 1)
+                        self._lose(link)
             self.publish()
 
     def _run_tasks(self) -> None:

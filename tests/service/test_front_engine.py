@@ -13,17 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from service.assembly import build_engine
 from service.engine import Engine
+from service.front import wire
 from service.front.calls import RemoteKeeper, RemoteMetrics
 from service.front.channel import Channel
 from service.front.hub import Hub
 from service.front.memory import Layout, SharedMemory
 from service.front.proxy import RemoteEngine
+from service.front.wire import Kind
 from service.metrics import Metrics
-from service.rows import Answer, EngineDraining, EngineOverloaded, Options, Step, Told
+from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Step, Told
 from service.target import Keeper, Target
 from tests.bundles import CLASS_NAMES, random_images
 from tests.waiting import LIMIT_S, wait_until
@@ -103,6 +106,12 @@ async def settled(proxy: RemoteEngine) -> None:
     """Wait until all slots are free again: every answer or release has come."""
     while len(proxy._free) < N_SLOTS:
         await asyncio.sleep(0.001)
+
+
+async def answer_of(proxy: RemoteEngine, image: NDArray[np.uint8]) -> Told:
+    future: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
+    proxy.submit_to(lambda told: future.set_result(told[0][1]), 1, image)
+    return await future
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -231,12 +240,26 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
 
     proxy = front.connect(0)
 
-    async def another() -> Any:
-        future = asyncio.get_running_loop().create_future()
-        proxy.submit_to(lambda told: future.set_result(told[0][1]), 1, IMAGES[0])
-        return await future
+    assert isinstance(front.run(answer_of(proxy, IMAGES[0])), Answer)
 
-    assert isinstance(front.run(another()), Answer)
+
+@pytest.mark.parametrize(
+    "payload", [b"\0", wire.pack_submissions([(0, Options(), (9, 9_999))])], ids=["no frame", "no picture"]
+)
+def test_a_worker_that_talks_nonsense_is_let_go_and_the_others_are_served(front: Front, payload: bytes) -> None:
+    front.channels[0].send(Kind.SUBMIT, payload)
+    assert front.someone_has_gone.wait(LIMIT_S)
+    assert front.gone == [(0, 0)]
+    wait_until("its end is closed too", lambda: not front.proxies[0].is_connected)
+    assert isinstance(front.run(answer_of(front.proxies[1], IMAGES[0])), Answer)
+
+
+def test_an_image_that_the_network_does_not_take_is_its_own_fault_alone(front: Front) -> None:
+    told = front.run(answer_of(front.proxies[0], IMAGES[0][:16]))
+    assert type(told) is EngineError
+    assert "where the network takes" in str(told)
+    assert isinstance(front.run(answer_of(front.proxies[0], IMAGES[0])), Answer)
+    assert front.memory.in_flight_rows == 0
 
 
 def test_calls_are_answered_and_their_errors_come_back(front: Front) -> None:
