@@ -44,7 +44,7 @@ class AsyncClient(Calls):
             raise self._unreachable(error) from None
 
     async def batch(self, images: Sequence[Image], **wishes: Unpack[Wishes]) -> list[Classification | Refused]:
-        return items(self._read(await self._send(self._several(images, wishes)), BatchAnswer))
+        return items(self._read(await self._send(self._several(images, wishes)), BatchAnswer)) if images else []
 
     async def budget(self) -> BudgetState:
         return self._read(await self._send({"method": "GET", "url": "/budget"}), BudgetState)

@@ -15,7 +15,7 @@ from service.client.errors import Refused, ServerError, Unreachable, refusal
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 30.0
 BudgetKind = Literal["average_mflops", "fraction", "accuracy"]
-Image = bytes | os.PathLike[str]
+Image = bytes | bytearray | memoryview | str | os.PathLike[str]
 """The bytes of an image file, or its path."""
 # The connection has ended before an answer came, most likely because the server closed it for being idle as the request
 # was on its way. It is sent once more: to classify twice, or to set a budget twice, does no harm.
@@ -85,6 +85,8 @@ class Calls:
         )
 
     def _unreachable(self, error: httpx.TransportError | httpx.InvalidURL) -> Unreachable:
+        if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+            return Unreachable(f"{self.url!r} is no URL of a server ({error}): it looks like {DEFAULT_URL}")
         what = "took too long" if isinstance(error, httpx.TimeoutException) else "cannot be reached"
         return Unreachable(f"{self.url} {what} ({type(error).__name__}: {error}): is a server running there?")
 
@@ -100,8 +102,15 @@ def items(batch: BatchAnswer) -> list[Classification | Refused]:
 
 
 def _bytes(image: Image) -> bytes:
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    raise TypeError(
+        f"an image is the bytes of its file, or its path, and not of type {type(image).__name__}: "
+        "encode it as PNG or JPEG"
+    )
 
 
 def _name(image: Image, number: int) -> str:
-    return f"image-{number + 1}" if isinstance(image, bytes) else Path(image).name
+    return Path(image).name if isinstance(image, str | os.PathLike) else f"image-{number + 1}"

@@ -60,7 +60,7 @@ class Client(Calls):
 
     def batch(self, images: Sequence[Image], **wishes: Unpack[Wishes]) -> list[Classification | Refused]:
         """Classify several images in one request; an answer or the refusal of each, in order."""
-        return items(self._read(self._send(self._several(images, wishes)), BatchAnswer))
+        return items(self._read(self._send(self._several(images, wishes)), BatchAnswer)) if images else []
 
     def budget(self) -> BudgetState:
         return self._read(self._send({"method": "GET", "url": "/budget"}), BudgetState)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from service import command
 from service.api.answers import LastStep, Step
@@ -125,6 +126,9 @@ def test_the_client_makes_every_call(url: str, pictures: list[Path]) -> None:
         assert [step.exit for step in steps if isinstance(step, Step)] == [1, 2]
         assert isinstance(last, LastStep)
         assert last.confidence == answer.confidence
+        assert client.classify(bytearray(BODIES[0]), exit=3).confidence == answer.confidence
+        assert client.classify(str(pictures[0]), exit=3).confidence == answer.confidence
+        assert client.batch([]) == []
         first, bad, second = client.batch([pictures[0], b"no image", BODIES[1]], exit=2)
         assert isinstance(first, Classification)
         assert isinstance(second, Classification)
@@ -149,6 +153,7 @@ def test_the_awaited_client_makes_every_call(url: str) -> None:
             lines = [line async for line in client.stream(BODIES[0], exit=4)]
             assert [line.exit for line in lines] == [1, 2, 3, 4]
             assert lines[-1].confidence == answers[0].confidence
+            assert await client.batch([]) == []
             batch = await client.batch(BODIES, exit=4)
             assert [item.confidence for item in batch if isinstance(item, Classification)] == [
                 answer.confidence for answer in answers
@@ -178,6 +183,11 @@ def test_what_is_refused_is_an_exception_that_says_why(url: str, tmp_path: Path)
             client.set_budget("fraction", 0.5)
         with pytest.raises(FileNotFoundError):
             client.classify(tmp_path / "nothing.png")
+        with pytest.raises(TypeError, match=r"not of type Image: encode it as PNG or JPEG"):
+            client.classify(Image.new("RGB", (8, 8)))  # type: ignore[arg-type]
+    for no_url in ("127.0.0.1:8000", "localhost:8000", ""):
+        with pytest.raises(Unreachable, match=r"is no URL of a server .* looks like http://127\.0\.0\.1:8000"):
+            Client(no_url).budget()
     with Client("http://127.0.0.1:1") as nobody, pytest.raises(Unreachable, match=r"127\.0\.0\.1:1 cannot be reached"):
         nobody.budget()
 
