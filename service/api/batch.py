@@ -31,18 +31,23 @@ class Batcher:
 
     async def respond(self, request: Request) -> Response:
         metrics, settings = self.state.metrics, self.state.settings
+        uploads: list[Upload] = []
         try:
             asked = self.classifier.begin(request)
             uploads = await read_images(
                 request, settings.max_body_bytes, settings.body_timeout_s, settings.max_batch_images
             )
+            results = await self._results(request, uploads, asked)
         except ClientDisconnect:
             metrics.count("abandoned")
             return CLIENT_LEFT
         except Problem as problem:
             metrics.count(outcome(problem))
             raise
-        results = await self._results(request, uploads, asked)
+        except Exception:
+            for _ in uploads or (None,):
+                metrics.count("failed")
+            raise
         if results is None:
             for _ in uploads:
                 metrics.count("abandoned")
@@ -63,7 +68,7 @@ class Batcher:
                 tasks.append(asyncio.create_task(self._result(upload, asked, started, request_id)))
                 await asyncio.sleep(0)  # small images are decoded on this loop: others have their turn in between
             return await asyncio.gather(*tasks)
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or a fault of the server's own: then no image goes on
             for task in tasks:
                 task.cancel()
             if watch.client_left:

@@ -1,20 +1,27 @@
 """`/classify/batch`: an answer or a problem for every image, in order."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from service.api import answers
+from service.api.delivery import Delivery
 from service.engine import Engine
-from service.rows import EngineOverloaded
+from service.rows import Answer, EngineOverloaded, Options
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy
+from tests.waiting import wait_until
 
-BODIES = [png(image) for image in random_images(12, seed=17)]
+IMAGES = random_images(12, seed=17)
+BODIES = [png(image) for image in IMAGES]
 MOST = 20
 
 
@@ -105,6 +112,29 @@ def test_where_no_image_can_be_taken_now_the_whole_request_is_to_come_back(
         assert int(response.headers["retry-after"]) >= 1
         mixed = batch(http, "", BODIES[0], b"no image")
         assert [item["problem"]["status"] for item in mixed["results"]] == [429, 400]
+    assert batch(http, "", *BODIES[:3])["answered"] == 3
+
+
+def test_a_bug_is_counted_for_every_image_and_the_others_are_given_up(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, given_up = outcomes(http), Counter[str]()
+
+    async def answer(delivery: Delivery, image: NDArray[np.uint8], options: Options) -> Answer:
+        if np.array_equal(image, IMAGES[1]):
+            raise RuntimeError("a secret of the inside")
+        try:
+            return await asyncio.Future()
+        except asyncio.CancelledError:
+            given_up["cancelled"] += 1
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Delivery, "answer", answer)
+        document = problem(http.post("/classify/batch", files=files(*BODIES[:3])), 500, "internal-error")
+        assert "secret" not in str(document)
+        wait_until("the others are given up", lambda: given_up["cancelled"] == 2)
+    assert outcomes(http) == {**counted, "failed": counted["failed"] + 3}
     assert batch(http, "", *BODIES[:3])["answered"] == 3
 
 
