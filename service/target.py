@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal, Protocol, get_args
 
 from models.frontier import Frontier, FrontierPoint
@@ -95,12 +96,16 @@ class Keeper:
     def __init__(self, engine: _Engine, target: Target) -> None:
         self._engine = engine
         self._target = target
+        # Several threads ask: what the engine keeps and how it was asked for are set, and read, together.
+        self._lock = Lock()
 
     def read(self) -> tuple[Target, BudgetState]:
         """The budget as it was asked for, and what the engine says of it."""
-        return self._target, self._engine.budget_state()
+        with self._lock:
+            return self._target, self._engine.budget_state()
 
     def set(self, target: Target) -> None:
         """Keep another one from now on."""
-        self._engine.set_budget(target.average_mflops, target.latency_s)
-        self._target = target
+        with self._lock:
+            self._engine.set_budget(target.average_mflops, target.latency_s)
+            self._target = target

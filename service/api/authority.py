@@ -2,6 +2,7 @@
 
 import secrets
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi import Request
 
@@ -32,9 +33,19 @@ def require_authority(request: Request, token: str | None) -> None:
         raise _forbidden("came through a proxy, and who sent it cannot be known")
     if request.client is None or not _is_loopback(request.client.host):
         raise _forbidden("comes from another machine")
-    # A web page may send requests to this machine under a name of its own (DNS rebinding), never under ours.
-    if not _is_loopback(request.url.hostname or ""):
-        raise _forbidden(f"was addressed to {request.url.hostname!r}, not to this machine's loopback address")
+    # A web page may send requests to this machine under a name of its own (DNS rebinding), never under ours. Not as
+    # `request.url` has it, which takes the socket's own address for a name that it cannot read.
+    addressed = request.headers.get("host")
+    if addressed is not None and not _is_loopback(_hostname(addressed)):
+        raise _forbidden(f"was addressed to {addressed[:200]!r}, not to this machine's loopback address")
+
+
+def _hostname(addressed: str) -> str:
+    """The name in a Host header; nothing where that cannot be read."""
+    try:
+        return urlsplit(f"//{addressed}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

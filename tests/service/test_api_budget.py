@@ -1,5 +1,6 @@
 """`/budget`: said in three ways, refused with its range, and changed only by those who may."""
 
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,9 +11,10 @@ from fastapi import Request
 
 from service.api.authority import require_authority
 from service.api.problems import Problem
+from service.target import Keeper, Target
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
-from tests.waiting import wait_until
+from tests.waiting import LIMIT_S, wait_until
 
 TOKEN = "correct-horse-battery"
 JSON = {"Content-Type": "application/json"}
@@ -208,6 +210,32 @@ def test_late_answers_lower_the_working_budget_and_everybody_is_told(folder: Pat
         assert "exitserve_latency_limited 0.0" in http.get("/metrics").text
 
 
+def test_what_is_kept_and_how_it_was_asked_for_never_part() -> None:
+    """Two set a budget at once: the engine keeps the last one's, and so is it told."""
+    began, go_on, kept = threading.Event(), threading.Event(), [0.0]
+
+    class Engine:
+        def set_budget(self, budget_mflops: float, latency_s: float | None) -> None:
+            kept[0] = budget_mflops
+            if not began.is_set():
+                began.set()
+                assert go_on.wait(LIMIT_S)
+
+        def budget_state(self) -> float:
+            return kept[0]
+
+    keeper = Keeper(Engine(), Target("fraction", 0.0))  # type: ignore[arg-type]
+    setting = [threading.Thread(target=keeper.set, args=(Target("fraction", mflops),)) for mflops in (1.0, 2.0)]
+    setting[0].start()
+    assert began.wait(LIMIT_S)
+    setting[1].start()
+    setting[1].join(0.2)  # it has to wait for the first
+    go_on.set()
+    for thread in setting:
+        thread.join(LIMIT_S)
+    assert keeper.read() == (Target("fraction", 2.0), 2.0)
+
+
 # --- who may ----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +251,9 @@ def test_late_answers_lower_the_working_budget_and_everybody_is_told(folder: Pat
         ("::ffff:192.168.0.7", "http://localhost", {}, False),
         ("not an address", "http://localhost:8000", {}, False),
         ("127.0.0.1", "http://evil.example:8000", {}, False),
+        ("127.0.0.1", "http://evil.example:x", {}, False),
+        ("127.0.0.1", "http://[evil.example", {}, False),
+        ("127.0.0.1", "http://", {}, False),
         ("127.0.0.1", "http://localhost:8000", {"X-Forwarded-For": "127.0.0.1"}, False),
         ("127.0.0.1", "http://localhost:8000", {"Forwarded": "for=10.0.0.1"}, False),
     ],
@@ -240,7 +271,8 @@ def test_without_a_token_only_this_machine_may(client: str, url: str, headers: d
 def asked_by(client: str, url: str, headers: dict[str, str]) -> Request:
     sent = {"Host": url.removeprefix("http://"), **headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in sent.items()]
-    return Request({"type": "http", "scheme": "http", "path": "/budget", "headers": raw, "client": (client, 50_000)})
+    scope = {"type": "http", "scheme": "http", "path": "/budget", "headers": raw, "server": ("127.0.0.1", 8000)}
+    return Request({**scope, "client": (client, 50_000)})
 
 
 def test_a_remote_client_without_a_token_changes_nothing(folder: Path) -> None:
