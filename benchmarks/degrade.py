@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.closed_loop import Load
 from benchmarks.engine import read_images
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.budget import BudgetState
@@ -294,4 +295,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.closed_loop import Load, Round, ideal_rate
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.plan.measuring import full_row_seconds
@@ -229,4 +230,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -32,10 +32,12 @@ from benchmarks.league.processes import cpu_s
 from benchmarks.load.arrivals import poisson
 from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.api.app import create_app
 from service.assembly import default_burst_images
 from service.budget import BudgetController
+from service.command_line import load_settings
 from service.engine import Engine
 from service.metrics import Metrics
 from service.observer import Observer
@@ -43,7 +45,6 @@ from service.rows import Told
 from service.runners.base import Block, RowState, StageOutput
 from service.scheduler import Scheduler
 from service.server import Server, listen, settle_memory
-from service.command_line import load_settings
 from service.target import Keeper, Targets
 
 ZOO = Path("models/zoo")
@@ -281,4 +282,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.closed_loop import Load
 from benchmarks.engine import Images, read_images
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.engine import Engine
@@ -203,4 +204,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

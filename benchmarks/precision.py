@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.runners.onnx import OnnxRunner
 
@@ -57,4 +58,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.running import run
 from models.cost import measure_cost
 from training.checkpoint import RunFolder
 from training.data import CIFAR100_MEAN, CIFAR100_STD, Split, load_image_set
@@ -221,4 +222,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -21,6 +21,7 @@ from benchmarks.league.plots import plot
 from benchmarks.league.records import Record, Records
 from benchmarks.league.roster import Peer, Places, roster
 from benchmarks.league.tables import markdown
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.runners.onnx import default_lanes
 from training.data import DataError
@@ -148,18 +149,20 @@ def main(
         resolution=1.04,
     )
     variants = read_variants(variant or [])
+    for path in bundle or BUNDLES:  # before minutes of installing
+        load_bundle(path, verify=False)
+    for path in data or []:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder; give CIFAR-100's tar.gz or folder, or an image folder")
     folder.mkdir(parents=True, exist_ok=True)
     records = Records(folder / "results.jsonl")
     # Absolute but not resolved: a virtual environment's Python is a link to another.
     peers_python = python.absolute() if python is not None else environment.make(venv.absolute())
     with tempfile.TemporaryDirectory(prefix="league-") as scratch:
-        try:
-            networks = [
-                prepare(path, data or [], peers_python, Path(scratch), port, fraction, variants)
-                for path in bundle or BUNDLES
-            ]
-        except DataError as error:
-            sys.exit(f"error: {error}")
+        networks = [
+            prepare(path, data or [], peers_python, Path(scratch), port, fraction, variants)
+            for path in bundle or BUNDLES
+        ]
         names = {peer.name for network in networks for peer in network.peers}
         if only and not names.issuperset(only):
             raise typer.BadParameter(f"there are {', '.join(sorted(names))}", param_hint="--only")
@@ -183,4 +186,4 @@ def write_tables(records: Records, folder: Path, output: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -21,9 +21,10 @@ from benchmarks.league.pictures import Pictures, read_pictures
 from benchmarks.league.records import Record, Records
 from benchmarks.league.roster import Answer, Peer, Places, read_triton
 from benchmarks.league.tables import markdown
-from models.bundle import load_bundle
+from models.bundle import BundleError, load_bundle
 from models.onnx_weights import load_stage_session
 from tests.bundles import random_images, tiny_bundle
+from training.data import DataError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux' /proc")
 
@@ -70,6 +71,15 @@ def test_this_service_and_one_peer_are_measured_and_not_again(tmp_path: Path, po
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert len(Records(tmp_path / "league" / "results.jsonl").all) == 2
+
+
+def test_what_is_not_there_is_told_before_anything_is_installed(tmp_path: Path) -> None:
+    bundle, absent, venv = tiny_bundle(tmp_path / "bundle"), tmp_path / "absent", tmp_path / "venv"
+    with pytest.raises(BundleError, match="no such folder"):
+        main(bundle=[absent], venv=venv, folder=tmp_path / "league")
+    with pytest.raises(DataError, match="no such file or folder"):
+        main(bundle=[bundle], data=[absent], venv=venv, folder=tmp_path / "league")
+    assert not venv.exists()
 
 
 def test_the_whole_graph_answers_as_the_stages_do(tmp_path: Path) -> None:
