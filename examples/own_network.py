@@ -154,17 +154,6 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
             "class_names": images.class_names,
             "input": {"height_px": height_px, "width_px": width_px, "mean": [*images.mean], "std": [*images.std]},
             "temperatures": [],
-            "exits": [
-                {
-                    "published_mflops": result.published_mflops,
-                    "executed_mflops": result.executed_mflops,
-                    "macs_m": result.published_macs_m,
-                    "executed_macs_m": result.executed_macs_m,
-                    "test_accuracy": result.test_accuracy,
-                    "heldout_accuracy": result.heldout_accuracy,
-                }
-                for result in evaluation.exits
-            ],
             "stages": stages,
             **evaluation.manifest_fields(),
             "training": training,

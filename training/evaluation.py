@@ -96,8 +96,20 @@ class Evaluation:
         return next(result for result in self.policies if result.policy == policy)
 
     def manifest_fields(self) -> dict[str, Any]:
-        """What a bundle's manifest says of how images leave."""
-        return {"score": self.policy.score, "family": self.policy.family, "predictor": self.predictor}
+        """What a bundle's manifest says of the exits and of how images leave."""
+        exits = [
+            {
+                "published_mflops": result.published_mflops,
+                "executed_mflops": result.executed_mflops,
+                "macs_m": result.published_macs_m,
+                "executed_macs_m": result.executed_macs_m,
+                "test_accuracy": result.test_accuracy,
+                "heldout_accuracy": result.heldout_accuracy,
+            }
+            for result in self.exits
+        ]
+        policy = {"score": self.policy.score, "family": self.policy.family, "predictor": self.predictor}
+        return {"exits": exits, **policy}
 
     def save(self, folder: RunFolder, record: CalibrationRecord) -> None:
         """Write results.json (all of it) into the run's folder; see `training.tables` for the .csv files."""

@@ -76,17 +76,6 @@ def _facts(recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation) ->
             "std": list(record.std),
         },
         "temperatures": list(temperatures_per_exit(temperatures, len(evaluation.exits))),
-        "exits": [
-            {
-                "published_mflops": result.published_mflops,
-                "executed_mflops": result.executed_mflops,
-                "macs_m": result.published_macs_m,
-                "executed_macs_m": result.executed_macs_m,
-                "test_accuracy": result.test_accuracy,
-                "heldout_accuracy": result.heldout_accuracy,
-            }
-            for result in evaluation.exits
-        ],
         **evaluation.manifest_fields(),
         "data": {
             "name": record.data_name,
