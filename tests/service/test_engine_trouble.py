@@ -116,21 +116,28 @@ def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundl
         assert isinstance(engine.submit(images[0]).result(LIMIT_S), Answer)
 
 
-def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def fail_all(
+    engine: Engine, runner: TroubledRunner, images: NDArray[np.uint8], error: Exception, kind: type[EngineError]
+) -> None:
+    """Have every batch fail once all images are in; all of them hear of it."""
     all_in = threading.Event()
 
-    def dead(stage: int, rows: Sequence[RowState]) -> None:
+    def fail(stage: int, rows: Sequence[RowState]) -> None:
         all_in.wait(LIMIT_S)
-        raise RuntimeError("device lost")
+        raise error
 
+    runner.befall = fail
+    futures = [engine.submit(image) for image in images]
+    all_in.set()
+    for future in futures:
+        with pytest.raises(kind, match=str(error)):
+            future.result(LIMIT_S)
+
+
+def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     engine, runner = troubled(bundle)
     with running(engine):
-        runner.befall = dead
-        futures = [engine.submit(image) for image in images]
-        all_in.set()
-        for future in futures:
-            with pytest.raises(EngineError, match=r"device lost"):
-                future.result(LIMIT_S)
+        fail_all(engine, runner, images, RuntimeError("device lost"), EngineError)
         wait_until("it is in trouble", lambda: engine.trouble is not None)
         assert engine.trouble == "every batch fails (device lost)"
         with pytest.raises(EngineUnsound, match="device lost"):
@@ -242,20 +249,10 @@ def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, ima
 
 
 def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundle, images: NDArray[np.uint8]) -> None:
-    all_in = threading.Event()
-
-    def lost(stage: int, rows: Sequence[RowState]) -> None:
-        all_in.wait(LIMIT_S)
-        raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
-
     engine, runner = troubled(bundle)
     with running(engine):
-        runner.befall = lost
-        futures = [engine.submit(image) for image in images]
-        all_in.set()
-        for future in futures:
-            with pytest.raises(EngineLost, match="illegal memory access"):
-                future.result(LIMIT_S)
+        error = FatalRunnerError("CUDA error: an illegal memory access was encountered")
+        fail_all(engine, runner, images, error, EngineLost)
         assert "illegal memory access" in str(engine.broken.result(LIMIT_S))
         assert not engine.is_alive
         with pytest.raises(EngineLost):
