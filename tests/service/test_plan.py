@@ -1,14 +1,17 @@
 """`python -m service plan` as people type it: the bundle that ships, stage times from a file or measured here."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from models.bundle import load_bundle
 from service.__main__ import main
-from service.plan import command, host_times, planning, plot
+from service.plan import command, host_times, neighbours, planning, plot
 from service.plan.measuring import measure
 from service.plan.stage_times import StageTimes, StageTimesError
 from tests.bundles import tiny_bundle
@@ -141,6 +144,37 @@ def test_a_plot_is_drawn(tmp_path, capsys, shipped_times, monkeypatch, short_run
     code, _, err = plan(capsys, *asked, "--plot", tmp_path / "plan.nonsense")
     assert code == 2
     assert "plan.nonsense" in err
+
+
+def test_times_that_were_measured_beside_other_work_say_so(capsys, shipped_times, tmp_path, monkeypatch, short_runs):
+    monkeypatch.setattr(command, "measure", lambda *_, **__: StageTimes.load(shipped_times))
+    saved = tmp_path / "here.json"
+    for seconds_of_others, told in ((1e6, "beside other work that had 100% of the cores"), (0.0, "")):
+        worked = iter([0.0, seconds_of_others])
+        monkeypatch.setattr(neighbours, "_busy_s", lambda worked=worked: next(worked))
+        _, out, err = plan(capsys, "--model", SHIPPED, "--rate", "10", "--save-stage-times", saved)
+        for text in (out, err, StageTimes.load(saved).machine):
+            assert "other work" not in text if not told else told in text
+
+
+@pytest.mark.skipif(not neighbours.STAT.exists(), reason="Linux tells what cores do")
+def test_what_others_have_of_the_cores_is_read():
+    spinning = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(spinning, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        began = Path(f"/proc/{other.pid}/stat").read_text().split()
+        with neighbours.Neighbours() as seen:
+            time.sleep(0.5)
+            worked = Path(f"/proc/{other.pid}/stat").read_text().split()
+        other.kill()
+    its_own_s = (int(worked[13]) - int(began[13])) / os.sysconf("SC_CLK_TCK")
+    assert seen.share is not None
+    # It is one of the others, whose clock ticks by the hundredth of a second.
+    assert 1.0 >= seen.share >= 0.5 * (its_own_s - 0.05) / (os.cpu_count() or 1)
+    with neighbours.Neighbours() as seen:
+        sum(range(3_000_000))  # one's own work is not another's
+    assert seen.share is not None
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
