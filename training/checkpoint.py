@@ -106,16 +106,19 @@ class RunFolder:
             log.write(json.dumps(record) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """One record an epoch, in order."""
+        """One record an epoch, in order; without a last one that was cut short, when a run was killed."""
         if not self.log.is_file():
             return []
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        *lines, _ = self.log.read_text().split("\n")
+        return [json.loads(line) for line in lines]
 
     def trim_log(self, n_epochs: int) -> None:
         """Forget epochs after the first `n_epochs`: a run killed between its log and its checkpoint does them again."""
         if self.log.is_file():
             kept = [record for record in self.read_log() if record["epoch"] <= n_epochs]
-            self.log.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial = self.log.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.replace(self.log)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write beside the old checkpoint, then replace it: a run that is killed while writing loses nothing."""

@@ -58,6 +58,18 @@ def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(tmp_path: Path, im
     assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
 
+def test_a_run_killed_as_it_wrote_its_log_goes_on(tmp_path: Path, images: ImageSet) -> None:
+    trainer(tmp_path / "whole", images).train()
+    for _ in range(STEPS_PER_EPOCH + 1):
+        run = trainer(tmp_path / "cut", images)
+        run.train(time_limit_s=0)
+    with run.folder.log.open("a") as log:
+        log.write('{"epoch": 2, "losses": [0.')
+    assert [record["epoch"] for record in run.folder.read_log()] == [1]
+    trainer(tmp_path / "cut", images).train()
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_the_loss_logged_is_the_mean_over_the_epoch_whether_resumed_or_not(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
