@@ -15,6 +15,7 @@ import pytest
 from tests.service.process import REPOSITORY, ServerProcess, running_server
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+ROOMS = ("models", "training", "service", "examples", "benchmarks", "docker", "tests")
 STARTS = ("curl ", "for image in ", "python ", ".venv/bin/python ", "make ", "docker ", "source ")
 
 
@@ -143,3 +144,12 @@ def test_make_train_without_images_asks_for_them(tmp_path: Path) -> None:
     done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stdout == "which images? make train DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)\n"
+
+
+def test_every_source_file_that_is_named_is_there() -> None:
+    there = [
+        path.relative_to(REPOSITORY).as_posix() for folder in ROOMS for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    for page in PAGES:
+        for name in re.findall(r"`([\w./-]+\.py)`", page.read_text()):
+            assert any(path == name or path.endswith(f"/{name}") for path in there), f"{page.name}: {name}"
