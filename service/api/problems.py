@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service.logs import NOTES
@@ -132,16 +131,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return respond(request, problem)
 
 
-async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return respond(
-        request,
-        Problem(422, "bad-parameter", "Bad parameter", f"{where}: {first['msg']}. See /docs for what is taken."),
-    )
-
-
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this answer, so the server's log has the trace: none here.
     request_id = request.scope.get("request_id", "")
@@ -153,5 +142,4 @@ def install(app: FastAPI) -> None:
     """Answer every error of `app` with a problem document."""
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(Exception, _on_bug)

@@ -244,6 +244,51 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
     assert isinstance(front.run(answer_of(proxy, IMAGES[0])), Answer)
 
 
+def narrow(channel: Channel) -> None:
+    """Have a channel's socket hold a few kilobytes, as little as the kernel allows."""
+    channel._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+
+def test_answers_that_a_worker_does_not_read_wait_for_it(front: Front) -> None:
+    channel = front.hub._links[0].channel
+    narrow(channel)
+    told: list[tuple[Any, Told]] = []
+
+    async def ask() -> None:
+        for i, image in enumerate(IMAGES[:N_SLOTS]):
+            options = Options(top_k=10, exit=front.n_exits, steps=True)
+            front.proxies[0].submit_to(told.extend, i, image, options, flush=False)
+        front.proxies[0].flush()
+        wait_until("the socket is full", lambda: channel._unsent)  # meanwhile this event loop reads nothing
+        assert isinstance(front.engine.submit(IMAGES[0]).result(LIMIT_S), Answer)  # and the engine goes on
+        await settled(front.proxies[0])
+
+    front.run(ask())
+    assert Counter(i for i, _ in told) == dict.fromkeys(range(N_SLOTS), front.n_exits)
+    assert sum(isinstance(outcome, Answer) for _, outcome in told) == N_SLOTS
+
+
+def test_what_the_hub_does_not_read_waits_for_it(front: Front) -> None:
+    proxy, channel, go_on = front.proxies[0], front.channels[0], threading.Event()
+    narrow(channel)
+    seconds: list[float] = []
+    front.engine.took = seconds.append  # type: ignore[method-assign]
+    front.hub._do(lambda: go_on.wait(LIMIT_S))
+
+    async def ask() -> Told:
+        for _ in range(10_000):
+            proxy.took(0.5)
+        proxy.flush()
+        assert channel._unsent
+        answer = asyncio.create_task(answer_of(proxy, IMAGES[0]))
+        await asyncio.sleep(0)
+        go_on.set()
+        return await answer
+
+    assert isinstance(front.run(ask()), Answer)
+    assert seconds == [0.5] * 10_000
+
+
 @pytest.mark.parametrize(
     "payload", [b"\0", wire.pack_submissions([(0, Options(), (9, 9_999))])], ids=["no frame", "no picture"]
 )
