@@ -195,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
         train(network, trained_on, options.epochs)
         training = {"example": "examples/own_network.py", "epochs": options.epochs, "seed": 0}
         make_bundle(network, images, split, training, options.output)
-    except (DataError, StagingError, BundleError) as error:
+    except (DataError, StagingError, BundleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sample = options.output.with_name(f"{options.output.name}-sample.png")

@@ -74,3 +74,11 @@ def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
     assert told.startswith("error: ")
     assert "nowhere" in told
     assert told.count("\n") == 1
+
+
+def test_a_bundle_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file" / "bundle"), "--images", "60", "--epochs", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert str(tmp_path / "file") in told

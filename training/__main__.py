@@ -329,9 +329,12 @@ def run_command() -> None:
     """Run the command line; bad input is told in a sentence, with status 2."""
     try:
         app()
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # not about a file that somebody named
+        told = error if isinstance(error, TrainingError) else f"{error.filename}: {error.strerror}"
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {told}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

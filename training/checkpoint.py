@@ -123,7 +123,15 @@ class RunFolder:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write beside the old checkpoint, then replace it: a run that is killed while writing loses nothing."""
         partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # as torch says that the disk is full
+            partial.unlink(missing_ok=True)
+            reason = str(error).partition("\n")[0]
+            raise RunError(
+                f"{partial}: can't be written whole ({reason}): if the disk is full, make room and give the same command "
+                "again, which goes on from the checkpoint before"
+            ) from error
         partial.replace(self.checkpoint)
 
     def load_checkpoint(self) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """The four steps as a person types them."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 
 from models.bundle import load_bundle
 from models.onnx_weights import load_stage_session
 from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.__main__ import run_command
-from training.checkpoint import RunFolder
+from training.checkpoint import RunError, RunFolder
 from training.data import Split
 from training.predicting import FITTED
 
@@ -194,6 +196,29 @@ def test_bad_input_is_one_sentence_with_status_2(
         assert expected in told
         assert "Traceback" not in told
     assert not run.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_by_name(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert command(monkeypatch, "train", file / "run", "--data", data, "--recipe", recipe) == 2
+    assert capsys.readouterr().err == f"error: {file / 'run'}: Not a directory\n"
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_checkpoint({"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RunError, match="if the disk is full, make room and give the same command again"):
+            folder.save_checkpoint({"step": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folder.load_checkpoint() == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_the_checkpoint_of_a_run_holds_no_code(tmp_path: Path, data: Path, recipe: Path, monkeypatch) -> None:
