@@ -14,6 +14,8 @@ from torch import nn
 from training.errors import TrainingError
 from training.recipe import Recipe
 
+DESCRIBED = frozenset({"recipe", "seed", "data", "processes"})  # what the steps after training read of run.json
+
 
 class RunError(TrainingError):
     """A run folder that can't be used; the message names the file and the fix."""
@@ -92,13 +94,15 @@ class RunFolder:
             description: dict[str, Any] = json.loads(self.description.read_text())
         except ValueError as error:
             raise RunError(f"{self.description}: damaged ({error}); train into another folder") from error
+        if not isinstance(description, dict) or DESCRIBED - description.keys():
+            raise RunError(f"{self.description}: damaged, or of another version; train into another folder")
         return description
 
     def read_recipe(self) -> Recipe:
         """The recipe in run.json; raises as `read_description`."""
         try:
             return Recipe.model_validate(self.read_description()["recipe"])
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise RunError(f"{self.description}: damaged, or of another version; train into another folder") from error
 
     def append_log(self, record: dict[str, Any]) -> None:

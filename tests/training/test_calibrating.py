@@ -123,6 +123,16 @@ def test_a_network_trained_on_since_must_be_calibrated_again(folder: RunFolder, 
         CalibrationRecord.load(folder)
 
 
+def test_what_is_no_run_is_told(folder: RunFolder, images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no run there \(run\.json is missing\)"):
+        calibrate(RunFolder(tmp_path / "nowhere"), images, CPU)
+    whole = folder.description.read_text()
+    for damaged in (whole[:100], "[]", "{}", json.dumps({**json.loads(whole), "recipe": {"epochs": "many"}})):
+        folder.description.write_text(damaged)
+        with pytest.raises(RunError, match=r"run\.json: damaged.*train into another folder"):
+            calibrate(folder, images, CPU)
+
+
 def test_missing_and_damaged_files_are_told(folder: RunFolder, images: ImageSet) -> None:
     with pytest.raises(RunError, match="not calibrated yet"):
         CalibrationRecord.load(folder)
