@@ -31,7 +31,7 @@ from training.optimiser import optimiser_of
 from training.processes import Processes, StopRequest
 from training.recipe import Recipe
 from training.schedule import learning_rate
-from training.starting import identity_of, start_from
+from training.starting import identity_of, start_from, training_of
 
 EVALUATION_ROWS = 500
 
@@ -114,6 +114,7 @@ class Trainer:
             description["precision"] = self.precision
             if self.start is not None:
                 description["from"] = identity_of(self.start)
+                description["before"] = training_of(self.start)
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.folder.trim_log(0)
             split.save(self.folder.split)

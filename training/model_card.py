@@ -57,7 +57,7 @@ over all budgets. On the test images at {n_costs} equal measured costs it is {te
 Python {python}, commit `{commit}`.
 
     {command}
-
+{before}
 {optimisation} All of the recipe is in `manifest.json` under `training`.
 
 ## Images
@@ -138,6 +138,7 @@ def model_card(
         python=training["python"],
         commit=training["commit"] or "unknown",
         command=training["command"],
+        before=_before(training),
         optimisation=_optimisation(recipe),
         images=images or (CIFAR100 if record.data_name == "cifar100" else OWN_IMAGES),
         split=record.split_sha256,
@@ -168,6 +169,19 @@ def _objective(recipe: Recipe, record: CalibrationRecord) -> str:
         text += (
             "\nThen, with the heads as trained, F_n = t_n F_(n-1) + s_n f_n was fitted to the held-out images, one\n"
             "exit after the other: t from exit 2 on {}; s {}.".format(*fitted)
+        )
+    return text
+
+
+def _before(training: dict[str, Any]) -> str:
+    """What the network had learned before this run, the last run first."""
+    text = ""
+    while "before" in training:
+        start, training = training["from"], training["before"]
+        hours = f"{training['seconds'] / 3600:.1f}"
+        text += (
+            f"\nIt went on from the weights of `{start}`: {training['epochs']:.4g} epochs in {hours} hours, "
+            f"seed {training['seed']}, commit\n`{training['commit'] or 'unknown'}`.\n\n    {training['command']}\n"
         )
     return text
 

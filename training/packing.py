@@ -102,5 +102,5 @@ def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[s
         "torch": made_by["torch"],
         "python": made_by["python"],
         "temperatures": list(record.temperatures),
-        **({"from": made_by["from"]} if "from" in made_by else {}),
+        **{name: made_by[name] for name in ("from", "before") if name in made_by},  # where it went on from a bundle
     }

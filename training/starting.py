@@ -1,6 +1,7 @@
 """Starts a run from a bundle's weights in place of fresh ones: to train a network on, or for other images."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,15 @@ def identity_of(bundle: Path) -> str:
     """
     manifest = _manifest_of(bundle)
     return f"{manifest.name} {manifest.version}"
+
+
+def training_of(bundle: Path) -> dict[str, Any]:
+    """How a bundle was trained, as its manifest tells it, for the run that goes on from it: its past stays known.
+
+    Raises:
+        RunError: there is no bundle, or it is damaged.
+    """
+    return dict(_manifest_of(bundle).training)
 
 
 def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split) -> None:

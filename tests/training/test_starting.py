@@ -62,7 +62,10 @@ def test_training_goes_on_from_the_weights_of_the_bundle(tmp_path: Path, images:
     assert str(tmp_path) not in json.dumps(description)
     # And from what that makes: half-precision weights are widened.
     again = exported(trainer.folder, images, tmp_path / "second-bundle", half_weights=True)
-    assert json.loads((again / "manifest.json").read_text())["training"]["from"] == f"first-bundle {version}"
+    training = json.loads((again / "manifest.json").read_text())["training"]
+    assert training["from"] == f"first-bundle {version}"
+    assert training["before"] == json.loads((bundle / "manifest.json").read_text())["training"]
+    assert f"went on from the weights of `first-bundle {version}`" in (again / "README.md").read_text()
     assert CalibrationRecord.load(trainer.folder).split_sha256 == CalibrationRecord.load(made).split_sha256
     third = started(tmp_path / "third", images, again).network.state_dict()
     for name, value in trainer.network.state_dict().items():
