@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from models.bundle import Bundle, write_bundle
+from models.bundle import Bundle
+from models.bundle_writing import write_bundle
 from models.calibration import Calibration
 from models.scores import plain_scores, score_exits
 

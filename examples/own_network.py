@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.bundle import BundleError, write_bundle
+from models.bundle import BundleError
+from models.bundle_writing import write_bundle
 from models.cost import measure_cost
 from models.staging import StagingError
 from training.augment import DeviceImages

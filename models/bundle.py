@@ -9,18 +9,17 @@
     README.md, frontier.png
 
 Reading one trusts nothing: sizes and digests are checked before anything is parsed, and whatever does not fit gives a
-`BundleError` that names the file, the reason and the fix. No torch here: the server imports this.
+`BundleError` that names the file, the reason and the fix. `models.bundle_writing` makes them. No torch here: the server
+imports this.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,87 +142,9 @@ def files_digest(files: Mapping[str, FileInfo]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
-def check_target(target: Path, replace: bool) -> None:
-    """See that a bundle may be put there; for whoever has much to do before it is.
-
-    Raises:
-        BundleError: the place is taken.
-    """
-    if target.exists() and not replace:
-        raise BundleError(target, "", "something stands there already", "give another folder, or replace it")
-    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise BundleError(target, "", "it holds something that is no bundle", "give another folder")
-
-
-def write_bundle(
-    folder: Path | str,
-    manifest: Mapping[str, Any],
-    calibration: Calibration,
-    contents: Path,
-    replace: bool = False,
-) -> Bundle:
-    """Make a bundle, all of it or nothing.
-
-    Args:
-        folder: where it is to stand; it appears by one rename, complete and already checked.
-        manifest: plain JSON values for every field of `Manifest` but `format_version`, `version` and `files`.
-        calibration: written as `calibration.npz`.
-        contents: a folder whose files make up the rest: `stages/`, `README.md` and so on. It is copied.
-        replace: put it in the place of a bundle that stands there.
-
-    Raises:
-        BundleError: what was given does not make a bundle that `load_bundle` accepts, or `folder` is taken.
-    """
-    target = Path(folder)
-    check_target(target, replace)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename stays on one disk.
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        shutil.copytree(contents, made, dirs_exist_ok=True)
-        (made / MANIFEST).unlink(missing_ok=True)
-        calibration.save(made / CALIBRATION)
-        files = {
-            file.relative_to(made).as_posix(): FileInfo(sha256=_sha256(file), bytes=file.stat().st_size)
-            for file in sorted(made.rglob("*"))
-            if file.is_file()
-        }
-        complete = {
-            **manifest,
-            "format_version": FORMAT_VERSION,
-            "version": files_digest(files),
-            "files": {file: info.model_dump() for file, info in files.items()},
-        }
-        try:
-            text = json.dumps(complete, indent=2, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise BundleError(target, MANIFEST, f"not plain JSON ({error})", "give plain finite values") from error
-        (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        made.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        try:
-            load_bundle(made)
-        except BundleError as error:
-            raise BundleError(target, error.file, error.reason, "mend what is being written") from error
-        _put_in_place(made, target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-    return load_bundle(target, verify=False)
-
-
-def _put_in_place(made: Path, target: Path) -> None:
-    """A folder cannot take a full one's name in one step: the old one steps aside first, and back if that fails."""
-    if not target.exists():
-        made.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    target.rename(aside / "bundle")
-    try:
-        made.rename(target)
-    except OSError:
-        (aside / "bundle").rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -271,13 +192,8 @@ def _check_file(folder: Path, file: str, info: FileInfo, verify: bool) -> None:
     if size != info.bytes:
         reason = f"{size} bytes where the manifest says {info.bytes}"
         raise BundleError(folder, file, reason, f"it was cut short or changed: {COPY_AGAIN}")
-    if verify and _sha256(path) != info.sha256:
+    if verify and sha256_of(path) != info.sha256:
         raise BundleError(folder, file, "its sha256 is not the manifest's", f"it was changed: {COPY_AGAIN}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_undeclared(folder: Path, manifest: Manifest) -> None:

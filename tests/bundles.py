@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from models.bundle import BundleError, files_digest, load_bundle, write_bundle
+from models.bundle import BundleError, files_digest, load_bundle
+from models.bundle_writing import write_bundle
 from models.calibration import Calibration
 from models.cost import measure_cost
 from models.manifest import FileInfo

@@ -133,8 +133,8 @@ class RunFolder:
             partial.unlink(missing_ok=True)
             reason = str(error).partition("\n")[0]
             raise RunError(
-                f"{partial}: can't be written whole ({reason}): if the disk is full, make room and give the same command "
-                "again, which goes on from the checkpoint before"
+                f"{partial}: can't be written whole ({reason}): if the disk is full, make room and give the same "
+                "command again, which goes on from the checkpoint before"
             ) from error
         partial.replace(self.checkpoint)
 

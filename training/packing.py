@@ -7,7 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from models.boosting import temperatures_per_exit
-from models.bundle import BundleError, check_target, write_bundle
+from models.bundle import BundleError
+from models.bundle_writing import check_target, write_bundle
 from models.staging import StagingError
 from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunError, RunFolder

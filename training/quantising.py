@@ -18,7 +18,8 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import MANIFEST, Bundle, BundleError, load_bundle, write_bundle
+from models.bundle import MANIFEST, Bundle, BundleError, load_bundle
+from models.bundle_writing import write_bundle
 from models.calibration import CALIBRATION, CALIBRATION_INT8
 from models.exits import outcome
 from models.frontier import build_frontier

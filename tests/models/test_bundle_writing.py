@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from models.bundle import BundleError, load_bundle, write_bundle
+from models.bundle import BundleError, load_bundle
+from models.bundle_writing import write_bundle
 from models.calibration import Calibration
 from models.manifest import Manifest
 from tests.bundles import read_manifest
