@@ -131,6 +131,10 @@ def test_what_is_no_run_is_told(folder: RunFolder, images: ImageSet, tmp_path: P
         folder.description.write_text(damaged)
         with pytest.raises(RunError, match=r"run\.json: damaged.*train into another folder"):
             calibrate(folder, images, CPU)
+    folder.description.write_text(whole)
+    folder.checkpoint.unlink()
+    with pytest.raises(RunError, match=r"no checkpoint\.pt yet"):
+        calibrate(folder, images, CPU)
 
 
 def test_missing_and_damaged_files_are_told(folder: RunFolder, images: ImageSet) -> None:

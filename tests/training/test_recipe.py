@@ -120,3 +120,9 @@ def test_sizes_divide_the_run_in_equal_parts() -> None:
     resized = Augmentation(crop_padding_px=0, crop_area=(0.3, 1.0), sizes_px=[16, 24, 32])
     assert [resized.size_px(step, 7) for step in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     assert Augmentation().size_px(3, 7) is None
+
+
+def test_gates_and_mixed_images_do_not_go_together() -> None:
+    tiny.recipe(objective={"gates": 0.3})
+    with pytest.raises(ValueError, match="leave out cutmix"):
+        tiny.recipe(objective={"gates": 0.3}, augmentation={"cutmix": 0.5})

@@ -107,6 +107,20 @@ def test_a_seed_that_the_study_does_not_have_is_refused(tmp_path: Path, study: S
         run_study(study, tmp_path / "runs", tmp_path, CPU, n_processes=1, seeds=[1, 7])
 
 
+def test_a_run_of_another_recipe_is_not_taken_for_the_studys(tmp_path: Path, study: Study) -> None:
+    images = tiny.image_set(tmp_path / "cifar")
+    _, _, run = next(study.runs(tmp_path / "runs"))
+    Trainer(study.recipe_of("boosted"), images, run, 0, Processes(0, 1, CPU)).train(time_limit_s=0)
+    with pytest.raises(StudyError, match="joint-seed0: trained with another recipe than the study's"):
+        run_study(study, tmp_path / "runs", tmp_path / "cifar", CPU, n_processes=1)
+
+
+def test_a_run_that_fails_ends_the_study(tmp_path: Path, study: Study, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StudyError, match="joint-seed0: ended early; give the same command again"):
+        run_study(study, tmp_path / "runs", tmp_path / "nowhere", CPU, n_processes=1)
+    assert "no such file or folder" in capfd.readouterr().err
+
+
 def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> None:
     with pytest.raises(StudyError, match=r"'boosted' has not been trained"):
         results_of(study, tmp_path / "runs")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.bundles import tiny_bundle
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
@@ -86,3 +87,5 @@ def test_other_images_are_refused(made: tuple[RunFolder, Path], images: ImageSet
 def test_a_bundle_that_was_not_trained_here_is_refused(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(RunError, match=r"manifest\.json"):
         unpack(tmp_path, RunFolder(tmp_path / "again"), images)
+    with pytest.raises(RunError, match="holds no recipe that"):
+        unpack(tiny_bundle(tmp_path / "random"), RunFolder(tmp_path / "again"), images)
