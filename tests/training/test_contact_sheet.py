@@ -4,11 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.training import tiny
-from training.checkpoint import RunError
-from training.contact_sheet import Sheet, _draw, choose_images
+from training.calibration import ExitOutputs, calibrate
+from training.checkpoint import RunError, RunFolder
+from training.contact_sheet import Sheet, _draw, choose_images, draw_sheet
+from training.data import ImageSet
+from training.evaluation import cost_of, evaluate
 from training.figures import figure_axes
+from training.loop import Trainer
+from training.processes import Processes
 
 LABELS = np.repeat([0, 1, 2], 8)
 EXITS = np.tile([0, 0, 3, 3, 0, 3, 2, 1], 3)
@@ -45,3 +51,17 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     assert np.array_equal(mosaic[:32, 32:64], images.test_images[1])
     assert np.array_equal(mosaic[-32:, :32], images.test_images[12])
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_drawn_once_evaluated_and_with_its_own_images_alone(tmp_path: Path) -> None:
+    images, folder = tiny.image_set(tmp_path / "cifar"), RunFolder(tmp_path / "run")
+    Trainer(tiny.recipe(), images, folder, 0, Processes(0, 1, torch.device("cpu"))).train()
+    record = calibrate(folder, images, torch.device("cpu"))
+    with pytest.raises(RunError, match="not evaluated yet"):
+        draw_sheet(folder, images, 0.5)
+    evaluate(ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test), cost_of(folder, record)).save(
+        folder, record
+    )
+    others = ImageSet(**{**vars(images), "test_labels": images.test_labels[::-1].copy()})
+    with pytest.raises(RunError, match="calibrated on other images"):
+        draw_sheet(folder, others, 0.5)
