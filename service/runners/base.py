@@ -113,10 +113,14 @@ class PreparingRunner(Runner, Protocol):
 
 
 class Gathering:
-    """The rows of a batch as stretches of the blocks they lie in, found once for all values."""
+    """The rows of a batch as the blocks they are, or as stretches of those they lie in, found once for all values."""
 
     def __init__(self, rows: Sequence[RowState]) -> None:
         self.n_rows = len(rows)
+        self._singles = [row.block for row in rows if row.block.n_rows == 1]
+        self.copies = self.n_rows > 1
+        if len(self._singles) == self.n_rows:
+            return
         self._stretches: list[tuple[Block, list[int] | slice]] = []
         indices: list[int] = []
         block = None
@@ -134,6 +138,9 @@ class Gathering:
         Rows that stand side by side in one block are returned as they are, a view; all others are gathered into `out`
         [n_rows, ...], or into a new array.
         """
+        if len(self._singles) == self.n_rows:  # images, above all
+            blocks = [block.values[name] for block in self._singles]
+            return np.concatenate(blocks, out=out) if self.copies else blocks[0]
         first, indices = self._stretches[0]
         if len(self._stretches) == 1 and isinstance(indices, slice):
             return first.values[name][indices]

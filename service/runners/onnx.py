@@ -52,6 +52,7 @@ class OnnxRunner:
         self._sessions, self.provider = _open_sessions(bundle, device)
         self.n_lanes = n_lanes or (1 if self.provider == CUDA else default_lanes())
         self._image = self.stages[0].inputs[0]
+        self._image_shape, self._image_dtype = tuple(self._image.shape), np.dtype(self._image.dtype)
         # What a row carries on from stage k: everything made up to it that a later stage reads.
         needed = [
             {value.name for stage in self.stages[k + 1 :] for value in stage.inputs} for k in range(len(self.stages))
@@ -67,11 +68,9 @@ class OnnxRunner:
         return len(self.stages)
 
     def first_state(self, image: NDArray[np.uint8]) -> RowState:
-        wanted = tuple(self._image.shape)
-        if image.shape != wanted or image.dtype != np.dtype(self._image.dtype):
-            raise ValueError(
-                f"an image {image.dtype} {image.shape} where the network takes {self._image.dtype} {wanted}"
-            )
+        if image.shape != self._image_shape or image.dtype != self._image_dtype:
+            wanted = f"{self._image_dtype} {self._image_shape}"
+            raise ValueError(f"an image {image.dtype} {image.shape} where the network takes {wanted}")
         return RowState(Block({self._image.name: image[None]}, 1), 0)
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
