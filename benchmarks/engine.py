@@ -219,7 +219,7 @@ def main(
         "n_lanes": lanes,
         "max_rows": max_rows,
         "lookahead_batches": lookahead,
-        "max_in_flight_rows": in_flight + max_rows,  # a batch's are answered a moment before they are counted out
+        "max_in_flight_rows": in_flight,
     }
     policies = list(POLICIES) if policy == "all" else [policy]
     reports = measure(loaded, pixels, description, fraction, rounds, in_flight, policies, **options)

@@ -21,6 +21,8 @@ from service.steering import MEGA
 
 logger = logging.getLogger(__name__)
 
+BEHIND_ROWS = 32  # that wait for a lane, and a full batch
+
 
 class Core:
     """Every row in flight, and what becomes of it.
@@ -93,6 +95,14 @@ class Core:
             elif waits:
                 self._end(row, EngineTooLate())
 
+    def is_behind(self, n_lanes: int) -> bool:
+        """Whether so many images wait for every lane that nobody notices a decision that comes a batch later."""
+        return len(self.scheduler) >= n_lanes * max(self.scheduler.max_rows, BEHIND_ROWS)
+
+    def batches_out(self, n_lanes: int) -> int:
+        """How many batches the lanes are to have, those that run among them, so that no lane waits for a decision."""
+        return 2 * n_lanes + ((n_lanes + 1) // 2 if self.is_behind(n_lanes) else 0)
+
     def next_batch(self, now_s: float) -> Batch | None:
         """Take the next batch to run, charged; None if nothing waits."""
         while self._retries:
@@ -121,10 +131,10 @@ class Core:
     def finish(self, batch: Batch, now_s: float) -> None:
         """Take back a batch that has run: every row of it leaves or goes on."""
         self.budget.refresh()
-        seconds = batch.ended_s - batch.started_s
+        seconds, held_s = batch.ended_s - batch.started_s, now_s - batch.ended_s
         waits = [batch.started_s - row.queued_since_s for row in batch.rows]
         for row, wait in zip(batch.rows, waits, strict=True):
-            row.queue_s += wait
+            row.queue_s += wait + held_s
             row.compute_s += seconds
         if batch.result is None:
             self.scheduler.limits.failed(batch.stage, len(batch.rows), batch.error)
@@ -197,7 +207,7 @@ class Core:
     def _answer(self, batch: Batch, result: BatchResult, leaving: Sequence[tuple[int, Reason]]) -> None:
         answers = []
         indices = [i for i, _ in leaving]
-        sure = result.confidences(indices)
+        sure = [result.confidences[i] for i in indices]
         most = max(batch.rows[i].options.top_k for i in indices)
         ranked = wishes.rank(result.logits[indices], sure, most) if most > 1 else [()] * len(indices)
         for (i, reason), share, best in zip(leaving, sure, ranked, strict=True):

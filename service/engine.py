@@ -24,7 +24,7 @@ from service.costs import HOST_BATCH_S, CostTable
 from service.degrade import Degrade
 from service.guard import HANG_S
 from service.inbox import Abandon, Wake
-from service.lanes import Lanes, Score
+from service.lanes import Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
 from service.rows import Answer, EngineDraining, EngineError, Options, Request, Sink, Step, Told
@@ -46,7 +46,7 @@ class Engine:
         class_names: by class id.
         max_in_flight_rows: images held at once; beyond it `submit` refuses.
         lookahead_batches: batches handed to the lanes beyond those running, so that no lane waits for a decision; by
-            default one a lane.
+            default one a lane, and half as many more while images wait by the batch.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
         max_queue_s: predicted wait beyond which `submit` refuses as well.
@@ -81,7 +81,8 @@ class Engine:
         self._degrade.set(budget.working_mflops, latency_s, clock())
         self._loop = Loop(
             self._core,
-            Lanes(runner, score, self._inbox.put),
+            runner,
+            score,
             self._inbox,
             self._admission,
             self._degrade,

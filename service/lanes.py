@@ -52,13 +52,7 @@ class BatchResult:
     copy_s: float
     classes: list[int]  # the leading class
     scores: list[float]  # the exit's score
-    known_confidences: NDArray[np.float64] | None = None  # of all rows, where the runner has worked them out
-
-    def confidences(self, indices: Sequence[int]) -> list[float]:
-        """The softmax outputs of the leading classes of some rows."""
-        known = self.known_confidences
-        shares: list[float] = (confidence(self.logits[indices]) if known is None else known[indices]).tolist()
-        return shares
+    confidences: list[float]  # the softmax output of the leading class
 
 
 class Lanes:
@@ -77,6 +71,11 @@ class Lanes:
 
     def __len__(self) -> int:
         return len(self._threads)
+
+    @property
+    def n_waiting(self) -> int:
+        """Batches that no lane has taken yet."""
+        return self._queue.qsize()
 
     def start(self) -> None:
         for thread in self._threads:
@@ -155,8 +154,9 @@ class Lanes:
         else:
             scores = self._score(batch.stage, logits, self._score.start(block.n_rows))[0]
         classes = logits.argmax(axis=1) if heads is None else heads.classes
-        confidences = None if heads is None else heads.confidences
+        # Of rows that go on as well: here numpy's code is in the cache, on the engine's thread it is not.
+        confidences = confidence(logits) if heads is None else heads.confidences
         if batch.places is not None:
             logits, scores, classes = logits[batch.places], scores[batch.places], classes[batch.places]
-            confidences = None if confidences is None else confidences[batch.places]
-        return BatchResult(logits, block, output.copy_seconds, classes.tolist(), scores.tolist(), confidences)
+            confidences = confidences[batch.places]
+        return BatchResult(logits, block, output.copy_seconds, classes.tolist(), scores.tolist(), confidences.tolist())

@@ -18,14 +18,14 @@ from service.core import Core
 from service.degrade import Degrade
 from service.guard import Guard
 from service.inbox import Abandon, Call, Stop, Wake
-from service.lanes import Batch, Lanes
+from service.lanes import Batch, Lanes, Score
 from service.pace import Pace
 from service.rows import EngineError, EngineLost, EngineUnsound
-from service.runners.base import FatalRunnerError
+from service.runners.base import FatalRunnerError, Runner
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Message = Batch | Abandon | Call | Wake | Stop
+Message = Abandon | Call | Wake | Stop
 
 
 class Loop:
@@ -33,7 +33,8 @@ class Loop:
 
     Args:
         core: owned by the thread from `start` to its end.
-        inbox: where lanes post their batches; anybody may put messages.
+        runner, score: for its lanes.
+        inbox: anybody may put messages.
         lookahead_batches: see `Engine`.
         max_queue_s, hang_s: see `Engine`.
         clock: seconds.
@@ -42,7 +43,8 @@ class Loop:
     def __init__(
         self,
         core: Core,
-        lanes: Lanes,
+        runner: Runner,
+        score: Score,
         inbox: SimpleQueue[Message],
         admission: Admission,
         degrade: Degrade,
@@ -54,11 +56,11 @@ class Loop:
         self.core = core
         self.admission = admission
         self.degrade = degrade
-        self.guard = Guard(len(lanes), hang_s)
-        self.pace = Pace(len(lanes), 0.0)
+        self.guard = Guard(runner.n_lanes, hang_s)
+        self.pace = Pace(runner.n_lanes, 0.0)
         self.owns = False  # the thread is there and takes messages
         self.n_delivered = 0  # of those that the core has ended
-        self._lanes = lanes
+        self._lanes = Lanes(runner, score, self._post)
         self._inbox = inbox
         self._lookahead_batches = lookahead_batches
         self._max_queue_s = max_queue_s
@@ -68,6 +70,8 @@ class Loop:
         self.trouble: str | None = None  # the same, once admission follows it: read by any thread
         self.broken: Future[EngineError] = Future()
         self._messages: deque[Message] = deque()  # taken from the inbox
+        self._ran: deque[Batch] = deque()  # posted by lanes
+        self._is_behind = False  # by the batch; read by lanes
         self._handing_over = threading.Lock()  # of what the thread owns, to it and back
         self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
 
@@ -101,6 +105,15 @@ class Loop:
             self._thread.join()
         self._lanes.stop(timeout_s=1.0)
 
+    # --- lanes --------------------------------------------------------------------------------------------------
+
+    def _post(self, batch: Batch) -> None:
+        """A batch has run. While images wait by the batch, the engine's thread is woken only once no batch is left that
+        a lane could take: each time it wakes its code is out of the cache, and that takes longer than a batch does."""
+        self._ran.append(batch)
+        if not (self._is_behind and self._lanes.n_waiting):
+            self._inbox.put(Wake())
+
     # --- the engine's thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -130,12 +143,12 @@ class Loop:
             self._wait()
         self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
         self._take_arrivals()
+        while self._ran:
+            self._take_back(self._ran.popleft())
         goes_on = True
         while self._messages:
             message = self._messages.popleft()
-            if isinstance(message, Batch):
-                self._take_back(message)
-            elif isinstance(message, Abandon):
+            if isinstance(message, Abandon):
                 self.core.abandon(message.request)
             elif isinstance(message, Call):
                 message.run()
@@ -200,30 +213,32 @@ class Loop:
             now_s = self._clock()
             batch = self.guard.trial(now_s) or self.core.next_batch(now_s)
             if batch is None:
-                return
+                break
             self.guard.began(batch, now_s)
             self._lanes.put(batch)
+        self._is_behind = self.core.is_behind(self.guard.n_lanes)
 
     @property
     def _max_running(self) -> int:
-        lanes = self.guard.lanes_left
-        return lanes + (lanes if self._lookahead_batches is None else self._lookahead_batches) if lanes else 0
+        lanes, ahead = self.guard.lanes_left, self._lookahead_batches
+        if ahead is None:
+            return self.core.batches_out(lanes)
+        return lanes + ahead if lanes else 0
 
     def _deliver(self) -> None:
         n_new = self.core.n_ended - self.n_delivered
         if not n_new and not self.core.outbox:
             return
         self.n_delivered += n_new
+        if n_new:  # first: who has an answer may send the next image at once
+            room_rows = self.pace.room_rows(self.degrade.bearable_wait_s(self._max_queue_s), self._max_rows)
+            self.admission.leave(n_new, room_rows, self.pace.row_s)
         for sink, outcomes in self.core.outbox.items():
             try:
                 sink(outcomes)
             except Exception:  # a client's trouble is not the engine's
                 logger.exception("%d outcomes could not be delivered", len(outcomes))
         self.core.outbox.clear()
-        if not n_new:  # steps alone
-            return
-        room_rows = self.pace.room_rows(self.degrade.bearable_wait_s(self._max_queue_s), self._max_rows)
-        self.admission.leave(n_new, room_rows, self.pace.row_s)
 
     def _wind_up(self, error: EngineError) -> None:
         """Whatever happened, nobody is left waiting: end every request, then hand over what the thread owned."""

@@ -79,7 +79,7 @@ class Answer:
     exit: int
     reason: Reason
     mflops: float  # charged: millions of multiply-adds, cumulative
-    queue_ms: float  # waiting to be run
+    queue_ms: float  # waiting to be run, and for the engine to see that it has run
     compute_ms: float  # in batches that ran
     batch_rows: int  # rows in the last batch it ran in
     score: float | None = None  # these two only where steps were asked for: the exit's score,

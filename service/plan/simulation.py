@@ -26,7 +26,7 @@ from service.rows import Answer, Options, Request, Told
 from service.runners.base import Block, RowState, lie_side_by_side
 from service.scheduler import Scheduler
 
-NOTHING = Block({}, 1)
+NOTHING, NO_LOGITS = Block({}, 1), np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +124,6 @@ class Simulation:
         self._wakes, self._spread = (cycle(draw(of, 8192).tolist()) for of in (times.wake_seconds, times.spread))
         self._rows: Iterator[int] = iter(())
         self._at_answer = at_answer
-        self._logits = np.zeros((setup.max_rows, 2), np.float32)  # read for an answer's confidence alone
         # Work in progress, by how much work will have been done on each piece when this one is.
         self._progress: list[tuple[float, int, Callable[[], None]]] = []
         self._done_s = 0.0  # work done on each piece in progress since the start
@@ -132,7 +131,8 @@ class Simulation:
         self._n_begun = 0
         self._host: deque[_HostWork] = deque()  # the first is in progress
         self._handed_over: deque[Batch] = deque()  # batches that no lane has begun
-        self._n_out = 0  # batches with the lanes
+        self._ran: list[Batch] = []  # not yet taken back
+        self._n_out = 0  # batches with the lanes, or not yet taken back
         self._n_running = 0
         self._arrived: list[Request] = []  # not yet seen by the engine
         self._closed_loop = 0  # images that are still to come, each when one has been answered
@@ -195,7 +195,7 @@ class Simulation:
 
         def arrive() -> None:
             self._arrived.append(request)
-            if self._n_out < self._max_out:
+            if self._n_out < self._core.batches_out(self._setup.n_lanes):
                 self._dispatch()
 
         self._ask_host(self._times.host_image_seconds + self._setup.http_image_s, arrive)
@@ -227,19 +227,15 @@ class Simulation:
 
     # --- the engine's thread, as `service.loop` -----------------------------------------------------------------
 
-    @property
-    def _max_out(self) -> int:
-        return 2 * self._setup.n_lanes
-
     def _take_arrivals(self) -> None:
-        if self._arrived:
-            self._core.admit(self._arrived, self.now_s)
-            self._arrived = []
+        arrived, self._arrived = self._arrived, []
+        self._core.admit(arrived, self.now_s)
 
-    def _take_back(self, batch: Batch) -> None:
-        self._n_out -= 1
+    def _take_back(self, batches: Sequence[Batch]) -> None:
+        self._n_out -= len(batches)
         self._take_arrivals()
-        self._core.finish(batch, self.now_s)
+        for batch in batches:
+            self._core.finish(batch, self.now_s)
         self._dispatch()
         for sink, told in self._core.outbox.items():
             sink(told)
@@ -247,7 +243,10 @@ class Simulation:
 
     def _dispatch(self) -> None:
         self._take_arrivals()
-        while self._n_out < self._max_out and (batch := self._core.next_batch(self.now_s)) is not None:
+        while self._n_out < self._core.batches_out(self._setup.n_lanes):
+            batch = self._core.next_batch(self.now_s)
+            if batch is None:
+                break
             self._n_out += 1
             self._handed_over.append(batch)
         self._run_lanes()
@@ -286,13 +285,15 @@ class Simulation:
         def end() -> None:
             self._n_running -= 1
             batch.ended_s = self.now_s
-            n_rows = len(batch.rows)
             scores = [self._scores[row.token.row][stage] for row in batch.rows]
-            batch.result = BatchResult(self._logits[:n_rows], Block({}, n_run), copy_s, [0] * n_rows, scores)
-            self.record.batch_rows[stage].append(n_rows)
+            batch.result = BatchResult(NO_LOGITS, Block({}, n_run), copy_s, [0] * len(scores), scores, scores)
+            self.record.batch_rows[stage].append(len(scores))
+            self._ran.append(batch)
             self._run_lanes()
             if self._host_wakes_s < inf and not self._cores_are_held:
                 self._host_wakes_s = self.now_s
-            self._ask_host(self._times.host_batch_seconds, lambda: self._take_back(batch))
+            if not (self._handed_over and self._core.is_behind(self._setup.n_lanes)):
+                ran, self._ran = self._ran, []
+                self._ask_host(len(ran) * self._times.host_batch_seconds, lambda: self._take_back(ran))
 
         self._begin(self._times.seconds(stage, n_run) * next(self._spread) + copy_s, end)

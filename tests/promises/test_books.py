@@ -144,7 +144,7 @@ class Books(RuleBasedStateMachine):
         n_run = len(batch.states)
         values = {} if batch.stage == N_EXITS - 1 else {"state": np.zeros((n_run, STATE_BYTES), np.uint8)}
         batch.states = ()
-        batch.result = BatchResult(logits, Block(values, n_run), 0.0, [1] * n_rows, sureness[:n_rows])
+        batch.result = BatchResult(logits, Block(values, n_run), 0.0, [1] * n_rows, sureness[:n_rows], [0.5] * n_rows)
         batch.ended_s = self.now_s
         self.core.finish(batch, self.now_s)
         self._tell()

@@ -18,6 +18,7 @@ from models.scores import score_exits
 from service.assembly import build_engine
 from service.budget import BudgetController
 from service.engine import Engine
+from service.lanes import Batch
 from service.observer import EngineStats
 from service.policies import POLICIES
 from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options
@@ -25,6 +26,7 @@ from service.runners.base import RowState, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
 from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_network
+from tests.service.virtual import world
 from tests.waiting import LIMIT_S, wait_until
 from training.export import Normalise
 
@@ -251,6 +253,29 @@ def test_beyond_its_room_it_refuses_at_once(bundle, images):
         assert isinstance(engine.submit(images[31]).result(LIMIT_S), Answer)
 
 
+def test_who_has_an_answer_finds_room_for_the_next_image(bundle, images):
+    refused: list[EngineError] = []
+    n_left, all_told = len(images), threading.Event()
+
+    def sink(outcomes: list[tuple[Any, Any]]) -> None:
+        nonlocal n_left
+        try:
+            for _ in outcomes:
+                n_left -= 1
+                if n_left >= 20:
+                    engine.submit_to(sink, None, images[n_left])
+        except EngineError as error:
+            refused.append(error)
+        if not n_left or refused:
+            all_told.set()
+
+    with running(faulty_engine(bundle, max_in_flight_rows=20)) as engine:
+        for image in images[:20]:
+            engine.submit_to(sink, None, image)
+        assert all_told.wait(LIMIT_S)
+    assert not refused
+
+
 def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images):
     engine = faulty_engine(bundle)
     with pytest.raises(EngineDraining, match="not been started"):
@@ -339,6 +364,32 @@ def test_outcomes_come_once_a_batch_and_a_sink_that_raises_hurts_nobody(bundle, 
         assert isinstance(engine.submit(images[0]).result(LIMIT_S), Answer)
     assert sorted(token for outcomes in deliveries for token, _ in outcomes) == list(range(200))
     assert len(deliveries) < 100
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+def test_while_many_wait_the_engine_is_woken_only_when_no_lane_would_find_a_batch(bundle, is_behind):
+    engine = faulty_engine(bundle)  # not started: nobody takes a batch or a message
+    loop, inbox = engine._loop, engine._inbox
+    loop._is_behind = is_behind
+    ran, waiting = Batch(0, []), Batch(1, [])
+    loop._lanes.put(waiting)
+    loop._post(ran)
+    assert inbox.qsize() == (0 if is_behind else 1)
+    assert loop._lanes._queue.get() is waiting
+    loop._post(waiting)
+    assert inbox.qsize() == (1 if is_behind else 2)
+    assert list(loop._ran) == [ran, waiting]
+
+
+def test_as_many_batches_are_handed_to_the_lanes_as_they_need_and_more_while_images_wait_by_the_batch():
+    here = world(max_rows=40)
+    for token in range(79):
+        here.admit(token, Options())
+    assert not here.core.is_behind(2)
+    assert [here.core.batches_out(n) for n in (0, 1, 2, 3, 8)] == [0, 3, 4, 6, 16]
+    here.admit(79, Options())
+    assert here.core.is_behind(2)
+    assert [here.core.batches_out(n) for n in (0, 1, 2, 3, 8)] == [0, 3, 5, 6, 16]
 
 
 class CountingObserver:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from models.exits import confidence
 from models.frontier import Frontier
 from service.budget import BudgetController
 from service.core import Core
@@ -44,8 +45,9 @@ class World:
         n_rows = len(batch.rows)
         logits = np.zeros((n_rows, len(CLASS_NAMES)), np.float32)
         logits[:, 1] = 1.0 + batch.stage  # sureness: softmax maximum .58, .79, .91, .96, .99, .995
+        sure = confidence(logits).tolist()
         block = Block({"state": np.zeros((n_rows, 1))}, n_rows)
-        batch.result = BatchResult(logits, block, 0.0, [1] * n_rows, [float(batch.stage)] * n_rows)
+        batch.result = BatchResult(logits, block, 0.0, [1] * n_rows, [float(batch.stage)] * n_rows, sure)
         batch.ended_s = self.now_s
         self.core.finish(batch, self.now_s)
         self.deliver()
