@@ -3,19 +3,14 @@
 import os
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from training.errors import TrainingError
-
-if TYPE_CHECKING:
-    import torch
-
-    from training.checkpoint import RunFolder
-    from training.data import ImageSet
+from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped
+from training.tools import tools
 
 HELP = """Train a network with exits and make a bundle that the service serves. Four steps, each reading what the one
 before left in the run's folder:
@@ -34,33 +29,6 @@ Which recipe is better? `python -m training study` trains variants of one and te
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-def _shipped(folder: str) -> str:
-    return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.toml")))
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-    def resolve(self) -> "torch.device":
-        import torch
-
-        from training.checkpoint import RunError
-
-        found = torch.cuda.is_available()
-        if self is Device.cuda and not found:
-            raise RunError("--device cuda: no GPU is visible to torch; leave the option out, or install a CUDA build")
-        return torch.device("cuda" if found and self is not Device.cpu else "cpu")
-
-
-RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
-DataOption = Annotated[
-    Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")
-]
-DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
-
-
 @app.callback(help=HELP)
 def main() -> None:
     pass
@@ -71,7 +39,7 @@ def train(
     run: Annotated[Path, typer.Argument(help="Folder of the run: made if new, resumed if it holds a checkpoint.")],
     data: DataOption,
     recipe: Annotated[
-        str, typer.Option(help=f"A recipe that ships ({_shipped('recipes')}), or a .toml file of your own.")
+        str, typer.Option(help=f"A recipe that ships ({shipped('recipes')}), or a .toml file of your own.")
     ] = "cifar100-fast",
     settings: Annotated[
         list[str] | None,
@@ -149,7 +117,7 @@ def calibrate(
 
     folder = RunFolder(run)
     torch_device = device.resolve()
-    record = calibrate_run(folder, _images_of(folder, data), torch_device, half_weights, not as_trained)
+    record = calibrate_run(folder, images_of(folder, data), torch_device, half_weights, not as_trained)
     total = folder.read_description()["recipe"]["optimisation"]["epochs"]
     if record.epochs < total:
         typer.echo(f"note: trained for {record.epochs:.4g} of {total} epochs so far")
@@ -201,128 +169,7 @@ def export(
     typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
 
 
-@app.command(short_help="Make the run of a bundle again, from the bundle.")
-def unpack(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that `export` wrote.")],
-    run: Annotated[Path, typer.Argument(help="Folder of the run to make.")],
-    data: DataOption,
-) -> None:
-    """Make the run of a bundle again from the bundle itself, to calibrate, evaluate and export it anew."""
-    from training.checkpoint import RunFolder
-    from training.data import load_image_set
-    from training.unpacking import unpack as unpack_bundle
-
-    unpack_bundle(bundle, RunFolder(run), load_image_set(data, _side_px(bundle)))
-    typer.echo(f"{run}: unpacked from {bundle}; next: python -m training calibrate {run} --data {data}")
-
-
-@app.command(short_help="Add int8 stages to a bundle.")
-def quantize(
-    bundle: Annotated[Path, typer.Argument(help="A bundle that was exported here; no run is needed.")],
-    data: DataOption,
-    images: Annotated[int, typer.Option(min=1, help="Training images that show what activations range over.")] = 500,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of the new bundle; by default it replaces the old.")
-    ] = None,
-) -> None:
-    """Add int8 stages to a bundle, for `python -m service --precision int8`; measures their accuracy beside fp32."""
-    from rich.console import Console
-
-    from training.data import load_image_set
-    from training.quantising import quantise
-    from training.tables import print_precisions
-
-    made = quantise(bundle, load_image_set(data, _side_px(bundle)), images, output or bundle)
-    print_precisions(made, Console())
-    typer.echo(
-        f"{made.bundle.path}: version {made.bundle.manifest.version}; "
-        f"serve it: python -m service --bundle {made.bundle.path} --precision int8"
-    )
-
-
-@app.command(short_help="Draw images that leave first, and last.")
-def sheet(
-    run: RunArgument,
-    data: DataOption,
-    fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.5,
-) -> None:
-    """Draw test images that leave first and last at a budget, once a run is evaluated; writes sheet.png."""
-    from training.checkpoint import RunFolder
-    from training.contact_sheet import draw_sheet
-
-    folder = RunFolder(run)
-    typer.echo(f"wrote {draw_sheet(folder, _images_of(folder, data), fraction)}")
-
-
-@app.command(short_help="What else could tell whether going on helps?")
-def signals(
-    run: RunArgument,
-    data: DataOption,
-    device: DeviceOption = Device.auto,
-    images: Annotated[
-        int | None, typer.Option(min=100, help="Training images to fit gates on; by default all.")
-    ] = None,
-) -> None:
-    """Try signals of whether going on helps on a run that was calibrated; prints their leads, writes signals.csv."""
-    from rich.console import Console
-
-    from training.checkpoint import RunFolder
-    from training.signals import judge
-    from training.signals_report import print_signals, write_signals
-
-    folder = RunFolder(run)
-    results = judge(folder, _images_of(folder, data), device.resolve(), images)
-    write_signals(results, run / "signals.csv")
-    print_signals(results, Console(width=160))
-    typer.echo(f"{run}: wrote signals.csv")
-
-
-@app.command(short_help="Train variants of a recipe and compare them.")
-def study(
-    name: Annotated[
-        str, typer.Argument(help=f"A study that ships ({_shipped('studies')}), or a .toml file of your own.")
-    ],
-    data: DataOption,
-    folder: Annotated[Path, typer.Option("--runs", help="Folder of its runs; goes on with what is there.")],
-    device: DeviceOption = Device.auto,
-    processes: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 1,
-    seeds: Annotated[
-        list[int] | None,
-        typer.Option("--seed", help="Train this of its seeds alone, as one of several that share a study; may repeat."),
-    ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Train nothing: tell of the runs that are there.")] = False,
-) -> None:
-    """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv, .png."""
-    from rich.console import Console
-
-    from training.study import Study, results_of, run_study, write_table
-    from training.study_report import plot_study, plot_valid_shares, print_study
-
-    loaded = Study.load(name)
-    if not report:
-        run_study(loaded, folder, data, device.resolve(), processes, seeds)
-    results = results_of(loaded, folder)
-    write_table(results, folder / "study.csv")
-    plot_study(folder / "study.png", loaded.description, results)
-    plot_valid_shares(folder / "valid.png", loaded.description, results)
-    print_study(results, Console())
-    typer.echo(f"{folder}: wrote study.csv, study.png, valid.png")
-
-
-def _images_of(folder: "RunFolder", data: Path) -> "ImageSet":
-    from training.data import load_image_set
-
-    return load_image_set(data, folder.read_description()["data"].get("image_size_px", 224))
-
-
-def _side_px(bundle: Path) -> int:
-    """The side of the images that a bundle's network takes, at which an image folder is to be read."""
-    from models.bundle import BundleError, load_bundle
-
-    try:
-        return load_bundle(bundle, verify=False).manifest.input.height_px
-    except BundleError as error:
-        raise TrainingError(str(error)) from error
+app.add_typer(tools)
 
 
 def run_command() -> None:

@@ -17,7 +17,7 @@ from training.quantising import Quantised
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print accuracy per exit, the policies compared, and the budget curve of the one chosen."""
     anytime = Table(title="Every image at one exit (M = million multiply-adds an image)", title_justify="left")
-    accuracies = ("held-out top-1", "test top-1", "test top-5", "confidence off by")
+    accuracies = ("held-out top-1", "test top-1", "test top-5", "test ECE")
     for heading in ("exit", "published M", "executed M", *accuracies):
         anytime.add_column(heading, justify="right")
     for result in evaluation.exits:

@@ -1,0 +1,60 @@
+"""Options that several commands of `python -m training` share, and what they stand for."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.checkpoint import RunFolder
+    from training.data import ImageSet
+
+
+def shipped(folder: str) -> str:
+    """The names of what ships in a folder of this package, for a help text."""
+    return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.toml")))
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+    def resolve(self) -> "torch.device":
+        import torch
+
+        from training.checkpoint import RunError
+
+        found = torch.cuda.is_available()
+        if self is Device.cuda and not found:
+            raise RunError("--device cuda: no GPU is visible to torch; leave the option out, or install a CUDA build")
+        return torch.device("cuda" if found and self is not Device.cpu else "cpu")
+
+
+RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
+DataOption = Annotated[
+    Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+
+
+def images_of(folder: "RunFolder", data: Path) -> "ImageSet":
+    """The images of a run, at the size at which it was trained on them."""
+    from training.data import load_image_set
+
+    return load_image_set(data, folder.read_description()["data"].get("image_size_px", 224))
+
+
+def side_px(bundle: Path) -> int:
+    """The side of the images that a bundle's network takes, at which an image folder is to be read."""
+    from models.bundle import BundleError, load_bundle
+
+    try:
+        return load_bundle(bundle, verify=False).manifest.input.height_px
+    except BundleError as error:
+        raise TrainingError(str(error)) from error
