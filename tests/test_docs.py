@@ -140,7 +140,7 @@ def test_make_train_without_images_asks_for_them(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for name in ("bin/python", ".dev"):  # so that nothing is installed
         (tmp_path / name).touch()
-    asked = ["make", "train", "DATA=", f"VENV={tmp_path}"]
+    asked = ["make", "--no-print-directory", "train", "DATA=", f"VENV={tmp_path}"]  # make may have started the tests
     done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stdout == "which images? make train DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)\n"

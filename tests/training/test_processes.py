@@ -55,7 +55,8 @@ def train_as_two(recipe: Recipe, images: ImageSet, folder: Path) -> list[Trainer
             torch.optim.SGD.step(one.optimiser)
             Averaging.update(one.averaging)
         if (step + 1) % pair[0].steps_per_epoch == 0:
-            for networks in zip(*({one.network, one.averaging.evaluated} for one in pair), strict=True):
+            networks_of = [dict.fromkeys((one.network, one.averaging.evaluated)) for one in pair]  # one may be both
+            for networks in zip(*networks_of, strict=True):
                 for both in zip(*(network.buffers() for network in networks), strict=True):
                     mean = torch.stack(both).double().mean(0)
                     for buffer in both:
