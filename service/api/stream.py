@@ -1,5 +1,6 @@
 """`POST /classify/stream`: one JSON line for every exit that an image passes, as its answer improves."""
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from time import perf_counter
@@ -17,11 +18,13 @@ from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier
 from service.api.delivery import ClientLeft
 from service.api.documents import engine_problem, finite, outcome
 from service.api.plain_route import PlainRoute
-from service.api.problems import Problem
+from service.api.problems import Problem, internal_error
 from service.logs import NOTES
 from service.rows import Answer, EngineError
 from service.rows import Step as HeadStep
 from service.tally import Outcome
+
+logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/x-ndjson"
 
@@ -82,14 +85,16 @@ class Streamer:
                 async for document in documents:
                     yield _line(document)
                 ended = "answered"
-        except ClientLeft:
+        except (ClientLeft, ClientDisconnect):
             pass
         except Problem as problem:
             ended = outcome(problem)
             yield _line({**problem.document(request.url.path, request.scope["request_id"]), "final": True})
-        except Exception:
+        except Exception:  # a fault of the server's own, told like one that comes before the first line
             ended = "failed"
-            raise
+            request_id = request.scope["request_id"]
+            logger.exception("request %s failed after its first line", request_id)
+            yield _line({**internal_error(request_id).document(request.url.path, request_id), "final": True})
         finally:
             metrics.count(ended)
 

@@ -81,18 +81,27 @@ def test_what_is_wrong_from_the_start_has_a_status(http: Http, query: str, body:
     problem(http.post(f"/classify/stream{query}", content=body, headers=PNG), status, kind)
 
 
-def test_what_fails_on_the_way_is_the_last_line(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (EngineError("stage 2 failed: no memory"), "engine-error", "no memory"),
+        (KeyError("a fault of the server's own"), "internal-error", "Report it with request id"),
+    ],
+)
+def test_what_fails_on_the_way_is_the_last_line(
+    http: Http, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, told: str
+) -> None:
     async def breaks(*args: Any) -> Any:
         yield Step(1, "noise 1", 0.3, ((1, 0.3),), 1, 0.5, 0.1, 0.2)
-        raise EngineError("stage 2 failed: no memory")
+        raise error
 
     monkeypatch.setattr("service.api.delivery.Delivery.follow", breaks)
     before = failed(http)
     first, last = lines(http)
     assert first["exit"] == 1
-    assert last["type"] == "urn:exitserve:problem:engine-error"
+    assert last["type"] == f"urn:exitserve:problem:{kind}"
     assert (last["status"], last["final"], last["instance"]) == (500, True, "/classify/stream")
-    assert "no memory" in last["detail"]
+    assert told in last["detail"]
     assert failed(http) == before + 1
 
 
