@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.exits import SCORES, Logits, logit_margin
+from models.exits import SCORES, Logits, confidence, logit_margin, probability_margin, read_softmax
 from models.shares import Floats
 
 
@@ -58,6 +58,12 @@ class HeadScore:
 
     def __call__(self, exit_index: int, logits: Logits, history: Floats) -> tuple[Floats, Floats]:
         return self.function(logits), history
+
+    def read(self, logits: Logits) -> tuple[NDArray[np.intp], Floats, Floats]:
+        """Return leading classes, their confidences and the scores, [rows] each: all that a server asks of a head."""
+        if self.function is probability_margin:
+            return read_softmax(logits)
+        return logits.argmax(axis=1), confidence(logits), self.function(logits)
 
 
 @dataclass(frozen=True, slots=True)

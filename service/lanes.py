@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.exits import confidence
+from models.scores import HeadScore
 from models.scores import Score as Score
 from service.rows import Request
-from service.runners.base import Block, Gathering, PreparingRunner, RowState, Runner, StageOutput
+from service.runners.base import Block, Gathering, Heads, PreparingRunner, RowState, Runner, StageOutput
 
 HISTORY = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
@@ -145,6 +146,8 @@ class Lanes:
 
     def _result(self, batch: Batch, output: StageOutput) -> BatchResult:
         logits, block, heads = output.logits, output.block, output.heads
+        if heads is None and isinstance(self._score, HeadScore):
+            heads = Heads(*self._score.read(logits))
         if self._score.history_width:
             history = self._score.start(block.n_rows) if batch.stage == 0 else Gathering(batch.states).take(HISTORY)
             scores, history = self._score(batch.stage, logits, history)

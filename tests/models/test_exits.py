@@ -12,6 +12,7 @@ from models.exits import (
     SCORES,
     confidence,
     outcome,
+    read_softmax,
     take_exits,
 )
 from models.shares import expected_cost, ratio_shares, solve_exit_probability, solve_ratio, truncated_geometric_shares
@@ -93,10 +94,35 @@ def test_scores_leave_their_input_alone() -> None:
 @pytest.mark.parametrize("bad", [[np.nan, 1.0], [np.inf, 1.0], [np.inf, np.inf], [-np.inf, -np.inf]])
 def test_logits_that_are_not_finite_are_never_sure(bad: list[float]) -> None:
     rows = np.array([[2.0, 1.0], bad], dtype=np.float32)
+    assert read_softmax(rows)[1].tolist() == confidence(rows).tolist()
     for score in SCORES.values():
         assert score(rows).tolist() == [score(rows[:1])[0], -np.inf]
         assert np.isfinite(score(rows[:1]))
     assert confidence(rows)[1] == 0.0
+
+
+@given(logits)
+def test_one_softmax_says_all_that_three_functions_do(rows: np.ndarray) -> None:
+    """Against a softmax in long double: neither near 0 nor near 1 is anything lost."""
+    leading, largest, margin = read_softmax(rows)
+    wide = rows.astype(np.longdouble)
+    shares = np.exp(wide - wide.max(axis=1, keepdims=True))
+    others = np.where(np.arange(rows.shape[1]) == rows.argmax(axis=1)[:, None], 0, shares)
+    rest = others.sum(axis=1)
+    assert np.array_equal(leading, rows.argmax(axis=1))
+    np.testing.assert_allclose(largest, confidence(rows), rtol=1e-14)
+    np.testing.assert_allclose(margin, -(rest + others.max(axis=1)) / (1 + rest), rtol=1e-13)
+    assert np.array_equal(margin, SCORES["probability_margin"](rows))
+
+
+def test_rows_that_are_not_finite_or_far_apart_are_told_apart() -> None:
+    rows = np.array([[2, 1, 0], [np.nan, 1, 0], [np.inf, 1, 0], [2, -np.inf, -np.inf], [2, 1, -np.inf], [900, 0, -900]])
+    leading, largest, margin = read_softmax(rows.astype(np.float32))
+    assert leading.tolist() == [0] * 6
+    assert largest.tolist() == pytest.approx([confidence(rows[:1])[0], 0, 0, 1, 1 / (1 + math.exp(-1)), 1])
+    assert np.isneginf(margin).tolist() == [False, True, True, True, False, False]
+    assert margin[5] == 0.0
+    assert margin[4] == pytest.approx(-2 / (1 + math.e))
 
 
 def test_one_class_is_refused() -> None:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from models.exits import SCORES, logit_margin
+from models.exits import SCORES, confidence, logit_margin
 from models.predictor import FEATURES, Predictor, features_of
-from models.scores import Patience, Score, Vote, plain_scores, score_exits
+from models.scores import HeadScore, Patience, Score, Vote, plain_scores, score_exits
 
 N_EXITS, N_CLASSES = 5, 6
 
@@ -66,6 +66,16 @@ def test_scores_of_one_head_are_those_of_exits() -> None:
         assert np.array_equal(
             score_exits(plain_scores(N_EXITS)[name], logits), np.stack([function(x) for x in logits], 1)
         )
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_what_a_server_reads_of_a_head_is_what_each_function_says(name: str) -> None:
+    rows = logits_of(40)[0]
+    rows[3, 2] = np.nan
+    classes, confidences, scores = HeadScore(SCORES[name]).read(rows)
+    assert np.array_equal(classes, rows.argmax(axis=1))
+    np.testing.assert_allclose(confidences, confidence(rows), rtol=1e-14)
+    assert np.array_equal(scores, HeadScore(SCORES[name])(0, rows, np.zeros((40, 0)))[0])
 
 
 def rows_answering(*classes: int) -> np.ndarray:
