@@ -45,8 +45,9 @@ class DeviceImages:
         self.crop_area = crop_area
         self.cutout_px = cutout_px
         self.cutmix, self.n_classes = cutmix, n_classes
-        border = (0, 0, padding_px, padding_px, padding_px, padding_px)
-        self.padded = functional.pad(torch.from_numpy(images).to(device), border)
+        self.padded = torch.from_numpy(images).to(device)
+        if padding_px:  # else there's nothing to copy
+            self.padded = functional.pad(self.padded, (0, 0, padding_px, padding_px, padding_px, padding_px))
         self.scale = (1.0 / (255.0 * torch.tensor(std, device=device))).float()
         self.shift = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device)).float()
 

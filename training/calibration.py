@@ -236,6 +236,11 @@ def _checked_split(folder: RunFolder, made_with: dict[str, object], images: Imag
     split = Split.load(folder.split, len(images.train_labels))
     if images.name != made_with["name"]:
         raise DataError(f"{folder.path}: trained on {made_with['name']!r}, but --data holds {images.name!r}")
+    if made_with.get("images_sha256", images.sha256) != images.sha256:
+        raise DataError(
+            f"{folder.path}: training images came, went or were renamed since it was trained: its held-out images "
+            "can't be told from the others any more; give the very set, or train anew"
+        )
     if made_with.get("split_sha256", split.sha256) != split.sha256:
         raise RunError(f"{folder.split}: not the split that this run was trained with; it can't be calibrated")
     return split

@@ -9,21 +9,17 @@ import io
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from models.pixels import fitted, orientation_of
 from training.errors import TrainingError
 
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 
 
 class DataError(TrainingError):
@@ -42,10 +38,22 @@ class ImageSet:
     class_names: list[str]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    listing: str = ""  # names of the training images, where they have any
+    notes: tuple[str, ...] = ()  # what a person should know of how they were read
 
     @property
     def image_size_px(self) -> int:
         return int(self.train_images.shape[1])
+
+    @property
+    def sha256(self) -> str:
+        """Of the training images' labels and names: a split of a set to which images came or went is another one."""
+        return hashlib.sha256(self.train_labels.tobytes() + self.listing.encode(errors="surrogateescape")).hexdigest()
+
+    def described(self, split: "Split") -> dict[str, Any]:
+        """What a run keeps of its images, to know them again."""
+        named = {"name": self.name, "image_size_px": self.image_size_px}
+        return {**named, "split_sha256": split.sha256, "images_sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,14 @@ def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
     """Read the image set at `path`, whatever its form.
 
     Forms: CIFAR-100 as the official `cifar-100-python.tar.gz`, its unpacked folder, or a folder of lossless WebP strips
-    (`cifar100-images-*.zip` with `cifar100-labels.npz`); and an ImageFolder with `train/CLASS/*` and `val/CLASS/*` or
-    `test/CLASS/*`, read at `image_size_px` (shorter side resized, centre cropped).
+    (`cifar100-images-*.zip` with `cifar100-labels.npz`); and a folder of pictures, read at `image_size_px` (shorter
+    side resized, centre cropped), see `training.image_folder`.
 
     Raises:
         DataError: nothing of these forms is there, or it is damaged.
     """
+    from training.image_folder import holds_classes, read_image_folder  # which makes an `ImageSet`, too
+
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give CIFAR-100's tar.gz or folder, or an image folder")
@@ -122,11 +132,11 @@ def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
         return _cifar100_from_tar(tar)
     if (path / "cifar100-labels.npz").is_file():
         return _cifar100_from_strips(path)
-    if (path / "train").is_dir():
-        return _image_folder(path, image_size_px)
+    if path.is_dir() and ((path / "train").is_dir() or holds_classes(path)):
+        return read_image_folder(path, image_size_px)
     raise DataError(
         f"{path}: not an image set this reads. Expected cifar-100-python.tar.gz, its folder (train, test, meta), "
-        "or an image folder with train/CLASS/ and val/CLASS/"
+        "or an image folder with train/CLASS/ and val/CLASS/, or with CLASS/ alone"
     )
 
 
@@ -203,45 +213,3 @@ def _cifar100(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], name
             raise ValueError(f"{part} labels outside the {len(names)} classes")
     train, test = ((images[part], labels[part]) for part in ("train", "test"))
     return ImageSet("cifar100", *train, *test, names, CIFAR100_MEAN, CIFAR100_STD)
-
-
-def _image_folder(root: Path, image_size_px: int) -> ImageSet:
-    test_root = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if test_root is None:
-        raise DataError(f"{root}: has train/ but neither val/ nor test/; put the test images there, a folder a class")
-    class_names = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
-    if len(class_names) < 2:
-        raise DataError(f"{root / 'train'}: {len(class_names)} class folders; there must be at least 2")
-    strange = sorted({folder.name for folder in test_root.iterdir() if folder.is_dir()} - set(class_names))
-    if strange:
-        raise DataError(
-            f"{test_root}: {', '.join(strange[:5])}: no such class in train/; add images there, or remove it"
-        )
-    train = _read_classes(root / "train", class_names, image_size_px)
-    absent = [name for label, name in enumerate(class_names) if label not in train[1]]
-    if absent:
-        raise DataError(f"{root / 'train'}: no images in {', '.join(absent[:5])}; add some, or remove the folder")
-    test = _read_classes(test_root, class_names, image_size_px)
-    return ImageSet(root.resolve().name, *train, *test, class_names, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _read_classes(folder: Path, class_names: list[str], image_size_px: int) -> tuple[np.ndarray, np.ndarray]:
-    found = list(_images_of(folder, class_names))
-    if not found:
-        raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
-    images = np.empty((len(found), image_size_px, image_size_px, 3), np.uint8)
-    for row, (path, _) in enumerate(tqdm(found, desc=f"reading {folder.name}", unit="image", disable=None)):
-        try:
-            with Image.open(path) as image:
-                image.load()
-                images[row] = np.asarray(fitted(image, (image_size_px, image_size_px), orientation_of(image)))
-        except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
-            raise DataError(f"{path}: not a readable image ({error}); remove or replace it") from error
-    return images, np.asarray([label for _, label in found], np.int64)
-
-
-def _images_of(folder: Path, class_names: list[str]) -> Iterator[tuple[Path, int]]:
-    for label, name in enumerate(class_names):
-        for path in sorted((folder / name).glob("*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield path, label

@@ -139,7 +139,7 @@ def model_card(
         commit=training["commit"] or "unknown",
         command=training["command"],
         before=_before(training),
-        optimisation=_optimisation(recipe),
+        optimisation=_optimisation(recipe, training.get("precision", recipe.numerics.precision)),
         images=images or (CIFAR100 if record.data_name == "cifar100" else OWN_IMAGES),
         split=record.split_sha256,
     )
@@ -195,7 +195,7 @@ def _confidence(record: CalibrationRecord) -> str:
     )
 
 
-def _optimisation(recipe: Recipe) -> str:
+def _optimisation(recipe: Recipe, precision: str) -> str:
     o, objective = recipe.optimisation, recipe.objective
     extras = {
         f"average of the weights with decay {o.ema_decay:g}": o.ema_decay,
@@ -205,7 +205,7 @@ def _optimisation(recipe: Recipe) -> str:
     return (
         f"SGD, {o.schedule.replace('_', ' ')} schedule with a peak rate of {o.learning_rate:g}, "
         f"batches of {o.batch_rows}, momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''},\n"
-        f"weight decay {o.weight_decay:g}, {recipe.numerics.precision}; "
+        f"weight decay {o.weight_decay:g}, {precision}; "
         + "; ".join([*(text for text, on in extras.items() if on), _augmentation(recipe)])
     )
 

@@ -94,6 +94,7 @@ def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[s
     return {
         "recipe": made_by["recipe"],
         "seed": made_by["seed"],
+        "images_sha256": made_by["data"].get("images_sha256"),
         "epochs": record.epochs,
         "seconds": round(record.seconds),
         "commit": made_by["commit"],
@@ -103,5 +104,6 @@ def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[s
         "torch": made_by["torch"],
         "python": made_by["python"],
         "temperatures": list(record.temperatures),
-        **{name: made_by[name] for name in ("from", "before") if name in made_by},  # where it went on from a bundle
+        # What its recipe's `auto` came to, and where it went on from a bundle.
+        **{name: made_by[name] for name in ("precision", "from", "before") if name in made_by},
     }

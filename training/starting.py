@@ -38,10 +38,13 @@ def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split)
         RunError: the bundle's network is another one, or was trained on images that this run is to hold out.
     """
     manifest = _manifest_of(bundle)
-    if manifest.data.name == images.name and manifest.data.split_sha256 != split.sha256:
+    listed = manifest.training.get("images_sha256") or images.sha256
+    if manifest.data.name == images.name and (manifest.data.split_sha256, listed) != (split.sha256, images.sha256):
         raise RunError(
             f"--from {bundle}: its network was trained on images that this run would hold out; train with the bundle's "
-            f"own split: --seed {manifest.training.get('seed')} --set held_out_images={manifest.data.heldout_images}"
+            f"own images and split: --seed {manifest.training.get('seed')} --set "
+            f"held_out_images={manifest.data.heldout_images}. If {images.name!r} are other images than those it was "
+            "trained on, give their folder another name"
         )
     wanted = network.state_dict()
     given = read_weights(bundle / WEIGHTS)

@@ -54,6 +54,8 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     split = Split.make(len(images.train_labels), data.heldout_images, seed)
     if split.sha256 != data.split_sha256:
         raise DataError(f"{bundle_path}: --data gives another split of held-out images; it must be the very set")
+    if (made_by.get("images_sha256") or images.sha256) != images.sha256:
+        raise DataError(f"{bundle_path}: training images came, went or were renamed since; it must be the very set")
     network = network_of(recipe, len(images.class_names))
     _load_weights(network, bundle_path / WEIGHTS)
     # Gates are not in a bundle: the run that is made again has none.
@@ -74,11 +76,11 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
             "progress": vars(progress),
         }
     )
-    description = {
+    description: dict[str, Any] = {
         **{key: made_by[key] for key in ("seed", "processes", "commit", "command", "torch", "python", "machine")},
         "recipe": recipe.model_dump(),
-        "data": {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256},
-        **({"from": made_by["from"]} if "from" in made_by else {}),
+        "data": images.described(split),
+        **{name: made_by[name] for name in ("precision", "from", "before") if name in made_by},
         "unpacked_from": f"{manifest.name} {manifest.version}",
     }
     folder.description.write_text(json.dumps(description, indent=2) + "\n")

@@ -28,6 +28,12 @@ def shifted(image: np.ndarray, dy: int, dx: int, flip: bool, padding: int) -> np
     return crop[:, ::-1] if flip else crop
 
 
+def test_without_a_border_images_are_not_copied() -> None:
+    """Photographs fill the memory: twice as many would not fit."""
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    assert np.shares_memory(DeviceImages(pixels, np.arange(3), MEAN, STD, CPU).padded.numpy(), pixels)
+
+
 def test_the_test_transform_only_normalises() -> None:
     pixels, images = device_images()
     rows = torch.tensor([4, 0, 4])

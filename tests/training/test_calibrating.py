@@ -108,6 +108,12 @@ def test_other_images_are_refused(folder: RunFolder, images: ImageSet, tmp_path:
         calibrate(folder, images, CPU)
 
 
+def test_images_that_came_or_went_since_are_refused(folder: RunFolder, images: ImageSet) -> None:
+    """As many as before, so the split fits: but who was held out would be another."""
+    with pytest.raises(DataError, match="came, went or were renamed since"):
+        calibrate(folder, ImageSet(**{**vars(images), "listing": "other.png"}), CPU)
+
+
 def test_another_number_of_classes_is_refused(folder: RunFolder, images: ImageSet) -> None:
     with pytest.raises(RunError, match="not the weights of this recipe and these images"):
         load_trained(folder, n_classes=5)

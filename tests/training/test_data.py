@@ -196,6 +196,7 @@ def test_what_is_no_image_set_is_told_so(tmp_path: Path) -> None:
     save_image(tmp_path / "train" / "dog" / "a.png", (8, 8), (0, 0, 0))
     with pytest.raises(DataError, match="no images"):
         load_image_set(tmp_path)
+    save_image(tmp_path / "val" / "dog" / "a.png", (8, 8), (0, 0, 0))
     (tmp_path / "train" / "dog" / "b.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"b\.png: not a readable image"):
         load_image_set(tmp_path)

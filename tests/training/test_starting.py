@@ -17,6 +17,7 @@ from training.packing import pack
 from training.plots import plot_run
 from training.processes import Processes
 from training.recipe import Recipe
+from training.unpacking import unpack
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -67,6 +68,10 @@ def test_training_goes_on_from_the_weights_of_the_bundle(tmp_path: Path, images:
     assert training["before"] == json.loads((bundle / "manifest.json").read_text())["training"]
     assert f"went on from the weights of `first-bundle {version}`" in (again / "README.md").read_text()
     assert CalibrationRecord.load(trainer.folder).split_sha256 == CalibrationRecord.load(made).split_sha256
+    unpacked = RunFolder(tmp_path / "unpacked")
+    unpack(again, unpacked, images)
+    for name in ("from", "before", "precision"):  # its past stays known
+        assert unpacked.read_description()[name] == description[name]
     third = started(tmp_path / "third", images, again).network.state_dict()
     for name, value in trainer.network.state_dict().items():
         assert third[name].dtype == value.dtype
@@ -86,6 +91,9 @@ def test_a_run_that_was_stopped_goes_on_from_its_own_weights(tmp_path: Path, ima
 def test_images_that_a_network_was_trained_on_are_not_held_out(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
     with pytest.raises(RunError, match=r"--seed 0 --set held_out_images=40"):
         started(tmp_path / "run", images, bundle, seed=1)
+    renamed = ImageSet(**{**vars(images), "listing": "other.png"})
+    with pytest.raises(RunError, match=r"give their folder another name"):
+        started(tmp_path / "run", renamed, bundle)
     assert not (tmp_path / "run").exists()
 
 

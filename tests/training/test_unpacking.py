@@ -78,6 +78,8 @@ def test_other_images_are_refused(made: tuple[RunFolder, Path], images: ImageSet
         unpack(made[1], RunFolder(tmp_path / "again"), fewer)
     with pytest.raises(DataError, match="trained on 'cifar100'"):
         unpack(made[1], RunFolder(tmp_path / "again"), ImageSet(**{**vars(images), "name": "others"}))
+    with pytest.raises(DataError, match="came, went or were renamed"):
+        unpack(made[1], RunFolder(tmp_path / "again"), ImageSet(**{**vars(images), "listing": "other.png"}))
     larger = {name: getattr(images, name).repeat(2, 1).repeat(2, 2) for name in ("train_images", "test_images")}
     with pytest.raises(DataError, match="of 32 px, but --data was read at 64 px"):
         unpack(made[1], RunFolder(tmp_path / "again"), ImageSet(**{**vars(images), **larger}))

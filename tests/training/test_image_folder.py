@@ -1,0 +1,145 @@
+"""Folders of pictures as people have them: without a test part, with strays, with names of all kinds, damaged."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training import image_folder
+from training.data import DataError, ImageSet, load_image_set
+
+NAMES = ["crème brûlée", "two words", "новый год"]
+
+
+def save(path: Path, colour: int = 0, size: tuple[int, int] = (8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (colour, 0, 0)).save(path)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Class folders alone: 10, 15 and 3 pictures, each of a colour of its own."""
+    root = tmp_path / "mine"
+    for label, (name, n_images) in enumerate(zip(NAMES, (10, 15, 3), strict=True)):
+        for i in range(n_images):
+            save(root / name / f"picture {i}.png", colour=50 * label + i)
+    return root
+
+
+def colours(images: np.ndarray) -> list[int]:
+    return images[:, 0, 0, 0].tolist()
+
+
+def read(root: Path) -> ImageSet:
+    return load_image_set(root, image_size_px=8)
+
+
+def test_a_fifth_of_every_class_is_set_apart_where_nobody_did(classes: Path) -> None:
+    images = read(classes)
+    assert images.class_names == NAMES
+    assert np.bincount(images.test_labels, minlength=3).tolist() == [2, 3, 0]
+    assert np.bincount(images.train_labels, minlength=3).tolist() == [8, 12, 3]
+    everything = [50 * label + i for label, n in enumerate((10, 15, 3)) for i in range(n)]
+    assert sorted(colours(images.train_images) + colours(images.test_images)) == everything
+    assert images.train_labels.tolist() == [colour // 50 for colour in colours(images.train_images)]
+    assert images.notes == (
+        "mine has no train/ and val/: 5 of its 28 images, a fifth of every class, are kept for the test",
+    )
+
+
+def test_what_is_set_apart_is_the_same_every_time_and_hardly_moves_as_a_class_grows(classes: Path) -> None:
+    before = read(classes)
+    assert colours(before.test_images) == colours(read(classes).test_images)
+    save(classes / NAMES[0] / "picture 10.png", colour=10)
+    after = read(classes)
+    assert len(set(colours(before.test_images)) & set(colours(after.test_images))) >= 4
+    assert before.sha256 != after.sha256
+
+
+def test_a_set_is_told_from_one_with_as_many_images_and_other_names(classes: Path) -> None:
+    before = read(classes).sha256
+    os.utime(classes / NAMES[2] / "picture 0.png", (0, 0))
+    assert read(classes).sha256 == before
+    (classes / NAMES[2] / "picture 0.png").rename(classes / NAMES[2] / "picture 9.png")
+    assert read(classes).sha256 != before
+
+
+def test_strays_are_passed_over_and_told(classes: Path) -> None:
+    (classes / ".ipynb_checkpoints").mkdir()
+    (classes / NAMES[0] / "._picture 0.png").write_bytes(b"what macOS leaves")
+    (classes / NAMES[0] / "list.csv").touch()
+    (classes / NAMES[1] / "scan.tif").touch()
+    (classes / "LICENSE").touch()
+    save(classes / NAMES[1] / "deeper" / "lost.png")
+    images = read(classes)
+    assert images.class_names == NAMES
+    assert len(images.train_images) + len(images.test_images) == 28
+    told = "4 files that are no pictures in a class folder were passed over (.csv, .png, .tif, LICENSE)"
+    assert images.notes[1] == told
+
+
+def test_links_are_followed(classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    for name in NAMES[:2]:
+        (tmp_path / "linked" / name).symlink_to(classes / name)
+    (classes / NAMES[1] / "picture 0.png").unlink()
+    (classes / NAMES[1] / "picture 0.png").symlink_to(classes / NAMES[2] / "picture 0.png")
+    images = read(tmp_path / "linked")
+    assert 100 in colours(images.train_images) + colours(images.test_images)
+
+
+def test_every_damaged_picture_is_named_at_once(classes: Path) -> None:
+    for i in range(15):
+        (classes / NAMES[1] / f"picture {i}.png").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"png: not a readable image .*; so are .*\.png.* and 6 more; remove"):
+        read(classes)
+    (classes / NAMES[0] / "gone.png").symlink_to(classes / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.png: not a readable image .*No such file"):
+        read(classes)
+
+
+def test_pictures_of_any_size_become_one(classes: Path) -> None:
+    save(classes / NAMES[2] / "tiny.png", 250, (1, 1))
+    save(classes / NAMES[2] / "line.png", 251, (1, 4000))
+    save(classes / NAMES[2] / "large.png", 252, (5000, 3000))
+    images = read(classes)
+    assert {250, 251, 252} <= set(colours(images.train_images) + colours(images.test_images))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([b"only"], "not an image set"),
+        ([b"a", b"b"], "no class has 5 images"),
+        ([b"a", b"b\xff"], r"can't be printed: 'b\\udcff'"),
+        ([b"a", b"b\nc"], r"can't be printed: 'b\\nc'"),
+    ],
+)
+def test_what_is_no_set_of_classes_is_told(tmp_path: Path, names: list[bytes], message: str) -> None:
+    for name in names:
+        save(tmp_path / "set" / os.fsdecode(name) / "a.png")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "set")
+
+
+def test_images_that_memory_does_not_hold_are_told_with_their_size(classes: Path) -> None:
+    with pytest.raises(DataError, match=r"23 images of 80000000 x 80000000 px take .* GB of memory"):
+        load_image_set(classes, image_size_px=80_000_000)
+
+
+def test_ctrl_c_ends_reading_at_once(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, n_read = threading.Event(), []
+
+    def interrupted(image: Image.Image, size: tuple[int, int], orientation: int) -> Image.Image:
+        n_read.append(1)
+        started.set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(image_folder, "fitted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(classes)
+    assert started.is_set()
+    assert len(n_read) < 23

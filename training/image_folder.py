@@ -1,0 +1,167 @@
+"""A folder of pictures in memory: a folder a class, pictures of any size in it, brought to one size."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from models.pixels import fitted, orientation_of
+from training.data import IMAGENET_MEAN, IMAGENET_STD, DataError, ImageSet
+
+IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+SET_APART = 5  # where nobody has put test images apart, one of so many of every class is one
+MOST_TOLD = 5  # names in one message
+Labelled = list[tuple[Path, int]]
+
+
+def holds_classes(path: Path) -> bool:
+    """Whether there are folders with pictures in `path`, one a class."""
+    return sum(any(_is_picture(file) for file in folder.iterdir()) for folder in _folders_in(path)) >= 2
+
+
+def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
+    """Read `train/CLASS/*` and `val/CLASS/*` or `test/CLASS/*`; or `CLASS/*`, a fifth of which becomes the test part.
+
+    Hidden files and folders are passed over, as are files that are no pictures.
+
+    Raises:
+        DataError: classes or pictures are missing, or pictures can't be read.
+    """
+    folder, notes = root / "train", []
+    if folder.is_dir():
+        test_folder = _test_folder(root)
+        class_names = _class_names(folder)
+        train, test = _pictures_in(folder, class_names), _test_pictures(test_folder, class_names)
+    else:
+        folder, class_names = root, _class_names(root)
+        train, test = _set_apart(_pictures_in(root, class_names), root)
+        notes = [
+            f"{root.name} has no train/ and val/: {len(test):,} of its {len(train) + len(test):,} images, a fifth of "
+            "every class, are kept for the test"
+        ]
+    named = {label for _, label in train}
+    if absent := [name for label, name in enumerate(class_names) if label not in named]:
+        raise DataError(f"{folder}: no images in {_some(absent)}; add some, or remove the folder")
+    read = {path for path, _ in (*train, *test)}
+    if others := [path for path in root.rglob("*") if path.is_file() and _is_visible(path, root) and path not in read]:
+        kinds = sorted({path.suffix or path.name for path in others})
+        notes.append(f"{len(others):,} files that are no pictures in a class folder were passed over ({_some(kinds)})")
+    images = [_read(part, image_size_px, name) for part, name in ((train, "train"), (test, "test"))]
+    labels = [np.asarray([label for _, label in part], np.int64) for part in (train, test)]
+    return ImageSet(
+        root.resolve().name,
+        images[0],
+        labels[0],
+        images[1],
+        labels[1],
+        class_names,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        listing="\n".join(path.relative_to(root).as_posix() for path, _ in train),
+        notes=tuple(notes),
+    )
+
+
+def _folders_in(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _is_visible(path: Path, root: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in _folders_in(folder))
+    if len(names) < 2:
+        raise DataError(f"{folder}: {len(names)} class folders; there must be at least 2")
+    if strange := [ascii(name) for name in names if not name.isprintable()]:  # as bytes that are no UTF-8 come out
+        raise DataError(f"{folder}: names of class folders that can't be printed: {_some(strange)}; rename them")
+    return names
+
+
+def _pictures_in(folder: Path, class_names: Sequence[str]) -> Labelled:
+    found = [
+        (path, label)
+        for label, name in enumerate(class_names)
+        for path in sorted((folder / name).glob("*"))
+        if _is_picture(path)
+    ]
+    if not found:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
+    return found
+
+
+def _test_folder(root: Path) -> Path:
+    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if folder is None:
+        raise DataError(f"{root}: has train/ but neither val/ nor test/; put the test images there, a folder a class")
+    return folder
+
+
+def _test_pictures(folder: Path, class_names: Sequence[str]) -> Labelled:
+    if strange := sorted({entry.name for entry in _folders_in(folder)} - set(class_names)):
+        raise DataError(f"{folder}: {_some(strange)}: no such class in train/; add images there, or remove it")
+    return _pictures_in(folder, class_names)
+
+
+def _set_apart(found: Labelled, root: Path) -> tuple[Labelled, Labelled]:
+    """Cut off test images, by a digest of their names: most stay where they are when a folder grows."""
+    test: set[Path] = set()
+    for _, of_class in groupby(found, key=lambda pair: pair[1]):
+        by_digest = sorted(
+            (path for path, _ in of_class), key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest()
+        )
+        test.update(by_digest[: len(by_digest) // SET_APART])
+    if not test:
+        raise DataError(f"{root}: no class has {SET_APART} images, so none can be set apart for the test; add some")
+    return [pair for pair in found if pair[0] not in test], [pair for pair in found if pair[0] in test]
+
+
+def _read(files: Labelled, image_size_px: int, part: str) -> np.ndarray:
+    """The pictures, uint8 [images, size, size, 3], decoded on all cores."""
+    try:
+        images = np.empty((len(files), image_size_px, image_size_px, 3), np.uint8)
+    except MemoryError:
+        gigabytes = len(files) * image_size_px**2 * 3 / 1e9
+        raise DataError(
+            f"{len(files):,} images of {image_size_px} x {image_size_px} px take {gigabytes:.0f} GB of memory, which "
+            "is not there: read them smaller (--image-size), or give fewer"
+        ) from None
+    damaged: dict[Path, Exception] = {}
+
+    def read(row: int) -> None:
+        path, _ = files[row]
+        try:
+            with Image.open(path) as image:
+                image.load()
+                images[row] = np.asarray(fitted(image, (image_size_px, image_size_px), orientation_of(image)))
+        except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
+            damaged[path] = error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for _ in tqdm(pool.map(read, range(len(files))), f"reading {part}", len(files), unit="image", disable=None):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C ends it now, not when all is read
+            raise
+    if damaged:
+        path = min(damaged)
+        others = f"; so are {_some([str(p) for p in sorted(damaged)[1:]])}" if len(damaged) > 1 else ""
+        raise DataError(f"{path}: not a readable image ({damaged[path]}){others}; remove or replace it")
+    return images
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_TOLD:,} more" if len(names) > MOST_TOLD else ""
+    return ", ".join(names[:MOST_TOLD]) + more
