@@ -1,5 +1,6 @@
 """`python -m training`: from images to a bundle in four steps."""
 
+import errno
 import os
 import shlex
 import sys
@@ -25,6 +26,8 @@ DATA is CIFAR-100 (cifar-100-python.tar.gz or its folder) or a folder with train
 A run that is stopped, by --time-limit, Ctrl-C or SIGTERM, goes on where it was when the same command is given again;
 one that is killed, from the end of its last epoch.
 Which recipe is better? `python -m training study` trains variants of one and tells what each change is worth."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on a disk: errors of writes, which name no file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -70,6 +73,7 @@ def train(
     from training.loop import Trainer
     from training.processes import Processes, launch
     from training.recipe import Recipe
+    from training.telling import summary
 
     loaded = Recipe.load(recipe, settings or [])
     torch_device = device.resolve()
@@ -81,7 +85,12 @@ def train(
     group = Processes.join(torch_device.type)
     try:
         command += f" --processes {group.count}" if group.count > 1 else ""
-        trainer = Trainer(loaded, load_image_set(data, image_size_px), RunFolder(run), seed, group, command, start)
+        images = load_image_set(data, image_size_px)
+        trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
+        if group.is_first:
+            for note in (*images.notes, summary(trainer)):
+                typer.echo(f"{run}: {note}")
+        del images  # those to train on are the trainer's own by now
         ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
         reached = f"step {trainer.progress.step} of {trainer.total_steps}"
         del trainer  # before the group ends, see `leave`
@@ -177,9 +186,12 @@ def run_command() -> None:
     try:
         app()
     except (TrainingError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            told: object = f"{error.strerror}: make room and give the same command again"
+        elif isinstance(error, OSError) and error.filename is None:
             raise  # not about a file that somebody named
-        told = error if isinstance(error, TrainingError) else f"{error.filename}: {error.strerror}"
+        else:
+            told = error if isinstance(error, TrainingError) else f"{error.filename}: {error.strerror}"
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"error: {told}", err=True)
         sys.exit(2)

@@ -29,11 +29,13 @@ from training.objectives import (
 )
 from training.optimiser import optimiser_of
 from training.processes import Processes, StopRequest
-from training.recipe import Recipe
+from training.recipe import Recipe, changes
 from training.schedule import learning_rate
 from training.starting import identity_of, start_from, training_of
+from training.telling import diverged, epoch_line, images_left, speed
 
 EVALUATION_ROWS = 500
+CHECKED_STEPS = 50  # between looks at whether the loss is still a number; on a GPU each look waits for it
 
 
 class Trainer:
@@ -109,7 +111,7 @@ class Trainer:
         if self.start is not None:
             start_from(self.start, self.network, images, split)
         if self.processes.is_first:
-            data = {"name": images.name, "image_size_px": images.image_size_px, "split_sha256": split.sha256}
+            data = images.described(split)
             description = describe_run(self.recipe, self.seed, data, self.processes.count, command)
             description["precision"] = self.precision
             if self.start is not None:
@@ -123,11 +125,15 @@ class Trainer:
 
     def _resume(self, images: ImageSet) -> Split:
         made_by = self.folder.read_description()
+        data = {"images_sha256": images.sha256, "image_size_px": images.image_size_px, **made_by["data"]}
+        changed = changes(self.folder.read_recipe(), self.recipe)
         same = {
-            "recipe": self.folder.read_recipe() == self.recipe,
+            f"recipe ({'; '.join(changed)})": not changed,
             "seed": made_by["seed"] == self.seed,
             "number of processes": made_by["processes"] == self.processes.count,
-            "image set": made_by["data"]["name"] == images.name,
+            "image set": data["name"] == images.name,
+            "--image-size": data["image_size_px"] == images.image_size_px,
+            "list of training images": data["images_sha256"] == images.sha256,
             "start": made_by.get("from") == (None if self.start is None else identity_of(self.start)),
         }
         for what, is_same in same.items():
@@ -164,16 +170,25 @@ class Trainer:
                 progress.seconds = seconds_before + now - began
                 finished_epoch = progress.step % self.steps_per_epoch == 0
                 if finished_epoch:
+                    self._check_finite(sums)
                     self._log(self._mean(sums) / self.steps_per_epoch, epoch_rows / (now - epoch_began), bar)
                     sums, epoch_rows, epoch_began = torch.zeros_like(sums), 0, time.monotonic()
                 out_of_time = time_limit_s is not None and now - began > time_limit_s
                 stopping = self.processes.any(out_of_time or request.received)
+                if stopping or progress.step % CHECKED_STEPS == 0:
+                    self._check_finite(sums)
                 if finished_epoch or stopping:
                     progress.epoch_sums = self._mean(sums).tolist()
                     self._save()
                 if stopping and progress.step < self.total_steps:
                     return "signal" if self.processes.any(request.received) else "time limit"
         return "finished"
+
+    def _check_finite(self, sums: Tensor) -> None:
+        weights = torch.stack([weight.detach().sum() for weight in self.network.parameters()])
+        if not self.processes.sum(torch.cat([sums.flatten(), weights])).isfinite().all():  # waits for a GPU
+            rate = self.recipe.optimisation.learning_rate
+            raise diverged(self.folder, self.progress.step, self.total_steps, rate)
 
     def _mean(self, values: Tensor) -> Tensor:
         return self.processes.sum(values) / self.processes.count
@@ -253,12 +268,12 @@ class Trainer:
             record["temperatures"] = [round(t, 4) for t in temperatures]
         if self.processes.is_first:
             self.folder.append_log(record)
-            percent = " ".join(f"{100 * x:.1f}" for x in accuracy)
-            minutes_left = (epochs - epoch) * len(self.train_images) / images_per_s / 60
-            bar.write(
-                f"epoch {epoch} of {epochs}: loss {float(losses.mean()):.3f}, held-out top-1 per exit {percent}; "
-                f"{images_per_s:.0f} images/s, {minutes_left:.0f} min left"
-            )
+            left = self._images_left()
+            bar.write(epoch_line(epoch, epochs, losses.tolist(), accuracy, speed(images_per_s, left)))
+
+    def _images_left(self) -> float:
+        rows, size_px = self._rows_before(self.steps_per_epoch) / self.steps_per_epoch, self.train_images.height_px
+        return images_left(self.recipe.augmentation, self.progress.step, self.total_steps, rows, size_px)
 
     def _save(self) -> None:
         self._average_buffers()

@@ -146,6 +146,23 @@ class Recipe(_Section):
             raise RecipeError(f"{path}: these fields are wrong:\n" + "\n".join(lines)) from error
 
 
+def changes(one: Recipe, other: Recipe) -> list[str]:
+    """Where two recipes differ, but for their descriptions: each as `section.field: one's value, here the other's`."""
+    fields, others = (_flat(recipe.model_dump(exclude={"description"})) for recipe in (one, other))
+    return [
+        f"{name}: {fields.get(name, 'none')}, here {others.get(name, 'none')}"
+        for name in dict.fromkeys([*fields, *others])
+        if fields.get(name) != others.get(name)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 def _what_is_wrong(place: tuple[int | str, ...], message: str) -> str:
     """Pydantic's message, but for a field that does not exist: then those that do."""
     section: Any = Recipe

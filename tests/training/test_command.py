@@ -64,6 +64,7 @@ def test_from_images_to_a_bundle(
     assert "give the same command again to go on" in capsys.readouterr().out
     assert command(monkeypatch, *train) == 0
     told = capsys.readouterr().out
+    assert f"{run}: 64 training and 40 held-out images of 4 classes at 32 px; 2 epochs of 4 steps of 16 rows" in told
     assert "epoch 1 of 2" in told
     assert f"next: python -m training calibrate {run}" in told
 
@@ -205,6 +206,17 @@ def test_a_folder_that_cannot_be_written_is_told_by_name(
     file.touch()
     assert command(monkeypatch, "train", file / "run", "--data", data, "--recipe", recipe) == 2
     assert capsys.readouterr().err == f"error: {file / 'run'}: Not a directory\n"
+
+
+def test_a_full_disk_is_told(
+    tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").symlink_to("/dev/full")
+    assert command(monkeypatch, "train", run, "--data", data, "--recipe", recipe, "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert told == "error: No space left on device: make room and give the same command again\n"
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:

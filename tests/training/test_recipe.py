@@ -1,8 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.data import REPOSITORY
 from tests.training import tiny
 from training.objectives import network_of
 from training.recipe import RECIPE_FOLDER, Augmentation, Recipe, RecipeError
@@ -50,6 +52,14 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: tuple[str, str], message
     with pytest.raises(RecipeError, match=message) as told:
         Recipe.load(str(path))
     assert str(path) in str(told.value)
+
+
+def test_every_field_of_a_recipe_is_explained() -> None:
+    told = (REPOSITORY / "docs" / "training.md").read_text()
+    for section, field in Recipe.model_fields.items():
+        fields = getattr(field.annotation, "model_fields", None)
+        for name in set(fields or [section]) - {"description"}:
+            assert re.search(rf"`[a-z.]*\b{name}`", told), f"{section}.{name}"
 
 
 def test_an_unknown_recipe_lists_those_that_ship() -> None:

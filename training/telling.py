@@ -1,0 +1,50 @@
+"""What a run tells a person: what it is about to do, how an epoch went, and that its loss was lost."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from training.checkpoint import RunError, RunFolder
+from training.recipe import Augmentation
+
+if TYPE_CHECKING:
+    from training.loop import Trainer
+
+
+def summary(trainer: "Trainer") -> str:
+    """One line before the first step."""
+    images, o = trainer.train_images, trainer.recipe.optimisation
+    return (
+        f"{len(images):,} training and {len(trainer.held_out):,} held-out images of {images.n_classes} classes at "
+        f"{images.height_px} px; {o.epochs} epochs of {trainer.steps_per_epoch} steps of {o.batch_rows} rows in "
+        f"{trainer.precision}"
+    )
+
+
+def epoch_line(epoch: int, epochs: int, losses: Sequence[float], accuracy: Sequence[float], rest: str) -> str:
+    """How epoch number `epoch` went: the mean loss over the exits, and held-out accuracy by exit (0 to 1)."""
+    percent = " ".join(f"{100 * x:.1f}" for x in accuracy)
+    loss = sum(losses) / len(losses)
+    return f"epoch {epoch} of {epochs}: loss {loss:.3f}, held-out top-1 per exit {percent}; {rest}"
+
+
+def speed(images_per_s: float, images_left: float) -> str:
+    return f"{images_per_s:.0f} images/s, {images_left / images_per_s / 60:.0f} min left"
+
+
+def images_left(augmentation: Augmentation, step: int, total_steps: int, rows: float, size_px: int) -> float:
+    """Images still to train on, each as many as its pixels make of one as large as those of the last step."""
+    sizes = augmentation.sizes_px or [size_px]
+    now = sizes[max(0, step - 1) * len(sizes) // total_steps]
+    parts = [total_steps * i / len(sizes) for i in range(len(sizes) + 1)]
+    left = (max(0.0, end - max(step, start)) for start, end in pairwise(parts))
+    return rows * sum(steps * (size / now) ** 2 for steps, size in zip(left, sizes, strict=True))
+
+
+def diverged(folder: RunFolder, step: int, total_steps: int, learning_rate: float) -> RunError:
+    """The error of a run whose loss or weights are no finite numbers any more."""
+    kept = "the checkpoint before stays" if folder.checkpoint.is_file() else "nothing was saved"
+    return RunError(
+        f"{folder.path}: at step {step} of {total_steps} the loss or the weights are no finite numbers any more; {kept}"
+        f". Train into another folder at a lower rate: --set optimisation.learning_rate={learning_rate / 3:.2g}"
+    )
