@@ -1,5 +1,6 @@
 """ONNX Runtime with state in slots, on the processor: the graphs, bindings and books that a GPU would run."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,6 +110,47 @@ def test_lanes_do_not_disturb_each_other(
         assert np.array_equal(output.logits, expected[stage][ids])
 
     run_side_by_side(runner, images, check)
+
+
+def test_with_graphs_every_lane_runs_on_a_thread_of_its_own(
+    bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
+) -> None:
+    """ONNX Runtime keeps captured graphs by thread, so who captures is who replays."""
+    runner = OnnxDeviceRunner(bundle, "cpu", MAX_ROWS, 256)
+    n_sessions, threads = runner.n_stages, {}
+    sessions = [lane.sessions for lane in runner.lanes]
+    runner.lanes[:] = [
+        OnnxLane([Noting(one, threads) for one in of], runner.stages, runner.stores, "cpu", own_thread=True)  # type: ignore[misc]
+        for of in sessions
+    ]
+    while not runner._idle.empty():
+        runner._idle.get()
+    for lane in runner.lanes:
+        runner._idle.put(lane)
+
+    def check(stage: int, ids: Sequence[int], output: StageOutput) -> None:
+        assert np.array_equal(output.logits, expected[stage][ids])
+
+    runner.warm_up()
+    run_side_by_side(runner, images, check)
+    assert len(threads) == runner.n_lanes * n_sessions
+    assert all(len(idents) == 1 for idents in threads.values())
+    assert len(set.union(*threads.values())) == runner.n_lanes
+    assert threading.get_ident() not in set.union(*threads.values())
+
+
+class Noting:
+    """A session that notes which threads run it."""
+
+    def __init__(self, session: ort.InferenceSession, threads: dict[int, set[int]]) -> None:
+        self._session, self._threads = session, threads
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self._threads.setdefault(id(self._session), set()).add(threading.get_ident())
+        self._session.run_with_iobinding(binding, options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
 def test_logits_are_the_callers_own(runner: OnnxDeviceRunner, images: NDArray[np.uint8]) -> None:

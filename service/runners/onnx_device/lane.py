@@ -6,6 +6,7 @@ bucket, and its logits are read from there.
 
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,20 @@ class OnnxLane:
         stages: as the manifest has them.
         stores: on the device, shared by all lanes.
         kind: of the device, as ONNX Runtime calls it.
+        own_thread: whether all is run on one thread of the lane's own, whoever asks for it. Graphs ask for that: ONNX
+            Runtime keeps what it captures by thread. One that meets a batch first would run it unprepared and capture
+            it while other lanes work, and what these ask of CUDA meanwhile breaks such a capture off.
     """
 
     def __init__(
-        self, sessions: Sequence[ort.InferenceSession], stages: Sequence[StageInfo], stores: Stores, kind: str
+        self,
+        sessions: Sequence[ort.InferenceSession],
+        stages: Sequence[StageInfo],
+        stores: Stores,
+        kind: str,
+        own_thread: bool = False,
     ) -> None:
+        self._thread = ThreadPoolExecutor(1, "exitserve-onnx-lane") if own_thread else None
         self.sessions, self._stages, self._stores, self._kind = sessions, stages, stores, kind
         self._image = stages[0].inputs[0]
         self._staging = Staging(kind)
@@ -44,6 +54,18 @@ class OnnxLane:
         self._told: dict[tuple[int, int], Any] = {}  # by the same: logits on the host, where they can be copied there
 
     def prepare(self, stage: int, bucket: int) -> None:
+        if self._thread is None:
+            return self._prepare(stage, bucket)
+        return self._thread.submit(self._prepare, stage, bucket).result()
+
+    def run(
+        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
+    ) -> tuple[NDArray[np.float32], Heads | None]:
+        if self._thread is None:
+            return self._run(stage, bucket, slots, images)
+        return self._thread.submit(self._run, stage, bucket, slots, images).result()
+
+    def _prepare(self, stage: int, bucket: int) -> None:
         if bucket not in self._slots:
             shapes = (((bucket,), "int64"), ((bucket, *self._image.shape), self._image.dtype))
             self._slots[bucket], self._images[bucket] = (
@@ -51,11 +73,11 @@ class OnnxLane:
             )
         self._programs[stage, bucket] = self._bind(stage, bucket)
         # With graphs, ONNX Runtime runs it twice as it is, captures it, and replays it from then on.
-        self.run(stage, bucket, [SCRATCH], [self._images[bucket][0][0]] if stage == 0 else [])
+        self._run(stage, bucket, [SCRATCH], [self._images[bucket][0][0]] if stage == 0 else [])
         self._stage_logits(stage, bucket)
 
-    def run(
-        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
+    def _run(
+        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array]
     ) -> tuple[NDArray[np.float32], Heads | None]:
         n_rows = len(slots)
         host, there = self._slots[bucket]
