@@ -18,6 +18,7 @@ from models.scores import score_exits
 from service.runners.base import Block, RunnerError, StageOutput, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.torch_cuda.device import Host
+from service.runners.torch_cuda.joined import ConvRelu, by_cudnn
 from service.runners.torch_cuda.network import cut, lower
 from service.runners.torch_cuda.runner import TorchCudaRunner, open_torch_runner
 from service.runners.torch_cuda.scoring import SCORES as DEVICE_SCORES
@@ -238,14 +239,14 @@ def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alon
         return made[-1]
 
     runner = TorchCudaRunner(
-        tiny_network(), SHAPE, MEAN, STD, None, 4, 16, device=Host(), dtype=torch.float32, compiler=compiler
+        tiny_network(), SHAPE, MEAN, STD, None, 4, 16, device=Host(), dtype=torch.float32, compilers={"first": compiler}
     )
     runner.stages[:] = [Slow(stage, 0.02) for stage in runner.stages]  # type: ignore[misc]
     with caplog.at_level("INFO"):
         runner.warm_up(0.0)
     assert sorted(runner.compiled) == [0, 3]
-    assert "stage 2 stays as it is, it cannot be compiled: no C compiler was found" in caplog.messages
-    assert [message.rsplit(": ")[-1] for message in caplog.messages if " compiled takes " in message] == [
+    assert "stage 2 stays as it is, first cannot compile it: no C compiler was found" in caplog.messages
+    assert [message.rsplit(": ")[-1] for message in caplog.messages if " by first takes " in message] == [
         "taken",
         "left",
         "taken",
@@ -257,6 +258,72 @@ def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alon
         for ours, expected in zip(logits_of(runner, images[:n_rows]), whole, strict=True):
             close(ours, expected[:n_rows])
     assert [call.calls for call in taken] == [2, 2]  # of 4 and of 3 images, which run as 4
+
+
+def test_the_fastest_of_several_compilers_is_taken_and_none_that_computes_something_else(
+    images: NDArray[np.uint8], whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(Slow):
+        """The fastest of all, which now and then adds to what lay in its output before: here, no number."""
+
+        def __len__(self) -> int:  # as what torch.compile makes, it is neither true nor false
+            raise TypeError("it does not support len()")
+
+        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(value + torch.empty_like(value).fill_(torch.nan) * 0 for value in super().__call__(*values))
+
+    class Right(Wrong):
+        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return Slow.__call__(self, *values)
+
+    compilers = {
+        "wrong": lambda stage: Wrong(stage.stage, 0.0),
+        "slower": lambda stage: Right(stage.stage, 0.01),
+        "fastest": lambda stage: Right(stage.stage, 0.0),
+    }
+    runner = TorchCudaRunner(
+        tiny_network(), SHAPE, MEAN, STD, None, 2, 16, device=Host(), dtype=torch.float32, compilers=compilers
+    )
+    runner.stages[:] = [Slow(stage, 0.03) for stage in runner.stages]  # type: ignore[misc]
+    with caplog.at_level("INFO"):
+        runner.warm_up(0.0)
+    assert runner.compiled == dict.fromkeys(range(4), "fastest")
+    assert (
+        caplog.messages.count("stage 1 stays as it is, wrong cannot compile it: what it computes is not the same") == 1
+    )
+    for ours, expected in zip(logits_of(runner, images[:2]), whole, strict=True):
+        close(ours, expected[:2])
+
+
+@pytest.mark.parametrize("network", [tiny_network, tiny_ranet], ids=["msdnet", "ranet"])
+def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], nn.Module]) -> None:
+    """With a kernel of the test's own in the place of the GPU's: what is given to it, and what becomes of the rest."""
+    joined = 0
+
+    def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        nonlocal joined
+        joined += 1
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert bias.shape == (1, x.shape[1], 1, 1)
+        return torch.relu(x + bias)
+
+    made, cpu = network(), torch.device("cpu")
+    pixels = torch.from_numpy(random_images(3, seed=9))
+    with torch.inference_mode():
+        whole = made(Normalise(MEAN, STD)(pixels))
+        stages = lower(cut(made, SHAPE, MEAN, STD), cpu, torch.float32, bias_relu)
+        state = {"images": pixels}
+        n_convolutions = 0
+        for expected, stage in zip(whole, stages, strict=True):
+            assert not any(isinstance(module, nn.ReLU) for module in stage.modules())
+            n_convolutions += sum(isinstance(module, nn.Conv2d) for module in stage.modules())
+            outputs = stage(*(state[name] for name in stage.inputs))
+            close(outputs[0].numpy(), expected.numpy())
+            by_itself = by_cudnn(stage)  # whose kernel is on GPUs alone
+            assert all(module.by_cudnn for module in by_itself.modules() if isinstance(module, ConvRelu))
+            assert not any(module.by_cudnn for module in stage.modules() if isinstance(module, ConvRelu))
+            state.update(zip(stage.outputs, outputs, strict=True))
+    assert joined == n_convolutions > 0
 
 
 def test_an_image_of_another_kind_is_refused(runner: TorchCudaRunner) -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from service.runners.base import FatalRunnerError, RunnerError
-from service.runners.torch_cuda.device import Host, HostStream, Program, Stream
+from service.runners.torch_cuda.device import Cuda, Host, HostStream, Program, Stream, has_room
 from service.runners.torch_cuda.runner import open_torch_runner
 from tests.bundles import random_images
 from tests.service.slotted import all_free, engine_around
@@ -110,6 +110,27 @@ def test_no_memory_is_understood_however_it_is_said(bundle: Bundle, error: Excep
     else:
         runner.warm_up()
         assert runner.max_rows == max_rows
+
+
+def test_a_graph_is_captured_where_its_memory_is_free_or_in_its_pool() -> None:
+    mib = 1 << 20
+    assert has_room(100 * mib, 200 * mib, 0)
+    assert not has_room(100 * mib, 150 * mib, 0)  # a quarter more, for gaps, and what the graph itself takes
+    assert has_room(100 * mib, 100 * mib, 100 * mib)
+    assert not has_room(0, 10 * mib, 0)
+
+
+def test_algorithms_are_searched_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 7.0, 10.0, 16.0, 20.0, 21.0, 30.0, 31.0])
+    monkeypatch.setattr("service.runners.torch_cuda.device.time.perf_counter", lambda: next(clock))
+    device, searched = Cuda(search_s=10.0), []
+    for _ in range(3):
+        with device.searching():
+            searched.append(torch.backends.cudnn.benchmark)
+        assert not torch.backends.cudnn.benchmark
+    assert searched == [True, True, False]
+    with Cuda(graphs=False).searching():  # what it would find is of no use to the threads that run the programs
+        assert not torch.backends.cudnn.benchmark
 
 
 def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:

@@ -3,14 +3,17 @@
 On CUDA it is captured once as a graph and replayed from then on; on the host, where this is tested, it is called.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
 Program = Callable[[], None]
 WARM_RUNS = 3  # before a capture: libraries choose algorithms and allocate at the first runs
+SEARCH_S = 60.0  # of a process, see `Cuda.searching`
+SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding
 
 
 class Stream(Protocol):
@@ -86,32 +89,59 @@ class CudaStream:
     in the pool that another one reads.
     """
 
-    def __init__(self, device: torch.device, graphs: bool) -> None:
-        self._graphs = graphs
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, device: "Cuda") -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device.kind)
         self._done = torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
+        self._pool_bytes = 0  # taken from the device so far; free again while no graph is captured
 
     def use(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
 
     def prepare(self, program: Program) -> Program:
-        torch.cuda.synchronize(self._stream.device)  # what the program reads was made on another stream
-        with self.use():
+        kind = self._device.kind
+        torch.cuda.synchronize(kind)  # what the program reads was made on another stream
+        with self.use(), self._device.searching():
             for _ in range(WARM_RUNS):
+                torch.cuda.reset_peak_memory_stats(kind)
+                before = torch.cuda.memory_allocated(kind)
                 program()
-        torch.cuda.synchronize(self._stream.device)
-        if not self._graphs:
+        torch.cuda.synchronize(kind)
+        if not self._device.graphs:
             return program
+        # Of the last run: the first ones took more, to try algorithms.
+        self._require_room(torch.cuda.max_memory_allocated(kind) - before)
         graph = torch.cuda.CUDAGraph()
+        reserved = torch.cuda.memory_reserved(kind)
         # "thread_local": what other threads do with CUDA meanwhile is no part of the capture, and no error.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             program()
+        self._pool_bytes += max(0, torch.cuda.memory_reserved(kind) - reserved)
         return graph.replay
 
     def wait(self) -> None:
         self._done.record(self._stream)
         self._done.synchronize()  # the one synchronisation of a batch: its verdicts are needed here
+
+    def _require_room(self, n_bytes: int) -> None:
+        """Before a capture: one that runs out of memory cannot be mended.
+
+        Up to torch 2.11, a capture that CUDA has broken off leaves the allocator in the belief that it goes on, and no
+        memory is given back to the device any more in this process (pytorch/pytorch, pull request 180395).
+        """
+        torch.cuda.empty_cache()  # what the warm-up took; a capture takes its memory anew, from the pool
+        free, _ = torch.cuda.mem_get_info(self._device.kind)
+        if not has_room(n_bytes, free, self._pool_bytes):
+            raise torch.OutOfMemoryError(
+                f"out of memory: a graph needs {n_bytes >> 20} MiB, of which {self._pool_bytes >> 20} are in its pool, "
+                f"and {free >> 20} are free"
+            )
+
+
+def has_room(n_bytes: int, free_bytes: int, pool_bytes: int) -> bool:
+    """Whether what took `n_bytes` at its peak can be captured; blocks of memory have gaps between them."""
+    return n_bytes + n_bytes // 4 + SPARE_BYTES <= free_bytes + pool_bytes
 
 
 class Cuda:
@@ -119,18 +149,34 @@ class Cuda:
 
     Args:
         graphs: False runs programs kernel by kernel (for comparison).
+        search_s: how long the fastest algorithms of convolutions are looked for; see `searching`.
     """
 
     pins = True
 
-    def __init__(self, index: int = 0, graphs: bool = True) -> None:
+    def __init__(self, index: int = 0, graphs: bool = True, search_s: float = SEARCH_S) -> None:
         self.kind = torch.device("cuda", index)
-        self._graphs = graphs
-        # The fastest algorithm of each convolution is looked for at its first run, that is, at warm-up.
-        torch.backends.cudnn.benchmark = True
+        self.graphs = graphs
+        self.search_left_s = search_s
 
     def open_stream(self) -> Stream:
-        return CudaStream(self.kind, self._graphs)
+        return CudaStream(self)
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """Within it, cuDNN tries all its algorithms where a shape is new to it, as long as there is time left for that.
+
+        To build and try them takes up to a second for each convolution and batch size, and a network has hundreds of
+        them in nine sizes. The largest batches come first, where it matters; the rest is left to cuDNN's heuristics.
+        What was found is kept by thread, so it is of no use to programs that other threads run kernel by kernel.
+        """
+        started = time.perf_counter()
+        torch.backends.cudnn.benchmark = self.graphs and self.search_left_s > 0
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = False
+            self.search_left_s -= time.perf_counter() - started
 
     def release_memory(self) -> None:
         torch.cuda.empty_cache()

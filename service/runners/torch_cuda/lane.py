@@ -55,32 +55,33 @@ class Lane:
         self.programs: dict[tuple[int, int], Program] = {}  # by stage and bucket
         self._stages, self._values = stages, values
         self._n_classes, self._score = n_classes, score
-        self._row_bytes = 8 * N_NUMBERS + 4 * n_classes
-        host = partial(torch.zeros, pin_memory=device.pins)
-        there = partial(torch.zeros, device=device.kind)
-        self._slots_host, self._slots = (make(max_rows, dtype=torch.int64) for make in (host, there))
-        self._images_host, self._images = (make((max_rows, *image_shape), dtype=torch.uint8) for make in (host, there))
+        row_bytes = 8 * N_NUMBERS + 4 * n_classes
         self._image_shape, self._canvas_px = tuple(image_shape), canvas_px
         self._resizers: dict[int, Program] = {}  # by bucket
+        self._buckets: dict[int, _Bucket] = {}
         canvas = (max_rows if canvas_px else 0, canvas_px, canvas_px, 3)
-        self._canvases_host, self._canvases = (make(canvas, dtype=torch.uint8) for make in (host, there))
-        self._cuts_host, self._cuts = (make((max_rows, 2, 3), dtype=torch.float64) for make in (host, there))
-        self._told_host, self._told = (make(max_rows * self._row_bytes, dtype=torch.uint8) for make in (host, there))
+        self._slots = _Pair(device, (max_rows,), torch.int64)
+        self._images = _Pair(device, (max_rows, *image_shape), torch.uint8)
+        self._canvases = _Pair(device, canvas, torch.uint8)
+        self._cuts = _Pair(device, (max_rows, 2, 3), torch.float64)
+        self.told = _Pair(device, (max_rows * row_bytes,), torch.uint8)
 
     @torch.inference_mode()
     def prepare(self, stage: int, bucket: int, call: StageCall | None = None) -> None:
         """Make the program of a stage for batches of up to `bucket` rows; `call` takes the stage's place in it."""
-        self._slots_host.fill_(SCRATCH)
+        if bucket not in self._buckets:
+            self._buckets[bucket] = _Bucket(self._slots, self.told, bucket, self._n_classes)
+        self._slots.host.fill_(SCRATCH)
         with self.stream.use():
-            self._slots.copy_(self._slots_host)
-        self.programs[stage, bucket] = self.stream.prepare(
-            partial(self._program, stage, bucket, call or self._stages[stage])
-        )
-
+            self._slots.there.copy_(self._slots.host)
+        call = (
+            self._stages[stage] if call is None else call
+        )  # no `or`: what torch.compile makes is neither true nor false
+        self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket, call))
         if stage == 0 and self._canvas_px:
-            self._cuts_host.copy_(torch.tensor(cut(self._image_shape[0], self._image_shape[1], self._image_shape)))
+            self._cuts.host.copy_(torch.tensor(cut(self._image_shape[0], self._image_shape[1], self._image_shape)))
             with self.stream.use():
-                self._cuts.copy_(self._cuts_host)
+                self._cuts.there.copy_(self._cuts.host)
             self._resizers[bucket] = self.stream.prepare(partial(self._resize, bucket))
 
     @torch.inference_mode()
@@ -88,28 +89,28 @@ class Lane:
         self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
     ) -> tuple[NDArray[np.float32], Heads | None]:
         """See `slotted.Lane`."""
-        n_rows = len(slots)
-        self._slots_host.numpy()[:bucket] = [*slots, *[SCRATCH] * (bucket - n_rows)]
+        n_rows, of = len(slots), self._buckets[bucket]
+        of.slots[:n_rows], of.slots[n_rows:] = slots, SCRATCH
         own_size = all(image.shape == self._image_shape for image in images)
         if images and own_size:
-            np.stack(images, out=self._images_host.numpy()[:n_rows])
+            np.stack(images, out=self._images.array[:n_rows])
         elif images:
             self._lay_out(images)
         with self.stream.use():
-            self._slots[:bucket].copy_(self._slots_host[:bucket], non_blocking=True)
+            of.slots_there.copy_(of.slots_host, non_blocking=True)
             if images and own_size:
-                self._images[:n_rows].copy_(self._images_host[:n_rows], non_blocking=True)
+                self._images.send(n_rows)
             elif images:
-                self._canvases[:n_rows].copy_(self._canvases_host[:n_rows], non_blocking=True)
-                self._cuts[:n_rows].copy_(self._cuts_host[:n_rows], non_blocking=True)
+                self._canvases.send(n_rows)
+                self._cuts.send(n_rows)
                 self._resizers[bucket]()
             self.programs[stage, bucket]()
-            n_bytes = bucket * self._row_bytes
-            self._told_host[:n_bytes].copy_(self._told[:n_bytes], non_blocking=True)
+            of.told_host.copy_(of.told_there, non_blocking=True)
             self.stream.wait()
-        numbers, logits = (part[:n_rows].numpy().copy() for part in self._parts(self._told_host, bucket))
+        logits = of.logits[:n_rows].copy()  # the buffer is the next batch's
         if self._score is None:
             return logits, None
+        numbers = of.numbers[:n_rows].copy()
         return logits, Heads(numbers[:, 0].astype(np.int64), numbers[:, 1], numbers[:, 2])
 
     @torch.inference_mode()
@@ -126,33 +127,58 @@ class Lane:
         return (time.perf_counter() - started) / repeats
 
     def _program(self, stage_index: int, bucket: int, call: StageCall) -> None:
-        stage, slots = self._stages[stage_index], self._slots[:bucket]
+        stage, slots = self._stages[stage_index], self._slots.there[:bucket]
         carried = [name for name in stage.inputs if name != IMAGES]
         inputs = dict(zip(carried, self._values.gather(carried, slots), strict=True))
-        inputs[IMAGES] = self._images[:bucket]
+        inputs[IMAGES] = self._images.there[:bucket]
         outputs = call(*(inputs[name] for name in stage.inputs))
         made = zip(stage.outputs, outputs, strict=True)
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
-        told, logits = self._parts(self._told, bucket)
+        told, logits = _parts(self.told.there, bucket, self._n_classes)
         if self._score is not None:
-            told.copy_(judge(outputs[0], self._score))
+            judge(outputs[0], self._score, out=told)
         logits.copy_(outputs[0])
 
     def _lay_out(self, images: Sequence[Array]) -> None:
         """Pictures of any size into the corners of their canvases."""
-        canvases, cuts = self._canvases_host.numpy(), self._cuts_host.numpy()
+        canvases, cuts = self._canvases.array, self._cuts.array
         for i, image in enumerate(images):
             height, width = image.shape[:2]
             canvases[i, :height, :width] = image
             cuts[i] = cut(height, width, self._image_shape)
 
     def _resize(self, bucket: int) -> None:
-        dtype = torch.float32 if self._canvases.device.type == "cpu" else torch.float16
-        self._images[:bucket].copy_(resize(self._canvases[:bucket], self._cuts[:bucket], self._image_shape, dtype))
+        canvases, cuts = self._canvases.there[:bucket], self._cuts.there[:bucket]
+        dtype = torch.float32 if canvases.device.type == "cpu" else torch.float16
+        self._images.there[:bucket].copy_(resize(canvases, cuts, self._image_shape, dtype))
 
-    def _parts(self, told: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
-        """What is told of `bucket` rows [rows, N_NUMBERS] and their logits [rows, classes] in one run of bytes."""
-        middle = bucket * 8 * N_NUMBERS
-        end = middle + bucket * 4 * self._n_classes
-        numbers = told[:middle].view(torch.float64).view(bucket, N_NUMBERS)
-        return numbers, told[middle:end].view(torch.float32).view(bucket, self._n_classes)
+
+class _Pair:
+    """A buffer on the host, pinned if the device likes that, and its twin on the device. Neither ever moves."""
+
+    def __init__(self, device: Device, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.pins)
+        self.there = torch.zeros(shape, dtype=dtype, device=device.kind)
+        self.array = self.host.numpy()
+
+    def send(self, n_rows: int) -> None:
+        self.there[:n_rows].copy_(self.host[:n_rows], non_blocking=True)
+
+
+class _Bucket:
+    """What a batch of a bucket reads and writes of the lane's buffers: made once, as views take time to make."""
+
+    def __init__(self, slots: _Pair, told: _Pair, bucket: int, n_classes: int) -> None:
+        self.slots: NDArray[np.int64] = slots.array[:bucket]
+        self.slots_host, self.slots_there = slots.host[:bucket], slots.there[:bucket]
+        n_bytes = bucket * (8 * N_NUMBERS + 4 * n_classes)
+        self.told_host, self.told_there = told.host[:n_bytes], told.there[:n_bytes]
+        self.numbers, self.logits = (part.numpy() for part in _parts(told.host, bucket, n_classes))
+
+
+def _parts(told: Tensor, bucket: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """What is told of `bucket` rows [rows, N_NUMBERS] and their logits [rows, classes] in one run of bytes."""
+    middle = bucket * 8 * N_NUMBERS
+    end = middle + bucket * 4 * n_classes
+    numbers = told[:middle].view(torch.float64).view(bucket, N_NUMBERS)
+    return numbers, told[middle:end].view(torch.float32).view(bucket, n_classes)

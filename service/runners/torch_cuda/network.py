@@ -1,7 +1,7 @@
 """From a bundle to stages that a device runs fast: the network rebuilt, cut, and lowered.
 
-Lowered means: BatchNorm folded into the convolution before it, maps and weights channels-last, convolutions in half
-precision. Linear layers, and with them logits, their ensemble and scores, stay in float32.
+Lowered means: BatchNorm folded into the convolution before it, bias and ReLU joined, maps and weights channels-last,
+convolutions in half precision. Linear layers, and with them logits, their ensemble and scores, stay in float32.
 """
 
 from collections import Counter
@@ -18,6 +18,7 @@ from models.normalise import Normalise
 from models.registry import ARCHITECTURES, build_network
 from models.staging import Stage, split
 from service.runners.base import RunnerError
+from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join
 
 WEIGHTS = "weights.safetensors"
 
@@ -52,10 +53,13 @@ def cut(network: nn.Module, image_shape: Sequence[int], mean: Sequence[float], s
 
 
 @torch.no_grad()
-def lower(stages: Sequence[Stage], device: torch.device, dtype: torch.dtype) -> list[Stage]:
+def lower(
+    stages: Sequence[Stage], device: torch.device, dtype: torch.dtype, bias_relu: BiasRelu | None = None
+) -> list[Stage]:
     """Lower stages for a device; they are changed and returned."""
     for stage in stages:
         _fold_batch_norm(stage)
+        _join_relu(stage, bias_relu)
         if dtype != torch.float32:
             _narrow(stage, dtype)
         for module in stage.modules():
@@ -76,6 +80,22 @@ def _fold_batch_norm(stage: Stage) -> None:
         is_own = source.op == "call_module" and len(source.users) == 1 and calls[source.target] == 1
         if is_own and isinstance(modules[source.target], nn.Conv2d):
             stage.set_submodule(source.target, fuse_conv_bn_eval(modules[source.target], modules[node.target]))
+            node.replace_all_uses_with(source)
+            stage.graph.erase_node(node)
+    stage.delete_all_unused_submodules()
+    stage.recompile()
+
+
+def _join_relu(stage: Stage, bias_relu: BiasRelu | None) -> None:
+    modules = dict(stage.named_modules())
+    calls = Counter(node.target for node in stage.graph.nodes if node.op == "call_module")
+    for node in list(stage.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.ReLU):
+            continue
+        source = node.args[0]
+        conv = modules.get(source.target) if source.op == "call_module" and calls[source.target] == 1 else None
+        if isinstance(conv, nn.Conv2d) and len(source.users) == 1 and can_join(conv):
+            stage.set_submodule(source.target, ConvRelu(conv, bias_relu))
             node.replace_all_uses_with(source)
             stage.graph.erase_node(node)
     stage.delete_all_unused_submodules()

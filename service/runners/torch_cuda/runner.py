@@ -1,7 +1,7 @@
 """The runner: a network's stages as programs of a device, and the values that rows keep there."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,16 +12,19 @@ from models.staging import Stage
 from service.runners.base import Array, Block, FatalRunnerError, RowState, RunnerError
 from service.runners.slotted import IMAGES, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host
+from service.runners.torch_cuda.joined import by_cudnn, make_bias_relu
 from service.runners.torch_cuda.lane import Lane, StageCall
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
 from service.runners.torch_cuda.scoring import SCORES
 
 Compiler = Callable[[Stage], StageCall]
+Compilers = Mapping[str, Compiler]
 logger = logging.getLogger(__name__)
 
 COMPILED_GAIN = 1.03  # below it, noise would decide
 COMPILED_REPEATS = 20
+SAME = 0.02  # of the largest value: half precision, summed up in another order
 N_LANES = 2  # while what one lane has to tell travels, the other one's batch runs
 
 
@@ -43,8 +46,8 @@ class TorchCudaRunner(SlotRunner[Lane]):
         n_lanes: batches at once.
         canvas_px: `first_state` takes pictures of up to so many pixels a side, which are cut and scaled on the device
             (see `resize`); a batch with one of them crosses as canvases of that size. 0: it takes none.
-        compiler: makes of a stage what computes the same, perhaps faster. Tried on full batches, whose stages it takes
-            the place of where it measures faster; the first `warm_up` takes as long as it takes.
+        compilers: each makes of a stage what computes the same, perhaps faster. All are tried on full batches, whose
+            stages the fastest takes the place of; the first `warm_up` takes as long as they take.
 
     Raises:
         RunnerError: the device has no room for the slots, or a number is out of range.
@@ -64,16 +67,16 @@ class TorchCudaRunner(SlotRunner[Lane]):
         dtype: torch.dtype = torch.float16,
         n_lanes: int = N_LANES,
         canvas_px: int = 0,
-        compiler: Compiler | None = None,
+        compilers: Compilers | None = None,
     ) -> None:
         self.device = device or Cuda()
-        self.score, self.canvas_px, self._compiler = score, canvas_px, compiler
-        self.compiled: dict[int, StageCall] = {}  # by stage, in full batches
+        self.score, self.canvas_px, self._compilers = score, canvas_px, compilers or {}
+        self.compiled: dict[int, str] = {}  # stages of full batches that were replaced, and by what
         stages = cut(network, image_shape, mean, std)
         super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
         try:
             with torch.inference_mode():
-                self.stages = lower(stages, self.device.kind, dtype)
+                self.stages = lower(stages, self.device.kind, dtype, make_bias_relu(self.device.kind, dtype))
                 blank = torch.zeros((2, *image_shape), dtype=torch.uint8, device=self.device.kind)
                 examples, self._n_classes = _run_once(self.stages, blank)
                 self.values = Values(examples, self.slots.n_slots)
@@ -97,33 +100,50 @@ class TorchCudaRunner(SlotRunner[Lane]):
 
     def _prepare(self) -> None:
         super()._prepare()
-        if self._compiler is not None:
-            for stage in range(self.n_stages):
-                self._try_compiled(stage, self._compiler)
+        for stage in range(self.n_stages if self._compilers else 0):
+            self._try_compilers(stage)
 
-    def _try_compiled(self, stage: int, compiler: Compiler) -> None:
-        """Compile a stage for full batches, on all lanes if it is faster on the first."""
+    @torch.inference_mode()
+    def try_compiler(self, stage: int, compiler: Compiler) -> StageCall:
+        """Compile a stage, check what comes of it, and have the first lane run it in full batches.
+
+        Raises:
+            RunnerError: it computes something else; or errors of the compiler's own.
+        """
+        call = compiler(self.stages[stage])
+        _require_same(call, self.stages[stage], self._random_inputs(stage))
+        self.lanes[0].prepare(stage, self.max_rows, call)
+        return call
+
+    def _try_compilers(self, stage: int) -> None:
+        """Have a stage compiled for full batches; the fastest on the first lane goes on all of them."""
         first, *others = self.lanes
         bucket = self.max_rows
-        plain, plain_s = first.programs[stage, bucket], first.seconds(stage, bucket, COMPILED_REPEATS)
-        try:
-            call = compiler(self.stages[stage])
-            first.prepare(stage, bucket, call)
-            compiled_s = first.seconds(stage, bucket, COMPILED_REPEATS)
-            if taken := compiled_s * COMPILED_GAIN < plain_s:
-                for lane in others:
-                    lane.prepare(stage, bucket, call)
-                self.compiled[stage] = call
-        except Exception as error:  # a compiler's errors are of many kinds, and none is a reason not to serve
-            if self._is_lost(error):
-                raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error
-            logger.warning("stage %d stays as it is, it cannot be compiled: %s", stage + 1, error)
-            taken = False
-        else:
-            times = (stage + 1, 1e3 * compiled_s, bucket, 1e3 * plain_s, "taken" if taken else "left")
-            logger.info("stage %d compiled takes %.3f ms for %d images, as it is %.3f ms: %s", *times)
-        if not taken:
-            first.programs[stage, bucket] = plain
+        best, best_s = first.programs[stage, bucket], first.seconds(stage, bucket, COMPILED_REPEATS)
+        for name, compiler in self._compilers.items():
+            try:
+                call = self.try_compiler(stage, compiler)
+                seconds = first.seconds(stage, bucket, COMPILED_REPEATS)
+                if taken := seconds * COMPILED_GAIN < best_s:
+                    for lane in others:
+                        lane.prepare(stage, bucket, call)
+                    best, self.compiled[stage] = first.programs[stage, bucket], name
+            except Exception as error:  # a compiler's errors are of many kinds, and none is a reason not to serve
+                if self._is_lost(error):
+                    raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error
+                logger.warning("stage %d stays as it is, %s cannot compile it: %s", stage + 1, name, error)
+            else:
+                times = (1e3 * seconds, bucket, 1e3 * best_s, "taken" if taken else "left")
+                logger.info("stage %d by %s takes %.3f ms for %d images, else %.3f ms: %s", stage + 1, name, *times)
+                best_s = min(best_s, seconds) if taken else best_s
+            first.programs[stage, bucket] = best
+
+    def _random_inputs(self, stage: int) -> list[Tensor]:
+        shape = (self.max_rows, *self.image_shape)
+        state = {IMAGES: torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device.kind)}
+        for earlier in self.stages[:stage]:
+            state.update(zip(earlier.outputs, earlier(*(state[name] for name in earlier.inputs)), strict=True))
+        return [state[name] for name in self.stages[stage].inputs]
 
     def _is_lost(self, error: Exception) -> bool:
         return self.device.is_lost()
@@ -183,7 +203,7 @@ def open_torch_runner(
         dtype,
         n_lanes or N_LANES,
         canvas_px=canvas_px,
-        compiler=compile_stage if compile_stages else None,
+        compilers=COMPILERS if compile_stages else None,
     )
 
 
@@ -192,6 +212,24 @@ def compile_stage(stage: Stage) -> StageCall:
     which it silently runs what it was given, is never met."""
     compiled: StageCall = torch.compile(stage, dynamic=False, fullgraph=True)
     return compiled
+
+
+COMPILERS: Compilers = {"cuDNN": by_cudnn, "torch.compile": compile_stage}
+
+
+def _require_same(call: StageCall, stage: Stage, inputs: Sequence[Tensor]) -> None:
+    """Check that `call` answers as `stage` does, whatever lay in the memory that it writes to.
+
+    Raises:
+        RunnerError: it does not.
+    """
+    expected = stage(*inputs)
+    # What is allocated next lies where these have lain. cuDNN multiplies what its output held before by 0.
+    poison = [torch.full_like(output, torch.nan) for output in expected for _ in range(2)]
+    del poison
+    for found, wanted in zip(call(*inputs), expected, strict=True):
+        if not torch.allclose(found, wanted, rtol=0.0, atol=SAME * float(wanted.abs().max())):
+            raise RunnerError("what it computes is not the same")
 
 
 def _run_once(stages: Sequence[Stage], images: Tensor) -> tuple[dict[str, Tensor], int]:
