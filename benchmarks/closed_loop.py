@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -16,6 +16,7 @@ from service.engine import Engine
 from service.rows import Answer, EngineError, Told
 
 Images = NDArray[np.uint8]
+STALLED_S = 60.0  # without an answer: none will come any more
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,32 @@ class Load:
         self._room: SimpleQueue[int] = SimpleQueue()  # images that may be sent: as many as were answered
         self._room.put(n_in_flight)
         self._done = threading.Event()
+        self._n_ended = 0
+        self._failed: EngineError | None = None
 
     def run(self) -> Round:
+        """Send all images, and wait for the answers.
+
+        Raises:
+            EngineError: an image was not answered.
+            TimeoutError: nothing has happened for long.
+        """
         idle_mflops = self._engine.stats().idle_mflops
         started = time.perf_counter()
         n_room = 0
         for image in self._images:
-            n_room = n_room or self._room.get()
+            n_room = n_room or self._wait_for_room()
             n_room -= 1
             self._engine.submit_to(self._take, None, image, flush=not n_room)  # as a turn of an event loop does
         self._engine.flush()
-        self._done.wait()
+        n_ended = -1
+        while not self._done.wait(STALLED_S):
+            if n_ended == self._n_ended:
+                raise TimeoutError(f"no answer for {STALLED_S:.0f} s, {len(self._images) - n_ended} are missing")
+            n_ended = self._n_ended
         seconds = time.perf_counter() - started
+        if self._failed is not None:
+            raise self._failed
         exits = Counter(answer.exit for answer in self.answers)
         return Round(
             images_per_s=len(self.answers) / seconds,
@@ -62,14 +77,21 @@ class Load:
             idle_mflops=(self._engine.stats().idle_mflops - idle_mflops) / len(self.answers),
         )
 
+    def _wait_for_room(self) -> int:
+        try:
+            return self._room.get(timeout=STALLED_S)
+        except Empty:
+            raise TimeoutError(f"no answer for {STALLED_S:.0f} s") from None
+
     def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
         for _, outcome in outcomes:
             if isinstance(outcome, EngineError):
-                raise outcome
-            assert isinstance(outcome, Answer)
-            self.answers.append(outcome)
+                self._failed = outcome
+            elif isinstance(outcome, Answer):
+                self.answers.append(outcome)
+        self._n_ended += len(outcomes)
         self._room.put(len(outcomes))
-        if len(self.answers) == len(self._images):
+        if self._n_ended == len(self._images):
             self._done.set()
 
 

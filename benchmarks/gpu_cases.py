@@ -1,6 +1,6 @@
 """What the GPU benchmark runs: networks, SYNTHETIC images, and what the same network answers in float32, eagerly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
@@ -35,7 +35,6 @@ TINY = {
     **{"growth_factors": [1, 1, 2], "bottleneck": False, "bottleneck_factors": [1, 1, 2], "temperatures": 0.5},
 }
 WANTED_SAME = 0.999
-IN_FLIGHT_ROWS = 1024  # more than are ever asked for at once
 Images = NDArray[np.uint8]
 
 
@@ -48,11 +47,13 @@ class Plan:
     max_rows: int
     n_images: int
     in_flight: int
-    seconds: float  # of each measurement of a rate
+    whole_rows: Sequence[int]  # batches in which the whole network is tried
+    seconds: float  # of each round of a rate
     repeats: int  # of each program
     n_alone: int  # images asked one at a time
+    n_lanes: int = 2
     tensorrt: bool = False
-    onnx_until_s: float = inf  # on `perf_counter`: later ONNX Runtime is not begun with
+    until_s: float = inf  # on `perf_counter`: later nothing is begun that may take long
 
 
 @dataclass(frozen=True)
@@ -71,22 +72,26 @@ class Case:
     frontier: Frontier
     bundle: Bundle | None = None  # with the same network as ONNX stages
 
-    def runner(self, plan: Plan, network: nn.Module | None = None, **options: Any) -> TorchCudaRunner:
-        given: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype} | options
-        shape = self.images.shape[1:]
+    def runner(
+        self, plan: Plan, network: nn.Module | None = None, full_only: bool = False, **options: Any
+    ) -> TorchCudaRunner:
+        """A runner that is warm; `full_only`: prepared for full batches and no others."""
+        given: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype, "n_lanes": plan.n_lanes}
+        given |= {"max_rows": plan.max_rows, "max_in_flight_rows": plan.in_flight} | options
         network = network or self.network
-        rows = (plan.max_rows, IN_FLIGHT_ROWS)
-        runner = TorchCudaRunner(network, shape, self.mean, self.std, self.score, *rows, **given)
+        runner = TorchCudaRunner(network, self.images.shape[1:], self.mean, self.std, self.score, **given)
+        if full_only:
+            del runner.buckets[:-1]
         runner.warm_up(inf)
         return runner
 
-    def engine(self, runner: SlotRunner[Any], policy: str, observer: Observer | None = None) -> Engine:
+    def engine(self, runner: SlotRunner[Any], policy: str, plan: Plan, observer: Observer | None = None) -> Engine:
         full, burst_images = self.costs_mflops[-1], max(32.0, 2.0 * runner.max_rows)
         budget = BudgetController(self.frontier, self.costs_mflops, full, burst_images)
         scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
         names = [str(i) for i in range(self.logits[0].shape[1])]
         score = HeadScore(SCORES[self.score])
-        return Engine(runner, budget, scheduler, score, names, IN_FLIGHT_ROWS, observer=observer)
+        return Engine(runner, budget, scheduler, score, names, plan.in_flight, observer=observer)
 
 
 def make_images(n_images: int, side_px: int) -> Images:
@@ -129,19 +134,54 @@ def make_case(
     return Case(name, network, mean, std, score, images, logits, costs_mflops, stage_macs, frontier)
 
 
-def make_cases(plan: Plan, quick: bool) -> list[Case]:
+def make_tiny(plan: Plan) -> Case:
     images = make_images(plan.n_images, 32)
-    if quick:
-        network = random_network(TINY, images, plan.device.kind)
-        return [make_case("tiny, random weights", network, MEAN, STD, "logit_margin", images, plan)]
+    network = random_network(TINY, images, plan.device.kind)
+    return make_case("tiny, random weights", network, MEAN, STD, "logit_margin", images, plan)
+
+
+def make_cifar(plan: Plan) -> Case:
     bundle = load_bundle(ZOO / "cifar100-msdnet")
-    of = bundle.manifest.input
+    of, images = bundle.manifest.input, make_images(plan.n_images, 32)
     score = bundle.manifest.score if bundle.manifest.score in SCORES else "logit_margin"
-    cifar = make_case("CIFAR size: cifar100-msdnet", load_network(bundle), of.mean, of.std, score, images, plan)
-    cifar = replace(cifar, bundle=bundle)
-    images = make_images(plan.n_images // 2, 224)
+    network = load_network(bundle)
+    return replace(
+        make_case("CIFAR size: cifar100-msdnet", network, of.mean, of.std, score, images, plan), bundle=bundle
+    )
+
+
+def make_imagenet(plan: Plan) -> Case:
+    images = make_images(plan.n_images, 224)
     network = random_network({"config": "I-5", "temperatures": [0.5]}, images, plan.device.kind)
-    return [cifar, make_case("ImageNet size: MSDNet I-5, random weights", network, MEAN, STD, score, images, plan)]
+    return make_case("ImageNet size: MSDNet I-5, random weights", network, MEAN, STD, "logit_margin", images, plan)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a case is made, and the amounts of its plan."""
+
+    make: Callable[[Plan], Case]
+    amounts: Mapping[str, Any]
+
+
+# Small networks fill a GPU with batches of hundreds alone. Two and a half times as many batches are in work as there
+# are lanes, and beside them the queues before the stages are to be full.
+REAL = {"seconds": 1.0, "repeats": 20, "n_alone": 200}
+NETWORKS = {
+    "cifar": Network(
+        make_cifar,
+        {"max_rows": 256, "n_images": 4096, "in_flight": 4096, "whole_rows": (64, 128, 256, 512)} | REAL,
+    ),
+    "imagenet": Network(
+        make_imagenet,
+        {"max_rows": 128, "n_images": 1024, "in_flight": 2048, "whole_rows": (32, 64, 128, 256)} | REAL,
+    ),
+    "tiny": Network(
+        make_tiny,
+        {"max_rows": 4, "n_images": 32, "in_flight": 16, "whole_rows": (2, 4), "seconds": 0.05}
+        | {"repeats": 2, "n_alone": 4},
+    ),
+}
 
 
 @torch.inference_mode()
@@ -187,6 +227,7 @@ def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
     return {
         "same_label_and_exit": float(same.mean()),
         "wanted": WANTED_SAME,
+        "met": bool(same.mean() >= WANTED_SAME),
         "close_calls": float(close_call.mean()),  # the decision is nearer than the rounding: either may come out
         "same_of_the_others": float(clear.mean()) if len(clear) else None,
         "worst_logit_error_of_largest": float(errors.max() / max(np.abs(x).max() for x in case.logits)),

@@ -1,17 +1,27 @@
-"""Engines of the GPU benchmark: images/s at every budget, and one image alone."""
+"""Engines of the GPU benchmark: images/s at every budget, one image alone, and the whole network with exits off."""
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from benchmarks.closed_loop import Load, Round, ideal_rate
 from benchmarks.gpu_cases import Case, Plan
+from models.exits import SCORES
+from models.scores import HeadScore, score_exits
 from service.rows import Answer, Options
 from service.runners.slotted import SlotRunner
+from service.runners.torch_cuda.device import Device, Program, Stream
+from service.runners.torch_cuda.scoring import N_NUMBERS
 
 FRACTIONS = (0.25, 0.4, 0.6, 1.0)  # budgets, of the full network's cost
+ROUNDS = 3
 
 
 class BusyTime:
@@ -24,7 +34,7 @@ class BusyTime:
 
     def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
         bucket = next(size for size in self._buckets if size >= len(queue_seconds))
-        self.busy_s += self._seconds[stage, bucket]
+        self.busy_s += self._seconds.get((stage, bucket), 0.0)
         self.batches += 1
 
     def answered(self, answers: Sequence[Answer]) -> None:
@@ -32,53 +42,147 @@ class BusyTime:
 
 
 def measure_engine(
-    case: Case, runner: SlotRunner[Any], policy: str, plan: Plan, device_s: dict[tuple[int, int], float]
+    case: Case,
+    runner: SlotRunner[Any],
+    policy: str,
+    plan: Plan,
+    device_s: dict[tuple[int, int], float],
+    fractions: Sequence[float] = FRACTIONS,
 ) -> list[dict[str, Any]]:
-    """Images/s of an engine at every budget, beside the ideal of its stage times at the exits that were taken."""
+    """Images/s of an engine at every budget, beside the ideal of its stage times at the exits that were taken.
+
+    Args:
+        device_s: by stage (from 1) and rows; empty where they are not known.
+    """
     busy = BusyTime(device_s, runner.buckets)
-    engine = case.engine(runner, policy, busy)
-    row_s = [device_s[stage + 1, runner.max_rows] / runner.max_rows for stage in range(runner.n_stages)]
+    engine = case.engine(runner, policy, plan, busy)
+    full = runner.max_rows
+    row_s = [device_s[stage + 1, full] / full for stage in range(runner.n_stages)] if device_s else []
     measured = []
     try:
         engine.start()
-        for fraction in FRACTIONS:
+        for fraction in fractions:
             engine.set_budget(fraction * case.costs_mflops[-1])
             settled = Load(engine, case.images, plan.in_flight).run()
             n_images = max(len(case.images), int(settled.images_per_s * plan.seconds))
-            busy.busy_s, busy.batches = 0.0, 0
             images = [case.images[i % len(case.images)] for i in range(n_images)]
-            found: Round = Load(engine, images, plan.in_flight).run()
-            wall_s, ideal = n_images / found.images_per_s, ideal_rate(row_s, found.shares, 1)
+            busy.busy_s, busy.batches, cpu_s = 0.0, 0, time.process_time()
+            rounds: list[Round] = [Load(engine, images, plan.in_flight).run() for _ in range(ROUNDS)]
+            cpu_s = time.process_time() - cpu_s
+            wall_s = sum(n_images / found.images_per_s for found in rounds)
+            shares = np.mean([found.shares for found in rounds], axis=0).tolist()
+            rates = [found.images_per_s for found in rounds]
+            ideal = ideal_rate(row_s, shares, 1) if row_s else None
             measured.append(
                 {
                     "budget": fraction,
-                    "cost": found.mean_mflops / case.costs_mflops[-1],
-                    "images_per_s": found.images_per_s,
+                    "cost": sum(found.mean_mflops for found in rounds) / ROUNDS / case.costs_mflops[-1],
+                    "images_per_s": median(rates),
+                    "lowest_and_highest": [min(rates), max(rates)],
                     "ideal_images_per_s": ideal,
-                    "share_of_ideal": found.images_per_s / ideal,
-                    "rows_a_batch": found.mean_batch_rows,
-                    "device_idle": max(0.0, 1 - busy.busy_s / wall_s),  # lost to launches, waiting and the engine
+                    "share_of_ideal": median(rates) / ideal if ideal else None,
+                    "rows_a_batch": sum(found.mean_batch_rows for found in rounds) / ROUNDS,
+                    # Lost to launches, waiting and the engine.
+                    "device_idle": max(0.0, 1 - busy.busy_s / wall_s) if device_s else None,
                     "batches": busy.batches,
-                    "median_ms": found.median_ms,
-                    "shares": found.shares,
+                    "median_ms": median(found.median_ms for found in rounds),
+                    "host_us_an_image": 1e6 * cpu_s / ROUNDS / n_images,  # of all threads; waiting for the device too
+                    "shares": shares,
                 }
             )
     finally:
-        engine.drain(60)
+        engine.drain(10)
     return measured
 
 
 def measure_alone(case: Case, runner: SlotRunner[Any], plan: Plan) -> dict[str, float]:
     """Milliseconds of an image that has the engine to itself: at 40 % budget, and through the whole network."""
-    engine, told = case.engine(runner, "default"), {}
-    engine.start()
-    engine.set_budget(0.4 * case.costs_mflops[-1])
-    for what, options in (("at 40 %", Options()), ("whole network", Options(exit=runner.n_stages))):
-        milliseconds = []
-        for i in range(plan.n_alone):
-            started = time.perf_counter()
-            engine.submit(case.images[i % len(case.images)], options).result()
-            milliseconds.append(1e3 * (time.perf_counter() - started))
-        told[f"{what}, p50"], told[f"{what}, p90"] = np.percentile(milliseconds, [50, 90]).tolist()
-    engine.drain(60)
+    engine, told = case.engine(runner, "default", plan), {}
+    try:
+        engine.start()
+        engine.set_budget(0.4 * case.costs_mflops[-1])
+        for what, options in (("at 40 %", Options()), ("whole network", Options(exit=runner.n_stages))):
+            milliseconds = []
+            for i in range(plan.n_alone):
+                started = time.perf_counter()
+                engine.submit(case.images[i % len(case.images)], options).result(60)
+                milliseconds.append(1e3 * (time.perf_counter() - started))
+            told[f"{what}, p50"], told[f"{what}, p90"] = np.percentile(milliseconds, [50, 90]).tolist()
+    finally:
+        engine.drain(10)
     return told
+
+
+class LastExit(nn.Module):
+    """A network without its exits: as one stage, it is one graph."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        logits: list[Tensor] = self.network(images)
+        return logits[-1:]
+
+
+def measure_whole(case: Case, plan: Plan, n_rows: int) -> dict[str, Any]:
+    """Images/s of the whole network as one graph, exits off, in batches of `n_rows`, no engine: the bar to beat."""
+    runner = case.runner(plan, LastExit(case.network), full_only=True, max_rows=n_rows)
+    rows = [runner.first_state(case.images[i % len(case.images)]) for i in range(n_rows)]
+
+    def keep_running(until_s: float) -> int:
+        n_batches = 0
+        while time.perf_counter() < until_s:
+            runner.run(0, rows)
+            n_batches += 1
+        return n_batches
+
+    rates = []
+    with ThreadPoolExecutor(runner.n_lanes) as lanes:
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            n_batches = sum(lanes.map(keep_running, [started + plan.seconds] * runner.n_lanes))
+            rates.append(n_batches * n_rows / (time.perf_counter() - started))
+    return {"rows": n_rows, "images_per_s": median(rates), "lowest_and_highest": [min(rates), max(rates)]}
+
+
+class Idle:
+    """A device whose programs do nothing; copies and waiting are what they are."""
+
+    def __init__(self, device: Device) -> None:
+        self.kind, self.pins, self._device = device.kind, device.pins, device
+
+    def open_stream(self) -> Stream:
+        return _IdleStream(self._device.open_stream())
+
+    def release_memory(self) -> None:
+        self._device.release_memory()
+
+    def is_lost(self) -> bool:
+        return self._device.is_lost()
+
+
+class _IdleStream:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def use(self) -> AbstractContextManager[Any]:
+        return self._stream.use()
+
+    def prepare(self, program: Program) -> Program:
+        return lambda: None
+
+    def wait(self) -> None:
+        self._stream.wait()
+
+
+def measure_idle(case: Case, plan: Plan) -> list[dict[str, Any]]:
+    """The engine where the network takes no time: what its own threads allow at most, at 40 % budget."""
+    runner = case.runner(plan, device=Idle(plan.device))
+    scores = score_exits(HeadScore(SCORES[case.score]), case.logits)
+    told = np.zeros((plan.max_rows, N_NUMBERS))
+    told[:, 2] = np.random.default_rng(2).choice(scores.ravel(), plan.max_rows)
+    with torch.inference_mode():
+        for lane in runner.lanes:  # each batch is told the same, wherever its bucket ends
+            lane.told.there[: told.nbytes].copy_(torch.from_numpy(told.view(np.uint8).ravel()))
+    return measure_engine(case, runner, "default", plan, {}, (0.4,))

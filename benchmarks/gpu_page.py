@@ -1,7 +1,9 @@
-"""The GPU benchmark's findings as a page of Markdown."""
+"""The GPU benchmark's findings as a page of Markdown, however many of its parts have run."""
 
 from collections.abc import Sequence
 from typing import Any
+
+ENGINE, WHOLE = "engine: ", "whole network, "
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -11,63 +13,116 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def write_up(report: dict[str, Any]) -> str:
     """The report as a page of Markdown tables."""
-    parts = [
-        f"# {report['title']}\n",
-        f"{report['device']}, torch {report['torch']}, {report['dtype']}; {report['seconds']:.0f} s in all. "
-        f"Matrix product {report['gmacs_per_s']:.0f} G multiply-adds/s, copy {report['gbytes_per_s']:.0f} GB/s.\n",
-    ]
-    for found in report["networks"]:
-        parts += [_about(found), _rates(found), _alone(found["alone_ms"]), *_onnx(found), _stages(found)]
-    return "\n".join(parts)
+    title = "DRY RUN of the GPU benchmark: these numbers mean nothing" if report["dry"] else "The GPU engine"
+    parts = [f"# {title}\n", f"{report['seconds']:.0f} s in all.\n"]
+    for case in report["networks"]:
+        found = case.get("found", {})
+        parts += [_about(case, found), _failures(case), _rates(case, found), _alone(found)]
+        parts += [*_onnx(found), *_compilers(found), _stages(found), _seconds(case)]
+    return "\n".join(part for part in parts if part)
 
 
-def _about(found: dict[str, Any]) -> str:
-    answers = found["answers"]
-    met = "met" if answers["same_label_and_exit"] >= answers["wanted"] else "NOT MET"
+def _about(case: dict[str, Any], found: dict[str, Any]) -> str:
+    lines = [f"## {case.get('name', case['network'])}\n"]
+    if "device" in case:
+        lines.append(f"{case['device']}, torch {case['torch']}, {case['dtype']}, {case['lanes']} lanes.")
+    if case.get("device_at_end"):
+        lines.append(f"At the end: {case['device_at_end']}.")
+    if "peaks" in found:
+        macs, copied = found["peaks"]
+        lines.append(f"Matrix product {macs / 1e9:.0f} G multiply-adds/s, copy {copied / 1e9:.0f} GB/s.")
+    if "full_mflops" in case:
+        lines.append(f"{case['full_mflops']:.0f} M multiply-adds; {case['images']} SYNTHETIC images.")
+    if "max_rows" in case:
+        lines.append(f"Largest batch {case['max_rows']}.")
+    if "answers" in found:
+        lines.append(_answers(found["answers"]))
+    return "\n".join(lines) + "\n"
+
+
+def _answers(answers: dict[str, Any]) -> str:
     others = answers["same_of_the_others"]
-    clear = "-" if others is None else f"{others:.2%}"
     return (
-        f"## {found['network']}\n\n{found['full_mflops']:.0f} M multiply-adds; {found['images']} SYNTHETIC images. "
-        f"Same label and exit as float32: {answers['same_label_and_exit']:.2%} ({answers['wanted']:.1%}: {met}); "
-        f"of those that are no close call ({1 - answers['close_calls']:.1%}): {clear}; worst logit error "
-        f"{answers['worst_logit_error_of_largest']:.1e} of the largest logit.\n\n"
-        f"Whole network, one graph, exits off: **{found['whole_network_images_per_s']:.0f} images/s**.\n"
+        f"Same label and exit as float32: {answers['same_label_and_exit']:.2%} ({answers['wanted']:.1%}: "
+        f"{'met' if answers['met'] else 'NOT MET'}); of those that are no close call "
+        f"({1 - answers['close_calls']:.1%}): {'-' if others is None else f'{others:.2%}'}; worst logit error "
+        f"{answers['worst_logit_error_of_largest']:.1e} of the largest logit."
     )
 
 
-def _rates(found: dict[str, Any]) -> str:
-    whole = found["whole_network_images_per_s"]
-    lines = []
-    onnx = {name: told["rates"] for name, told in found["onnx"].items() if "rates" in told}
-    for name, rows in (found["engines"] | onnx).items():
+def _failures(case: dict[str, Any]) -> str:
+    lines = [f"* **Failed**, {part}: {why.strip().splitlines()[0]}\n" for part, why in case["failed"].items()]
+    lines += [f"* Not begun, {part}: {why}\n" for part, why in case.get("not_begun", {}).items()]
+    return "".join(lines)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    low, high = row["lowest_and_highest"]
+    return f"{row['images_per_s']:.0f} ({low:.0f} to {high:.0f})"
+
+
+def _rates(case: dict[str, Any], found: dict[str, Any]) -> str:
+    wholes = [told for name, told in found.items() if name.startswith(WHOLE)]
+    best = max((told["images_per_s"] for told in wholes), default=0.0)
+    lines = [
+        ["whole network, one graph, exits off", "-", "-", _spread(w), "", "", "", w["rows"], "", ""] for w in wholes
+    ]
+    engines = {name.removeprefix(ENGINE): told for name, told in found.items() if name.startswith(ENGINE)}
+    engines |= {name: told["rates"] for name, told in found.get("onnx", {}).items() if "rates" in told}
+    engines |= {"the engine where the network takes no time": found.get("engine without a network", [])}
+    for name, rows in engines.items():
         for row in rows:
-            shares = [f"{row[key]:.0%}" for key in ("share_of_ideal", "device_idle")]
-            speed = [f"{row['images_per_s']:.0f}", f"{row['images_per_s'] / whole:.2f} x"]
-            budget = [f"{row['budget']:.0%}", f"{row['cost']:.0%}"]
-            lines.append([name, *budget, *speed, *shares, f"{row['rows_a_batch']:.0f}", f"{row['median_ms']:.1f}"])
-    head = ["engine", "budget", "cost", "images/s", "of whole", "of ideal", "device idle", "rows", "median ms"]
-    return _table(head, lines)
+            shares = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("share_of_ideal", "device_idle")]
+            times = f"{row['images_per_s'] / best:.2f} x" if best else "-"
+            rate = [f"{row['budget']:.0%}", f"{row['cost']:.0%}", _spread(row), times]
+            ends = [f"{row['rows_a_batch']:.0f}", f"{row['median_ms']:.1f}", f"{row['host_us_an_image']:.0f}"]
+            lines.append([name, *rate, *shares, *ends])
+    head = ["engine", "budget", "cost", "images/s", "of the best whole", "of ideal", "device idle", "rows", "median ms"]
+    return _table([*head, "host us an image"], lines) if lines else ""
 
 
-def _alone(alone_ms: dict[str, float]) -> str:
+def _alone(found: dict[str, Any]) -> str:
+    alone_ms = found.get("alone_ms", {})
+    if not alone_ms:
+        return ""
     return "One image alone, ms: " + ", ".join(f"{what} {ms:.2f}" for what, ms in alone_ms.items()) + ".\n"
 
 
 def _onnx(found: dict[str, Any]) -> list[str]:
     parts = []
-    for name, told in found["onnx"].items():
+    for name, told in found.get("onnx", {}).items():
         if "skipped" in told:
             parts.append(f"Not measured, {name}: {told['skipped']}\n")
             continue
         graphs = "CUDA graphs" if told["graphs"] else "no CUDA graphs"
-        same = f"{told['answers']['same_label_and_exit']:.2%}"
-        parts.append(f"{name}, {graphs}; same label and exit as float32: {same}. {_alone(told['alone_ms'])}")
+        parts.append(f"{name}, {graphs}. {_answers(told['answers'])} {_alone(told)}")
+    return parts
+
+
+def _compilers(found: dict[str, Any]) -> list[str]:
+    parts = []
+    for name, rows in found.items():
+        if name.startswith("by "):
+            lines = []
+            for row in rows:
+                then = row.get("failed") or f"{row['ms']:.3f}"
+                lines.append([row["stage"], f"{row['plain_ms']:.3f}", then, f"{row['seconds_to_make']:.1f}"])
+            parts.append(_table(["stage, full batches", "as it is, ms", f"{name}, ms", "seconds to make"], lines))
     return parts
 
 
 def _stages(found: dict[str, Any]) -> str:
     lines = []
-    for row in found["stages"]:
-        times = [f"{row[key]:.3f}" for key in ("device_ms", "roofline_ms", "eager_ms", "call_ms")]
+    for row in found.get("stages", []):
+        times = [
+            f"{row[key]:.3f}" if key in row else "-" for key in ("device_ms", "roofline_ms", "eager_ms", "call_ms")
+        ]
         lines.append([row["stage"], row["rows"], *times, f"{row['share_of_roofline']:.0%}"])
+    if not lines:
+        return ""
     return _table(["stage", "rows", "graph ms", "roofline ms", "eager ms", "call ms", "of roofline"], lines)
+
+
+def _seconds(case: dict[str, Any]) -> str:
+    parts = [f"{part} {seconds:.0f}" for part, seconds in case.get("part_seconds", {}).items()]
+    return f"Seconds: {', '.join(parts)}.\n" if parts else ""

@@ -1,62 +1,140 @@
 """The GPU benchmark, dry: the same code on the processor, without what a fresh clone on a GPU machine may lack."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import main
-from benchmarks.gpu_cases import Plan, make_case, make_images
+from benchmarks.closed_loop import Load
+from benchmarks.gpu import main, run_apart
+from benchmarks.gpu_cases import NETWORKS, Plan, make_case, make_images
 from benchmarks.gpu_onnx import measure_onnx
+from benchmarks.gpu_page import write_up
 from models.bundle import load_bundle
+from service.rows import EngineError
+from service.runners.base import FatalRunnerError
 from service.runners.torch_cuda.device import Cuda, Host
 from service.runners.torch_cuda.network import load_network
 from tests.bundles import MEAN, REPOSITORY, STD, tiny_bundle
 
-# The command, where nothing can be imported but torch, numpy, pydantic, safetensors and what these need themselves.
-PROGRAM = """
-import runpy, sys
-for name in ("onnxruntime", "fastapi", "starlette", "uvicorn", "orjson", "PIL", "typer", "rich", "prometheus_client",
-             "pydantic_settings", "onnx", "onnxscript", "onnx_ir"):
-    sys.modules[name] = None
-sys.argv[0] = "gpu"
-runpy.run_module("benchmarks.gpu", run_name="__main__")
-"""
+MISSING = ("onnxruntime", "fastapi", "starlette", "uvicorn", "orjson", "PIL", "typer", "rich", "prometheus_client")
+MISSING += ("pydantic_settings", "onnx", "onnxscript", "onnx_ir")
+COMPILING = "by torch.compile"
 
 
 def test_it_checks_measures_and_writes_and_says_that_it_is_a_dry_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, "--device", "cpu", "--quick", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    """Where nothing can be imported but torch, numpy, pydantic, safetensors and what these need themselves."""
+    for name in MISSING:
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no module named {name}')")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--skip", COMPILING]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert done.stdout == page
     assert page.startswith("# DRY RUN of the GPU benchmark: these numbers mean nothing\n")
     assert "NOT MET" not in page
+    assert "Failed" not in page
     report = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    (found,) = report["networks"]
+    (case,) = report["networks"]
+    assert case["not_begun"] == {COMPILING: "as asked"}
+    found = case["found"]
     assert found["answers"]["same_label_and_exit"] == 1.0
     assert [(row["stage"], row["rows"]) for row in found["stages"]] == [(s, b) for s in range(1, 5) for b in (1, 2, 4)]
-    assert all(row["device_ms"] > 0 < row["roofline_ms"] for row in found["stages"])
-    assert list(found["engines"]) == ["torch eager, staged", "graphs, no compaction", "default"]
-    for rows in found["engines"].values():
-        assert [row["budget"] for row in rows] == [0.25, 0.4, 0.6, 1.0]
+    assert all(row["device_ms"] > 0 < row["roofline_ms"] and row["eager_ms"] > 0 for row in found["stages"])
+    engines = {name: rows for name, rows in found.items() if name.startswith("engine")}
+    budgets = {name: [row["budget"] for row in rows] for name, rows in engines.items()}
+    assert budgets == {
+        "engine: default": [0.25, 0.4, 0.6, 1.0],
+        "engine without a network": [0.4],
+        "engine: no compaction": [0.4],
+        "engine: torch eager, staged": [0.4],
+    }
+    for rows in engines.values():
         assert all(sum(row["shares"]) == pytest.approx(1) and row["images_per_s"] > 0 for row in rows)
-        assert rows[0]["cost"] < rows[-1]["cost"]
-    assert found["whole_network_images_per_s"] > 0
+    default = engines["engine: default"]
+    assert default[0]["cost"] < default[-1]["cost"]
+    wholes = [found[f"whole network, {n_rows} rows"] for n_rows in (2, 4)]
+    assert all(0 < whole["lowest_and_highest"][0] <= whole["images_per_s"] for whole in wholes)
     assert found["alone_ms"]["whole network, p50"] > 0
+    assert all("cudnn_convolution_relu" in row["failed"] for row in found["by cuDNN"])  # there is none on processors
     assert found["onnx"] == {"onnx on cpu": {"skipped": "this network has no ONNX stages"}}
     assert "Not measured, onnx on cpu: this network has no ONNX stages" in page
+
+
+def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA error: invalid argument\nand more")
+
+    monkeypatch.setattr("benchmarks.gpu_parts.measure_alone", fails)
+    left_out = [name for part in ("engine: torch eager, staged", "by cuDNN", COMPILING) for name in ("--skip", part)]
+    told = tmp_path / "tiny.json"
+    assert main(["--device", "cpu", "--quick", "--part-of", str(told), *left_out]) == 0
+    case = json.loads(told.read_text())
+    assert case["failed"] == {"alone_ms": "RuntimeError: CUDA error: invalid argument\nand more"}
+    assert {"answers", "engine: default", "engine: no compaction", "onnx"} < set(case["found"])
+    page = write_up({"dry": False, "seconds": 1.0, "networks": [case]})
+    assert "* **Failed**, alone_ms: RuntimeError: CUDA error: invalid argument\n" in page
+    assert "One image alone" not in page
+
+
+def test_after_a_lost_device_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*_: object) -> None:
+        raise FatalRunnerError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("benchmarks.gpu_parts.check_answers", lost)
+    told = tmp_path / "tiny.json"
+    assert main(["--device", "cpu", "--quick", "--part-of", str(told)]) == 0
+    case = json.loads(told.read_text())
+    assert case["failed"] == {"answers": "FatalRunnerError: an illegal memory access was encountered"}
+    assert set(case["found"]) == {"peaks"}
+    assert "the device was lost before" in write_up({"dry": False, "seconds": 1.0, "networks": [case]})
+
+
+def test_a_process_that_does_not_end_is_ended_and_told(tmp_path: Path) -> None:
+    report = run_apart("tiny", -4.0, ["--device", "cpu", "--quick"], tmp_path)
+    ((part, why),) = report["failed"].items()
+    assert part.startswith("the whole, while ")
+    assert "its process" in why
+    assert "**Failed**, the whole" in write_up({"dry": False, "seconds": 1.0, "networks": [report]})
+
+
+def test_an_image_that_is_not_answered_ends_the_load() -> None:
+    class Failing:
+        """An engine that answers nothing."""
+
+        stage_seconds = ()
+
+        def stats(self) -> Any:
+            return SimpleNamespace(idle_mflops=0.0)
+
+        def submit_to(self, sink: Any, token: Any, image: Any, flush: bool) -> None:
+            sink([(token, EngineError("the device is lost"))])
+
+        def flush(self) -> None:
+            pass
+
+    with pytest.raises(EngineError, match="the device is lost"):
+        Load(Failing(), make_images(5, 4), 2).run()  # type: ignore[arg-type]
 
 
 def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
-    plan = Plan(Host(), torch.float32, 4, 32, 16, 0.05, 2, 4)
+    plan = Plan(Host(), torch.float32, **NETWORKS["tiny"].amounts)
     case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), plan)
     case = replace(case, bundle=bundle)
     (told,) = measure_onnx(case, plan).values()
@@ -65,7 +143,7 @@ def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
     assert [row["budget"] for row in told["rates"]] == [0.25, 0.4, 0.6, 1.0]
     assert all(row["images_per_s"] > 0 for row in told["rates"])
     assert told["alone_ms"]["whole network, p50"] > 0
-    late = replace(plan, onnx_until_s=0.0)
+    late = replace(plan, until_s=0.0)
     assert measure_onnx(case, late) == {"onnx on cpu": {"skipped": "too little time is left"}}
     monkeypatch.setitem(sys.modules, "service.runners.onnx_device.runner", None)
     assert "pip install onnxruntime-gpu onnx" in measure_onnx(case, plan)["onnx on cpu"]["skipped"]
@@ -74,7 +152,7 @@ def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_provider_that_is_not_there_is_left_out_with_its_reason(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
-    plan = Plan(Cuda(), torch.float32, 4, 32, 16, 0.05, 2, 4, True)
+    plan = Plan(Cuda(), torch.float32, **NETWORKS["tiny"].amounts, tensorrt=True)
     host = replace(plan, device=Host())
     case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), host)
     told = measure_onnx(replace(case, bundle=bundle), plan)
