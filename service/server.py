@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import ctypes
 import errno
-import gc
 import logging
 import os
 import select
@@ -19,6 +18,7 @@ from service.api.gate import Gate
 from service.api.lifecycle import Lifecycle
 from service.api.protocol import DirectProtocol
 from service.settings import Settings
+from service.settled_memory import settle_memory as settle_memory
 
 logger = logging.getLogger(__name__)
 
@@ -81,20 +81,6 @@ def use_one_heap() -> None:
     m_arena_max = -8  # of malloc.h
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(m_arena_max, 1)
-
-
-def settle_memory() -> None:
-    """Have the garbage collector leave alone what is there, once everything is warm: it stays for good.
-
-    Else it walks over all of it again and again: a tenth of the event loop's time, in pauses of many milliseconds.
-    What is left to it are requests in work, few enough to be looked at less often.
-    """
-    gc.collect()
-    gc.freeze()
-    # Python looks at old objects once new ones are a quarter of those that its last full look found: let these be what
-    # is not frozen. Else requests that ended in a circle pile up to a quarter of all the server holds, some 14 MiB.
-    gc.collect()
-    gc.set_threshold(5_000, 20, 5)
 
 
 class Server(uvicorn.Server):
