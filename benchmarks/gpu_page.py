@@ -34,7 +34,8 @@ def _about(case: dict[str, Any], found: dict[str, Any]) -> str:
     if "full_mflops" in case:
         lines.append(f"{case['full_mflops']:.0f} M multiply-adds; {case['images']} SYNTHETIC images.")
     if "max_rows" in case:
-        lines.append(f"Largest batch {case['max_rows']}.")
+        gib = f", {case['gib']:.1f} GiB of the device's memory" if "gib" in case else ""
+        lines.append(f"Largest batch {case['max_rows']}{gib}.")
     if "answers" in found:
         lines.append(_answers(found["answers"]))
     return "\n".join(lines) + "\n"

@@ -119,7 +119,7 @@ def measure_case(case: Case, plan: Plan, peaks: tuple[float, float], parts: Part
     parts.report["max_rows"] = runner.max_rows
     on_gpu = plan.device.kind.type == "cuda"
     if on_gpu:
-        parts.report["gib"] = torch.cuda.max_memory_reserved() / 2**30
+        parts.report["gib"] = torch.cuda.memory_reserved() / 2**30
     parts.run("answers", lambda: check_answers(case, runner))
     stages = parts.run("stages", lambda: measure_stages(case, runner, plan, peaks)) or []
     device_s = {(row["stage"], row["rows"]): row["device_ms"] / 1e3 for row in stages}
