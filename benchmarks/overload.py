@@ -41,6 +41,7 @@ class Run:
     refusal_p99_ms: float
     answer_p99_ms: float
     server_cpu_share: float  # of one core
+    client_cpu_share: float  # likewise: on cores that both share, what the server lacks
 
 
 def run_of(times: float, result: Result, server_cpu_s: float) -> Run:
@@ -56,6 +57,7 @@ def run_of(times: float, result: Result, server_cpu_s: float) -> Run:
         refusal_p99_ms=float(np.percentile(waits_ms, 99)),
         answer_p99_ms=result.percentile_ms(99, of_all=False),
         server_cpu_share=server_cpu_s / result.seconds,
+        client_cpu_share=result.client_cpu_s / result.seconds,
     )
 
 
@@ -100,7 +102,8 @@ def show(runs: Sequence[Run], capacity: float, console: Console) -> dict[str, An
         rows.append({name: median(getattr(run, name) for run in same) for name in Run.__dataclass_fields__})
     peak = max(row["answered_per_s"] for row in rows)
     table = Table(title=f"asked for times {capacity:.0f} images/s, which a closed loop was answered")
-    for name in ("asked", "answered/s", "of the peak", "refused/s", "refusal p50, p99 ms", "answer p99 ms", "CPU"):
+    right = ("asked", "answered/s", "of the peak", "refused/s", "refusal p50, p99 ms", "answer p99 ms", "CPU", "client's")
+    for name in right:
         table.add_column(name, justify="right")
     table.add_column("other")
     for row in rows:
@@ -113,6 +116,7 @@ def show(runs: Sequence[Run], capacity: float, console: Console) -> dict[str, An
             f"{row['refusal_p50_ms']:.1f}, {row['refusal_p99_ms']:.1f}",
             f"{row['answer_p99_ms']:.0f}",
             f"{row['server_cpu_share']:.2f}",
+            f"{row['client_cpu_share']:.2f}",
             f"{row['other']:.0f}",
         )
     console.print(table)
