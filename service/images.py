@@ -15,8 +15,9 @@ size, opaque, and upright. All others are few, or cost less to send once they ar
 
 import asyncio
 import io
+import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from time import perf_counter
 
 import numpy as np
@@ -34,6 +35,7 @@ from PIL import (
 )
 
 from models.pixels import TURNS, as_rgb, fitted, orientation_of
+from service.decoding import Decoding
 from service.plain_images import PlainJpeg, PlainPng
 
 FORMATS = tuple(
@@ -93,15 +95,17 @@ class ImageDecoder:
         n_threads: int = 2,
         observe_seconds: Callable[[float], object] = lambda seconds: None,
         canvas_px: int = 0,
+        max_wait_s: float = math.inf,
     ) -> None:
         self.height_px, self.width_px, self.max_pixels = height_px, width_px, max_pixels
         self.observe_seconds, self.canvas_px = observe_seconds, canvas_px
         size = (height_px, width_px)
         self._plain = (PlainPng(*size), PlainJpeg(*size)) if height_px * width_px <= max_pixels else ()
-        self.pool = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
+        self.n_threads = n_threads
+        self._elsewhere = Decoding(self.decode_now, n_threads, max_wait_s)
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._elsewhere.close()
 
     def decode_here(self, body: bytes) -> NDArray[np.uint8] | None:
         """Return the pixels of a small image file, uint8 [height_px, width_px, 3]; None for one that takes longer.
@@ -123,20 +127,21 @@ class ImageDecoder:
         self.observe_seconds(perf_counter() - started)
         return pixels
 
-    def decode_elsewhere(self, body: bytes) -> "Future[NDArray[np.uint8]]":
-        """Decode any image file on a thread of the pool; what it took is for the caller to observe, on its own."""
-        return self.pool.submit(self.decode_now, body)
+    def decode_elsewhere(self, body: bytes, deadline_s: float = math.inf) -> Future[NDArray[np.uint8]]:
+        """Decode any image file on another thread; what it took is for the caller to observe. See `Decoding.submit`."""
+        return self._elsewhere.submit(body, deadline_s)
 
-    async def decode(self, body: bytes) -> NDArray[np.uint8]:
+    async def decode(self, body: bytes, deadline_s: float = math.inf) -> NDArray[np.uint8]:
         """Return the pixels of any image file, uint8 [height_px, width_px, 3]; here or elsewhere.
 
         Raises:
             ImageError: as `decode_here`.
+            EngineError: as `Decoding.submit` and what that returns.
         """
         pixels = self.decode_here(body)
         if pixels is None:
             started = perf_counter()
-            pixels = await asyncio.wrap_future(self.decode_elsewhere(body))
+            pixels = await asyncio.wrap_future(self.decode_elsewhere(body, deadline_s))
             self.observe_seconds(perf_counter() - started)
         return pixels
 

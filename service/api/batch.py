@@ -61,11 +61,13 @@ class Batcher:
         started = perf_counter()
         tasks: list[asyncio.Task[Result]] = []
         request_id = request.scope["request_id"]
+        # As many at a time as there are threads: a form of large pictures is not to keep all others from them.
+        turns = asyncio.Semaphore(self.state.decoder.n_threads)
         watch = Watch(request.receive, lambda: [task.cancel() for task in tasks])
         timer = asyncio.get_running_loop().call_later(PATIENCE_S, watch.start)
         try:
             for upload in uploads:
-                tasks.append(asyncio.create_task(self._result(upload, asked, started, request_id)))
+                tasks.append(asyncio.create_task(self._result(upload, asked, started, turns, request_id)))
                 await asyncio.sleep(0)  # small images are decoded on this loop: others have their turn in between
             return await asyncio.gather(*tasks)
         except BaseException:  # cancelled, or a fault of the server's own: then no image goes on
@@ -78,12 +80,16 @@ class Batcher:
             timer.cancel()
             watch.stop()
 
-    async def _result(self, upload: Upload, asked: Asked, started: float, request_id: str) -> Result:
-        decoding = perf_counter()
+    async def _result(
+        self, upload: Upload, asked: Asked, started: float, turns: asyncio.Semaphore, request_id: str
+    ) -> Result:
+        options = asked.at(started)
         try:
-            image = await self.classifier.decode(upload.body)
-            decoded = perf_counter()
-            answer = await self.state.delivery.answer(image, asked.at(started))
+            async with turns:
+                decoding = perf_counter()
+                image = await self.classifier.decode(upload.body, options.deadline_s)
+                decoded = perf_counter()
+            answer = await self.state.delivery.answer(image, options)
         except EngineError as error:
             return engine_problem(error)
         except Problem as problem:

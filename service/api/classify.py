@@ -59,11 +59,13 @@ class Classifier:
         self.state.require_open()
         return self.options.read(request.scope["query_string"])
 
-    async def decode(self, body: bytes) -> NDArray[np.uint8]:
+    async def decode(self, body: bytes, deadline_s: float) -> NDArray[np.uint8]:
         try:
-            return await self.state.decoder.decode(body)
+            return await self.state.decoder.decode(body, deadline_s)
         except ImageError as error:
             raise image_problem(error) from None
+        except EngineError as error:
+            raise engine_problem(error) from None
 
     async def _classify(self, request: Request) -> Response:
         state = self.state
@@ -71,7 +73,7 @@ class Classifier:
         body = await read_image(request, state.settings.max_body_bytes, state.settings.body_timeout_s)
         started = perf_counter()
         options = asked.at(started)
-        image = await self.decode(body)
+        image = await self.decode(body, options.deadline_s)
         decoded = perf_counter()
         try:
             answer = await state.delivery.classify(image, options, request.receive)

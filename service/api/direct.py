@@ -47,6 +47,7 @@ class Visit:
         "asked",
         "client",
         "decoded_s",
+        "decoding",
         "ended",
         "entered_s",
         "notes",
@@ -62,6 +63,7 @@ class Visit:
         self.request_id, self.traceparent = request_id, traceparent
         self.asked: Asked
         self.entered_s = self.started_s = self.decoded_s = 0.0  # its head, its body, its pixels were there
+        self.decoding: asyncio.Future[NDArray[np.uint8]] | None = None  # on another thread
         self.request: Any = None  # the engine's, once submitted
         self.notes: dict[str, object] | None = None  # for its line in the log, where there is one
         self.ended = False
@@ -126,6 +128,8 @@ class Desk:
         visit.ended = True
         if visit.started_s:
             self.lifecycle.requests_in_flight -= 1
+        if visit.decoding is not None:
+            visit.decoding.cancel()
         if visit.request is not None:
             self._engine.abandon(visit.request)
         self.state.metrics.count("abandoned")
@@ -149,44 +153,38 @@ class Desk:
     def _step(self, visit: Visit, step: Callable[[Visit, Any], None], argument: Any) -> None:
         try:
             step(visit, argument)
-        except Problem as problem:
-            self._end(visit, problem)
+        except ImageError as error:
+            self._end(visit, image_problem(error))
+        except EngineError as error:
+            self._end(visit, engine_problem(error))
         except Exception:
             logger.exception("request %s failed", visit.request_id)
             if not visit.ended:
                 self._end(visit, internal_error(visit.request_id))
 
     def _decode(self, visit: Visit, body: bytes) -> None:
-        try:
-            pixels = self._decoder.decode_here(body)
-        except ImageError as error:
-            raise image_problem(error) from None
+        pixels = self._decoder.decode_here(body)
         if pixels is None:
-            decoding = asyncio.wrap_future(self._decoder.decode_elsewhere(body))
-            decoding.add_done_callback(partial(self._decoded_elsewhere, visit))
+            deadline_s = visit.asked.at(visit.started_s).deadline_s
+            visit.decoding = asyncio.wrap_future(self._decoder.decode_elsewhere(body, deadline_s))
+            visit.decoding.add_done_callback(partial(self._decoded_elsewhere, visit))
         else:
             self._submit(visit, pixels)
 
     def _decoded_elsewhere(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
+        visit.decoding = None  # it has the pixels, and the visit may be known for long
         self._decoder.observe_seconds(perf_counter() - visit.started_s)
         if not visit.ended:
             self._step(visit, self._take_decoded, decoding)
             self._engine.flush()
 
     def _take_decoded(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
-        try:
-            pixels = decoding.result()
-        except ImageError as error:
-            raise image_problem(error) from None
-        self._submit(visit, pixels)
+        self._submit(visit, decoding.result())
 
     def _submit(self, visit: Visit, pixels: NDArray[np.uint8]) -> None:
         visit.decoded_s = perf_counter()
         options = visit.asked.at(visit.started_s)
-        try:
-            visit.request = self._engine.submit_to(self._sink, visit, pixels, options, flush=False)
-        except EngineError as error:
-            raise engine_problem(error) from None
+        visit.request = self._engine.submit_to(self._sink, visit, pixels, options, flush=False)
 
     def _hand_over(self, outcomes: list[tuple[Visit, Told]]) -> None:
         """The engine has ended these; on its thread, or on the event loop where it is another process's."""
@@ -202,7 +200,8 @@ class Desk:
 
     def _answer(self, visit: Visit, told: Told) -> None:
         if isinstance(told, EngineError):
-            raise engine_problem(told)
+            self._end(visit, engine_problem(told))  # not raised: it would keep this frame, which has it
+            return
         assert isinstance(told, Answer)
         document = self.classifier.answered(told, visit.started_s, visit.decoded_s, visit.request_id, visit.notes)
         self._end(visit, orjson.dumps(document))

@@ -104,7 +104,7 @@ class Streamer:
         body = await read_image(request, state.settings.max_body_bytes, state.settings.body_timeout_s)
         started = perf_counter()
         options = asked.at(started, steps=True)
-        image = await self.classifier.decode(body)
+        image = await self.classifier.decode(body, options.deadline_s)
         decoded = perf_counter()
         steps: AsyncIterator[HeadStep | Answer] = state.delivery.follow(image, options, request.receive)
         try:

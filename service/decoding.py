@@ -1,0 +1,77 @@
+"""Threads that decode large images; who would have to wait for them too long is told so at once.
+
+Decoding is what clients can make most expensive, and the engine's own admission sees an image only when it is over: so
+waiting for it has the same limit, and the same refusal. Used from event loops.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from time import perf_counter
+from typing import Generic, TypeVar
+
+from service.rows import EngineOverloaded, EngineTooLate
+
+T = TypeVar("T")
+KEPT = 0.9  # of what is known of the pace, at each decoding
+
+
+class Decoding(Generic[T]):
+    """A pool of threads that all do one thing to bytes.
+
+    Args:
+        decode: what they do.
+        n_threads: how many there are.
+        max_wait_s: longest wait, as predicted from the bytes before and the pace of the latest.
+    """
+
+    def __init__(self, decode: Callable[[bytes], T], n_threads: int, max_wait_s: float = math.inf) -> None:
+        self._decode, self._n_threads, self._max_wait_s = decode, n_threads, max_wait_s
+        self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
+        self._lock = Lock()  # over all below
+        self._n_submitted = self._submitted_bytes = 0  # and neither done nor given up
+        self._seconds = self._bytes = 0.0  # of the latest, which count the most
+
+    def submit(self, body: bytes, deadline_s: float = math.inf) -> Future[T]:
+        """Decode `body`. To cancel what comes back lets go of it, unless a thread has begun.
+
+        Args:
+            deadline_s: of `perf_counter`; one whose turn comes later fails with EngineTooLate.
+
+        Raises:
+            EngineOverloaded: it would have to wait too long.
+        """
+        n_bytes = len(body)
+        with self._lock:
+            pace = self._seconds / self._bytes if self._bytes else 0.0
+            wait_s = self._submitted_bytes * pace / self._n_threads
+            if self._n_submitted >= self._n_threads and wait_s > self._max_wait_s:
+                raise EngineOverloaded(self._n_submitted, wait_s)
+            self._n_submitted += 1
+            self._submitted_bytes += n_bytes
+        held = [body]  # what is cancelled stays in the pool's queue until its turn: its bytes are not to
+        future = self._threads.submit(self._run, held, deadline_s)
+        future.add_done_callback(lambda _: self._ended(held, n_bytes))
+        return future
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, held: list[bytes], deadline_s: float) -> T:
+        started_s = perf_counter()
+        if started_s >= deadline_s:
+            raise EngineTooLate
+        body = held[0]
+        try:
+            return self._decode(body)
+        finally:
+            with self._lock:
+                self._seconds = KEPT * self._seconds + perf_counter() - started_s
+                self._bytes = KEPT * self._bytes + len(body)
+
+    def _ended(self, held: list[bytes], n_bytes: int) -> None:
+        held.clear()
+        with self._lock:
+            self._n_submitted -= 1
+            self._submitted_bytes -= n_bytes
