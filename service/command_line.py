@@ -28,6 +28,7 @@ GROUPS = {  # all of them, in the order of `Settings`, as help and docs/configur
     "Requests": (
         "http_workers",
         "max_body_bytes",
+        "max_held_bytes",
         "max_batch_images",
         "max_pixels",
         "body_timeout_s",

@@ -95,6 +95,12 @@ class Settings(BaseSettings):
         description="processes for HTTP and decoding, in front of the engine's; 0: the engine's own does both",
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**30, description="largest request body, in bytes")
+    max_held_bytes: int = Field(
+        256 * 2**20,
+        ge=1024,
+        le=2**40,
+        description="most bytes of request bodies held at once, by each HTTP process; what comes on top gets 429",
+    )
     max_batch_images: int = Field(128, ge=1, le=10_000, description="most images one POST /classify/batch may hold")
     max_pixels: int = Field(32_000_000, ge=1024, le=89_000_000, description="largest image, as width x height")
     body_timeout_s: float = Field(20.0, gt=0, le=3600, description="time a client has to send one body, in seconds")

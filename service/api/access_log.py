@@ -14,14 +14,17 @@ def log_request(
     request_id: str,
     traceparent: str | None,
     client: str | None,
-    method: str,
+    method: str | None,
     path: str,
     status: int,
     n_bytes: int,
     started_s: float,
     notes: Mapping[str, object],
 ) -> None:
-    """Write a request's line; `started_s` is of `perf_counter`, `notes` says what became of it."""
+    """Write a request's line; `started_s` is of `perf_counter`, `notes` says what became of it.
+
+    What was no HTTP has no method, and may have no path.
+    """
     # Probes come every few seconds and would bury the rest; one that finds something wrong is told.
     level = logging.DEBUG if path in ALWAYS_OPEN and status == 200 else logging.INFO
     if not logger.isEnabledFor(level):
@@ -37,4 +40,4 @@ def log_request(
         "duration_ms": round((perf_counter() - started_s) * 1e3, 3),
         **notes,
     }
-    logger.log(level, "%s %s %d", method, path, status, extra={FIELDS: fields})
+    logger.log(level, "%s %s %d", method or "-", path or "-", status, extra={FIELDS: fields})

@@ -72,6 +72,7 @@ def create_app(
             settings.max_pixels,
             observe_seconds=metrics.decoded,
             canvas_px=engine.canvas_px,
+            max_wait_s=settings.max_queue_s,
         ),
         metrics=metrics,
         lifecycle=lifecycle,
@@ -123,7 +124,8 @@ def create_app(
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     has_log = settings.access_log == "json"
     desk = Desk(classifier, room, names, has_log)
-    return (LoggedGate if has_log else Gate)(app, lifecycle, room, names, desk)
+    most_held_bytes = max(settings.max_held_bytes, settings.max_body_bytes)
+    return (LoggedGate if has_log else Gate)(app, lifecycle, room, names, desk, most_held_bytes)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -129,6 +129,19 @@ def overloaded(why: str, wait_s: float = 1.0) -> Problem:
     )
 
 
+def too_many_bytes(limit_bytes: int) -> Problem:
+    """429, as `overloaded`: what is asked for is memory."""
+    return Problem(
+        429,
+        "overloaded",
+        "Overloaded",
+        f"Nothing is wrong with the request, but there is no room for its body: {limit_bytes:,} bytes of bodies are "
+        "held at most. Send it again, or raise --max-held-bytes.",
+        headers={"Retry-After": "1"},
+        retry_after_s=1.0,
+    )
+
+
 def outcome(problem: Problem) -> Outcome:
     """How a request that ended in a problem is counted."""
     if problem.status in (429, 504):

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.access_log import log_request
 from service.api.access_log import logger as access_log
 from service.api.direct import Desk
+from service.api.documents import too_many_bytes
 from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names, Phase
 from service.api.problems import not_ready
 from service.api.room import Room
@@ -26,36 +27,60 @@ class Gate:
         room: why a request is not let in while the gate is open.
         names: names requests.
         desk: past which the protocol sends plain classifications, which never come here.
+        most_held_bytes: of bodies, those of all requests in work together.
     """
 
-    def __init__(self, app: ASGIApp, lifecycle: Lifecycle, room: Room, names: Names, desk: Desk) -> None:
+    def __init__(
+        self, app: ASGIApp, lifecycle: Lifecycle, room: Room, names: Names, desk: Desk, most_held_bytes: int
+    ) -> None:
         self.app, self.lifecycle, self.room, self.names, self.desk = app, lifecycle, room, names, desk
+        self.most_held_bytes = most_held_bytes
+        self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id, trace = self.names.read(dict(scope["headers"]))
+        headers = dict(scope["headers"])
+        request_id, trace = self.names.read(headers)
         scope["request_id"] = request_id
         named = [(b"x-request-id", request_id.encode())]
         if trace is not None:
             scope["traceparent"] = trace
             named.append((b"traceparent", trace.encode()))
+        # A client that asks before it sends its body keeps it where it is refused: what it sends next would be taken
+        # for that body (RFC 9110, section 10.1.1).
+        is_body_kept = headers.get(b"expect", b"").lower() == b"100-continue"
+        held_bytes = 0
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), *named]
-                if self.lifecycle.phase is Phase.DRAINING:
-                    headers.append((b"connection", b"close"))
-                message["headers"] = headers
+                fields = [*message.get("headers", ()), *named]
+                if is_body_kept or self.lifecycle.phase is Phase.DRAINING:
+                    fields.append((b"connection", b"close"))
+                message["headers"] = fields
             await send(message)
 
+        async def receive_held() -> Message:
+            nonlocal is_body_kept, held_bytes
+            is_body_kept = False
+            message = await receive()
+            n_bytes = len(message.get("body", b""))
+            if self._held_bytes + n_bytes > self.most_held_bytes:
+                raise too_many_bytes(self.most_held_bytes)
+            self._held_bytes += n_bytes
+            held_bytes += n_bytes
+            return message
+
+        if scope["method"] == "HEAD":  # as GET: the protocol leaves the body out
+            scope = {**scope, "method": "GET"}
         if scope["path"] in ALWAYS_OPEN:
             await self.app(scope, receive, send_named)
             return
         if self.lifecycle.phase is Phase.DRAINING and not self.lifecycle.is_last_call:
             self.lifecycle.last_refused_s = monotonic()
             problem = not_ready(self.lifecycle.detail)
+            self.room.note(scope, problem)
             await problem.response(scope["path"], request_id)(scope, receive, send_named)
             return
         if (refusal := self.room.refusal(scope)) is not None:
@@ -63,9 +88,10 @@ class Gate:
             return
         self.lifecycle.requests_in_flight += 1
         try:
-            await self.app(scope, receive, send_named)
+            await self.app(scope, receive_held, send_named)
         finally:
             self.lifecycle.requests_in_flight -= 1
+            self._held_bytes -= held_bytes
 
 
 class LoggedGate(Gate):

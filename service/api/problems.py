@@ -83,6 +83,26 @@ def body_too_large(limit_bytes: int) -> Problem:
     )
 
 
+def broken_request() -> Problem:
+    return Problem(
+        400,
+        "broken-request",
+        "Broken request",
+        "What came on this connection is no HTTP/1.1 request, or none any more: a client library writes them right. "
+        "(TLS? This port speaks plain HTTP.)",
+    )
+
+
+def head_too_large(limit_bytes: int) -> Problem:
+    return Problem(
+        431,
+        "head-too-large",
+        "Request head too large",
+        f"The request's target and header fields are longer than {limit_bytes:,} bytes: send fewer or shorter ones.",
+        limit_bytes=limit_bytes,
+    )
+
+
 def internal_error(request_id: str) -> Problem:
     return Problem(
         500,

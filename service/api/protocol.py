@@ -13,12 +13,11 @@ import re
 from typing import Any, NamedTuple
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.api.bodies import RAW_TYPES
+from service.api.connection import Connection
 from service.api.direct import PATH, Visit
-from service.api.gate import Gate
 from service.api.lifecycle import Phase
 
 TARGET = PATH.encode()
@@ -38,6 +37,7 @@ class Cycle:
 
     __slots__ = ("body", "disconnected", "headers", "keep_alive", "protocol", "query", "response_complete", "visit")
     message_event = _Nobody()
+    more_body = response_started = False  # its body is there whole, and its answer leaves whole
 
     def __init__(self, protocol: "DirectProtocol", headers: dict[bytes, bytes], query: bytes) -> None:
         self.protocol, self.headers, self.query = protocol, headers, query
@@ -72,8 +72,8 @@ class Head(NamedTuple):
         return at if is_whole and len(data) - at <= limit_bytes else None
 
 
-class DirectProtocol(HttpToolsProtocol):
-    """One connection. `config.app` is a `Gate`."""
+class DirectProtocol(Connection):
+    """One connection."""
 
     def __init__(
         self,
@@ -83,14 +83,11 @@ class DirectProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        assert isinstance(config.app, Gate)
-        self._lifecycle = config.app.lifecycle
-        self._desk = config.app.desk
+        self._lifecycle = self.gate.lifecycle
+        self._desk = self.gate.desk
         self._reading: Cycle | None = None  # whose body is still to come
         self._last: Cycle | None = None  # the latest whose body was there
-        self._in_message = False  # the parser is
         self._head: Head | None = None  # of the latest request, where that was all the data that came
-        self._quiet_since_s = 0.0
 
     # --- called by the transport and the parser -----------------------------------------------------------------
 
@@ -100,18 +97,20 @@ class DirectProtocol(HttpToolsProtocol):
             self._repeat(head, data[body_at:])
             return
         self._head = None
-        was_between = not self._in_message
+        was_between = not self.in_message
         last = self._last
         super().data_received(data)
+        if self.transport.is_closing():
+            return
         cycle = self._reading
-        if cycle is not None and not cycle.response_complete and not self.transport.is_closing():
+        if cycle is not None and not cycle.response_complete:
             # A body that takes its time: the application knows how much of that it may have.
             self._reading = None
-            self.cycle = None  # type: ignore[assignment]
-            super().on_headers_complete()
+            self.cycle = None
+            super().begin_request()
             for part in cycle.body:
-                super().on_body(part)
-        elif was_between and not self._in_message and self._last is not None and self._last is not last:
+                super().read_body(part)
+        elif was_between and not self.in_message and self._last is not None and self._last is not last:
             self._know_again(data, self._last)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -119,47 +118,28 @@ class DirectProtocol(HttpToolsProtocol):
             self._desk.leave(self._last.visit)
         super().connection_lost(exc)
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_message = True
-
-    def on_headers_complete(self) -> None:
+    def begin_request(self) -> None:
         path, _, query = self.url.partition(b"?")
         headers = dict(self.headers)
         if path != TARGET or not self._is_direct(query, headers):
-            super().on_headers_complete()
+            super().begin_request()
             return
         self._reading = self._enter(headers, query)
 
-    def on_body(self, body: bytes) -> None:
+    def read_body(self, body: bytes) -> None:
         if self._reading is None:
-            super().on_body(body)
+            super().read_body(body)
         elif not self._reading.response_complete:  # else it was refused, and nobody wants it
             self._reading.body.append(body)
 
-    def on_message_complete(self) -> None:
-        cycle, self._reading, self._in_message = self._reading, None, False
+    def end_request(self) -> None:
+        cycle, self._reading = self._reading, None
         if cycle is None:
-            super().on_message_complete()
+            super().end_request()
         elif not cycle.response_complete:
             self._last = cycle
             parts, cycle.body = cycle.body, []  # the connection may live long, and is to keep no picture
             self._desk.take(cycle.visit, parts[0] if len(parts) == 1 else b"".join(parts))
-
-    def on_response_complete(self) -> None:
-        self._quiet_since_s = self.loop.time()
-        super().on_response_complete()
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if nobody has said anything on it for so long; requests do not stop this clock."""
-        self.timeout_keep_alive_task = None
-        if self.cycle is not None and not self.cycle.response_complete:
-            return  # its answer starts the clock anew
-        left_s = self._quiet_since_s + self.timeout_keep_alive - self.loop.time()
-        if left_s <= 0:
-            super().timeout_keep_alive_handler()
-        else:
-            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
 
     # --- its own ------------------------------------------------------------------------------------------------
 
@@ -168,6 +148,7 @@ class DirectProtocol(HttpToolsProtocol):
         length = headers.get(b"content-length", b"")
         return (
             headers.get(b"content-type") in RAW_TYPE_FIELDS
+            and len(headers) == len(self.headers)  # where one comes twice, the application says which counts
             and length.isdigit()
             and int(length) <= self._desk.limit_bytes
             and b"transfer-encoding" not in headers
@@ -183,14 +164,14 @@ class DirectProtocol(HttpToolsProtocol):
     def _is_free(self) -> bool:
         """Whether the desk can deal with what comes next."""
         return (
-            (self.cycle is None or self.cycle.response_complete)
+            self.is_idle
             and not self.flow.write_paused  # its client does not read what it is told
             and self._desk.is_open
         )
 
     def _enter(self, headers: dict[bytes, bytes], query: bytes) -> Cycle:
         cycle = Cycle(self, headers, query)
-        self.cycle = cycle  # type: ignore[assignment]
+        self.cycle = cycle
         cycle.visit = self._desk.enter(headers, query, self.client[0] if self.client else None, cycle.respond)
         return cycle
 
@@ -214,33 +195,11 @@ class DirectProtocol(HttpToolsProtocol):
             return
         if self._lifecycle.phase is Phase.DRAINING:
             keep_alive = False
-        parts = [
-            STATUS_LINE[status],
-            fields,
-            b"content-length: %d\r\nx-request-id: %b\r\n" % (len(body), visit.request_id.encode()),
-            _default_fields(self.server_state.default_headers),
-        ]
-        if visit.traceparent is not None:
-            parts += (b"traceparent: ", visit.traceparent.encode(), b"\r\n")
+        self.write_answer(status, fields, body, visit.request_id, visit.traceparent, keep_alive)
         if not keep_alive:
-            parts.append(b"connection: close\r\n")
-        parts += (b"\r\n", body)
-        self.transport.write(b"".join(parts))
-        if not keep_alive:
-            self.transport.close()
-        elif self.pipeline or self.timeout_keep_alive_task is None or self.flow.read_paused:
+            return
+        if self.pipeline or self.timeout_keep_alive_task is None or self.flow.read_paused:
             self.on_response_complete()
         else:  # the same, but that the clock goes on: to stop and start one for each request takes its time
             self.server_state.total_requests += 1
-            self._quiet_since_s = self.loop.time()
-
-
-_default: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")
-
-
-def _default_fields(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The header fields that every answer has, as bytes; uvicorn makes them anew every second, for the date."""
-    global _default
-    if _default[0] is not headers:
-        _default = headers, b"".join(b"%b: %b\r\n" % field for field in headers)
-    return _default[1]
+            self.quiet_since_s = self.loop.time()

@@ -25,14 +25,19 @@ class Room:
 
     def refusal(self, scope: Scope) -> Problem | None:
         """Why a request is refused at the gate; None where it is not (another call, or one the server cannot take)."""
-        if scope["path"] not in CLASSIFYING or scope["method"] != "POST" or not self.state.is_open:
+        if not _has_images(scope) or not self.state.is_open:
             return None
         problem = self.problem()
         if problem is not None:
-            self.state.metrics.count(outcome(problem))
-            if (notes := scope.get(NOTES)) is not None:
-                notes["problem"] = problem.kind
+            self.note(scope, problem)
         return problem
+
+    def note(self, scope: Scope, problem: Problem) -> None:
+        """Count a request that is refused at the gate, and have its line in the log say why."""
+        if _has_images(scope):
+            self.state.metrics.count(outcome(problem))
+        if (notes := scope.get(NOTES)) is not None:
+            notes["problem"] = problem.kind
 
     def problem(self) -> Problem | None:
         """Why no image is taken at the moment; None while they are.
@@ -57,3 +62,7 @@ class Room:
         except EngineError as error:
             return engine_problem(error)
         return None  # there is room again by now
+
+
+def _has_images(scope: Scope) -> bool:
+    return scope["path"] in CLASSIFYING and scope["method"] == "POST"

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.connection import Connection
 from service.api.direct import Desk
 from service.api.lifecycle import Phase
 from service.api.protocol import Cycle
@@ -147,13 +147,13 @@ def test_a_head_that_comes_again_is_not_parsed_again(
     here: Here, line: Line, visits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[bytes] = []
-    parse = HttpToolsProtocol.data_received
+    parse = Connection.data_received
 
-    def seen(protocol: HttpToolsProtocol, data: bytes) -> None:
+    def seen(protocol: Connection, data: bytes) -> None:
         parsed.append(data)
         parse(protocol, data)
 
-    monkeypatch.setattr(HttpToolsProtocol, "data_received", seen)
+    monkeypatch.setattr(Connection, "data_received", seen)
     # What follows a picture's end is ignored.
     bodies = [png(image).ljust(n_bytes, b"\0") for image, n_bytes in zip(IMAGES, [*range(9_993, 10_009)], strict=True)]
     alone = [here.engine.submit(image, Options(exit=1)).result(LIMIT_S).confidence for image in IMAGES]

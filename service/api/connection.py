@@ -1,0 +1,206 @@
+"""One connection as uvicorn has it, made fit for clients that mean no good, and for some that do.
+
+uvicorn bounds neither how long a head is nor how long it takes; it answers what is no request as text, and before the
+requests that came first; it takes what follows a body for a part of its head; and it drops a body that comes with a
+wish to upgrade, which Java's own client and curl's `--http2` send with every first request.
+"""
+
+import asyncio
+from time import perf_counter
+from typing import Any
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from service.api.access_log import log_request
+from service.api.gate import Gate
+from service.api.problems import Problem, broken_request, head_too_large
+
+# Of a head, of what a chunk says beside its length, of what follows the last: the parser gathers as much as comes.
+MOST_HEAD_BYTES = 64 * 1024
+SHOWN_BYTES = 200  # of a path that may have no end
+BODY_FIELDS = (b"content-length", b"transfer-encoding")
+
+
+class Connection(HttpToolsProtocol):
+    """`config.app` is a `Gate`."""
+
+    cycle: Any  # the latest request
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(config.app, Gate)
+        self.gate = config.app
+        self.in_message = False  # the parser is
+        self.quiet_since_s = 0.0
+        self._unread_bytes = 0  # since the parser last had a whole head, a part of a body, or the end of one
+        self._body_fields = b""  # of a head that wishes to upgrade
+        self._is_repeated = False  # such a head, to a parser that is to go on with its body
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits for an answer."""
+        return self.cycle is None or self.cycle.response_complete
+
+    # --- called by the transport and the parser -----------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.quiet_since_s = self.loop.time()
+        self.timeout_keep_alive_handler()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()  # its timer would keep this connection's memory
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        self._unread_bytes += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self._turn_away(broken_request())
+            return
+        if self._unread_bytes > MOST_HEAD_BYTES:
+            self._turn_away(head_too_large(MOST_HEAD_BYTES))
+        elif self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_handler()  # the clock goes on, if no request has come of it
+
+    def on_message_begin(self) -> None:
+        if self._is_repeated:
+            return
+        super().on_message_begin()
+        self.in_message = True
+        self.quiet_since_s = self.loop.time()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._is_repeated:
+            super().on_url(url)
+
+    def on_headers_complete(self) -> None:
+        self._unread_bytes = 0
+        if self._is_repeated:
+            return
+        if self.parser.should_upgrade():
+            self._body_fields = b"".join(b"%b: %b\r\n" % field for field in self.headers if field[0] in BODY_FIELDS)
+        self.begin_request()
+        self.headers = []  # what follows the last chunk is nothing that a request's head says
+
+    def on_body(self, body: bytes) -> None:
+        self._unread_bytes = 0
+        self.read_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread_bytes = 0
+        if not self._body_fields:  # else its body is still to come
+            self.in_message = False
+            self.end_request()
+
+    def on_response_complete(self) -> None:
+        self.quiet_since_s = self.loop.time()
+        super().on_response_complete()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if for so long no request has begun on it, or one has not come to the end of its head.
+
+        Requests in work do not stop this clock, which an answer starts anew.
+        """
+        self.timeout_keep_alive_task = None
+        if not self.is_idle:
+            return
+        left_s = self.quiet_since_s + self.timeout_keep_alive - self.loop.time()
+        if left_s <= 0:
+            super().timeout_keep_alive_handler()
+        else:
+            self.timeout_keep_alive_task = self.loop.call_later(left_s, self.timeout_keep_alive_handler)
+
+    # --- its own ------------------------------------------------------------------------------------------------
+
+    def begin_request(self) -> None:
+        """A head is there: give the request to the application."""
+        super().on_headers_complete()
+
+    def read_body(self, body: bytes) -> None:
+        """A part of its body is there."""
+        super().on_body(body)
+
+    def end_request(self) -> None:
+        """All of it is there."""
+        super().on_message_complete()
+
+    def write_answer(
+        self, status: int, fields: bytes, body: bytes, request_id: str, traceparent: str | None, keep_alive: bool
+    ) -> None:
+        """Send a whole answer.
+
+        Args:
+            fields: of its head, those that are not every answer's.
+        """
+        parts = [
+            STATUS_LINE[status],
+            fields,
+            b"content-length: %d\r\nx-request-id: %b\r\n" % (len(body), request_id.encode()),
+            _default_fields(self.server_state.default_headers),
+        ]
+        if traceparent is not None:
+            parts += (b"traceparent: ", traceparent.encode(), b"\r\n")
+        if not keep_alive:
+            parts.append(b"connection: close\r\n")
+        parts += (b"\r\n", body)
+        self.transport.write(b"".join(parts))
+        if not keep_alive:
+            self.transport.close()
+
+    def _parse(self, data: bytes) -> None:
+        """Have the parser read on; raises HttpParserError."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+            fields, self._body_fields = self._body_fields, b""
+            if fields:  # nobody upgrades here (RFC 9110, section 7.8): another parser goes on with the body
+                self.parser = httptools.HttpRequestParser(self)
+                self._is_repeated = True
+                self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % fields)
+                self._is_repeated = False
+
+    def _turn_away(self, problem: Problem) -> None:
+        """The parser has come to its end: say why, unless it would be taken for the answer to another request."""
+        if not self.is_idle and not self.cycle.more_body:
+            self.cycle.keep_alive = False  # its answer is the last
+            self.flow.pause_reading()
+            return
+        if self.pipeline or (not self.is_idle and self.cycle.response_started):
+            self.transport.close()
+            return
+        if self.transport.is_closing():
+            return
+        path = self.url.partition(b"?")[0][:SHOWN_BYTES].decode("latin-1") if self.in_message else ""
+        request_id, _ = self.gate.names.read({})
+        fields, body = problem.write(path, request_id)
+        self.write_answer(problem.status, fields, body, request_id, None, keep_alive=False)
+        if self.gate.desk.has_log and self.is_idle:  # else the application has a line for it
+            client = self.client[0] if self.client else None
+            notes = {"problem": problem.kind}
+            log_request(request_id, None, client, None, path, problem.status, len(body), perf_counter(), notes)
+
+
+_default: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")
+
+
+def _default_fields(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The header fields that every answer has, as bytes; uvicorn makes them anew every second, for the date."""
+    global _default
+    if _default[0] is not headers:
+        _default = headers, b"".join(b"%b: %b\r\n" % field for field in headers)
+    return _default[1]

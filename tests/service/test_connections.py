@@ -1,0 +1,214 @@
+"""Connections themselves: heads, bodies and clients that take too much room or too much time, and what is no HTTP."""
+
+import contextlib
+import gc
+import json
+import logging
+import socket
+import struct
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.logs import JsonFormatter
+from tests.bundles import random_images
+from tests.service.apps import png
+from tests.service.sockets import Here, Line, head, request, serving
+from tests.service.test_delivery import keep_busy
+from tests.waiting import wait_until
+
+BODY = png(random_images(1, seed=71)[0])
+CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+CHUNK = b"%x\r\n%b\r\n" % (len(BODY), BODY)
+QUIET_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> Iterator[Here]:
+    with serving(folder) as served:
+        yield served
+
+
+@pytest.fixture
+def line(here: Here) -> Iterator[Line]:
+    line = here.connect()
+    yield line
+    line.close()
+
+
+def pour(line: Line, data: bytes, n_bytes: int) -> None:
+    """Send `data` again and again, until the server closes the connection or has had `n_bytes`."""
+    sent = 0
+    with contextlib.suppress(ConnectionError):
+        while sent < n_bytes:
+            line.send(data)
+            sent += len(data)
+    assert sent < n_bytes, "all of it was taken"
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (b"GET /", b"x" * 10_000),
+        (b"GET / HTTP/1.1\r\nX-Long: ", b"x" * 10_000),
+        (b"GET / HTTP/1.1\r\n", b"X-Many: x\r\n" * 1000),
+        (CHUNKED + b"1;", b"extension;" * 1000),
+        (CHUNKED + CHUNK + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
+        (CHUNKED + CHUNK + b"0\r\nX-Trailer: ", b"x" * 10_000),
+    ],
+)
+def test_what_has_no_end_is_refused(here: Here, line: Line, begin: bytes, more: bytes) -> None:
+    line.send(begin)
+    pour(line, more, 50_000_000)
+    with contextlib.suppress(ConnectionError, IndexError):  # closed on unread bytes, it may lose its answer
+        status, _, document = line.receive()
+        assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
+    with contextlib.closing(here.connect()) as other:
+        other.send(request(BODY))
+        assert other.receive()[0] == 200
+    wait_until("nothing is in work", lambda: here.app.lifecycle.requests_in_flight == 0)
+
+
+def test_a_head_that_is_too_long_is_told_so(line: Line) -> None:
+    line.send(b"GET /" + b"x" * 70_000)
+    status, headers, document = line.receive()
+    assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
+    assert (headers["content-type"], headers["connection"]) == ("application/problem+json", "close")
+    assert len(document["instance"]) <= 200
+    assert line.ended()
+
+
+def test_what_follows_the_last_chunk_is_no_part_of_the_head(line: Line) -> None:
+    line.send(CHUNKED + CHUNK + b"0\r\nX-Request-ID: of-a-trailer\r\nContent-Type: text/plain\r\n\r\n")
+    status, headers, document = line.receive()
+    assert status == 200
+    assert headers["x-request-id"] == document["request_id"] != "of-a-trailer"
+
+
+@pytest.mark.parametrize("begin", [b"", b"POST /classify HT", b"\r\n"])
+def test_a_connection_that_says_nothing_whole_is_closed(
+    here: Here, begin: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here.server.config, "timeout_keep_alive", QUIET_S)
+    with contextlib.closing(here.connect()) as line:
+        line.send(begin)
+        assert line.ended()
+    with contextlib.closing(here.connect()) as line:  # after a request as before the first
+        line.send(request(BODY))
+        assert line.receive()[0] == 200
+        line.send(begin)
+        assert line.ended()
+
+
+def test_a_head_that_comes_in_drops_is_not_waited_for(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here.server.config, "timeout_keep_alive", QUIET_S)
+    with contextlib.closing(here.connect()) as line:
+        line.send(b"GET / HTTP/1.1\r\n")
+        line.socket.settimeout(0.05)
+
+        def closed() -> bool:
+            try:
+                line.send(b"X: x\r\n")
+                return line.socket.recv(1) == b""
+            except TimeoutError:
+                return False
+            except ConnectionError:
+                return True
+
+        wait_until("it is closed", closed)
+
+
+def test_a_body_that_nobody_wants_is_not_waited_for(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here.server.config, "timeout_keep_alive", QUIET_S)
+    with contextlib.closing(here.connect()) as line:
+        line.send(head(1_000_000_000))
+        assert line.receive()[0] == 413
+        line.send(b"x")
+        assert line.ended()
+
+
+def test_what_is_no_http_gets_a_problem_and_a_line(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    line.send(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03")  # a TLS client's hello
+    status, headers, document = line.receive()
+    assert (status, document["type"]) == (400, "urn:exitserve:problem:broken-request")
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["x-request-id"] == document["request_id"]
+    assert line.ended()
+    wait_until("it is logged", lambda: any(record.name == "service.access" for record in caplog.records))
+    [record] = [record for record in caplog.records if record.name == "service.access"]
+    logged = json.loads(JsonFormatter().format(record))
+    told = {"request_id": document["request_id"], "method": None, "status": 400, "problem": "broken-request"}
+    assert told.items() <= logged.items()
+
+
+def test_a_request_before_what_is_none_gets_its_own_answer(here: Here) -> None:
+    for first in (request(BODY), request(BODY, Connection="keep-alive", Expect="nothing")):
+        go_on = keep_busy(here.engine)
+        with contextlib.closing(here.connect()) as line:
+            line.send(first + b"\0\r\n\r\n")
+            wait_until("the request is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+            go_on.set()
+            status, headers, _ = line.receive()
+            assert (status, headers["connection"]) == (200, "close")
+            assert line.ended()
+
+
+def test_a_broken_body_is_told_at_once(here: Here, line: Line) -> None:
+    line.send(CHUNKED + b"what is this?\r\n")
+    status, _, document = line.receive()
+    assert (status, document["type"]) == (400, "urn:exitserve:problem:broken-request")
+    assert line.ended()
+    wait_until("it is given up", lambda: here.app.lifecycle.requests_in_flight == 0)
+
+
+def test_a_client_that_asks_before_it_sends_is_not_kept_where_it_is_refused(here: Here, line: Line) -> None:
+    line.send(head(len(BODY), Expect="100-continue"))
+    assert line.socket.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+    line.send(BODY)
+    status, headers, _ = line.receive()
+    assert status == 200
+    assert "connection" not in headers
+    for refused in (head(1_000_000_000, Expect="100-continue"), head(9, "?what=1", Expect="100-continue")):
+        with contextlib.closing(here.connect()) as other:
+            other.send(refused)
+            status, headers, _ = other.receive()
+            assert (status in (413, 422), headers["connection"]) == (True, "close")
+            assert other.ended()
+
+
+def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:
+    line = here.connect()
+    line.send(request(BODY))
+    assert line.receive()[0] == 200
+    port = line.socket.getsockname()[1]
+    [known] = [weakref.ref(c) for c in here.server.server_state.connections if c.client and c.client[1] == port]
+    line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    line.close()
+    with contextlib.closing(here.connect()) as other:  # the engine's thread keeps its latest
+        other.send(request(BODY))
+        assert other.receive()[0] == 200
+
+    def forgotten() -> bool:
+        gc.collect()  # it is in circles: connections know their requests, and these their connection
+        return known() is None
+
+    wait_until("nothing holds it", forgotten)
+
+
+UPGRADE = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+
+
+@pytest.mark.parametrize("n_bytes", [1, 300, 10_000])
+def test_a_wish_to_upgrade_is_passed_over_and_the_body_is_not(line: Line, n_bytes: int) -> None:
+    """As Java's HttpClient sends its first request, whatever its body is."""
+    chunked = CHUNKED.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n") + CHUNK + b"0\r\n\r\n"
+    plain = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    data = request(BODY, **UPGRADE) + chunked + plain + request(BODY)
+    for start in range(0, len(data), n_bytes):
+        line.send(data[start : start + n_bytes])
+    told = [line.receive() for _ in range(4)]
+    assert [status for status, _, _ in told] == [200] * 4
+    assert ["label" in document for _, _, document in told] == [True, True, False, True]
