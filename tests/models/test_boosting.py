@@ -67,6 +67,12 @@ def test_learned_temperatures_sum_up_in_training_and_fixed_alike(temperatures: l
         torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_served_keeps_scales_beside_learned_temperatures() -> None:
+    boosting, heads = Boosting([0.5] * 3, scales=[0.9, 0.7, 0.4], learned=True).eval(), head_logits(3)
+    for served, trained in zip(boosting.fixed()(heads), boosting(heads), strict=True):
+        assert torch.equal(served, trained)
+
+
 def test_a_loss_teaches_the_temperature_of_its_own_exit() -> None:
     """d loss_n / d t_n is the gradient of F_n along F_(n-1); earlier temperatures lie behind the cut."""
     heads = head_logits(4)

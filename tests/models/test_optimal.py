@@ -4,10 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from models.exits import outcome
+from models.exits import outcome, take_exits
 from models.frontier import build_frontier
-from models.optimal import optimal_thresholds
+from models.optimal import _ascend, optimal_thresholds
 
 COSTS = [10.0, 20.0, 40.0]
 
@@ -35,6 +37,24 @@ def test_no_thresholds_at_all_are_better_on_the_images_searched() -> None:
             n_prices += 1
             n_best += ours >= best - 1e-9
     assert n_best >= 0.9 * n_prices
+
+
+@given(st.integers(0, 10_000))
+def test_an_ascent_ends_where_no_single_cut_can_be_bettered(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    n_images, n_exits, n_cuts = draw.integers(1, 30), draw.integers(2, 5), 5
+    levels, values = draw.integers(0, n_cuts - 1, (n_images, n_exits)), draw.normal(size=(n_images, n_exits))
+
+    def worth(cuts: np.ndarray) -> float:
+        return float(values[np.arange(n_images), take_exits(levels, cuts)].mean())
+
+    start = draw.integers(0, n_cuts, n_exits)
+    start[-1] = 0
+    reached, cuts = _ascend(levels, values, start, n_cuts)
+    assert reached == pytest.approx(worth(cuts))
+    assert reached >= worth(start) - 1e-9
+    for i, cut in itertools.product(range(n_exits - 1), range(n_cuts)):
+        assert worth(np.where(np.arange(n_exits) == i, cut, cuts)) <= reached + 1e-9 / n_images + 1e-12
 
 
 def test_it_runs_from_exit_1_to_the_best_accuracy_and_never_falls() -> None:

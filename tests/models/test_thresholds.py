@@ -66,6 +66,17 @@ def test_rounding_leaves_no_remainder_for_the_last_exit() -> None:
     assert counts.tolist() == [19, 20, 20, 20, 21]  # flooring each share would give 19 19 19 19 24
 
 
+def test_shares_that_add_up_to_whole_images_are_those_images() -> None:
+    """Ten tenths, of which eight add up to a little less than 0.8."""
+    scores = distinct_scores(10, 10)
+    assert np.bincount(take_exits(scores, thresholds_for_shares(scores, [0.1] * 10))).tolist() == [1] * 10
+
+
+def test_neighbouring_numbers_are_told_apart() -> None:
+    scores = np.array([[np.nextafter(1.0, 2.0), 0.0], [1.0, 0.0]])
+    assert take_exits(scores, thresholds_for_shares(scores, [0.5, 0.5])).tolist() == [0, 1]
+
+
 def test_ties_all_leave_and_the_exits_after_them_keep_to_the_plan() -> None:
     scores = distinct_scores(1000, 4)
     scores[:300, 0] = 50.0  # as a saturated float32 softmax does; the plan is 100 an exit but the last

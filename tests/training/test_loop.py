@@ -1,5 +1,6 @@
 import json
 import signal
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from tests.training import tiny
+from training.augment import DeviceImages
 from training.checkpoint import RunError, RunFolder
 from training.data import DataError, ImageSet
 from training.loop import Trainer
@@ -94,9 +96,11 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, images: 
     recipe = tiny.recipe(optimisation={"ema_decay": 0.8})
     whole = trainer(tmp_path / "whole", images, recipe)
     expected = {name: value.clone() for name, value in whole.network.state_dict().items()}
-    update = whole.averaging.update
+    update, n_updates = whole.averaging.update, 0
 
     def noted() -> None:
+        nonlocal n_updates
+        n_updates += 1
         update()
         first = whole.progress.step == 0  # the average begins with the weights after the first step
         for name, value in whole.network.state_dict().items():
@@ -104,6 +108,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, images: 
 
     whole.averaging.update = noted  # type: ignore[method-assign]
     whole.train()
+    assert n_updates == 2 * STEPS_PER_EPOCH
     kept = RunFolder(tmp_path / "whole").load_checkpoint()
     floats = [name for name, value in expected.items() if value.is_floating_point()]
     assert all(torch.allclose(kept["network"][name], expected[name], atol=1e-5) for name in floats)
@@ -174,6 +179,29 @@ def test_the_seed_decides_the_run(tmp_path: Path, images: ImageSet) -> None:
     assert_same_run(tmp_path / "first", tmp_path / "again")
     first, other = weights(tmp_path / "first"), weights(tmp_path / "other")
     assert not torch.equal(first["stem.scales.0.0.weight"], other["stem.scales.0.0.weight"])
+
+
+def test_the_seed_decides_order_and_augmentation_by_themselves(
+    tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First weights and split may be the same, as where runs start from a bundle."""
+    rows_seen, pixels_seen = [], []
+    augmented = DeviceImages.augmented
+
+    def noted(self: DeviceImages, rows: torch.Tensor, draws: torch.Generator, size_px: int | None) -> object:
+        rows_seen.append(rows.tolist())
+        pixels_seen.append(augmented(self, torch.arange(16), draws, size_px)[0])
+        return augmented(self, rows, draws, size_px)
+
+    monkeypatch.setattr(DeviceImages, "augmented", noted)
+    for seed, rank, count in ((0, 0, 1), (1, 0, 1), (0, 0, 2), (0, 1, 2)):
+        run = trainer(tmp_path / "run", images)
+        run.seed, run.processes = seed, Processes(rank, count, ALONE.device)
+        run._step(5)
+    assert rows_seen[0] != rows_seen[1]
+    assert rows_seen[0] == [*rows_seen[2], *rows_seen[3]]
+    for one, other in combinations(pixels_seen, 2):  # processes draw for themselves, too
+        assert not torch.equal(one, other)
 
 
 def test_every_training_image_is_seen_once_an_epoch_and_no_held_out_one(tmp_path: Path, images: ImageSet) -> None:
@@ -291,7 +319,7 @@ def test_what_does_not_go_together_is_told_before_training(tmp_path: Path, image
         trainer(tmp_path / "a", images, Recipe.model_validate({**tiny.recipe().model_dump(), "held_out_images": 104}))
     with pytest.raises(DataError, match="don't go together"):
         trainer(tmp_path / "b", images, tiny.recipe(optimisation={"batch_rows": 1000}))
-    with pytest.raises(RecipeError, match="does not take images of 32 x 32 px"):
+    with pytest.raises(RecipeError, match=r"but 160, 192, .*, 384 \(--image-size.*--recipe image-fold"):
         trainer(tmp_path / "c", images, Recipe.load("image-folder"))
 
 

@@ -68,6 +68,20 @@ def test_boosted_losses_are_those_of_the_ensemble_and_stop_at_their_own_head() -
     assert any(torch.any(reached[name] != 0) for name in reached if name.startswith("heads.2"))
 
 
+def test_without_the_cut_a_loss_reaches_the_heads_before_its_own() -> None:
+    images, labels = batch()
+    network = trained_network({"stop_gradient": False})
+    reached = gradients(network, functional.cross_entropy(network(images)[2], labels))
+    for head in ("heads.0", "heads.1", "heads.2"):
+        assert any(torch.any(reached[name] != 0) for name in reached if name.startswith(head)), head
+
+
+def test_the_loss_is_the_sum_over_the_exits() -> None:
+    images, labels = batch()
+    total, (per_exit, _) = build_objective(tiny.recipe().objective)(trained_network({}), images, labels)
+    assert total.item() == pytest.approx(per_exit.sum().item())
+
+
 def test_label_smoothing_reaches_every_exit() -> None:
     images, labels = batch()
     network = trained_network({})
