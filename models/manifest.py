@@ -11,7 +11,8 @@ MAX_EXITS = 256
 
 Text = Annotated[str, Field(max_length=10_000)]
 # One path part that is plain on every system: no separators, no leading dot.
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Mega = Annotated[float, Field(ge=0, le=1e12)]
 Accuracy = Annotated[float, Field(ge=0, le=1)]

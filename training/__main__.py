@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from training.errors import TrainingError
-from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped
+from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped, typed
 from training.tools import tools
 
 HELP = """Train a network with exits and make a bundle that the service serves. Four steps, each reading what the one
@@ -99,7 +99,7 @@ def train(
     if not group.is_first:
         return
     if ended == "finished":
-        typer.echo(f"{run}: trained; next: python -m training calibrate {run} --data {data}")
+        typer.echo(f"{run}: trained; next: {typed('calibrate', run, '--data', data)}")
     else:
         typer.echo(f"{run}: stopped by the {ended} and saved at {reached}; give the same command again to go on")
 
@@ -132,7 +132,7 @@ def calibrate(
         typer.echo(f"note: trained for {record.epochs:.4g} of {total} epochs so far")
     typer.echo(
         f"{run}: calibrated on {record.heldout_images} held-out images, read {record.test_images} test images; "
-        f"next: python -m training evaluate {run}"
+        f"next: {typed('evaluate', run)}"
     )
 
 
@@ -157,8 +157,7 @@ def evaluate(run: RunArgument) -> None:
     tables, plots = write_tables(folder, evaluation), plot_run(folder, evaluation, record)
     print_evaluation(evaluation, Console())
     typer.echo(
-        f"{run}: wrote results.json, {', '.join([*tables, *plots])}; "
-        f"next: python -m training export {run} --output FOLDER"
+        f"{run}: wrote results.json, {', '.join([*tables, *plots])}; next: {typed('export', run)} --output FOLDER"
     )
 
 
@@ -172,10 +171,10 @@ def export(
 ) -> None:
     """Step 4: write the bundle that the service serves: stages, weights, calibration, model card."""
     from training.checkpoint import RunFolder
-    from training.packing import pack
+    from training.packing import bundle_name, pack
 
-    version = pack(RunFolder(run), output, name or output.resolve().name, description, images)
-    typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {output}")
+    version = pack(RunFolder(run), output, bundle_name(name, output), description, images)
+    typer.echo(f"{output}: version {version}; serve it: python -m service --bundle {shlex.quote(str(output))}")
 
 
 app.add_typer(tools)

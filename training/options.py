@@ -1,5 +1,6 @@
 """Options that several commands of `python -m training` share, and what they stand for."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +42,11 @@ DataOption = Annotated[
     Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+
+
+def typed(*words: object) -> str:
+    """A command of `python -m training` as a shell takes it, whatever its paths are called."""
+    return "python -m training " + shlex.join(map(str, words))
 
 
 def images_of(folder: "RunFolder", data: Path) -> "ImageSet":

@@ -9,6 +9,7 @@ from typing import Any
 from models.boosting import temperatures_per_exit
 from models.bundle import BundleError
 from models.bundle_writing import check_target, write_bundle
+from models.manifest import NAME
 from models.staging import StagingError
 from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunError, RunFolder
@@ -17,6 +18,21 @@ from training.export import export_stages
 from training.model_card import model_card
 from training.objectives import network_arguments
 from training.recipe import Recipe
+
+
+def bundle_name(name: str | None, output: Path) -> str:
+    """What a bundle is called: as its folder, where nobody says otherwise, with dashes for what a name may not hold.
+
+    Raises:
+        RunError: the name given is none.
+    """
+    if name is None:
+        return re.sub(r"[^A-Za-z0-9_.+-]+", "-", output.resolve().name).strip("-.+") or "network"
+    if not re.fullmatch(NAME, name):
+        raise RunError(
+            f"--name {name!r}: give letters, digits and _.+- alone, the first of them a letter, a digit or _"
+        )
+    return name
 
 
 def pack(folder: RunFolder, output: Path, name: str, description: str | None = None, images: str | None = None) -> str:

@@ -1,11 +1,12 @@
 """The commands of `python -m training` beside its four steps: bundles made anew, and what to learn from runs."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped, side_px
+from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped, side_px, typed
 
 tools = typer.Typer()
 
@@ -22,7 +23,7 @@ def unpack(
     from training.unpacking import unpack as unpack_bundle
 
     unpack_bundle(bundle, RunFolder(run), load_image_set(data, side_px(bundle)))
-    typer.echo(f"{run}: unpacked from {bundle}; next: python -m training calibrate {run} --data {data}")
+    typer.echo(f"{run}: unpacked from {bundle}; next: {typed('calibrate', run, '--data', data)}")
 
 
 @tools.command(short_help="Add int8 stages to a bundle.")
@@ -45,7 +46,7 @@ def quantize(
     print_precisions(made, Console())
     typer.echo(
         f"{made.bundle.path}: version {made.bundle.manifest.version}; "
-        f"serve it: python -m service --bundle {made.bundle.path} --precision int8"
+        f"serve it: python -m service --bundle {shlex.quote(str(made.bundle.path))} --precision int8"
     )
 
 

@@ -17,6 +17,7 @@ from tests.training import tiny
 from training.__main__ import run_command
 from training.checkpoint import RunError, RunFolder
 from training.data import Split
+from training.packing import bundle_name
 from training.predicting import FITTED
 
 
@@ -148,10 +149,34 @@ def test_from_images_to_a_bundle(
 def test_a_partly_trained_network_says_so(
     tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     command(monkeypatch, "train", run, "--recipe", recipe, "--data", data, "--time-limit", 0)
     assert command(monkeypatch, "calibrate", run, "--data", data) == 0
-    assert "trained for 0.25 of 2 epochs so far" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "trained for 0.25 of 2 epochs so far" in told
+    assert f"next: python -m training evaluate '{run}'\n" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "expected"),
+    [
+        (None, "tiny-net", "tiny-net"),
+        (None, "My Net (2)", "My-Net-2"),
+        (None, ".hidden", "hidden"),
+        (None, "сеть", "network"),
+        ("v1.2+a_b", "My Net", "v1.2+a_b"),
+    ],
+)
+def test_a_bundle_is_called_as_its_folder_unless_told(
+    name: str | None, folder: str, expected: str, tmp_path: Path
+) -> None:
+    assert bundle_name(name, tmp_path / folder) == expected
+
+
+@pytest.mark.parametrize("name", ["", "My Net", ".hidden", "a/b", "сеть"])
+def test_a_name_that_no_bundle_may_have_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"--name .*: give letters, digits and"):
+        bundle_name(name, tmp_path)
 
 
 def test_steps_out_of_order_are_told_what_comes_first(

@@ -6,6 +6,7 @@ joint     the same sum with t = 0: plain multi-exit training, the baseline
 Temperatures may move while training: learned with the network, or on a line to other ones (`temperatures_at`).
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from models.boosting import Boosting, temperatures_per_exit
 from models.registry import build_network
 from training.gates import Gates
 from training.recipe import Objective, Recipe, RecipeError
+
+SIZES_PX = range(32, 513, 32)  # that are tried for a network that does not take the one it is given
 
 
 def network_arguments(recipe: Recipe, n_classes: int) -> dict[str, Any]:
@@ -91,15 +94,28 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
     Raises:
         RecipeError: it does not take images of that size.
     """
-    parameter = next(network.parameters())
+    network = copy.deepcopy(network).to("meta").eval()  # where shapes are all that is worked out
     try:
-        with torch.no_grad():
-            network.eval()(parameter.new_zeros(1, 3, image_size_px, image_size_px))
+        _see(network, image_size_px)
     except RuntimeError as error:
+        taken = ", ".join(str(size_px) for size_px in SIZES_PX if _takes(network, size_px))
         raise RecipeError(
-            f"network: it does not take images of {image_size_px} x {image_size_px} px ({error}); "
-            "choose another network, or read an image folder with another --image-size"
+            f"network: it does not take images of {image_size_px} x {image_size_px} px, but {taken or 'others'} "
+            "(--image-size); or choose another network: --recipe image-folder is for photographs"
         ) from error
+
+
+@torch.no_grad()
+def _see(network: nn.Module, image_size_px: int) -> None:
+    network(torch.zeros(1, 3, image_size_px, image_size_px, device="meta"))
+
+
+def _takes(network: nn.Module, image_size_px: int) -> bool:
+    try:
+        _see(network, image_size_px)
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
