@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from datetime import UTC, datetime
 
 import orjson
@@ -32,5 +33,9 @@ def set_up_logs(level: str, as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    for noisy in ("uvicorn.error", "python_multipart"):  # what they tell is told here in other words, or to the client
+    for noisy in ("uvicorn.error", "python_multipart", "PIL"):  # what they tell, the log or the client hears otherwise
         logging.getLogger(noisy).setLevel(max(logging.ERROR, logging.root.level))
+    # Pillow warns of what is odd about a picture, thousands of times if the picture's maker likes. Python would print
+    # that beside the log, and remember every text for ever.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

@@ -39,6 +39,12 @@ def photo(height_px: int, width_px: int) -> NDArray[np.uint8]:
     return np.stack([255 * x / (width_px - 1), 255 * y / (height_px - 1), blue], -1).astype(np.uint8)
 
 
+def many_scans(side_px: int, n_more: int) -> bytes:
+    """A progressive JPEG whose last scan comes `n_more` times more, in a few bytes each."""
+    body = encoded(Image.new("RGB", (side_px, side_px), "teal"), "JPEG", progressive=True)
+    return body[:-2] + n_more * body[body.rindex(b"\xff\xda") : -2] + body[-2:]
+
+
 def kind_of_error(body: bytes, decoder: ImageDecoder = DECODER) -> str:
     with pytest.raises(ImageError) as caught:
         decoder.decode_now(body)
@@ -364,3 +370,22 @@ def test_damaged_files_are_decoded_or_refused_and_nothing_else(
 def test_random_bytes_are_refused(data: bytes, magic: bytes) -> None:
     with pytest.raises(ImageError):
         DECODER.decode_now(magic + data)
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 200, 3000])
+def test_a_jpeg_in_endless_passes_is_refused_before_it_is_decoded(side_px: int) -> None:
+    body = many_scans(side_px, 5_000)
+    started_s = thread_time()
+    assert kind_of_error(body) == "broken-image"
+    assert thread_time() - started_s < REFUSED_WITHIN_S
+    assert kind_of_error(body[:2] + b"\xff\x01" + body[2:]) == "broken-image"  # a marker without a length before it
+
+
+def test_what_follows_a_jpeg_does_not_count_as_its_passes() -> None:
+    """A film behind a photograph, or a note within it, holds the bytes of that marker as well."""
+    noise = 500 * b"\xff\xda\0\x08"
+    note = b"\xff\xec" + (2 + len(noise)).to_bytes(2, "big") + noise
+    for body in (many_scans(SIZE_PX, 0), many_scans(SIZE_PX, 80), encoded(Image.new("L", (50, 50)), "JPEG")):
+        whole = DECODER.decode_now(body)
+        np.testing.assert_array_equal(DECODER.decode_now(body + noise), whole)
+        np.testing.assert_array_equal(DECODER.decode_now(body[:2] + note + body[2:]), whole)
