@@ -115,7 +115,7 @@ class Recipe(_Section):
     optimisation: Optimisation = Optimisation()
     numerics: Numerics = Numerics()
     augmentation: Augmentation = Augmentation()
-    held_out_images: Annotated[int, Field(ge=1)] = 5000
+    held_out_images: Annotated[int, Field(ge=2)] = 5000  # one would be no half to judge thresholds of the other by
 
     @model_validator(mode="after")
     def _gates_see_one_class(self) -> Self:

@@ -118,6 +118,7 @@ def test_settings_change_single_fields(tmp_path: Path) -> None:
         ("augmentation.crop_area=[0.9,0.2]", "smallest, largest"),
         ("augmentation.crop_area=[0.2,0.9]", "crop_padding_px = 0"),
         ("augmentation.sizes_px=[32]", "wants crop_area too"),
+        ("held_out_images=1", "held_out_images: .*greater than or equal to 2"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_explained(tmp_path: Path, setting: str, message: str) -> None:
