@@ -3,8 +3,8 @@
 It needs torch, numpy, pydantic and safetensors, and no installation. For each network, in a process of its own, it
 first compares answers with the same network in float32, run eagerly; then it measures, what matters most first. What
 one part has found is written before the next begins; a part that fails is told in the page, and the others still run.
-Images, labels and the larger network's weights are SYNTHETIC: exits are calibrated on these very images, so that
-budgets are kept, and nothing here says anything about accuracy.
+Images (but for `--images`), labels and the larger network's weights are SYNTHETIC: exits are calibrated on these very
+images, so that budgets are kept, and nothing here says anything about accuracy.
 
     --device cpu --quick    a dry run of the same code on the processor, whose numbers mean nothing
     --network cifar         one network alone
@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tensorrt", action="store_true", help="measure TensorRT too, whose engines take minutes to build"
     )
+    parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
     parser.add_argument("--skip", action="append", default=[], metavar="PART", help="a part by its name in the page")
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder for gpu.md and gpu.json")
     parser.add_argument("--part-of", type=Path, help=argparse.SUPPRESS)  # this process measures, and writes there

@@ -53,6 +53,7 @@ class Plan:
     n_alone: int  # images asked one at a time
     n_lanes: int = 2
     tensorrt: bool = False
+    images: Path | None = None  # .npz with `images`, in the place of synthetic ones where they fit the bundle
     until_s: float = inf  # on `perf_counter`: later nothing is begun that may take long
 
 
@@ -71,6 +72,7 @@ class Case:
     stage_macs: list[int]
     frontier: Frontier
     bundle: Bundle | None = None  # with the same network as ONNX stages
+    kind: str = "SYNTHETIC images"
 
     def runner(
         self, plan: Plan, network: nn.Module | None = None, full_only: bool = False, **options: Any
@@ -144,11 +146,14 @@ def make_tiny(plan: Plan) -> Case:
 def make_cifar(plan: Plan) -> Case:
     bundle = load_bundle(ZOO / "cifar100-msdnet")
     of, images = bundle.manifest.input, make_images(plan.n_images, 32)
+    if plan.images is not None:
+        images = np.load(plan.images)["images"][: plan.n_images]
     score = bundle.manifest.score if bundle.manifest.score in SCORES else "logit_margin"
-    network = load_network(bundle)
-    return replace(
-        make_case("CIFAR size: cifar100-msdnet", network, of.mean, of.std, score, images, plan), bundle=bundle
-    )
+    network, name = load_network(bundle), "CIFAR size: cifar100-msdnet"
+    case = replace(make_case(name, network, of.mean, of.std, score, images, plan), bundle=bundle)
+    if plan.images is None or score != bundle.manifest.score:
+        return case
+    return replace(case, frontier=bundle.frontier(), kind=f"images of {plan.images.name}, exits as calibrated")
 
 
 def make_imagenet(plan: Plan) -> Case:

@@ -32,7 +32,7 @@ def _about(case: dict[str, Any], found: dict[str, Any]) -> str:
         macs, copied = found["peaks"]
         lines.append(f"Matrix product {macs / 1e9:.0f} G multiply-adds/s, copy {copied / 1e9:.0f} GB/s.")
     if "full_mflops" in case:
-        lines.append(f"{case['full_mflops']:.0f} M multiply-adds; {case['images']} SYNTHETIC images.")
+        lines.append(f"{case['full_mflops']:.0f} M multiply-adds; {case['images']} {case['kind']}.")
     if "max_rows" in case:
         gib = f", {case['gib']:.1f} GiB of the device's memory" if "gib" in case else ""
         lines.append(f"Largest batch {case['max_rows']}{gib}.")

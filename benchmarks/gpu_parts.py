@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -90,6 +91,7 @@ def measure_network(given: argparse.Namespace) -> None:
     dtype = getattr(torch, given.dtype or ("float16" if on_gpu else "float32"))
     network = NETWORKS[given.network[0]]
     plan = Plan(device, dtype, **network.amounts, n_lanes=given.lanes, tensorrt=given.tensorrt, until_s=until_s)
+    plan = replace(plan, images=given.images)
     report: Report = {
         "network": given.network[0],
         "torch": f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
@@ -105,7 +107,12 @@ def measure_network(given: argparse.Namespace) -> None:
     peaks = parts.run("peaks", lambda: measure_peaks(plan)) or (inf, inf)
     case: Case | None = parts.make("the network", lambda: network.make(plan))
     if case is not None:
-        report |= {"name": case.name, "full_mflops": case.costs_mflops[-1], "images": len(case.images)}
+        report |= {
+            "name": case.name,
+            "full_mflops": case.costs_mflops[-1],
+            "images": len(case.images),
+            "kind": case.kind,
+        }
         measure_case(case, plan, peaks, parts)
     report["device_at_end"] = clocks() if on_gpu else ""
     report["at"] = "it had ended"

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.closed_loop import Load
 from benchmarks.gpu import main, run_apart
-from benchmarks.gpu_cases import NETWORKS, Plan, make_case, make_images
+from benchmarks.gpu_cases import NETWORKS, Plan, make_case, make_cifar, make_images
 from benchmarks.gpu_onnx import measure_onnx
 from benchmarks.gpu_page import write_up
 from models.bundle import load_bundle
@@ -109,6 +110,17 @@ def test_a_process_that_does_not_end_is_ended_and_told(tmp_path: Path) -> None:
     assert part.startswith("the whole, while ")
     assert "its process" in why
     assert "**Failed**, the whole" in write_up({"dry": False, "seconds": 1.0, "networks": [report]})
+
+
+def test_images_may_be_given_and_leave_where_the_bundle_says(tmp_path: Path) -> None:
+    images = make_images(6, 32)[::-1]
+    np.savez(tmp_path / "test.npz", images=images)
+    plan = Plan(Host(), torch.float32, **NETWORKS["tiny"].amounts, images=tmp_path / "test.npz")
+    case = make_cifar(plan)
+    assert np.array_equal(case.images, images)
+    assert case.bundle is not None
+    assert case.frontier.at(0.5).thresholds == case.bundle.frontier().at(0.5).thresholds
+    assert case.kind == "images of test.npz, exits as calibrated"
 
 
 def test_an_image_that_is_not_answered_ends_the_load() -> None:

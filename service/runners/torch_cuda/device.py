@@ -12,7 +12,7 @@ import torch
 
 Program = Callable[[], None]
 WARM_RUNS = 3  # before a capture: libraries choose algorithms and allocate at the first runs
-SEARCH_S = 60.0  # of a process, see `Cuda.searching`
+SEARCH_S = 30.0  # of a process, see `Cuda.searching`
 SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding
 
 
