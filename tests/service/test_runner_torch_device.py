@@ -1,5 +1,9 @@
 """What the torch runner asks of its device, and what it makes of a device that fails: with books in a GPU's place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from service.runners.base import FatalRunnerError, RunnerError
-from service.runners.torch_cuda.device import Cuda, Host, HostStream, Program, Stream, has_room
+from service.runners.torch_cuda.device import WARM_RUNS, Cuda, Host, HostStream, Program, Stream, has_room
 from service.runners.torch_cuda.runner import open_torch_runner
 from tests.bundles import random_images
 from tests.service.slotted import all_free, engine_around
@@ -118,6 +122,64 @@ def test_a_graph_is_captured_where_its_memory_is_free_or_in_its_pool() -> None:
     assert not has_room(100 * mib, 150 * mib, 0)  # a quarter more, for gaps, and what the graph itself takes
     assert has_room(100 * mib, 100 * mib, 100 * mib)
     assert not has_room(0, 10 * mib, 0)
+
+
+class FakeCuda:
+    """`torch.cuda`, as much as `CudaStream` asks of it: what happened, in order, and memory in MiB."""
+
+    def __init__(self, free_mib: int) -> None:
+        self.free_mib, self.reserved_mib, self.peak_mib = free_mib, 0, 100
+        self.log: list[str] = []
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in {
+            "Stream": lambda device: "stream",
+            "Event": lambda: None,
+            "graph_pool_handle": lambda: "pool",
+            "stream": lambda stream: nullcontext(),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "graph": self.graph,
+            "synchronize": lambda device: None,
+            "empty_cache": lambda: self.log.append("empty"),
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_allocated": lambda device: 0,
+            "max_memory_allocated": lambda device: self.peak_mib << 20,
+            "memory_reserved": lambda device: self.reserved_mib << 20,
+            "mem_get_info": lambda device: (self.free_mib << 20, 0),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def graph(self, graph: object, pool: str, stream: str, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, stream, capture_error_mode) == ("pool", "stream", "thread_local")
+        self.log.append("capture")
+        yield
+        taken_mib = max(0, self.peak_mib - self.reserved_mib)  # what earlier captures took is used again
+        self.reserved_mib += taken_mib
+        self.free_mib -= taken_mib
+
+
+def test_a_program_is_warmed_up_then_captured_and_replayed_or_not_captured_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On books in the place of a GPU: in what order CUDA is asked, and that no capture is begun without memory."""
+    cuda = FakeCuda(free_mib=200)
+    cuda.patch(monkeypatch)
+    stream = Cuda().open_stream()
+    program = stream.prepare(lambda: cuda.log.append("program"))
+    warm = ["program"] * WARM_RUNS
+    assert cuda.log == [*warm, "empty", "capture", "program"]
+    program()
+    assert cuda.log[-1] == "replay"
+    assert cuda.free_mib == 100
+    stream.prepare(lambda: None)  # its memory is in the pool
+    cuda.peak_mib, cuda.log = 250, []
+    with pytest.raises(torch.OutOfMemoryError, match="needs 250 MiB, of which 100 are in its pool, and 100 are free"):
+        stream.prepare(lambda: cuda.log.append("program"))
+    assert cuda.log == [*warm, "empty"]
+    cuda.log = []
+    Cuda(graphs=False).open_stream().prepare(lambda: cuda.log.append("program"))()
+    assert cuda.log == [*warm, "program"]
 
 
 def test_algorithms_are_searched_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
