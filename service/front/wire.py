@@ -1,5 +1,7 @@
-"""What workers and the engine's process tell each other, as bytes: structures for what is said of each image, those of
-a batch in one frame.
+"""What workers and the engine's process tell each other, as bytes: what is said of the images of a batch is one frame.
+
+To the engine's process go structures: it unpickles nothing from processes that have decoded pictures from anywhere. To
+workers, who trust it, tuples of numbers are pickled: less than half the time of structures.
 
 A request is known by a number that no other of its worker ever has; modulo the number of slots it is the slot that the
 image lies in.
@@ -7,15 +9,12 @@ image lies in.
 Numbers are doubles, so that an answer is the same as if it had never travelled.
 """
 
+import pickle
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
-from functools import cache
-from itertools import chain
 from math import isnan, nan
-from typing import get_args
 
-from service.budget import Reason
 from service.rows import (
     Answer,
     EngineDraining,
@@ -54,14 +53,8 @@ SECONDS = struct.Struct("<d")
 CALL_NUMBER = struct.Struct("<I")
 WISHES = struct.Struct("<IHHIHBxddd")  # how many requests have them, and what `pack_submissions` says
 OWN_SIZE = (0, 0)  # a picture's height and width where they are the network's
-TOLD = "QIHBxIIdddddd"  # number, class, exit, reason, batch rows, ranked; see `pack_told`
-RANKED = "Id"  # class, softmax output
-RANKED_AT = struct.calcsize("<QIHBxI")  # where it says how many there are
-RANKED_N = struct.Struct("<I")
 FAILURE = struct.Struct("<QBxHId")  # number, class of the error, bytes of its message, in_flight_rows, wait_s
 
-REASONS: tuple[Reason, ...] = get_args(Reason)
-REASON_CODES = {reason: code for code, reason in enumerate(REASONS, start=1)}  # 0: a step
 ERRORS: tuple[type[EngineError], ...] = (
     EngineError,
     EngineOverloaded,
@@ -72,6 +65,7 @@ ERRORS: tuple[type[EngineError], ...] = (
 )
 ERROR_CODES = {error: code for code, error in enumerate(ERRORS)}
 MESSAGE_BYTES = 4096
+STEP_FIELDS = 8  # of a step in TOLD; an answer has more
 
 
 def pack_submissions(submitted: Sequence[tuple[int, Options, tuple[int, int]]]) -> bytes:
@@ -137,70 +131,46 @@ def seconds(payload: bytes) -> tuple[float, ...]:
     return struct.unpack(f"<{len(payload) // SECONDS.size}d", payload)
 
 
-@cache
-def _told(n_ranked: int) -> struct.Struct:
-    """What is said of one image, with so many classes ranked."""
-    return struct.Struct("<" + TOLD + n_ranked * RANKED)
+def pack_told(told: Iterable[tuple[int, Answer | Step]]) -> bytes:
+    """The payload of a frame TOLD: the fields of each in their order, but for the label; of a step fewer."""
+    return pickle.dumps([_fields(number, said) for number, said in told], pickle.HIGHEST_PROTOCOL)
 
 
-def pack_told(number: int, told: Answer | Step) -> bytes:
-    top_k = told.top_k
-    n_ranked = len(top_k)
-    if isinstance(told, Step):
-        queue_ms = compute_ms = 0.0
-        code = batch_rows = 0
-    else:
-        queue_ms, compute_ms = told.queue_ms, told.compute_ms
-        code, batch_rows = REASON_CODES[told.reason], told.batch_rows
-    return _told(n_ranked).pack(
+def _fields(number: int, said: Answer | Step) -> tuple[object, ...]:
+    if isinstance(said, Step):
+        return number, said.class_id, said.confidence, said.top_k, said.exit, said.mflops, said.score, said.threshold
+    return (
         number,
-        told.class_id,
-        told.exit,
-        code,
-        batch_rows,
-        n_ranked,
-        told.confidence,
-        told.mflops,
-        queue_ms,
-        compute_ms,
-        nan if told.score is None else told.score,
-        nan if told.threshold is None else told.threshold,
-        *chain.from_iterable(top_k),
+        said.class_id,
+        said.confidence,
+        said.top_k,
+        said.exit,
+        said.reason,
+        said.mflops,
+        said.queue_ms,
+        said.compute_ms,
+        said.batch_rows,
+        said.score,
+        said.threshold,
     )
 
 
-def told(payload: bytes, class_names: Sequence[str]) -> Iterator[tuple[int, Answer | Step]]:
+def told(payload: bytes, class_names: Sequence[str]) -> list[tuple[int, Answer | Step]]:
     """The numbers, and what is said of them, of a frame TOLD."""
-    at = 0
-    while at < len(payload):
-        structure = _told(RANKED_N.unpack_from(payload, at + RANKED_AT)[0])
-        values = structure.unpack_from(payload, at)
-        at += structure.size
-        number, class_id, exit_number, code, batch_rows, _ = values[:6]
-        confidence, mflops, queue_ms, compute_ms, score, threshold = values[6:12]
-        label = class_names[class_id]
-        top_k = tuple(zip(values[12::2], values[13::2], strict=True))
-        if code == 0:
-            yield number, Step(class_id, label, confidence, top_k, exit_number, mflops, score, threshold)
+    arrived: list[tuple[int, Answer | Step]] = []
+    for fields in pickle.loads(payload):
+        if len(fields) == STEP_FIELDS:
+            number, class_id, *rest = fields
+            arrived.append((number, Step(class_id, class_names[class_id], *rest)))
             continue
-        yield (
-            number,
-            Answer(
-                class_id,
-                label,
-                confidence,
-                top_k,
-                exit_number,
-                REASONS[code - 1],
-                mflops,
-                queue_ms,
-                compute_ms,
-                batch_rows,
-                # A threshold is never nan; it is where no steps were asked for.
-                None if isnan(threshold) else score,
-                None if isnan(threshold) else threshold,
-            ),
+        # Named one by one, for they come by the thousand: to pass them on as a tuple takes a fifth longer.
+        number, class_id, share, top_k, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold = fields
+        label = class_names[class_id]
+        answer = Answer(
+            class_id, label, share, top_k, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold
         )
+        arrived.append((number, answer))
+    return arrived
 
 
 def pack_failure(number: int, error: EngineError) -> bytes:
@@ -235,8 +205,8 @@ def pack_outcomes(outcomes: Iterable[tuple[int, Told]]) -> tuple[bytes, bytes]:
         if isinstance(outcome, EngineError):
             failed.append(pack_failure(number, outcome))
         else:
-            answered.append(pack_told(number, outcome))
-    return b"".join(answered), b"".join(failed)
+            answered.append((number, outcome))
+    return pack_told(answered) if answered else b"", b"".join(failed)
 
 
 def is_last(told: Told) -> bool:

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from service.api.app import create_app
 from service.api.protocol import DirectProtocol
@@ -14,16 +15,23 @@ from service.front.accepting import Acceptor
 from service.front.calls import RemoteKeeper, RemoteMetrics
 from service.front.channel import Channel
 from service.front.memory import SharedMemory
+from service.front.outbox import Outbox
 from service.front.proxy import RemoteEngine
 from service.front.setup import Setup
 from service.logs import set_up_logs
 from service.server import STOPS, Server, settle_memory, use_one_heap
 
 
-class CountedProtocol(DirectProtocol):
-    """A connection that says when it ends."""
+class WorkerProtocol(DirectProtocol):
+    """A connection that says when it ends, and whose answer is written together with those that are told with it."""
 
     on_lost: Callable[[], object]
+    outbox: Outbox
+
+    def write_answer(
+        self, status: int, fields: bytes, body: bytes, request_id: str, traceparent: str | None, keep_alive: bool
+    ) -> None:
+        self.outbox.put(partial(super().write_answer, status, fields, body, request_id, traceparent, keep_alive))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -43,9 +51,9 @@ class WorkerServer(Server):
             acceptor = Acceptor(listener, self._open_connection, self.memory, self.number)
             self.servers.append(acceptor)  # type: ignore[arg-type]
 
-    def _open_connection(self, on_lost: Callable[[], object]) -> CountedProtocol:
-        protocol = CountedProtocol(self.config, self.server_state, self.lifespan.state)
-        protocol.on_lost = on_lost
+    def _open_connection(self, on_lost: Callable[[], object]) -> WorkerProtocol:
+        protocol = WorkerProtocol(self.config, self.server_state, self.lifespan.state)
+        protocol.on_lost, protocol.outbox = on_lost, self.engine.outbox
         return protocol
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ from service.front.calls import RemoteKeeper, RemoteMetrics
 from service.front.channel import Channel
 from service.front.hub import Hub
 from service.front.memory import Layout, SharedMemory
-from service.front.proxy import RemoteEngine
+from service.front.proxy import FRAME_IMAGES, RemoteEngine
 from service.front.wire import Kind
 from service.metrics import Metrics
 from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options, Step, Told
@@ -179,6 +179,21 @@ def test_no_answer_is_lost_doubled_or_swapped(front: Front, seed: int) -> None:
     answered = stats.answered - before.answered
     assert answered + stats.abandoned - before.abandoned + stats.refused - before.refused == len(asked)
     assert front.memory.in_flight_rows == 0
+
+
+def test_the_first_images_of_a_long_turn_do_not_wait_for_its_last(front: Front) -> None:
+    told: list[tuple[Any, Told]] = []
+
+    async def ask() -> None:
+        for i in range(FRAME_IMAGES + 1):
+            front.proxies[0].submit_to(told.extend, i, IMAGES[i], flush=False)
+        while len(told) < FRAME_IMAGES:
+            await asyncio.sleep(0.001)
+        front.proxies[0].flush()
+        await settled(front.proxies[0])
+
+    front.run(ask())
+    assert sorted(i for i, _ in told) == list(range(FRAME_IMAGES + 1))
 
 
 def test_room_is_known_without_asking(front: Front) -> None:

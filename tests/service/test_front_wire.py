@@ -3,12 +3,14 @@
 import random
 import socket
 from math import inf
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.budget import Reason
 from service.front import wire
 from service.front.channel import Channel, Frame
 from service.front.memory import Layout, SharedMemory, picture_in
@@ -36,7 +38,7 @@ ANSWERS = st.builds(
     ),
     RANKED,
     st.integers(1, 64),
-    st.sampled_from(wire.REASONS),
+    st.sampled_from(get_args(Reason)),
     REALS,
     st.tuples(REALS, REALS),
     st.integers(1, 4096),
@@ -86,13 +88,13 @@ def test_options_arrive_as_they_were(wishes: list[Options], asked: list[tuple[in
 @given(st.lists(st.tuples(NUMBERS, ANSWERS | STEPS), max_size=5))
 def test_answers_arrive_to_the_last_bit(sent: list[tuple[int, Answer | Step]]) -> None:
     answered, failed = wire.pack_outcomes(sent)
-    assert list(wire.told(answered, NAMES)) == sent
+    assert (wire.told(answered, NAMES) if answered else []) == sent
     assert failed == b""
 
 
 def test_an_answer_with_steps_keeps_its_score() -> None:
     answer = Answer(3, NAMES[3], 0.5, ((3, 0.5),), 2, "pinned", 12.5, 0.1, 0.2, 4, score=-inf, threshold=inf)
-    assert list(wire.told(wire.pack_told(7, answer), NAMES)) == [(7, answer)]
+    assert wire.told(wire.pack_told([(7, answer)]), NAMES) == [(7, answer)]
 
 
 def test_errors_arrive_as_what_they_were() -> None:
