@@ -4,6 +4,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
+from service.api.answers import ProblemDocument
 from service.api.authority import require_authority
 from service.api.problems import Problem
 from service.api.queries import read_query
@@ -19,7 +20,12 @@ class Access(BaseModel):
 def access_routes(state: State) -> APIRouter:
     router = APIRouter(tags=["budget"])
 
-    @router.get("/budget/access", response_model=Access, summary="May this client set the budget?")
+    @router.get(
+        "/budget/access",
+        response_model=Access,
+        summary="May this client set the budget?",
+        responses={422: {"model": ProblemDocument}},
+    )
     async def access(request: Request) -> Response:
         read_query(request.scope["query_string"], ())
         try:

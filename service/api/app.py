@@ -17,7 +17,7 @@ from service.api.classify import Classifier, classify_routes
 from service.api.delivery import Delivery
 from service.api.direct import Desk
 from service.api.gate import Gate, LoggedGate
-from service.api.lifecycle import Lifecycle, Names
+from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names
 from service.api.ports import EnginePort, KeeperPort, MetricsPort
 from service.api.room import Room
 from service.api.state import State
@@ -109,6 +109,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to the host that they named, and never by https
     )
     problems.install(app)
     classifier, room, names = Classifier(state), Room(state), Names()
@@ -132,11 +133,15 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document with what it cannot know: errors are problem documents, and the admin token."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        for path in document["paths"].values():
-            for operation in path.values():
+        schema = {"$ref": "#/components/schemas/ProblemDocument"}
+        not_ready = {"description": "Not ready", "content": {problems.MEDIA_TYPE: {"schema": schema}}}
+        for path, operations in document["paths"].items():
+            for operation in operations.values():
                 for status, response in operation["responses"].items():
                     if status >= "400" and "application/json" in response.get("content", {}):
                         response["content"][problems.MEDIA_TYPE] = response["content"].pop("application/json")
+                if path not in ALWAYS_OPEN:  # once it is stopping, whatever the call
+                    operation["responses"].setdefault("503", not_ready)
         document["servers"] = [{"url": "./"}]  # from where the document lies: also behind a proxy, under its path
         document["components"]["securitySchemes"] = {"admin": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document

@@ -92,7 +92,12 @@ def budget_routes(state: State) -> APIRouter:
     budget = Budget(state)
     curve = _curve(state)
 
-    @router.get("/budget", response_model=BudgetState, summary="The budget, what to expect of it, and what is spent")
+    @router.get(
+        "/budget",
+        response_model=BudgetState,
+        summary="The budget, what to expect of it, and what is spent",
+        responses={422: {"model": ProblemDocument}},
+    )
     async def read(request: Request) -> Response:
         state.require_open()
         read_query(request.scope["query_string"], ())
@@ -136,7 +141,12 @@ def budget_routes(state: State) -> APIRouter:
         await asyncio.to_thread(state.keeper.set, _resolve(state, body))
         return Response(await budget.document(), media_type="application/json")
 
-    @router.get("/budget/frontier", response_model=FrontierCurve, summary="What each budget would bring")
+    @router.get(
+        "/budget/frontier",
+        response_model=FrontierCurve,
+        summary="What each budget would bring",
+        responses={422: {"model": ProblemDocument}},
+    )
     async def frontier(request: Request) -> Response:
         read_query(request.scope["query_string"], ())
         return Response(curve, media_type="application/json")

@@ -137,7 +137,8 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         # The error names the methods of the first route that fits alone, the document those of all.
         documented = request.app.openapi()["paths"].get(path)
-        allowed = ", ".join(map(str.upper, documented or ())) or (error.headers or {}).get("Allow", "GET, HEAD")
+        methods = [*map(str.upper, documented or ()), *(["HEAD"] if "get" in (documented or ()) else [])]
+        allowed = ", ".join(methods) or (error.headers or {}).get("Allow", "GET, HEAD")
         problem = Problem(
             405,
             "method-not-allowed",

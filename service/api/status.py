@@ -38,7 +38,12 @@ def status_routes(state: State) -> APIRouter:
         content, content_type = await asyncio.to_thread(state.metrics.exposition, state.is_ready)
         return Response(content, headers={"Content-Type": content_type})
 
-    @router.get("/model", tags=["model"], summary="The network: classes, exits, costs, accuracies")
+    @router.get(
+        "/model",
+        tags=["model"],
+        summary="The network: classes, exits, costs, accuracies",
+        responses={422: {"model": ProblemDocument}},
+    )
     async def model(request: Request) -> Response:
         read_query(request.scope["query_string"], ())
         return _json(model_document)

@@ -1,7 +1,10 @@
 """What the HTTP face refuses: each with a problem document that says why, at once, and the server goes on."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from time import process_time
 
 import orjson
@@ -14,6 +17,7 @@ from service.engine import Engine
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 from tests.service.test_images import png_bomb, webp_bomb
+from tests.waiting import LIMIT_S
 
 IMAGES = random_images(8, seed=11)
 BODIES = [png(image) for image in IMAGES]
@@ -115,6 +119,7 @@ def test_a_body_too_large_is_refused_by_its_length_and_by_its_count(http: Http) 
     assert http.post("/classify", content=exactly, headers=PNG).status_code == 200
 
 
+DISPOSITION = 'Content-Disposition: form-data; name="image"; filename="a.png"'
 FORM = b'--XX\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n' + BODIES[0] + b"\r\n--XX--\r\n"
 
 
@@ -180,8 +185,44 @@ def test_what_is_not_there_and_what_is_asked_wrongly(http: Http) -> None:
     problem(response, 405, "method-not-allowed")
     assert response.headers["allow"] == "POST"
     problem(http.delete("/budget"), 405, "method-not-allowed")
-    for path in ("/model", "/budget", "/budget/frontier"):
+    problem(http.post("/classify/", content=BODIES[0], headers=PNG), 404, "not-found")  # nobody is sent elsewhere
+    assert http.delete("/budget").headers["allow"] == "GET, PUT, HEAD"
+    described = http.get("/openapi.json").json()["paths"]
+    for path in ("/model", "/budget", "/budget/frontier", "/budget/access"):
         problem(http.get(path + "?x=1"), 422, "bad-parameter")
+        assert {"422", "503"} <= described[path]["get"]["responses"].keys()
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/model", "/budget", "/web/main.js"])
+def test_what_can_be_got_has_a_head(http: Http, path: str) -> None:
+    head, whole = http.request("HEAD", path), http.get(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+def test_bodies_held_are_bounded_in_sum(folder: Path) -> None:
+    form, sent = f"--XX\r\n{DISPOSITION}\r\n\r\n".encode(), {"Content-Type": "multipart/form-data; boundary=XX"}
+    with serving(build_app(folder, max_body_bytes=60_000, max_held_bytes=100_000)) as http:
+        first_waits, go_on = Event(), Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield form + BODIES[0].ljust(55_000, b"\0")
+            first_waits.set()
+            await asyncio.to_thread(go_on.wait)
+            yield b"\r\n--XX--\r\n"
+
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(http.post, "/classify", content=slow(), headers=sent)
+            assert first_waits.wait(LIMIT_S)
+            large = BODIES[0].ljust(55_000, b"\0")
+            for call in ("/classify", "/classify/stream"):
+                refused = http.post(call, content=large, headers=PNG)
+                assert "100,000 bytes" in problem(refused, 429, "overloaded")["detail"]
+                assert refused.headers["retry-after"] == "1"
+            assert http.post("/classify", content=BODIES[0], headers=PNG).status_code == 200
+            go_on.set()
+            assert first.result(LIMIT_S).status_code == 200
+        assert http.post("/classify", content=large, headers=PNG).status_code == 200
 
 
 def test_overload_says_when_to_come_back_before_the_body_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,10 @@ def test_each_leaves_a_line_in_the_log(here: Here, line: Line, caplog: pytest.Lo
     assert {"status": 400, "problem": "not-an-image"}.items() <= second.items()
 
 
-def test_what_is_in_work_when_the_server_stops_is_answered_and_its_connection_closed(folder: Path) -> None:
+def test_what_is_in_work_when_the_server_stops_is_answered_and_its_connection_closed(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "service.access")
     with serving(folder) as here:
         line, late = here.connect(), here.connect()
         go_on = keep_busy(here.engine)
@@ -304,6 +307,9 @@ def test_what_is_in_work_when_the_server_stops_is_answered_and_its_connection_cl
         wait_until("it is draining", lambda: here.app.lifecycle.phase is Phase.DRAINING)
         late.send(request())
         assert late.receive()[0] == 503
+        wait_until("it is logged", lambda: any("503" in record.getMessage() for record in caplog.records))
+        [refused] = [json.loads(JsonFormatter().format(r)) for r in caplog.records if "503" in r.getMessage()]
+        assert refused["problem"] == "not-ready"
         go_on.set()
         status, headers, _ = line.receive()
         assert (status, headers["connection"]) == (200, "close")
