@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,11 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == ["classify"]:
         from service import command
 
-        return command.main(arguments[1:])
+        return _print(command.main, arguments[1:])
     if list(arguments[:1]) == ["plan"]:
         from service.plan import command as plan
 
-        return plan.main(arguments[1:])
+        return _print(plan.main, arguments[1:])
     from service.command_line import load_settings, mistaken_variables
     from service.settings import SettingsError
 
@@ -54,6 +54,15 @@ def main(arguments: Sequence[str]) -> int:
             return _serve(settings, listener)
         except (SettingsError, BundleError) as error:
             return _refuse(error)
+
+
+def _print(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command, and end it quietly where nobody reads on (`| head`)."""
+    try:
+        return command(arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 1
 
 
 def _serve(settings: "Settings", listener: socket.socket) -> int:

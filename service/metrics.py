@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -50,6 +50,7 @@ class Metrics:
         tallies = tallies or [Tally(len(exits))]
         self.count, self.decoded, self.responded = tallies[0].count, tallies[0].decoded, tallies[0].responded
         self.registry.register(_RequestCollector(tallies))
+        ProcessCollector(registry=self.registry)
         self._ready = Gauge("exitserve_ready", "1 while images are taken, 0 before and after", registry=self.registry)
         costs = _cost_bounds([exit_.executed_mflops for exit_ in manifest.exits])
         self._request_mflops = _Observed("request_mflops", "Millions of multiply-adds an answer was charged", costs)

@@ -28,6 +28,8 @@ REMEDIES = {  # of an address that cannot be listened on, where another port is 
     errno.EADDRNOTAVAIL: "Name an address of this machine by --host (0.0.0.0: all of them).",
     errno.EACCES: "Ports below 1024 are the system's: choose another with --port.",
 }
+# A client that takes none of its answer for so long, or whose machine has gone, loses its connection.
+UNTAKEN_S = 60.0
 # For what the sockets hold when readiness goes: connections are accepted until none waits, but not for ever. Then some
 # turns of the event loop: to open the last of them, to read every connection, to begin what has been read.
 LAST_CALL_S = 1.0
@@ -62,6 +64,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; what is accepted inherits it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNTAKEN_S * 1e3))
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from service.logs import JsonFormatter
+from service.server import listen
 from tests.bundles import random_images
 from tests.service.apps import png
 from tests.service.sockets import Here, Line, head, request, serving
@@ -177,6 +178,13 @@ def test_a_client_that_asks_before_it_sends_is_not_kept_where_it_is_refused(here
             status, headers, _ = other.receive()
             assert (status in (413, 422), headers["connection"]) == (True, "close")
             assert other.ended()
+
+
+def test_a_client_that_takes_nothing_is_not_waited_for() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
 def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:

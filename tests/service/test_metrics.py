@@ -118,7 +118,14 @@ def test_no_histogram_has_more_than_16_buckets(http: Http) -> None:
     assert buckets
     assert max(buckets.values()) <= 16
     names = {name for name, _ in scrape(http)}
-    assert all(name.startswith("exitserve_") for name in names)
+    assert all(name.startswith(("exitserve_", "process_")) for name in names)
+
+
+def test_the_process_is_measured_too(http: Http) -> None:
+    samples = {name: measured for (name, _), measured in scrape(http).items()}
+    assert 10e6 < samples["process_resident_memory_bytes"] < 100e9
+    assert 0 < samples["process_open_fds"] < samples["process_max_fds"]
+    assert samples["process_cpu_seconds_total"] > 0
 
 
 @pytest.mark.parametrize("n_exits", [1, 2, 15, 16, 31, 256])

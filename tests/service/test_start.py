@@ -180,3 +180,21 @@ def test_all_threads_share_one_heap(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(told), kind], cwd=REPOSITORY, check=True, timeout=LIMIT_S)
         heaps[kind] = told.read_text().count("<heap nr=")
     assert heaps["one"] == 1 < heaps["many"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_command_whose_reader_leaves_says_nothing(bundle_path: Path, more: list[str]) -> None:
+    """As in `... | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    pictures = [str(REPOSITORY / "examples/images/fox.png")] * 3
+    with os.fdopen(writing, "w") as pipe:
+        done = subprocess.run(
+            command("classify", *pictures, "--bundle", str(bundle_path), *more),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "")
