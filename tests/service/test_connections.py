@@ -220,3 +220,13 @@ def test_a_wish_to_upgrade_is_passed_over_and_the_body_is_not(line: Line, n_byte
     told = [line.receive() for _ in range(4)]
     assert [status for status, _, _ in told] == [200] * 4
     assert ["label" in document for _, _, document in told] == [True, True, False, True]
+
+
+def test_what_comes_by_http_1_0_may_be_a_proxys(line: Line) -> None:
+    put = b"PUT /budget HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
+    put += b'{"fraction": 1}'
+    line.send(put)
+    assert line.receive()[0] == 200
+    line.send(put.replace(b"HTTP/1.1", b"HTTP/1.0"))  # as nginx passes it on, by default
+    status, _, document = line.receive()
+    assert (status, document["type"]) == (403, "urn:exitserve:problem:not-local")
