@@ -1,6 +1,7 @@
 """What runners have in common that keep the state of rows on a device: slots, buckets, and lanes that take turns."""
 
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 REPEATS = 3
+SWITCH_S = 0.0002  # after which a thread that works passes the interpreter on; Python's own are 5 ms
 
 
 class Lane(Protocol):
@@ -53,9 +55,15 @@ class SlotRunner(ABC, Generic[L]):
         max_in_flight_rows: images in work at once; each has a slot on the device.
         n_lanes: batches at once.
 
+    Attributes:
+        is_on_gpu: lanes wait for a GPU without the interpreter, and need it back as soon as they have waited, or the
+            GPU idles: so Python passes it on every `SWITCH_S`, in the whole process.
+
     Raises:
         RunnerError: a number is out of range.
     """
+
+    is_on_gpu = False
 
     def __init__(
         self,
@@ -155,6 +163,8 @@ class SlotRunner(ABC, Generic[L]):
                 raise RunnerError(f"the device has no memory for single images: {why}")
             logger.warning("no memory for %d images at once, at most %d run together: %s", too_many, self.max_rows, why)
             self._open_lanes()
+        if self.is_on_gpu:
+            sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._prepared = True
 
     def _out_of_memory_at(self) -> str | None:

@@ -1,5 +1,6 @@
 """What the torch runner asks of its device, and what it makes of a device that fails: with books in a GPU's place."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from service.runners.base import FatalRunnerError, RunnerError
+from service.runners.slotted import SWITCH_S
 from service.runners.torch_cuda.device import WARM_RUNS, Cuda, Host, HostStream, Program, Stream, has_room
 from service.runners.torch_cuda.runner import open_torch_runner
 from tests.bundles import random_images
@@ -77,6 +79,21 @@ def test_every_stage_is_prepared_once_a_bucket_largest_first_and_the_smallest_th
     for n_rows in (1, 2, 3, 5, 8):
         runner.run(0, [runner.first_state(image) for image in images[:n_rows]])
     assert device.ran == [(0, 1), (0, 2), (0, 4), (0, 8), (0, 8)]
+
+
+def test_lanes_of_a_gpu_get_the_interpreter_back_soon(bundle: Bundle) -> None:
+    before = sys.getswitchinterval()
+    try:
+        runner = open_torch_runner(bundle, 2, 8, device=BooksHost())
+        assert not runner.is_on_gpu
+        runner.warm_up()
+        assert sys.getswitchinterval() == before
+        runner = open_torch_runner(bundle, 2, 8, device=BooksHost())
+        runner.is_on_gpu = True
+        runner.warm_up()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_where_memory_ends_batches_get_smaller_with_a_warning(

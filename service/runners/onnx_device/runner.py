@@ -66,6 +66,7 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         self._bundle, self._asked_rows = bundle, max_rows
         self._engines = engine_cache(bundle, max_rows) if device == "tensorrt" else Path()
         self._kind = "cpu" if device == "cpu" else "cuda"
+        self.is_on_gpu = device != "cpu"
         read_later = {value.name for stage in stages[1:] for value in stage.inputs}
         if image.name in read_later:
             raise RunnerError("a later stage reads the images, which only the first one can: choose the device cpu")

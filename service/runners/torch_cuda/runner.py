@@ -70,6 +70,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         compilers: Compilers | None = None,
     ) -> None:
         self.device = device or Cuda()
+        self.is_on_gpu = self.device.kind.type == "cuda"
         self.score, self.canvas_px, self._compilers = score, canvas_px, compilers or {}
         self.compiled: dict[int, str] = {}  # stages of full batches that were replaced, and by what
         stages = cut(network, image_shape, mean, std)
