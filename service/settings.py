@@ -103,7 +103,9 @@ class Settings(BaseSettings):
     )
     max_batch_images: int = Field(128, ge=1, le=10_000, description="most images one POST /classify/batch may hold")
     max_pixels: int = Field(32_000_000, ge=1024, le=89_000_000, description="largest image, as width x height")
-    body_timeout_s: float = Field(20.0, gt=0, le=3600, description="time a client has to send one body, in seconds")
+    body_timeout_s: float = Field(
+        20.0, gt=0, le=3600, description="time a client has to send a head, and then a body, in seconds"
+    )
     keep_alive_s: float = Field(
         75.0,
         gt=0,

@@ -30,7 +30,7 @@ def require_authority(request: Request, token: str | None) -> None:
             headers={"WWW-Authenticate": 'Bearer realm="exitserve"'},
         )
     # By HTTP/1.0, and without a word about it, nginx passes requests on unless it is told otherwise.
-    if any(name in request.headers for name in FORWARDED) or request.scope["http_version"] == "1.0":
+    if any(name in request.headers for name in FORWARDED) or request.scope.get("http_version") == "1.0":
         raise _forbidden("came through a proxy, and who sent it cannot be known")
     if request.client is None or not _is_loopback(request.client.host):
         raise _forbidden("comes from another machine")

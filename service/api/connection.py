@@ -41,6 +41,8 @@ class Connection(HttpToolsProtocol):
         self.gate = config.app
         self.in_message = False  # the parser is
         self.quiet_since_s = 0.0
+        self._head_s = self.gate.desk.state.settings.body_timeout_s  # for a head to come; as for a body
+        self._patience_s = self._head_s  # from `quiet_since_s` on
         self._unread_bytes = 0  # since the parser last had a whole head, a part of a body, or the end of one
         self._body_fields = b""  # of a head that wishes to upgrade
         self._is_repeated = False  # such a head, to a parser that is to go on with its body
@@ -79,7 +81,7 @@ class Connection(HttpToolsProtocol):
             return
         super().on_message_begin()
         self.in_message = True
-        self.quiet_since_s = self.loop.time()
+        self.quiet_since_s, self._patience_s = self.loop.time(), self._head_s
 
     def on_url(self, url: bytes) -> None:
         if not self._is_repeated:
@@ -105,18 +107,18 @@ class Connection(HttpToolsProtocol):
             self.end_request()
 
     def on_response_complete(self) -> None:
-        self.quiet_since_s = self.loop.time()
+        self.quiet_since_s, self._patience_s = self.loop.time(), self.timeout_keep_alive
         super().on_response_complete()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if for so long no request has begun on it, or one has not come to the end of its head.
+        """Close the connection if its time is over: to begin a request, or to come to the end of its head.
 
         Requests in work do not stop this clock, which an answer starts anew.
         """
         self.timeout_keep_alive_task = None
         if not self.is_idle:
             return
-        left_s = self.quiet_since_s + self.timeout_keep_alive - self.loop.time()
+        left_s = self.quiet_since_s + self._patience_s - self.loop.time()
         if left_s <= 0:
             super().timeout_keep_alive_handler()
         else:

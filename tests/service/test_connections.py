@@ -9,6 +9,7 @@ import struct
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -29,6 +30,14 @@ QUIET_S = 1.0
 @pytest.fixture(scope="module")
 def here(folder: Path) -> Iterator[Here]:
     with serving(folder) as served:
+        yield served
+
+
+@pytest.fixture
+def hasty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """A server that waits for nobody."""
+    with serving(folder, body_timeout_s=QUIET_S) as served:
+        monkeypatch.setattr(served.server.config, "timeout_keep_alive", QUIET_S)
         yield served
 
 
@@ -89,23 +98,19 @@ def test_what_follows_the_last_chunk_is_no_part_of_the_head(line: Line) -> None:
 
 
 @pytest.mark.parametrize("begin", [b"", b"POST /classify HT", b"\r\n"])
-def test_a_connection_that_says_nothing_whole_is_closed(
-    here: Here, begin: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(here.server.config, "timeout_keep_alive", QUIET_S)
-    with contextlib.closing(here.connect()) as line:
+def test_a_connection_that_says_nothing_whole_is_closed(hasty: Here, begin: bytes) -> None:
+    with contextlib.closing(hasty.connect()) as line:
         line.send(begin)
         assert line.ended()
-    with contextlib.closing(here.connect()) as line:  # after a request as before the first
+    with contextlib.closing(hasty.connect()) as line:  # after a request as before the first
         line.send(request(BODY))
         assert line.receive()[0] == 200
         line.send(begin)
         assert line.ended()
 
 
-def test_a_head_that_comes_in_drops_is_not_waited_for(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here.server.config, "timeout_keep_alive", QUIET_S)
-    with contextlib.closing(here.connect()) as line:
+def test_a_head_that_comes_in_drops_is_not_waited_for(hasty: Here) -> None:
+    with contextlib.closing(hasty.connect()) as line:
         line.send(b"GET / HTTP/1.1\r\n")
         line.socket.settimeout(0.05)
 
@@ -121,9 +126,8 @@ def test_a_head_that_comes_in_drops_is_not_waited_for(here: Here, monkeypatch: p
         wait_until("it is closed", closed)
 
 
-def test_a_body_that_nobody_wants_is_not_waited_for(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here.server.config, "timeout_keep_alive", QUIET_S)
-    with contextlib.closing(here.connect()) as line:
+def test_a_body_that_nobody_wants_is_not_waited_for(hasty: Here) -> None:
+    with contextlib.closing(hasty.connect()) as line:
         line.send(head(1_000_000_000))
         assert line.receive()[0] == 413
         line.send(b"x")
@@ -230,3 +234,15 @@ def test_what_comes_by_http_1_0_may_be_a_proxys(line: Line) -> None:
     line.send(put.replace(b"HTTP/1.1", b"HTTP/1.0"))  # as nginx passes it on, by default
     status, _, document = line.receive()
     assert (status, document["type"]) == (403, "urn:exitserve:problem:not-local")
+
+
+def test_how_briefly_it_is_kept_when_idle_says_nothing_of_its_first_request(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here.server.config, "timeout_keep_alive", 0.001)
+    with contextlib.closing(here.connect()) as line:
+        started = monotonic()
+        wait_until("an idle one were closed", lambda: monotonic() > started + 0.5)
+        line.send(request(BODY))
+        assert line.receive()[0] == 200
+        assert line.ended()

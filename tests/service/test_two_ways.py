@@ -79,6 +79,7 @@ FIELDS = [
     [PNG_TYPE, "Content-Encoding: gzip"],
     [PNG_TYPE, "Host: another"],
 ]
+NOT_COUNTS = ("batch", "latency", "process")
 CASES = [
     *((name, "", [PNG_TYPE]) for name in BODIES),
     *(("plain PNG", query, [PNG_TYPE]) for query in QUERIES),
@@ -104,7 +105,7 @@ def counts(here: Here) -> dict[str, float]:
         f"{sample.name} {sorted(sample.labels.items())}": sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name.endswith(("_total", "_count")) and "batch" not in sample.name and "latency" not in sample.name
+        if sample.name.endswith(("_total", "_count")) and not any(word in sample.name for word in NOT_COUNTS)
     }
 
 
