@@ -1,7 +1,10 @@
 """What Python's collector leaves alone once the server is warm, and what it must not leave alone for long."""
 
+import platform
 import subprocess
 import sys
+
+import pytest
 
 from tests.service.process import REPOSITORY
 
@@ -28,3 +31,29 @@ def test_requests_that_end_in_a_circle_do_not_pile_up() -> None:
         [sys.executable, "-c", CIRCLES], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
     )
     assert int(run.stdout) < 1_000_000
+
+
+LEFT_OVER = """
+from pathlib import Path
+from service.server import use_one_heap
+from service.settled_memory import settle_memory
+
+def resident_mb():
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1e3
+
+use_one_heap()
+blocks = [bytearray(1000) for _ in range(100_000)]
+blocks = blocks[::5000]  # the few that stay keep the heap from shrinking
+before_mb = resident_mb()
+settle_memory()
+print(before_mb - resident_mb())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps it, and can be told")
+def test_what_loading_has_left_is_given_back() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", LEFT_OVER], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert float(run.stdout) > 80
