@@ -23,6 +23,7 @@ from training.objectives import (
     boosting_of,
     build_objective,
     check_image_size,
+    freeze_unread,
     network_of,
     temperatures_at,
     trainable,
@@ -104,6 +105,7 @@ class Trainer:
         self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         if recipe.numerics.compile != "off":
             self.network.compile(mode=recipe.numerics.compile, dynamic=False)  # in place: its weights keep their names
+        freeze_unread(self.network, images.image_size_px)
         self.wrapped = processes.wrap(self.network)
 
     def _start(self, images: ImageSet, command: str) -> Split:

@@ -105,6 +105,16 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
         ) from error
 
 
+def freeze_unread(network: nn.Module, image_size_px: int) -> None:
+    """Let weights that no exit reads, as some small networks have, want no gradient: processes would wait for it."""
+    copied = copy.deepcopy(network).to("meta").train()
+    torch.stack(
+        [x.sum() for x in copied(torch.zeros(2, 3, image_size_px, image_size_px, device="meta"))]
+    ).sum().backward()
+    for (name, weight), other in zip(network.named_parameters(), copied.parameters(), strict=True):
+        weight.requires_grad_(other.grad is not None or name.startswith("gates."))
+
+
 @torch.no_grad()
 def _see(network: nn.Module, image_size_px: int) -> None:
     network(torch.zeros(1, 3, image_size_px, image_size_px, device="meta"))
