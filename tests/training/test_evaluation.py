@@ -99,6 +99,15 @@ def test_the_choice_never_sees_the_test_images(evaluation: Evaluation) -> None:
     assert [r.crossfit_lead for r in misled.policies] == [r.crossfit_lead for r in evaluation.policies]
 
 
+def test_thresholds_never_see_the_test_images(evaluation: Evaluation) -> None:
+    """Of every policy: what held-out images promise is the same, whatever images measure it."""
+    other = evaluate(outputs(1000, 1), outputs(500, 9), COST)
+    for one, another in zip(evaluation.policies, other.policies, strict=True):
+        for point, same in zip(one.points, another.points, strict=True):
+            assert (point.heldout_mflops, point.heldout_accuracy) == (same.heldout_mflops, same.heldout_accuracy)
+    assert evaluation.chosen.points[20].test_accuracy != other.chosen.points[20].test_accuracy
+
+
 def test_a_bundle_gets_what_was_chosen(evaluation: Evaluation) -> None:
     fields = evaluation.manifest_fields()
     heldout = outputs(1000, 1)

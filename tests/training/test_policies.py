@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from models.predictor import FEATURES, Predictor
+from training.calibration import ExitOutputs
 from training.comparison import N_COSTS, N_RESAMPLES, behaviour, compare, resamples
-from training.policies import PAPER, Policy, choose, crossfit_rightness
+from training.policies import PAPER, Policy, choose, crossfit_rightness, fit_scores, source_of
 from training.predicting import FITTED, crossfit, fit_as_good, fit_expected_gain, logistic_regression
 
 COSTS = (10.0, 20.0, 40.0)
@@ -52,6 +53,14 @@ def test_a_score_that_is_fitted_or_remembers_must_be_surely_ahead_of_a_plain_one
     noise -= noise.mean()
     assert choose({**rightness, fitted: rightness[plain] + 0.002 + 0.1 * noise}) == plain  # an error of 0.003
     assert choose({**rightness, fitted: rightness[plain] + 0.004 + 0.1 * noise}) == fitted
+
+    # Steadier, so surer of its lead over the paper's, but no better than the plain one.
+    sign = np.where(np.arange(1000) % 2, 1.0, -1.0)
+    rough, steady = (
+        {PAPER: base, plain: base + 0.1 + 0.6 * sign},
+        base + 0.1 + 0.3 * np.roll(np.repeat(sign[:500], 2), 1),
+    )
+    assert choose({**rough, fitted: steady}) == plain
 
 
 # --- fitted scores
@@ -127,6 +136,31 @@ def test_no_image_has_a_part_in_its_own_score(name: str) -> None:
 
 
 # --- on test images
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_no_label_of_an_image_has_a_part_in_what_it_is_scored(name: str) -> None:
+    """Neither where a predictor is fitted on all held-out images, nor where half of them is judged by the other."""
+    features, correct = heads(60, 3)
+    judged, fitted = np.arange(0, 60, 2), np.arange(1, 60, 2)
+    scores_of = source_of(name, outputs_with(features, correct))
+    others, scored = scores_of(fitted, judged)
+    turned = correct.copy()
+    turned[judged] = ~turned[judged]
+    again, unmoved = source_of(name, outputs_with(features, turned))(fitted, judged)
+    assert np.array_equal(scored, unmoved)
+    assert np.array_equal(others, again)
+    turned = correct.copy()
+    turned[fitted[7]] = ~turned[fitted[7]]
+    assert np.array_equal(source_of(name, outputs_with(features, turned))(fitted, judged)[0][7], others[7])
+    served = fit_scores(outputs_with(features, correct))[name].heldout
+    assert np.array_equal(fit_scores(outputs_with(features, turned))[name].heldout[fitted[7]], served[fitted[7]])
+    assert not np.array_equal(fit_scores(outputs_with(features, turned))[name].heldout, served)
+
+
+def outputs_with(features: np.ndarray, correct: np.ndarray) -> ExitOutputs:
+    labels = np.zeros(len(correct), np.int64)
+    return ExitOutputs(labels, np.where(correct, 0, 1), correct, correct, {}, features)
 
 
 def test_policies_are_compared_at_equal_measured_cost() -> None:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from models.bundle import Bundle, load_bundle
 from models.scores import score_exits
 from tests.bundles import (
+    N_HELDOUT,
     N_TRAIN,
+    SEED,
     random_images,
     read_manifest,
     seal,
@@ -19,7 +21,9 @@ from tests.bundles import (
     tiny_images,
     tiny_int8_bundle,
 )
-from training.data import DataError, ImageSet
+from training import quantising
+from training.data import DataError, ImageSet, Split
+from training.quantisation import quantise_stages
 from training.quantising import HEADING, quantise
 from training.stage_sessions import StageSessions
 
@@ -65,6 +69,22 @@ def test_weights_are_bytes_of_seven_bits_and_heads_stay_float(loaded):
         assert all(weight.dtype == np.int8 and abs(weight.astype(int)).max() <= 64 for weight in quantised)
         [gemm] = [node for node in graph.node if node.op_type == "Gemm"]
         assert weights[gemm.input[1]].dtype == np.float32
+
+
+def test_ranges_come_of_images_that_were_trained_on(tmp_path, images, monkeypatch):
+    """The held-out ones set thresholds, and the test images measure: neither may have had a part in the network."""
+    seen = []
+
+    def noted(bundle: Bundle, pixels: NDArray[np.uint8], folder: Path) -> list[dict[str, object]]:
+        seen.append(pixels)
+        return quantise_stages(bundle, pixels, folder)
+
+    monkeypatch.setattr(quantising, "quantise_stages", noted)
+    quantise(tiny_bundle(tmp_path / "bundle"), images, 20, tmp_path / "made")
+    held_out = Split.make(len(images.train_labels), N_HELDOUT, SEED).held_out
+    known = {picture.tobytes() for picture in np.delete(images.train_images, held_out, axis=0)}
+    assert len(seen[0]) == 20
+    assert {picture.tobytes() for picture in seen[0]} <= known
 
 
 def test_what_rows_carry_travels_as_bytes_but_for_the_logits(loaded):
