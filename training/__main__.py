@@ -22,7 +22,8 @@ before left in the run's folder:
   3. python -m training evaluate  runs/first                accuracy per exit, budget curve, plots
   4. python -m training export    runs/first --output models/zoo/first
 
-DATA is CIFAR-100 (cifar-100-python.tar.gz or its folder) or a folder with train/CLASS/* and val/CLASS/*.
+DATA is CIFAR-100 (cifar-100-python.tar.gz or its folder) or a folder with train/CLASS/* and val/CLASS/*, or with
+CLASS/* alone.
 A run that is stopped, by --time-limit, Ctrl-C or SIGTERM, goes on where it was when the same command is given again;
 one that is killed, from the end of its last epoch.
 Which recipe is better? `python -m training study` trains variants of one and tells what each change is worth."""
