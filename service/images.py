@@ -16,7 +16,6 @@ size, opaque, and upright. All others are few, or cost less to send once they ar
 import asyncio
 import io
 import math
-import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from time import perf_counter
@@ -37,6 +36,7 @@ from PIL import (
 
 from models.pixels import TURNS, as_rgb, fitted, orientation_of
 from service.decoding import Decoding
+from service.jpeg_scans import MOST_SCANS, has_too_many_scans
 from service.plain_images import PlainJpeg, PlainPng
 
 FORMATS = tuple(
@@ -60,15 +60,6 @@ SMALL_PIXELS = 128 * 128
 SMALL_PIXELS_OF_JPEG = 256 * 256
 
 DRAFT_FACTOR = 3
-
-# Of a JPEG that is sent in passes. Encoders make some ten; each of them goes over the whole picture, even if it says
-# nothing in a dozen bytes, so that a megabyte of them would keep a thread for hours.
-MOST_SCANS = 100
-SCAN = b"\xff\xda"
-# A marker between segments: what is no stuffed byte, no restart, no filling.
-MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-WITHOUT_LENGTH = b"\x01\xd8"
-END = 0xD9
 
 
 class ImageError(Exception):
@@ -161,8 +152,6 @@ class ImageDecoder:
         return self.load(self.open(body)) if pixels is None else pixels
 
     def _decode_plain(self, body: bytes) -> NDArray[np.uint8] | None:
-        if body.count(SCAN) > MOST_SCANS:
-            return None
         for plain in self._plain:
             if (pixels := plain.decode(body)) is not None:
                 return pixels
@@ -173,7 +162,7 @@ class ImageDecoder:
         if not body:
             raise ImageError("empty-image", f"The body is empty: send the bytes of one {FORMAT_NAMES} image.")
         self._refuse_large(*_webp_canvas(body))
-        if body.count(SCAN) > MOST_SCANS and _n_scans(body) > MOST_SCANS:
+        if has_too_many_scans(body):
             raise _broken(f"it is sent in more than {MOST_SCANS} passes")
         try:
             image = Image.open(io.BytesIO(body), formats=FORMATS)
@@ -237,22 +226,6 @@ class ImageDecoder:
 
 def _broken(why: object) -> ImageError:
     return ImageError("broken-image", f"The image is damaged or cut short ({why}): send the whole file again.")
-
-
-def _n_scans(body: bytes) -> int:
-    """How many scans a JPEG file has until its picture ends; 0 for any other file. (ITU T.81, annex B.)
-
-    What follows the picture may be another, or a film, where the marker means nothing.
-    """
-    n_scans, at = 0, 2
-    while body.startswith(b"\xff\xd8") and (marker := MARKER.search(body, at)) is not None:
-        kind, at = body[marker.end() - 1], marker.end()
-        if kind == END:
-            break
-        n_scans += kind == SCAN[1]
-        if kind not in WITHOUT_LENGTH:
-            at += int.from_bytes(body[at : at + 2], "big")
-    return n_scans
 
 
 def _webp_canvas(body: bytes) -> tuple[int, int]:

@@ -14,6 +14,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.jpeg_scans import has_too_many_scans
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_OF_8_BITS = struct.pack(">5B", 8, 2, 0, 0, 0)  # bits, colour type, compression, filter, no interlacing
 CHUNK_FRAME_BYTES = 12  # length, kind, and a checksum at the end
@@ -73,7 +75,7 @@ class PlainJpeg:
             return None
         try:
             height_px, width_px, colours, _ = simplejpeg.decode_jpeg_header(body)
-            if (height_px, width_px) != self._size or colours not in PLAIN_COLOURS:
+            if (height_px, width_px) != self._size or colours not in PLAIN_COLOURS or has_too_many_scans(body):
                 return None
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(body)
         except ValueError:  # damaged, or the least bit odd: Pillow says which

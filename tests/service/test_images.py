@@ -379,6 +379,7 @@ def test_a_jpeg_in_endless_passes_is_refused_before_it_is_decoded(side_px: int) 
     assert kind_of_error(body) == "broken-image"
     assert thread_time() - started_s < REFUSED_WITHIN_S
     assert kind_of_error(body[:2] + b"\xff\x01" + body[2:]) == "broken-image"  # a marker without a length before it
+    assert kind_of_error(body, ImageDecoder(side_px, side_px, max_pixels=10**7)) == "broken-image"
 
 
 def test_what_follows_a_jpeg_does_not_count_as_its_passes() -> None:

@@ -1,0 +1,48 @@
+"""How often a JPEG goes over its picture.
+
+One that is sent in passes, progressively or a colour at a time, has some ten. Each is run over the whole picture, even
+if it says nothing in a dozen bytes: a file of a megabyte could keep a thread for hours. (ITU T.81, annexes B and G.)
+"""
+
+import re
+
+BEGINNING = b"\xff\xd8\xff"
+MOST_SCANS = 100
+SCAN = b"\xff\xda"
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, no restart, no filling
+END = 0xD9
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+WITHOUT_LENGTH = frozenset({0x01, 0xD8})
+
+
+def has_too_many_scans(body: bytes) -> bool:
+    """Whether a file is a JPEG whose picture has more than `MOST_SCANS`.
+
+    What follows the picture may be another, or a film, where the marker means nothing.
+    """
+    if not body.startswith(BEGINNING):
+        return False
+    n_scans = n_components = 0
+    in_passes = False
+    at = 2
+    while (marker := MARKER.search(body, at)) is not None:
+        kind, at = body[marker.end() - 1], marker.end()
+        if kind == END:
+            break
+        if kind in FRAMES:
+            in_passes, n_components = kind in PROGRESSIVE, _number(body, at + 7, 1)
+        elif kind == SCAN[1]:
+            n_scans += 1
+            in_passes = in_passes or _number(body, at + 2, 1) < n_components
+            if n_scans == 1 and (not in_passes or body.count(SCAN) <= MOST_SCANS):
+                break  # the first is all that is read, or there cannot be too many
+            if n_scans > MOST_SCANS:
+                return True
+        if kind not in WITHOUT_LENGTH:
+            at += _number(body, at, 2)
+    return False
+
+
+def _number(body: bytes, at: int, n_bytes: int) -> int:
+    return int.from_bytes(body[at : at + n_bytes], "big")
