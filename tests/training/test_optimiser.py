@@ -16,7 +16,7 @@ def test_it_takes_the_steps_of_the_recipe(nesterov: bool) -> None:
     fields = {"learning_rate": RATE, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": nesterov}
     network = nn.Linear(1, 1)
     optimiser = optimiser_of(network, tiny.recipe(optimisation=fields).optimisation)
-    expected, velocity = [float(p) for p in network.parameters()], [0.0, 0.0]
+    expected, velocity = [p.item() for p in network.parameters()], [0.0, 0.0]
     for gradients in ((1.0, -2.0), (0.5, 3.0), (-1.0, 0.1)):
         for i, (parameter, gradient) in enumerate(zip(network.parameters(), gradients, strict=True)):
             parameter.grad = torch.full_like(parameter, gradient)
@@ -24,4 +24,4 @@ def test_it_takes_the_steps_of_the_recipe(nesterov: bool) -> None:
             velocity[i] = MOMENTUM * velocity[i] + pull
             expected[i] -= RATE * (pull + MOMENTUM * velocity[i] if nesterov else velocity[i])
         optimiser.step()
-    assert [float(p) for p in network.parameters()] == pytest.approx(expected, rel=1e-5)
+    assert [p.item() for p in network.parameters()] == pytest.approx(expected, rel=1e-5)
