@@ -11,6 +11,8 @@ import sys
 
 TIMEOUT_S = 3.0
 DEFAULT_PORT = 8000
+OWN = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Where a server that listens on every interface is asked."""
 
 
 def why_not_ready(port: int, host: str = "127.0.0.1") -> str | None:
@@ -35,7 +37,8 @@ def main() -> int:
     port = os.environ.get("EXITSERVE_PORT") or str(DEFAULT_PORT)
     reason = f"EXITSERVE_PORT is {port!r}, not a port"
     if port.isascii() and port.isdigit() and 0 < int(port) < 65536:
-        reason = why_not_ready(int(port)) or ""
+        host = os.environ.get("EXITSERVE_HOST", "")
+        reason = why_not_ready(int(port), OWN.get(host, host)) or ""
     if reason:
         sys.stderr.write(f"not ready: {reason}\n")
     return 1 if reason else 0

@@ -31,7 +31,7 @@ def health(**variables: str) -> tuple[int, str]:
 
 
 @contextmanager
-def answering(status: int, body: bytes) -> Iterator[int]:
+def answering(status: int, body: bytes, host: str = "127.0.0.1") -> Iterator[int]:
     """A server that gives the same answer to everything; yields its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -43,7 +43,7 @@ def answering(status: int, body: bytes) -> Iterator[int]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with HTTPServer((host, 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -60,6 +60,15 @@ def test_a_ready_server_is_healthy_and_a_stopped_one_is_not(tmp_path: Path) -> N
     code, told = health(EXITSERVE_PORT=str(server.port))
     assert code == 1
     assert f"port {server.port} on 127.0.0.1 does not answer" in told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.1 is the only address of its kind")
+def test_it_asks_where_the_server_listens() -> None:
+    with answering(200, b"", "127.0.0.2") as port:
+        assert health(EXITSERVE_PORT=str(port), EXITSERVE_HOST="127.0.0.2") == (0, "")
+        assert health(EXITSERVE_PORT=str(port), EXITSERVE_HOST="127.0.0.1")[0] == 1
+    with answering(200, b"") as port:
+        assert health(EXITSERVE_PORT=str(port), EXITSERVE_HOST="0.0.0.0") == (0, "")
 
 
 def test_it_says_what_the_server_says() -> None:

@@ -74,9 +74,8 @@ class Lane:
         self._slots.host.fill_(SCRATCH)
         with self.stream.use():
             self._slots.there.copy_(self._slots.host)
-        call = (
-            self._stages[stage] if call is None else call
-        )  # no `or`: what torch.compile makes is neither true nor false
+        if call is None:  # no `or`: what torch.compile makes is neither true nor false
+            call = self._stages[stage]
         self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket, call))
         if stage == 0 and self._canvas_px:
             self._cuts.host.copy_(torch.tensor(cut(self._image_shape[0], self._image_shape[1], self._image_shape)))
