@@ -30,7 +30,7 @@ from service.assembly import build_engine
 from service.budget import BudgetState
 from service.engine import Engine
 from service.rows import Answer, EngineOverloaded, Told
-from service.server import settle_memory
+from service.settled_memory import settle_memory
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from service.assembly import build_engine
 from service.plan.measuring import full_row_seconds
 from service.policies import POLICIES
 from service.runners.onnx import OnnxRunner
-from service.server import settle_memory
+from service.settled_memory import settle_memory
 from training.data import load_image_set
 
 Images = NDArray[np.uint8]

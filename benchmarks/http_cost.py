@@ -44,7 +44,8 @@ from service.observer import Observer
 from service.rows import Told
 from service.runners.base import Block, RowState, StageOutput
 from service.scheduler import Scheduler
-from service.server import Server, listen, settle_memory
+from service.server import Server, listen
+from service.settled_memory import settle_memory
 from service.target import Keeper, Targets
 
 ZOO = Path("models/zoo")

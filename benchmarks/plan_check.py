@@ -35,7 +35,7 @@ from service.plan.planning import Planner
 from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes
 from service.rows import EngineError, EngineOverloaded, Told
-from service.server import settle_memory
+from service.settled_memory import settle_memory
 
 LOADS = (0.5, 0.8)  # of the rate reached at saturation
 SETTLING_S = 1.0  # of a stream, not counted

@@ -18,7 +18,6 @@ from service.api.gate import Gate
 from service.api.lifecycle import Lifecycle
 from service.api.protocol import DirectProtocol
 from service.settings import Settings
-from service.settled_memory import settle_memory as settle_memory
 
 logger = logging.getLogger(__name__)
 

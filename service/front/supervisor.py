@@ -20,8 +20,9 @@ from service.front.memory import Layout, SharedMemory
 from service.front.setup import Setup
 from service.front.wire import Kind
 from service.metrics import Metrics
-from service.server import FAILED_S, STOPS, ServerFailed, settle_memory
+from service.server import FAILED_S, STOPS, ServerFailed
 from service.settings import Settings
+from service.settled_memory import settle_memory
 from service.tally import Tally
 from service.target import Keeper, Targets
 

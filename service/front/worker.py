@@ -19,7 +19,8 @@ from service.front.outbox import Outbox
 from service.front.proxy import RemoteEngine
 from service.front.setup import Setup
 from service.logs import set_up_logs
-from service.server import STOPS, Server, settle_memory, use_one_heap
+from service.server import STOPS, Server, use_one_heap
+from service.settled_memory import settle_memory
 
 
 class WorkerProtocol(DirectProtocol):

@@ -1,10 +1,15 @@
 """For all tests of the service."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from models.bundle import Bundle, load_bundle
+
+if TYPE_CHECKING:
+    from tests.service.sockets import Here, Line
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +24,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(folder: Path) -> Bundle:
     """The same, loaded."""
     return load_bundle(folder)
+
+
+@pytest.fixture(scope="module")
+def here(folder: Path) -> "Iterator[Here]":
+    """A server of that bundle on a real socket, which the tests of a file share."""
+    from tests.service.sockets import serving
+
+    with serving(folder) as served:
+        yield served
+
+
+@pytest.fixture
+def line(here: "Here") -> "Iterator[Line]":
+    """A connection to it."""
+    line = here.connect()
+    yield line
+    line.close()

@@ -27,25 +27,12 @@ CHUNK = b"%x\r\n%b\r\n" % (len(BODY), BODY)
 QUIET_S = 1.0
 
 
-@pytest.fixture(scope="module")
-def here(folder: Path) -> Iterator[Here]:
-    with serving(folder) as served:
-        yield served
-
-
 @pytest.fixture
 def hasty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     """A server that waits for nobody."""
     with serving(folder, body_timeout_s=QUIET_S) as served:
         monkeypatch.setattr(served.server.config, "timeout_keep_alive", QUIET_S)
         yield served
-
-
-@pytest.fixture
-def line(here: Here) -> Iterator[Line]:
-    line = here.connect()
-    yield line
-    line.close()
 
 
 def pour(line: Line, data: bytes, n_bytes: int) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -33,19 +32,6 @@ TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 def request(body: bytes = BODY, query: str = "", **more: str) -> bytes:
     return sockets.request(body, query, **more)
-
-
-@pytest.fixture(scope="module")
-def here(folder: Path) -> Iterator[Here]:
-    with serving(folder) as served:
-        yield served
-
-
-@pytest.fixture
-def line(here: Here) -> Iterator[Line]:
-    line = here.connect()
-    yield line
-    line.close()
 
 
 @pytest.fixture

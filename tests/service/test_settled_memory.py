@@ -11,7 +11,7 @@ from tests.service.process import REPOSITORY
 CIRCLES = """
 import gc
 from collections import deque
-from service.server import settle_memory
+from service.settled_memory import settle_memory
 
 warm = [[] for _ in range(400_000)]  # as what a server has loaded
 settle_memory()

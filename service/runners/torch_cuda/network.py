@@ -5,7 +5,8 @@ convolutions in half precision. Linear layers, and with them logits, their ensem
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from service.runners.base import RunnerError
 from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join
 
 WEIGHTS = "weights.safetensors"
+Join = Callable[[nn.Conv2d, Any], nn.Module | None]  # None: it cannot
 
 
 def load_network(bundle: Bundle) -> nn.Module:
@@ -58,8 +60,8 @@ def lower(
 ) -> list[Stage]:
     """Lower stages for a device; they are changed and returned."""
     for stage in stages:
-        _fold_batch_norm(stage)
-        _join_relu(stage, bias_relu)
+        _merge(stage, nn.BatchNorm2d, fuse_conv_bn_eval)
+        _merge(stage, nn.ReLU, lambda conv, _: ConvRelu(conv, bias_relu) if can_join(conv) else None)
         if dtype != torch.float32:
             _narrow(stage, dtype)
         for module in stage.modules():
@@ -70,32 +72,19 @@ def lower(
     return list(stages)
 
 
-def _fold_batch_norm(stage: Stage) -> None:
+def _merge(stage: Stage, kind: type[nn.Module], join: Join) -> None:
+    """Let what `join` makes of a convolution and of the module that alone reads it take the place of both."""
     modules = dict(stage.named_modules())
     calls = Counter(node.target for node in stage.graph.nodes if node.op == "call_module")
     for node in list(stage.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+        if node.op != "call_module" or not isinstance(modules[node.target], kind):
             continue
         source = node.args[0]
         is_own = source.op == "call_module" and len(source.users) == 1 and calls[source.target] == 1
-        if is_own and isinstance(modules[source.target], nn.Conv2d):
-            stage.set_submodule(source.target, fuse_conv_bn_eval(modules[source.target], modules[node.target]))
-            node.replace_all_uses_with(source)
-            stage.graph.erase_node(node)
-    stage.delete_all_unused_submodules()
-    stage.recompile()
-
-
-def _join_relu(stage: Stage, bias_relu: BiasRelu | None) -> None:
-    modules = dict(stage.named_modules())
-    calls = Counter(node.target for node in stage.graph.nodes if node.op == "call_module")
-    for node in list(stage.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.ReLU):
-            continue
-        source = node.args[0]
-        conv = modules.get(source.target) if source.op == "call_module" and calls[source.target] == 1 else None
-        if isinstance(conv, nn.Conv2d) and len(source.users) == 1 and can_join(conv):
-            stage.set_submodule(source.target, ConvRelu(conv, bias_relu))
+        conv = modules[source.target] if is_own else None
+        joined = join(conv, modules[node.target]) if isinstance(conv, nn.Conv2d) else None
+        if joined is not None:
+            stage.set_submodule(source.target, joined)
             node.replace_all_uses_with(source)
             stage.graph.erase_node(node)
     stage.delete_all_unused_submodules()
