@@ -5,9 +5,8 @@ object and waits in at most one queue.
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from math import inf
 from typing import Generic, TypeVar
 
@@ -18,39 +17,68 @@ from service.policies import POLICIES
 Row = TypeVar("Row", bound=Hashable)
 
 
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Rows added together: arrivals, or those of one batch that go on."""
+class _Group(Generic[Row]):
+    """Rows added together: arrivals, or those of one batch that go on. Rows leave it at the front, or are dropped.
 
-    joined: bool  # they lie side by side, and as a batch of their own need no copy
-    n_rows: int = 0  # that wait
+    Attributes:
+        joined: they lie side by side, and as a batch of their own need no copy.
+        due_s: their deadlines, infinite where a row has none; None where none has.
+    """
 
+    __slots__ = ("_first", "_rows", "added_s", "due_s", "joined", "stage")
 
-@dataclass(slots=True, eq=False)
-class _Entry(Generic[Row]):
-    row: Row | None  # None once dropped: whoever comes upon it skips it
-    added_s: float
-    due_s: float
-    group: _Group
+    def __init__(
+        self, rows: Sequence[Row], stage: int, added_s: float, joined: bool, due_s: Sequence[float] | None
+    ) -> None:
+        self.stage, self.added_s, self.joined = stage, added_s, joined
+        self.due_s = None if due_s is None else list(due_s)
+        self._rows = list(rows)
+        self._first = 0  # those before it were taken
+
+    @property
+    def n_rows(self) -> int:
+        """That wait."""
+        return len(self._rows) - self._first
+
+    @property
+    def n_due(self) -> int:
+        """Of these, with a deadline."""
+        return 0 if self.due_s is None else sum(due_s < inf for due_s in self.due_s[self._first :])
+
+    def waiting_due_s(self) -> Sequence[float]:
+        return () if self.due_s is None else self.due_s[self._first :]
+
+    def take(self, n_rows: int) -> list[Row]:
+        """Take the first rows, `n_rows` at most."""
+        rows = self._rows[self._first : self._first + n_rows]
+        self._first += len(rows)
+        return rows
+
+    def drop(self, row: Row) -> None:
+        i = self._rows.index(row, self._first)
+        del self._rows[i]
+        if self.due_s is not None:
+            del self.due_s[i]
 
 
 @dataclass(slots=True, eq=False)
 class _Queue(Generic[Row]):
-    entries: deque[_Entry[Row]] = field(default_factory=deque)
-    n_rows: int = 0  # those not dropped
+    groups: deque[_Group[Row]] = field(default_factory=deque)
+    n_rows: int = 0
     n_due: int = 0  # of these, with a deadline
 
-    def head(self) -> _Entry[Row] | None:
-        while self.entries and self.entries[0].row is None:
-            self.entries.popleft()
-        return self.entries[0] if self.entries else None
+    def head(self) -> _Group[Row] | None:
+        while self.groups and not self.groups[0].n_rows:
+            self.groups.popleft()
+        return self.groups[0] if self.groups else None
 
-    def left(self, entry: _Entry[Row]) -> None:
-        """Account for a row that was taken or dropped."""
-        self.n_rows -= 1
-        entry.group.n_rows -= 1
-        if entry.due_s < inf:
-            self.n_due -= 1
+    def due_s(self, n_rows: int) -> Iterator[float]:
+        """Deadlines of the first rows, those that have none left out."""
+        for group in self.groups:
+            yield from group.waiting_due_s()[:n_rows]
+            n_rows -= group.n_rows
+            if n_rows <= 0:
+                return
 
 
 class Scheduler(Generic[Row]):
@@ -105,18 +133,18 @@ class Scheduler(Generic[Row]):
         self.costs = costs or CostTable([{1: 0.0}] * n_stages)
         self.policy = POLICIES[policy]
         self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
-        self._place: dict[Row, tuple[_Queue[Row], _Entry[Row]]] = {}
+        self._group_of: dict[Row, _Group[Row]] = {}
         self._hurried = False  # the last batch was picked for a deadline
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._group_of)
 
     def queued_rows(self, stage: int) -> int:
         return self._queues[stage].n_rows
 
     def add(
         self,
-        rows: Iterable[Row],
+        rows: Sequence[Row],
         stage: int,
         now_s: float,
         joined: bool = False,
@@ -134,31 +162,29 @@ class Scheduler(Generic[Row]):
         Raises:
             ValueError: a row already waits.
         """
-        queue, group = self._queues[stage], _Group(joined)
-        for i, row in enumerate(rows):
-            if row in self._place:
-                raise ValueError(f"{row!r} already waits")
-            entry = _Entry(row, now_s, inf if due_s is None else due_s[i], group)
-            self._place[row] = queue, entry
-            queue.entries.append(entry)
-            queue.n_rows += 1
-            group.n_rows += 1
-            if entry.due_s < inf:
-                queue.n_due += 1
+        if not self._group_of.keys().isdisjoint(rows):
+            raise ValueError(f"{next(row for row in rows if row in self._group_of)!r} already waits")
+        group = _Group(rows, stage, now_s, joined, due_s)
+        self._group_of.update(dict.fromkeys(rows, group))
+        queue = self._queues[stage]
+        queue.groups.append(group)
+        queue.n_rows += len(rows)
+        queue.n_due += group.n_due
 
     def drop(self, row: Row) -> bool:
         """Take a row out of its queue; False if it does not wait in any (it runs, or is gone)."""
-        place = self._place.pop(row, None)
-        if place is None:
+        group = self._group_of.pop(row, None)
+        if group is None:
             return False
-        queue, entry = place
-        entry.row = None
-        queue.left(entry)
+        queue, n_due = self._queues[group.stage], group.n_due
+        group.drop(row)
+        queue.n_rows -= 1
+        queue.n_due -= n_due - group.n_due
         return True
 
     def pick(self, now_s: float) -> tuple[int, list[Row]] | None:
         """Take the next batch: its stage and its rows, oldest first; None if nothing waits."""
-        if not self._place:
+        if not self._group_of:
             return None
         stage = self._choose(now_s)
         return stage, self._take(stage)
@@ -176,7 +202,7 @@ class Scheduler(Generic[Row]):
             if n_rows and (
                 n_rows >= self.limits.rows[stage]
                 or self._is_overdue(stage, now_s)
-                or self.policy.is_ripe(costs, stage, n_rows, len(self._place), other_s)
+                or self.policy.is_ripe(costs, stage, n_rows, len(self._group_of), other_s)
             ):
                 return stage
         return longest
@@ -197,32 +223,27 @@ class Scheduler(Generic[Row]):
                 continue
             run_s = self.costs.seconds(stage, min(queue.n_rows, self.limits.rows[stage]))
             soonest_s = now_s + run_s if stage else now_s
-            for entry in islice(queue.entries, self.limits.rows[stage]):
-                if entry.row is not None and soonest_s <= entry.due_s < now_s + other_s + run_s:
-                    return stage
+            if any(soonest_s <= due_s < now_s + other_s + run_s for due_s in queue.due_s(self.limits.rows[stage])):
+                return stage
         return None
 
     def _take(self, stage: int) -> list[Row]:
-        queue = self._queues[stage]
-        entries, max_rows = queue.entries, self.limits.rows[stage]
+        queue, max_rows = self._queues[stage], self.limits.rows[stage]
         rows: list[Row] = []
-        group: _Group | None = None
         uncopied_rows = 0  # of this batch, were it not to grow
-        while entries and len(rows) < max_rows:
-            entry = entries[0]
-            if entry.row is not None:
-                if stage and entry.group is not group:
-                    if group is not None and not self._merges(stage, len(rows), uncopied_rows, entry.group):
-                        break
-                    uncopied_rows = entry.group.n_rows if group is None and entry.group.joined else 0
-                    group = entry.group
-                rows.append(entry.row)
-                del self._place[entry.row]
-                queue.left(entry)
-            entries.popleft()
+        while len(rows) < max_rows and (group := queue.head()):
+            if stage and rows and not self._merges(stage, len(rows), uncopied_rows, group):
+                break
+            uncopied_rows = group.n_rows if group.joined and not rows else 0
+            n_due = group.n_due
+            rows += group.take(max_rows - len(rows))
+            queue.n_due -= n_due - group.n_due
+        queue.n_rows -= len(rows)
+        for row in rows:
+            del self._group_of[row]
         return rows
 
-    def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group) -> bool:
+    def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group[Row]) -> bool:
         """Whether a batch of `n_rows` takes in (the first of) another group as well."""
         n_more = min(group.n_rows, self.limits.rows[stage] - n_rows)
         if n_more < group.n_rows and not self.policy.compact:
