@@ -170,7 +170,8 @@ def _check(network: nn.Module, staged: StagedNetwork, example: Tensor, preproces
     was_training = [module for module in network.modules() if module.training]
     try:
         network.eval()
-        whole = network(example if preprocess is None else preprocess(example))
+        images = example.clone()  # which a network may change
+        whole = network(images if preprocess is None else preprocess(images))
     finally:
         for module in was_training:
             module.training = True

@@ -130,6 +130,9 @@ def trace(network: nn.Module, images: Tensor, preprocess: nn.Module | None = Non
     for node in list(graph.nodes):
         _make_out_of_place(module, node, values, positions)
         _fix_sizes(node, rows, values[node], other_values[node])
+    for part in module.modules():  # once all calls are known: one module may be called several times
+        if getattr(part, "inplace", False) is True:
+            part.inplace = False  # type: ignore[assignment]
     graph.lint()
     devices = {node for node, value in values.items() if isinstance(value, torch.device)}
     return TracedNetwork(module, image_node, frozenset(devices | {rows}), exits, values)
@@ -204,19 +207,17 @@ def _make_out_of_place(
     module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], positions: dict[fx.Node, int]
 ) -> None:
     """Give an in-place operation a result of its own: its input may be read later, or kept between stages."""
-    changed, target = node.args[0] if node.args else None, node.target
-    if not isinstance(changed, fx.Node) or not isinstance(values.get(changed), Tensor):
+    changed, target = next(iter(node.all_input_nodes), None), node.target
+    if changed is None or not isinstance(values.get(changed), Tensor):
         return
     if node.op == "call_module":
-        operation = module.get_submodule(str(target))
-        if getattr(operation, "inplace", False) is not True:
+        if getattr(module.get_submodule(str(target)), "inplace", False) is not True:
             return
-        operation.inplace = False  # type: ignore[assignment]
     elif target in _OUT_OF_PLACE:
         node.target = _OUT_OF_PLACE[target]
-    elif node.op == "call_method" and _ends_in_place(str(target)):
+    elif node.op == "call_method" and _ends_in_place(Tensor, str(target)):
         node.target = str(target)[:-1]
-    elif node.op == "call_function" and _ends_in_place(name := getattr(target, "__name__", "")):
+    elif node.op == "call_function" and _ends_in_place(torch, name := getattr(target, "__name__", "")):
         node.target = getattr(torch, name[:-1])
     elif node.op == "call_function" and (arguments := _inplace_arguments(node)) is not None:
         node.args, node.kwargs = arguments
@@ -225,8 +226,9 @@ def _make_out_of_place(
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: positions[user] > positions[node])
 
 
-def _ends_in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__") and hasattr(torch, name[:-1])
+def _ends_in_place(where: object, name: str) -> bool:
+    """Whether `name` changes a tensor, and one `where` that gives a new tensor does the same."""
+    return name.endswith("_") and not name.endswith("__") and hasattr(where, name[:-1])
 
 
 def _inplace_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -33,7 +33,7 @@ class TwoExits(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes in place what is also read before or after: as a module, a function, an operator and a method."""
+    """Changes in place what is also read before or after, its images too: by modules, functions, operators, methods."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +43,7 @@ class InPlace(nn.Module):
         self.head_1, self.head_2, self.head_3 = head(4), head(4), head(4)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        images -= 0.5
         x = self.norm(self.stem(images))
         before = x.sigmoid()
         self.relu(x)  # the result is dropped: x itself has changed
@@ -52,6 +53,8 @@ class InPlace(nn.Module):
         second = self.head_2(F.relu(y, True))
         z = self.deeper(y)
         z.mul_(0.5).add_(before)
+        self.relu(input=z)  # the same module again
+        z += torch.empty_like(z).fill_(0.25)
         return [first, second, self.head_3(z + F.leaky_relu_(y, 0.2))]
 
 
@@ -105,7 +108,7 @@ class RandomNetwork(nn.Module):
         self.heads = nn.ModuleList(head(3) for _ in exits)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps, logits = [images + 0.0], list[Tensor]()
+        maps, logits = [images], list[Tensor]()
         for index, (operation, a, b) in enumerate(self.program):
             x, y = maps[-1 - a % len(maps)], maps[-1 - b % len(maps)]
             if operation == "conv":
