@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 
 from models.bundle import BundleError
 from models.calibration import Calibration
-from tests.bundles import (
-    refusal,
-    seal,
-)
+from tests.bundles import refusal, seal
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -60,6 +57,10 @@ def lying_header(shape: tuple[int, ...], descr: str) -> bytes:
     return packed.getvalue() + b"\0" * 64
 
 
+def header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
@@ -68,6 +69,9 @@ def lying_header(shape: tuple[int, ...], descr: str) -> bytes:
         ({"correct.npy": lying_header((-8, -8), "|b1")}, ""),
         ({"correct.npy": lying_header((64,), "|O")}, "does not describe"),
         ({"correct.npy": b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000}, ""),
+        ({"correct.npy": header("{'descr': (")}, "not a readable npz"),
+        ({"correct.npy": header("{[]: 1}")}, "not a readable npz"),
+        ({"correct.npy": header("{'descr': ('|b1',), 'fortran_order': False, 'shape': (8, 8)}")}, "not a readable npz"),
         ({"correct.npy": b"\x93NUMPY\x03\x00" + b" " * 100}, "npy version"),
         ({"correct.npy": b"pickled?"}, ""),
         ({"correct.npy": npy(np.full((2000, 4), 2, dtype=np.uint8)).replace(b"|u1", b"|b1")}, "neither 0 nor 1"),
@@ -125,7 +129,10 @@ def test_a_zip_that_understates_its_sizes_is_refused(bundle_path: Path) -> None:
 def test_no_damage_to_a_calibration_gets_further_than_a_value_error(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "calibration.npz"
     scores = np.arange(12, dtype=np.float32).reshape(3, 4)
-    Calibration({"max_softmax": scores}, scores > 5).save(path)
+    packing = data.draw(st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]))
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        archive.writestr("correct.npy", npy(scores > 5))
+        archive.writestr("scores_max_softmax.npy", npy(scores))
     damaged = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
