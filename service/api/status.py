@@ -2,8 +2,8 @@
 
 import asyncio
 
-import orjson
 from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
 
 from service.api.answers import Health, ProblemDocument, Readiness
 from service.api.queries import read_query
@@ -16,7 +16,8 @@ PRIVATE = {"files", "stages", "int8"}
 def status_routes(state: State) -> APIRouter:
     router = APIRouter()
     public = state.bundle.manifest.model_dump(mode="json", exclude=PRIVATE)
-    model_document = orjson.dumps({**public, "precision": state.bundle.precision})
+    # Not by orjson: what a manifest tells of its training may have integers of any size, such as seeds, and NaN.
+    model_document = to_json({**public, "precision": state.bundle.precision}, inf_nan_mode="null")
 
     @router.get("/healthz", response_model=Health, tags=["status"], summary="Is the process alive?")
     async def healthz() -> Response:

@@ -13,7 +13,7 @@ from service.api.bodies import IMAGE_TYPES
 from service.api.options import KNOWN
 from service.engine import Engine
 from service.runners.base import RunnerError
-from tests.bundles import CLASS_NAMES, random_images
+from tests.bundles import CLASS_NAMES, random_images, read_manifest, write_manifest
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
 from tests.waiting import wait_until
 
@@ -122,6 +122,14 @@ def test_the_model_is_described_without_private_parts(http: Http) -> None:
     assert model["input"]["height_px"] == 32
     assert "files" not in model
     assert "stages" not in model
+
+
+def test_a_model_may_tell_numbers_of_any_size_of_its_training(bundle_path: Path) -> None:
+    manifest = read_manifest(bundle_path)
+    manifest["training"] = {"seed": 2**127, "loss": float("nan")}
+    write_manifest(bundle_path, manifest)
+    with serving(build_app(bundle_path)) as http:
+        assert http.get("/model").json()["training"] == {"seed": 2**127, "loss": None}
 
 
 def test_before_it_is_warm_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
