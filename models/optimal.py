@@ -67,8 +67,8 @@ def _levels(scores: Floats) -> tuple[Floats, Ints]:
     """
     n_images, n_exits = scores.shape
     n_levels = min(N_LEVELS, n_images)
-    finite = np.where(np.isfinite(scores), scores, np.nan)
-    lowest, highest = np.nanmin(finite, axis=0, initial=np.inf), np.nanmax(finite, axis=0, initial=-np.inf)
+    finite = np.ma.masked_invalid(scores)
+    lowest, highest = finite.min(axis=0).filled(0.0), finite.max(axis=0).filled(0.0)  # 0 where an exit is never sure
     ranked = np.sort(np.where(np.isfinite(scores), scores, lowest), axis=0)
     starts = ranked[(np.arange(n_levels) * n_images) // n_levels]
     edges = np.concatenate([starts, highest[None] + 1e-3 * (highest - lowest)[None] + 1e-6])

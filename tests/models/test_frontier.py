@@ -196,6 +196,7 @@ def test_any_scores_give_a_frontier_that_keeps_its_rules(
     assert all(a < b for a, b in pairwise(frontier.cost))
     assert frontier.cost[0] >= costs[0]
     assert frontier.cost[-1] <= costs[-1] * (1 + 1e-12)
+    assert not np.isnan(frontier.thresholds).any()
     for shares in frontier.shares:
         assert sum(shares) == pytest.approx(1.0)
 

@@ -103,3 +103,11 @@ def test_odd_scores_and_few_images_are_taken(bad: float) -> None:
     assert thresholds.shape == (5, 3)
     assert not np.isnan(thresholds).any()
     assert optimal_thresholds(scores[:, :1], correct[:, :1], COSTS[:1], 1).tolist() == [[-np.inf]]
+
+
+@pytest.mark.parametrize("exit_index", [0, 1])
+def test_an_exit_that_is_never_sure_has_thresholds_too(exit_index: int) -> None:
+    for seed in range(20):
+        scores, correct = heads(20, seed)
+        scores[:, exit_index] = -np.inf
+        assert not np.isnan(optimal_thresholds(scores, correct, COSTS, 33)).any()
