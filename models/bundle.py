@@ -72,29 +72,14 @@ class Bundle:
         return found
 
     @property
-    def stage_paths(self) -> tuple[Path, ...]:
-        return tuple(self.path / stage.file for stage in self.manifest.stages)
-
-    @property
     def costs_mflops(self) -> tuple[float, ...]:
         """What stopping at each exit costs [N], as executed and cumulative: what a server charges."""
         return tuple(exit_.executed_mflops for exit_ in self.manifest.exits)
 
-    def frontier(self, score: str | None = None) -> Frontier:
-        """Build the frontier of an exit score (by default the manifest's), with costs in millions of multiply-adds.
-
-        The manifest's score gets the manifest's family of thresholds, any other the one that does best.
-
-        Raises:
-            BundleError: that score is not calibrated.
-        """
-        name = score or self.manifest.score
-        if name not in self.calibration.scores:
-            known = ", ".join(self.calibration.scores)
-            file = CALIBRATION if self.precision == "fp32" else CALIBRATION_INT8
-            raise BundleError(self.path, file, f"no scores {name!r}", f"choose one of {known}")
-        family = self.manifest.family if name == self.manifest.score else None
-        return build_frontier(self.calibration.scores[name], self.calibration.correct, self.costs_mflops, family)
+    def frontier(self) -> Frontier:
+        """Build the frontier of the manifest's score and family, with costs in millions of multiply-adds."""
+        scores = self.calibration.scores[self.manifest.score]
+        return build_frontier(scores, self.calibration.correct, self.costs_mflops, self.manifest.family)
 
     def score(self) -> Score:
         """Return the exit score to serve with: the manifest's, ready to be called."""

@@ -208,11 +208,6 @@ def _between(last_to_leave: float, staying: Floats) -> float:
     return middle if middle > best_to_stay[0] else float(last_to_leave)  # neighbouring numbers have none in between
 
 
-def thresholds_for_shares(scores: NDArray[Any], shares: Sequence[float] | Floats) -> Floats:
-    """Return thresholds [N] for shares [N] of held-out scores [M, N]; see `Calibrator.thresholds`."""
-    return Calibrator(scores).thresholds(shares)
-
-
 def take_exits(scores: NDArray[Any], thresholds: Sequence[float] | Floats) -> NDArray[np.intp]:
     """Return the exit [M], counted from 0, at which each image of scores [M, N] leaves under thresholds [N]."""
     leaves = np.asarray(scores, dtype=np.float64) >= np.asarray(thresholds, dtype=np.float64)

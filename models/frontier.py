@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.exits import Calibrator, Outcome, outcomes, take_exits
+from models.exits import Calibrator, Outcome, outcomes
 from models.optimal import N_PRICES, optimal_thresholds
 from models.shares import (
     Floats,
-    check_budget,
     check_costs,
     ratio_shares,
     solve_exit_probability,
@@ -226,35 +225,3 @@ def _interpolable(thresholds: Floats, scores: Floats) -> Floats:
     bounded[:, -1] = -np.inf
     never_falling: Floats = np.minimum.accumulate(bounded[::-1], axis=0)[::-1]
     return never_falling
-
-
-def thresholds_for_budget(scores: NDArray[Any], costs_cumulative: Sequence[float], budget: float) -> Floats:
-    """Return thresholds [N] of the geometric family (BoostNet Eq. 9) whose cost on scores [M, N] is the budget.
-
-    The measured mean cost never exceeds the budget. Without ties it stays below it by less than what one image moved
-    from exit 1 to exit N costs: (C_N - C_1) / M.
-
-    Raises:
-        ValueError: the budget lies outside [cost of exit 1, cost of exit N], or a shape does not fit.
-    """
-    costs = check_costs(costs_cumulative)
-    check_budget(costs, budget)
-    calibrator = Calibrator(scores)
-    if len(costs) != calibrator.n_exits:
-        raise ValueError(f"{len(costs)} costs for scores of {calibrator.n_exits} exits: give one cost an exit")
-
-    def measured(p: float) -> tuple[float, Floats]:
-        thresholds = calibrator.thresholds(truncated_geometric_shares(p, calibrator.n_exits))
-        counts = np.bincount(take_exits(calibrator.scores, thresholds), minlength=len(costs))
-        return float(counts @ np.array(costs)) / calibrator.n_images, thresholds
-
-    cost, best = measured(0.0)
-    if cost <= budget:
-        return best
-    best = measured(1.0)[1]
-    dear, affordable = 0.0, 1.0
-    for _ in range(60):  # the measured cost is a staircase in p, so bisection down to one step of it
-        p = 0.5 * (dear + affordable)
-        cost, thresholds = measured(p)
-        dear, affordable, best = (dear, p, thresholds) if cost <= budget else (p, affordable, best)
-    return best

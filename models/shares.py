@@ -47,13 +47,11 @@ def ratio_shares(ratio: float, n_exits: int) -> Floats:
     return shares
 
 
-def expected_cost(p: float, costs_cumulative: Sequence[float]) -> float:
-    """Return C_avg(p) = sum over n of (1-p)^(n-1) c_n with c_n the cost of part n alone (BoostNet Eq. 9)."""
-    return _cost_and_slope(1.0 - p, check_costs(costs_cumulative))[0]
-
-
 def _cost_and_slope(going_on: float, costs: list[float]) -> tuple[float, float]:
-    """Horner's scheme for C_avg and its derivative, both in x = 1 - p."""
+    """Horner's scheme for the mean cost, sum over n of x^(n-1) c_n, and its derivative (BoostNet Eq. 9).
+
+    c_n is the cost of part n alone, x = 1 - p the share that goes on from each exit.
+    """
     cost = slope = 0.0
     for part in reversed([costs[0], *(b - a for a, b in pairwise(costs))]):
         slope = slope * going_on + cost
@@ -70,7 +68,7 @@ def solve_exit_probability(costs_cumulative: Sequence[float], budget: float) -> 
         ValueError: the budget lies outside [cost of exit 1, cost of exit N], where no p exists.
     """
     costs = check_costs(costs_cumulative)
-    check_budget(costs, budget)
+    _check_budget(costs, budget)
     if budget <= costs[0]:
         return 1.0
     if budget >= costs[-1]:
@@ -97,7 +95,7 @@ def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
         ValueError: the budget lies outside [cost of exit 1, cost of exit N].
     """
     costs = check_costs(costs_cumulative)
-    check_budget(costs, budget)
+    _check_budget(costs, budget)
     if budget >= costs[-1]:
         return math.inf if len(costs) > 1 else 0.0
     low, high = 0.0, 1.0
@@ -108,7 +106,7 @@ def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
     return low / (1.0 - low) if low < 1.0 else math.inf  # a budget within rounding of the last exit's cost
 
 
-def check_budget(costs: Sequence[float], budget: float) -> None:
+def _check_budget(costs: Sequence[float], budget: float) -> None:
     """Raise ValueError where a budget lies outside [cost of exit 1, cost of exit N]."""
     if not costs[0] <= budget <= costs[-1]:
         raise ValueError(f"budget {budget:g} is outside what the exits cost: give {costs[0]:g} to {costs[-1]:g}")

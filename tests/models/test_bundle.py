@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from models.bundle import BundleError, load_bundle
+from models.bundle import load_bundle
 from models.calibration import Calibration
 from models.exits import logit_margin
 from models.onnx_weights import load_stage_session
@@ -34,7 +34,7 @@ from training.export import Normalise
 def test_the_tiny_bundle_loads(bundle_path: Path) -> None:
     bundle = load_bundle(bundle_path)
     assert bundle.path == bundle_path
-    assert len(bundle.manifest.exits) == len(bundle.stage_paths) == bundle.calibration.n_exits == 4
+    assert len(bundle.manifest.exits) == len(bundle.manifest.stages) == bundle.calibration.n_exits == 4
     assert bundle.calibration.n_images == bundle.manifest.data.heldout_images
     assert set(bundle.calibration.scores) == set(plain_scores(4))
     assert bundle.costs_mflops == tuple(exit_.executed_mflops for exit_ in bundle.manifest.exits)
@@ -45,12 +45,9 @@ def test_the_tiny_bundle_loads(bundle_path: Path) -> None:
 
 def test_its_frontier_is_in_millions_of_multiply_adds(bundle_path: Path) -> None:
     bundle = load_bundle(bundle_path)
-    for score in (None, *plain_scores(4)):
-        frontier = bundle.frontier(score)
-        assert frontier.cost[0] == pytest.approx(bundle.costs_mflops[0])
-        assert frontier.accuracy[-1] > frontier.accuracy[0] + 0.2
-    with pytest.raises(BundleError, match="no scores 'vibes'; choose one of entropy, logit_margin"):
-        bundle.frontier("vibes")
+    frontier = bundle.frontier()
+    assert frontier.cost[0] == pytest.approx(bundle.costs_mflops[0])
+    assert frontier.accuracy[-1] > frontier.accuracy[0] + 0.2
 
 
 def test_its_stages_answer_as_the_network_does(bundle_path: Path) -> None:
@@ -242,7 +239,6 @@ def test_a_fitted_score_is_served_with_its_weights(bundle_path: Path) -> None:
     seal(bundle_path, manifest)
     fitted = load_bundle(bundle_path)
     assert fitted.frontier().family == "optimal"
-    assert fitted.frontier("logit_margin").family in ("geometric", "ratio")
     logits = np.random.default_rng(0).normal(size=(4, 5, 10)).astype(np.float32)
     row = np.array(predictor_of(4)["gain"])
     assert np.array_equal(score_exits(fitted.score(), logits), score_exits(Predictor(row), logits))

@@ -1,7 +1,7 @@
-"""Thresholds: exact quotas, ties, and budgets met within one image, for any scores."""
+"""Thresholds: exact quotas and ties, for any scores."""
 
 import math
-from itertools import pairwise
+from collections.abc import Sequence
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -9,24 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.exits import (
-    left_by,
-    outcome,
-    outcomes,
-    take_exits,
-    thresholds_for_shares,
-)
-from models.frontier import thresholds_for_budget
+from models.exits import Calibrator, left_by, outcome, outcomes, take_exits
 from models.shares import ratio_shares, truncated_geometric_shares
 
-C_ANY = [15140452, 25505992, 37788460, 52061840, 62181620, 74070872, 87729596, 100038944, 110121860, 121679336]
-
-costs_cumulative = st.lists(st.floats(0.1, 100), min_size=1, max_size=8).map(lambda parts: list(np.cumsum(parts)))
 tied_scores = hnp.arrays(np.float64, st.tuples(st.integers(1, 60), st.integers(1, 6)), elements=st.integers(-3, 3))
 
 
 def distinct_scores(n_images: int, n_exits: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n_images, n_exits))
+
+
+def thresholds_for_shares(scores: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    return Calibrator(scores).thresholds(shares)
 
 
 def released_walk(scores: np.ndarray, shares: list[float]) -> np.ndarray:
@@ -138,44 +132,6 @@ def test_shares_that_are_none_are_refused(shares: list[float]) -> None:
 def test_scores_that_cannot_be_ranked_are_refused(scores: np.ndarray) -> None:
     with pytest.raises(ValueError, match="scores must"):
         thresholds_for_shares(scores, [0.5, 0.5])
-
-
-# --- thresholds for a budget
-
-
-@given(st.integers(0, 10), st.integers(1, 300), costs_cumulative, st.floats(0, 1))
-def test_a_budget_is_met_within_one_image(seed: int, n_images: int, costs: list[float], fraction: float) -> None:
-    scores = distinct_scores(n_images, len(costs), seed)
-    budget = min(max(costs[0] + fraction * (costs[-1] - costs[0]), costs[0]), costs[-1])
-    thresholds = thresholds_for_budget(scores, costs, budget)
-    spent = outcome(scores, np.ones(scores.shape, dtype=bool), costs, thresholds).mean_cost
-    assert spent <= budget * (1 + 1e-12)
-    assert budget - spent <= (costs[-1] - costs[0]) / n_images * (1 + 1e-6) + 1e-12 * budget
-
-
-@given(tied_scores, st.floats(0, 1))
-def test_a_budget_is_never_exceeded_under_ties(scores: np.ndarray, fraction: float) -> None:
-    costs = [float(n + 1) for n in range(scores.shape[1])]
-    budget = costs[0] + fraction * (costs[-1] - costs[0])
-    thresholds = thresholds_for_budget(scores, costs, budget)
-    assert outcome(scores, np.ones(scores.shape, dtype=bool), costs, thresholds).mean_cost <= budget * (1 + 1e-12)
-
-
-def test_a_bigger_budget_spends_more() -> None:
-    scores = distinct_scores(500, len(C_ANY))
-    correct = np.ones(scores.shape, dtype=bool)
-    spent = [
-        outcome(scores, correct, C_ANY, thresholds_for_budget(scores, C_ANY, budget)).mean_cost
-        for budget in np.linspace(C_ANY[0], C_ANY[-1], 20)
-    ]
-    assert all(a < b for a, b in pairwise(spent))
-    assert spent[0] == C_ANY[0]
-    assert spent[-1] == C_ANY[-1]
-
-
-def test_costs_must_match_the_scores() -> None:
-    with pytest.raises(ValueError, match="one cost an exit"):
-        thresholds_for_budget(np.zeros((3, 2)), [1.0, 2.0, 3.0], 2.0)
 
 
 @given(tied_scores, st.data())

@@ -61,8 +61,8 @@ def test_an_answer_does_not_depend_on_the_rows_beside_it(loaded):
 
 
 def test_weights_are_bytes_of_seven_bits_and_heads_stay_float(loaded):
-    for path in loaded.at("int8").stage_paths:
-        graph = onnx.load(path).graph
+    for stage in loaded.at("int8").manifest.stages:
+        graph = onnx.load(loaded.path / stage.file).graph
         weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
         quantised = [weight for name, weight in weights.items() if name.endswith("weight_quantized")]
         assert quantised
