@@ -74,19 +74,16 @@ def run_batches(bundle: Bundle, n_batches: int) -> list[tuple[int, int, int]]:
     for batch in range(n_batches):
         now_s = batch * 0.01
         arriving = range(arrived, arrived + MAX_ROWS - scheduler.queued_rows(0))
-        accounts.update({row: budget.admit() for row in arriving})
+        accounts.update(zip(arriving, budget.admit(len(arriving)), strict=True))
         scheduler.add(arriving, 0, now_s)
         arrived = arriving.stop
         picked = scheduler.pick(now_s)
         assert picked is not None
         stage, rows = picked
-        going_on = []
-        for row in rows:
-            budget.charge(accounts[row])
-            if budget.decide(accounts[row], scores[images[row]][stage]) is None:
-                going_on.append(row)
-            else:
-                budget.settle(accounts.pop(row))
+        ran = [accounts[row] for row in rows]
+        budget.charge(ran)
+        reasons = budget.decide(ran, [scores[images[row]][stage] for row in rows])
+        going_on = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         budget.refresh()
         if going_on:
             scheduler.add(going_on, stage + 1, now_s)

@@ -17,6 +17,7 @@ from service.latency import LatencyState
 from service.ledger import ROLLING_ANSWERS, Account, Ledger
 from service.steering import MEGA, Steering
 
+SAME_THRESHOLD_IMAGES = 4  # of a batch; each that goes on moves the thresholds a little, and to find them takes time
 Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
 
 
@@ -116,32 +117,45 @@ class BudgetController:
             self.steering.set_budget(working)
             self._hold()
 
-    def admit(self) -> Account:
-        """Open the account of an image, committed to stage 1."""
-        account = self.ledger.open(self.costs[0])
-        self.steering.admit(account)
-        return account
+    def admit(self, n_images: int) -> list[Account]:
+        """Open accounts of images, committed to stage 1."""
+        return self.ledger.open(self.costs[0], n_images, self.steering.admit(n_images))
 
-    def charge(self, account: Account) -> None:
-        """Charge the stage that an image is committed to, when it runs."""
-        account.spent = account.committed
+    def charge(self, accounts: Sequence[Account]) -> None:
+        """Charge the stage that images are committed to, when it runs."""
+        for account in accounts:
+            account.spent = account.committed
 
-    def decide(self, account: Account, score: float) -> Reason | None:
-        """Return why an image leaves at the exit it has just passed with `score`, or None: it goes on, committed."""
-        passed = account.stages
+    def decide(self, accounts: Sequence[Account], scores: Sequence[float]) -> list[Reason | None]:
+        """Return why images leave at the exit that all of them have just passed, with `scores`, their accounts settled;
+        None where one goes on, committed."""
+        passed = accounts[0].stages
         if passed == len(self.costs):
-            return "final"
-        if score >= self.thresholds[passed - 1]:
-            return "confident"
-        if not self.ledger.commit(account, self.costs[passed]):
-            return "budget"
-        self.steering.go_on(passed)
-        return None
+            self.settle(accounts)
+            return ["final"] * len(accounts)
+        cost, commit = self.costs[passed], self.ledger.commit
+        reasons: list[Reason | None] = []
+        for start in range(0, len(accounts), SAME_THRESHOLD_IMAGES):
+            threshold, leaving = self.thresholds[passed - 1], []
+            end = min(start + SAME_THRESHOLD_IMAGES, len(accounts))
+            for i in range(start, end):
+                if scores[i] >= threshold:
+                    reasons.append("confident")
+                    leaving.append(accounts[i])
+                elif commit(accounts[i], cost):
+                    reasons.append(None)
+                else:
+                    reasons.append("budget")
+                    leaving.append(accounts[i])
+            self.steering.go_on(passed, end - start - len(leaving))
+            if leaving:
+                self.settle(leaving)
+        return reasons
 
-    def settle(self, account: Account, answered: bool = True) -> None:
-        """Close the account of an image that has answered, or of one given up (abandoned or failed)."""
-        self.steering.settle(account, answered)
-        self.ledger.close(account, answered)
+    def settle(self, accounts: Sequence[Account], answered: bool = True) -> None:
+        """Close the accounts of images that have answered, or of some given up (abandoned or failed)."""
+        self.steering.settle(accounts, answered)
+        self.ledger.close(accounts, answered)
 
     def refresh(self) -> None:
         """Let steering catch up; call it once a batch."""

@@ -6,16 +6,16 @@ The caller tells the time, runs the batches it is given and brings them back.
 import logging
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
+from operator import itemgetter
 from typing import Any
 
 from service import wishes
 from service.budget import BudgetController, Reason
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
-from service.rows import ENDED, Answer, EngineError, EngineTooLate, Head, Outcome, Request, Sink, Told
-from service.runners.base import Block, RowState, keep, lie_side_by_side
+from service.rows import ENDED, Answer, EngineError, EngineTooLate, Head, Request, Sink, Told
+from service.runners.base import Block, keep, lie_side_by_side
 from service.scheduler import Scheduler
 from service.steering import MEGA
 
@@ -69,8 +69,8 @@ class Core:
         return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 
     def admit(self, requests: Sequence[Request], now_s: float) -> None:
-        for request in requests:
-            request.account = self.budget.admit()
+        for request, account in zip(requests, self.budget.admit(len(requests)), strict=True):
+            request.account, request.admitted_s = account, now_s
             if not request.options.is_plain and request.options.deadline_s < inf:
                 self.deadlines.add(request)
         self._live.update(requests)
@@ -91,7 +91,7 @@ class Core:
             waits = self.scheduler.drop(row)
             if row.head is not None and not row.abandoned:
                 row.abandoned = True
-                self._answer_from(row, row.head)
+                self._answer_from(row, row.head, now_s)
             elif waits:
                 self._end(row, EngineTooLate())
 
@@ -114,8 +114,7 @@ class Core:
         if picked is None:
             return None
         stage, rows = picked
-        for row in rows:
-            self.budget.charge(row.account)
+        self.budget.charge([row.account for row in rows])
         batch = Batch(stage, rows)
         return batch if self.scheduler.policy.compact else self._uncompacted(batch)
 
@@ -125,16 +124,14 @@ class Core:
         if batch.states[-1].block is block and block.n_rows > len(batch.rows):
             self.n_idle[batch.stage] += block.n_rows - len(batch.rows)
             batch.places = [state.index for state in batch.states]
-            batch.states = [RowState(block, i) for i in range(block.n_rows)]
+            batch.states = block.states(range(block.n_rows))
         return batch
 
     def finish(self, batch: Batch, now_s: float) -> None:
         """Take back a batch that has run: every row of it leaves or goes on."""
         self.budget.refresh()
-        seconds, held_s = batch.ended_s - batch.started_s, now_s - batch.ended_s
-        waits = [batch.started_s - row.queued_since_s for row in batch.rows]
-        for row, wait in zip(batch.rows, waits, strict=True):
-            row.queue_s += wait + held_s
+        seconds = batch.ended_s - batch.started_s
+        for row in batch.rows:
             row.compute_s += seconds
         if batch.result is None:
             self.scheduler.limits.failed(batch.stage, len(batch.rows), batch.error)
@@ -143,6 +140,7 @@ class Core:
         self.scheduler.limits.ran(batch.stage, len(batch.rows))
         self.scheduler.costs.ran(batch.stage, batch.result.block.n_rows, seconds, batch.result.copy_s)
         if self._observer is not None:
+            waits = [batch.started_s - row.queued_since_s for row in batch.rows]
             self._observer.batch_ran(batch.stage + 1, seconds, waits)
         self._decide(batch, batch.result, now_s)
 
@@ -174,64 +172,72 @@ class Core:
         self.scheduler.add(rows, stage, now_s, joined, due_s)
 
     def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
-        leaving: list[tuple[int, Reason]] = []
-        going_on: list[int] = []
-        for i, row in enumerate(batch.rows):
-            if row.abandoned:
-                self._end_abandoned(row)
-                continue
-            if row.options.is_plain:
-                reason = self.budget.decide(row.account, result.scores[i] if self._exits_on else wishes.NEVER_SURE)
-            else:
-                reason = self._decide_by_wishes(row, batch, result, i, now_s)
-            if reason is None:
-                going_on.append(i)
-            else:
-                leaving.append((i, reason))
+        leaving, reasons, going_on = self._sorted(batch, result, now_s)
         if going_on:
             self._go_on(batch, result.block, going_on, now_s)
         if leaving:
-            self._answer(batch, result, leaving)
+            self._answer(batch, result, leaving, reasons, now_s)
+
+    def _sorted(self, batch: Batch, result: BatchResult, now_s: float) -> tuple[list[int], list[Reason], list[int]]:
+        """Where the rows are in their batch that leave, why each does, and where those are that go on."""
+        rows, scores = batch.rows, result.scores if self._exits_on else [wishes.NEVER_SURE] * len(batch.rows)
+        plain = [i for i, row in enumerate(rows) if not row.abandoned and row.options.is_plain]
+        decided: list[tuple[int, Reason | None]] = []
+        if plain:
+            accounts = [rows[i].account for i in plain]
+            decided += zip(plain, self.budget.decide(accounts, [scores[i] for i in plain]), strict=True)
+        if len(plain) < len(rows):
+            for i, row in enumerate(rows):
+                if row.abandoned:
+                    self._end_abandoned(row)
+                elif not row.options.is_plain:
+                    decided.append((i, self._decide_by_wishes(row, batch, result, i, now_s)))
+            decided.sort(key=itemgetter(0))  # as they lie
+        left = [(i, reason) for i, reason in decided if reason is not None]
+        return [i for i, _ in left], [reason for _, reason in left], [i for i, reason in decided if reason is None]
 
     def _go_on(self, batch: Batch, block: Block, indices: Sequence[int], now_s: float) -> None:
         """Queue those rows of a batch for the stage after it."""
         rows = [batch.rows[i] for i in indices]
         if batch.places is not None:
             indices = [batch.places[i] for i in indices]
-        compact = self.scheduler.policy.compact
-        states = keep(block, indices) if compact else [RowState(block, i) for i in indices]
+        states = keep(block, indices) if self.scheduler.policy.compact else block.states(indices)
         for row, state in zip(rows, states, strict=True):
             row.state = state
         self._queue(rows, batch.stage + 1, now_s, lie_side_by_side(states))
 
-    def _answer(self, batch: Batch, result: BatchResult, leaving: Sequence[tuple[int, Reason]]) -> None:
+    def _answer(
+        self, batch: Batch, result: BatchResult, leaving: Sequence[int], reasons: Sequence[Reason], now_s: float
+    ) -> None:
+        rows = [batch.rows[i] for i in leaving]
+        sure = [result.confidences[i] for i in leaving]
+        most = max([row.options.top_k for row in rows])
+        ranked = wishes.rank(result.logits[leaving], sure, most) if most > 1 else None
+        exit_number, n_rows, names = batch.stage + 1, len(batch.rows), self._class_names
         answers = []
-        indices = [i for i, _ in leaving]
-        sure = [result.confidences[i] for i in indices]
-        most = max(batch.rows[i].options.top_k for i in indices)
-        ranked = wishes.rank(result.logits[indices], sure, most) if most > 1 else [()] * len(indices)
-        for (i, reason), share, best in zip(leaving, sure, ranked, strict=True):
-            row, class_id = batch.rows[i], result.classes[i]
-            top_k = best[: row.options.top_k] if row.options.top_k > 1 else ((class_id, share),)
-            answer = Answer(
-                class_id=class_id,
-                label=self._class_names[class_id],
-                confidence=share,
-                top_k=top_k,
-                exit=batch.stage + 1,
-                reason=reason,
-                mflops=row.account.spent / MEGA,
-                queue_ms=row.queue_s * 1e3,
-                compute_ms=row.compute_s * 1e3,
-                batch_rows=len(batch.rows),
+        for place, (row, reason) in enumerate(zip(rows, reasons, strict=True)):
+            class_id, share, options = result.classes[leaving[place]], sure[place], row.options
+            told_steps = row.head if options.steps else None
+            answers.append(
+                # By place, as names take twice as long.
+                Answer(
+                    class_id,
+                    names[class_id],
+                    share,
+                    ((class_id, share),) if ranked is None else ranked[place][: options.top_k],
+                    exit_number,
+                    reason,
+                    row.account.spent / MEGA,
+                    (now_s - row.admitted_s - row.compute_s) * 1e3,
+                    row.compute_s * 1e3,
+                    n_rows,
+                    None if told_steps is None else told_steps.score,
+                    None if told_steps is None else told_steps.threshold,
+                )
             )
-            if row.options.steps and row.head is not None:
-                answer = replace(answer, score=row.head.score, threshold=row.head.threshold)
-            answers.append(answer)
-            self.exits[answer.exit, reason] += 1
-            self._end(row, answer)
-        if self._observer is not None:
-            self._observer.answered(answers)
+        for reason, n in Counter(reasons).items():
+            self.exits[exit_number, reason] += n
+        self._end_answered(rows, answers)
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
         score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
@@ -244,7 +250,7 @@ class Core:
             self.outbox.setdefault(row.sink, []).append((row.token, wishes.step(row, head, self._class_names)))
         return reason
 
-    def _answer_from(self, row: Request, head: Head) -> None:
+    def _answer_from(self, row: Request, head: Head, now_s: float) -> None:
         """Answer from a head passed earlier, the deadline having come."""
         step = wishes.step(row, head, self._class_names)
         answer = Answer(
@@ -255,16 +261,15 @@ class Core:
             exit=step.exit,
             reason="deadline",
             mflops=step.mflops,
-            queue_ms=row.queue_s * 1e3,
+            queue_ms=(now_s - row.admitted_s - row.compute_s) * 1e3,
             compute_ms=row.compute_s * 1e3,
             batch_rows=head.batch_rows,
             score=step.score if row.options.steps else None,
             threshold=step.threshold if row.options.steps else None,
         )
         self.exits[answer.exit, answer.reason] += 1
-        self._end(row, answer)
-        if self._observer is not None:
-            self._observer.answered([answer])
+        self.budget.settle([row.account])
+        self._end_answered([row], [answer])
 
     def _end_abandoned(self, row: Request) -> None:
         """A row comes back from its batch that nobody waits for: it ends, if its deadline has not ended it before."""
@@ -272,18 +277,26 @@ class Core:
             self._end(row, None)
         row.state = ENDED
 
-    def _end(self, row: Request, outcome: Outcome | None) -> None:
-        """A request's one end: an answer, an error, or None where it was abandoned."""
-        self.budget.settle(row.account, answered=isinstance(outcome, Answer))
+    def _end_answered(self, rows: Sequence[Request], answers: Sequence[Answer]) -> None:
+        """The end of requests that have their answers; their accounts were settled as that was decided."""
+        self._live.difference_update(rows)
+        self.n_answered += len(rows)
+        for row, answer in zip(rows, answers, strict=True):
+            row.state = ENDED
+            self.outbox.setdefault(row.sink, []).append((row.token, answer))
+        if self._observer is not None:
+            self._observer.answered(answers)
+
+    def _end(self, row: Request, error: EngineError | None) -> None:
+        """A request's end without an answer: an error, or None where it was abandoned."""
+        self.budget.settle([row.account], answered=False)
         self._live.remove(row)
         row.state = ENDED
-        if outcome is None:
+        if error is None:
             self.n_abandoned += 1
             return
-        if isinstance(outcome, Answer):
-            self.n_answered += 1
-        elif isinstance(outcome, EngineTooLate):
+        if isinstance(error, EngineTooLate):
             self.n_late += 1
         else:
             self.n_failed += 1
-        self.outbox.setdefault(row.sink, []).append((row.token, outcome))
+        self.outbox.setdefault(row.sink, []).append((row.token, error))

@@ -4,6 +4,7 @@ Plain Python over integers (multiply-adds), so that totals are exact: no clock, 
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROLLING_ANSWERS = 1_000
@@ -15,9 +16,9 @@ class Account:
 
     allowance: int
     committed: int
+    aim: float = 0.0  # what steering means it to spend on average, just below the allowance
     stages: int = 1  # it is committed to, the one it runs or waits for among them
     spent: int = 0
-    aim: float = 0.0  # what steering means it to spend on average, just below the allowance
 
 
 class Ledger:
@@ -62,13 +63,13 @@ class Ledger:
         """Mean spending of the last 1,000 answers, in multiply-adds; None before the first."""
         return self._recent_sum / len(self._recent) if self._recent else None
 
-    def open(self, first_cost: int) -> Account:
-        """Admit an image and commit it to its first stage, which the budget always covers."""
-        account = Account(self.allowance, first_cost)
-        self.reserved += max(0, first_cost - account.allowance)
-        self._n_in_flight += 1
-        self._uncommitted += account.allowance - first_cost
-        return account
+    def open(self, first_cost: int, n_images: int = 1, aim: float = 0.0) -> list[Account]:
+        """Admit images and commit them to their first stage, which the budget always covers."""
+        allowance = self.allowance
+        self.reserved += n_images * max(0, first_cost - allowance)
+        self._n_in_flight += n_images
+        self._uncommitted += n_images * (allowance - first_cost)
+        return [Account(allowance, first_cost, aim) for _ in range(n_images)]
 
     def commit(self, account: Account, cumulative_cost: int) -> bool:
         """Commit to spending `cumulative_cost` in all, unless a bound forbids it."""
@@ -84,29 +85,38 @@ class Ledger:
         account.stages += 1
         return True
 
-    def close(self, account: Account, answered: bool) -> None:
-        """Settle an image that has answered, or was given up, with what it has spent."""
-        self.reserved -= max(0, account.committed - account.allowance)
-        self._n_in_flight -= 1
-        self._uncommitted -= account.allowance - account.committed
-        balance = account.allowance - account.spent
-        if balance < 0:
-            self.settled += balance
-        elif answered:
-            self.settled = max(self.settled, min(self.cap, self.settled + balance))
-        if not answered:
-            self.abandoned += 1
-            self.spent_abandoned += account.spent
-            return
-        self.answered += 1
-        self.spent_answered += account.spent
-        self._recent.append(account.spent)
-        self._recent_sum += account.spent
-        if len(self._recent) > ROLLING_ANSWERS:
-            self._recent_sum -= self._recent.popleft()
-        self._balance += balance
-        self._n_balances += 1
-        self._balances[self._n_balances % len(self._balances)] = self._balance
+    def close(self, accounts: Sequence[Account], answered: bool) -> None:
+        """Settle images that have answered, or were given up, with what they have spent."""
+        for account in accounts:
+            excess, balance = account.committed - account.allowance, account.allowance - account.spent
+            if excess > 0:
+                self.reserved -= excess
+            self._uncommitted += excess
+            if balance < 0:
+                self.settled += balance
+            elif answered and self.settled < self.cap:
+                self.settled = min(self.cap, self.settled + balance)
+        self._n_in_flight -= len(accounts)
+        spent = [account.spent for account in accounts]
+        if answered:
+            self.answered += len(accounts)
+            self.spent_answered += sum(spent)
+            self._remember(spent, [account.allowance - account.spent for account in accounts])
+        else:
+            self.abandoned += len(accounts)
+            self.spent_abandoned += sum(spent)
+
+    def _remember(self, spent: Sequence[int], balances: Sequence[int]) -> None:
+        """Note answers, for the averages over the latest ones."""
+        recent = self._recent
+        recent += spent
+        self._recent_sum += sum(spent)
+        while len(recent) > ROLLING_ANSWERS:
+            self._recent_sum -= recent.popleft()
+        for balance in balances:
+            self._balance += balance
+            self._n_balances += 1
+            self._balances[self._n_balances % len(self._balances)] = self._balance
 
     def work_at(self, allowance: int) -> None:
         """Give later admissions another allowance, below what the cap was set for. Balance and cap stay as they are, so

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +68,11 @@ class Options:
         object.__setattr__(self, "is_plain", asks_nothing and self.max_mflops == self.deadline_s == inf)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One image's answer. `exit` counts from 1; times are milliseconds, summed over the stages the image ran."""
+class Answer(NamedTuple):
+    """One image's answer. `exit` counts from 1; times are milliseconds, summed over the stages the image ran.
+
+    A tuple, as none is made faster.
+    """
 
     class_id: int
     label: str
@@ -79,7 +81,7 @@ class Answer:
     exit: int
     reason: Reason
     mflops: float  # charged: millions of multiply-adds, cumulative
-    queue_ms: float  # waiting to be run, and for the engine to see that it has run
+    queue_ms: float  # the rest of its time in the engine: waiting to be run, and to be seen to have run
     compute_ms: float  # in batches that ran
     batch_rows: int  # rows in the last batch it ran in
     score: float | None = None  # these two only where steps were asked for: the exit's score,
@@ -129,9 +131,9 @@ class Request:
     options: Options
     state: RowState
     account: Account = field(init=False)  # opened when the engine takes it in
+    admitted_s: float = 0.0
     queued_since_s: float = 0.0
-    queue_s: float = 0.0
-    compute_s: float = 0.0
+    compute_s: float = 0.0  # in batches that have come back
     retried_stage: int = -1  # its batch has failed there, so it runs, or has run, that stage once more, alone
     abandoned: bool = False  # not to be answered any more: its client left, or has its answer from an earlier head
     head: Head | None = None  # the last one passed, of requests with wishes

@@ -4,6 +4,7 @@ Plain Python over numbers: no clock, no thread, no array. Costs inside are multi
 """
 
 from collections import deque
+from collections.abc import Sequence
 from math import pi, tan
 
 from models.frontier import Frontier, FrontierPoint
@@ -69,8 +70,11 @@ class Steering:
         self._settled_mean = 0.0
         self._excess_mean = 0.0  # of what the images in flight are expected to spend beyond their aims
         self._integral = 0.0
+        self._n_answers = 0  # since the running means were brought up to date,
+        self._errors = 0.0  # and how far off the forecast was, summed over them
         self._middle = 0.0  # of the band, as a forecast
-        self._history: deque[float] = deque()  # `_settled` before the last 1,000 answers, and after each
+        # `_settled` before the last 1,000 answers, and after each
+        self._history: deque[float] = deque(maxlen=ROLLING_ANSWERS + 1)
         self.set_budget(budget)
 
     @property
@@ -99,42 +103,38 @@ class Steering:
         self._history.append(self._settled)
         self.refresh()
 
-    def admit(self, account: Account) -> None:
-        account.aim = self._aim
-        self._in_flight[0] += 1
-        self._n_in_flight += 1
-        self._aims += account.aim
-        self._owed += account.aim - self._expected[0]
+    def admit(self, n_images: int) -> float:
+        """Note that images come in; returns what each of them is to spend on average."""
+        self._in_flight[0] += n_images
+        self._n_in_flight += n_images
+        self._aims += n_images * self._aim
+        self._owed += n_images * (self._aim - self._expected[0])
+        return self._aim
 
-    def go_on(self, passed: int) -> None:
-        """Note that an image goes on beyond exit `passed` (1-based)."""
-        self._in_flight[passed - 1] -= 1
-        self._in_flight[passed] += 1
-        self._owed += self._expected[passed - 1] - self._expected[passed]
+    def go_on(self, passed: int, n_images: int) -> None:
+        """Note that images go on beyond exit `passed` (1-based)."""
+        self._in_flight[passed - 1] -= n_images
+        self._in_flight[passed] += n_images
+        self._owed += n_images * (self._expected[passed - 1] - self._expected[passed])
 
-    def settle(self, account: Account, answered: bool) -> None:
-        passed = account.stages - 1
-        self._in_flight[passed] -= 1
-        self._n_in_flight -= 1
-        self._aims -= account.aim
-        self._owed -= account.aim - self._expected[passed]
-        self._settled += (account.aim if answered else min(account.aim, account.spent)) - account.spent
-        if not answered:
-            return
-        self._history.append(self._settled)
-        if len(self._history) > ROLLING_ANSWERS + 1:
-            self._history.popleft()
-        self._n_in_flight_mean += (self._n_in_flight + 1 - self._n_in_flight_mean) / self.MEAN_IMAGES
-        self._settled_mean += (self._settled - self._settled_mean) / self.MEAN_IMAGES
-        self._excess_mean += (-self._owed - self._excess_mean) / self.MEAN_IMAGES
-        error, wanted = self._settled + self._owed - self._reference, self._wanted()
-        too_low, too_high = wanted <= self._lowest, wanted >= self.highest
-        if (error > 0 or not too_low) and (error < 0 or not too_high):
-            moved = self._integral + error / (self._horizon * self.INTEGRAL_IMAGES)
-            self._integral = min(max(moved, -0.5 * self._budget), 0.5 * self._budget)
+    def settle(self, accounts: Sequence[Account], answered: bool) -> None:
+        """Note what images have spent that have answered, or were given up."""
+        for account in accounts:
+            passed, aim, spent = account.stages - 1, account.aim, account.spent
+            self._in_flight[passed] -= 1
+            self._aims -= aim
+            self._owed -= aim - self._expected[passed]
+            self._settled += (aim if answered else min(aim, spent)) - spent
+            if answered:
+                self._history.append(self._settled)
+                self._errors += self._settled + self._owed - self._reference
+        self._n_in_flight -= len(accounts)
+        if answered:
+            self._n_answers += len(accounts)
 
     def refresh(self) -> None:
         """Bring what follows slowly up to date; once a batch is often enough."""
+        self._follow_answers()
         self._follow_operating_point()
         most = self.MAX_FORECAST_IMAGES * self._budget
         self._settled = min(max(self._settled, -most - self._owed), most - self._owed)
@@ -144,6 +144,21 @@ class Steering:
         deviation = self.ECHO * (at_window_start - self._settled_mean)
         self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
         self._middle = at_window_start - self._excess_paid - self._excess_unpaid * min(self._usual, 1.0)
+
+    def _follow_answers(self) -> None:
+        """Have the running means and the integral follow the answers that came since."""
+        if not self._n_answers:
+            return
+        share = 1.0 - (1.0 - 1.0 / self.MEAN_IMAGES) ** self._n_answers
+        self._n_in_flight_mean += share * (self._n_in_flight - self._n_in_flight_mean)
+        self._settled_mean += share * (self._settled - self._settled_mean)
+        self._excess_mean += share * (-self._owed - self._excess_mean)
+        wanted = self._wanted()
+        too_low, too_high = wanted <= self._lowest, wanted >= self.highest
+        if (self._errors > 0 or not too_low) and (self._errors < 0 or not too_high):
+            moved = self._integral + self._errors / (self._horizon * self.INTEGRAL_IMAGES)
+            self._integral = min(max(moved, -0.5 * self._budget), 0.5 * self._budget)
+        self._n_answers, self._errors = 0, 0.0
 
     def _relax(self) -> None:
         """Look ahead as far as the images in flight allow, and the less far the fewer of the usual number are left."""

@@ -12,31 +12,43 @@ from numpy.typing import NDArray
 
 from models.exits import confidence
 from service.budget import BudgetController, Reason
-from service.rows import ENDED, Head, Request, Step
+from service.rows import ENDED, Head, Options, Request, Step
 from service.steering import MEGA
 
 NEVER_SURE = float("nan")  # reaches no threshold, not even -inf
 
 
 def decide(budget: BudgetController, row: Request, head: Head, now_s: float) -> Reason | None:
-    """Return why a row leaves at `head`, or None: it goes on, committed.
+    """Return why a row leaves at `head`, its account settled, or None: it goes on, committed.
 
     A pinned exit comes first, then sureness, then the limits: the deadline, the row's own cost, the ledger.
     """
-    options = row.options
+    reason = _own_reason(budget, row.options, head, now_s)
+    if reason is not None:
+        budget.settle([row.account])
+        return reason
+    return budget.decide([row.account], [_own_score(row.options, head)])[0]
+
+
+def _own_score(options: Options, head: Head) -> float:
+    """What is compared with the server's threshold."""
+    if options.exit is not None:
+        return NEVER_SURE
+    if options.min_confidence is not None:
+        return inf if _largest(head.logits) >= options.min_confidence else NEVER_SURE
+    return head.score
+
+
+def _own_reason(budget: BudgetController, options: Options, head: Head, now_s: float) -> Reason | None:
+    """Why a row leaves whatever the server's budget says; None where it is that which decides."""
     if options.exit == head.exit:
         return "pinned"
-    score = head.score
-    if options.exit is not None:
-        score = NEVER_SURE
-    elif options.min_confidence is not None:
-        score = inf if _largest(head.logits) >= options.min_confidence else NEVER_SURE
-    if head.exit < len(budget.costs) and not score >= budget.thresholds[head.exit - 1]:
+    if head.exit < len(budget.costs) and not _own_score(options, head) >= budget.thresholds[head.exit - 1]:
         if now_s >= options.deadline_s:
             return "deadline"
         if budget.costs[head.exit] > options.max_mflops * MEGA:
             return "budget"
-    return budget.decide(row.account, score)
+    return None
 
 
 def step(row: Request, head: Head, class_names: Sequence[str]) -> Step:

@@ -1,6 +1,6 @@
 """What an engine asks of whatever runs its stages, and how the state of a row is referred to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,8 @@ class FatalRunnerError(RunnerError):
     """A runner can never run again in this process: its device is lost. Only a new process helps."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen, as nothing here that is made for every image: that takes three times as long.
+@dataclass(slots=True, eq=False)
 class Block:
     """Values of rows that ran together, by name, each [n_rows, ...]. Never written to once made.
 
@@ -33,13 +34,23 @@ class Block:
     def bytes(self) -> int:
         return sum(value.nbytes for value in self.values.values())
 
+    def states(self, indices: Iterable[int]) -> list["RowState"]:
+        """References to some of its rows."""
+        slots = self.slots
+        return [RowState(self, i, None if slots is None else slots[i]) for i in indices]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class RowState:
     """One row's state: a reference, so that regrouping moves nothing until a batch is gathered."""
 
     block: Block
     index: int
+    slot: Any = None  # the row's place on a device
+
+
+NO_VALUES = Block({}, 1)
+"""What a row has that keeps all it has in its slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,7 @@ class StageOutput:
 
     @property
     def states(self) -> list[RowState]:
-        return [RowState(self.block, i) for i in range(self.block.n_rows)]
+        return self.block.states(range(self.block.n_rows))
 
 
 class Runner(Protocol):
@@ -181,13 +192,16 @@ def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[R
     """Return the states of some rows of a block, having bounded the memory that they keep alive.
 
     Rows that are `max_waste` times fewer than the block's get one of their own. That copies few rows; where more are
-    left, the block is kept and each is copied once, when it runs. Rows with slots get a block each, as a slot is to be
-    free as soon as its row has left.
+    left, the block is kept and each is copied once, when it runs. A block with slots is not, as a slot is to be free as
+    soon as its row has left.
     """
-    if block.slots is not None:
-        values, slots = block.values.items(), block.slots
-        return [RowState(Block({k: v[i : i + 1] for k, v in values}, 1, slots[i : i + 1]), 0) for i in indices]
+    slots = block.slots
+    if slots is not None:
+        if not block.values:
+            return [RowState(NO_VALUES, 0, slots[i]) for i in indices]
+        values = block.values.items()
+        return [RowState(Block({k: v[i : i + 1] for k, v in values}, 1), 0, slots[i]) for i in indices]
     if block.n_rows < max_waste * len(indices):
-        return [RowState(block, i) for i in indices]
+        return block.states(indices)
     own = Block({name: value[list(indices)] for name, value in block.values.items()}, len(indices))
-    return [RowState(own, i) for i in range(len(indices))]
+    return own.states(range(own.n_rows))

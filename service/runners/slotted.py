@@ -110,7 +110,7 @@ class SlotRunner(ABC, Generic[L]):
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         started = time.perf_counter()
-        slots = self.slots.take(len(rows)) if stage == 0 else [_slot_of(row) for row in rows]
+        slots: Sequence[Slot] = self.slots.take(len(rows)) if stage == 0 else [row.slot for row in rows]
         images = [row.block.values[IMAGES][row.index] for row in rows] if stage == 0 else []
         bucket = next(size for size in self.buckets if size >= len(rows))
         lane = self._idle.get()
@@ -186,9 +186,3 @@ class SlotRunner(ABC, Generic[L]):
             lane = self._open_lane()
             self.lanes.append(lane)
             self._idle.put(lane)
-
-
-def _slot_of(row: RowState) -> Slot:
-    assert row.block.slots is not None  # it has run the first stage
-    slot: Slot = row.block.slots[row.index]
-    return slot

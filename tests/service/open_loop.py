@@ -134,8 +134,7 @@ def simulate_open_loop(
                 heapq.heappush(running, (done_s, n_batches, stage, rows, now_s))
             if len(running) + len(ahead) >= 2 * n_lanes or (picked := scheduler.pick(now_s)) is None:
                 return
-            for row in picked[1]:
-                budget.charge(row.account)
+            budget.charge([row.account for row in picked[1]])
             ahead.append(picked)
 
     while n_came < len(came) or running:
@@ -150,19 +149,18 @@ def simulate_open_loop(
                 record.arrivals.append(Arrival(now_s, nan, False, 0, 0, working, is_lowest))
                 continue
             admission.take()
-            row.account = budget.admit()
+            [row.account] = budget.admit(1)
             scheduler.add([row], 0, now_s)
             dispatch()
             continue
         now_s, _, stage, rows, started_s = heapq.heappop(running)
         budget.refresh()
-        n_left = 0
-        for row in rows:
-            if budget.decide(row.account, row.scores[stage]) is None:
-                scheduler.add([row], stage + 1, now_s)
-                continue
-            budget.settle(row.account)
-            n_left += 1
+        reasons = budget.decide([row.account for row in rows], [row.scores[stage] for row in rows])
+        going_on = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        if going_on:
+            scheduler.add(going_on, stage + 1, now_s)
+        left = [row for row, reason in zip(rows, reasons, strict=True) if reason is not None]
+        for row in left:
             took_s, account = now_s - row.came_s, row.account
             degrade.took(took_s)
             record.arrivals.append(
@@ -176,10 +174,10 @@ def simulate_open_loop(
                     row.is_lowest,
                 )
             )
-        pace.ran(now_s - started_s, n_left)
-        if n_left:
+        pace.ran(now_s - started_s, len(left))
+        if left:
             room_rows = pace.room_rows(degrade.bearable_wait_s(max_queue_s), max_in_flight)
-            admission.leave(n_left, room_rows, pace.row_s)
+            admission.leave(len(left), room_rows, pace.row_s)
         degrade.follow(now_s, admission.in_flight, pace.row_s)
         dispatch()
     return record

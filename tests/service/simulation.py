@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from models.frontier import Frontier, build_frontier
 from service.budget import BudgetController
 from service.costs import CostTable
-from service.ledger import Account
+from service.ledger import ROLLING_ANSWERS, Account
 from service.scheduler import Scheduler
 
 COSTS_MFLOPS = (13.392, 22.937, 32.593, 42.123, 51.822, 60.308)  # of C-batch-4, as executed
@@ -73,40 +73,40 @@ def simulate(
     scheduler: Scheduler[Image] = Scheduler(n_exits, max_rows, 0.05, costs)
     waiting: Iterator[tuple[list[float], list[bool]]] = zip(images[0].tolist(), images[1].tolist(), strict=True)
     running: list[tuple[float, int, int, list[Image]]] = []
-    run, now_s, n_batches = Run(), 0.0, 0
+    run, now_s, n_batches, latest = Run(), 0.0, 0, 0  # the latest answers' spending
 
     def arrive(n_images: int) -> None:
         for _, (scores, right) in zip(range(n_images), waiting, strict=False):
-            scheduler.add([Image(scores, right, budget.admit(), now_s)], 0, now_s)
+            scheduler.add([Image(scores, right, budget.admit(1)[0], now_s)], 0, now_s)
 
     arrive(n_clients)
     while len(scheduler) or running:
         while len(running) < n_lanes and (picked := scheduler.pick(now_s)):
             stage, rows = picked
+            budget.charge([row.account for row in rows])
             for row in rows:
-                budget.charge(row.account)
                 run.longest_wait_s = max(run.longest_wait_s, now_s - row.added_s)
             n_batches += 1
             heapq.heappush(running, (now_s + 3e-4 + seconds_per_row[stage] * len(rows), n_batches, stage, rows))
         now_s, _, stage, rows = heapq.heappop(running)
         budget.refresh()
-        n_left = 0
-        for row in rows:
-            reason = budget.decide(row.account, row.scores[stage])
-            if reason is None:
-                row.added_s = now_s
-                scheduler.add([row], stage + 1, now_s)
-                continue
-            budget.settle(row.account)
-            n_left += 1
+        reasons = budget.decide([row.account for row in rows], [row.scores[stage] for row in rows])
+        left = [(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
+        going_on = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        for row in going_on:
+            row.added_s = now_s
+        if going_on:
+            scheduler.add(going_on, stage + 1, now_s)
+        for row, reason in left:
             run.spent.append(row.account.spent)
             run.allowances.append(row.account.allowance)
             run.reasons.append(reason)
             run.right.append(row.right[stage])
             run.exits.append(stage)
-            run.rolling.append((budget.ledger.rolling_average or 0.0) / budget.ledger.allowance)
+            latest += row.account.spent - (run.spent[-ROLLING_ANSWERS - 1] if len(run.spent) > ROLLING_ANSWERS else 0)
+            run.rolling.append(latest / min(len(run.spent), ROLLING_ANSWERS) / budget.ledger.allowance)
             at_answer(len(run.spent))
-        arrive(n_left)
+        arrive(len(left))
     return run
 
 

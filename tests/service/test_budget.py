@@ -46,7 +46,7 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
     for action, number in actions:
         flight = flights[number % len(flights)] if flights else None
         if action == "admit":
-            flights.append(Flight(ledger.open(COSTS[0])))
+            flights.append(Flight(ledger.open(COSTS[0])[0]))
         elif action == "set":
             ledger.set_allowance(100 + number % 311)
             highest_cap = max(highest_cap, ledger.cap)
@@ -61,7 +61,7 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
                 flight.stages += 1
         else:
             flights.remove(flight)
-            ledger.close(flight.account, answered=action == "answer")
+            ledger.close([flight.account], answered=action == "answer")
             if action == "answer":
                 answers.append((flight.account.spent, flight.account.allowance))
         assert 0 <= ledger.reserved <= ledger.settled <= highest_cap
@@ -91,7 +91,7 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
         flight = flights[number % len(flights)] if flights else None
         if action == "admit":
             if len(flights) < window:
-                flights.append(Flight(ledger.open(COSTS[0])))
+                flights.append(Flight(ledger.open(COSTS[0])[0]))
         elif flight is None:
             continue
         elif action == "go on":
@@ -100,7 +100,7 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
         else:
             flights.remove(flight)
             flight.account.spent = flight.account.committed
-            ledger.close(flight.account, answered=True)
+            ledger.close([flight.account], answered=True)
             spent.append(flight.account.spent)
         if len(spent) < window:
             continue
@@ -114,12 +114,12 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
 def test_what_would_put_the_average_over_the_allowance_is_refused():
     ledger = Ledger(100, 100, average_over=4)
     for spent in (100, 160, 70, 60):  # 390 in all
-        account = ledger.open(50)
+        account = ledger.open(50)[0]
         account.committed = account.spent = spent
         ledger._uncommitted += 50 - spent
-        ledger.close(account, answered=True)
+        ledger.close([account], answered=True)
     # The first, of 100, would no longer count: 290 and what the new one spends.
-    account = ledger.open(50)
+    account = ledger.open(50)[0]
     assert not ledger.commit(account, 111)
     assert ledger.commit(account, 110)
 
@@ -127,23 +127,23 @@ def test_what_would_put_the_average_over_the_allowance_is_refused():
 def test_rolling_average_forgets_what_is_a_thousand_answers_old():
     ledger = Ledger(100, 1)
     for spent in [7] * 500 + [3] * 1000:
-        account = ledger.open(1)
+        account = ledger.open(1)[0]
         account.spent = spent
-        ledger.close(account, answered=True)
+        ledger.close([account], answered=True)
     assert ledger.rolling_average == 3.0
 
 
 def test_abandoned_images_earn_nothing_but_owe_their_excess():
     ledger = Ledger(100, 4)
     ledger.settled = 200
-    cheap = ledger.open(50)
+    cheap = ledger.open(50)[0]
     cheap.spent = 50
-    ledger.close(cheap, answered=False)
+    ledger.close([cheap], answered=False)
     assert ledger.settled == 200
-    dear = ledger.open(50)
+    dear = ledger.open(50)[0]
     assert ledger.commit(dear, 180)
     dear.spent = 180
-    ledger.close(dear, answered=False)
+    ledger.close([dear], answered=False)
     assert (ledger.settled, ledger.reserved) == (120, 0)
 
 
@@ -190,26 +190,29 @@ def test_decisions_follow_threshold_then_ledger():
     budget = controller(0.4, burst_images=1.0, steer=False)
     thresholds = FRONTIER.at(FRONTIER.position_at_cost(0.4 * FULL_MFLOPS)).thresholds
     assert budget.thresholds == thresholds
-    sure = budget.admit()
-    assert budget.decide(sure, thresholds[0]) == "confident"
-    unsure = budget.admit()
-    reasons = [budget.decide(unsure, -1e9) for _ in range(4)]
+    sure = budget.admit(1)
+    assert budget.decide(sure, [thresholds[0]]) == ["confident"]
+    unsure = budget.admit(1)
+    reasons = []
+    for _ in range(4):
+        budget.charge(unsure)
+        reasons += budget.decide(unsure, [-1e9])
     # 0.4 x 60.3 M and a burst of as much: 48.2 M in all, enough for four exits (42.1 M) and not for five (51.8 M).
     assert reasons == [None, None, None, "budget"]
-    other = budget.admit()
-    # The first holds 18.0 M of the 24.1: exit 2 is within the budget itself, exit 3 would take 8.5 M more.
-    assert [budget.decide(other, -1e9) for _ in range(2)] == [None, "budget"]
+    other = budget.admit(1)
+    # The first took 18.0 M of the 24.1: exit 2 is within the budget itself, exit 3 would take 8.5 M more.
+    assert [budget.decide(other, [-1e9])[0] for _ in range(2)] == [None, "budget"]
 
 
 def test_the_last_exit_takes_whoever_gets_there():
     budget = controller(1.0)
-    account = budget.admit()
-    assert [budget.decide(account, -1e9) for _ in range(6)] == [None] * 5 + ["final"]
+    account = budget.admit(1)
+    assert [budget.decide(account, [-1e9])[0] for _ in range(6)] == [None] * 5 + ["final"]
 
 
 def test_no_number_leaves_early():
     budget = controller(0.6)
-    assert budget.decide(budget.admit(), math.nan) is None
+    assert budget.decide(budget.admit(1), [math.nan]) == [None]
 
 
 @pytest.mark.parametrize("bad", [0.0, 13.3, 60.4, -1.0, math.nan, math.inf])
@@ -342,16 +345,15 @@ def test_abandoned_images_leave_steering_in_balance():
     rng = np.random.default_rng(23)
     spent = []
     for scores in population(6_000, 23)[0].tolist():
-        account = budget.admit()
+        account = budget.admit(1)
         gone_at = rng.integers(0, 5) if rng.random() < 0.3 else None
         for stage, score in enumerate(scores):
             budget.charge(account)
             if stage == gone_at:
                 budget.settle(account, answered=False)
                 break
-            if budget.decide(account, score) is not None:
-                budget.settle(account)
-                spent.append(account.spent)
+            if budget.decide(account, [score]) != [None]:
+                spent.append(account[0].spent)
                 break
         budget.refresh()
     state = budget.state()

@@ -213,7 +213,7 @@ def test_what_nobody_reads_is_written_nowhere_and_every_other_row_stays(
     for name, value in runner.stores.items():
         value.update_inplace(noise[name].astype(np.float32))
     output = runner.run(0, [runner.first_state(image) for image in images[:3]])
-    slots = [row.block.slots[row.index].index for row in output.states]
+    slots = [row.slot.index for row in output.states]
     made = {value.name for value in runner.stages[0].outputs}
     for name, value in runner.stores.items():
         changed = (value.numpy() != noise[name].astype(np.float32)).reshape(len(noise[name]), -1).any(axis=1)
