@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.league.pictures import read_pictures
-from benchmarks.league.processes import cpu_s
 from benchmarks.load.arrivals import poisson
 from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
+from benchmarks.processes import cpu_s
 from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.api.app import create_app
@@ -194,10 +194,6 @@ class Cost:
     http_us: list[float]  # what is left: HTTP and decoding, by round
     longest_gap_ms: list[float]  # of the event loop at half that rate, by round
     longest_work_ms: list[float]  # of that, what its own thread computed
-
-    @property
-    def median_http_us(self) -> float:
-        return median(self.http_us)
 
 
 def engine_us(bundle: Bundle, n_images: int) -> float:

@@ -15,10 +15,8 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -31,8 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.null_bundle import write_null_bundle
-
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+from benchmarks.processes import children, cpu_s, served
 
 
 @dataclass(frozen=True)
@@ -99,30 +96,6 @@ def milliseconds(text: str) -> float:
     return float(number) * {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}[unit]
 
 
-def cpu_s(pid: int) -> float:
-    """Processor time that a process has taken, all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
-
-
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-@contextmanager
-def server(bundle: Path, n_workers: int) -> Iterator[Measured]:
-    command = [sys.executable, "-m", "service", "--bundle", str(bundle), "--port", "0", "--lanes", "1"]
-    command += ["--http-workers", str(n_workers), "--log-level", "error", "--access-log", "off"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            yield Measured(n_workers, process.pid, found(r"(http://\S+)", line))
-        finally:
-            process.terminate()
-
-
 def load_script(folder: Path, size_px: int) -> Path:
     """What wrk sends: one picture as PNG, of the network's own size."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8).repeat(4, 0).repeat(4, 1)
@@ -178,7 +151,11 @@ def main(
         folder = Path(name)
         write_null_bundle(folder / "null", size_px)
         script = load_script(folder, size_px)
-        servers = [stack.enter_context(server(folder / "null", n)) for n in (0, *map(int, workers.split(",")))]
+        options = ["--bundle", str(folder / "null"), "--lanes", "1", "--log-level", "error", "--http-workers"]
+        servers = []
+        for n_workers in (0, *map(int, workers.split(","))):
+            url, pid = stack.enter_context(served([*options, str(n_workers)]))
+            servers.append(Measured(n_workers, pid, url))
         for measured in servers:
             measured.run(script, connections, 1)
         for _ in range(rounds):

@@ -1,11 +1,8 @@
 """How much a server still answers when more is asked than it can do: `python -m benchmarks.overload --help`."""
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,12 +18,11 @@ from benchmarks.load.arrivals import poisson
 from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
 from benchmarks.load.result import Result
+from benchmarks.processes import REPOSITORY, cpu_with_children_s, served
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLES = REPOSITORY / "service" / "web" / "samples"
 TIMES = (0.9, 1.0, 1.5, 2.0, 3.0)  # of what the server can do
 N_IN_FLIGHT = 64  # of the closed loop that finds what the server can do
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -61,37 +57,10 @@ def run_of(times: float, result: Result, server_cpu_s: float) -> Run:
     )
 
 
-@contextlib.contextmanager
-def serving(arguments: Sequence[str], cores: set[int]) -> Iterator[tuple[str, int]]:
-    """A server on some cores; yields its address and process id."""
-    command = [sys.executable, "-m", "service", "--port", "0", "--access-log", "off", *arguments]
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # a new process has those of the one that starts it
-    try:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    finally:
-        os.sched_setaffinity(0, before)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if "http://" not in line:
-            sys.exit("error: the server did not start; what it says stands above")
-        yield next(word for word in line.split() if word.startswith("http://")), process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time that a process has taken."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-
-
 def measure(url: str, pid: int, requests: list[bytes], times: float, rate: float, seconds: float, seed: int) -> Run:
-    before_s = cpu_s(pid)
+    before_s = cpu_with_children_s(pid)
     result = uvloop.run(open_loop(url, requests, poisson(rate, seconds, seed), max_connections=4096))
-    return run_of(times, result, cpu_s(pid) - before_s)
+    return run_of(times, result, cpu_with_children_s(pid) - before_s)
 
 
 def show(runs: Sequence[Run], capacity: float, console: Console) -> dict[str, Any]:
@@ -145,7 +114,7 @@ def main(
         raise typer.BadParameter(f"{images} holds no PNG", param_hint="--images")
     arguments = ["--bundle", str(bundle), "--budget-fraction", str(budget)]
     arguments += ["--http-workers", str(http_workers)]
-    with serving(arguments, theirs) as (address, pid):
+    with served(arguments, theirs) as (address, pid):
         os.sched_setaffinity(0, ours)
         url = address + "/classify"
         requests = [http_request(url, body, "image/png") for body in bodies]

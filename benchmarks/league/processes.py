@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-REPOSITORY = Path(__file__).resolve().parents[2]
+from benchmarks.processes import REPOSITORY, cpu_s, stat
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Tree:
         parents: dict[int, int] = {}
         found = set()
         for path in Path("/proc").iterdir():
-            if path.name.isdecimal() and (fields := _stat(int(path.name))) is not None:
+            if path.name.isdecimal() and (fields := stat(int(path.name))) is not None:
                 parents[int(path.name)] = int(fields[1])
                 if int(fields[3]) == self.process.pid:
                     found.add(int(path.name))
@@ -92,20 +91,6 @@ class Tree:
         deadline_s = monotonic() + 5
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and monotonic() < deadline_s:
             sleep(0.02)
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time of one process and of its children that have ended; 0 where there is none."""
-    fields = _stat(pid)
-    return 0.0 if fields is None else sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
-
-
-def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the name: state, parent, group, session, ..., user, system and children's."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
 
 
 def _signal(pid: int, number: int) -> None:
