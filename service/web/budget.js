@@ -1,14 +1,14 @@
 // The budget: read, shown as a point on the frontier, and set, where the server lets this browser.
 
-import { badge, byId, element, tint } from "./element.js";
+import { badge, byId, element, problem, tint } from "./element.js";
 import { Curve } from "./curve.js";
 import { readAccess, setBudget } from "./server.js";
 import { aboutLatency, count, millions, needs, percent } from "./words.js";
 
 export class BudgetPanel {
-  // changed(state) is called with every new GET /budget document, failed(error) where setting it failed.
-  constructor(model, frontier, { changed, failed }) {
-    Object.assign(this, { frontier, changed, failed, editable: false, token: "", changes: 0, live: { answers: 0, shares: null } });
+  // changed(state) is called with every new GET /budget document.
+  constructor(model, frontier, { changed }) {
+    Object.assign(this, { frontier, changed, editable: false, token: "", changes: 0, live: { answers: 0, shares: null } });
     this.full = model.exits.at(-1).executed_mflops;
     this.slider = byId("budget");
     this.slider.min = String((model.exits[0].executed_mflops / this.full) * 100);
@@ -47,9 +47,10 @@ export class BudgetPanel {
     this.changed(state);
   }
 
-  // What leaves where, live: {answers, shares by exit or null}.
+  // What leaves where, live: {answers, shares by exit or null}; null where that cannot be known.
   setLive(live) {
-    this.live = live;
+    this.live = live ?? { answers: 0, shares: null, hidden: true };
+    ({ live } = this);
     this.rows.forEach((row, i) => {
       row.live.style.width = width(live.shares?.[i]);
       const expected = percent(this.expected?.exit_shares[i] ?? 0);
@@ -57,7 +58,8 @@ export class BudgetPanel {
     });
     byId("shares-note").textContent = live.answers
       ? `Expected: on held-out images like those it was trained on. Live: the last ${count(live.answers, "answer")}, anyone's.`
-      : "Expected: on held-out images like those it was trained on. Live: nothing yet, send some pictures.";
+      : "Expected: on held-out images like those it was trained on. " +
+        (live.hidden ? "Live: unknown, /metrics cannot be read from here." : "Live: nothing yet, send some pictures.");
   }
 
   async readAccess() {
@@ -82,8 +84,13 @@ export class BudgetPanel {
       if (await this.readAccess()) this.slider.focus();
       else byId("token-note").textContent = "That is not this server's token.";
     } catch (error) {
-      this.failed(error);
+      byId("token-note").textContent = `${error.title}. ${error.message}`;
     }
+  }
+
+  // What went wrong with the last wish, where the hand is; the next one that goes well clears it.
+  #tell(error) {
+    byId("budget-problem").replaceChildren(...(error ? [problem(error)] : []));
   }
 
   // Arrow keys go in whole percents: "any" as step keeps the pointer smooth but makes them jump.
@@ -118,11 +125,12 @@ export class BudgetPanel {
         if (this.wanted === asked) this.wanted = undefined;
         this.state = state;
         this.changes++;
+        this.#tell(null);
       }
     } catch (error) {
       this.wanted = undefined;
       if (error.kind === "token-required" || error.kind === "not-local") await this.readAccess().catch(() => {});
-      this.failed(error);
+      this.#tell(error);
     } finally {
       this.sending = false;
       this.setState(this.state);

@@ -95,7 +95,10 @@ export class Curve {
     this.point.style.left = x(this.expectedFraction);
     this.point.style.top = `${plot.valToPos(this.accuracy * 100, "y")}px`;
     this.spent.hidden = this.spentFraction == null;
-    if (!this.spent.hidden) this.spent.style.left = x(Math.min(1, this.spentFraction));
+    if (!this.spent.hidden) {
+      this.spent.style.left = x(Math.min(1, this.spentFraction));
+      this.spent.classList.toggle("far", this.spentFraction > 0.9); // its name would leave the chart
+    }
     // The slider below has the chart's own axis.
     const slider = byId("slider").style;
     slider.setProperty("--from", `${plot.over.offsetLeft}px`);

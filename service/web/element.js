@@ -19,6 +19,10 @@ export const tint = (exit, exits) => (exits > 1 ? (exit - 1) / (exits - 1) : 0).
 export const badge = (exit, exits) =>
   element("span", { class: "badge tinted", "--t": tint(exit, exits) }, String(exit));
 
+// An error as a person reads it.
+export const problem = ({ title = "This page failed", message }) =>
+  element("p", { class: "problem" }, element("b", {}, title), ". ", message);
+
 // Says something in a live region, once: the same again would be read out again.
 export function say(place, ...parts) {
   const text = parts.map((part) => part.textContent ?? part).join("");

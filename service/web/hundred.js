@@ -1,6 +1,6 @@
 // A hundred pictures, each laid down at the exit it left at; or a stream of them, of which the last hundred are shown.
 
-import { badge, byId, element, pause, tint } from "./element.js";
+import { badge, byId, element, pause, problem, tint } from "./element.js";
 import { SAMPLES, sampleBlob } from "./samples.js";
 import { classify } from "./server.js";
 import { toBlob, vary } from "./variation.js";
@@ -12,9 +12,9 @@ const BUSY_TRIES = 5;
 const STREAM_PAUSE_MS = 60; // about fifty a second: enough to see, and others may use the server too
 
 export class Hundred {
-  // sent() is called when pictures have been answered, failed(error) where one was not.
-  constructor(model, { sent, failed }) {
-    Object.assign(this, { sent, failed, known: new Set(model.class_names), answers: [], budget: null });
+  // sent() is called when pictures have been answered.
+  constructor(model, sent) {
+    Object.assign(this, { sent, known: new Set(model.class_names), answers: [], budget: null });
     this.costs = model.exits.map((exit) => exit.executed_mflops);
     this.rows = this.costs.map((_, i) => this.#row(i + 1));
     byId("tiles").replaceChildren(...this.rows.map((row) => row.element));
@@ -64,18 +64,19 @@ export class Hundred {
         if (endless) await pause(STREAM_PAUSE_MS * (0.5 + Math.random()), signal);
       }
     };
+    let failed;
     try {
       this.pictures ??= await Promise.all(SAMPLES.map(async (name) => createImageBitmap(await sampleBlob(name))));
       await Promise.all(Array.from({ length: WORKERS }, work));
     } catch (error) {
       const stopped = signal.aborted;
       this.stop.abort();
-      if (!stopped) this.failed(error);
+      if (!stopped) failed = error;
     }
     this.stop = null;
     this.#busy(false);
     await this.sent();
-    byId("hundred-result").replaceChildren(...this.#summary());
+    byId("hundred-result").replaceChildren(...(failed ? [problem(failed)] : []), ...this.#summary());
   }
 
   // The buttons stay enabled, or a keyboard would lose its place: one waits, the other stops what runs.

@@ -74,12 +74,18 @@ export class Journey {
     row.numbers.textContent = value === null ? needed : `${score(value)}, ${needed}`;
   }
 
-  // Classifies a picture and shows each exit as it comes; a picture that is still on its way makes room.
-  async run(blob, truth = null) {
+  // Makes room for another picture: one that is still on its way is given up.
+  expect() {
     this.running?.abort();
-    const { signal } = (this.running = new AbortController());
+    this.running = null;
     this.#clear();
     byId("answer").replaceChildren(element("p", { class: "hint" }, "On its way …"));
+  }
+
+  // Classifies a picture and shows each exit as it comes.
+  async run(blob, truth = null) {
+    this.expect();
+    const { signal } = (this.running = new AbortController());
     try {
       let told = 0;
       for await (const line of classifyStream(blob, signal)) {

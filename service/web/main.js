@@ -1,14 +1,14 @@
 // Starts the page: reads what the server serves, then keeps watching it.
 
 import { BudgetPanel } from "./budget.js";
-import { byId, calm, element, pause, say } from "./element.js";
+import { byId, calm, element, pause, problem, say } from "./element.js";
 import { Hundred } from "./hundred.js";
 import { Journey } from "./journey.js";
-import { showAsSeen, watchPictures } from "./picture.js";
+import { copyOf, mayBeCopied, showAsSeen, watchPictures, whyNot } from "./picture.js";
 import { SAMPLES, sampleBlob, sampleUrl } from "./samples.js";
-import { readJson, readText } from "./server.js";
+import { passes, readJson, readText } from "./server.js";
 import { Traffic } from "./traffic.js";
-import { className } from "./words.js";
+import { className, count } from "./words.js";
 
 const WATCH_MS = 2000;
 const STREAM_WATCH_MS = 600; // while this page itself sends
@@ -28,7 +28,7 @@ function showState(text, ready = false) {
   byId("state").dataset.state = ready ? "ready" : "";
 }
 
-const trouble = (error) => (error.kind === "unreachable" ? "no connection" : "not ready");
+const trouble = (error) => (["unreachable", "silent"].includes(error.kind) ? "no connection" : "not ready");
 
 // Tries until the server answers; it may still be warming up.
 async function insist(read) {
@@ -36,7 +36,7 @@ async function insist(read) {
     try {
       return await read();
     } catch (error) {
-      if (error.kind !== "not-ready" && error.kind !== "unreachable") throw error;
+      if (!passes(error)) throw error;
       showState(trouble(error));
       showProblem(error);
       await pause(WATCH_MS);
@@ -45,9 +45,9 @@ async function insist(read) {
 }
 
 function describe(model) {
-  byId("n-exits").textContent = `${model.exits.length} exits`;
+  byId("n-exits").textContent = count(model.exits.length, "exit");
   byId("model-note").textContent =
-    `The network is ${model.name}, version ${model.version}: ${model.exits.length} exits, ` +
+    `The network is ${model.name}, version ${model.version}: ${count(model.exits.length, "exit")}, ` +
     `${model.class_names.length} classes, pictures of ${model.input.width_px} × ${model.input.height_px} pixels.`;
   const strangers = SAMPLES.filter((name) => !model.class_names.includes(name));
   byId("classes-note").replaceChildren(
@@ -90,17 +90,27 @@ async function start() {
       if (average !== state.average_mflops) traffic.restart();
       average = state.average_mflops;
     },
-    failed: showProblem,
   });
-  const hundred = new Hundred(model, { sent: look, failed: showProblem });
+  const hundred = new Hundred(model, look);
+  let served; // as the metrics told it first
+
+  // Who serves others may keep the metrics to themselves: then there are no live shares.
+  const readMetrics = () =>
+    readText("metrics").catch((error) => {
+      if (passes(error)) throw error;
+      return null;
+    });
 
   async function look() {
     try {
       const { changes } = budget;
-      const [state, metrics] = await Promise.all([readJson("budget"), readText("metrics")]);
+      const [state, metrics] = await Promise.all([readJson("budget"), readMetrics()]);
+      if (look.ended) return;
+      const serves = /^exitserve_model_info\{.*$/m.exec(metrics ?? "")?.[0];
+      if (serves && serves !== (served ??= serves)) return replaced();
       if (changes === budget.changes) budget.setState(state);
-      traffic.read(metrics);
-      budget.setLive(traffic.live);
+      if (metrics !== null) traffic.read(metrics);
+      budget.setLive(metrics === null ? null : traffic.live);
       showState(`${model.name} is ready`, true);
       if (look.failed) clearProblem();
       look.failed = false;
@@ -111,33 +121,67 @@ async function start() {
     }
   }
 
-  async function send(blob, truth, name) {
-    const size = await showAsSeen(blob, model.input);
+  // Exits, costs and the curve are of the network before: this page has to be loaded anew.
+  function replaced() {
+    look.ended = true;
+    showState("another network");
+    showProblem({
+      title: "The server serves another network now",
+      message: `What you see is still of ${model.name}, version ${model.version}. `,
+    });
+    byId("banner").append(element("a", { href: "" }, "Load the page anew"));
+  }
+
+  function show(picture, name) {
     const { width_px: width, height_px: height } = model.input;
-    document.querySelector(".answer").scrollIntoView({ block: "nearest", behavior: calm() ? "auto" : "smooth" });
-    byId("seen").setAttribute("aria-label", size ? `${name}, as the network sees it` : "no preview");
-    byId("seen-note").textContent = size
+    showAsSeen(picture, model.input);
+    byId("seen").setAttribute("aria-label", picture ? `${name}, as the network sees it` : "no preview");
+    byId("seen-note").textContent = picture
       ? `what the network sees: ${width} × ${height} pixels`
       : "this browser shows no preview";
+  }
+
+  // What the server does not take as it is, this browser may have read: then the server gets a copy.
+  async function classify(file, picture, truth) {
     try {
-      await journey.run(blob, truth);
-      await look();
+      await journey.run(file, truth);
     } catch (error) {
-      byId("answer").replaceChildren(
-        element("p", { class: "problem" }, element("b", {}, error.title ?? "This page failed"), ". ", error.message),
-      );
+      if (!picture || !mayBeCopied(error, file)) throw error;
+      const { blob, size } = await copyOf(picture, model.input);
+      byId("seen-note").append(`. Sent: a still JPEG of ${size} made by this page, as the file ${whyNot(error)}.`);
+      await journey.run(blob, truth);
     }
   }
 
-  const press = offerSamples(async (name) => {
+  let newest = 0; // a large picture takes a while to read: meanwhile another may be chosen
+
+  async function send(read, truth, name) {
+    const mine = ++newest;
+    journey.expect();
+    document.querySelector(".answer").scrollIntoView({ block: "nearest", behavior: calm() ? "auto" : "smooth" });
+    let picture = null;
+    try {
+      const file = await read();
+      picture = await createImageBitmap(file).catch(() => null);
+      if (mine !== newest) return;
+      show(picture, name);
+      await classify(file, picture, truth);
+      await look();
+    } catch (error) {
+      if (mine === newest) byId("answer").replaceChildren(problem(error));
+    } finally {
+      picture?.close();
+    }
+  }
+
+  const press = offerSamples((name) => {
     press(name);
-    const truth = model.class_names.includes(name) ? name : null;
-    await send(await sampleBlob(name), truth, className(name));
+    send(() => sampleBlob(name), model.class_names.includes(name) ? name : null, className(name));
   });
   watchPictures(
     (file) => {
       press(null);
-      send(file, null, file.name || "your picture");
+      send(() => file, null, file.name || "your picture");
     },
     (why) => byId("answer").replaceChildren(element("p", { class: "problem" }, why)),
   );
@@ -145,7 +189,7 @@ async function start() {
   await insist(() => budget.readAccess());
   await look();
   if (!look.failed) clearProblem();
-  for (;;) {
+  while (!look.ended) {
     await pause(hundred.stop ? STREAM_WATCH_MS : WATCH_MS);
     if (!document.hidden) await look();
   }

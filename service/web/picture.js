@@ -32,25 +32,49 @@ export function watchPictures(take, refuse) {
   });
 }
 
-// Draws a picture as the server cuts it: around its centre, to the network's size. Returns its own size, or null
-// where this browser cannot read it (the server may all the same, or will say why not).
-export async function showAsSeen(blob, { width_px: width, height_px: height }) {
+// Draws a picture as the server cuts it: around its centre, to the network's size; nothing where there is none.
+export function showAsSeen(picture, { width_px: width, height_px: height }) {
   const canvas = byId("seen");
   Object.assign(canvas, { width, height });
+  if (!picture) return;
   const context = canvas.getContext("2d");
-  let picture;
-  try {
-    picture = await createImageBitmap(blob);
-  } catch {
-    return null;
-  }
   const scale = Math.min(picture.width / width, picture.height / height);
   const [w, h] = [width * scale, height * scale];
   context.imageSmoothingQuality = "high";
   context.fillStyle = "#fff";
   context.fillRect(0, 0, width, height);
   context.drawImage(picture, (picture.width - w) / 2, (picture.height - h) / 2, w, h, 0, 0, width, height);
-  const size = { width: picture.width, height: picture.height };
-  picture.close();
-  return size;
+}
+
+// A browser reads more than the server takes: larger pictures, other formats, the first frame of a moving one.
+const REFUSED = {
+  "not-an-image": "is of a kind that the server does not read",
+  "animated-image": "is animated",
+  "image-too-large": "has more pixels than the server takes",
+  "body-too-large": "is larger than the server takes",
+};
+const SLOW_BYTES = 1 << 20; // a copy of less is hardly smaller
+
+export const whyNot = ({ kind }) => REFUSED[kind] ?? "takes too long to send";
+export const mayBeCopied = ({ kind }, file) =>
+  kind in REFUSED || (["body-too-slow", "silent"].includes(kind) && file.size > SLOW_BYTES);
+
+const COPY_PX = 512; // of its shorter side, and no less than twice what the network sees
+const LONGEST_PX = 4096;
+
+// A still, smaller JPEG of what this browser reads.
+export async function copyOf(picture, seen) {
+  const [short, long] = [picture.width, picture.height].sort((a, b) => a - b);
+  const enough = Math.max(COPY_PX, 2 * seen.width_px, 2 * seen.height_px);
+  const scale = Math.min(1, enough / short, LONGEST_PX / long);
+  const canvas = document.createElement("canvas");
+  const scaled = (side) => Math.max(1, Math.round(side * scale));
+  const sides = { width: scaled(picture.width), height: scaled(picture.height) };
+  const context = Object.assign(canvas, sides).getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.fillStyle = "#fff"; // what is transparent is white to the network, too
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+  return { blob, size: `${canvas.width} × ${canvas.height}` };
 }

@@ -8,31 +8,58 @@ export class ServerProblem extends Error {
   }
 }
 
-const unreachable = () =>
-  new ServerProblem({
-    type: "unreachable",
-    title: "The server does not answer",
-    detail: "It may have been stopped, or the network is down. This page goes on by itself once it is back.",
-  });
+const ASK_MS = 10_000; // a server that hangs takes connections and says nothing
+const SEND_MS = 15_000; // less than the server gives a body: browsers send again and again what was answered 408
+
+const unreachable = (detail, type = "unreachable") =>
+  new ServerProblem({ type, title: "The server does not answer", detail });
+
+// What fetch throws is no more than a name.
+function told(error) {
+  if (error.name === "TimeoutError")
+    return unreachable("It has said nothing for a while: it hangs, or the network is slow.", "silent");
+  if (error instanceof TypeError)
+    return unreachable("It may have been stopped, or the network is down. This page goes on by itself once it is back.");
+  return error;
+}
+
+// A limit, and a way to lift it.
+function limit(ms, signal) {
+  const late = new AbortController();
+  const timer = setTimeout(() => late.abort(new DOMException("too late", "TimeoutError")), ms);
+  return { signal: AbortSignal.any([late.signal, ...(signal ? [signal] : [])]), lift: () => clearTimeout(timer) };
+}
 
 async function send(path, options) {
-  let response;
-  try {
-    response = await fetch(path, { cache: "no-store", ...options });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw unreachable();
-  }
+  const response = await fetch(path, { cache: "no-store", ...options });
   if (response.ok) return response;
-  const told = await response.json().catch(() => ({}));
+  const problem = await response.json().catch(() => ({}));
+  const title = `The server answered ${response.status}`;
+  const detail = "It gave no reason: the answer may be of a proxy in front of it.";
   throw new ServerProblem(
-    { title: `The server answered ${response.status}`, status: response.status, ...told },
+    { title, detail, ...problem, status: response.status },
     Number(response.headers.get("Retry-After")) || 0,
   );
 }
 
-export const readJson = async (path, options) => (await send(path, options)).json();
-export const readText = async (path, options) => (await send(path, options)).text();
+// Sends a request and reads its answer; `signal` gives it up.
+async function call(path, options, read, ms = ASK_MS) {
+  const { signal, lift } = limit(ms, options?.signal);
+  try {
+    return await read(await send(path, { ...options, signal }));
+  } catch (error) {
+    throw told(error);
+  } finally {
+    lift();
+  }
+}
+
+export const readJson = (path, options, ms) => call(path, options, (response) => response.json(), ms);
+export const readText = (path) => call(path, {}, (response) => response.text());
+export const readFile = (path) => call(path, { cache: "default" }, (response) => response.blob());
+
+// Whether asking again later may help by itself.
+export const passes = ({ kind, status }) => ["unreachable", "silent"].includes(kind) || [429, 502, 503, 504].includes(status);
 
 const TYPES = new Set(["image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif"]);
 
@@ -44,29 +71,35 @@ const imageRequest = (body, signal) => ({
   headers: { "Content-Type": TYPES.has(body.type) ? body.type : "application/octet-stream" },
 });
 
-export const classify = (body, signal) => readJson("classify?top_k=1", imageRequest(body, signal));
+export const classify = (body, signal) => readJson("classify?top_k=1", imageRequest(body, signal), SEND_MS);
 
 // One object per exit that the image passes, the whole answer last ("final": true).
 export async function* classifyStream(body, signal) {
-  const response = await send("classify/stream?top_k=3", imageRequest(body, signal));
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const first = limit(SEND_MS, signal); // what follows may take as long as it is shown
   let text = "";
   let final = false;
-  for (;;) {
-    const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : unreachable();
-    });
-    if (done) break;
-    const lines = (text + value).split("\n");
-    text = lines.pop();
-    for (const line of lines.filter(Boolean)) {
-      const told = JSON.parse(line);
-      if (told.status >= 400) throw new ServerProblem(told);
-      final ||= told.final;
-      yield told;
+  try {
+    const response = await send("classify/stream?top_k=1", imageRequest(body, first.signal));
+    first.lift();
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      const lines = (text + value).split("\n");
+      text = lines.pop();
+      for (const line of lines.filter(Boolean)) {
+        const said = JSON.parse(line);
+        if (said.status >= 400) throw new ServerProblem(said);
+        final ||= said.final;
+        yield said;
+      }
     }
+  } catch (error) {
+    throw told(error);
+  } finally {
+    first.lift();
   }
-  if (!final) throw unreachable();
+  if (!final) throw unreachable("Its answer broke off. It may have been stopped: send the picture again.");
 }
 
 // The whole of it: a latency target that is not sent again would end.

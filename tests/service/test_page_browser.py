@@ -1,6 +1,5 @@
 """The page as people meet it: a real chromium on a real server with the network that ships."""
 
-import base64
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +12,11 @@ from selenium.webdriver.common.keys import Keys
 
 from service.api.page import WEB
 from tests.service.browser import INTERACTIVE, Browser, chromium
-from tests.service.process import REPOSITORY, ServerProcess, running_server
+from tests.service.pages import ZOO_BUNDLE, choose_sample, give, open_page, sample_names, wait_for_answer
+from tests.service.process import ServerProcess, running_server
 
-ZOO_BUNDLE = REPOSITORY / "models" / "zoo" / "cifar100-msdnet"
 N_EXITS = 6
 TOKEN = "token-of-the-test"
-DROP = """
-const data = new DataTransfer();
-data.items.add(new File([Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0))], arguments[1]));
-const event = arguments[2] === "paste"
-  ? new ClipboardEvent("paste", { clipboardData: data, bubbles: true })
-  : new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
-document.body.dispatchEvent(event);
-"""
-
 WIDEST = "return Math.max(...[...document.querySelectorAll('main *')].map((e) => e.getBoundingClientRect().right))"
 
 
@@ -51,24 +41,6 @@ def page(browser: Browser, server: ServerProcess) -> Iterator[Browser]:
     yield browser
     assert browser.messages() == []
     assert browser.requests() <= {f"127.0.0.1:{server.port}", ""}
-
-
-def open_page(browser: Browser, server: ServerProcess, width_px: int = 1280, **media: str) -> None:
-    browser.open(server.url + "/", width_px, **media)
-    browser.until(lambda: "is ready" in browser.text("#state"), "the page starts")
-
-
-def choose_sample(page: Browser, name: str) -> None:
-    page.find(f"#samples li:nth-child({sample_names(page).index(name) + 1}) button").click()
-    wait_for_answer(page)
-
-
-def sample_names(page: Browser) -> list[str]:
-    return [button.text for button in page.all("#samples button")]
-
-
-def wait_for_answer(page: Browser) -> None:
-    page.until(lambda: "Left at exit" in page.text("#answer"), "an answer comes")
 
 
 def set_fraction(server: ServerProcess, fraction: float) -> None:
@@ -119,13 +91,6 @@ def test_a_picture_of_ones_own(page: Browser, tmp_path: Path, way: str) -> None:
     )
     assert len(set(pixels)) > 50, "the preview is empty"
     assert not page.all("#samples [aria-pressed=true]")
-
-
-def give(page: Browser, way: str, file: Path) -> None:
-    if way == "pick":
-        page.find("#file").send_keys(str(file))
-    else:
-        page.script(DROP, base64.b64encode(file.read_bytes()).decode(), file.name, way)
 
 
 def test_a_bad_file_is_told_in_the_servers_words(browser: Browser, server: ServerProcess, tmp_path: Path) -> None:

@@ -1,0 +1,187 @@
+"""The page where things go wrong: a server that stops, hangs or is replaced, odd networks, refused pictures."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from selenium.webdriver.common.keys import Keys
+
+from benchmarks import null_bundle
+from service.api.page import WEB
+from tests.bundles import read_manifest, seal
+from tests.service.browser import Browser, chromium
+from tests.service.pages import ZOO_BUNDLE, choose_sample, give, open_page, sample_names, wait_for_answer
+from tests.service.process import ServerProcess, running_server
+
+MAX_PIXELS = 1_000_000
+WIDEST = "return Math.max(...[...document.querySelectorAll('body *')].map((e) => e.getBoundingClientRect().right))"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("page") / "server.log"
+    limit = ("--max-pixels", str(MAX_PIXELS))
+    with running_server(ZOO_BUNDLE, log, "--budget-fraction", "0.4", "--lanes", "1", *limit) as server:
+        yield server
+        assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, server: ServerProcess) -> Browser:
+    open_page(browser, server)
+    return browser
+
+
+def sample(name: str = "orange", size: tuple[int, int] = (320, 320)) -> Image.Image:
+    with Image.open(WEB / "samples" / f"{name}.png") as picture:
+        return picture.convert("RGB").resize(size)
+
+
+def two_class_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a network that knows two classes, whose names are long and have no place to break."""
+    monkeypatch.setattr(null_bundle, "CLASSES", 2)
+    null_bundle.write_null_bundle(folder)
+    manifest = read_manifest(folder)
+    manifest["name"] = "named-after-its-whole-configuration-" * 3 + "v17"
+    manifest["class_names"] = ["Donaudampfschifffahrtsgesellschaft" * 3 + end for end in ("A", "B")]
+    seal(folder, manifest)
+    return folder
+
+
+def test_the_picture_chosen_last_is_the_one_that_is_shown(page: Browser, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    sample("snail", (4000, 3000)).save(photo)  # takes a while to read
+    page.script(
+        "window.read = 0; const read = createImageBitmap;"
+        "window.createImageBitmap = (...given) => read(...given).finally(() => window.read++)"
+    )
+    give(page, "pick", photo)
+    page.script("document.querySelector('#samples li:last-child button').click()")
+    page.until(lambda: page.script("return window.read") == 2, "both are read")
+    wait_for_answer(page)
+    last = sample_names(page)[-1]
+    assert page.find("#samples [aria-pressed=true]").text == last
+    assert page.find("#seen").get_dom_attribute("aria-label") == f"{last}, as the network sees it"
+    assert f"it shows: {last}" in page.text("#answer") or "right" in page.text("#answer")
+
+
+@pytest.mark.parametrize("kind", ["animated", "many pixels", "unknown format"])
+def test_what_the_server_refuses_but_the_browser_reads_is_sent_as_a_copy(
+    page: Browser, tmp_path: Path, kind: str
+) -> None:
+    if kind == "animated":
+        sample().save(file := tmp_path / "a.gif", save_all=True, append_images=[sample("lion")])
+    elif kind == "many pixels":
+        sample(size=(1600, 1200)).save(file := tmp_path / "a.jpg")
+    else:
+        sample().save(file := tmp_path / "a.avif")
+    give(page, "pick", file)
+    wait_for_answer(page)
+    assert page.text("#answer").startswith("orange")
+    assert "made by this page, as the file" in page.text("#seen-note")
+    [refused] = page.messages()  # the console tells of the first try, and of nothing else
+    assert "status of 4" in refused
+    choose_sample(page, "fox")
+    assert "made by this page" not in page.text("#seen-note")
+
+
+def test_a_picture_that_takes_too_long_to_send_is_sent_smaller(page: Browser, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    sample(size=(900, 900)).save(photo)
+    photo.write_bytes(photo.read_bytes() + bytes(6_000_000))  # what follows its end no reader minds
+    line = {"offline": False, "latency": 50, "downloadThroughput": 1e6, "uploadThroughput": 1e5}
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", line)
+    try:
+        give(page, "pick", photo)
+        wait_for_answer(page)
+    finally:
+        page.driver.execute_cdp_cmd(
+            "Network.emulateNetworkConditions", line | {"uploadThroughput": -1, "downloadThroughput": -1, "latency": 0}
+        )
+    assert page.text("#answer").startswith("orange")
+    assert "takes too long to send" in page.text("#seen-note")
+
+
+def test_without_the_metrics_all_but_the_live_shares_works(browser: Browser, server: ServerProcess) -> None:
+    """As behind a proxy that keeps /metrics inside, which docs/operations.md advises."""
+    refuse = (
+        "const real = fetch; window.fetch = (path, options) => "
+        "path === 'metrics' ? Promise.resolve(new Response('', { status: 403 })) : real(path, options)"
+    )
+    script = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
+    try:
+        open_page(browser, server)
+        choose_sample(browser, "fox")
+        browser.until(lambda: "cannot be read from here" in browser.text("#shares-note"), "it says so")
+        assert not browser.find("#banner").is_displayed()
+        browser.find("#budget").send_keys(Keys.ARROW_RIGHT)
+        browser.until(lambda: browser.text("#budget-share") != "40 %", "the budget can be set")
+        assert browser.messages() == []
+    finally:
+        browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_a_network_of_two_classes_with_long_names(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = two_class_bundle(tmp_path / "bundle", monkeypatch)
+    with running_server(bundle, tmp_path / "log", "--lanes", "1") as server:
+        for width_px in (1280, 360):
+            open_page(browser, server, width_px)
+            browser.find("#samples li:first-child button").click()
+            wait_for_answer(browser)
+            browser.find("#hundred").click()
+            browser.until(lambda: "left early" in browser.text("#hundred-result"), "a hundred are answered")
+            assert browser.script(WIDEST) <= width_px
+            assert browser.script("return document.documentElement.scrollWidth") == width_px
+        assert browser.messages() == []
+
+
+def test_a_server_that_hangs_stops_and_is_replaced(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_server(ZOO_BUNDLE, tmp_path / "log", "--lanes", "1") as server:
+        port = ("--port", str(server.port))
+        open_page(browser, server)
+        server.process.send_signal(signal.SIGSTOP)
+        browser.until(lambda: browser.text("#state") == "no connection", "a server that says nothing is noticed")
+        server.process.send_signal(signal.SIGCONT)
+        browser.until(lambda: "is ready" in browser.text("#state"), "it goes on")
+        assert not browser.find("#banner").is_displayed()
+        server.stop()
+
+    browser.script("document.querySelector('#samples li:first-child button').click()")
+    browser.until(lambda: "does not answer" in browser.text("#answer"), "a picture that cannot be sent is told")
+    browser.script("document.querySelector('#hundred').click()")
+    browser.until(lambda: "does not answer" in browser.text("#hundred-result"), "neither can a hundred")
+    browser.find("#budget").send_keys(Keys.ARROW_LEFT)
+    browser.until(lambda: "does not answer" in browser.text("#budget-problem"), "a budget that is not set is told")
+    assert [text for text in browser.messages() if "Failed to load resource" not in text] == []
+
+    with running_server(ZOO_BUNDLE, tmp_path / "log", "--lanes", "1", *port):
+        browser.until(lambda: "is ready" in browser.text("#state"), "it finds the server again")
+        browser.find("#budget").send_keys(Keys.ARROW_LEFT)
+        browser.until(lambda: browser.text("#budget-share") == "99 %", "the budget is set")
+        browser.until(lambda: browser.text("#budget-problem") == "", "and what was wrong is gone")
+    with running_server(two_class_bundle(tmp_path / "bundle", monkeypatch), tmp_path / "log", *port):
+        browser.until(lambda: browser.text("#state") == "another network", "it notices another network")
+        assert "Load the page anew" in browser.text("#banner")
+        browser.find("#banner a").click()
+        browser.until(lambda: "named-after" in browser.text("#state"), "and shows it when loaded anew")
+        assert len(browser.all("#exits tr")) == 2
+
+
+def test_numbers_are_written_as_people_write_them(page: Browser) -> None:
+    told = page.driver.execute_async_script(
+        "import('/web/words.js').then(({ score, millions }) => arguments[0]("
+        "[score(-0.001), score(-0.01), millions(0.0012), millions(12345.6)]))"
+    )
+    assert told == ["0.00", "-0.01", "0.0012 M", "12,346 M"]
