@@ -19,7 +19,8 @@ class Admission:
         self.submitted = self.refused = self.in_flight = 0
         self.closed: EngineError | None = EngineDraining("the engine has not been started")
         self._draining = False
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._arrivals: list[Request] = []
         self._hungry = True  # lanes are free, so the engine's thread is to be woken for a single image
         self._in_haste = False  # one of the arrivals has wishes: its deadline may be near
@@ -75,7 +76,7 @@ class Admission:
         with self._lock:
             self.in_flight -= n_rows
             self.room_rows, self.row_s = room_rows, row_s
-            self._lock.notify_all()
+            self._changed.notify_all()
 
     def counts(self) -> tuple[int, int, int]:
         """Submitted, refused, in flight."""
@@ -102,4 +103,4 @@ class Admission:
         """Refuse from now on; True once nothing is in flight, False after `timeout_s`."""
         self.close(why)
         with self._lock:
-            return self._lock.wait_for(lambda: self.in_flight == 0, timeout_s)
+            return self._changed.wait_for(lambda: self.in_flight == 0, timeout_s)

@@ -32,7 +32,7 @@ class Lane(Protocol):
     def run(
         self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array]
     ) -> tuple[NDArray[np.float32], Heads | None]:
-        """Run a stage on the rows in `slots`, up to `bucket`; of the first stage `images` are the rows' own.
+        """Run a stage on the rows in `slots`, up to `bucket`; of the first stage `images` are the rows' own, [1, ...] each.
 
         Returns:
             their logits, float32 [rows, classes], and what else is told of them; the caller's own.
@@ -111,7 +111,7 @@ class SlotRunner(ABC, Generic[L]):
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         started = time.perf_counter()
         slots: Sequence[Slot] = self.slots.take(len(rows)) if stage == 0 else [row.slot for row in rows]
-        images = [row.block.values[IMAGES][row.index] for row in rows] if stage == 0 else []
+        images = [row.block.values[IMAGES] for row in rows] if stage == 0 else []
         bucket = next(size for size in self.buckets if size >= len(rows))
         lane = self._idle.get()
         try:

@@ -73,7 +73,7 @@ class OnnxLane:
             )
         self._programs[stage, bucket] = self._bind(stage, bucket)
         # With graphs, ONNX Runtime runs it twice as it is, captures it, and replays it from then on.
-        self._run(stage, bucket, [SCRATCH], [self._images[bucket][0][0]] if stage == 0 else [])
+        self._run(stage, bucket, [SCRATCH], [self._images[bucket][0][:1]] if stage == 0 else [])
         self._stage_logits(stage, bucket)
 
     def _run(
@@ -85,7 +85,7 @@ class OnnxLane:
         there.update_inplace(host)
         if images:
             host, there = self._images[bucket]
-            np.stack(images, out=host[:n_rows])
+            np.concatenate(images, out=host[:n_rows])
             there.update_inplace(host)
         binding, options, logits = self._programs[stage, bucket]
         self.sessions[stage].run_with_iobinding(binding, options)  # comes back when the device is done

@@ -90,9 +90,9 @@ class Lane:
         """See `slotted.Lane`."""
         n_rows, of = len(slots), self._buckets[bucket]
         of.slots[:n_rows], of.slots[n_rows:] = slots, SCRATCH
-        own_size = all(image.shape == self._image_shape for image in images)
+        own_size = not self._canvas_px or all(image.shape[1:] == self._image_shape for image in images)
         if images and own_size:
-            np.stack(images, out=self._images.array[:n_rows])
+            np.concatenate(images, out=self._images.array[:n_rows])
         elif images:
             self._lay_out(images)
         with self.stream.use():
@@ -141,7 +141,7 @@ class Lane:
     def _lay_out(self, images: Sequence[Array]) -> None:
         """Pictures of any size into the corners of their canvases."""
         canvases, cuts = self._canvases.array, self._cuts.array
-        for i, image in enumerate(images):
+        for i, (image,) in enumerate(images):
             height, width = image.shape[:2]
             canvases[i, :height, :width] = image
             cuts[i] = cut(height, width, self._image_shape)

@@ -89,9 +89,10 @@ class TorchCudaRunner(SlotRunner[Lane]):
             ) from error
 
     def first_state(self, image: Array) -> RowState:
-        is_picture = image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
-        if is_picture and min(image.shape) > 0 and max(image.shape[:2]) <= self.canvas_px:
-            return RowState(Block({IMAGES: image[None]}, 1), 0)
+        if self.canvas_px and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
+            height_px, width_px, _ = image.shape
+            if 0 < height_px <= self.canvas_px and 0 < width_px <= self.canvas_px:
+                return RowState(Block({IMAGES: image[None]}, 1), 0)
         return super().first_state(image)
 
     @torch.inference_mode()
