@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from models.calibration import CALIBRATION, CALIBRATION_INT8, MAX_CALIBRATION_BYTES, Calibration
 from models.frontier import FAMILIES, Frontier, build_frontier
+from models.gates import GATE_FEATURES, GateScore
 from models.manifest import FORMAT_VERSION, FileInfo, Manifest
 from models.predictor import FEATURES, Predictor
 from models.scores import Score, plain_scores
@@ -84,6 +85,8 @@ class Bundle:
     def score(self) -> Score:
         """Return the exit score to serve with: the manifest's, ready to be called."""
         if self.manifest.predictor is not None:
+            if tuple(self.manifest.predictor.features) == GATE_FEATURES:
+                return GateScore(np.array(self.manifest.predictor.gain))
             return Predictor(np.array(self.manifest.predictor.gain), _array(self.manifest.predictor.loss))
         return plain_scores(len(self.manifest.exits))[self.manifest.score]
 
@@ -216,9 +219,13 @@ def _check_policy(folder: Path, manifest: Manifest) -> None:
         reason = f"unknown family of thresholds {manifest.family!r}; known: {', '.join(FAMILIES)}"
         raise BundleError(folder, MANIFEST, reason, "update ExitServe, or evaluate and export the bundle again")
     fitted = manifest.predictor
-    if fitted is not None and (tuple(fitted.features) != FEATURES or len(fitted.gain) != len(manifest.exits)):
+    known = (FEATURES, GATE_FEATURES)
+    if fitted is not None and (tuple(fitted.features) not in known or len(fitted.gain) != len(manifest.exits)):
         reason = f"its predictor is not one of {len(manifest.exits)} exits with the features {', '.join(FEATURES)}"
+        reason += f", or {', '.join(GATE_FEATURES)}"
         raise BundleError(folder, MANIFEST, reason, "update ExitServe, or evaluate and export the bundle again")
+    if fitted is not None and tuple(fitted.features) == GATE_FEATURES and fitted.loss is not None:
+        raise BundleError(folder, MANIFEST, "gates have no `loss`", "export the bundle again")
     if fitted is not None and manifest.score in plain_scores(1):
         reason = f"score {manifest.score!r} is not fitted, and yet there is a predictor"
         raise BundleError(folder, MANIFEST, reason, "evaluate and export the bundle again")

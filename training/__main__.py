@@ -146,14 +146,14 @@ def evaluate(run: RunArgument) -> None:
     from training.checkpoint import RunFolder
     from training.evaluation import cost_of
     from training.evaluation import evaluate as evaluate_outputs
+    from training.jei.record import GateRecord
     from training.plots import plot_run
     from training.tables import print_evaluation, write_tables
 
     folder = RunFolder(run)
     record = CalibrationRecord.load(folder)
-    evaluation = evaluate_outputs(
-        ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test), cost_of(folder, record)
-    )
+    outputs = ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test)
+    evaluation = evaluate_outputs(*outputs, cost_of(folder, record), GateRecord.load(folder))
     evaluation.save(folder, record)
     tables, plots = write_tables(folder, evaluation), plot_run(folder, evaluation, record)
     print_evaluation(evaluation, Console())

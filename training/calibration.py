@@ -1,7 +1,7 @@
 """What every exit says of images the network was not trained on: the raw material of thresholds and of evaluation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,6 +20,7 @@ from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder
 from training.data import DataError, ImageSet, Split
 from training.ensemble import Ensemble, fit_ensemble
+from training.jei.record import SCORE, GateRecord
 from training.objectives import boosting_of, network_of, served, trainable
 
 BATCH_ROWS = 250
@@ -34,7 +35,8 @@ class ExitOutputs:
     predictions: NDArray[np.int64]  # [M, N]
     correct: NDArray[np.bool_]  # [M, N]: the prediction is the label
     correct_top5: NDArray[np.bool_]  # [M, N]: the label is among the five largest logits
-    scores: dict[str, NDArray[np.float32]]  # by name in `models.scores.plain_scores`: [M, N], higher = surer
+    # By name: [M, N], higher = surer; all of `models.scores.plain_scores`, and `jei_gates` where a run has gates.
+    scores: dict[str, NDArray[np.float32]]
     features: NDArray[np.float32]  # [M, N, FEATURES], see `models.predictor`: what fitted scores are fitted on
 
     @property
@@ -42,6 +44,10 @@ class ExitOutputs:
         """The largest softmax output [M, N], 0 to 1."""
         confidence: NDArray[np.float64] = 1 / (1 + np.exp(-self.scores["max_softmax"].astype(np.float64)))
         return confidence
+
+    def scored(self, name: str, scores: NDArray[np.floating[Any]]) -> "ExitOutputs":
+        """The same with one score more."""
+        return replace(self, scores={**self.scores, name: scores.astype(np.float32)})
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {f"scores_{name}": values for name, values in self.scores.items()}
@@ -60,7 +66,8 @@ class ExitOutputs:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 stored = {name: arrays[name] for name in STORED}
-                names = plain_scores(stored["correct"].shape[1])
+                names = [*plain_scores(stored["correct"].shape[1])]
+                names += [SCORE] if f"scores_{SCORE}" in arrays else []
                 return cls(**stored, scores={name: arrays[f"scores_{name}"] for name in names})
         except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
             raise RunError(f"{path}: damaged or of another version ({error}); calibrate again") from error
@@ -127,27 +134,38 @@ def calibrate(
         half_weights: see `load_trained`.
         refit: fit the ensemble to the held-out images first, see `training.ensemble`; False leaves it as trained. The
             same images set the thresholds later: two numbers an exit, fitted to thousands, leave them no less honest.
+            A run with gates (`training.jei`) keeps the ensemble that they were fitted to.
 
     Raises:
         RunError, DataError: the run has no checkpoint, or `images` is not the set it was trained on.
     """
     made_by = folder.read_description()
-    split = _checked_split(folder, made_by["data"], images)
+    split = checked_split(folder, made_by["data"], images)
     network, progress = load_trained(folder, len(images.class_names), half_weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = boosting_of(network)
     network.boosting = Boosting([0.0] * len(trained.temperatures))  # so that the heads' own logits come out
     heads, labels = exit_logits(network, _part(images, split.held_out, device), folder.heldout.stem)
-    ensemble = fit_ensemble(heads, labels, trained.temperatures) if refit else None
+    gates = GateRecord.load(folder)
+    if gates is not None:
+        ensemble = gates.ensemble
+    else:
+        ensemble = fit_ensemble(heads, labels, trained.temperatures) if refit else None
     network.boosting = ensemble.build() if ensemble is not None else trained
-    outputs_of(network.boosting.eval()(heads), labels).save(folder.heldout)
-    run_exits(network, _part(images, None, device), folder.test.stem).save(folder.test)
+    logits = network.boosting.eval()(heads)
+    test_logits, test_labels = exit_logits(network, _part(images, None, device), folder.test.stem)
+    heldout, test = outputs_of(logits, labels), outputs_of(test_logits, test_labels)
+    if gates is not None:
+        heldout = heldout.scored(SCORE, gates.heldout_scores([x.numpy() for x in logits]))
+        test = test.scored(SCORE, score_exits(gates.score(), [x.numpy() for x in test_logits]))
+    heldout.save(folder.heldout)
+    test.save(folder.test)
     steps_per_epoch = folder.read_recipe().optimisation.steps_per_epoch(len(split.train))
     record = CalibrationRecord(
         step=progress.step,
         epochs=progress.step / steps_per_epoch,
         seconds=progress.seconds,
-        scores=list(ExitOutputs.load(folder.heldout).scores),
+        scores=list(heldout.scores),
         data_name=images.name,
         split_sha256=split.sha256,
         train_images=len(split.train),
@@ -231,7 +249,7 @@ def outputs_of(exit_logits: Sequence[Tensor], exit_labels: Tensor) -> ExitOutput
     return ExitOutputs(labels, predictions, predictions == labels[:, None], n_above < 5, scores, features)
 
 
-def _checked_split(folder: RunFolder, made_with: dict[str, object], images: ImageSet) -> Split:
+def checked_split(folder: RunFolder, made_with: dict[str, object], images: ImageSet) -> Split:
     """The stored split, if it is whole and belongs to these images: a wrong one would calibrate on trained images."""
     split = Split.load(folder.split, len(images.train_labels))
     if images.name != made_with["name"]:

@@ -144,6 +144,14 @@ def mean_leads(
     return {policy: Estimate.of(float(lead[0]), lead[1:]) for policy, lead in leads.items()}
 
 
+def lead_at(point: Behaviour, over: Behaviour, seed: int = 0) -> Estimate:
+    """The lead of one operating point [M, 1] over a policy at the very cost that the point was measured to have."""
+    weights = resamples(len(point.costs), seed)
+    spent, right = ((weights @ of).astype(np.float64)[:, 0] / len(of) for of in (point.costs, point.right))
+    leads = right - np.array([_at_costs(over, w[None], c[None])[0, 0] for w, c in zip(weights, spent, strict=True)])
+    return Estimate.of(float(leads[0]), leads[1:])
+
+
 def resamples(n_images: int, seed: int) -> NDArray[np.float32]:
     """Return how often each of M images is drawn, as shares [1 + N_RESAMPLES, M]; the first row is the images as is."""
     generator = np.random.default_rng(seed)

@@ -24,8 +24,18 @@ from training.bounds import BoundPoint, bound_curve, oracle_exits, random_curve,
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
 from training.comparison import Behaviour, Comparison, behaviour, compare
+from training.jei.record import SCORE, GateRecord
 from training.objectives import network_of
-from training.policies import PAPER, Policy, all_policies, choose, crossfit_rightness, fit_scores, source_of
+from training.policies import (
+    PAPER,
+    Policy,
+    all_policies,
+    choose,
+    choose_family,
+    crossfit_rightness,
+    fit_scores,
+    source_of,
+)
 from training.reliability import expected_calibration_error
 
 N_BUDGETS = 41  # evenly spaced from the cost of exit 1 to that of exit N
@@ -149,11 +159,14 @@ def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
     return measure_cost(network, record.image_size_px)
 
 
-def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Evaluation:
+def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost, gates: GateRecord | None = None) -> Evaluation:
     """Measure a network from what its exits said of held-out and test images, and choose how images leave.
 
     Score and family are chosen by cross-fitting on the held-out images alone, so that the test images measure it
     fairly.
+
+    Args:
+        gates: of a run that was gated: its images leave by them, whatever other scores are worth.
     """
     costs = _Costs(tuple(n / 1e6 for n in cost.executed), tuple(n / 1e6 for n in cost.published))
     budgets = np.linspace(costs.executed[0], costs.executed[-1], N_BUDGETS).tolist()
@@ -163,7 +176,7 @@ def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Eval
         source = source_of(score, heldout)
         by_family = crossfit_rightness(source, heldout.correct, costs.executed, budgets)
         rightness |= {Policy(score, family): right for family, right in by_family.items()}
-    chosen = choose(rightness)
+    chosen = choose(rightness) if gates is None else choose_family(rightness, SCORE)
     paper = rightness[PAPER]
     fitted = fit_scores(heldout)
     results, behaviours = [], {}
@@ -174,11 +187,11 @@ def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> Eval
         lead = rightness[policy] - paper
         error = float(lead.std() / np.sqrt(len(lead)))
         results.append(PolicyResult(policy, float(rightness[policy].mean()), float(lead.mean()), error, points))
-    predictor = fitted[chosen.score].predictor
+    predictor = plain_predictor(fitted[chosen.score].predictor) if gates is None else gates.manifest_fields()
     shares = np.array([p.test_shares for result in results if result.policy == chosen for p in result.points])
     return Evaluation(
         policy=chosen,
-        predictor=plain_predictor(predictor),
+        predictor=predictor,
         exits=_exits(heldout, test, cost),
         policies=tuple(results),
         comparison=compare(behaviours, chosen, shares, test.correct, costs.executed),

@@ -122,6 +122,11 @@ def _accuracy_at(frontier: Frontier, cost: float) -> float:
     return frontier.at(frontier.position_at_cost(cost)).accuracy
 
 
+def choose_family(rightness: dict[Policy, NDArray[np.float64]], score: str) -> Policy:
+    """Return the policy of this score that is right the most often."""
+    return max((policy for policy in rightness if policy.score == score), key=lambda policy: rightness[policy].mean())
+
+
 def choose(rightness: dict[Policy, NDArray[np.float64]]) -> Policy:
     """Return the policy whose lead over the paper's is the largest that one standard error leaves of it.
 

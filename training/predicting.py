@@ -72,15 +72,22 @@ def fit_exits(features: NDArray[Any], happens: Answers, ridge_images: float = RI
 
 
 def logistic_regression(
-    features: NDArray[np.float64], happens: Answers, ridge_images: float = RIDGE
+    features: NDArray[np.float64],
+    happens: Answers,
+    ridge_images: float = RIDGE,
+    counts: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Fit the log-odds of `happens` [M] as weights and bias [F + 1] on features [M, F], by damped Newton steps.
 
     A ridge keeps weights finite where features are constant, equal or separate the images; rows that are not finite
     are left out.
+
+    Args:
+        counts: how many images each counts as [M]; by default one.
     """
     usable = np.isfinite(features).all(axis=1)
     x, y = features[usable], happens[usable].astype(np.float64)
+    n = np.ones(len(x)) if counts is None else counts[usable]
     if not len(x):
         return np.zeros(features.shape[1] + 1)
     mean, scale = x.mean(axis=0), x.std(axis=0)
@@ -91,14 +98,14 @@ def logistic_regression(
 
     def loss_of(weights: NDArray[np.float64]) -> float:
         log_odds = z @ weights
-        return float(np.logaddexp(0.0, log_odds).sum() - y @ log_odds + 0.5 * ridge @ weights**2)
+        return float(n @ (np.logaddexp(0.0, log_odds) - y * log_odds) + 0.5 * ridge @ weights**2)
 
     weights = np.zeros(z.shape[1])
     loss = loss_of(weights)
     for _ in range(MAX_STEPS):
         p = 0.5 * (1.0 + np.tanh(0.5 * (z @ weights)))
-        gradient = z.T @ (p - y) + ridge * weights
-        curvature = (z * (p * (1.0 - p))[:, None]).T @ z + np.diag(ridge)
+        gradient = z.T @ (n * (p - y)) + ridge * weights
+        curvature = (z * (n * p * (1.0 - p))[:, None]).T @ z + np.diag(ridge)
         step = np.linalg.solve(curvature, gradient)
         damping = 1.0
         while (new := loss_of(weights - damping * step)) > loss and damping > 1e-6:

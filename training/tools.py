@@ -2,13 +2,15 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped, side_px, typed
 
 tools = typer.Typer()
+HeadsStart = Literal["kept", "trained", "fresh"]
+GatesOn = Literal["heldout", "training"]
 
 
 @tools.command(short_help="Make the run of a bundle again, from the bundle.")
@@ -85,6 +87,63 @@ def signals(
     write_signals(results, run / "signals.csv")
     print_signals(results, Console(width=160))
     typer.echo(f"{run}: wrote signals.csv")
+
+
+@tools.command(short_help="Train gates on a finished network (JEI-DNN).")
+def gate(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, evaluated; it is left as it is, but for a cache.")],
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Folder of the run to make.")],
+    trade_off: Annotated[
+        float,
+        typer.Option(min=0, help="Nats of cross-entropy that the full network's cost is worth: more leaves earlier."),
+    ] = 0.5,
+    heads: Annotated[
+        HeadsStart,
+        typer.Option(help="Last layers: trained from what they are, from fresh ones, or kept (gates alone)."),
+    ] = "trained",
+    gates_on: Annotated[
+        GatesOn,
+        typer.Option(help="Images to fit gates on: heldout are new to the network; training is as published."),
+    ] = "heldout",
+    epochs: Annotated[int, typer.Option(min=1, help="Of the heads, over the training images.")] = 15,
+    passes: Annotated[
+        int, typer.Option(min=0, help="Times that training images are read, augmented; 0: once, as they are.")
+    ] = 1,
+    undetached: Annotated[
+        bool, typer.Option("--undetached", help="The heads' loss as published, in which gates cancel out.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the order, the augmentation, the folds and fresh layers.")] = 0,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Train gates, and the last layers of the heads with them, on a finished network: the rival method JEI-DNN.
+
+    \b
+    All else stays frozen. Makes a run that is evaluated and exported as any other; its images leave by gates:
+      python -m training unpack    models/zoo/cifar100-msdnet runs/first --data DATA   # where there is no run
+      python -m training calibrate runs/first --data DATA
+      python -m training evaluate  runs/first
+      python -m training gate      runs/first --data DATA --trade-off 0.5 --output runs/gated
+      python -m training evaluate  runs/gated
+      python -m training export    runs/gated --output models/zoo/gated
+    Prints what it is worth beside the run it started from; writes gates.json, gates.csv and gates.png into OUTPUT.
+    What the heads read is kept in RUN (head_inputs.pt): another trade-off starts in seconds.
+    """
+    from rich.console import Console
+
+    from training.checkpoint import RunFolder
+    from training.jei.record import Settings
+    from training.jei.report import plot_report, print_report, report_of, write_report
+    from training.jei.run import gate_run
+
+    source, made = RunFolder(run), RunFolder(output)
+    settings = Settings(trade_off, heads, gates_on, epochs, not undetached, seed)
+    gates = gate_run(source, made, images_of(source, data), settings, passes, device.resolve())
+    report = report_of(source, made)
+    write_report(report, output / "gates.csv")
+    plot_report(report, gates, output / "gates.png")
+    print_report(report, gates, Console(width=160))
+    typer.echo(f"{output}: wrote gates.json, gates.csv, gates.png; next: {typed('evaluate', output)}")
 
 
 @tools.command(short_help="Train variants of a recipe and compare them.")

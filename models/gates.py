@@ -1,0 +1,123 @@
+"""Exit scores of JEI-DNN (ICLR 2024): a gate an exit, and what is left of an image for the gates that come after.
+
+Gate l is a linear layer on four numbers of its head's softmax, g_l the sigmoid of what it says. An image leaves at exit
+l with the probability P_l = max(0, min(g_l, 1 - g_1 - ... - g_(l-1))). As published it does leave at the first exit
+where pi_l = P_l / (what is left of 1 there) reaches one half; as a score, any threshold will do. `training.jei` fits
+gates. Numpy alone.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.exits import Logits
+from models.shares import Floats
+
+GATE_FEATURES = ("confidence", "entropy", "probability_margin", "powered_entropy")
+"""What a gate sees of its head's softmax p: its maximum, its entropy in nats, its margin, and the entropy of the
+softmax of twice the logits, which is p squared and scaled to sum to 1."""
+PUBLISHED_THRESHOLD = math.log(0.5)  # of `GateScore`: pi_l = 1/2
+SPENT = 2.0**-53  # stands for what is left of an image where nothing is, so that a score stays finite
+
+
+def see_softmax(logits: Logits) -> Floats:
+    """Return the `GATE_FEATURES` [rows, 4] of one exit's logits [rows, classes]; NaN where those are not finite."""
+    with np.errstate(all="ignore"):
+        shifted = np.array(
+            logits, dtype=np.float64, order="C"
+        )  # one row is one run of memory, so its sum has one order
+        shifted -= shifted.max(axis=1, keepdims=True)
+        weights = np.exp(shifted)
+        total = weights.sum(axis=1)
+        powered = weights * weights
+        powered_total = powered.sum(axis=1)
+        second = np.partition(weights, -2, axis=1)[:, -2]
+        # A class without weight adds nothing, though 0 x -inf is no number.
+        np.maximum(shifted, -1e4, out=shifted)
+        features = np.stack(
+            [
+                1.0 / total,
+                np.log(total) - (weights * shifted).sum(axis=1) / total,
+                (1.0 - second) / total,
+                np.log(powered_total) - 2.0 * (powered * shifted).sum(axis=1) / powered_total,
+            ],
+            axis=1,
+        )
+        features[~np.isfinite(logits).all(axis=1)] = np.nan
+    return features
+
+
+class GateScore:
+    """log of g_l / (1 - g_1 - ... - g_(l-1)): the log of pi_l where pi_l < 1, and finer than it where it is 1.
+
+    pi_l itself is 1 for many images at once, and images that tie can only leave together. Where gates have said
+    that more than all of an image leaves, which no image gets to see as published, it is above all others.
+
+    Args:
+        weights: [N, 5], the bias last; the last exit has no gate, and zeros here.
+
+    Raises:
+        ValueError: weights of another shape, or not finite.
+    """
+
+    history_width = 1  # what is left: 1 - g_1 - ... - g_(l-1)
+
+    def __init__(self, weights: NDArray[Any]) -> None:
+        self.weights = np.asarray(weights, dtype=np.float64)
+        if (
+            self.weights.ndim != 2
+            or self.weights.shape[1] != len(GATE_FEATURES) + 1
+            or not len(self.weights)
+            or not np.isfinite(self.weights).all()
+        ):
+            raise ValueError(
+                f"a gate's weights must be finite numbers [exits, {len(GATE_FEATURES) + 1}], not {self.weights.shape}"
+            )
+
+    def start(self, n_rows: int) -> Floats:
+        return np.ones((n_rows, 1))
+
+    def __call__(self, exit_index: int, logits: Logits, history: Floats) -> tuple[Floats, Floats]:
+        features = see_softmax(logits)
+        finite = np.isfinite(features).all(axis=1)
+        if exit_index == len(self.weights) - 1:
+            return np.where(finite, 0.0, -np.inf), history
+        scores, left = self.of_log_odds(gate_log_odds(self.weights[exit_index], features), history[:, 0])
+        scores[~finite] = -np.inf
+        return scores, np.where(finite, left, history[:, 0])[:, None]
+
+    @staticmethod
+    def of_log_odds(log_odds: Floats, left: Floats) -> tuple[Floats, Floats]:
+        """Return the scores [rows] of a gate's log-odds [rows], and what is left of each row after it."""
+        log_gate = -np.logaddexp(0.0, -log_odds)
+        return log_gate - np.log(np.maximum(left, SPENT)), left - np.exp(log_gate)
+
+
+def gate_log_odds(weights: Floats, features: Floats) -> Floats:
+    """Return what one gate says [rows] of `GATE_FEATURES` [rows, 4]; weights [5], the bias last."""
+    # A matrix product may sum in another order for another number of rows; so that each row's sum has one order:
+    log_odds: Floats = (features * weights[:-1]).sum(axis=1) + weights[-1]
+    return log_odds
+
+
+def gate_scores(weights: NDArray[Any], features: Floats) -> Floats:
+    """Return the scores [rows, N] of rows that pass all N exits, from the features [rows, N, 4] of all."""
+    scores = np.zeros(features.shape[:2])
+    left = np.ones(len(features))
+    for i in range(features.shape[1] - 1):
+        scores[:, i], left = GateScore.of_log_odds(gate_log_odds(weights[i], features[:, i]), left)
+    return scores
+
+
+def exit_probabilities(weights: NDArray[Any], features: Floats) -> Floats:
+    """Return P_l [rows, N] from the features [rows, N, 4] of all exits; the last takes what the gates leave."""
+    probabilities = np.zeros(features.shape[:2])
+    left = np.ones(len(features))
+    for i in range(features.shape[1] - 1):
+        gate = np.exp(-np.logaddexp(0.0, -gate_log_odds(weights[i], features[:, i])))
+        probabilities[:, i] = np.maximum(0.0, np.minimum(gate, left))
+        left = left - gate
+    probabilities[:, -1] = np.maximum(0.0, left)
+    return probabilities

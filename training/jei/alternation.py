@@ -1,0 +1,150 @@
+"""Gates and heads in turns: gates are fitted to what heads show, heads trained where gates let images leave.
+
+A turn is a fit of all gates and then `TURN_STEPS` steps of the heads. After each fit the held-out images tell how often
+gated answers are right, and the best turn is kept.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.exits import outcome
+from models.gates import PUBLISHED_THRESHOLD, gate_scores
+from training.checkpoint import RunError
+from training.jei.gates import Floats, FoldedGates, Shown, fit_on_heldout, fit_on_training
+from training.jei.heads import Heads, Steps, batches, cross_entropies, gated_loss, leaving
+from training.jei.inputs import HeadRows
+from training.jei.record import Settings, Turn
+
+TURN_STEPS = 200
+WARMUP_EPOCHS, WARMUP_PATIENCE = 6, 2
+
+
+@dataclass(frozen=True)
+class Alternated:
+    heads: Heads
+    gates: FoldedGates
+    turns: tuple[Turn, ...]
+    kept: int  # index of the turn whose heads and gates these are
+
+
+class _Turns:
+    """Fits gates to heads as they stand, judges both, and holds on to the best."""
+
+    def __init__(self, rows: HeadRows, heads: Heads, cost_shares: Sequence[float], settings: Settings) -> None:
+        self.rows, self.heads, self.cost_shares, self.settings = rows, heads, cost_shares, settings
+        self.turns: list[Turn] = []
+        self.kept = 0
+        self.best: tuple[Heads, FoldedGates] | None = None
+
+    def take(self, step: int, losses: Sequence[float]) -> Floats:
+        """Return the new gates [N, 5]."""
+        s = self.settings
+        heldout, correct = self.heads.show(self.rows.heldout)
+        if s.gates_on == "heldout":
+            gates = fit_on_heldout(heldout, self.cost_shares, s.trade_off, s.seed)
+        else:
+            train, _ = self.heads.show(self.rows.train)
+            gates = fit_on_training(train, heldout, self.cost_shares, s.trade_off)
+        done = outcome(folded_scores(gates, heldout), correct, self.cost_shares, published_thresholds(correct.shape[1]))
+        self.turns.append(Turn(step, done.accuracy, done.mean_cost, float(np.mean(losses)) if losses else None))
+        if self.best is None or done.accuracy > self.turns[self.kept].accuracy:
+            self.kept, self.best = len(self.turns) - 1, (copy.deepcopy(self.heads), gates)
+        return gates.weights
+
+
+def alternate(
+    rows: HeadRows, heads: Heads, cost_shares: Sequence[float], settings: Settings, steps: Steps | None = None
+) -> Alternated:
+    """Train `heads` in place, and gates with them; returns the best of all turns.
+
+    Args:
+        cost_shares: of stopping at each exit, cumulative, of that of the last [N].
+
+    Raises:
+        RunError: the loss is no finite number any more.
+    """
+    steps = steps or Steps()
+    draws = torch.Generator().manual_seed(settings.seed)
+    if settings.heads == "fresh":
+        heads.start_afresh(settings.seed)
+        warm_up(rows, heads, steps, draws)
+    turns = _Turns(rows, heads, cost_shares, settings)
+    optimiser = steps.optimiser(heads)
+    epochs = 0 if settings.heads == "kept" else settings.epochs
+    step = 0
+    losses: list[float] = []
+    with tqdm(total=epochs * len(rows.train), unit="image", unit_scale=True, desc="turns", disable=None) as bar:
+        for epoch in range(epochs):
+            optimiser.param_groups[0]["lr"] = steps.rate(epoch, epochs)
+            for inputs, labels in batches(rows.train, steps.batch_rows, draws):
+                if step % TURN_STEPS == 0:
+                    gates = turns.take(step, losses)
+                    bar.set_postfix_str(f"held-out top-1 {100 * turns.turns[-1].accuracy:.2f} %")
+                    losses.clear()
+                logits = heads(inputs)
+                probabilities = leaving(gates, logits)
+                loss = gated_loss(cross_entropies(logits, labels), probabilities, settings.detached)
+                _step(optimiser, loss)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise RunError(f"at step {step} the loss of the last layers is no finite number any more")
+                step += 1
+                bar.update(len(labels))
+    turns.take(step, losses)
+    assert turns.best is not None
+    return Alternated(*turns.best, tuple(turns.turns), turns.kept)
+
+
+def warm_up(rows: HeadRows, heads: Heads, steps: Steps, draws: torch.Generator) -> None:
+    """Train fresh layers without gates, the earlier exits' losses counting more: N for exit 1, then one less each.
+
+    A layer is frozen as it was best on held-out images once it has not become better for `WARMUP_PATIENCE` epochs.
+    """
+    n_exits = len(heads.layers)
+    counts = torch.arange(n_exits, 0, -1.0)
+    optimiser = steps.optimiser(heads)
+    least, stale = np.full(n_exits, np.inf), np.zeros(n_exits, dtype=int)
+    best = [copy.deepcopy(layer.state_dict()) for layer in heads.layers]
+    for _ in tqdm(range(WARMUP_EPOCHS), unit="epoch", desc="warm-up", disable=None):
+        for inputs, labels in batches(rows.train, steps.batch_rows, draws):
+            _step(optimiser, (counts * cross_entropies(heads(inputs), labels).mean(1)).sum())
+        losses = heads.show(rows.heldout)[0].losses.mean(axis=0)
+        for i in np.flatnonzero(stale < WARMUP_PATIENCE).tolist():
+            better = losses[i] < least[i]
+            stale[i] = 0 if better else stale[i] + 1
+            if better:
+                least[i], best[i] = losses[i], copy.deepcopy(heads.layers[i].state_dict())
+            if stale[i] == WARMUP_PATIENCE:
+                heads.layers[i].load_state_dict(best[i])
+                heads.layers[i].requires_grad_(False)
+        if (stale >= WARMUP_PATIENCE).all():
+            break
+    for layer, state in zip(heads.layers, best, strict=True):
+        layer.load_state_dict(state)
+    heads.requires_grad_()
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
+
+
+def published_thresholds(n_exits: int) -> Floats:
+    """Those [N] of a gate's score at which an image leaves as published: at the first exit with pi_l of one half."""
+    return np.array([PUBLISHED_THRESHOLD] * (n_exits - 1) + [-np.inf])
+
+
+def folded_scores(gates: FoldedGates, shown: Shown) -> Floats:
+    """Scores [M, N] of the held-out images, each by gates that it had no part in."""
+    scores = np.empty(shown.losses.shape)
+    for rows, weights in gates.parts():
+        scores[rows] = gate_scores(weights, shown.features[rows])
+    return scores

@@ -1,0 +1,110 @@
+"""The last layers of all heads by themselves, as they are trained on what the frozen network gives them."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.boosting import Boosting
+from models.gates import exit_probabilities, see_softmax
+from training.jei.gates import Shown
+from training.jei.inputs import Rows
+
+EPSILON = 1e-6  # nats; under a weighted loss that vanishes, and with it the weights
+SHOWN_ROWS = 5000
+
+
+class Heads(nn.Module):
+    """Last layers, and the ensemble that sums them up: an exit's logits are F_n = t_n F_(n-1) + s_n f_n, as served.
+
+    The loss of exit n is of F_n, and its gradient is stopped at F_(n-1), as when the network was trained: each layer
+    learns what those before it leave to learn, and none is moved by the loss of a later exit.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], boosting: Boosting) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in layers)
+        self.boosting = Boosting(boosting.temperatures, scales=boosting.scales)
+        self.train().requires_grad_()
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Map what each head's last layer reads, N of [rows, width], to logits [N, rows, classes]."""
+        return torch.stack(self.boosting([layer(x) for layer, x in zip(self.layers, inputs, strict=True)]))
+
+    def start_afresh(self, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for layer in self.layers:
+                assert isinstance(layer, nn.Linear)
+                layer.reset_parameters()
+
+    @torch.no_grad()
+    def show(self, rows: Rows) -> tuple[Shown, NDArray[np.bool_]]:
+        """What the heads show of images, and whether each exit's answer is right [M, N]."""
+        features, losses, correct = [], [], []
+        for part in torch.arange(len(rows)).split(SHOWN_ROWS):
+            logits, labels = self([x[part] for x in rows.inputs]), rows.labels[part]
+            features.append(np.stack([see_softmax(x.numpy()) for x in logits], axis=1))
+            losses.append(cross_entropies(logits, labels).T.double().numpy())
+            correct.append((logits.argmax(2) == labels).T.numpy())
+        return Shown(np.concatenate(features), np.concatenate(losses)), np.concatenate(correct)
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropies [N, rows] of logits [N, rows, classes]."""
+    return torch.stack([functional.cross_entropy(x, labels, reduction="none") for x in logits])
+
+
+def gated_loss(losses: Tensor, probabilities: Tensor, detached: bool = True) -> Tensor:
+    """The loss of one batch: each exit's, as often as gates let an image leave there.
+
+    Every image keeps its total: sum_l P_l CE_l is scaled by sum_l CE_l / sum_l P_l CE_l, a number through which no
+    gradient may flow. In the published code it does: then the two cancel out, every image's loss is sum_l CE_l whatever
+    the gates say, and so is its gradient.
+
+    Args:
+        losses: cross-entropies [N, rows].
+        probabilities: that an image leaves at an exit [N, rows], without gradient.
+        detached: False is the published form, to compare with.
+    """
+    weighted = (probabilities * losses).sum(0)
+    scale = losses.sum(0) / (weighted + EPSILON)
+    return ((scale.detach() if detached else scale) * weighted).mean()
+
+
+def leaving(gates: NDArray[np.float64], logits: Tensor) -> Tensor:
+    """How likely images leave at each exit [N, rows] by gates [N, 5], from logits [N, rows, classes]; no gradient."""
+    features = np.stack([see_softmax(x.numpy()) for x in logits.detach()], axis=1)
+    return torch.from_numpy(exit_probabilities(gates, features)).T.to(logits.dtype)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How the last layers are trained; the defaults are those published."""
+
+    batch_rows: int = 64
+    learning_rate: float = 0.01
+    last_rate: float = 2e-4
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def optimiser(self, heads: Heads) -> torch.optim.SGD:
+        return torch.optim.SGD(
+            heads.parameters(), lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def rate(self, epoch: int, epochs: int) -> float:
+        """A cosine from the first epoch to the last, counted from 0."""
+        share = epoch / max(1, epochs - 1)
+        return float(self.last_rate + 0.5 * (self.learning_rate - self.last_rate) * (1 + np.cos(np.pi * share)))
+
+
+def batches(rows: Rows, batch_rows: int, generator: torch.Generator) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """One epoch in a new order: inputs, N of [batch, width], and labels [batch]."""
+    for part in torch.randperm(len(rows), generator=generator).split(batch_rows):
+        yield [x[part] for x in rows.inputs], rows.labels[part]

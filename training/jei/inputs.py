@@ -1,0 +1,107 @@
+"""What the last layer of every head reads, of all images: the frozen part of the network runs over each of them once.
+
+Kept beside the run, so that another trade-off starts in seconds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training.augment import DeviceImages
+from training.calibration import BATCH_ROWS, CalibrationRecord, checked_split, load_trained
+from training.checkpoint import RunFolder
+from training.data import ImageSet
+from training.gates import HeadInputs
+
+CACHE = "head_inputs.pt"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """M images as the last layers of N heads see them."""
+
+    inputs: list[Tensor]  # float32 [M, width] of each exit; widths may differ
+    labels: Tensor  # int64 [M]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    train: Rows  # every image as often as there were passes
+    heldout: Rows
+    test: Rows
+
+
+def head_rows(
+    folder: RunFolder, record: CalibrationRecord, images: ImageSet, device: torch.device, passes: int, seed: int
+) -> HeadRows:
+    """Run a network over its training, held-out and test images, in evaluation mode; on the CPU afterwards.
+
+    Args:
+        passes: over the training images, each augmented anew as in training; 0: one pass over the images as they are.
+        seed: of the augmentation.
+
+    Raises:
+        RunError, DataError: `images` is not the set the run was trained on.
+    """
+    split = checked_split(folder, folder.read_description()["data"], images)
+    key = {"step": record.step, "half_weights": record.half_weights, "passes": passes, "seed": seed}
+    cache = folder.path / CACHE
+    if (kept := _read(cache, key)) is not None:
+        return kept
+    network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    a = folder.read_recipe().augmentation
+    normalisation = images.mean, images.std, device
+    train_images, train_labels = images.train_images[split.train], images.train_labels[split.train]
+    train = DeviceImages(train_images, train_labels, *normalisation, a.crop_padding_px, a.crop_area, a.cutout_px)
+    part = split.held_out
+    heldout = DeviceImages(images.train_images[part], images.train_labels[part], *normalisation)
+    test = DeviceImages(images.test_images, images.test_labels, *normalisation)
+    draws = torch.Generator(device).manual_seed(seed)
+    seen = [
+        _run(network, train, lambda rows: train.augmented(rows, draws)[0], f"training images, pass {i + 1}")
+        for i in range(passes)
+    ] or [_run(network, train, lambda rows: train.plain(rows)[0], "training images")]
+    made = HeadRows(
+        Rows([torch.cat(parts) for parts in zip(*(rows.inputs for rows in seen), strict=True)], _labels(seen)),
+        _run(network, heldout, lambda rows: heldout.plain(rows)[0], "held-out images"),
+        _run(network, test, lambda rows: test.plain(rows)[0], "test images"),
+    )
+    partial = cache.with_suffix(".partial")
+    torch.save({"key": key, **{name: vars(rows) for name, rows in vars(made).items()}}, partial)
+    partial.replace(cache)
+    return made
+
+
+def _labels(seen: list[Rows]) -> Tensor:
+    return torch.cat([rows.labels for rows in seen])
+
+
+@torch.no_grad()
+def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tensor], description: str) -> Rows:
+    kept, collected = HeadInputs(network), []
+    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
+    for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
+        network(read(rows))
+        collected.append([inputs.float().cpu() for inputs in kept.take()])
+    kept.remove()
+    return Rows([torch.cat(parts) for parts in zip(*collected, strict=True)], images.labels.cpu())
+
+
+def _read(cache: Path, key: dict[str, Any]) -> HeadRows | None:
+    """What was kept, if it is of the same network and the same passes."""
+    try:
+        state = torch.load(cache, weights_only=True)
+        if state.pop("key") != key:
+            return None
+        return HeadRows(**{name: Rows(**rows) for name, rows in state.items()})
+    except Exception:  # torch raises half a dozen kinds for a damaged file: it is made again
+        return None

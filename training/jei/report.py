@@ -1,0 +1,163 @@
+"""What gates are worth beside the run they were made from: at the published decision, and at any budget."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from models.exits import outcome, take_exits
+from models.frontier import build_frontier
+from training.calibration import CalibrationRecord, ExitOutputs
+from training.checkpoint import RunFolder
+from training.comparison import Behaviour, Estimate, behaviour, lead_at, mean_leads
+from training.evaluation import N_BUDGETS, Evaluation, cost_of
+from training.figures import figure_axes
+from training.jei.alternation import published_thresholds
+from training.jei.record import SCORE, GateRecord
+from training.policies import PAPER, Policy, choose_family, crossfit_rightness, fit_scores, name_of, source_of
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One way for images to leave, and how far ahead it is of both policies on the network as it was; in shares."""
+
+    name: str
+    heldout_mflops: float | None  # executed; None: any
+    heldout_accuracy: float | None
+    test_mflops: float | None
+    test_accuracy: float | None
+    over_chosen: Estimate  # over the policy that the source run's evaluation chose
+    over_paper: Estimate
+
+
+@dataclass(frozen=True)
+class Report:
+    chosen: Policy  # of the source run
+    rows: tuple[Beside, ...]
+    curves: dict[str, NDArray[np.float64]]  # by name: mean cost and accuracy on test images [2, points]
+    published: tuple[float, float]  # the same of the published decision
+    shares: tuple[float, ...]  # of the test images, by exit, with that decision
+
+
+def report_of(source: RunFolder, target: RunFolder) -> Report:
+    """Compare a gated run with the run it was made from, on the same test images.
+
+    Raises:
+        RunError: the source run is not evaluated.
+    """
+    record = CalibrationRecord.load(source)
+    chosen = Evaluation.load(source, record).policy
+    costs = tuple(cost / 1e6 for cost in cost_of(source, record).executed)
+    before, after = ((ExitOutputs.load(f.heldout), ExitOutputs.load(f.test)) for f in (source, target))
+    budgets = np.linspace(costs[0], costs[-1], N_BUDGETS).tolist()
+    rightness = crossfit_rightness(source_of(SCORE, after[0]), after[0].correct, costs, budgets)
+    gates = choose_family({Policy(SCORE, family): right for family, right in rightness.items()}, SCORE)
+    old, paper = (_behaviour(policy, *before, costs, budgets) for policy in (chosen, PAPER))
+    new = {
+        f"gates with {gates.family} thresholds": _behaviour(gates, *after, costs, budgets),
+        f"{name_of(chosen)}, on the new heads": _behaviour(chosen, *after, costs, budgets),
+    }
+    thresholds = published_thresholds(len(costs))
+    decided = [outcome(part.scores[SCORE], part.correct, costs, thresholds) for part in after]
+    point = Behaviour.of_exits(take_exits(after[1].scores[SCORE], thresholds)[:, None], after[1].correct, costs)
+    published = Beside(
+        "gates as published: leave where pi >= 1/2",
+        decided[0].mean_cost,
+        decided[0].accuracy,
+        decided[1].mean_cost,
+        decided[1].accuracy,
+        lead_at(point, old),
+        lead_at(point, paper),
+    )
+    rows = [published]
+    for name, done in new.items():
+        leads = (mean_leads({PAPER: over, chosen: done}, PAPER, costs)[chosen] for over in (old, paper))
+        rows.append(Beside(name, None, None, None, None, *leads))
+    shown = {**new, f"{name_of(chosen)}, before": old, f"{name_of(PAPER)}, before": paper}
+    curves = {name: np.stack([done.costs.mean(axis=0), done.right.mean(axis=0)]) for name, done in shown.items()}
+    return Report(chosen, tuple(rows), curves, (decided[1].mean_cost, decided[1].accuracy), decided[1].shares)
+
+
+def _behaviour(
+    policy: Policy, heldout: ExitOutputs, test: ExitOutputs, costs: tuple[float, ...], budgets: list[float]
+) -> Behaviour:
+    fitted = fit_scores(heldout)[policy.score]
+    frontier = build_frontier(fitted.heldout, heldout.correct, costs, policy.family)
+    thresholds = np.array([frontier.at(frontier.position_at_cost(budget)).thresholds for budget in budgets])
+    return behaviour(fitted.of(policy.score, test), test.correct, costs, thresholds)
+
+
+def print_report(report: Report, gates: GateRecord, console: Console) -> None:
+    s = gates.settings
+    title = f"JEI-DNN gates, trade-off {s.trade_off:g}, heads {s.heads}, gates fitted on {s.gates_on} images"
+    table = Table(
+        title=f"{title}: points of top-1 over the network as it was",
+        title_justify="left",
+        caption="at equal measured cost, on test images; with thresholds the mean over 20 costs. With the published\n"
+        f"decision {' '.join(f'{100 * share:.1f}' for share in report.shares)} % leave at exit 1, 2, ...",
+        caption_justify="left",
+    )
+    over = [f"over {name_of(policy)}" for policy in (report.chosen, PAPER)]
+    for heading in ("images leave by", "held out, M", "top-1", "test, M", "top-1", *over):
+        table.add_column(heading, justify="left" if heading == "images leave by" else "right")
+    for row in report.rows:
+        table.add_row(
+            row.name,
+            *(_number(row.heldout_mflops), _number(row.heldout_accuracy, 100)),
+            *(_number(row.test_mflops), _number(row.test_accuracy, 100)),
+            *(f"{100 * lead.mean:+.2f} ± {100 * lead.error:.2f}" for lead in (row.over_chosen, row.over_paper)),
+        )
+    console.print(table)
+
+
+def _number(value: float | None, scale: float = 1.0) -> str:
+    return "any" if value is None else f"{scale * value:.2f}"
+
+
+def write_report(report: Report, path: Path) -> None:
+    """gates.csv: a line a way to leave; leads are shares, with their standard error and 95 % interval."""
+    with path.open("w", newline="") as file:
+        rows = []
+        for row in report.rows:
+            plain = {name: value for name, value in asdict(row).items() if not isinstance(value, dict)}
+            leads = {"over_chosen": row.over_chosen, "over_paper": row.over_paper}
+            plain |= {f"{over}_{key}": x for over, lead in leads.items() for key, x in asdict(lead).items()}
+            rows.append({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in plain.items()})
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_report(report: Report, gates: GateRecord, path: Path) -> None:
+    """How the turns went, and where it ends: accuracy over cost beside the network as it was."""
+    s, title = gates.settings, f"JEI-DNN gates, trade-off {gates.settings.trade_off:g}, heads {gates.settings.heads}"
+    has_turns = s.heads != "kept"
+    with figure_axes(path, title, n_columns=2 if has_turns else 1) as axes:
+        _draw_curves(axes[-1], report)
+        if has_turns:
+            _draw_turns(axes[0], gates)
+
+
+def _draw_turns(axes: mpl.axes.Axes, gates: GateRecord) -> None:
+    steps = [turn.step for turn in gates.turns]
+    axes.plot(steps, [100 * turn.accuracy for turn in gates.turns], "o-", markersize=3, label="top-1, %")
+    axes.plot(steps, [100 * turn.cost_share for turn in gates.turns], "s-", markersize=3, label="cost, % of full")
+    kept = gates.turns[gates.kept]
+    axes.plot([kept.step], [100 * kept.accuracy], "k*", markersize=12, label="kept")
+    axes.set(xlabel="steps of the heads", ylabel="held-out images, leaving as published")
+    axes.legend()
+
+
+def _draw_curves(axes: mpl.axes.Axes, report: Report) -> None:
+    lines: Sequence[str] = ("-", "--", "-", ":")
+    for (name, (costs, accuracy)), line in zip(report.curves.items(), lines, strict=True):
+        axes.plot(costs, 100 * accuracy, line, linewidth=1.4, label=name)
+    axes.plot([report.published[0]], [100 * report.published[1]], "k*", markersize=10, label=report.rows[0].name)
+    axes.set(xlabel="mean million multiply-adds an image (executed)", ylabel="top-1 on test images, %")
+    axes.legend(loc="lower right")

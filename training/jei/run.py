@@ -1,0 +1,92 @@
+"""A calibrated run in, a run with gates out: calibrated too, to be evaluated and exported as any other."""
+
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.scores import score_exits
+from training.calibration import CalibrationRecord, load_trained, outputs_of, round_to_half
+from training.checkpoint import RunError, RunFolder
+from training.data import ImageSet
+from training.evaluation import Evaluation, cost_of
+from training.jei.alternation import alternate
+from training.jei.heads import Heads
+from training.jei.inputs import HeadRows, head_rows
+from training.jei.record import SCORE, GateRecord, Settings
+from training.objectives import boosting_of
+
+
+def gate_run(
+    source: RunFolder,
+    target: RunFolder,
+    images: ImageSet,
+    settings: Settings,
+    passes: int,
+    device: torch.device,
+) -> GateRecord:
+    """Train gates, and with them the last layers of the heads, on a run; write the run that has both.
+
+    Args:
+        passes: over the training images, see `head_rows`.
+
+    Raises:
+        RunError, DataError: the run is not evaluated, has one exit or gates already, or is of other images; the
+            target holds a run.
+    """
+    record = CalibrationRecord.load(source)
+    Evaluation.load(source, record)  # which policy gates are compared with, asked for before anything is trained
+    if GateRecord.load(source) is not None:
+        raise RunError(f"{source.path}: has gates already; give the run that it was made from")
+    if target.description.exists():
+        raise RunError(f"{target.path}: holds a run already; give another folder")
+    costs = cost_of(source, record).executed
+    if len(costs) == 1:
+        raise RunError(f"{source.path}: has one exit, and gates are for those before the last")
+    rows = head_rows(source, record, images, device, passes, settings.seed)
+    network, _ = load_trained(source, len(record.class_names), record.half_weights, record.ensemble)
+    heads = Heads([head.classifier for head in network.heads], boosting_of(network))  # type: ignore[union-attr]
+    made = alternate(rows, heads, [cost / costs[-1] for cost in costs], settings)
+    gates = GateRecord(
+        settings=settings,
+        source=source.path.resolve().name,
+        gates=made.gates.weights.tolist(),
+        gates_by_fold=made.gates.by_fold.tolist(),
+        fold=made.gates.fold.tolist(),
+        ensemble=record.ensemble,
+        turns=made.turns,
+        kept=made.kept,
+    )
+    _write(source, target, made.heads, gates)
+    if record.half_weights:
+        round_to_half(made.heads)
+    _calibrate(target, record, rows, made.heads, gates)
+    return gates
+
+
+def _write(source: RunFolder, target: RunFolder, heads: Heads, gates: GateRecord) -> None:
+    """The run as if it had been trained so: its description comes last, and with it the run is there."""
+    target.path.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = source.load_checkpoint()
+    for i, layer in enumerate(heads.layers):
+        for name, value in layer.state_dict().items():
+            state["network"][f"heads.{i}.classifier.{name}"] = value
+    target.save_checkpoint(state)
+    gates.save(target)
+    shutil.copyfile(source.split, target.split)
+    shutil.copyfile(source.description, target.description)
+
+
+def _calibrate(
+    target: RunFolder, record: CalibrationRecord, rows: HeadRows, heads: nn.Module, gates: GateRecord
+) -> None:
+    """What `training.calibration.calibrate` would find, from what the heads read: the network need not run again."""
+    with torch.no_grad():
+        heldout, test = (list(heads(part.inputs)) for part in (rows.heldout, rows.test))
+    outputs = outputs_of(heldout, rows.heldout.labels)
+    outputs.scored(SCORE, gates.heldout_scores([x.numpy() for x in heldout])).save(target.heldout)
+    scores = score_exits(gates.score(), [x.numpy() for x in test])
+    outputs_of(test, rows.test.labels).scored(SCORE, scores).save(target.test)
+    told = record.model_copy(update={"scores": [*outputs.scores, SCORE]})
+    target.calibration.write_text(told.model_dump_json(indent=2) + "\n")
