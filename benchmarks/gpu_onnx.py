@@ -38,7 +38,7 @@ def _measure(case: Case, plan: Plan, on: Literal["cpu", "cuda", "tensorrt"]) -> 
     # As the caller sees it: ONNX Runtime has no other times to tell of what it has captured.
     call_s = {(stage + 1, rows): s for stage, by_rows in enumerate(seen) for rows, s in by_rows.items()}
     return {
-        "graphs": runner.graphs,
+        "graphs": runner.cuda_graphs,
         "answers": check_answers(case, runner),
         "stages": [{"stage": stage, "rows": rows, "call_ms": 1e3 * s} for (stage, rows), s in call_s.items()],
         "rates": measure_engine(case, runner, "default", plan, call_s),

@@ -147,9 +147,8 @@ async def closed_loop(
     n_in_flight: int,
     seconds: float,
     drain_s: float = 10.0,
-    stop: asyncio.Event | None = None,
 ) -> Result:
-    """Keep `n_in_flight` requests in flight for some seconds, or until `stop` is set; latency counts from sending.
+    """Keep `n_in_flight` requests in flight for some seconds; latency counts from sending.
 
     Whoever is refused tries again after `RETRY_S`; whose connection ends, does not.
 
@@ -157,7 +156,7 @@ async def closed_loop(
         OSError: nothing listens at `url`.
     """
     record, loop = _Record(), asyncio.get_running_loop()
-    ended, stop = asyncio.Event(), stop or asyncio.Event()
+    ended, stop = asyncio.Event(), asyncio.Event()
     n_senders = n_in_flight
 
     def on_answer(index: int, status: int, body: bytes) -> None:

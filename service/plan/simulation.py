@@ -94,17 +94,9 @@ class Simulation:
     Args:
         network, times, setup: see there.
         seed: of the held-out images that are drawn.
-        at_answer: called after every answer with the number of answers, for whoever changes the budget on the way.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        times: StageTimes,
-        setup: Setup,
-        seed: int = 0,
-        at_answer: Callable[[int], None] | None = None,
-    ) -> None:
+    def __init__(self, network: Network, times: StageTimes, setup: Setup, seed: int = 0) -> None:
         burst_images = setup.burst_images
         if burst_images is None:
             burst_images = default_burst_images(setup.n_lanes, setup.max_rows)
@@ -123,7 +115,6 @@ class Simulation:
         draw = np.random.default_rng((seed, 1)).choice
         self._wakes, self._spread = (cycle(draw(of, 8192).tolist()) for of in (times.wake_seconds, times.spread))
         self._rows: Iterator[int] = iter(())
-        self._at_answer = at_answer
         # Work in progress, by how much work will have been done on each piece when this one is.
         self._progress: list[tuple[float, int, Callable[[], None]]] = []
         self._done_s = 0.0  # work done on each piece in progress since the start
@@ -264,8 +255,6 @@ class Simulation:
             record.reason.append(answer.reason)
             record.spent.append(account.spent)
             record.allowance.append(account.allowance)
-            if self._at_answer is not None:
-                self._at_answer(len(record.row))
         for _ in range(min(self._closed_loop, len(told))):
             self._closed_loop -= 1
             self._come()

@@ -42,7 +42,9 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         bundle: with ONNX stages, of which the first alone reads images.
         device: "cuda", "tensorrt", or "cpu" to run the same on the processor.
         max_rows, max_in_flight_rows, n_lanes: see `SlotRunner`.
-        graphs: whether stages are captured as CUDA graphs on "cuda"; where ONNX Runtime refuses, they are not.
+
+    Attributes:
+        cuda_graphs: whether stages are captured as CUDA graphs: on "cuda", unless ONNX Runtime refuses.
 
     Raises:
         StageLoadError: a stage cannot be opened.
@@ -56,13 +58,12 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         max_rows: int = 64,
         max_in_flight_rows: int = 1024,
         n_lanes: int = N_LANES,
-        graphs: bool = True,
     ) -> None:
         check_device(device)
         stages = bundle.manifest.stages
         image = stages[0].inputs[0]
         super().__init__(len(stages), image.shape, image.dtype, max_rows, max_in_flight_rows, n_lanes)
-        self.stages, self.device, self.graphs = stages, device, graphs and device == "cuda"
+        self.stages, self.device, self.cuda_graphs = stages, device, device == "cuda"
         self._bundle, self._asked_rows = bundle, max_rows
         self._engines = engine_cache(bundle, max_rows) if device == "tensorrt" else Path()
         self._kind = "cpu" if device == "cpu" else "cuda"
@@ -84,7 +85,7 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         sessions = self._open_sessions()
         if not self.stores:  # not before: without a session, ONNX Runtime has no memory on the device to give
             self.stores = self._open_stores()
-        return OnnxLane(sessions, self.stages, self.stores, self._kind, own_thread=self.graphs)
+        return OnnxLane(sessions, self.stages, self.stores, self._kind, own_thread=self.cuda_graphs)
 
     def _open_stores(self) -> dict[str, Any]:
         shapes = {name: (1 + self.slots.n_slots, *value.shape) for name, value in self._kept.items()}
@@ -106,17 +107,17 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         try:
             return [self._open_session(k) for k in range(self.n_stages)]
         except StageLoadError as error:
-            if not self.graphs or is_out_of_memory(error):
+            if not self.cuda_graphs or is_out_of_memory(error):
                 raise
             logger.warning("stages are not captured as CUDA graphs: %s", error)
-            self.graphs = False
+            self.cuda_graphs = False
             return [self._open_session(k) for k in range(self.n_stages)]
 
     def _open_session(self, k: int) -> ort.InferenceSession:
         stage = self.stages[k]
         providers: list[tuple[str, dict[str, str]]] = [(CPU, {})]
         if self.device != "cpu":
-            providers.insert(0, (CUDA, cuda_options(self.graphs)))
+            providers.insert(0, (CUDA, cuda_options(self.cuda_graphs)))
         if self.device == "tensorrt":
             options = tensorrt_options(stage, self._asked_rows, self._engines, STORE_OPERATORS)
             providers.insert(0, (TENSORRT, options))

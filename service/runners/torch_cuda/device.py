@@ -145,7 +145,7 @@ def has_room(n_bytes: int, free_bytes: int, pool_bytes: int) -> bool:
 
 
 class Cuda:
-    """A CUDA device.
+    """The first CUDA device.
 
     Args:
         graphs: False runs programs kernel by kernel (for comparison).
@@ -154,8 +154,8 @@ class Cuda:
 
     pins = True
 
-    def __init__(self, index: int = 0, graphs: bool = True, search_s: float = SEARCH_S) -> None:
-        self.kind = torch.device("cuda", index)
+    def __init__(self, graphs: bool = True, search_s: float = SEARCH_S) -> None:
+        self.kind = torch.device("cuda", 0)
         self.graphs = graphs
         self.search_left_s = search_s
 
