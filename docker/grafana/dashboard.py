@@ -50,6 +50,7 @@ class Panel(_Strict):
     from_zero: bool = False
     maximum: float | None = None
     red_from: float | None = None
+    red_below: float | None = None
     limits: str | None = None
 
 
@@ -119,7 +120,9 @@ def _choice(name: str, label: str, query: str) -> dashboards.QueryVariable:
 
 
 def _number(panel: Panel) -> stat.Panel:
-    steps = [models.Threshold(value=None, color="green")]
+    steps = [models.Threshold(value=None, color="green" if panel.red_below is None else "red")]
+    if panel.red_below is not None:
+        steps.append(models.Threshold(value=panel.red_below, color="green"))
     if panel.red_from is not None:
         steps.append(models.Threshold(value=panel.red_from, color="red"))
     return (

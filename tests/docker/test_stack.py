@@ -121,6 +121,10 @@ def test_a_server_that_is_gone_is_noticed(stack: Stack) -> None:
     while not stack.values('ALERTS{alertname="ExitServeDown"}'):
         assert monotonic() < limit_s
         sleep(0.2)
+    [ready] = [query for title, query in ask.questions("15s") if title == "Servers ready"]
+    while stack.values(ready) != [0]:  # not "no data", which says nothing to whoever looks
+        assert monotonic() < limit_s
+        sleep(0.2)
 
 
 def test_a_question_without_an_answer_is_found() -> None:
