@@ -115,5 +115,6 @@ def measure_host(
     (full_s, full_batches), (single_s, single_batches) = (
         [median(run[i][k] for run in runs) for k in range(2)] for i in range(2)
     )
-    batch_s = max(0.0, (single_s - full_s) / (single_batches - full_batches))
+    # Where no two images ever share a batch, nothing tells its work from theirs: all is theirs.
+    batch_s = max(0.0, (single_s - full_s) / (single_batches - full_batches)) if runner.max_rows > 1 else 0.0
     return max(0.0, full_s - batch_s * full_batches), batch_s

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import null_bundle
 from models.bundle import load_bundle
 from service.__main__ import main
 from service.plan import command, host_times, neighbours, planning, plot
@@ -122,6 +123,14 @@ def test_what_a_stage_takes_grows_with_its_rows(tmp_path, short_runs):
     assert times.alone_speed == 1.0
     for stage in range(4):
         assert 0 < times.seconds(stage, 1) < times.seconds(stage, 16) < times.seconds(stage, 64)
+
+
+def test_where_images_never_share_a_batch_all_of_the_hosts_work_is_the_images(tmp_path, monkeypatch, short_runs):
+    """With one exit, too: then every image is one batch, and nothing tells a batch's work from an image's."""
+    monkeypatch.setattr(null_bundle, "EXITS", null_bundle.EXITS[:1])
+    times = measure(null_bundle.write_null_bundle(tmp_path / "null"), "cpu", 1, max_rows=1, limit_s=0.1)
+    assert times.host_batch_seconds == 0.0
+    assert times.host_image_seconds > 0.0
 
 
 def test_times_are_interpolated(shipped_times):
