@@ -91,7 +91,8 @@ class GateScore:
     @staticmethod
     def of_log_odds(log_odds: Floats, left: Floats) -> tuple[Floats, Floats]:
         """Return the scores [rows] of a gate's log-odds [rows], and what is left of each row after it."""
-        log_gate = -np.logaddexp(0.0, -log_odds)
+        with np.errstate(invalid="ignore"):  # of rows whose logits are not finite
+            log_gate = -np.logaddexp(0.0, -log_odds)
         return log_gate - np.log(np.maximum(left, SPENT)), left - np.exp(log_gate)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from models.exits import SCORES, confidence, logit_margin
+from models.gates import GATE_FEATURES, GateScore
 from models.predictor import FEATURES, Predictor, features_of
 from models.scores import HeadScore, Patience, Score, Vote, plain_scores, score_exits
 
@@ -23,6 +24,7 @@ def all_scores() -> dict[str, Score]:
         **plain_scores(N_EXITS),
         "as_good": Predictor(weights[0]),
         "expected_gain": Predictor(weights[0], weights[1]),
+        "jei_gates": GateScore(weights[0][:, : len(GATE_FEATURES) + 1] - 1.0),
     }
 
 

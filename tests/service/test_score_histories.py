@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.calibration import Calibration
 from models.exits import take_exits
+from models.gates import GATE_FEATURES, GateScore
 from models.manifest import PredictorInfo
 from models.predictor import FEATURES
 from models.scores import score_exits
@@ -29,6 +30,12 @@ def whole() -> list[NDArray[np.float32]]:
         return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(images))]
 
 
+def heldout_logits() -> list[NDArray[np.float32]]:
+    """What the exits say of the images that the bundle is calibrated on."""
+    with torch.no_grad():
+        return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(random_images(2000, seed=2))))]
+
+
 def scored_by(bundle: Bundle, name: str) -> Bundle:
     """The bundle with another score to serve with; `as_good` is fitted: the margins of two heads, where they agree."""
     calibration, predictor = bundle.calibration, None
@@ -38,11 +45,17 @@ def scored_by(bundle: Bundle, name: str) -> Bundle:
         predictor = PredictorInfo(features=[*FEATURES], gain=weights.tolist(), loss=None)
         # Thresholds from another score's images: any will do, as long as some images leave at each exit.
         calibration = Calibration({name: calibration.scores["logit_margin"]}, calibration.correct)
+    if name == "jei_gates":
+        weights = np.zeros((len(bundle.manifest.exits), len(GATE_FEATURES) + 1))
+        weights[:, GATE_FEATURES.index("confidence")], weights[:, -1] = 8.0, -7.0
+        predictor = PredictorInfo(features=[*GATE_FEATURES], gain=weights.tolist(), loss=None)
+        scores = score_exits(GateScore(weights), heldout_logits()).astype(np.float32)
+        calibration = Calibration({name: scores}, calibration.correct)
     manifest = bundle.manifest.model_copy(update={"score": name, "predictor": predictor})
     return replace(bundle, manifest=manifest, calibration=calibration)
 
 
-@pytest.mark.parametrize("name", ["patience", "vote", "as_good"])
+@pytest.mark.parametrize("name", ["patience", "vote", "as_good", "jei_gates"])
 @pytest.mark.parametrize("max_rows", [3, 13])
 def test_images_leave_where_the_score_over_all_heads_says(
     bundle: Bundle, whole: list[NDArray[np.float32]], name: str, max_rows: int
