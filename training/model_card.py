@@ -45,7 +45,7 @@ A budget above the last is not spent: going deeper brought nothing on the held-o
 
 ![Accuracy over mean cost](frontier.png)
 
-The exit score is `{score}` with `{family}` thresholds, chosen on the held-out images by cross-fitting: its lead
+The exit score is `{score}` with `{family}` thresholds, {chosen} by cross-fitting: its lead
 there over max softmax with geometric thresholds, the published policy, is {crossfit_lead} points of top-1 on average
 over all budgets. On the test images at {n_costs} equal measured costs it is {test_lead} (95 %: {test_interval}), and
 {worst_lead} at the worst of them.
@@ -121,12 +121,13 @@ def model_card(
         budget_rows="\n".join(budget_rows),
         score=evaluation.policy.score,
         family=evaluation.policy.family,
+        chosen="which were chosen on the held-out images" if "gates" in training else "chosen on the held-out images",
         crossfit_lead=_points(evaluation.chosen.crossfit_lead, evaluation.chosen.crossfit_lead_error),
         n_costs=len(compared.lead),
         test_lead=_points(compared.mean_lead.mean, compared.mean_lead.error),
         test_interval=f"{100 * compared.mean_lead.low:+.2f} to {100 * compared.mean_lead.high:+.2f}",
         worst_lead=_points(worst.mean, worst.error),
-        objective=_objective(recipe, record),
+        objective=_objective(recipe, record, training.get("gates")),
         confidence=_confidence(record),
         epochs=record.epochs,
         n_train=record.train_images,
@@ -149,7 +150,7 @@ def _points(mean: float, error: float) -> str:
     return f"{100 * mean:+.2f} ± {100 * error:.2f}"
 
 
-def _objective(recipe: Recipe, record: CalibrationRecord) -> str:
+def _objective(recipe: Recipe, record: CalibrationRecord, gates: dict[str, Any] | None) -> str:
     if recipe.objective.name == "joint":
         text = "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
     else:
@@ -170,7 +171,21 @@ def _objective(recipe: Recipe, record: CalibrationRecord) -> str:
             "\nThen, with the heads as trained, F_n = t_n F_(n-1) + s_n f_n was fitted to the held-out images, one\n"
             "exit after the other: t from exit 2 on {}; s {}.".format(*fitted)
         )
-    return text
+    return text + _gates(gates)
+
+
+def _gates(gates: dict[str, Any] | None) -> str:
+    """How a network was gated after it was trained, and what the published decision comes to."""
+    if gates is None:
+        return ""
+    heads = "the heads as they were" if gates["heads"] == "kept" else "the last layers of the heads trained with them"
+    test = gates["published_decision"]["test"]
+    return (
+        f"\nThen gates were fitted as JEI-DNN (ICLR 2024) does, all else frozen, {heads}: trade-off "
+        f"{gates['trade_off']:g}.\nImages leave by their gates, with thresholds for the budget. At the published "
+        f"decision (pi of one half)\nthe test images spend {test['executed_mflops']:.2f} M and are answered right in "
+        f"{100 * test['accuracy']:.2f} % of cases."
+    )
 
 
 def _before(training: dict[str, Any]) -> str:

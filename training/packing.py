@@ -15,6 +15,7 @@ from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunError, RunFolder
 from training.evaluation import Evaluation, calibration_of
 from training.export import export_stages
+from training.jei.record import SCORE, GateRecord, published_decision
 from training.model_card import model_card
 from training.objectives import network_arguments
 from training.recipe import Recipe
@@ -54,6 +55,11 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
     evaluation = Evaluation.load(folder, record)
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     training = _training_info(made_by, record)
+    if gates := GateRecord.load(folder):
+        outputs = (ExitOutputs.load(path) for path in (folder.heldout, folder.test))
+        costs = [result.executed_mflops for result in evaluation.exits]
+        decided = (published_decision(part.scores[SCORE], part.correct, costs) for part in outputs)
+        training["gates"] = gates.told(*decided)
     try:
         check_target(output, replace=True)
         with TemporaryDirectory() as made:

@@ -23,13 +23,16 @@ from models.bundle_writing import write_bundle
 from models.calibration import CALIBRATION, CALIBRATION_INT8
 from models.exits import outcome
 from models.frontier import build_frontier
+from models.gates import GateScore
 from models.manifest import Manifest, StageInfo
 from models.onnx_weights import StageLoadError
 from models.predictor import Predictor
+from models.scores import score_exits
 from training.calibration import ExitOutputs, outputs_of
 from training.data import DataError, ImageSet, Split
 from training.errors import TrainingError
 from training.evaluation import calibration_of, plain_predictor
+from training.jei.record import SCORE
 from training.policies import fit_scores
 from training.quantisation import FOLDER, quantise_stages
 from training.stage_sessions import StageSessions
@@ -81,7 +84,8 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
         bundle = load_bundle(path)
         split = _split_of(bundle, images)
         drawn = np.random.default_rng(0).permutation(split.train)[:n_images]
-        heldout, test = _measure(bundle.path, bundle.manifest.stages, images, split, "fp32")
+        gates = score if isinstance(score := bundle.score(), GateScore) else None
+        heldout, test = _measure(bundle.path, bundle.manifest.stages, images, split, "fp32", gates)
         _refuse_strange(bundle, heldout)
         with TemporaryDirectory() as made:
             contents = Path(made)
@@ -90,18 +94,20 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
                 (contents / name).unlink(missing_ok=True)
             stages = quantise_stages(bundle, images.train_images[np.sort(drawn)], contents)
             opened = [StageInfo.model_validate(stage) for stage in stages]
-            int8_heldout, int8_test = _measure(contents, opened, images, split, "int8")
+            int8_heldout, int8_test = _measure(contents, opened, images, split, "int8", gates)
             calibration_of(int8_heldout).save(contents / CALIBRATION_INT8)
             fp32, _ = _result(bundle.manifest, heldout, test)
-            int8, predictor = _result(bundle.manifest, int8_heldout, int8_test)
+            int8, refitted = _result(bundle.manifest, int8_heldout, int8_test)
+            # Gates stay as they are: to fit them anew would take the loss of every image, and a trade-off.
             manifest = bundle.manifest.model_dump(exclude={"format_version", "version", "files"})
+            predictor = plain_predictor(refitted) if gates is None else manifest["predictor"]
             manifest["int8"] = {
                 "stages": stages,
                 "exits": [
                     {"test_accuracy": test_accuracy, "heldout_accuracy": heldout_accuracy}
                     for test_accuracy, heldout_accuracy in zip(int8.test_accuracy, int8.heldout_accuracy, strict=True)
                 ],
-                "predictor": plain_predictor(predictor),
+                "predictor": predictor,
                 "range_images": len(drawn),
                 "made_with": f"onnxruntime {ort.__version__}, QDQ, weights of 7 bits a channel, activations of 8",
             }
@@ -152,14 +158,15 @@ def _refuse_strange(bundle: Bundle, heldout: ExitOutputs) -> None:
 
 
 def _measure(
-    folder: Path, stages: Sequence[StageInfo], images: ImageSet, split: Split, precision: str
+    folder: Path, stages: Sequence[StageInfo], images: ImageSet, split: Split, precision: str, gates: GateScore | None
 ) -> tuple[ExitOutputs, ExitOutputs]:
     """What stages say of held-out and test images."""
     sessions = StageSessions(folder, stages)
 
     def outputs(part: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> ExitOutputs:
         logits = sessions.run(pixels, f"{precision}, {part}")
-        return outputs_of([torch.from_numpy(x) for x in logits], torch.from_numpy(labels))
+        made = outputs_of([torch.from_numpy(x) for x in logits], torch.from_numpy(labels))
+        return made if gates is None else made.scored(SCORE, score_exits(gates, logits))
 
     return (
         outputs("held out", images.train_images[split.held_out], images.train_labels[split.held_out]),

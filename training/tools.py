@@ -106,7 +106,7 @@ def gate(
         GatesOn,
         typer.Option(help="Images to fit gates on: heldout are new to the network; training is as published."),
     ] = "heldout",
-    epochs: Annotated[int, typer.Option(min=1, help="Of the heads, over the training images.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the heads, over the training images.")] = 8,
     passes: Annotated[
         int, typer.Option(min=0, help="Times that training images are read, augmented; 0: once, as they are.")
     ] = 1,

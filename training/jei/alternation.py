@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.exits import outcome
-from models.gates import PUBLISHED_THRESHOLD, gate_scores
+from models.gates import gate_scores
 from training.checkpoint import RunError
 from training.jei.gates import Floats, FoldedGates, Shown, fit_on_heldout, fit_on_training
 from training.jei.heads import Heads, Steps, batches, cross_entropies, gated_loss, leaving
 from training.jei.inputs import HeadRows
-from training.jei.record import Settings, Turn
+from training.jei.record import Settings, Turn, published_decision
 
 TURN_STEPS = 200
 WARMUP_EPOCHS, WARMUP_PATIENCE = 6, 2
@@ -52,7 +51,7 @@ class _Turns:
         else:
             train, _ = self.heads.show(self.rows.train)
             gates = fit_on_training(train, heldout, self.cost_shares, s.trade_off)
-        done = outcome(folded_scores(gates, heldout), correct, self.cost_shares, published_thresholds(correct.shape[1]))
+        done = published_decision(folded_scores(gates, heldout), correct, self.cost_shares)
         self.turns.append(Turn(step, done.accuracy, done.mean_cost, float(np.mean(losses)) if losses else None))
         if self.best is None or done.accuracy > self.turns[self.kept].accuracy:
             self.kept, self.best = len(self.turns) - 1, (copy.deepcopy(self.heads), gates)
@@ -135,11 +134,6 @@ def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
-
-
-def published_thresholds(n_exits: int) -> Floats:
-    """Those [N] of a gate's score at which an image leaves as published: at the first exit with pi_l of one half."""
-    return np.array([PUBLISHED_THRESHOLD] * (n_exits - 1) + [-np.inf])
 
 
 def folded_scores(gates: FoldedGates, shown: Shown) -> Floats:

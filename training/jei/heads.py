@@ -79,7 +79,8 @@ def gated_loss(losses: Tensor, probabilities: Tensor, detached: bool = True) -> 
 
 def leaving(gates: NDArray[np.float64], logits: Tensor) -> Tensor:
     """How likely images leave at each exit [N, rows] by gates [N, 5], from logits [N, rows, classes]; no gradient."""
-    features = np.stack([see_softmax(x.numpy()) for x in logits.detach()], axis=1)
+    n_exits, n_rows, n_classes = logits.shape
+    features = see_softmax(logits.detach().numpy().reshape(-1, n_classes)).reshape(n_exits, n_rows, -1).swapaxes(0, 1)
     return torch.from_numpy(exit_probabilities(gates, features)).T.to(logits.dtype)
 
 

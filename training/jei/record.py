@@ -1,5 +1,6 @@
 """`gates.json` of a gated run: its gates, how they were made, and what the published decision came to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,13 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from models.gates import GATE_FEATURES, GateScore, gate_scores, see_softmax
+from models.exits import Outcome, outcome
+from models.gates import GATE_FEATURES, PUBLISHED_THRESHOLD, GateScore, gate_scores, see_softmax
 from training.checkpoint import RunError, RunFolder
 from training.ensemble import Ensemble
 from training.jei.gates import FoldedGates
 
 GATES = "gates.json"
 SCORE = "jei_gates"  # what the exit score is called
+# As published the heads have half of the batches of 15 epochs, and gates the others.
+EPOCHS = 8
 HeadsStart = Literal["kept", "trained", "fresh"]
 GatesOn = Literal["heldout", "training"]
 
@@ -26,7 +30,7 @@ class Settings:
     trade_off: float  # nats of cross-entropy that the full network's cost is worth
     heads: HeadsStart = "trained"  # kept: gates alone; else where the last layers start
     gates_on: GatesOn = "heldout"
-    epochs: int = 15
+    epochs: int = EPOCHS
     detached: bool = True  # see `gated_loss`
     seed: int = 0
 
@@ -87,6 +91,26 @@ class GateRecord(BaseModel):
             scores[rows] = gate_scores(weights, features[rows])
         return scores
 
+    def told(self, heldout: Outcome, test: Outcome) -> dict[str, Any]:
+        """What a bundle tells of how its gates were made, and what the published decision comes to."""
+        s = self.settings
+        decided = {
+            name: {"executed_mflops": done.mean_cost, "accuracy": done.accuracy, "shares": list(done.shares)}
+            for name, done in (("heldout", heldout), ("test", test))
+        }
+        made = {"trade_off": s.trade_off, "heads": s.heads, "gates_on": s.gates_on, "detached": s.detached}
+        return {**made, "steps": self.turns[self.kept].step, "seed": s.seed, "published_decision": decided}
+
     def manifest_fields(self) -> dict[str, Any]:
         """The gates as a bundle's manifest has them."""
         return {"features": list(GATE_FEATURES), "gain": self.gates, "loss": None}
+
+
+def published_thresholds(n_exits: int) -> NDArray[np.float64]:
+    """Those [N] of a gate's score at which an image leaves as published: at the first exit with pi_l of one half."""
+    return np.array([PUBLISHED_THRESHOLD] * (n_exits - 1) + [-np.inf])
+
+
+def published_decision(scores: NDArray[Any], correct: NDArray[np.bool_], costs: Sequence[float]) -> Outcome:
+    """What images with scores [M, N] do at those thresholds."""
+    return outcome(scores, correct, costs, published_thresholds(len(costs)))

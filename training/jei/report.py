@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from models.exits import outcome, take_exits
+from models.exits import take_exits
 from models.frontier import build_frontier
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunFolder
 from training.comparison import Behaviour, Estimate, behaviour, lead_at, mean_leads
 from training.evaluation import N_BUDGETS, Evaluation, cost_of
 from training.figures import figure_axes
-from training.jei.alternation import published_thresholds
-from training.jei.record import SCORE, GateRecord
+from training.jei.record import SCORE, GateRecord, published_decision, published_thresholds
 from training.policies import PAPER, Policy, choose_family, crossfit_rightness, fit_scores, name_of, source_of
 
 
@@ -64,7 +63,7 @@ def report_of(source: RunFolder, target: RunFolder) -> Report:
         f"{name_of(chosen)}, on the new heads": _behaviour(chosen, *after, costs, budgets),
     }
     thresholds = published_thresholds(len(costs))
-    decided = [outcome(part.scores[SCORE], part.correct, costs, thresholds) for part in after]
+    decided = [published_decision(part.scores[SCORE], part.correct, costs) for part in after]
     point = Behaviour.of_exits(take_exits(after[1].scores[SCORE], thresholds)[:, None], after[1].correct, costs)
     published = Beside(
         "gates as published: leave where pi >= 1/2",
