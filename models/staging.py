@@ -182,6 +182,11 @@ def _check(network: nn.Module, staged: StagedNetwork, example: Tensor, preproces
                 "a tensor in place which is read elsewhere, or for randomness in evaluation mode"
             )
     for number, (expected, logits) in enumerate(zip(whole, staged.run(example[:1]), strict=True), start=1):
+        if logits.shape != expected[:1].shape:
+            raise StagingError(
+                f"exit {number} gives {tuple(logits.shape)} for one image, and not {tuple(expected[:1].shape)}: look "
+                "for .squeeze(), which takes the images' axis away where there is one image, and use .flatten(1)"
+            )
         if not _close(expected[:1], logits):
             raise StagingError(
                 f"exit {number} answers one image otherwise alone than beside others: rows of a batch must not "

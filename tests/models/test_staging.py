@@ -246,6 +246,11 @@ class WholeBatch(TwoExits):
         super().__init__(lambda x, images: x - x.mean(0, keepdim=True))
 
 
+class Squeezes(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [logits.squeeze() for logits in super().forward(images)]
+
+
 class MeanCrosses(TwoExits):
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.first(images)
@@ -279,6 +284,7 @@ class Noisy(TwoExits):
         (OtherClasses, r"exit 2 of OtherClasses gives \(2, 5\).*same classes at every exit"),
         (Constant, "exit 1 does not depend on the images"),
         (WholeBatch, "exit 2 answers one image otherwise alone"),
+        (Squeezes, r"exit 1 gives \(5,\) for one image, and not \(1, 5\).*flatten"),
         (MeanCrosses, r"a later exit reads 'mean'.*\(4, 8, 8\)"),
         (Assigns, "Assigns cannot be staged: it assigns into a tensor.*torch.cat"),
         (Noisy, "exit 2 answers otherwise in stages|fails on images"),
