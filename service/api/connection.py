@@ -1,8 +1,9 @@
 """One connection as uvicorn has it, made fit for clients that mean no good, and for some that do.
 
 uvicorn bounds neither how long a head is nor how long it takes; it answers what is no request as text, and before the
-requests that came first; it takes what follows a body for a part of its head; and it drops a body that comes with a
-wish to upgrade, which Java's own client and curl's `--http2` send with every first request.
+requests that came first; it takes what follows a body for a part of its head; it tells of a client that has left to the
+request alone that came last; and it drops a body that comes with a wish to upgrade, which Java's own client and curl's
+`--http2` send with every first request.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         assert isinstance(config.app, Gate)
         self.gate = config.app
+        self._answering: Any = None  # what the application works on, as long as that may be another than `cycle`
         self.in_message = False  # the parser is
         self.quiet_since_s = 0.0
         self._head_s = self.gate.desk.state.settings.body_timeout_s  # for a head to come; as for a body
@@ -62,6 +64,9 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # its timer would keep this connection's memory
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
@@ -108,6 +113,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.quiet_since_s, self._patience_s = self.loop.time(), self.timeout_keep_alive
+        self._answering = self.pipeline[-1][0] if self.pipeline else None  # the next
         super().on_response_complete()
 
     def timeout_keep_alive_handler(self) -> None:
@@ -129,6 +135,8 @@ class Connection(HttpToolsProtocol):
     def begin_request(self) -> None:
         """A head is there: give the request to the application."""
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
 
     def read_body(self, body: bytes) -> None:
         """A part of its body is there."""

@@ -45,6 +45,11 @@ def pour(line: Line, data: bytes, n_bytes: int) -> None:
     assert sent < n_bytes, "all of it was taken"
 
 
+def reset(line: Line) -> None:
+    line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    line.close()
+
+
 @pytest.mark.parametrize(
     ("begin", "more"),
     [
@@ -184,8 +189,7 @@ def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:
     assert line.receive()[0] == 200
     port = line.socket.getsockname()[1]
     [known] = [weakref.ref(c) for c in here.server.server_state.connections if c.client and c.client[1] == port]
-    line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    line.close()
+    reset(line)
     with contextlib.closing(here.connect()) as other:  # the engine's thread keeps its latest
         other.send(request(BODY))
         assert other.receive()[0] == 200
@@ -195,6 +199,22 @@ def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:
         return known() is None
 
     wait_until("nothing holds it", forgotten)
+
+
+def test_a_client_that_sends_ahead_and_leaves_is_given_up(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn tells the request alone that came last: the one in work went on, and wrote to nobody with a trace."""
+    before = here.engine.stats().abandoned
+    go_on = keep_busy(here.engine)
+    try:
+        line = here.connect()
+        line.send(CHUNKED + CHUNK + b"0\r\n\r\n" + request(BODY))
+        wait_until("the first is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+        reset(line)
+        wait_until("it is given up", lambda: here.app.lifecycle.requests_in_flight == 0)
+    finally:
+        go_on.set()
+    assert here.engine.stats().abandoned == before + 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 UPGRADE = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
