@@ -17,7 +17,9 @@ from service.latency import LatencyState
 from service.ledger import ROLLING_ANSWERS, Account, Ledger
 from service.steering import MEGA, Steering
 
-SAME_THRESHOLD_IMAGES = 4  # of a batch; each that goes on moves the thresholds a little, and to find them takes time
+# Each image that goes on moves the thresholds a little, and to find them takes time: so many of a batch share them.
+SAME_THRESHOLD_IMAGES = 4
+SAME_THRESHOLD_SHARE = 16  # or the 16th part of a batch
 Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
 
 
@@ -135,9 +137,10 @@ class BudgetController:
             return ["final"] * len(accounts)
         cost, commit = self.costs[passed], self.ledger.commit
         reasons: list[Reason | None] = []
-        for start in range(0, len(accounts), SAME_THRESHOLD_IMAGES):
+        step = max(SAME_THRESHOLD_IMAGES, len(accounts) // SAME_THRESHOLD_SHARE)
+        for start in range(0, len(accounts), step):
             threshold, leaving = self.thresholds[passed - 1], []
-            end = min(start + SAME_THRESHOLD_IMAGES, len(accounts))
+            end = min(start + step, len(accounts))
             for i in range(start, end):
                 if scores[i] >= threshold:
                     reasons.append("confident")

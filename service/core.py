@@ -7,8 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from math import inf
-from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 from service import wishes
 from service.budget import BudgetController, Reason
@@ -172,29 +171,30 @@ class Core:
         self.scheduler.add(rows, stage, now_s, joined, due_s)
 
     def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
-        leaving, reasons, going_on = self._sorted(batch, result, now_s)
+        reasons = self._reasons(batch, result, now_s)
+        going_on = [i for i, reason in enumerate(reasons) if reason is None]
+        leaving = [i for i, reason in enumerate(reasons) if reason]
         if going_on:
             self._go_on(batch, result.block, going_on, now_s)
         if leaving:
-            self._answer(batch, result, leaving, reasons, now_s)
+            self._answer(batch, result, leaving, [reason for reason in reasons if reason], now_s)
 
-    def _sorted(self, batch: Batch, result: BatchResult, now_s: float) -> tuple[list[int], list[Reason], list[int]]:
-        """Where the rows are in their batch that leave, why each does, and where those are that go on."""
+    def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> Sequence[Reason | Literal[""] | None]:
+        """Why each row of a batch leaves; None where it goes on, "" where it had been abandoned, and has ended."""
         rows, scores = batch.rows, result.scores if self._exits_on else [wishes.NEVER_SURE] * len(batch.rows)
-        plain = [i for i, row in enumerate(rows) if not row.abandoned and row.options.is_plain]
-        decided: list[tuple[int, Reason | None]] = []
-        if plain:
-            accounts = [rows[i].account for i in plain]
-            decided += zip(plain, self.budget.decide(accounts, [scores[i] for i in plain]), strict=True)
-        if len(plain) < len(rows):
-            for i, row in enumerate(rows):
-                if row.abandoned:
-                    self._end_abandoned(row)
-                elif not row.options.is_plain:
-                    decided.append((i, self._decide_by_wishes(row, batch, result, i, now_s)))
-            decided.sort(key=itemgetter(0))  # as they lie
-        left = [(i, reason) for i, reason in decided if reason is not None]
-        return [i for i, _ in left], [reason for _, reason in left], [i for i, reason in decided if reason is None]
+        plain = [i for i, row in enumerate(rows) if row.options.is_plain and not row.abandoned]
+        if len(plain) == len(rows):
+            return self.budget.decide([row.account for row in rows], scores)
+        reasons: list[Reason | Literal[""] | None] = [""] * len(rows)
+        decided = self.budget.decide([rows[i].account for i in plain], [scores[i] for i in plain]) if plain else ()
+        for i, reason in zip(plain, decided, strict=True):
+            reasons[i] = reason
+        for i, row in enumerate(rows):
+            if row.abandoned:
+                self._end_abandoned(row)
+            elif not row.options.is_plain:
+                reasons[i] = self._decide_by_wishes(row, batch, result, i, now_s)
+        return reasons
 
     def _go_on(self, batch: Batch, block: Block, indices: Sequence[int], now_s: float) -> None:
         """Queue those rows of a batch for the stage after it."""

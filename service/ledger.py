@@ -73,10 +73,14 @@ class Ledger:
 
     def commit(self, account: Account, cumulative_cost: int) -> bool:
         """Commit to spending `cumulative_cost` in all, unless a bound forbids it."""
-        more = max(0, cumulative_cost - account.allowance) - max(0, account.committed - account.allowance)
+        allowance, committed = account.allowance, account.committed
+        # How much more lies beyond the allowance, spelt out: this is done for every image, and `max` takes time.
+        more = (cumulative_cost if cumulative_cost > allowance else allowance) - (
+            committed if committed > allowance else allowance
+        )
         if self.reserved + more > self.settled:
             return False
-        step = cumulative_cost - account.committed
+        step = cumulative_cost - committed
         if self._average_over and not self._average_allows(step):
             return False
         self._uncommitted -= step
