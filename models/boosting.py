@@ -107,16 +107,29 @@ class _RescaleGradient(torch.autograd.Function):
     """Identity forward, multiplication by a constant backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(x: Tensor, factor: float) -> Tensor:
         return x.view_as(x)  # a view: the bare input was once left unscaled under torch.compile (pytorch #102970)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
 
 
+class _RescaleBothWays(_RescaleGradient):
+    """In forward mode too, which then agrees with the gradients that `backward` gives; torch.compile can't take it."""
+
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, _: None) -> Tensor:
+        scaled: Tensor = change * ctx.factor
+        return scaled
+
+
 def rescale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x` unchanged, bit for bit, with its gradient multiplied by `factor` (IMTA, ICCV 2019)."""
-    rescaled: Tensor = _RescaleGradient.apply(x, factor)
+    function = _RescaleGradient if torch.compiler.is_compiling() else _RescaleBothWays
+    rescaled: Tensor = function.apply(x, factor)
     return rescaled

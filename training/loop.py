@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from training.augment import DeviceImages
 from training.averaging import Averaging
+from training.batches import Batches
 from training.checkpoint import Progress, RunError, RunFolder, describe_run
 from training.data import DataError, ImageSet, Split
 from training.numerics import Precision, autocast, precision_of
@@ -94,15 +95,14 @@ class Trainer:
             len(images.class_names),
         )
         self.held_out = DeviceImages(images.train_images[held_out], images.train_labels[held_out], *normalisation)
-        self.steps_per_epoch = o.steps_per_epoch(len(train))
+        self.batches = Batches(self.train_images, recipe, seed, processes)
+        self.steps_per_epoch, self.total_steps = self.batches.steps_per_epoch, self.batches.total_steps
         if self.steps_per_epoch == 0 or o.batch_rows < 4 * processes.count or len(held_out) < processes.count:
             raise DataError(
                 f"{len(train)} training and {len(held_out)} held-out images, batches of {o.batch_rows} rows and "
                 f"{processes.count} processes don't go together: give more images, a batch_rows of no more than the "
                 "training images and of at least four a process, or fewer processes"
             )
-        self.total_steps = o.epochs * self.steps_per_epoch
-        self._order, self._order_epoch = torch.empty(0, dtype=torch.int64), -1
         if recipe.numerics.compile != "off":
             self.network.compile(mode=recipe.numerics.compile, dynamic=False)  # in place: its weights keep their names
         freeze_unread(self.network, images.image_size_px)
@@ -146,6 +146,7 @@ class Trainer:
         state = self.folder.load_checkpoint()
         self.folder.restore_weights(self.network, state)
         self.averaging.restore(state)
+        self.loss_of.restore(state)
         self.optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress.of(state["progress"])
         return split
@@ -167,7 +168,7 @@ class Trainer:
                 sums = sums + statistics
                 epoch_rows += n_rows
                 progress.step += 1
-                bar.update(self._rows_before(progress.step) - bar.n)
+                bar.update(self.batches.rows_before(progress.step) - bar.n)
                 now = time.monotonic()
                 progress.seconds = seconds_before + now - began
                 finished_epoch = progress.step % self.steps_per_epoch == 0
@@ -195,30 +196,13 @@ class Trainer:
     def _mean(self, values: Tensor) -> Tensor:
         return self.processes.sum(values) / self.processes.count
 
-    def _rows_before(self, step: int) -> int:
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        rows = self.recipe.optimisation.batch_rows
-        return epoch * min(len(self.train_images), self.steps_per_epoch * rows) + batch * rows
-
-    def _batch_rows_of(self, step: int) -> Tensor:
-        """Rows of the training images that `step` trains on: every epoch has its shuffle, shared by all processes."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        if epoch != self._order_epoch:
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-            self._order = torch.randperm(len(self.train_images), generator=generator)
-            self._order_epoch = epoch
-        size = self.recipe.optimisation.batch_rows
-        return self.processes.share(self._order[batch * size : (batch + 1) * size]).to(self.processes.device)
-
     def _step(self, step: int) -> tuple[Tensor, int]:
         self.wrapped.train()
         self._move_temperatures(step)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.recipe.optimisation, step, self.steps_per_epoch)
-        draws = torch.Generator(self.processes.device)
-        draws.manual_seed((self.seed * 1_000_003 + step) * self.processes.count + self.processes.rank)
-        size_px = self.recipe.augmentation.size_px(step, self.total_steps)
-        images, labels = self.train_images.augmented(self._batch_rows_of(step), draws, size_px)
+        images, labels = self.batches[step]
+        self.loss_of.before(step, (images, labels), self.batches, self.optimiser)
         self.optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             loss, statistics = self.loss_of(self.wrapped, images, labels)
@@ -274,14 +258,16 @@ class Trainer:
             bar.write(epoch_line(epoch, epochs, losses.tolist(), accuracy, speed(images_per_s, left)))
 
     def _images_left(self) -> float:
-        rows, size_px = self._rows_before(self.steps_per_epoch) / self.steps_per_epoch, self.train_images.height_px
+        rows = self.batches.rows_before(self.steps_per_epoch) / self.steps_per_epoch
+        size_px = self.train_images.height_px
         return images_left(self.recipe.augmentation, self.progress.step, self.total_steps, rows, size_px)
 
     def _save(self) -> None:
         self._average_buffers()
         if self.processes.is_first:
             optimiser, progress = self.optimiser.state_dict(), asdict(self.progress)
-            self.folder.save_checkpoint({**self.averaging.state(), "optimiser": optimiser, "progress": progress})
+            kept = {**self.averaging.state(), **self.loss_of.state(), "optimiser": optimiser, "progress": progress}
+            self.folder.save_checkpoint(kept)
 
     def _average_buffers(self) -> None:
         self.processes.average_buffers(self.network)
@@ -291,8 +277,8 @@ class Trainer:
     def _bar(self) -> "tqdm[Any]":
         """On a terminal: images done, rate and time left. Elsewhere the line an epoch has to do."""
         return tqdm(
-            total=self._rows_before(self.total_steps),
-            initial=self._rows_before(self.progress.step),
+            total=self.batches.rows_before(self.total_steps),
+            initial=self.batches.rows_before(self.progress.step),
             unit="image",
             unit_scale=True,
             desc=self.folder.path.name,

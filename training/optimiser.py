@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.recipe import Optimisation
 
@@ -23,3 +23,20 @@ def optimiser_of(network: nn.Module, o: Optimisation) -> torch.optim.SGD:
         nesterov=o.nesterov,
         fused=True,
     )
+
+
+def after_step(optimiser: torch.optim.SGD, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Where the optimiser's next step would bring its weights with these gradients: nothing is changed.
+
+    At its rate, with its decay and momentum as they are now. What is returned can be differentiated by `gradients`.
+    """
+    moved = {}
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            if p not in gradients:
+                continue
+            gradient = gradients[p] + group["weight_decay"] * p.detach()
+            momentum, buffer = group["momentum"], optimiser.state.get(p, {}).get("momentum_buffer")
+            velocity = gradient if buffer is None else momentum * buffer + gradient
+            moved[p] = p.detach() - group["lr"] * (gradient + momentum * velocity if group["nesterov"] else velocity)
+    return moved

@@ -75,6 +75,13 @@ class Processes:
                 distributed.all_reduce(buffer)
                 buffer /= self.count
 
+    def average_gradients(self, network: nn.Module) -> None:
+        """Give every process the mean of a small network's gradients, which is not wrapped."""
+        for parameter in network.parameters():
+            if self.count > 1 and parameter.grad is not None:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.count
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes, in each of them."""
         total = values.clone()

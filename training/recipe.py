@@ -29,9 +29,20 @@ class Network(_Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+class Weighting(_Section):
+    """Of `weighted`: how the network learns that weights every image's losses (L2W-DEN)."""
+
+    meta_interval: Annotated[int, Field(ge=1)] = 1  # steps from one of its steps to the next
+    ratio: Annotated[float, Field(gt=0)] = 0.75  # of the images it lets leave at an exit to those at the exit before
+    delta: Annotated[float, Field(gt=0, le=1)] = 0.8  # weights are within 2 delta of 1: above 0.5 some may be negative
+    mean: Literal["mat", "col", "row"] = "col"  # over what weights are 1 on average: the batch, each image, each exit
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of Adam, the highest: it falls along a cosine
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+
+
 class Objective(_Section):
-    name: Literal["boosted", "joint"] = "boosted"
-    temperatures: list[float] = [0.5]  # 1, 2 (linear) or one per exit; `joint` ignores them: it is t = 0
+    name: Literal["boosted", "joint", "weighted"] = "boosted"
+    temperatures: list[float] = [0.5]  # 1, 2 (linear) or one per exit; `joint` and `weighted` are t = 0 and ignore them
     # Then they move: on a line over the run to these, or trained with the network (from those, each between 0 and 1).
     final_temperatures: list[float] | None = None
     learned_temperatures: bool = False
@@ -43,6 +54,7 @@ class Objective(_Section):
     distillation_temperature: Annotated[float, Field(gt=0)] = 2.0
     # Weight of a further output per earlier exit that learns to tell whether going on mends its answer.
     gates: Annotated[float, Field(ge=0)] = 0.0
+    weighting: Weighting = Weighting()
 
     @property
     def temperatures_move(self) -> bool:
@@ -52,8 +64,16 @@ class Objective(_Section):
     def _one_way_to_move(self) -> Self:
         if self.learned_temperatures and self.final_temperatures is not None:
             raise ValueError("temperatures are learned or go to final_temperatures, not both")
-        if self.temperatures_move and self.name == "joint":
-            raise ValueError("joint is t = 0: leave learned_temperatures and final_temperatures out")
+        if self.temperatures_move and self.name != "boosted":
+            raise ValueError(f"{self.name} is t = 0: leave learned_temperatures and final_temperatures out")
+        return self
+
+    @model_validator(mode="after")
+    def _weighting_goes_with(self) -> Self:
+        if self.name == "weighted" and (self.distillation or self.gates):
+            raise ValueError("weighted weights the exits' own losses and no others: leave out distillation and gates")
+        if self.name != "weighted" and self.weighting != Weighting():
+            raise ValueError(f"weighting is of weighted, not of {self.name}: leave it out, or set name = 'weighted'")
         return self
 
 
@@ -121,6 +141,12 @@ class Recipe(_Section):
     def _gates_see_one_class(self) -> Self:
         if self.objective.gates and self.augmentation.cutmix:
             raise ValueError("gates learn whether an answer is right, which mixed images do not tell: leave out cutmix")
+        return self
+
+    @model_validator(mode="after")
+    def _weighted_is_not_compiled(self) -> Self:
+        if self.objective.name == "weighted" and self.numerics.compile != "off":
+            raise ValueError("weighted differentiates the network in ways that torch.compile can't: compile = 'off'")
         return self
 
     @classmethod

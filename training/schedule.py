@@ -13,8 +13,13 @@ def learning_rate(optimisation: Optimisation, step: int, steps_per_epoch: int) -
         epoch = step // steps_per_epoch
         return peak * optimisation.decay ** sum(epoch >= milestone for milestone in optimisation.milestones)
     if optimisation.schedule == "cosine":
-        return 0.5 * peak * (1 + math.cos(math.pi * step / total))
+        return cosine(peak, step / total)
     rising = optimisation.warmup_fraction * total
     if step < rising:
         return peak * (0.04 + 0.96 * step / rising)  # from 1/25 of the peak, as one-cycle schedules begin
-    return 0.5 * peak * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+    return cosine(peak, (step - rising) / (total - rising))
+
+
+def cosine(peak: float, share: float) -> float:
+    """From the peak to 0 along half a cosine, when `share` of it is done."""
+    return 0.5 * peak * (1 + math.cos(math.pi * share))

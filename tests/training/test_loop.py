@@ -196,7 +196,7 @@ def test_the_seed_decides_order_and_augmentation_by_themselves(
     monkeypatch.setattr(DeviceImages, "augmented", noted)
     for seed, rank, count in ((0, 0, 1), (1, 0, 1), (0, 0, 2), (0, 1, 2)):
         run = trainer(tmp_path / "run", images)
-        run.seed, run.processes = seed, Processes(rank, count, ALONE.device)
+        run.batches.seed, run.batches.processes = seed, Processes(rank, count, ALONE.device)
         run._step(5)
     assert rows_seen[0] != rows_seen[1]
     assert rows_seen[0] == [*rows_seen[2], *rows_seen[3]]
@@ -207,7 +207,7 @@ def test_the_seed_decides_order_and_augmentation_by_themselves(
 def test_every_training_image_is_seen_once_an_epoch_and_no_held_out_one(tmp_path: Path, images: ImageSet) -> None:
     run = trainer(tmp_path / "run", images)
     epochs = [
-        torch.cat([run._batch_rows_of(step) for step in range(first, first + STEPS_PER_EPOCH)])
+        torch.cat([run.batches.rows_of(step) for step in range(first, first + STEPS_PER_EPOCH)])
         for first in (0, STEPS_PER_EPOCH)
     ]
     assert not torch.equal(*epochs)

@@ -42,7 +42,7 @@ def train_as_two(recipe: Recipe, images: ImageSet, folder: Path) -> list[Trainer
     """
     pair = [Trainer(recipe, images, RunFolder(folder / f"rank {rank}"), 0, Processes(0, 1, CPU)) for rank in (0, 1)]
     for rank, one in enumerate(pair):
-        one.processes = Processes(rank, 2, CPU)
+        one.processes = one.batches.processes = Processes(rank, 2, CPU)
         one.optimiser.step = one.averaging.update = lambda: None  # type: ignore[assignment,method-assign]
     for step in range(pair[0].total_steps):
         for one in pair:

@@ -7,7 +7,7 @@ import torch
 from tests.data import REPOSITORY
 from tests.training import tiny
 from training.objectives import network_of
-from training.recipe import RECIPE_FOLDER, Augmentation, Recipe, RecipeError
+from training.recipe import RECIPE_FOLDER, Augmentation, Recipe, RecipeError, Weighting
 
 SHIPPED = sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
 
@@ -35,6 +35,18 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
     assert joint.optimisation == o
 
 
+def test_the_recipe_of_l2w_den_is_its_authors() -> None:
+    recipe = Recipe.load("cifar100-weighted-paper")
+    o = recipe.optimisation
+    assert (o.epochs, o.batch_rows, o.learning_rate, o.schedule) == (300, 512, 0.8, "cosine")
+    assert (o.momentum, o.nesterov, o.weight_decay) == (0.9, False, 1e-4)
+    assert recipe.objective.weighting == Weighting(
+        meta_interval=1, ratio=0.75, delta=0.8, mean="col", learning_rate=1e-4, weight_decay=1e-4
+    )
+    assert recipe.network.arguments == {"config": "C-lin-5"}
+    assert recipe.objective.gradient_rescaling == "off"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -57,8 +69,10 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: tuple[str, str], message
 def test_every_field_of_a_recipe_is_explained() -> None:
     told = (REPOSITORY / "docs" / "training.md").read_text()
     for section, field in Recipe.model_fields.items():
-        fields = getattr(field.annotation, "model_fields", None)
-        for name in set(fields or [section]) - {"description"}:
+        fields = dict(getattr(field.annotation, "model_fields", {section: None}))
+        if section == "objective":
+            fields |= Weighting.model_fields
+        for name in fields.keys() - {"description", "weighting"}:
             assert re.search(rf"`[a-z.]*\b{name}`", told), f"{section}.{name}"
 
 

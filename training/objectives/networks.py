@@ -1,0 +1,120 @@
+"""The network that an objective trains: made from a recipe, given what is trained with it alone, freed of it again."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.boosting import Boosting, temperatures_per_exit
+from models.registry import build_network
+from training.gates import Gates
+from training.recipe import Objective, Recipe, RecipeError
+
+SIZES_PX = range(32, 513, 32)  # that are tried for a network that does not take the one it is given
+
+
+def network_arguments(recipe: Recipe, n_classes: int) -> dict[str, Any]:
+    """Arguments of the network that a recipe trains (see `models.registry`): its own, and those its objective sets."""
+    objective = recipe.objective
+    return {
+        **recipe.network.arguments,
+        "n_classes": n_classes,
+        "temperatures": objective.temperatures if objective.name == "boosted" else [0.0],
+        "gradient_rescaling": objective.gradient_rescaling,
+        "stop_gradient": objective.stop_gradient,
+    }
+
+
+def network_of(recipe: Recipe, n_classes: int) -> nn.Module:
+    """Build the network that a recipe trains, with fresh weights.
+
+    Raises:
+        RecipeError: there is no such architecture, or it does not take the recipe's arguments.
+    """
+    try:
+        return build_network(recipe.network.architecture, network_arguments(recipe, n_classes))
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"network: {error}") from error
+
+
+def trainable(network: nn.Module, objective: Objective) -> nn.Module:
+    """Give a network what is trained with it and not served: temperatures that are learned, gates.
+
+    Raises:
+        RecipeError: its temperatures can't be learned from where they start.
+    """
+    if objective.learned_temperatures:
+        boosting = boosting_of(network)
+        try:
+            network.boosting = Boosting(boosting.temperatures, boosting.stop_gradient, learned=True)
+        except ValueError as error:
+            raise RecipeError(f"objective.temperatures: {error}") from error
+    if objective.gates:
+        network.gates = Gates(network)
+    return network
+
+
+def served(network: nn.Module) -> nn.Module:
+    """Take off again what is trained with a network and not served; its temperatures stay where they are."""
+    network.boosting = boosting_of(network).fixed()
+    gates = getattr(network, "gates", None)
+    if isinstance(gates, Gates):
+        gates.inputs.remove()
+        del network.gates
+    return network
+
+
+def boosting_of(network: nn.Module) -> Boosting:
+    """How a network of `models.registry` sums up its heads."""
+    boosting = network.boosting
+    assert isinstance(boosting, Boosting)
+    return boosting
+
+
+def temperatures_at(objective: Objective, n_exits: int, share: float) -> tuple[float, ...] | None:
+    """The temperatures when this share of a run is done, 0 to 1; None where no schedule moves them."""
+    if objective.final_temperatures is None:
+        return None
+    ends = (temperatures_per_exit(t, n_exits) for t in (objective.temperatures, objective.final_temperatures))
+    return tuple(first + (last - first) * share for first, last in zip(*ends, strict=True))
+
+
+def check_image_size(network: nn.Module, image_size_px: int) -> None:
+    """Let a network see one empty image.
+
+    Raises:
+        RecipeError: it does not take images of that size.
+    """
+    network = copy.deepcopy(network).to("meta").eval()  # where shapes are all that is worked out
+    try:
+        _see(network, image_size_px)
+    except RuntimeError as error:
+        taken = ", ".join(str(size_px) for size_px in SIZES_PX if _takes(network, size_px))
+        raise RecipeError(
+            f"network: it does not take images of {image_size_px} x {image_size_px} px, but {taken or 'others'} "
+            "(--image-size); or choose another network: --recipe image-folder is for photographs"
+        ) from error
+
+
+def freeze_unread(network: nn.Module, image_size_px: int) -> None:
+    """Let weights that no exit reads, as some small networks have, want no gradient: processes would wait for it."""
+    copied = copy.deepcopy(network).to("meta").train()
+    torch.stack(
+        [x.sum() for x in copied(torch.zeros(2, 3, image_size_px, image_size_px, device="meta"))]
+    ).sum().backward()
+    for (name, weight), other in zip(network.named_parameters(), copied.parameters(), strict=True):
+        weight.requires_grad_(other.grad is not None or name.startswith("gates."))
+
+
+@torch.no_grad()
+def _see(network: nn.Module, image_size_px: int) -> None:
+    network(torch.zeros(1, 3, image_size_px, image_size_px, device="meta"))
+
+
+def _takes(network: nn.Module, image_size_px: int) -> bool:
+    try:
+        _see(network, image_size_px)
+    except RuntimeError:
+        return False
+    return True
