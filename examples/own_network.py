@@ -7,9 +7,15 @@
 Everything after it works for any such module: it is trained, run over held-out images, cut into stages, exported and
 packed. Without `--data` the images are SYNTHETIC: simple shapes, drawn here, so that nothing need be downloaded; what
 the network then recognises is of no use but to see it all run. `--data` takes a folder train/CLASS/* and val/CLASS/*.
+
+A network that you have trained already is packed as it is. Its thresholds are set by the images in train/, so those
+must be images that it was NOT trained on (on those it was, it is surer than it will be), and val/ measures it:
+
+    python -m examples.own_network --network my_network.py:load --epochs 0 --data IMAGES --image-size 224 --output ...
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,7 +139,6 @@ def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int
             schedule.step()
             losses.append(float(loss.detach()))
         print(f"epoch {epoch} of {epochs}: loss {np.mean(losses):.3f}")
-    network.eval()
 
 
 def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: dict[str, Any], output: Path) -> None:
@@ -170,8 +175,32 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
     print(table(evaluation))
 
 
+def load_network(place: str, n_classes: int) -> nn.Module:
+    """Call what `place`, FILE.py:NAME, names with the number of classes; it returns the network.
+
+    Raises:
+        ImportError: there is no such file or name, or what it returns is no module.
+    """
+    file, _, name = place.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ImportError(f"--network {place}: there is no file {file!r}; write FILE.py:NAME")
+    sys.path.insert(0, str(path.resolve().parent))  # where its own imports are
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"--network {place}: {file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise ImportError(f"--network {place}: {file} has nothing called {name!r}")
+    network: Any = getattr(module, name)(n_classes)
+    if not isinstance(network, nn.Module):
+        raise ImportError(f"--network {place}: {name}({n_classes}) returns no torch.nn.Module")
+    return network
+
+
 def describe(network: nn.Module, images: ImageSet) -> str:
-    return f"{type(network).__name__}, an example of a network of one's own, trained on {images.name}."
+    return f"{type(network).__name__}, an example of a network of one's own, calibrated on {images.name}."
 
 
 def table(evaluation: Evaluation) -> str:
@@ -183,20 +212,36 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.own_network", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="where to put the bundle; replaces one there")
     parser.add_argument("--data", type=Path, help="folder with train/CLASS/* and val/CLASS/*; else synthetic shapes")
-    parser.add_argument("--image-size", type=int, default=64, help="side in pixels at which --data is read")
-    parser.add_argument("--images", type=int, default=6000, help="how many synthetic images to draw")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument(
+        "--network",
+        metavar="FILE.py:NAME",
+        help="in the place of the example's: called with the number of classes, it returns a module that takes images "
+        "normalised as ImageNet's are and returns its logits, classes in the order of their folders' names",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=64, help="side in pixels at which --data is read (default: 64)"
+    )
+    parser.add_argument("--images", type=int, default=6000, help="how many synthetic images to draw (default: 6000)")
+    parser.add_argument("--epochs", type=int, default=8, help="0 leaves the network as it comes (default: 8)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
         images = load_image_set(options.data, options.image_size) if options.data else synthetic_shapes(options.images)
-        split = Split.make(len(images.train_labels), len(images.train_labels) // 5, seed=0)
-        network = ResidualNetwork(len(images.class_names), images.image_size_px)
-        trained_on = on_cpu(images, images.train_images[split.train], images.train_labels[split.train])
-        train(network, trained_on, options.epochs)
-        training = {"example": "examples/own_network.py", "epochs": options.epochs, "seed": 0}
+        n_classes, n_images = len(images.class_names), len(images.train_labels)
+        if options.network:
+            network = load_network(options.network, n_classes)
+        else:
+            network = ResidualNetwork(n_classes, images.image_size_px)
+        if options.epochs:
+            split = Split.make(n_images, n_images // 5, seed=0)
+            trained_on = on_cpu(images, images.train_images[split.train], images.train_labels[split.train])
+            train(network, trained_on, options.epochs)
+        else:
+            split = Split(train=np.arange(0), held_out=np.arange(n_images))
+        network.eval()
+        training = {"network": options.network or "examples/own_network.py", "epochs": options.epochs, "seed": 0}
         make_bundle(network, images, split, training, options.output)
-    except (DataError, StagingError, BundleError, OSError) as error:
+    except (DataError, StagingError, BundleError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sample = options.output.with_name(f"{options.output.name}-sample.png")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.own_network import SHAPES, ResidualNetwork, draw_shapes, main
+from examples.own_network import SHAPES, ResidualNetwork, draw_shapes, load_network, main
 from models.bundle import load_bundle
 from models.cost import measure_cost
 from tests.service.process import running_server
@@ -66,6 +66,74 @@ def test_an_image_folder_of_ones_own(tmp_path):
     assert main(options) == 0
     manifest = load_bundle(output).manifest
     assert (manifest.input.height_px, manifest.class_names) == (64, sorted(SHAPES))
+
+
+NETWORK_OF_ONES_OWN = """
+import parts  # beside it
+
+
+def load(n_classes):
+    network = parts.TwoExits(n_classes)
+    torch = parts.torch
+    torch.manual_seed(7)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def nothing(n_classes):
+    return None
+"""
+PARTS = """
+import torch
+
+
+class TwoExits(torch.nn.Module):
+    def __init__(self, n_classes):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 4, 3, 2, 1), torch.nn.Conv2d(4, 4, 3, 2, 1)
+        self.early, self.late = torch.nn.Linear(4, n_classes), torch.nn.Linear(4, n_classes)
+
+    def forward(self, images):
+        x = self.first(images).relu()
+        return self.early(x.mean((2, 3))), self.late(self.second(x).relu().mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    (tmp_path / "parts.py").write_text(PARTS)
+    (tmp_path / "my_network.py").write_text(NETWORK_OF_ONES_OWN)
+    return tmp_path / "my_network.py"
+
+
+def test_a_network_that_is_trained_already_is_packed_as_it_is(tmp_path, own_file):
+    output = tmp_path / "bundle"
+    assert main(["--network", f"{own_file}:load", "--epochs", "0", "--images", "300", "--output", str(output)]) == 0
+    manifest = load_bundle(output).manifest
+    assert (manifest.data.train_images, manifest.data.heldout_images) == (0, 300)
+    network = load_network(f"{own_file}:load", len(SHAPES))
+    weights = load_file(output / "weights.safetensors")
+    assert len(manifest.exits) == 2
+    assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("nowhere.py:load", "there is no file"),
+        ("my_network.py", "write FILE.py:NAME"),
+        ("my_network.py:other", "nothing called 'other'"),
+        ("my_network.py:nothing", "returns no torch.nn.Module"),
+    ],
+)
+def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch, capsys, place, reason):
+    monkeypatch.chdir(own_file.parent)
+    assert main(["--network", place, "--epochs", "0", "--images", "60", "--output", "bundle"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: --network {place}: ")
+    assert reason in told
+    assert told.count("\n") == 1
 
 
 def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
