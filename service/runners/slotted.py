@@ -32,7 +32,7 @@ class Lane(Protocol):
     def run(
         self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array]
     ) -> tuple[NDArray[np.float32], Heads | None]:
-        """Run a stage on the rows in `slots`, up to `bucket`; of the first stage `images` are the rows' own, [1, ...] each.
+        """Run a stage on the rows in `slots`, up to `bucket`. `images` are those of rows that begin, each [1, ...].
 
         Returns:
             their logits, float32 [rows, classes], and what else is told of them; the caller's own.
