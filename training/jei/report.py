@@ -76,11 +76,15 @@ def report_of(source: RunFolder, target: RunFolder) -> Report:
     )
     rows = [published]
     for name, done in new.items():
-        leads = (mean_leads({PAPER: over, chosen: done}, PAPER, costs)[chosen] for over in (old, paper))
-        rows.append(Beside(name, None, None, None, None, *leads))
+        rows.append(Beside(name, None, None, None, None, *(_mean_lead(done, over, costs) for over in (old, paper))))
     shown = {**new, f"{name_of(chosen)}, before": old, f"{name_of(PAPER)}, before": paper}
     curves = {name: np.stack([done.costs.mean(axis=0), done.right.mean(axis=0)]) for name, done in shown.items()}
     return Report(chosen, tuple(rows), curves, (decided[1].mean_cost, decided[1].accuracy), decided[1].shares)
+
+
+def _mean_lead(done: Behaviour, over: Behaviour, costs: tuple[float, ...]) -> Estimate:
+    this, that = Policy("this", ""), Policy("that", "")  # the two networks' policies may be called the same
+    return mean_leads({this: done, that: over}, that, costs)[this]
 
 
 def _behaviour(
@@ -155,7 +159,7 @@ def _draw_turns(axes: mpl.axes.Axes, gates: GateRecord) -> None:
 
 def _draw_curves(axes: mpl.axes.Axes, report: Report) -> None:
     lines: Sequence[str] = ("-", "--", "-", ":")
-    for (name, (costs, accuracy)), line in zip(report.curves.items(), lines, strict=True):
+    for (name, (costs, accuracy)), line in zip(report.curves.items(), lines, strict=False):
         axes.plot(costs, 100 * accuracy, line, linewidth=1.4, label=name)
     axes.plot([report.published[0]], [100 * report.published[1]], "k*", markersize=10, label=report.rows[0].name)
     axes.set(xlabel="mean million multiply-adds an image (executed)", ylabel="top-1 on test images, %")
