@@ -4,13 +4,14 @@
 Standard library alone, so that it runs beside any Prometheus.
 """
 
+import argparse
 import json
 import math
 import re
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,19 @@ def unanswered(url: str, interval: str) -> list[str]:
     return empty + [f"variable {name}" for name in ("model", "instance") if not variable_values(url, name)]
 
 
-if __name__ == "__main__":
-    asked = sys.argv[1].rstrip("/")
-    missing = unanswered(asked, sys.argv[2] if len(sys.argv) > 2 else "1m")
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m docker.grafana.ask", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("url", metavar="URL", help="where Prometheus is, e.g. http://localhost:9090")
+    parser.add_argument("interval", metavar="INTERVAL", nargs="?", default="1m", help="of rates (default: 1m)")
+    options = parser.parse_args(arguments)
+    try:
+        missing = unanswered(options.url.rstrip("/"), options.interval)
+    except (OSError, ValueError, KeyError) as error:
+        sys.stderr.write(f"error: {options.url} does not answer as a Prometheus does: {error}\n")
+        return 2
     sys.stdout.write("\n".join(missing) + "\n" if missing else "every query has an answer\n")
-    sys.exit(1 if missing else 0)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -130,3 +130,10 @@ def test_a_server_that_is_gone_is_noticed(stack: Stack) -> None:
 def test_a_question_without_an_answer_is_found() -> None:
     with pytest.raises(ValueError, match="does not have"):
         ask.fill("rate(x[$period])", "1m")
+
+
+def test_a_prometheus_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask.main([f"http://127.0.0.1:{free_port()}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: http://127.0.0.1:")
+    assert told.count("\n") == 1
