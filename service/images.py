@@ -37,6 +37,7 @@ from PIL import (
 from models.pixels import TURNS, as_rgb, fitted, orientation_of
 from service.decoding import Decoding
 from service.jpeg_scans import MOST_SCANS, has_too_many_scans
+from service.mistaken import name_of
 from service.plain_images import PlainJpeg, PlainPng
 
 FORMATS = tuple(
@@ -172,10 +173,12 @@ class ImageDecoder:
         except UnidentifiedImageError:
             if body.startswith(BEGINNINGS):
                 raise _broken("its header cannot be read") from None
+            seems = name_of(body)
+            seen = f" (they begin with {body[:12]!r})" if seems is None else f". It seems to be {seems}"
             raise ImageError(
                 "not-an-image",
                 f"The {len(body):,} bytes sent are not a {FORMAT_NAMES} image, whatever their name or content type "
-                f"says (they begin with {body[:12]!r}).",
+                f"says{seen}.",
             ) from None
         except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
             raise _broken(error) from None
