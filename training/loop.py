@@ -103,6 +103,10 @@ class Trainer:
                 f"{processes.count} processes don't go together: give more images, a batch_rows of no more than the "
                 "training images and of at least four a process, or fewer processes"
             )
+        if recipe.objective.name == "weighted" and self.steps_per_epoch == 1:
+            raise DataError(
+                f"weighted wants two batches an epoch at least: set batch_rows to {len(train) // 2} or less"
+            )
         if recipe.numerics.compile != "off":
             self.network.compile(mode=recipe.numerics.compile, dynamic=False)  # in place: its weights keep their names
         freeze_unread(self.network, images.image_size_px)

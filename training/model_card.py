@@ -153,6 +153,12 @@ def _points(mean: float, error: float) -> str:
 def _objective(recipe: Recipe, record: CalibrationRecord, gates: dict[str, Any] | None) -> str:
     if recipe.objective.name == "joint":
         text = "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
+    elif recipe.objective.name == "weighted":
+        text = (
+            "Weighted joint training (L2W-DEN, ECCV 2022): every image's cross-entropies at the exits, weighted by a\n"
+            "network that learned beside this one which of them matter; gradient rescaling: "
+            f"{recipe.objective.gradient_rescaling}."
+        )
     else:
         temperatures = ", ".join(f"{t:g}" for t in recipe.objective.temperatures)
         if recipe.objective.temperatures_move:

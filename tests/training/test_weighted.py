@@ -1,22 +1,30 @@
 """L2W-DEN: weights that are learned beside the network. Small networks in float64 stand for large ones in float32."""
 
+import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
-from training.objectives import WeightedLosses
+from tests.training import tiny
+from training.objectives import WeightedLosses, build_objective, network_of
 from training.objectives.losses import losses_by_exit
-from training.objectives.weighted import early_exit_loss
+from training.objectives.weighted import WeightPredictor, early_exit_loss, exit_shares, leaving_at
 from training.optimiser import after_step, optimiser_of
-from training.recipe import Optimisation, Weighting
+from training.processes import Processes
+from training.recipe import Optimisation, Recipe, RecipeError, Weighting
 
 # What torch loads for forward mode declares itself with what torch calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 CLASSES = 4
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 class Branching(nn.Module):
@@ -137,3 +145,185 @@ def test_the_predictors_gradient_is_that_of_the_loss_after_the_step(o: Optimisat
         expected = sum(float((g * d).sum()) for g, d in zip(ours, direction, strict=True)) / length
         assert tried == pytest.approx(expected, rel=1e-4, abs=1e-10)
     assert math.sqrt(sum(float((g * g).sum()) for g in ours)) > 1e-4  # it is no matter of zeros
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 7),
+    st.floats(0.01, 1.0),
+    st.sampled_from([("mat", (0, 1)), ("col", 0), ("row", 1)]),
+    st.integers(0, 2**31),
+)
+def test_weights_are_one_on_average_and_within_twice_delta_of_it(
+    n_rows: int, n_exits: int, delta: float, mean: tuple[str, tuple[int, ...] | int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    name, over = mean  # of [exits, rows]: all, an image's exits, an exit's images
+    predictor = WeightPredictor(n_exits, Weighting(delta=delta, mean=name)).double()  # type: ignore[arg-type]
+    losses = 20 * torch.rand(n_exits, n_rows).double().requires_grad_()
+    weights = predictor(losses)
+    assert weights.shape == losses.shape
+    assert torch.allclose(weights.mean(over), torch.ones(()).double())
+    assert ((weights - 1).abs() < 2 * delta).all()
+    assert weights.requires_grad
+    assert torch.autograd.grad(weights.square().sum(), losses, allow_unused=True) == (None,)  # the losses are input
+
+
+def test_shares_fall_by_the_ratio_from_exit_to_exit() -> None:
+    assert exit_shares(5, 0.75) == pytest.approx([0.328, 0.246, 0.184, 0.138, 0.104], abs=5e-4)  # as published
+    assert exit_shares(4, 1.0) == [0.25] * 4
+    assert sum(exit_shares(7, 1.7)) == pytest.approx(1)
+
+
+def sure(rows: list[list[float]]) -> list[Tensor]:
+    """Logits of two classes at each exit, by how sure it is of each row."""
+    return [torch.tensor([[0.0, s] for s in exit_rows]) for exit_rows in rows]
+
+
+def test_the_surest_of_those_still_there_leave_until_an_exits_share_is_full() -> None:
+    logits = sure(
+        [
+            [9.0, 1.0, 8.0, 2.0, 3.0, 7.0, 0.5],  # 7 rows, a ratio of 1: two leave at each of the first two
+            [9.0, 3.0, 8.0, 6.0, 1.0, 2.0, 5.0],  # the surest two have gone: 3 and 6 are next
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # takes the rest, sure or not
+        ]
+    )
+    assert leaving_at(logits, 1.0).tolist() == [0, 2, 0, 1, 2, 2, 1]
+    assert leaving_at(logits, 1e-9).tolist() == [0, 0, 0, 0, 0, 0, 2]  # a share of nearly 1 of 7 rows is 6 of them
+    assert leaving_at([x[:1] for x in logits], 0.75).tolist() == [2]  # a third of one image is none
+    assert leaving_at(logits[:1], 0.75).tolist() == [0] * 7
+
+
+def test_the_early_exit_loss_is_the_sum_of_means_over_those_who_leave() -> None:
+    draws = torch.Generator().manual_seed(4)
+    logits = [torch.randn(10, 3, generator=draws) for _ in range(4)]
+    labels = torch.randint(0, 3, (10,), generator=draws)
+    exits = leaving_at(logits, 0.75)
+    assert exits.bincount(minlength=4).tolist() == [3, 2, 2, 3]
+    expected = [functional.cross_entropy(x[exits == n], labels[exits == n]) for n, x in enumerate(logits)]
+    assert early_exit_loss(logits, labels, 0.75).item() == pytest.approx(sum(expected).item(), rel=1e-6)  # type: ignore[union-attr]
+    alone = early_exit_loss([x[:1] for x in logits], labels[:1], 0.75)  # goes to the last exit: the others are empty
+    assert alone.item() == pytest.approx(functional.cross_entropy(logits[3][:1], labels[:1]).item(), rel=1e-6)
+
+
+def test_what_is_minimised_is_the_weighted_sum_and_joint_where_all_weights_are_one() -> None:
+    torch.manual_seed(0)
+    network = Branching().train()
+    rows, labels = batch(0)[0].float(), batch(0)[1]
+    losses = WeightedLosses(network, 3, Weighting())
+    found = losses_by_exit(network(rows), labels, 0.0)
+    total, statistics = losses(network, rows, labels)
+    assert total.item() == pytest.approx((losses.predictor(found) * found).mean(1).sum().item(), rel=1e-6)
+    assert total.item() != pytest.approx(found.mean(1).sum().item(), rel=1e-4)
+    assert torch.allclose(statistics[0], found.mean(1), rtol=1e-6)  # what is logged is what joint logs
+    total.backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert all(p.grad is None for p in losses.predictor.parameters())
+    with torch.no_grad():
+        for p in losses.predictor.layers[2].parameters():  # type: ignore[union-attr]
+            p.zero_()
+    assert losses(network, rows, labels)[0].item() == pytest.approx(found.mean(1).sum().item(), rel=1e-6)
+
+
+def test_trying_a_step_leaves_network_and_optimiser_as_they_were() -> None:
+    network = branching()
+    optimiser = trained_on(network, SETTINGS[0], 2)
+    optimiser.zero_grad()
+    before = copy.deepcopy((network.state_dict(), optimiser.state_dict()))
+    parameters = list(network.parameters())
+    losses = weighted(network)
+    losses.try_step(batch(1), batch(2), optimiser)
+    network_state, optimiser_state = before
+    assert network_state.keys() == network.state_dict().keys()
+    for name, value in network.state_dict().items():  # batch statistics and their count among them
+        assert torch.equal(value, network_state[name]), name
+    for key, state in optimiser_state["state"].items():
+        assert torch.equal(state["momentum_buffer"], optimiser.state_dict()["state"][key]["momentum_buffer"])
+    assert optimiser_state["state"].keys() == optimiser.state_dict()["state"].keys()
+    assert all(a is b for a, b in zip(parameters, network.parameters(), strict=True))
+    assert all(p.grad is None for p in parameters)
+    assert network.training
+
+
+def test_a_first_step_tried_leaves_the_optimiser_without_a_state() -> None:
+    network = branching()
+    optimiser = optimiser_of(network, SETTINGS[0])
+    weighted(network).try_step(batch(1), batch(2), optimiser)
+    assert len(optimiser.state) == 0
+
+
+@pytest.mark.parametrize("rescaling", ["off", "coarsest", "all"])
+@pytest.mark.parametrize("architecture", ["msdnet", "ranet"])
+def test_forward_mode_agrees_with_a_backward_pass_of_a_backward_pass_in_a_real_network(
+    architecture: str, rescaling: str
+) -> None:
+    """With gradients rescaled, which no forward pass tells: forward mode has to go along with them."""
+    arguments: dict[str, object] = (
+        {"config": "C-m1", "n_channels": 4, "growth_rate": 4} if architecture == "ranet" else {}
+    )
+    recipe = tiny.recipe(
+        objective={"name": "weighted", "gradient_rescaling": rescaling},
+        **({"network": {"architecture": "ranet", "arguments": arguments}} if arguments else {}),
+    )
+    torch.manual_seed(0)
+    network = network_of(recipe, CLASSES).train()
+    losses = build_objective(recipe.objective, network)
+    assert isinstance(losses, WeightedLosses)
+    optimiser = optimiser_of(network, recipe.optimisation)
+    draws = torch.Generator().manual_seed(5)
+    one, other = (
+        (torch.randn(8, 3, 32, 32, generator=draws), torch.randint(0, CLASSES, (8,), generator=draws)) for _ in range(2)
+    )
+    losses.try_step(one, other, optimiser)
+    parameters = list(losses.predictor.parameters())
+    expected = torch.autograd.grad(judged_after(losses, one, other, optimiser), parameters)
+    for p, gradient in zip(parameters, expected, strict=True):
+        assert p.grad is not None
+        assert (p.grad - gradient).norm() < 1e-3 * gradient.norm()
+
+
+def test_a_predictor_that_learns_makes_steps_that_the_judge_likes_better() -> None:
+    network = branching()
+    optimiser = trained_on(network, SETTINGS[0], 3)
+    losses = weighted(network, Weighting(learning_rate=1e-2, weight_decay=0.0))
+    judged = []
+    for _ in range(60):
+        losses.try_step(batch(1), batch(2), optimiser)
+        losses.learn(0.0, ALONE)
+        judged.append(judged_after(losses, batch(1), batch(2), optimiser).item())
+    assert judged[-1] < judged[0] - 0.01
+
+
+def test_its_rate_falls_along_a_cosine() -> None:
+    losses = weighted(branching(), Weighting(learning_rate=0.2))
+    for share, rate in ((0.0, 0.2), (0.5, 0.1), (1.0, 0.0)):
+        losses.learn(share, ALONE)
+        assert losses.optimiser.param_groups[0]["lr"] == pytest.approx(rate)
+    assert losses.optimiser.param_groups[0]["weight_decay"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"objective": {"name": "weighted", "distillation": 0.5}}, "leave out distillation and gates"),
+        ({"objective": {"name": "weighted", "gates": 0.1}}, "leave out distillation and gates"),
+        ({"objective": {"name": "weighted", "learned_temperatures": True}}, "weighted is t = 0"),
+        ({"objective": {"name": "joint", "weighting": {"delta": 0.3}}}, "weighting is of weighted, not of joint"),
+        ({"objective": {"name": "weighted"}, "numerics": {"compile": "default"}}, "compile = 'off'"),
+        ({"objective": {"name": "weighted", "weighting": {"mean": "exit"}}}, r"objective\.weighting\.mean"),
+        (
+            {"objective": {"name": "weighted", "weighting": {"meta_interval": 0}}},
+            r"objective\.weighting\.meta_interval",
+        ),
+        ({"objective": {"name": "weighted", "weighting": {"delta": 1.5}}}, r"objective\.weighting\.delta"),
+    ],
+)
+def test_what_does_not_go_with_weights_is_said(sections: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.recipe(**sections)
+
+
+def test_an_unknown_field_of_the_weighting_is_told_by_name(tmp_path: Path) -> None:
+    path = tiny.write_recipe(tmp_path / "tiny.toml")
+    with pytest.raises(RecipeError, match=r"objective\.weighting\.rate: there is no such field; there are .*ratio"):
+        Recipe.load(str(path), ["objective.name='weighted'", "objective.weighting.rate=1.0"])
