@@ -221,13 +221,13 @@ def _fitted(name: str, heldout: Seen, columns: tuple[Columns, Columns], ridge: f
 
     def source(fitted: Rows, judged: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         weights = fit_exits(of_heldout[fitted], happens[fitted], ridge)
-        return _crossfit(of_heldout[fitted], happens[fitted], ridge), -apply(weights, of_heldout[judged])
+        return crossfit_columns(of_heldout[fitted], happens[fitted], ridge), -apply(weights, of_heldout[judged])
 
     test = -apply(fit_exits(of_heldout, happens, ridge), of_test)
-    return Signal(name, "held-out images", source, _crossfit(of_heldout, happens, ridge), test)
+    return Signal(name, "held-out images", source, crossfit_columns(of_heldout, happens, ridge), test)
 
 
-def _crossfit(columns: Columns, happens: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
+def crossfit_columns(columns: Columns, happens: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
     """Scores [M, N] of the very images that are fitted on, none by weights that it had a part in."""
     fold = np.random.default_rng(0).permutation(len(columns)) % N_FOLDS
     scores = np.empty(happens.shape)

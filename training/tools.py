@@ -138,8 +138,8 @@ def gate(
 
     source, made = RunFolder(run), RunFolder(output)
     settings = Settings(trade_off, heads, gates_on, epochs, not undetached, seed)
-    gates = gate_run(source, made, images_of(source, data), settings, passes, device.resolve())
-    report = report_of(source, made)
+    gates, shown = gate_run(source, made, images_of(source, data), settings, passes, device.resolve())
+    report = report_of(source, made, gates, shown)
     write_report(report, output / "gates.csv")
     plot_report(report, gates, output / "gates.png")
     print_report(report, gates, Console(width=160))

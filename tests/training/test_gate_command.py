@@ -43,7 +43,7 @@ def test_gates_are_told_drawn_and_kept(made: Path) -> None:
     for name in ("gates.json", "gates.csv", "gates.png"):
         assert (made / "gated" / name).stat().st_size > 0
     told = (made / "gated" / "gates.csv").read_text().splitlines()
-    assert len(told) == 4
+    assert len(told) == 6
     assert told[1].startswith("gates as published")
     gates = GateRecord.load(RunFolder(made / "gated"))
     assert gates is not None

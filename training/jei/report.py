@@ -4,6 +4,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -18,8 +19,12 @@ from training.checkpoint import RunFolder
 from training.comparison import Behaviour, Estimate, behaviour, lead_at, mean_leads
 from training.evaluation import N_BUDGETS, Evaluation, cost_of
 from training.figures import figure_axes
+from training.jei.gates import Shown
 from training.jei.record import SCORE, GateRecord, published_decision, published_thresholds
 from training.policies import PAPER, Policy, choose_family, crossfit_rightness, fit_scores, name_of, source_of
+from training.predicting import RIDGE, fit_exits, mends
+from training.reliability import expected_calibration_error
+from training.signals import apply, crossfit_columns
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,14 @@ class Report:
     curves: dict[str, NDArray[np.float64]]  # by name: mean cost and accuracy on test images [2, points]
     published: tuple[float, float]  # the same of the published decision
     shares: tuple[float, ...]  # of the test images, by exit, with that decision
+    calibration_error: float  # of the confidence at the exit taken, over all test images at once
 
 
-def report_of(source: RunFolder, target: RunFolder) -> Report:
+def report_of(source: RunFolder, target: RunFolder, gates: GateRecord, shown: tuple[Shown, Shown]) -> Report:
     """Compare a gated run with the run it was made from, on the same test images.
+
+    Args:
+        shown: what its heads show of held-out and of test images.
 
     Raises:
         RunError: the source run is not evaluated.
@@ -56,15 +65,20 @@ def report_of(source: RunFolder, target: RunFolder) -> Report:
     before, after = ((ExitOutputs.load(f.heldout), ExitOutputs.load(f.test)) for f in (source, target))
     budgets = np.linspace(costs[0], costs[-1], N_BUDGETS).tolist()
     rightness = crossfit_rightness(source_of(SCORE, after[0]), after[0].correct, costs, budgets)
-    gates = choose_family({Policy(SCORE, family): right for family, right in rightness.items()}, SCORE)
+    by_gates = choose_family({Policy(SCORE, family): right for family, right in rightness.items()}, SCORE)
     old, paper = (_behaviour(policy, *before, costs, budgets) for policy in (chosen, PAPER))
     new = {
-        f"gates with {gates.family} thresholds": _behaviour(gates, *after, costs, budgets),
+        f"gates, {by_gates.family}": _behaviour(by_gates, *after, costs, budgets),
         f"{name_of(chosen)}, on the new heads": _behaviour(chosen, *after, costs, budgets),
+    }
+    reasons = {
+        f"{name}, {by_gates.family}": _led(*scores, by_gates.family, *after, costs, budgets)
+        for name, scores in _why(gates, shown, after[0].correct).items()
     }
     thresholds = published_thresholds(len(costs))
     decided = [published_decision(part.scores[SCORE], part.correct, costs) for part in after]
-    point = Behaviour.of_exits(take_exits(after[1].scores[SCORE], thresholds)[:, None], after[1].correct, costs)
+    exits = take_exits(after[1].scores[SCORE], thresholds)
+    point = Behaviour.of_exits(exits[:, None], after[1].correct, costs)
     published = Beside(
         "gates as published: leave where pi >= 1/2",
         decided[0].mean_cost,
@@ -75,11 +89,13 @@ def report_of(source: RunFolder, target: RunFolder) -> Report:
         lead_at(point, paper),
     )
     rows = [published]
-    for name, done in new.items():
+    for name, done in {**new, **reasons}.items():
         rows.append(Beside(name, None, None, None, None, *(_mean_lead(done, over, costs) for over in (old, paper))))
-    shown = {**new, f"{name_of(chosen)}, before": old, f"{name_of(PAPER)}, before": paper}
-    curves = {name: np.stack([done.costs.mean(axis=0), done.right.mean(axis=0)]) for name, done in shown.items()}
-    return Report(chosen, tuple(rows), curves, (decided[1].mean_cost, decided[1].accuracy), decided[1].shares)
+    drawn = {**new, f"{name_of(chosen)}, before": old, f"{name_of(PAPER)}, before": paper}
+    curves = {name: np.stack([done.costs.mean(axis=0), done.right.mean(axis=0)]) for name, done in drawn.items()}
+    taken = np.arange(len(exits)), exits
+    error = expected_calibration_error(after[1].confidence[taken], after[1].correct[taken])
+    return Report(chosen, tuple(rows), curves, (decided[1].mean_cost, decided[1].accuracy), decided[1].shares, error)
 
 
 def _mean_lead(done: Behaviour, over: Behaviour, costs: tuple[float, ...]) -> Estimate:
@@ -91,19 +107,57 @@ def _behaviour(
     policy: Policy, heldout: ExitOutputs, test: ExitOutputs, costs: tuple[float, ...], budgets: list[float]
 ) -> Behaviour:
     fitted = fit_scores(heldout)[policy.score]
-    frontier = build_frontier(fitted.heldout, heldout.correct, costs, policy.family)
+    scores = fitted.heldout, fitted.of(policy.score, test)
+    return _led(*scores, policy.family, heldout, test, costs, budgets)
+
+
+def _led(
+    of_heldout: NDArray[np.floating[Any]],
+    of_test: NDArray[np.floating[Any]],
+    family: str,
+    heldout: ExitOutputs,
+    test: ExitOutputs,
+    costs: tuple[float, ...],
+    budgets: list[float],
+) -> Behaviour:
+    """What test images do by scores [M, N], with thresholds that those of the held-out images set."""
+    frontier = build_frontier(of_heldout, heldout.correct, costs, family)
     thresholds = np.array([frontier.at(frontier.position_at_cost(budget)).thresholds for budget in budgets])
-    return behaviour(fitted.of(policy.score, test), test.correct, costs, thresholds)
+    return behaviour(of_test, test.correct, costs, thresholds)
+
+
+def _why(
+    gates: GateRecord, shown: tuple[Shown, Shown], correct: NDArray[np.bool_]
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Scores of held-out and test images that tell what of the gates' score is worth what: each gate without those
+    before it, and the same four numbers fitted to another end."""
+    heldout, test = (part.features for part in shown)
+    alone = np.empty(heldout.shape[:2])
+    for k, weights in enumerate(gates.gates_by_fold):
+        rows = np.array(gates.fold) == k
+        alone[rows] = apply(np.array(weights), heldout[rows])
+    happens = mends(correct)
+    return {
+        "each gate by itself": (alone, apply(np.array(gates.gates), test)),
+        "a gate's inputs, fitted to whether going on mends": (
+            crossfit_columns(heldout, happens, RIDGE),
+            -apply(fit_exits(heldout, happens), test),
+        ),
+    }
 
 
 def print_report(report: Report, gates: GateRecord, console: Console) -> None:
-    s = gates.settings
+    s, turns = gates.settings, len(gates.turns)
     title = f"JEI-DNN gates, trade-off {s.trade_off:g}, heads {s.heads}, gates fitted on {s.gates_on} images"
+    kept = ""
+    if s.heads != "kept":
+        kept = f"\nturn {gates.kept + 1} of {turns} was kept" + (": the heads as they started" * (gates.kept == 0))
     table = Table(
         title=f"{title}: points of top-1 over the network as it was",
         title_justify="left",
         caption="at equal measured cost, on test images; with thresholds the mean over 20 costs. With the published\n"
-        f"decision {' '.join(f'{100 * share:.1f}' for share in report.shares)} % leave at exit 1, 2, ...",
+        f"decision {' '.join(f'{100 * share:.1f}' for share in report.shares)} % leave at exit 1, 2, ..., and their "
+        f"confidence is off by {100 * report.calibration_error:.1f} points{kept}",
         caption_justify="left",
     )
     over = [f"over {name_of(policy)}" for policy in (report.chosen, PAPER)]

@@ -12,6 +12,7 @@ from training.checkpoint import RunError, RunFolder
 from training.data import ImageSet
 from training.evaluation import Evaluation, cost_of
 from training.jei.alternation import alternate
+from training.jei.gates import Shown
 from training.jei.heads import Heads
 from training.jei.inputs import HeadRows, head_rows
 from training.jei.record import SCORE, GateRecord, Settings
@@ -25,11 +26,14 @@ def gate_run(
     settings: Settings,
     passes: int,
     device: torch.device,
-) -> GateRecord:
+) -> tuple[GateRecord, tuple[Shown, Shown]]:
     """Train gates, and with them the last layers of the heads, on a run; write the run that has both.
 
     Args:
         passes: over the training images, see `head_rows`.
+
+    Returns:
+        the gates, and what the heads show of held-out and of test images.
 
     Raises:
         RunError, DataError: the run is not evaluated, has one exit or gates already, or is of other images; the
@@ -62,7 +66,7 @@ def gate_run(
     if record.half_weights:
         round_to_half(made.heads)
     _calibrate(target, record, rows, made.heads, gates)
-    return gates
+    return gates, (made.heads.show(rows.heldout)[0], made.heads.show(rows.test)[0])
 
 
 def _write(source: RunFolder, target: RunFolder, heads: Heads, gates: GateRecord) -> None:
