@@ -1,0 +1,196 @@
+"""What steering keeps and what it costs: the real core, budget and scheduler under a virtual clock, on real scores.
+
+    python -m benchmarks.steering
+
+Held-out images of a bundle come in many random orders, and batches take random times. At the end, and at every answer
+before, the last 1,000 answers are compared with the budget; and what was answered with what fixed thresholds of the
+same mean cost answer. Nothing is timed: the same seed gives the same table on any machine.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Column, Table
+from tqdm import tqdm
+
+from benchmarks.running import run
+from models.bundle import Bundle, load_bundle
+from models.exits import outcome
+from models.frontier import Frontier
+from service.ledger import ROLLING_ANSWERS
+from service.plan.arrivals import poisson
+from service.plan.simulation import Network, Record, Setup, Simulation
+from service.plan.stage_times import StageTimes
+
+SETTLING_ANSWERS = 2_000  # before the window is looked at, and more where many are in flight:
+SETTLING_ROUNDS, ROUNDS = 4, 12  # so many times those, and of all
+GMACS_PER_S = 30.0  # of a lane; what it is changes nothing but the unit of time
+FIXED_SHARE = 0.1  # of a full batch's time, which a batch of any size takes
+SPREAD = (0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.2, 1.6, 3.0)  # of batches' times; the last is a stall
+N_POSITIONS = 65
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How images come, and what they meet."""
+
+    name: str
+    n_lanes: int
+    max_rows: int
+    n_in_flight: int | None = None  # so many always; None: as they come, at `load`
+    load: float = 0.0  # of what the lanes can do
+
+
+TRAFFICS = (
+    Traffic("1 client", 1, 32, 1),
+    Traffic("8 clients, 2 lanes", 2, 32, 8),
+    Traffic("32 clients, 2 lanes", 2, 32, 32),
+    Traffic("Poisson, 60 %, 2 lanes", 2, 32, load=0.6),
+    Traffic("256 clients, 2 lanes", 2, 32, 256),
+    Traffic("256 clients, 8 lanes", 8, 32, 256),
+    Traffic("2,048 clients, 2 lanes of 256", 2, 256, 2_048),
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one order of the images came to. Averages are over the budget."""
+
+    at_end: float  # the last 1,000 answers
+    lowest: float  # any 1,000 of them, once settled
+    highest: float
+    lost: float  # share of the images that fixed thresholds of the same mean cost get right beyond ours
+    cut_short: float  # share of the images that the ledger ended
+
+
+def network_of(bundle: Bundle) -> Network:
+    scores = bundle.calibration.scores[bundle.manifest.score]
+    return Network(scores, bundle.calibration.correct, bundle.costs_mflops, bundle.frontier())
+
+
+def times_of(network: Network, traffic: Traffic) -> StageTimes:
+    """Stages take what they cost, and a tenth of a full batch's time for any batch."""
+    stage_seconds = []
+    for mflops in np.diff([0.0, *network.costs_mflops]).tolist():
+        full_s = traffic.max_rows * mflops / GMACS_PER_S / 1e3
+        stage_seconds.append({1: (FIXED_SHARE + 1 / traffic.max_rows) * full_s, traffic.max_rows: full_s})
+    return StageTimes(
+        network="none: in proportion to the costs",
+        machine="none",
+        n_lanes=traffic.n_lanes,
+        n_cores=traffic.n_lanes,
+        lanes_take_cores=False,
+        alone_speed=1.0,
+        stage_seconds=tuple(stage_seconds),
+        spread=SPREAD,
+        copy_row_seconds=(0.0,) * len(stage_seconds),
+        host_image_seconds=0.0,
+        host_batch_seconds=0.0,
+        wake_seconds=(0.0,),
+    )
+
+
+def simulate(network: Network, traffic: Traffic, budget_mflops: float, n_images: int, seed: int) -> Order:
+    """Send images in one order."""
+    setup = Setup(budget_mflops, traffic.n_lanes, traffic.n_lanes, traffic.max_rows)
+    simulation = Simulation(network, times_of(network, traffic), setup, seed)
+    if traffic.n_in_flight is None:
+        rate_per_s = traffic.load * traffic.n_lanes * GMACS_PER_S * 1e3 / budget_mflops
+        record = simulation.run(poisson(rate_per_s, n_images, seed).tolist())
+    else:
+        record = simulation.saturate(max(n_images, ROUNDS * traffic.n_in_flight), traffic.n_in_flight)
+    n_settling = max(SETTLING_ANSWERS, SETTLING_ROUNDS * (traffic.n_in_flight or 0))
+    return judge(network, record, budget_mflops, n_settling, partial(accuracy_at, network))
+
+
+def judge(
+    network: Network,
+    record: Record,
+    budget_mflops: float,
+    n_settling: int,
+    fixed_accuracy: Callable[[NDArray[np.intp], float], float],
+) -> Order:
+    """What a run came to; `fixed_accuracy` says what fixed thresholds get right of images at a mean cost."""
+    sums = np.cumsum([0, *record.spent])  # whole numbers
+    windows = (sums[ROLLING_ANSWERS:] - sums[:-ROLLING_ANSWERS]) / ROLLING_ANSWERS / 1e6 / budget_mflops
+    settled = windows[n_settling - ROLLING_ANSWERS :]
+    rows, exits = np.array(record.row), np.array(record.exit) - 1
+    right = network.correct[rows, exits].mean()
+    cost_mflops = float(np.mean(record.spent)) / 1e6
+    return Order(
+        at_end=float(windows[-1]),
+        lowest=float(settled.min()),
+        highest=float(settled.max()),
+        lost=float(fixed_accuracy(rows, cost_mflops) - right),
+        cut_short=record.reason.count("budget") / len(rows),
+    )
+
+
+def accuracy_at(network: Network, rows: NDArray[np.intp], cost_mflops: float) -> float:
+    """What fixed thresholds get right of these very images where these cost so much on average."""
+    scores, correct = network.scores[rows], network.correct[rows]
+    costs, accuracies = zip(*_fixed(network.frontier, scores, correct, network.costs_mflops), strict=True)
+    return float(np.interp(cost_mflops, costs, accuracies))
+
+
+def _fixed(
+    frontier: Frontier, scores: NDArray[np.float64], correct: NDArray[np.bool_], costs_mflops: Sequence[float]
+) -> Iterator[tuple[float, float]]:
+    for position in np.linspace(0.0, 1.0, N_POSITIONS).tolist():
+        found = outcome(scores, correct, costs_mflops, frontier.at(position).thresholds)
+        yield found.mean_cost, found.accuracy
+
+
+def show(name: str, found: list[tuple[float, Traffic, list[Order]]], n_images: int, console: Console) -> None:
+    n_orders = len(found[0][2])
+    table = Table(
+        "%",
+        Column("traffic", no_wrap=True),
+        "last 1,000 at the end",
+        "at any answer",
+        "points lost",
+        "cut, %",
+        title=f"{name}: {n_orders} orders of {n_images:,} held-out images, averages over the budget",
+    )
+    for fraction, traffic, orders in found:
+        at_end = [order.at_end for order in orders]
+        lost = [100 * order.lost for order in orders]
+        table.add_row(
+            f"{100 * fraction:.0f}",
+            traffic.name,
+            f"{min(at_end):.4f} to {max(at_end):.4f}",
+            f"{min(order.lowest for order in orders):.3f} to {max(order.highest for order in orders):.3f}",
+            f"{np.mean(lost):.2f} ({np.std(lost):.2f})",
+            f"{100 * np.mean([order.cut_short for order in orders]):.2f}",
+        )
+    console.print(table)
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
+    fractions: Annotated[str, typer.Option(help="Budgets, of the full network's cost, after commas.")] = "0.25,0.4,0.6",
+    orders: Annotated[int, typer.Option(min=2, help="Random orders of each.")] = 12,
+    images: Annotated[int, typer.Option(min=SETTLING_ANSWERS + 1, help="Images an order.")] = 7_000,
+) -> None:
+    """Tell how steering keeps budgets, and what accuracy that costs, under a virtual clock."""
+    loaded = load_bundle(bundle)
+    network = network_of(loaded)
+    cases = [(float(fraction), traffic) for fraction in fractions.split(",") for traffic in TRAFFICS]
+    found = []
+    for fraction, traffic in tqdm(cases, disable=None):
+        budget_mflops = fraction * network.costs_mflops[-1]
+        found.append(
+            (fraction, traffic, [simulate(network, traffic, budget_mflops, images, seed) for seed in range(orders)])
+        )
+    show(f"{loaded.manifest.name} {loaded.manifest.version}", found, images, Console())
+
+
+if __name__ == "__main__":
+    run(main)
