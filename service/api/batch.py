@@ -10,8 +10,8 @@ from starlette.requests import ClientDisconnect
 
 from service.api.answers import BatchAnswer, ProblemDocument
 from service.api.bodies import FIELD, FORM_TYPE, Upload, read_images
-from service.api.classify import CLIENT_LEFT, IMAGE_PARTS, STATUSES, Classifier
-from service.api.delivery import PATIENCE_S, Watch
+from service.api.classify import IMAGE_PARTS, STATUSES, Classifier
+from service.api.delivery import Watch
 from service.api.documents import engine_problem, outcome
 from service.api.options import Asked
 from service.api.plain_route import PlainRoute
@@ -38,47 +38,33 @@ class Batcher:
                 request, settings.max_body_bytes, settings.body_timeout_s, settings.max_batch_images
             )
             results = await self._results(request, uploads, asked)
-        except ClientDisconnect:
-            metrics.count("abandoned")
-            return CLIENT_LEFT
-        except Problem as problem:
-            metrics.count(outcome(problem))
-            raise
-        except Exception:
+        except Exception as error:
             for _ in uploads or (None,):
-                metrics.count("failed")
+                metrics.count(outcome(error))
             raise
-        if results is None:
-            for _ in uploads:
-                metrics.count("abandoned")
-            return CLIENT_LEFT
         for result in results:
             metrics.count(outcome(result) if isinstance(result, Problem) else "answered")
         return self._response(request, uploads, results)
 
-    async def _results(self, request: Request, uploads: list[Upload], asked: Asked) -> list[Result] | None:
-        """One for every upload, in order; None where the client has left, and all have been given up."""
+    async def _results(self, request: Request, uploads: list[Upload], asked: Asked) -> list[Result]:
+        """One for every upload, in order; raises ClientDisconnect where the client has left: all have been given up."""
         started = perf_counter()
         tasks: list[asyncio.Task[Result]] = []
         request_id = request.scope["request_id"]
         # As many at a time as there are threads: a form of large pictures is not to keep all others from them.
         turns = asyncio.Semaphore(self.state.decoder.n_threads)
-        watch = Watch(request.receive, lambda: [task.cancel() for task in tasks])
-        timer = asyncio.get_running_loop().call_later(PATIENCE_S, watch.start)
-        try:
-            for upload in uploads:
-                tasks.append(asyncio.create_task(self._result(upload, asked, started, turns, request_id)))
-                await asyncio.sleep(0)  # small images are decoded on this loop: others have their turn in between
-            return await asyncio.gather(*tasks)
-        except BaseException:  # cancelled, or a fault of the server's own: then no image goes on
-            for task in tasks:
-                task.cancel()
-            if watch.client_left:
-                return None
-            raise
-        finally:
-            timer.cancel()
-            watch.stop()
+        with Watch(request.receive, lambda: [task.cancel() for task in tasks]) as watch:
+            try:
+                for upload in uploads:
+                    tasks.append(asyncio.create_task(self._result(upload, asked, started, turns, request_id)))
+                    await asyncio.sleep(0)  # small images are decoded on this loop: others have their turn in between
+                return await asyncio.gather(*tasks)
+            except BaseException:  # cancelled, or a fault of the server's own: then no image goes on
+                for task in tasks:
+                    task.cancel()
+                if watch.client_left:
+                    raise ClientDisconnect from None
+                raise
 
     async def _result(
         self, upload: Upload, asked: Asked, started: float, turns: asyncio.Semaphore, request_id: str

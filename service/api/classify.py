@@ -7,21 +7,17 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from starlette.requests import ClientDisconnect
 
 from service.api.answers import Classification, ProblemDocument
 from service.api.bodies import FIELD, FORM_TYPE, IMAGE_TYPES, read_image
-from service.api.delivery import ClientLeft
 from service.api.documents import Documents, engine_problem, image_problem, outcome
 from service.api.options import Asked, OptionReader
 from service.api.plain_route import PlainRoute
-from service.api.problems import Problem
 from service.api.state import State
 from service.images import ImageError
 from service.logs import NOTES
 from service.rows import Answer, EngineError
 
-CLIENT_LEFT = Response(status_code=499)  # nobody reads it; nginx's number, for the access log
 STATUSES = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 IMAGE_PARTS = {FIELD: {"contentType": ", ".join(IMAGE_TYPES)}}  # of a form, as OpenAPI describes them
 ABOUT_IMAGES = (
@@ -42,14 +38,8 @@ class Classifier:
     async def respond(self, request: Request) -> Response:
         try:
             response = await self._classify(request)
-        except (ClientLeft, ClientDisconnect):
-            self.state.metrics.count("abandoned")
-            return CLIENT_LEFT
-        except Problem as problem:
-            self.state.metrics.count(outcome(problem))
-            raise
-        except Exception:
-            self.state.metrics.count("failed")
+        except Exception as error:
+            self.state.metrics.count(outcome(error))
             raise
         self.state.metrics.count("answered")
         return response

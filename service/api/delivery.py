@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from service.api.ports import EnginePort
@@ -13,10 +14,6 @@ from service.rows import Answer, Options, Sink, Step, Told
 
 # A client that waits this long is watched for hanging up; sooner, the watching would cost more than the work.
 PATIENCE_S = 0.05
-
-
-class ClientLeft(Exception):  # noqa: N818 (nobody's error)
-    """The client hung up before its answer; the engine has been told."""
 
 
 class Delivery:
@@ -36,24 +33,19 @@ class Delivery:
             receive: of the request, whose body has been read: its next message can only be the client's leaving.
 
         Raises:
-            ClientLeft: the client hung up; the image runs no further stage.
+            ClientDisconnect: the client hung up; the image runs no further stage.
             EngineError: overloaded, stopping, or the image failed.
         """
-        loop = self._loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-        request = self.engine.submit_to(self._sink, future, image, options)
-        watch = Watch(receive, future.cancel)
-        timer = loop.call_later(PATIENCE_S, watch.start)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self.engine.abandon(request)
-            if watch.client_left:
-                raise ClientLeft from None
-            raise
-        finally:
-            timer.cancel()
-            watch.stop()
+        task = asyncio.current_task()
+        assert task is not None
+        with Watch(receive, task.cancel) as watch:
+            try:
+                return await self.answer(image, options)
+            except asyncio.CancelledError:
+                if not watch.client_left:
+                    raise
+                task.uncancel()
+                raise ClientDisconnect from None
 
     async def answer(self, image: NDArray[np.uint8], options: Options) -> Answer:
         """The same without a watch over the client; cancelling gives the image up."""
@@ -74,24 +66,21 @@ class Delivery:
         To be closed (`contextlib.aclosing`) by whoever does not read to the end: the image is given up then. Raises as
         `classify` does.
         """
-        loop = self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told | None] = asyncio.Queue()  # None: the client has left
         request = self.engine.submit_to(self._sink_of_steps, told, image, options)
-        watch = Watch(receive, lambda: told.put_nowait(None))
-        timer = loop.call_later(PATIENCE_S, watch.start)
         ended = False
         try:
-            while not ended:
-                item = await told.get()
-                ended = item is not None and not isinstance(item, Step)
-                if item is None:
-                    raise ClientLeft
-                if not isinstance(item, Step | Answer):
-                    raise item
-                yield item
+            with Watch(receive, lambda: told.put_nowait(None)):
+                while not ended:
+                    item = await told.get()
+                    ended = item is not None and not isinstance(item, Step)
+                    if item is None:
+                        raise ClientDisconnect
+                    if not isinstance(item, Step | Answer):
+                        raise item
+                    yield item
         finally:
-            timer.cancel()
-            watch.stop()
             if not ended:
                 self.engine.abandon(request)
 
@@ -121,7 +110,7 @@ def _enqueue(told: list[tuple[Any, Told]]) -> None:
 
 
 class Watch:
-    """Waits for one client to leave, and then calls `on_leave`."""
+    """Waits, while it is entered, for one client to leave, and then calls `on_leave`."""
 
     def __init__(self, receive: Receive, on_leave: Callable[[], object]) -> None:
         self._receive = receive
@@ -129,12 +118,17 @@ class Watch:
         self._task: asyncio.Task[None] | None = None
         self.client_left = False
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._wait())
+    def __enter__(self) -> Self:
+        self._timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._start)
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+
+    def _start(self) -> None:
+        self._task = asyncio.create_task(self._wait())
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

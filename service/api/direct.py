@@ -23,7 +23,7 @@ from service.api.classify import Classifier
 from service.api.documents import engine_problem, image_problem, outcome
 from service.api.lifecycle import Names
 from service.api.options import Asked
-from service.api.problems import Problem, internal_error
+from service.api.problems import CLIENT_LEFT, Problem, internal_error
 from service.api.room import Room
 from service.images import ImageError
 from service.rows import Answer, EngineError, Told
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 PATH = "/classify"
 # Decoding goes on for so long before sockets have their turn again: the first of a burst are not to wait for its last.
 TURN_S = 0.002
-LEFT_STATUS = 499  # for the log, as in `classify.CLIENT_LEFT`
 
 JSON = b"content-type: application/json\r\n"
 
@@ -133,7 +132,7 @@ class Desk:
         if visit.request is not None:
             self._engine.abandon(visit.request)
         self.state.metrics.count("abandoned")
-        self._log(visit, LEFT_STATUS, 0)
+        self._log(visit, CLIENT_LEFT, 0)
 
     # --- its steps ----------------------------------------------------------------------------------------------
 

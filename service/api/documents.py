@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from starlette.requests import ClientDisconnect
+
 from models.manifest import Manifest
 from service.api.problems import Problem, not_ready
 from service.images import ImageError
@@ -142,10 +144,13 @@ def too_many_bytes(limit_bytes: int) -> Problem:
     )
 
 
-def outcome(problem: Problem) -> Outcome:
-    """How a request that ended in a problem is counted."""
-    if problem.status in (429, 504):
+def outcome(error: Exception) -> Outcome:
+    """How a request that ended in an error is counted."""
+    if isinstance(error, ClientDisconnect):
+        return "abandoned"
+    status = error.status if isinstance(error, Problem) else 500
+    if status in (429, 504):
         return "overloaded"
-    if problem.status == 503:
+    if status == 503:
         return "unavailable"
-    return "invalid" if problem.status < 500 else "failed"
+    return "invalid" if status < 500 else "failed"

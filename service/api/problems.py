@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.logs import NOTES
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 TYPE_PREFIX = "urn:exitserve:problem:"
 MEDIA_TYPE = "application/problem+json"
+CLIENT_LEFT = 499  # nobody reads it; nginx's number, for the log
 ID_PLACE = os.urandom(16).hex()  # stands for a request's id; nobody can have sent it
 
 
@@ -152,6 +154,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return respond(request, problem)
 
 
+async def _on_leaving(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)
+
+
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this answer, so the server's log has the trace: none here.
     request_id = request.scope.get("request_id", "")
@@ -160,7 +166,8 @@ async def _on_bug(request: Request, error: Exception) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of `app` with a problem document."""
+    """Answer every error of `app` with a problem document, but for a client that has left."""
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(ClientDisconnect, _on_leaving)
     app.add_exception_handler(Exception, _on_bug)

@@ -14,8 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.answers import LastStep, ProblemDocument, Step
 from service.api.bodies import read_image
-from service.api.classify import ABOUT_IMAGES, CLIENT_LEFT, STATUSES, Classifier, one_image
-from service.api.delivery import ClientLeft
+from service.api.classify import ABOUT_IMAGES, STATUSES, Classifier, one_image
 from service.api.documents import engine_problem, finite, outcome
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem, internal_error
@@ -63,14 +62,8 @@ class Streamer:
         documents = self._documents(request)
         try:
             first = await anext(documents)
-        except (ClientLeft, ClientDisconnect):
-            self.state.metrics.count("abandoned")
-            return CLIENT_LEFT
-        except Problem as problem:
-            self.state.metrics.count(outcome(problem))
-            raise
-        except Exception:
-            self.state.metrics.count("failed")
+        except Exception as error:
+            self.state.metrics.count(outcome(error))
             raise
         return Lines(self._lines(first, documents, request))
 
@@ -85,7 +78,7 @@ class Streamer:
                 async for document in documents:
                     yield _line(document)
                 ended = "answered"
-        except (ClientLeft, ClientDisconnect):
+        except ClientDisconnect:
             pass
         except Problem as problem:
             ended = outcome(problem)

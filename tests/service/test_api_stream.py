@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
+from starlette.requests import ClientDisconnect
 
 from service.api import answers
 from service.api.stream import MEDIA_TYPE
@@ -145,7 +146,7 @@ def test_a_client_that_leaves_in_the_middle_is_given_up(http: Http, engines: lis
     before = engine.stats().abandoned
 
     async def leave() -> None:
-        from service.api.delivery import ClientLeft, Delivery
+        from service.api.delivery import Delivery
 
         gone = asyncio.Event()
 
@@ -156,7 +157,7 @@ def test_a_client_that_leaves_in_the_middle_is_given_up(http: Http, engines: lis
         go_on = keep_busy(engine)
         told = Delivery(engine).follow(IMAGES[0], Options(exit=4, steps=True), receive)  # type: ignore[arg-type]
         gone.set()
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnect):
             await anext(told)
         go_on.set()
 

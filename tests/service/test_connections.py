@@ -190,15 +190,15 @@ def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:
     port = line.socket.getsockname()[1]
     [known] = [weakref.ref(c) for c in here.server.server_state.connections if c.client and c.client[1] == port]
     reset(line)
-    with contextlib.closing(here.connect()) as other:  # the engine's thread keeps its latest
-        other.send(request(BODY))
-        assert other.receive()[0] == 200
+    with contextlib.closing(here.connect()) as other:
 
-    def forgotten() -> bool:
-        gc.collect()  # it is in circles: connections know their requests, and these their connection
-        return known() is None
+        def forgotten() -> bool:
+            other.send(request(BODY))  # the engine's thread keeps its latest, and so does each lane
+            assert other.receive()[0] == 200
+            gc.collect()  # it is in circles: connections know their requests, and these their connection
+            return known() is None
 
-    wait_until("nothing holds it", forgotten)
+        wait_until("nothing holds it", forgotten)
 
 
 def test_a_client_that_sends_ahead_and_leaves_is_given_up(here: Here, caplog: pytest.LogCaptureFixture) -> None:
@@ -214,6 +214,28 @@ def test_a_client_that_sends_ahead_and_leaves_is_given_up(here: Here, caplog: py
     finally:
         go_on.set()
     assert here.engine.stats().abandoned == before + 1
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    ("begun", "path"),
+    [
+        (b"PUT /budget HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n", "/budget"),
+        (b"POST /classify/stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n", "/classify/stream"),
+    ],
+    ids=["budget", "stream"],
+)
+def test_a_client_that_leaves_within_a_body_is_nobodys_error(
+    here: Here, caplog: pytest.LogCaptureFixture, begun: bytes, path: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    line = here.connect()
+    line.send(begun + b"Content-Length: 100\r\n\r\nx")
+    wait_until("it is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+    reset(line)
+    wait_until("it is logged", lambda: any(record.name == "service.access" for record in caplog.records))
+    [record] = [record for record in caplog.records if record.name == "service.access"]
+    assert {"path": path, "status": 499}.items() <= json.loads(JsonFormatter().format(record)).items()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from models.bundle import load_bundle
-from service.api.delivery import ClientLeft, Delivery
+from service.api.delivery import Delivery
 from service.assembly import build_engine
 from service.engine import Engine
 from service.rows import Answer, EngineDraining, Options
@@ -55,7 +56,7 @@ def test_a_client_that_leaves_is_given_up(engine: Engine) -> None:
         delivery = Delivery(engine)
         go_on = keep_busy(engine)
         staying = asyncio.create_task(delivery.classify(IMAGES[0], Options(), stays))
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnect):
             await delivery.classify(IMAGES[1], Options(), leaves)
         assert not staying.done()
         go_on.set()

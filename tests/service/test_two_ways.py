@@ -48,7 +48,7 @@ QUERIES = [
     *("?", "?&&", "?top_k=3", "?top_k=10", "?exit=2", "?min_confidence=0.5", "?max_mflops=1e9", "?deadline_ms=60000"),
     *("?top_k=0", "?top_k=11", "?top_k=%33", "?top_k=+3", "?top_k=nan", "?exit=1&min_confidence=1", "?exit=1&exit=1"),
     *("?min_confidence=nan", "?min_confidence=inf", "?min_confidence=1e-400", "?max_mflops=inf", "?max_mflops=-1"),
-    *("?deadline_ms=0", "?deadline_ms=1e999", "?deadline_ms=.5e1", "?top_k", "?=", "?%00=1", "?topk=1;exit=2"),
+    *("?deadline_ms=0", "?deadline_ms=1e999", "?deadline_ms=.5e5", "?top_k", "?=", "?%00=1", "?topk=1;exit=2"),
     *("?top_k=\xe9", "?top_k=1#part", "?a=" + "b" * 3000, "?exit=2?exit=3", "?exit=%", "?exit=%zz"),
 ]
 FIELDS = [
