@@ -91,7 +91,7 @@ def test_gauges_are_those_of_the_budget(http: Http) -> None:
     assert value(samples, "budget_mflops") == pytest.approx(state["average_mflops"])
     assert value(samples, "threshold", exit="4") == float("-inf")
     assert value(samples, "full_mflops") == state["allowed"]["average_mflops"]["highest"]
-    assert value(samples, "burst_images") == 32
+    assert value(samples, "burst_images") == state["ledger"]["burst_images"] >= 32
     shares = [value(samples, "expected_share", exit=str(exit_)) for exit_ in range(1, 5)]
     assert sum(shares) == pytest.approx(1)
     assert shares == pytest.approx(state["expected"]["exit_shares"], abs=0.05)
