@@ -9,6 +9,7 @@ import pytest
 from models.bundle import Bundle, load_bundle
 
 if TYPE_CHECKING:
+    from tests.service.fronts import Front
     from tests.service.sockets import Here, Line
 
 
@@ -41,3 +42,13 @@ def line(here: "Here") -> "Iterator[Line]":
     line = here.connect()
     yield line
     line.close()
+
+
+@pytest.fixture
+def front(bundle_path: Path) -> "Iterator[Front]":
+    """Two proxies in front of one engine."""
+    from tests.service.fronts import Front
+
+    front = Front(bundle_path)
+    yield front
+    front.close()
