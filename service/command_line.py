@@ -35,7 +35,7 @@ GROUPS = {  # all of them, in the order of `Settings`, as help and docs/configur
         "keep_alive_s",
         "drain_s",
     ),
-    "Access and logs": ("admin_token", "admin_token_file", "log_level", "access_log"),
+    "Access and logs": ("allow_origins", "admin_token", "admin_token_file", "log_level", "access_log"),
 }
 
 

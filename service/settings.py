@@ -5,6 +5,7 @@ Each field is a command line option (`max_pixels` is `--max-pixels`) and an envi
 line can be read by every user of the machine.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal, Self
@@ -117,6 +118,11 @@ class Settings(BaseSettings):
         25.0, gt=0, le=3600, description="after SIGTERM, time for accepted requests to be answered, in seconds"
     )
 
+    allow_origins: str | None = Field(
+        None,
+        description="origins whose web pages may classify from a browser, as https://shop.example, with blanks between "
+        "them; * for all (none may set the budget)",
+    )
     admin_token: SecretStr | None = Field(
         None, description="bearer token that PUT /budget asks for; without one, this machine's own clients may"
     )
@@ -133,6 +139,17 @@ class Settings(BaseSettings):
             _check_token(token.get_secret_value())
         return token
 
+    @field_validator("allow_origins")
+    @classmethod
+    def _origins_are_origins(cls, origins: str | None) -> str | None:
+        for origin in (origins or "").split():
+            if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.\-_\[\]:]+", origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: write it as a browser's address bar begins, in small letters, "
+                    "http://localhost:5173 or https://shop.example, without a path"
+                )
+        return origins
+
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
         budgets = ("budget_fraction", "budget_mflops", "budget_accuracy")
@@ -147,6 +164,10 @@ class Settings(BaseSettings):
                 f"{variable('admin_token')} and {flag('admin_token_file')} are both given: give one of them"
             )
         return self
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return tuple((self.allow_origins or "").split())
 
     @property
     def latency_s(self) -> float | None:

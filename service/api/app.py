@@ -126,7 +126,8 @@ def create_app(
     has_log = settings.access_log == "json"
     desk = Desk(classifier, room, names, has_log)
     most_held_bytes = max(settings.max_held_bytes, settings.max_body_bytes)
-    return (LoggedGate if has_log else Gate)(app, lifecycle, room, names, desk, most_held_bytes)
+    make_gate = LoggedGate if has_log else Gate
+    return make_gate(app, lifecycle, room, names, desk, most_held_bytes, settings.origins)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The gate that every request passes, but those that the protocol deals with itself (`direct.py`)."""
 
 import logging
+from collections.abc import Sequence
 from time import monotonic, perf_counter
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.access_log import log_request
@@ -13,6 +15,8 @@ from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names, Phase
 from service.api.problems import not_ready
 from service.api.room import Room
 from service.logs import NOTES
+
+PREFLIGHT_S = 3600  # for which browsers need not ask again
 
 
 class Gate:
@@ -28,13 +32,32 @@ class Gate:
         names: names requests.
         desk: past which the protocol sends plain classifications, which never come here.
         most_held_bytes: of bodies, those of all requests in work together.
+        origins: whose web pages may ask from a browser, all but to set the budget; none but this server's own.
     """
 
     def __init__(
-        self, app: ASGIApp, lifecycle: Lifecycle, room: Room, names: Names, desk: Desk, most_held_bytes: int
+        self,
+        app: ASGIApp,
+        lifecycle: Lifecycle,
+        room: Room,
+        names: Names,
+        desk: Desk,
+        most_held_bytes: int,
+        origins: Sequence[str] = (),
     ) -> None:
         self.app, self.lifecycle, self.room, self.names, self.desk = app, lifecycle, room, names, desk
         self.most_held_bytes = most_held_bytes
+        self.has_origins = bool(origins)
+        self._entrance: ASGIApp = self._enter
+        if origins:  # around refusals, too: a page may read no answer that does not name it
+            self._entrance = CORSMiddleware(
+                self._enter,
+                allow_origins=origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("Content-Type", "X-Request-ID", "traceparent"),
+                expose_headers=("X-Request-ID", "Retry-After"),
+                max_age=PREFLIGHT_S,
+            )
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,24 +97,29 @@ class Gate:
 
         if scope["method"] == "HEAD":  # as GET: the protocol leaves the body out
             scope = {**scope, "method": "GET"}
+        try:
+            await self._entrance(scope, receive_held, send_named)
+        finally:
+            self._held_bytes -= held_bytes
+
+    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in ALWAYS_OPEN:
-            await self.app(scope, receive, send_named)
+            await self.app(scope, receive, send)
             return
         if self.lifecycle.phase is Phase.DRAINING and not self.lifecycle.is_last_call:
             self.lifecycle.last_refused_s = monotonic()
             problem = not_ready(self.lifecycle.detail)
             self.room.note(scope, problem)
-            await problem.response(scope["path"], request_id)(scope, receive, send_named)
+            await problem.response(scope["path"], scope["request_id"])(scope, receive, send)
             return
         if (refusal := self.room.refusal(scope)) is not None:
-            await refusal.response(scope["path"], request_id)(scope, receive, send_named)
+            await refusal.response(scope["path"], scope["request_id"])(scope, receive, send)
             return
         self.lifecycle.requests_in_flight += 1
         try:
-            await self.app(scope, receive_held, send_named)
+            await self.app(scope, receive, send)
         finally:
             self.lifecycle.requests_in_flight -= 1
-            self._held_bytes -= held_bytes
 
 
 class LoggedGate(Gate):

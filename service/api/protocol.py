@@ -154,6 +154,7 @@ class DirectProtocol(Connection):
             and b"transfer-encoding" not in headers
             and b"upgrade" not in headers
             and not self.expect_100_continue
+            and not (self.gate.has_origins and b"origin" in headers)  # whose answer has to name the page
             and b"#" not in query
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
