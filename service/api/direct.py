@@ -172,13 +172,14 @@ class Desk:
 
     def _decoded_elsewhere(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
         visit.decoding = None  # it has the pixels, and the visit may be known for long
-        self._decoder.observe_seconds(perf_counter() - visit.started_s)
         if not visit.ended:
             self._step(visit, self._take_decoded, decoding)
             self._engine.flush()
 
     def _take_decoded(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
-        self._submit(visit, decoding.result())
+        pixels = decoding.result()
+        self._decoder.observe_seconds(perf_counter() - visit.started_s)
+        self._submit(visit, pixels)
 
     def _submit(self, visit: Visit, pixels: NDArray[np.uint8]) -> None:
         visit.decoded_s = perf_counter()

@@ -27,6 +27,7 @@ IMAGES = random_images(3, seed=72)
 BODY = png(IMAGES[0])
 PNG_TYPE = "Content-Type: image/png"
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7"
+LARGE = encoded(np.tile(IMAGES[2], (12, 12, 1)), "PNG")
 BODIES = {
     "plain PNG": BODY,
     "PNG with a tail": BODY + bytes(100),
@@ -36,7 +37,8 @@ BODIES = {
     "GIF": encoded(IMAGES[1], "GIF"),
     "WebP": encoded(IMAGES[1], "WEBP"),
     "BMP": encoded(IMAGES[1], "BMP"),
-    "large": encoded(np.tile(IMAGES[2], (12, 12, 1)), "PNG"),
+    "large": LARGE,
+    "large, cut short": LARGE[: len(LARGE) // 2],
     "empty": b"",
     "text": b"no image",
     "cut short": BODY[:-40],
