@@ -13,7 +13,10 @@ export function watchPictures(take, refuse) {
     if (input.files.length) first(input.files);
     input.value = ""; // so that the same file can be picked again
   });
+  // Text that is dragged, into a field say, is no business of this page.
+  const mayHold = ({ dataTransfer: { types } }) => types.includes("Files") || types.includes("text/uri-list");
   document.addEventListener("dragover", (event) => {
+    if (!mayHold(event)) return;
     event.preventDefault();
     shade.hidden = false;
   });
@@ -21,6 +24,7 @@ export function watchPictures(take, refuse) {
     if (!event.relatedTarget) shade.hidden = true;
   });
   document.addEventListener("drop", (event) => {
+    if (!mayHold(event)) return;
     event.preventDefault();
     shade.hidden = true;
     first(event.dataTransfer.files);

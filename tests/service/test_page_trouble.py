@@ -179,6 +179,17 @@ def test_a_server_that_hangs_stops_and_is_replaced(
         assert len(browser.all("#exits tr")) == 2
 
 
+def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser) -> None:
+    taken = page.script(
+        "return [(data) => data.setData('text/plain', 'a token'), (data) => data.items.add(new File([''], 'a.png'))]"
+        ".map((fill) => { const data = new DataTransfer(); fill(data);"
+        "const over = new DragEvent('dragover', { dataTransfer: data, bubbles: true, cancelable: true });"
+        "document.body.dispatchEvent(over);"
+        "return [over.defaultPrevented, !document.getElementById('dropping').hidden]; })"
+    )
+    assert taken == [[False, False], [True, True]]
+
+
 def test_numbers_are_written_as_people_write_them(page: Browser) -> None:
     told = page.driver.execute_async_script(
         "import('/web/words.js').then(({ score, millions }) => arguments[0]("
