@@ -107,8 +107,7 @@ class RemoteEngine:
 
     def require_room(self) -> None:
         if not self.has_room:
-            in_flight = self._memory.in_flight_rows
-            raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
+            raise self._overload()
 
     def submit_to(
         self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
@@ -116,9 +115,8 @@ class RemoteEngine:
         if self._channel.is_closed:
             raise gone()
         if not self._free:
-            in_flight = self._memory.in_flight_rows
-            raise EngineOverloaded(in_flight, in_flight * self._board.row_s)
-        number = self._free.pop()
+            raise self._overload()
+        number = self._free[-1]
         slot = number % len(self._slots)
         if image.shape == self._image_shape:
             size = wire.OWN_SIZE
@@ -126,6 +124,7 @@ class RemoteEngine:
         else:
             size = image.shape[0], image.shape[1]
             picture_in(self._slots[slot], *size)[:] = image
+        self._free.pop()  # only now: one that does not fit takes no slot
         ticket = self._tickets[number] = Ticket(number, sink, token)
         self._submissions.append((number, options or PLAIN, size))
         self._note_in_flight()
@@ -166,6 +165,10 @@ class RemoteEngine:
 
     def _note_in_flight(self) -> None:
         self._memory.set_in_flight(self._worker, len(self._tickets))
+
+    def _overload(self) -> EngineOverloaded:
+        in_flight = self._memory.in_flight_rows
+        return EngineOverloaded(in_flight, in_flight * self._board.row_s)
 
     def _flush_soon(self) -> None:
         if not self._flush_is_due:

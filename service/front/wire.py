@@ -44,8 +44,8 @@ class Kind(IntEnum):
     SERVING = 8  # it listens, and has heard that the engine takes images
     SUBMIT = 9
     ABANDON = 10
-    TOOK = 12  # seconds that answers took, see `Engine.took`
-    CALL = 11  # its number, and JSON: what worked on pictures from anywhere is never unpickled by the engine's process
+    TOOK = 11  # seconds that answers took, see `Engine.took`
+    CALL = 12  # its number, and JSON: what worked on pictures from anywhere is never unpickled by the engine's process
 
 
 NUMBER = struct.Struct("<Q")

@@ -109,6 +109,17 @@ def test_an_image_that_the_network_does_not_take_is_its_own_fault_alone(front: F
     assert front.memory.in_flight_rows == 0
 
 
+def test_a_picture_that_no_slot_holds_takes_none(front: Front) -> None:
+    proxy = front.proxies[0]
+
+    async def ask() -> int:
+        with pytest.raises(ValueError, match="reshape"):
+            proxy.submit_to(lambda told: None, 1, np.zeros((64, 64, 3), np.uint8))
+        return len(proxy._free)
+
+    assert front.run(ask()) == N_SLOTS
+
+
 def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None:
     outcomes: list[Any] = []
 
