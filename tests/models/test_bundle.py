@@ -14,6 +14,7 @@ import torch
 from models.bundle import load_bundle
 from models.calibration import Calibration
 from models.exits import logit_margin
+from models.gates import GATE_FEATURES
 from models.onnx_weights import load_stage_session
 from models.predictor import FEATURES, Predictor
 from models.scores import plain_scores, score_exits
@@ -170,6 +171,11 @@ def predictor_of(n_exits: int) -> dict[str, Any]:
     return {"features": [*FEATURES], "gain": [row] * n_exits, "loss": None}
 
 
+def gates_of(n_exits: int) -> dict[str, Any]:
+    row = [0.5] * (len(GATE_FEATURES) + 1)
+    return {"features": [*GATE_FEATURES], "gain": [row] * n_exits, "loss": None}
+
+
 @pytest.mark.parametrize(
     ("apply", "reason"),
     [
@@ -212,6 +218,8 @@ def predictor_of(n_exits: int) -> dict[str, Any]:
             change("predictor", to=predictor_of(4) | {"gain": [[float("nan")] * (len(FEATURES) + 1)] * 4}),
             "predictor.gain",
         ),
+        (change("predictor", to=gates_of(3)), "its predictor is not one of 4 exits"),
+        (change("predictor", to=gates_of(4) | {"loss": gates_of(4)["gain"]}), "gates have no `loss`"),
         (change("data", "heldout_images", to=1999), "where the manifest says 1999 images and 4 exits"),
         (change("data", "split_sha256", to="abc"), "data.split_sha256: String should match"),
         (change("files", "README.md", "bytes", to=-1), "files.README.md.bytes: Input should be greater"),

@@ -179,3 +179,6 @@ def test_what_cannot_be_gated_is_told(
     assert command(monkeypatch, "gate", raw, "--data", data, "--output", output) == 2
     assert "python -m training evaluate" in capsys.readouterr().err
     assert not output.exists()
+    (raw / "gates.json").write_text("{}")
+    assert command(monkeypatch, "evaluate", raw) == 2
+    assert "gates.json: damaged or of another version" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def _why(
     happens = mends(correct)
     return {
         "each gate by itself": (alone, apply(np.array(gates.gates), test)),
-        "a gate's inputs, fitted to whether going on mends": (
+        "its inputs, fitted to whether going on mends": (
             crossfit_columns(heldout, happens, RIDGE),
             -apply(fit_exits(heldout, happens), test),
         ),
