@@ -10,6 +10,7 @@ Plain Python over numbers: no clock, no thread, no array. One owner (the engine'
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from models.frontier import Frontier
@@ -188,13 +189,15 @@ class BudgetController:
         )
 
     def _checked(self, budget_mflops: float) -> int:
-        low, high = self.costs[0] / MEGA, self.costs[-1] / MEGA
-        if not low <= budget_mflops <= high:  # also catches NaN
+        # In whole multiply-adds: the full network's cost as others have it may lie off it by a fraction of one.
+        budget = round(budget_mflops * MEGA) if isfinite(budget_mflops) else -1
+        if not self.costs[0] <= budget <= self.costs[-1]:
+            low, high = self.costs[0] / MEGA, self.costs[-1] / MEGA
             raise ValueError(
                 f"a budget of {budget_mflops:g} mflops is out of reach: the first exit costs {low:g} and the last "
                 f"{high:g}; give a number between the two"
             )
-        return round(budget_mflops * MEGA)
+        return budget
 
     def _hold(self) -> None:
         """Where thresholds are not steered, keep to the budget's own point."""

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=1_000_000,
-        description="budgets that may be saved up in easy traffic, in images; none: half a batch a lane, 32 at least",
+        description="budgets that may be saved up in easy traffic, in images; none: a batch a lane, 32 at least",
     )
 
     runner: Literal["auto", "onnx", "torch-cuda"] = Field(

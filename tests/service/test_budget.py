@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.frontier import build_frontier
 from service.assembly import default_burst_images
 from service.budget import BudgetController
 from service.ledger import Account, Ledger
@@ -213,6 +214,13 @@ def test_the_last_exit_takes_whoever_gets_there():
 def test_no_number_leaves_early():
     budget = controller(0.6)
     assert budget.decide(budget.admit(1), [math.nan]) == [None]
+
+
+def test_a_cost_that_is_no_whole_number_of_multiply_adds_is_in_reach():
+    costs = [0.05, 0.14400000000000002]
+    scores, correct = np.array([[0.0, 1.0], [1.0, 1.0]]), np.array([[False, True], [True, True]])
+    budget = BudgetController(build_frontier(scores, correct, costs), costs, costs[-1])
+    assert budget.budget == 144_000
 
 
 @pytest.mark.parametrize("bad", [0.0, 13.3, 60.4, -1.0, math.nan, math.inf])
