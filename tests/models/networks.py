@@ -17,6 +17,18 @@ def head(n_in: int, n_classes: int = 5) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes))
 
 
+def randomise_statistics(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Fresh normalisation does nothing at all; give it statistics and weights as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(module.bias, 0, 0.1, generator=generator)
+    return network
+
+
 class TwoExits(nn.Module):
     """Two convolutions with a head each, joined by `between(first map, images)`."""
 

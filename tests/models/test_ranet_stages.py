@@ -13,7 +13,7 @@ from models.cost import measure_cost
 from models.registry import build_network
 from models.staging import split
 from service.runners.onnx import OnnxRunner
-from tests.models.test_staging import randomise_statistics
+from tests.models.networks import randomise_statistics
 from tests.training import tiny
 from tests.training.test_command import command
 from training.checkpoint import RunFolder

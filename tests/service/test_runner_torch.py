@@ -1,8 +1,6 @@
 """The torch runner on the host, without graphs and streams: its answers are those of the network as it was trained."""
 
 from collections.abc import Callable, Sequence
-from time import sleep
-from typing import Any
 
 import numpy as np
 import pytest
@@ -207,92 +205,6 @@ def test_scores_of_the_device_are_those_of_the_calibration(score: str, n_classes
 
 def test_every_plain_score_has_its_twin() -> None:
     assert set(DEVICE_SCORES) == set(SCORES)
-
-
-# --- compiled stages --------------------------------------------------------------------------------------------
-
-
-class Slow:
-    """A stage that takes its time; how often it was called."""
-
-    def __init__(self, stage: Any, seconds: float) -> None:
-        self.stage, self.seconds, self.calls = stage, seconds, 0
-        self.inputs, self.outputs = stage.inputs, stage.outputs
-
-    def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        self.calls += 1
-        sleep(self.seconds)
-        outputs: tuple[torch.Tensor, ...] = self.stage(*values)
-        return outputs
-
-
-def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alone(
-    images: NDArray[np.uint8], whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Stages as they are take 20 ms longer here: of the compiled ones one fails, one is slower, and two are taken."""
-    made: list[Slow] = []
-
-    def compiler(stage: Any) -> Slow:
-        made.append(Slow(stage.stage, 0.2 if len(made) == 2 else 0.0))
-        if len(made) == 2:
-            raise RuntimeError("no C compiler was found")
-        return made[-1]
-
-    runner = TorchCudaRunner(
-        tiny_network(), SHAPE, MEAN, STD, None, 4, 16, device=Host(), dtype=torch.float32, compilers={"first": compiler}
-    )
-    runner.stages[:] = [Slow(stage, 0.02) for stage in runner.stages]  # type: ignore[misc]
-    with caplog.at_level("INFO"):
-        runner.warm_up(0.0)
-    assert sorted(runner.compiled) == [0, 3]
-    assert "stage 2 stays as it is, first cannot compile it: no C compiler was found" in caplog.messages
-    assert [message.rsplit(": ")[-1] for message in caplog.messages if " by first takes " in message] == [
-        "taken",
-        "left",
-        "taken",
-    ]
-    taken = [made[0], made[3]]
-    for call in taken:
-        call.calls = 0
-    for n_rows in (4, 3, 2, 1):
-        for ours, expected in zip(logits_of(runner, images[:n_rows]), whole, strict=True):
-            close(ours, expected[:n_rows])
-    assert [call.calls for call in taken] == [2, 2]  # of 4 and of 3 images, which run as 4
-
-
-def test_the_fastest_of_several_compilers_is_taken_and_none_that_computes_something_else(
-    images: NDArray[np.uint8], whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
-) -> None:
-    class Wrong(Slow):
-        """The fastest of all, which now and then adds to what lay in its output before: here, no number."""
-
-        def __len__(self) -> int:  # as what torch.compile makes, it is neither true nor false
-            raise TypeError("it does not support len()")
-
-        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(value + torch.empty_like(value).fill_(torch.nan) * 0 for value in super().__call__(*values))
-
-    class Right(Wrong):
-        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return Slow.__call__(self, *values)
-
-    compilers = {
-        "wrong": lambda stage: Wrong(stage.stage, 0.0),
-        "slower": lambda stage: Right(stage.stage, 0.01),
-        "fastest": lambda stage: Right(stage.stage, 0.0),
-    }
-    runner = TorchCudaRunner(
-        tiny_network(), SHAPE, MEAN, STD, None, 2, 16, device=Host(), dtype=torch.float32, compilers=compilers
-    )
-    runner.stages[:] = [Slow(stage, 0.03) for stage in runner.stages]  # type: ignore[misc]
-    with caplog.at_level("INFO"):
-        runner.warm_up(0.0)
-    assert runner.compiled == dict.fromkeys(range(4), "fastest")
-    assert (
-        caplog.messages.count("stage 1 stays as it is, wrong cannot compile it: what it computes is not the same") == 1
-    )
-    for ours, expected in zip(logits_of(runner, images[:2]), whole, strict=True):
-        close(ours, expected[:2])
 
 
 @pytest.mark.parametrize("network", [tiny_network, tiny_ranet], ids=["msdnet", "ranet"])

@@ -18,8 +18,7 @@ from torch import nn
 from models.onnx_weights import StageLoadError, load_stage_session
 from models.registry import build_network
 from models.staging import StagingError
-from tests.models.networks import Chunks, InPlace, TwoExits
-from tests.models.test_staging import randomise_statistics
+from tests.models.networks import Chunks, InPlace, TwoExits, randomise_statistics
 from training.calibration import round_to_half
 from training.export import Normalise, export_stages
 

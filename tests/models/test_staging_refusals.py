@@ -1,0 +1,113 @@
+"""What cannot be cut into stages is told why."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.staging import StagingError, split
+from tests.models.networks import TwoExits, head, randomise_statistics
+
+
+class Branches(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return super().forward(images) if images.sum() > 0 else []
+
+
+class OneAnswer(TwoExits):
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(images)[-1]
+
+
+class Backwards(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first, second = super().forward(images)
+        return [first + second, first]
+
+
+class Twice(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        first, second = super().forward(images)
+        return [first, first, second]
+
+
+class Features(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.first(images), *super().forward(images)]
+
+
+class OtherClasses(TwoExits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_1 = head(4, n_classes=9)
+
+
+class Constant(TwoExits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("prior", torch.zeros(2, 5))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.prior, *super().forward(images)]
+
+
+class WholeBatch(TwoExits):
+    """Its second exit subtracts the mean over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, images: x - x.mean(0, keepdim=True))
+
+
+class Squeezes(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [logits.squeeze() for logits in super().forward(images)]
+
+
+class MeanCrosses(TwoExits):
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.first(images)
+        mean = x.mean(0)
+        return [self.head_1(x - mean), self.head_2(self.second(x * mean))]
+
+
+class Assigns(TwoExits):
+    def __init__(self) -> None:
+        super().__init__(self.zero_left)
+
+    @staticmethod
+    def zero_left(x: Tensor, images: Tensor) -> Tensor:
+        x[:, :, :, 0] = 0
+        return x
+
+
+class Noisy(TwoExits):
+    def __init__(self) -> None:
+        super().__init__(lambda x, images: x + torch.randn(2, 4, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Branches, "cannot trace Branches.*must not branch"),
+        (OneAnswer, "OneAnswer returns no list"),
+        (Backwards, "exit 2 needs nothing that exit 1 has not run.*cheapest first"),
+        (Twice, "exit 2 needs nothing that exit 1 has not run"),
+        (Features, r"exit 1 of Features gives \(2, 4, 8, 8\)"),
+        (OtherClasses, r"exit 2 of OtherClasses gives \(2, 5\).*same classes at every exit"),
+        (Constant, "exit 1 does not depend on the images"),
+        (WholeBatch, "exit 2 answers one image otherwise alone"),
+        (Squeezes, r"exit 1 gives \(5,\) for one image, and not \(1, 5\).*flatten"),
+        (MeanCrosses, r"a later exit reads 'mean'.*\(4, 8, 8\)"),
+        (Assigns, "Assigns cannot be staged: it assigns into a tensor.*torch.cat"),
+        (Noisy, "exit 2 answers otherwise in stages|fails on images"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_what_cannot_be_staged_is_told_why(network, message):
+    torch.manual_seed(3)
+    with pytest.raises(StagingError, match=f"(?s){message}"):
+        split(randomise_statistics(network()), torch.randn(2, 3, 8, 8))
+
+
+def test_an_example_the_network_does_not_take_is_told():
+    with pytest.raises(StagingError, match=r"fails on images of shape \(2, 1, 8, 8\)"):
+        split(TwoExits(), torch.randn(2, 1, 8, 8))

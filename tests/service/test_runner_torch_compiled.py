@@ -1,0 +1,108 @@
+"""The torch runner tries compilers on its stages, and takes what is faster and the same."""
+
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from models.normalise import Normalise
+from service.runners.torch_cuda.device import Host
+from service.runners.torch_cuda.runner import TorchCudaRunner
+from tests.bundles import IMAGE_SIZE_PX, MEAN, STD, random_images, tiny_network
+from tests.service.slotted import close, logits_of
+
+SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
+IMAGES = random_images(4, seed=51)
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[NDArray[np.float32]]:
+    """The logits [4, classes] of every exit: the network as it was trained, in float32."""
+    with torch.no_grad():
+        return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(IMAGES)))]
+
+
+class Slow:
+    """A stage that takes its time; how often it was called."""
+
+    def __init__(self, stage: Any, seconds: float) -> None:
+        self.stage, self.seconds, self.calls = stage, seconds, 0
+        self.inputs, self.outputs = stage.inputs, stage.outputs
+
+    def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.calls += 1
+        sleep(self.seconds)
+        outputs: tuple[torch.Tensor, ...] = self.stage(*values)
+        return outputs
+
+
+def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alone(
+    whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stages as they are take 20 ms longer here: of the compiled ones one fails, one is slower, and two are taken."""
+    made: list[Slow] = []
+
+    def compiler(stage: Any) -> Slow:
+        made.append(Slow(stage.stage, 0.2 if len(made) == 2 else 0.0))
+        if len(made) == 2:
+            raise RuntimeError("no C compiler was found")
+        return made[-1]
+
+    runner = TorchCudaRunner(
+        tiny_network(), SHAPE, MEAN, STD, None, 4, 16, device=Host(), dtype=torch.float32, compilers={"first": compiler}
+    )
+    runner.stages[:] = [Slow(stage, 0.02) for stage in runner.stages]  # type: ignore[misc]
+    with caplog.at_level("INFO"):
+        runner.warm_up(0.0)
+    assert sorted(runner.compiled) == [0, 3]
+    assert "stage 2 stays as it is, first cannot compile it: no C compiler was found" in caplog.messages
+    assert [message.rsplit(": ")[-1] for message in caplog.messages if " by first takes " in message] == [
+        "taken",
+        "left",
+        "taken",
+    ]
+    taken = [made[0], made[3]]
+    for call in taken:
+        call.calls = 0
+    for n_rows in (4, 3, 2, 1):
+        for ours, expected in zip(logits_of(runner, IMAGES[:n_rows]), whole, strict=True):
+            close(ours, expected[:n_rows])
+    assert [call.calls for call in taken] == [2, 2]  # of 4 and of 3 images, which run as 4
+
+
+def test_the_fastest_of_several_compilers_is_taken_and_none_that_computes_something_else(
+    whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(Slow):
+        """The fastest of all, which now and then adds to what lay in its output before: here, no number."""
+
+        def __len__(self) -> int:  # as what torch.compile makes, it is neither true nor false
+            raise TypeError("it does not support len()")
+
+        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(value + torch.empty_like(value).fill_(torch.nan) * 0 for value in super().__call__(*values))
+
+    class Right(Wrong):
+        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return Slow.__call__(self, *values)
+
+    compilers = {
+        "wrong": lambda stage: Wrong(stage.stage, 0.0),
+        "slower": lambda stage: Right(stage.stage, 0.01),
+        "fastest": lambda stage: Right(stage.stage, 0.0),
+    }
+    runner = TorchCudaRunner(
+        tiny_network(), SHAPE, MEAN, STD, None, 2, 16, device=Host(), dtype=torch.float32, compilers=compilers
+    )
+    runner.stages[:] = [Slow(stage, 0.03) for stage in runner.stages]  # type: ignore[misc]
+    with caplog.at_level("INFO"):
+        runner.warm_up(0.0)
+    assert runner.compiled == dict.fromkeys(range(4), "fastest")
+    assert (
+        caplog.messages.count("stage 1 stays as it is, wrong cannot compile it: what it computes is not the same") == 1
+    )
+    for ours, expected in zip(logits_of(runner, IMAGES[:2]), whole, strict=True):
+        close(ours, expected[:2])
