@@ -100,7 +100,7 @@ class Lanes:
                 batch = self._queue.get(block=ran is None)
             except Empty:
                 self._post_ran(ran)
-                ran = None
+                ran = batch = None  # a lane that waits keeps no request alive
                 continue
             if batch is None:
                 return self._post_ran(ran)

@@ -1,5 +1,7 @@
 """When a lane posts what it has run: not while it needs the interpreter for the next batch, and never too late."""
 
+import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 
@@ -112,4 +114,22 @@ def test_a_lane_with_nothing_to_do_keeps_no_batch():
     for number in (1, 2):  # the second is put when the first is there, so the lane had posted it without waiting
         lanes.put(batch(runner, number))
         assert posted.get(timeout=LIMIT_S).result is not None
+    lanes.stop(LIMIT_S)
+
+
+class Token:
+    """Of a request; a weak reference tells when the last one to it has gone."""
+
+
+def test_a_lane_that_waits_keeps_no_request_alive() -> None:
+    posted = SimpleQueue[weakref.ref[Token]]()
+    lanes = Lanes(runner := Runner([]), HeadScore(score), lambda ran: posted.put(weakref.ref(ran.rows[0].token)))
+    lanes.start()
+    request = Request(Token(), print, Options(), runner.first_state(np.array(1)))
+    lanes.put(Batch(0, [request]))
+    del request
+    token, deadline_s = posted.get(timeout=LIMIT_S), time.monotonic() + LIMIT_S
+    while token() is not None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert token() is None
     lanes.stop(LIMIT_S)
