@@ -22,6 +22,7 @@ from training.data import DataError, ImageSet, Split
 from training.ensemble import Ensemble, fit_ensemble
 from training.jei.record import SCORE, GateRecord
 from training.objectives import boosting_of, network_of, served, trainable
+from training.recipe import Augmentation
 
 BATCH_ROWS = 250
 STORED = ("labels", "predictions", "correct", "correct_top5", "features")
@@ -262,3 +263,14 @@ def checked_split(folder: RunFolder, made_with: dict[str, object], images: Image
     if made_with.get("split_sha256", split.sha256) != split.sha256:
         raise RunError(f"{folder.split}: not the split that this run was trained with; it can't be calibrated")
     return split
+
+
+def parts_of(
+    images: ImageSet, split: Split, augmentation: Augmentation, device: torch.device
+) -> tuple[DeviceImages, DeviceImages, DeviceImages]:
+    """Training images, which are augmented as in training but never mixed, held-out and test images."""
+    a = augmentation
+    pixels, labels = images.train_images[split.train], images.train_labels[split.train]
+    moved = a.crop_padding_px, a.crop_area, a.cutout_px
+    train = DeviceImages(pixels, labels, images.mean, images.std, device, *moved)
+    return train, _part(images, split.held_out, device), _part(images, None, device)

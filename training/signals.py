@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models.frontier import build_frontier
 from training.augment import DeviceImages
-from training.calibration import BATCH_ROWS, CalibrationRecord, ExitOutputs, load_trained, outputs_of
+from training.calibration import BATCH_ROWS, CalibrationRecord, ExitOutputs, load_trained, outputs_of, parts_of
 from training.checkpoint import RunFolder
 from training.comparison import Behaviour, Estimate, behaviour, mean_leads
 from training.data import ImageSet, Split
@@ -84,16 +84,10 @@ def look(
 ) -> tuple[Seen, Seen, Seen]:
     """Run the network over training images, each augmented once, and over held-out and test images as they are."""
     split = Split.load(folder.split, len(images.train_labels))
-    a = folder.read_recipe().augmentation
+    split = Split(split.train[:n_train], split.held_out)
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    normalisation = images.mean, images.std, device
-    augmentation = a.crop_padding_px, a.crop_area, a.cutout_px
-    part = split.train[:n_train]
-    train = DeviceImages(images.train_images[part], images.train_labels[part], *normalisation, *augmentation)
-    part = split.held_out
-    heldout = DeviceImages(images.train_images[part], images.train_labels[part], *normalisation)
-    test = DeviceImages(images.test_images, images.test_labels, *normalisation)
+    train, heldout, test = parts_of(images, split, folder.read_recipe().augmentation, device)
     draws = torch.Generator(device).manual_seed(0)
     return (
         _run(network, train, lambda rows: train.augmented(rows, draws)[0], "training images"),

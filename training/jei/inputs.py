@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.augment import DeviceImages
-from training.calibration import BATCH_ROWS, CalibrationRecord, checked_split, load_trained
+from training.calibration import BATCH_ROWS, CalibrationRecord, checked_split, load_trained, parts_of
 from training.checkpoint import RunFolder
 from training.data import ImageSet
 from training.gates import HeadInputs
@@ -58,13 +58,7 @@ def head_rows(
         return kept
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    a = folder.read_recipe().augmentation
-    normalisation = images.mean, images.std, device
-    train_images, train_labels = images.train_images[split.train], images.train_labels[split.train]
-    train = DeviceImages(train_images, train_labels, *normalisation, a.crop_padding_px, a.crop_area, a.cutout_px)
-    part = split.held_out
-    heldout = DeviceImages(images.train_images[part], images.train_labels[part], *normalisation)
-    test = DeviceImages(images.test_images, images.test_labels, *normalisation)
+    train, heldout, test = parts_of(images, split, folder.read_recipe().augmentation, device)
     draws = torch.Generator(device).manual_seed(seed)
     seen = [
         _run(network, train, lambda rows: train.augmented(rows, draws)[0], f"training images, pass {i + 1}")
