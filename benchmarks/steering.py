@@ -1,10 +1,10 @@
 """What steering keeps and what it costs: the real core, budget and scheduler under a virtual clock, on real scores.
 
-    python -m benchmarks.steering
+    python -m benchmarks.steering --data cifar-100-python.tar.gz
 
-Held-out images of a bundle come in many random orders, and batches take random times. At the end, and at every answer
-before, the last 1,000 answers are compared with the budget; and what was answered with what fixed thresholds of the
-same mean cost answer. Nothing is timed: the same seed gives the same table on any machine.
+Test images, or without any a bundle's held-out ones, come in many random orders, and batches take random times. At the
+end, and at every answer before, the last 1,000 answers are compared with the budget; and what was answered with what
+fixed thresholds of the same mean cost answer. Nothing is timed: the same seed gives the same table on any machine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +24,13 @@ from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from models.exits import outcome
 from models.frontier import Frontier
+from models.scores import score_exits
 from service.ledger import ROLLING_ANSWERS
 from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
+from training.data import load_image_set
+from training.stage_sessions import StageSessions
 
 SETTLING_ANSWERS = 2_000  # before the window is looked at, and more where many are in flight:
 SETTLING_ROUNDS, ROUNDS = 4, 12  # so many times those, and of all
@@ -70,9 +73,17 @@ class Order:
     cut_short: float  # share of the images that the ledger ended
 
 
-def network_of(bundle: Bundle) -> Network:
-    scores = bundle.calibration.scores[bundle.manifest.score]
-    return Network(scores, bundle.calibration.correct, bundle.costs_mflops, bundle.frontier())
+def network_of(bundle: Bundle, data: Path | None = None) -> tuple[Network, str]:
+    """A bundle's exits on the test images of `data`, or on the held-out ones that its frontier was made from."""
+    calibration, costs_mflops, frontier = bundle.calibration, bundle.costs_mflops, bundle.frontier()
+    if data is None:
+        scores = calibration.scores[bundle.manifest.score]
+        return Network(scores, calibration.correct, costs_mflops, frontier), f"{len(scores):,} held-out images"
+    found = load_image_set(data, bundle.manifest.input.height_px)
+    logits = StageSessions(bundle.path, bundle.manifest.stages).run(found.test_images, "test images")
+    correct = np.stack([x.argmax(axis=1) for x in logits], axis=1) == found.test_labels[:, None]
+    network = Network(score_exits(bundle.score(), logits), correct, costs_mflops, frontier)
+    return network, f"{len(correct):,} test images of {found.name}"
 
 
 def times_of(network: Network, traffic: Traffic) -> StageTimes:
@@ -148,8 +159,7 @@ def _fixed(
         yield found.mean_cost, found.accuracy
 
 
-def show(name: str, found: list[tuple[float, Traffic, list[Order]]], n_images: int, console: Console) -> None:
-    n_orders = len(found[0][2])
+def show(title: str, found: list[tuple[float, Traffic, list[Order]]], console: Console) -> None:
     table = Table(
         "%",
         Column("traffic", no_wrap=True),
@@ -157,7 +167,7 @@ def show(name: str, found: list[tuple[float, Traffic, list[Order]]], n_images: i
         "at any answer",
         "points lost",
         "cut, %",
-        title=f"{name}: {n_orders} orders of {n_images:,} held-out images, averages over the budget",
+        title=title,
     )
     for fraction, traffic, orders in found:
         at_end = [order.at_end for order in orders]
@@ -175,13 +185,17 @@ def show(name: str, found: list[tuple[float, Traffic, list[Order]]], n_images: i
 
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="EXITSERVE_DATA", help="Test images, as training takes them; else the bundle's held-out."),
+    ] = None,
     fractions: Annotated[str, typer.Option(help="Budgets, of the full network's cost, after commas.")] = "0.25,0.4,0.6",
     orders: Annotated[int, typer.Option(min=2, help="Random orders of each.")] = 12,
     images: Annotated[int, typer.Option(min=SETTLING_ANSWERS + 1, help="Images an order.")] = 7_000,
 ) -> None:
     """Tell how steering keeps budgets, and what accuracy that costs, under a virtual clock."""
     loaded = load_bundle(bundle)
-    network = network_of(loaded)
+    network, name = network_of(loaded, data)
     cases = [(float(fraction), traffic) for fraction in fractions.split(",") for traffic in TRAFFICS]
     found = []
     for fraction, traffic in tqdm(cases, disable=None):
@@ -189,7 +203,8 @@ def main(
         found.append(
             (fraction, traffic, [simulate(network, traffic, budget_mflops, images, seed) for seed in range(orders)])
         )
-    show(f"{loaded.manifest.name} {loaded.manifest.version}", found, images, Console())
+    title = f"{loaded.manifest.name} {loaded.manifest.version}: {orders} orders of {images:,} of {name}"
+    show(f"{title}, averages over the budget", found, Console())
 
 
 if __name__ == "__main__":

@@ -14,23 +14,22 @@ BUNDLE = REPOSITORY / "models" / "zoo" / "cifar100-msdnet"
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    return network_of(load_bundle(BUNDLE))
+    return network_of(load_bundle(BUNDLE))[0]
 
 
 def test_its_command_tells_every_traffic(monkeypatch, capsys) -> None:
     monkeypatch.setattr(steering, "TRAFFICS", TRAFFICS[2:4])
-    main(BUNDLE, fractions="0.3", orders=2, images=2_500)
+    main(BUNDLE, None, fractions="0.3", orders=2, images=2_500)
     told = capsys.readouterr().out
     assert all(traffic.name in told for traffic in TRAFFICS[2:4])
-    assert "2 orders of 2,500 held-out images" in told
+    assert "2 orders of 2,500 of 5,000 held-out images" in told
 
 
 def test_what_it_counts_is_what_a_hand_counts() -> None:
     """Two exits at 1 and 3 M; half of the images are right at the first already, all at the second."""
     correct = np.array([[True, True], [False, True]])
-    bundle = network_of(load_bundle(BUNDLE))
     scores = np.array([[1.0, 9.0], [0.0, 9.0]])
-    network = Network(scores, correct, [1.0, 3.0], bundle.frontier)
+    network = Network(scores, correct, [1.0, 3.0], load_bundle(BUNDLE).frontier())
     n = 2_000
     record = Record(row=[0, 1] * (n // 2), exit=[1, 2] * (n // 2), spent=[1_000_000, 3_000_000] * (n // 2))
     record.reason = ["confident", "budget"] * (n // 2)
