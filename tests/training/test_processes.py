@@ -1,17 +1,14 @@
 """Training in two processes, started as a person starts them."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.data import REPOSITORY
 from tests.training import tiny
+from tests.training.commands import PATIENCE_S, start
 from training.averaging import Averaging
 from training.checkpoint import RunFolder
 from training.data import ImageSet, load_image_set
@@ -20,18 +17,6 @@ from training.processes import Processes, launch
 from training.recipe import Recipe
 
 CPU = torch.device("cpu")
-PATIENCE_S = 120  # for a busy machine; it takes a few
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "training", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def train_as_two(recipe: Recipe, images: ImageSet, folder: Path) -> list[Trainer]:

@@ -12,7 +12,7 @@ import torch
 from models.bundle import load_bundle
 from models.onnx_weights import load_stage_session
 from tests.training import tiny
-from tests.training.test_processes import PATIENCE_S, start
+from tests.training.commands import PATIENCE_S, start
 from training.calibration import ExitOutputs, calibrate, load_trained
 from training.checkpoint import RunFolder
 from training.data import DataError, ImageSet, load_image_set
