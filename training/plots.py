@@ -18,9 +18,10 @@ from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED, PublishedCur
 
 def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecord) -> list[str]:
     """Draw every plot of a run into its folder and return their names."""
-    network = folder.read_description()["recipe"]["network"]
+    description = folder.read_description()
+    network = description["recipe"]["network"]
     title = " ".join(filter(None, (network["architecture"], network["arguments"].get("config"))))
-    title += f" on {record.data_name}, {record.epochs:.4g} epochs"
+    title += f" on {record.data_name}, {epochs_of(description, record.epochs)} epochs"
     is_cifar100 = record.data_name == "cifar100"
     plots: dict[Path, Callable[[Path], None]] = {
         folder.path / "anytime.png": lambda path: plot_anytime(path, title, evaluation, is_cifar100),
@@ -47,6 +48,14 @@ def plot_training(path: Path, title: str, log: Sequence[dict[str, Any]]) -> None
         losses.set(xlabel="epoch", ylabel="training loss (cross-entropy, with augmentation)")
         accuracies.set(xlabel="epoch", ylabel="top-1 on held-out images, %")
         accuracies.legend()
+
+
+def epochs_of(description: dict[str, Any], epochs: float) -> str:
+    """The epochs of a run as people read them, those first of the runs that its weights come from: "40 + 12"."""
+    parts = [epochs]
+    while (description := description.get("before") or {}).get("epochs"):
+        parts.insert(0, description["epochs"])
+    return " + ".join(f"{part:.4g}" for part in parts)
 
 
 def plot_anytime(path: Path, title: str, evaluation: Evaluation, is_cifar100: bool) -> None:

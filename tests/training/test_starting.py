@@ -14,7 +14,7 @@ from training.data import ImageSet
 from training.evaluation import cost_of, evaluate
 from training.loop import Trainer
 from training.packing import pack
-from training.plots import plot_run
+from training.plots import epochs_of, plot_run
 from training.processes import Processes
 from training.recipe import Recipe
 from training.unpacking import unpack
@@ -129,3 +129,8 @@ def test_another_network_is_refused(tmp_path: Path, images: ImageSet, bundle: Pa
         started(tmp_path / "run", images, bundle, wider)
     with pytest.raises(RunError, match="--from"):
         started(tmp_path / "run", images, tmp_path)
+
+
+def test_plots_count_the_epochs_of_the_runs_before() -> None:
+    assert epochs_of({}, 2.5) == "2.5"
+    assert epochs_of({"before": {"epochs": 40.0, "before": {"epochs": 5.0}}}, 12.0) == "5 + 40 + 12"
