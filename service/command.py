@@ -164,6 +164,8 @@ def _failed(path: Path, why: str) -> Callable[[], Row]:
 
 
 def _unreadable(error: OSError) -> str:
+    if isinstance(error, IsADirectoryError):
+        return "This is a folder: give the pictures in it, as in FOLDER/*."
     return f"The file cannot be read: {error.strerror}."
 
 

@@ -253,7 +253,7 @@ def test_the_command_prints_a_table_from_a_bundle(
 ) -> None:
     bad = pictures[0].with_name("notes.txt")
     bad.write_text("no picture")
-    arguments = [*map(str, [*pictures, bad, bad.with_name("absent.png")]), "--bundle", str(folder), "--exit", "2"]
+    arguments = [*map(str, [*pictures, bad, bad.with_name("absent.png"), bad.parent]), "--bundle", str(folder), "--exit", "2"]
     assert command.main([*arguments, "--top-k", "2"]) == 1
     told = capsys.readouterr()
     lines = told.out.splitlines()
@@ -265,6 +265,7 @@ def test_the_command_prints_a_table_from_a_bundle(
     assert "3 images by tiny-random" in lines[-1]
     assert "notes.txt: The 10 bytes sent are not" in told.err
     assert "absent.png: The file cannot be read: No such file" in told.err
+    assert f"{bad.parent}: This is a folder: give the pictures in it" in told.err
 
 
 def test_the_command_asks_a_server_the_same(
