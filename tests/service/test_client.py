@@ -253,7 +253,8 @@ def test_the_command_prints_a_table_from_a_bundle(
 ) -> None:
     bad = pictures[0].with_name("notes.txt")
     bad.write_text("no picture")
-    arguments = [*map(str, [*pictures, bad, bad.with_name("absent.png"), bad.parent]), "--bundle", str(folder), "--exit", "2"]
+    files = [*pictures, bad, bad.with_name("absent.png"), bad.parent]
+    arguments = [*map(str, files), "--bundle", str(folder), "--exit", "2"]
     assert command.main([*arguments, "--top-k", "2"]) == 1
     told = capsys.readouterr()
     lines = told.out.splitlines()
