@@ -9,6 +9,7 @@ import pytest
 from models.bundle import Bundle, load_bundle
 
 if TYPE_CHECKING:
+    from tests.service.browser import Browser
     from tests.service.fronts import Front
     from tests.service.sockets import Here, Line
 
@@ -34,6 +35,15 @@ def here(folder: Path) -> "Iterator[Here]":
 
     with serving(folder) as served:
         yield served
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """A real one, which the tests of a file share."""
+    from tests.service.browser import chromium
+
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

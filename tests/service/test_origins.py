@@ -15,7 +15,7 @@ import pytest
 from service.api.page import WEB
 from service.settings import Settings
 from tests.bundles import tiny_bundle
-from tests.service.browser import Browser, chromium
+from tests.service.browser import Browser
 from tests.service.process import ServerProcess, running_server
 
 PICTURE = base64.b64encode((WEB / "samples" / "fox.png").read_bytes()).decode()
@@ -41,12 +41,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from service.api.page import WEB
-from tests.service.browser import INTERACTIVE, Browser, chromium
+from tests.service.browser import INTERACTIVE, Browser
 from tests.service.pages import ZOO_BUNDLE, choose_sample, give, open_page, sample_names, wait_for_answer
 from tests.service.process import ServerProcess, running_server
 
@@ -26,12 +26,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with running_server(ZOO_BUNDLE, log, "--budget-fraction", "0.4", "--lanes", "1") as server:
         yield server
         assert "Traceback" not in log.read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from training.batches import Batch, Batches
 from training.gates import Gates
 
 
-class Loss:
+class Loss(Protocol):
     """What a step minimises, and what it may have to learn itself before one."""
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,17 +23,19 @@ class Loss:
         The statistics are each exit's mean cross-entropy, and its share of valid samples: those it still can learn
         from, with a loss above the 10th percentile of exit 1's in the batch (BoostNet, Fig. 3).
         """
-        raise NotImplementedError
+        ...
 
     def before(self, step: int, batch: Batch, batches: Batches, optimiser: torch.optim.SGD) -> None:
-        """Learn, before `optimiser` takes its `step` on `batch`; here there is nothing to learn."""
+        """Learn, before `optimiser` takes its `step` on `batch`."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {}
+        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        ...
 
 
 def losses_by_exit(logits: Sequence[Tensor], labels: Tensor, label_smoothing: float) -> Tensor:
@@ -50,7 +52,7 @@ def statistics_of(losses: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ExitLosses(Loss):
+class ExitLosses:
     """One forward pass, one loss per exit with weight 1 each, one summed loss (BoostNet, section 3).
 
     Args:
@@ -76,6 +78,15 @@ class ExitLosses(Loss):
         if self.gates is not None:
             total = total + self.gates_weight * self.gates.loss(logits, labels)
         return total, statistics_of(losses)
+
+    def before(self, step: int, batch: Batch, batches: Batches, optimiser: torch.optim.SGD) -> None:
+        """There is nothing to learn before a step."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """There is nothing to restore."""
 
     def _divergence(self, logits: list[Tensor]) -> Tensor:
         t = self.distillation_temperature

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from training.batches import Batch, Batches
-from training.objectives.losses import Loss, losses_by_exit, statistics_of
+from training.objectives.losses import losses_by_exit, statistics_of
 from training.optimiser import after_step
 from training.processes import Processes
 from training.recipe import Weighting
@@ -72,7 +72,7 @@ def early_exit_loss(logits: list[Tensor], labels: Tensor, ratio: float, label_sm
     return (losses.gather(0, exits[None])[0] / n_leaving[exits]).sum()
 
 
-class WeightedLosses(Loss):
+class WeightedLosses:
     """The summed loss of `joint`, each image's losses at the exits times the weights that a predictor gives them.
 
     Args:
