@@ -4,8 +4,12 @@
 
 Servers with no, one, two, ... workers take turns under the same load, so that a machine's moods hit all alike. The load
 is wrk's (Debian's package `wrk`), which takes a few microseconds a request: still, it and the servers share the cores,
-so the table has the processor time of each beside the requests/s. What the engine's process takes a request bounds what
-any number of workers can reach.
+so the table has the processor time of each beside the requests/s. Where there are cores enough, each gets its own, and
+the server's are as many as one wants to know about:
+
+    python -m benchmarks.http_workers --server-cores 0,1 --client-cores 2,3 --client-threads 2
+
+What the engine's process takes a request bounds what any number of workers can reach.
 """
 
 import io
@@ -16,6 +20,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Set
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.null_bundle import write_null_bundle
-from benchmarks.processes import children, cpu_s, served
+from benchmarks.processes import children, cpu_s, on_cores, served
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,23 @@ class Round:
     p99_ms: float
 
 
+@dataclass(frozen=True)
+class Client:
+    """The load: how many requests at once, by how many threads, and on which cores (None: on any)."""
+
+    script: Path
+    connections: int
+    threads: int
+    cores: Set[int] | None
+
+    def run(self, url: str, seconds: int) -> str:
+        """Send requests for so long; returns what wrk says."""
+        command = ["wrk", f"--threads={self.threads}", f"--connections={self.connections}", f"--duration={seconds}s"]
+        command += ["--latency", "--timeout=10s", f"--script={self.script}", url]
+        with on_cores(self.cores):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 class Measured:
     """A server process, its workers, and how it did."""
 
@@ -52,23 +74,17 @@ class Measured:
         self.n_workers, self.pid, self.url = n_workers, pid, url
         self.rounds: list[Round] = []
 
-    def run(self, script: Path, connections: int, seconds: int) -> Round:
+    def run(self, client: Client, seconds: int) -> Round:
         workers = children(self.pid)
         before = [cpu_s(pid) for pid in (self.pid, *workers)]
         client_before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        told = subprocess.run(
-            [
-                *("wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", "--latency"),
-                *("--timeout=10s", f"--script={script}", self.url + "/classify"),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        told = client.run(self.url + "/classify", seconds)
         spent = [cpu_s(pid) - b for pid, b in zip((self.pid, *workers), before, strict=True)]
         client_after = resource.getrusage(resource.RUSAGE_CHILDREN)
         client_s = sum(client_after[:2]) - sum(client_before[:2])
         n_requests = int(found(r"(\d+) requests in", told))
+        if not n_requests:
+            raise SystemExit(f"no request was answered:\n{told}")
         errors = sum(
             int(n) for n in re.findall(r"(?:connect|read|write|timeout|Non-2xx or 3xx responses:) (\d+)", told)
         )
@@ -136,32 +152,55 @@ def show(servers: list[Measured], console: Console, title: str) -> None:
         console.print(f"{refused} requests were not answered with 200.")
 
 
+def cores_of(text: str | None) -> Set[int] | None:
+    """Numbers after commas, of cores that this process may use; None where none are named."""
+    if text is None:
+        return None
+    usable = os.sched_getaffinity(0)
+    try:
+        cores = {int(number) for number in text.split(",")}
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: numbers of cores, as in 0,1") from None
+    if not cores <= usable:
+        raise typer.BadParameter(f"{text}: the cores here are {', '.join(map(str, sorted(usable)))}")
+    return cores
+
+
 def main(
     workers: Annotated[str, typer.Option(help="Numbers of workers to compare with none, after commas.")] = "1,2",
     rounds: Annotated[int, typer.Option(help="Rounds of each server.")] = 5,
     seconds: Annotated[int, typer.Option(help="Seconds a round.")] = 5,
     connections: Annotated[int, typer.Option(help="Requests at once, a connection each.")] = 64,
     size_px: Annotated[int, typer.Option(help="Height and width of the pictures, and of the network's input.")] = 32,
+    server_cores: Annotated[
+        str | None, typer.Option(help="Cores for each server, all its processes; any by default.")
+    ] = None,
+    client_cores: Annotated[str | None, typer.Option(help="Cores for the client; any by default.")] = None,
+    client_threads: Annotated[int, typer.Option(help="Threads of the client.")] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
 ) -> None:
     """Measure a server with worker processes against one without."""
     if shutil.which("wrk") is None:
         raise SystemExit("error: the load client wrk is missing: apt-get install wrk")
+    ours, theirs = cores_of(server_cores), cores_of(client_cores)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         write_null_bundle(folder / "null", size_px)
-        script = load_script(folder, size_px)
+        client = Client(load_script(folder, size_px), connections, client_threads, theirs)
         options = ["--bundle", str(folder / "null"), "--lanes", "1", "--log-level", "error", "--http-workers"]
         servers = []
         for n_workers in (0, *map(int, workers.split(","))):
-            url, pid = stack.enter_context(served([*options, str(n_workers)]))
+            url, pid = stack.enter_context(served([*options, str(n_workers)], ours))
             servers.append(Measured(n_workers, pid, url))
         for measured in servers:
-            measured.run(script, connections, 1)
+            measured.run(client, 1)
         for _ in range(rounds):
             for measured in servers:
-                measured.rounds.append(measured.run(script, connections, seconds))
+                measured.rounds.append(measured.run(client, seconds))
     title = f"A network that computes nothing, {size_px} px PNG, {connections} connections, {os.cpu_count()} cores"
+    title += "".join(
+        f", {len(cores)} of them the {who}'s" for who, cores in (("server", ours), ("client", theirs)) if cores
+    )
     show(servers, Console(), title)
     if json_path is not None:
         report = {str(measured.n_workers): [asdict(r) for r in measured.rounds] for measured in servers}

@@ -12,6 +12,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
+def on_cores(cores: Set[int] | None) -> Iterator[None]:
+    """Processes that this thread starts meanwhile run on these cores alone, and so do theirs; None: on any it may."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, before if cores is None else cores)  # a new process has those of the one that starts it
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
 def served(arguments: Sequence[str], cores: Set[int] | None = None) -> Iterator[tuple[str, int]]:
     """Serve on a free port, without an access log; yields the address, once it is ready, and the process id.
 
@@ -20,12 +31,8 @@ def served(arguments: Sequence[str], cores: Set[int] | None = None) -> Iterator[
         cores: it runs on these alone.
     """
     command = [sys.executable, "-m", "service", "--port", "0", "--access-log", "off", *arguments]
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, before if cores is None else cores)  # a new process has those of the one that starts it
-    try:
+    with on_cores(cores):
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    finally:
-        os.sched_setaffinity(0, before)
     with process:
         try:
             assert process.stdout is not None

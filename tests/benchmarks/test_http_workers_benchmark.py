@@ -1,6 +1,7 @@
 """The benchmark of HTTP workers measures what it says: a network that costs nothing, and every request answered."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
-from benchmarks.http_workers import milliseconds
+from benchmarks.http_workers import cores_of, milliseconds
 from benchmarks.null_bundle import write_null_bundle
+from benchmarks.processes import on_cores
 from service.assembly import build_engine
 from tests.service.process import REPOSITORY
 
@@ -33,11 +36,35 @@ def test_the_clients_times_are_read(told: str, ms: float) -> None:
     assert milliseconds(told) == pytest.approx(ms)
 
 
+def test_a_process_and_its_own_run_on_the_cores_they_are_given_and_the_next_on_all() -> None:
+    usable = os.sched_getaffinity(0)
+    core = max(usable)
+    show = "import os; print(os.sched_getaffinity(0))"
+    command = [sys.executable, "-c", f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {show!r}])"]
+    with on_cores({core}):
+        alone = subprocess.check_output(command, text=True)
+    with on_cores(None):
+        anywhere = subprocess.check_output(command, text=True)
+    assert (alone.strip(), anywhere.strip()) == (str({core}), str(usable))
+    assert os.sched_getaffinity(0) == usable
+
+
+def test_cores_are_those_of_this_machine() -> None:
+    core = min(os.sched_getaffinity(0))
+    assert cores_of(None) is None
+    assert cores_of(str(core)) == {core}
+    for text in ("1000000", f"{core},1000000", "", "two", f"{core}-{core + 1}"):
+        with pytest.raises(typer.BadParameter, match="cores"):
+            cores_of(text)
+
+
 def test_it_measures(tmp_path: Path) -> None:
     if shutil.which("wrk") is None:
         pytest.skip("the load client wrk is not installed")
     path = tmp_path / "report.json"
     options = ["--workers", "1", "--rounds", "1", "--seconds", "1", "--connections", "8", "--json", str(path)]
+    cores = sorted(os.sched_getaffinity(0))
+    options += ["--server-cores", str(cores[0]), "--client-cores", str(cores[-1]), "--client-threads", "2"]
     command = [sys.executable, "-m", "benchmarks.http_workers", *options]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
