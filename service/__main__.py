@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 # All else is imported once it is needed: `--help`, a wrong setting and Ctrl-C are answered at once.
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
     from service.front.supervisor import Front
     from service.metrics import Metrics
     from service.precision import at_precision
-    from service.runners.base import RunnerError
+    from service.runners.base import FatalRunnerError, RunnerError
     from service.server import ServerFailed
     from service.single import serve
     from service.target import Keeper, Targets
@@ -104,6 +104,8 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
             latency_s=settings.latency_s,
             observer=metrics,
         )
+    except FatalRunnerError as error:
+        _end_without_clean_up(error)
     except (StageLoadError, RunnerError) as error:
         return _refuse(error)
     metrics.watch(engine.stats, engine.budget_state, bundle)
@@ -129,9 +131,9 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
     stats = engine.stats()
     logger.info("stopped: %d answered, %d abandoned, %d failed", stats.answered, stats.abandoned, stats.failed)
     if engine.broken.done():
-        _refuse(engine.broken.result())
-        logging.shutdown()
-        os._exit(1)  # the clean-up of a lost device, at the end of Python, may hang
+        _end_without_clean_up(engine.broken.result())
+    if failure is not None and isinstance(failure.__cause__, FatalRunnerError):
+        _end_without_clean_up(failure)
     return code if failure is None else _refuse(failure, code=1)
 
 
@@ -162,6 +164,18 @@ def _url(listener: socket.socket) -> str:
 def _refuse(error: Exception, code: int = 2) -> int:
     sys.stderr.write(f"error: {error}\n")
     return code
+
+
+def _end_without_clean_up(error: Exception) -> NoReturn:
+    """End with 1, as the device is lost. To be called while the engine is still referred to.
+
+    What holds memory, events or graphs of a lost device may hang as it is cleaned up, or abort the process: with torch
+    2.11 on an H200, Python's end after a device-side assert was `terminate called after throwing an instance of
+    'c10::AcceleratorError'`.
+    """
+    _refuse(error)
+    logging.shutdown()
+    os._exit(1)
 
 
 def end_at_once_when_told() -> None:

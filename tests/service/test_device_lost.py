@@ -9,6 +9,7 @@ from queue import Queue
 from time import monotonic
 
 import httpx
+import pytest
 
 from tests.bundles import random_images
 from tests.service.apps import PNG, png
@@ -16,9 +17,10 @@ from tests.service.process import REPOSITORY, environment
 from tests.waiting import LIMIT_S, wait_until
 
 N_CLIENTS = 8
-# The server's own code, but for a device that is lost under the first batch that runs once the file `go` is there.
+# The server's own code, but for a device that is lost under the first batch that runs once the file `go` is there (at
+# warm-up, where it is there at the start), and whose clean-up aborts the process, as CUDA's may.
 PROGRAM = """
-import sys, time
+import atexit, os, sys, time
 from pathlib import Path
 from service.runners.base import FatalRunnerError
 from service.runners.onnx import OnnxRunner
@@ -34,14 +36,47 @@ def lose_it_once_warm(self, stage, rows):
     raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
 
 def warm_up_and_then_lose_it(self, limit_s=1.0):
+    if go.exists():
+        raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
     times = warm_up(self, limit_s)
     warmed.append(True)
     return times
 
+atexit.register(os.abort)
 OnnxRunner.prepare = lose_it_once_warm
 OnnxRunner.warm_up = warm_up_and_then_lose_it
 sys.exit(main(sys.argv[2:]))
 """
+
+
+@pytest.mark.parametrize("options", [[], ["--http-workers", "1"]])
+def test_a_device_lost_at_warm_up_ends_the_process_with_the_cause(
+    bundle_path: Path, tmp_path: Path, options: list[str]
+) -> None:
+    go = tmp_path / "go"
+    go.touch()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            str(go),
+            "--bundle",
+            str(bundle_path),
+            "--port",
+            "0",
+            "--device",
+            "cpu",
+            *options,
+        ],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: CUDA error: an illegal memory access was encountered"
 
 
 def is_ready(url: str) -> bool:
