@@ -1,7 +1,8 @@
-"""A convolution, its bias and its ReLU: three kernels where torch runs them one by one, two here, or one by cuDNN.
+"""A convolution, its bias and its ReLU: one kernel by cuDNN, or two; torch alone runs three.
 
-Small networks are bound by how many kernels they launch, also in a graph. Two are always right, and made by NVRTC,
-which comes with torch. One is cuDNN's affair: it may take long to build and be slower, so it is tried and measured.
+cuDNN's own joining is as fast as its convolution, if it may try all its algorithms: without that it picks slow ones. So
+it is taken for the batch sizes for which there was time to try (`Cuda.searching`), if it is right there. Two kernels
+are always right, and made by NVRTC, which comes with torch.
 """
 
 import copy
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from models.staging import Stage
 
 BiasRelu = Callable[[Tensor, Tensor], Tensor]
-"""ReLU of a map [rows, channels, height, width] and a bias [1, channels, 1, 1]."""
+"""ReLU of a map [rows, channels, height, width] and a bias [1, channels, 1, 1]; the map may be overwritten."""
 
 # What is no number stays none, as with torch's own ReLU.
 CODE = "template <typename T> T bias_relu(T x, T bias) { T sum = x + bias; return sum < T(0) ? T(0) : sum; }"
+SAME = 0.01  # of the largest value: half precision, summed up in another order
+CHECKED_ROWS = 4  # at both ends of a batch
 
 logger = logging.getLogger(__name__)
 
@@ -30,23 +33,77 @@ class ConvRelu(nn.Module):
     Args:
         conv: whose weights and bias it has from now on.
         bias_relu: one kernel for both; None runs torch's own, one after the other.
+        fuse: whether cuDNN's joining is tried.
     """
 
-    def __init__(self, conv: nn.Conv2d, bias_relu: BiasRelu | None) -> None:
+    def __init__(self, conv: nn.Conv2d, bias_relu: BiasRelu | None, fuse: bool = False) -> None:
         super().__init__()
         self.conv, self.by_cudnn = conv, False
-        self._bias_relu = bias_relu
+        self._bias_relu, self._fuse = bias_relu, fuse
+        self.fused: dict[tuple[int, ...], bool] = {}
+        """By the input's shape: whether cuDNN's joining was tried and is right."""
+
+    def around(self, conv: nn.Conv2d) -> "ConvRelu":
+        """The same of another convolution."""
+        return ConvRelu(conv, self._bias_relu, self._fuse)
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
+        if torch.compiler.is_compiling():  # a compiler joins them its own way
+            return torch.relu(conv(x))
+        if self.by_cudnn or self._is_fused(x):
+            return self._by_cudnn(x)
+        if self._bias_relu is None:
+            return torch.relu(conv(x))
         assert conv.bias is not None
         assert not isinstance(conv.padding, str)
+        bare = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return self._bias_relu(bare, conv.bias[None, :, None, None])
+
+    def _by_cudnn(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        assert not isinstance(conv.padding, str)
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        if self.by_cudnn:
-            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
-        if self._bias_relu is None or torch.compiler.is_compiling():  # a compiler joins them its own way
-            return torch.relu(conv(x))
-        return self._bias_relu(F.conv2d(x, conv.weight, None, *geometry), conv.bias[None, :, None, None])
+        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        if not self._fuse:
+            return False
+        shape = tuple(x.shape)
+        if shape not in self.fused and torch.backends.cudnn.benchmark:
+            self.fused[shape] = self._try_cudnn(x)
+        return self.fused.get(shape, False)
+
+    def _try_cudnn(self, x: Tensor) -> bool:
+        """Let cuDNN choose its algorithm, and compare what it computes with the convolution by torch's own means."""
+        try:
+            found = self._by_cudnn(x)
+            # What is allocated next lies where this has lain. cuDNN multiplies what its output held before by 0.
+            found.fill_(torch.nan)
+            del found
+            found = self._by_cudnn(x)
+            ends = slice(0, CHECKED_ROWS), slice(-CHECKED_ROWS, None)
+            torch.backends.cudnn.enabled = False
+            try:
+                right = all(_same(found[end], torch.relu(self.conv(x[end]))) for end in ends)
+            finally:
+                torch.backends.cudnn.enabled = True
+            if not right or not bool(found.isfinite().all()):
+                raise RuntimeError("it computes something else")
+        except torch.OutOfMemoryError:
+            raise  # smaller batches are tried
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0][:200]
+            logger.warning("a convolution of %s runs as two kernels, not as cuDNN's one: %s", tuple(x.shape), why)
+            self._fuse = False
+            return False
+        return True
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    tolerance = SAME * float(expected.abs().max())
+    lies = found.is_contiguous(memory_format=torch.channels_last)
+    return lies and torch.allclose(found.float(), expected.float(), rtol=0.0, atol=tolerance)
 
 
 def can_join(conv: nn.Conv2d) -> bool:
@@ -71,7 +128,7 @@ def make_bias_relu(device: torch.device, dtype: torch.dtype) -> BiasRelu | None:
 
 
 def by_cudnn(stage: Stage) -> Stage:
-    """Return the same stage, whose convolutions are joined with bias and ReLU by cuDNN."""
+    """Return the same stage, whose convolutions are joined with bias and ReLU by cuDNN, all of them."""
     joined = copy.deepcopy(stage)
     for module in joined.modules():
         if isinstance(module, ConvRelu):

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from service.runners.torch_cuda.kernels import Kernels, lies_in_runs
+
 
 class Values:
     """What rows keep in their slots, by name.
@@ -19,9 +21,11 @@ class Values:
 
     Args:
         examples: of every value, [rows, ...]; shape, type and device count.
+        kernels: of the device; one moves several values at once.
     """
 
-    def __init__(self, examples: Mapping[str, Tensor], n_slots: int) -> None:
+    def __init__(self, examples: Mapping[str, Tensor], n_slots: int, kernels: Kernels | None = None) -> None:
+        self._kernels = kernels or Kernels()
         self._stores = {
             name: torch.zeros(
                 (1 + n_slots, *_channels_last(example).shape[1:]), dtype=example.dtype, device=example.device
@@ -41,12 +45,28 @@ class Values:
 
     def gather(self, names: Sequence[str], slots: Tensor) -> list[Tensor]:
         """Return values of the rows in `slots` (int64 [rows], on the device), in that order."""
-        return [_channels_second(self._stores[name].index_select(0, slots)) for name in names]
+        stores = {name: self._stores[name] for name in names}
+        together = [name for name in stores if self._moves(stores[name])]
+        rows = {name: stores[name].new_empty((len(slots), *stores[name].shape[1:])) for name in together}
+        if together:
+            self._kernels.move(slots, [(stores[name], rows[name]) for name in together], out=True)
+        alone = {name: store.index_select(0, slots) for name, store in stores.items() if name not in rows}
+        return [_channels_second((rows if name in rows else alone)[name]) for name in names]
 
     def scatter(self, values: Mapping[str, Tensor], slots: Tensor) -> None:
         """Write values of the rows in `slots`; slots are distinct, but for `SCRATCH`."""
+        together = []
         for name, value in values.items():
-            self._stores[name].index_copy_(0, slots, _channels_last(value))
+            store, rows = self._stores[name], _channels_last(value)
+            if self._moves(store) and self._moves(rows) and rows.dtype == store.dtype:
+                together.append((store, rows))
+            else:
+                store.index_copy_(0, slots, rows)
+        if together:
+            self._kernels.move(slots, together, out=False)
+
+    def _moves(self, rows: Tensor) -> bool:
+        return "move" in self._kernels and lies_in_runs(rows)
 
 
 def _channels_last(value: Tensor) -> Tensor:

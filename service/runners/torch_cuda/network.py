@@ -1,7 +1,8 @@
 """From a bundle to stages that a device runs fast: the network rebuilt, cut, and lowered.
 
 Lowered means: BatchNorm folded into the convolution before it, bias and ReLU joined, maps and weights channels-last,
-convolutions in half precision. Linear layers, and with them logits, their ensemble and scores, stay in float32.
+convolutions in half precision. Linear layers, and with them logits, their ensemble and scores, stay in float32. In
+float16 on a GPU, maps are widened to multiples of eight channels, and the device's own kernels do what they can.
 """
 
 from collections import Counter
@@ -20,8 +21,12 @@ from models.registry import ARCHITECTURES, build_network
 from models.staging import Stage, split
 from service.runners.base import RunnerError
 from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join
+from service.runners.torch_cuda.kernels import Kernels, Ways
+from service.runners.torch_cuda.replaced import replace_maps, replace_normalise
+from service.runners.torch_cuda.widening import widen
 
 WEIGHTS = "weights.safetensors"
+CHANNELS = 8  # of half precision: 16 bytes, as tensor cores and the kernels read them
 Join = Callable[[nn.Conv2d, Any], nn.Module | None]  # None: it cannot
 
 
@@ -56,14 +61,32 @@ def cut(network: nn.Module, image_shape: Sequence[int], mean: Sequence[float], s
 
 @torch.no_grad()
 def lower(
-    stages: Sequence[Stage], device: torch.device, dtype: torch.dtype, bias_relu: BiasRelu | None = None
+    stages: Sequence[Stage],
+    device: torch.device,
+    dtype: torch.dtype,
+    bias_relu: BiasRelu | None = None,
+    kernels: Kernels | None = None,
+    ways: Ways | None = None,
 ) -> list[Stage]:
-    """Lower stages for a device; they are changed and returned."""
+    """Lower stages for a device; they are changed and returned.
+
+    Args:
+        bias_relu: joins both after a convolution.
+        kernels: of the device, for float16; None: it has none.
+        ways: by default none of the faster ones.
+    """
+    ways, kernels = ways or Ways.none(), kernels or Kernels()
     for stage in stages:
         _merge(stage, nn.BatchNorm2d, fuse_conv_bn_eval)
-        _merge(stage, nn.ReLU, lambda conv, _: ConvRelu(conv, bias_relu) if can_join(conv) else None)
+        _merge(stage, nn.ReLU, lambda conv, _: ConvRelu(conv, bias_relu, ways.fused) if can_join(conv) else None)
         if dtype != torch.float32:
             _narrow(stage, dtype)
+        if "normalise" in kernels:
+            replace_normalise(stage, kernels)
+    if ways.widened or "normalise" in kernels:
+        widen(stages, CHANNELS if ways.widened else 1)
+    for stage in stages:
+        replace_maps(stage, kernels)
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
                 # Module.to knows memory formats, its annotations do not.

@@ -13,10 +13,12 @@ from service.runners.base import Array, Block, FatalRunnerError, RowState, Runne
 from service.runners.slotted import IMAGES, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.joined import by_cudnn, make_bias_relu
+from service.runners.torch_cuda.kernel_making import make_kernels
+from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.lane import Lane, StageCall
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
-from service.runners.torch_cuda.scoring import SCORES
+from service.runners.torch_cuda.scoring import SCORES, kernels
 
 Compiler = Callable[[Stage], StageCall]
 Compilers = Mapping[str, Compiler]
@@ -48,6 +50,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
             (see `resize`); a batch with one of them crosses as canvases of that size. 0: it takes none.
         compilers: each makes of a stage what computes the same, perhaps faster. All are tried on full batches, whose
             stages the fastest takes the place of; the first `warm_up` takes as long as they take.
+        ways: which of the faster ways are taken; by default all in float16 on a GPU, else none.
 
     Raises:
         RunnerError: the device has no room for the slots, or a number is out of range.
@@ -68,6 +71,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         n_lanes: int = N_LANES,
         canvas_px: int = 0,
         compilers: Compilers | None = None,
+        ways: Ways | None = None,
     ) -> None:
         self.device = device or Cuda()
         self.is_on_gpu = self.device.kind.type == "cuda"
@@ -77,16 +81,24 @@ class TorchCudaRunner(SlotRunner[Lane]):
         super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
         try:
             with torch.inference_mode():
-                self.stages = lower(stages, self.device.kind, dtype, make_bias_relu(self.device.kind, dtype))
+                self.stages = self._lower(stages, dtype, ways)
                 blank = torch.zeros((2, *image_shape), dtype=torch.uint8, device=self.device.kind)
                 examples, self._n_classes = _run_once(self.stages, blank)
-                self.values = Values(examples, self.slots.n_slots)
+                self.values = Values(examples, self.slots.n_slots, self.kernels)
                 self._open_lanes()
         except torch.OutOfMemoryError as error:
             raise RunnerError(
                 f"the device has no room for the state of {max_in_flight_rows} images in work: lower --max-in-flight "
                 f"or --max-batch-rows ({error})"
             ) from error
+
+    def _lower(self, stages: Sequence[Stage], dtype: torch.dtype, ways: Ways | None) -> list[Stage]:
+        kind = self.device.kind
+        if ways is None or dtype != torch.float16:
+            ways = Ways() if self.is_on_gpu and dtype == torch.float16 else Ways.none()
+        self.kernels = kernels[kind] = make_kernels(kind, ways)
+        bias_relu = self.kernels.bias_relu if "bias_relu" in self.kernels else make_bias_relu(kind, dtype)
+        return lower(stages, kind, dtype, bias_relu, self.kernels, ways)
 
     def first_state(self, image: Array) -> RowState:
         if self.canvas_px and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:

@@ -9,21 +9,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from service.runners.torch_cuda.kernels import Kernels
+
 N_NUMBERS = 3
 """Class, confidence and score: what is told of a row."""
+
+kernels: dict[torch.device, Kernels] = {}
+"""What `judge` runs on a device, if that has a kernel for it: the last runner's that was opened there."""
 
 
 def judge(logits: Tensor, score: str, out: Tensor | None = None) -> Tensor:
     """Return class, `models.exits.confidence` and score of logits [rows, classes], float64 [rows, N_NUMBERS].
 
-    In few kernels, since each takes as long as the next however small it is: columns [rows, 1] and no branches; what
-    comes of a margin that is no finite number is no number either, and is replaced once, at the end.
+    By the device's kernel if there is one, else by torch; of classes that lead together, the kernel names the first.
 
     Args:
         score: a key of `SCORES`.
         out: where to; a new tensor if it is None.
     """
     told = logits.new_empty((len(logits), N_NUMBERS), dtype=torch.float64) if out is None else out
+    made = kernels.get(logits.device)
+    if made and "judge" in made and logits.dtype == torch.float32 and told.is_contiguous() and logits.is_contiguous():
+        made.judge(logits, score, told)
+    else:
+        judge_by_torch(logits, score, told)
+    return told
+
+
+def judge_by_torch(logits: Tensor, score: str, told: Tensor) -> None:
+    """What `judge` does, in torch.
+
+    In few kernels, since each takes as long as the next however small it is: columns [rows, 1] and no branches; what
+    comes of a margin that is no finite number is no number either, and is replaced once, at the end.
+    """
     wide = logits.to(torch.float64, copy=True)
     (top, second), (first, _) = (part.split(1, dim=1) for part in wide.topk(2, dim=1))
     margin = (top - second).nan_to_num(torch.nan, torch.nan, torch.nan)
@@ -37,7 +55,6 @@ def judge(logits: Tensor, score: str, out: Tensor | None = None) -> Tensor:
     told[:, :1].copy_(first)
     torch.nan_to_num(confidence, 0.0, 0.0, 0.0, out=told[:, 1:2])
     torch.nan_to_num(scores, -torch.inf, -torch.inf, -torch.inf, out=told[:, 2:])
-    return told
 
 
 class Parts(NamedTuple):

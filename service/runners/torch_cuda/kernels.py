@@ -1,0 +1,149 @@
+"""The device's own kernels, and how each is called. Where one is missing or takes no such shape, torch does its work."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from service.runners.torch_cuda.kernel_sources import JUDGED
+
+Launch = Callable[..., None]
+"""Called with (grid, block, arguments), as what `torch.cuda._compile_kernel` makes."""
+
+THREADS = 256
+WARP = 32
+VECTOR_BYTES = 16
+IMAGE_CHANNELS = 4
+"""Of normalised images: a fourth one is zero, as tensor cores want it."""
+MAX_MOVED = 4
+"""Values that one kernel moves."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which of the faster ways are taken; all, but for comparisons."""
+
+    fused: bool = True  # convolution, bias and ReLU by cuDNN in one
+    widened: bool = True  # channels to multiples of 8
+    bias_relu: bool = True
+    concat: bool = True
+    move: bool = True
+    max_pool: bool = True
+    normalise: bool = True
+    judge: bool = True
+
+    @classmethod
+    def none(cls) -> "Ways":
+        return cls(**{field.name: False for field in fields(cls)})
+
+
+class Kernels:
+    """Kernels by name, as far as they were made; the same object however often it is copied."""
+
+    def __init__(self, launches: dict[str, Launch] | None = None) -> None:
+        self._launches = launches or {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._launches
+
+    def __deepcopy__(self, memo: Any) -> "Kernels":
+        return self  # a kernel is a place in the driver's memory
+
+    def drop(self, name: str) -> None:
+        self._launches.pop(name, None)
+
+    def bias_relu(self, x: Tensor, bias: Tensor) -> Tensor:
+        """ReLU of a map [rows, channels, height, width] and a bias [1, channels, 1, 1], where the map lies."""
+        if "bias_relu" not in self or not lies_in_vectors(x) or x.dtype != torch.float16:
+            return torch.relu_(x.add_(bias))
+        self._over(x.numel() // 8, "bias_relu", x, bias, x.numel() // 8, x.shape[1] // 8)
+        return x
+
+    def concat(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [rows, any, height, width] beside each other along their channels."""
+        able = "concat" in self and 2 <= len(maps) <= 3 and len({x.dtype for x in maps}) == 1
+        if not able or not all(map(lies_in_vectors, maps)):
+            return torch.cat(list(maps), 1)
+        a, b, c = (*maps, maps[0])[:3]
+        rows, _, height, width = a.shape
+        widths = [_vectors_per_pixel(x) for x in maps] + [0] * (3 - len(maps))
+        out = _empty_map(a, rows, sum(x.shape[1] for x in maps), height, width)
+        n_pixels = rows * height * width
+        self._over(n_pixels * sum(widths), "concat", out, a, b, c, *widths, n_pixels)
+        return out
+
+    def max_pool(self, x: Tensor, size: int, stride: int, padding: int) -> Tensor:
+        """The largest of every square of `size` pixels, at every `stride`-th; see `torch.nn.MaxPool2d`."""
+        if "max_pool" not in self or not lies_in_vectors(x) or x.dtype != torch.float16:
+            return F.max_pool2d(x, size, stride, padding)
+        rows, channels, height, width = x.shape
+        out_height, out_width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
+        out = _empty_map(x, rows, channels, out_height, out_width)
+        n_vectors = out.numel() // 8
+        sides = height, width, out_height, out_width, channels // 8
+        self._over(n_vectors, "max_pool", out, x, n_vectors, *sides, size, stride, padding)
+        return out
+
+    def normalise(self, images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Images uint8 [rows, height, width, 3] to float16 [rows, IMAGE_CHANNELS, height, width], channels-last.
+
+        Args:
+            scale, shift: float32, three numbers each.
+        """
+        rows, height, width, _ = images.shape
+        n_pixels = rows * height * width
+        able = "normalise" in self and images.is_contiguous() and n_pixels % 4 == 0 and images.data_ptr() % 4 == 0
+        if not able:
+            normal = images.permute(0, 3, 1, 2).float() * scale.view(3, 1, 1) + shift.view(3, 1, 1)
+            wide = F.pad(normal, (0, 0, 0, 0, 0, IMAGE_CHANNELS - 3)).to(torch.float16)
+            return wide.contiguous(memory_format=torch.channels_last)
+        out = torch.empty((rows, height, width, IMAGE_CHANNELS), dtype=torch.float16, device=images.device)
+        self._over(n_pixels // 4, "normalise", out, images, scale, shift, n_pixels // 4)
+        return out.permute(0, 3, 1, 2)
+
+    def move(self, slots: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], out: bool) -> None:
+        """Between stores [slots, ...] and rows [rows, ...] that `lies_in_runs` is true of: `out` of the stores, or in.
+
+        Args:
+            slots: int64 [rows].
+            pairs: of a store and the rows of it.
+        """
+        for start in range(0, len(pairs), MAX_MOVED):
+            part, arguments, total = pairs[start : start + MAX_MOVED], [], 0
+            for store, rows in part:
+                n_vectors = store[0].nbytes // VECTOR_BYTES
+                arguments += [store, rows, n_vectors]
+                total += n_vectors
+            nothing = [part[0][0], part[0][1], 0] * (MAX_MOVED - len(part))
+            self._over(len(slots) * total, "move", slots, len(slots), int(out), *arguments, *nothing)
+
+    def judge(self, logits: Tensor, score: str, told: Tensor) -> None:
+        """See `scoring.judge`; logits float32 [rows, classes] and `told` float64 [rows, 3] are one run each."""
+        arguments = told, logits, logits.shape[1], JUDGED.index(score)
+        self._launches["judge"]((len(logits), 1, 1), (WARP, 1, 1), arguments)
+
+    def _over(self, n_threads: int, name: str, *arguments: Any) -> None:
+        if n_threads:
+            self._launches[name](((n_threads + THREADS - 1) // THREADS, 1, 1), (THREADS, 1, 1), arguments)
+
+
+def lies_in_vectors(x: Tensor) -> bool:
+    """Whether a map [rows, channels, height, width] is channels-last and its pixels are whole vectors."""
+    whole = x.ndim == 4 and x.shape[1] * x.element_size() % VECTOR_BYTES == 0
+    return whole and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % VECTOR_BYTES == 0
+
+
+def lies_in_runs(rows: Tensor) -> bool:
+    """Whether rows [rows, ...] are one run of whole vectors."""
+    return rows.is_contiguous() and rows[:1].nbytes % VECTOR_BYTES == 0 and rows.data_ptr() % VECTOR_BYTES == 0
+
+
+def _vectors_per_pixel(x: Tensor) -> int:
+    return x.shape[1] * x.element_size() // VECTOR_BYTES
+
+
+def _empty_map(like: Tensor, rows: int, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty((rows, height, width, channels), dtype=like.dtype, device=like.device).permute(0, 3, 1, 2)

@@ -1,0 +1,115 @@
+"""What takes the place of parts of a lowered stage whose work the device's own kernels do.
+
+A compiler that looks into them finds torch's operations.
+"""
+
+import operator
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from models.normalise import Normalise
+from models.staging import Stage
+from service.runners.torch_cuda.kernels import IMAGE_CHANNELS, Kernels
+
+
+class WideNormalise(nn.Module):
+    """`Normalise`, to float16 and `IMAGE_CHANNELS` channels, of which the last is zero."""
+
+    def __init__(self, normalise: Normalise, kernels: Kernels) -> None:
+        super().__init__()
+        self._plain, self._kernels = normalise, kernels
+
+    def forward(self, images: Tensor) -> Tensor:
+        plain = self._plain
+        if torch.compiler.is_compiling():
+            return F.pad(plain(images), (0, 0, 0, 0, 0, IMAGE_CHANNELS - 3)).to(torch.float16)
+        return self._kernels.normalise(images, plain.scale, plain.shift)
+
+
+class Concat(nn.Module):
+    """Maps beside each other along their channels."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(maps), 1) if torch.compiler.is_compiling() else self._kernels.concat(maps)
+
+
+class MaxPool(nn.Module):
+    """Of squares, without telling where the largest lies."""
+
+    def __init__(self, size: int, stride: int, padding: int, kernels: Kernels) -> None:
+        super().__init__()
+        self._size, self._stride, self._padding, self._kernels = size, stride, padding, kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = self._size, self._stride, self._padding
+        return F.max_pool2d(x, *how) if torch.compiler.is_compiling() else self._kernels.max_pool(x, *how)
+
+
+def replace_normalise(stage: Stage, kernels: Kernels) -> None:
+    """Where images are normalised and narrowed to float16, do both in one; what reads them has a channel more then."""
+    for node in list(stage.graph.nodes):
+        if node.op != "call_module" or not isinstance(stage.get_submodule(node.target), Normalise):
+            continue
+        users = list(node.users)
+        if len(users) != 1 or users[0].op != "call_method" or users[0].target != "to":
+            continue
+        narrow = users[0]
+        if narrow.args[1:] == (torch.float16,):
+            plain = stage.get_submodule(node.target)
+            assert isinstance(plain, Normalise)
+            stage.set_submodule(node.target, WideNormalise(plain, kernels))
+            narrow.replace_all_uses_with(node)
+            stage.graph.erase_node(narrow)
+    stage.recompile()
+
+
+def replace_maps(stage: Stage, kernels: Kernels) -> None:
+    """Have maps put beside each other and pooled by kernels, as far as there are some."""
+    for node in list(stage.graph.nodes):
+        made: nn.Module | None = None
+        if is_concat(node) and "concat" in kernels:
+            made, arguments = Concat(kernels), (node.args[0],)
+        elif node.op == "call_module" and "max_pool" in kernels:
+            module = stage.get_submodule(node.target)
+            made, arguments = _as_max_pool(module, kernels), (node.args[0],)
+        if made is None:
+            continue
+        name = f"kernel_{node.name}"
+        stage.add_submodule(name, made)
+        with stage.graph.inserting_before(node):
+            new = stage.graph.call_module(name, arguments)
+        node.replace_all_uses_with(new)
+        stage.graph.erase_node(node)
+    stage.delete_all_unused_submodules()
+    stage.recompile()
+
+
+def is_concat(node: fx.Node) -> bool:
+    """Whether a node puts maps beside each other along their channels."""
+    if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return bool(dim == 1) and not set(node.kwargs) - {"dim"} and isinstance(node.args[0], (list, tuple))
+
+
+def _as_max_pool(module: nn.Module, kernels: Kernels) -> MaxPool | None:
+    if not isinstance(module, nn.MaxPool2d) or module.return_indices or module.ceil_mode:
+        return None
+    numbers = [_one(number) for number in (module.kernel_size, module.stride, module.padding, module.dilation)]
+    if any(number is None for number in numbers) or numbers[3] != 1:
+        return None
+    size, stride, padding = map(operator.index, numbers[:3])  # type: ignore[arg-type]
+    return MaxPool(size, stride, padding, kernels)
+
+
+def _one(number: int | tuple[int, ...]) -> int | None:
+    """The number of both sides; None: they have two."""
+    both = (number, number) if isinstance(number, int) else number
+    return both[0] if both[0] == both[1] else None
