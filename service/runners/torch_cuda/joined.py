@@ -1,4 +1,6 @@
-"""A convolution, its bias and its ReLU: one kernel by cuDNN, or two; torch alone runs three.
+"""A convolution, its bias and its ReLU: one kernel by cuBLAS or cuDNN, or two; torch alone runs three.
+
+One of 1 x 1 pixels is a matrix product, which cuBLAS joins with both, needs no search, and is as fast as cuDNN.
 
 cuDNN's own joining is as fast as its convolution, if it may try all its algorithms: without that it picks slow ones. So
 it is taken for the batch sizes for which there was time to try (`Cuda.searching`), if it is right there. Two kernels
@@ -22,6 +24,7 @@ BiasRelu = Callable[[Tensor, Tensor], Tensor]
 # What is no number stays none, as with torch's own ReLU.
 CODE = "template <typename T> T bias_relu(T x, T bias) { T sum = x + bias; return sum < T(0) ? T(0) : sum; }"
 SAME = 0.01  # of the largest value: half precision, summed up in another order
+ALIGNED = 8  # channels, as products want them
 CHECKED_ROWS = 4  # at both ends of a batch
 
 logger = logging.getLogger(__name__)
@@ -34,24 +37,36 @@ class ConvRelu(nn.Module):
         conv: whose weights and bias it has from now on.
         bias_relu: one kernel for both; None runs torch's own, one after the other.
         fuse: whether cuDNN's joining is tried.
+        multiply: whether it is a matrix product where it can be one.
     """
 
-    def __init__(self, conv: nn.Conv2d, bias_relu: BiasRelu | None, fuse: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, bias_relu: BiasRelu | None, fuse: bool = False, multiply: bool = False) -> None:
         super().__init__()
         self.conv, self.by_cudnn = conv, False
-        self._bias_relu, self._fuse = bias_relu, fuse
+        self._bias_relu, self._fuse, self._multiply = bias_relu, fuse, multiply
         self.fused: dict[tuple[int, ...], bool] = {}
         """By the input's shape: whether cuDNN's joining was tried and is right."""
 
     def around(self, conv: nn.Conv2d) -> "ConvRelu":
         """The same of another convolution."""
-        return ConvRelu(conv, self._bias_relu, self._fuse)
+        return ConvRelu(conv, self._bias_relu, self._fuse, self._multiply)
+
+    @property
+    def is_product(self) -> bool:
+        conv = self.conv
+        wide = conv.in_channels % ALIGNED == 0 and conv.out_channels % ALIGNED == 0
+        alone = conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+        return self._multiply and wide and alone
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         if torch.compiler.is_compiling():  # a compiler joins them its own way
             return torch.relu(conv(x))
-        if self.by_cudnn or self._is_fused(x):
+        if self.by_cudnn:
+            return self._by_cudnn(x)
+        if self.is_product:
+            return self._as_product(x)
+        if self._is_fused(x):
             return self._by_cudnn(x)
         if self._bias_relu is None:
             return torch.relu(conv(x))
@@ -65,6 +80,14 @@ class ConvRelu(nn.Module):
         assert not isinstance(conv.padding, str)
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        assert conv.bias is not None
+        rows, channels, height, width = x.shape
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # no copy where they are evenly spaced
+        found = torch._addmm_activation(conv.bias, pixels, conv.weight.view(conv.out_channels, channels).t())
+        return found.view(rows, height, width, -1).permute(0, 3, 1, 2)
 
     def _is_fused(self, x: Tensor) -> bool:
         if not self._fuse:
@@ -108,6 +131,21 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 def can_join(conv: nn.Conv2d) -> bool:
     return conv.bias is not None and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a matrix product with bias and ReLU computes on a device what it should."""
+    try:
+        x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in ((70, 24), (16, 24), (16,)))
+        found = torch._addmm_activation(bias, x, weight.t()).float()
+        if not torch.allclose(
+            found, torch.relu(F.linear(x.float(), weight.float(), bias.float())), rtol=0.02, atol=0.02
+        ):
+            raise RuntimeError("it computes something else")
+    except RuntimeError as error:
+        logger.warning("convolutions of 1 x 1 pixels are no matrix products: %s", str(error).partition("\n")[0])
+        return False
+    return True
 
 
 def make_bias_relu(device: torch.device, dtype: torch.dtype) -> BiasRelu | None:

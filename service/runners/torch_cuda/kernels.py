@@ -1,4 +1,4 @@
-"""The device's own kernels, and how each is called. Where one is missing or takes no such shape, torch does its work."""
+"""The device's own kernels, and how each is called. Where one cannot do it, torch does its work."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +26,7 @@ MAX_MOVED = 4
 class Ways:
     """Which of the faster ways are taken; all, but for comparisons."""
 
+    product: bool = True  # 1 x 1 convolution, bias and ReLU as one matrix product
     fused: bool = True  # convolution, bias and ReLU by cuDNN in one
     widened: bool = True  # channels to multiples of 8
     bias_relu: bool = True

@@ -20,7 +20,7 @@ from models.normalise import Normalise
 from models.registry import ARCHITECTURES, build_network
 from models.staging import Stage, split
 from service.runners.base import RunnerError
-from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join
+from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join, can_multiply
 from service.runners.torch_cuda.kernels import Kernels, Ways
 from service.runners.torch_cuda.replaced import replace_maps, replace_normalise
 from service.runners.torch_cuda.widening import widen
@@ -76,9 +76,14 @@ def lower(
         ways: by default none of the faster ones.
     """
     ways, kernels = ways or Ways.none(), kernels or Kernels()
+    multiply = ways.product and can_multiply(device, dtype)
+
+    def join(conv: nn.Conv2d, _: Any) -> nn.Module | None:
+        return ConvRelu(conv, bias_relu, ways.fused, multiply) if can_join(conv) else None
+
     for stage in stages:
         _merge(stage, nn.BatchNorm2d, fuse_conv_bn_eval)
-        _merge(stage, nn.ReLU, lambda conv, _: ConvRelu(conv, bias_relu, ways.fused) if can_join(conv) else None)
+        _merge(stage, nn.ReLU, join)
         if dtype != torch.float32:
             _narrow(stage, dtype)
         if "normalise" in kernels:
