@@ -32,12 +32,18 @@ class Round:
 
 
 class Load:
-    """Keeps `n_in_flight` images in an engine until all are answered."""
+    """Keeps `n_in_flight` images in an engine until all are answered.
 
-    def __init__(self, engine: Engine, images: Sequence[Images] | Images, n_in_flight: int) -> None:
+    Args:
+        images: [any, H, W, 3], sent in turn.
+        n_images: how many are sent; all once by default.
+    """
+
+    def __init__(self, engine: Engine, images: Images, n_in_flight: int, n_images: int | None = None) -> None:
         self.answers: list[Answer] = []
         self._engine = engine
         self._images = images
+        self._n_images = n_images or len(images)
         self._room: SimpleQueue[int] = SimpleQueue()  # images that may be sent: as many as were answered
         self._room.put(n_in_flight)
         self._done = threading.Event()
@@ -53,16 +59,18 @@ class Load:
         """
         idle_mflops = self._engine.stats().idle_mflops
         started = time.perf_counter()
-        n_room = 0
-        for image in self._images:
-            n_room = n_room or self._wait_for_room()
-            n_room -= 1
-            self._engine.submit_to(self._take, None, image, flush=not n_room)  # as a turn of an event loop does
-        self._engine.flush()
+        n_sent = 0
+        take = self._take
+        while n_sent < self._n_images:  # as many at once as were answered at once: so the HTTP processes send them
+            n_more = min(self._wait_for_room(), self._n_images - n_sent)
+            which = [i % len(self._images) for i in range(n_sent, n_sent + n_more)]
+            self._engine.submit_all(take, [None] * n_more, self._images, which)
+            self._engine.flush()
+            n_sent += n_more
         n_ended = -1
         while not self._done.wait(STALLED_S):
             if n_ended == self._n_ended:
-                raise TimeoutError(f"no answer for {STALLED_S:.0f} s, {len(self._images) - n_ended} are missing")
+                raise TimeoutError(f"no answer for {STALLED_S:.0f} s, {self._n_images - n_ended} are missing")
             n_ended = self._n_ended
         seconds = time.perf_counter() - started
         if self._failed is not None:
@@ -91,7 +99,7 @@ class Load:
                 self.answers.append(outcome)
         self._n_ended += len(outcomes)
         self._room.put(len(outcomes))
-        if self._n_ended == len(self._images):
+        if self._n_ended == self._n_images:
             self._done.set()
 
 

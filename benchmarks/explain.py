@@ -81,8 +81,7 @@ def run_batches(bundle: Bundle, n_batches: int) -> list[tuple[int, int, int]]:
         assert picked is not None
         stage, rows = picked
         ran = [accounts[row] for row in rows]
-        budget.charge(ran)
-        reasons = budget.decide(ran, [scores[images[row]][stage] for row in rows])
+        reasons = budget.decide(ran, stage + 1, [scores[images[row]][stage] for row in rows])
         going_on = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         budget.refresh()
         if going_on:

@@ -67,9 +67,8 @@ def measure_engine(
             engine.set_budget(fraction * case.costs_mflops[-1])
             settled = Load(engine, case.images, plan.in_flight).run()
             n_images = max(len(case.images), int(settled.images_per_s * plan.seconds))
-            images = [case.images[i % len(case.images)] for i in range(n_images)]
             busy.busy_s, busy.batches, cpu_s = 0.0, 0, time.process_time()
-            rounds: list[Round] = [Load(engine, images, plan.in_flight).run() for _ in range(ROUNDS)]
+            rounds: list[Round] = [Load(engine, case.images, plan.in_flight, n_images).run() for _ in range(ROUNDS)]
             cpu_s = time.process_time() - cpu_s
             wall_s = sum(n_images / found.images_per_s for found in rounds)
             shares = np.mean([found.shares for found in rounds], axis=0).tolist()
@@ -130,7 +129,9 @@ class LastExit(nn.Module):
 def measure_whole(case: Case, plan: Plan, n_rows: int) -> dict[str, Any]:
     """Images/s of the whole network as one graph, exits off, in batches of `n_rows`, no engine: the bar to beat."""
     runner = case.runner(plan, LastExit(case.network), full_only=True, max_rows=n_rows)
-    rows = [runner.first_state(case.images[i % len(case.images)]) for i in range(n_rows)]
+    rows = runner.first_states(case.images, [i % len(case.images) for i in range(n_rows)])
+    for row in rows:
+        row.keeps_picture = True  # they cross the bus each time
 
     def keep_running(until_s: float) -> int:
         n_batches = 0

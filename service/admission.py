@@ -42,13 +42,29 @@ class Admission:
             self.submitted += 1
             if self.closed is not None or self.in_flight >= self.room_rows:
                 self.refused += 1
-                if self.closed is None:
-                    raise self.overload()
-                raise type(self.closed)(*self.closed.args)  # one that is raised often would keep every frame alive
+                raise self.refusal()  # a new one: one that is raised often would keep every frame alive
             self.in_flight += 1
             self._arrivals.append(request)
             if not request.options.is_plain:
                 self._in_haste = True
+
+    def enter_all(self, requests: Sequence[Request]) -> int:
+        """Let requests with the same options in, the first ones of them as far as there is room; returns how many."""
+        with self._lock:
+            room_rows = 0 if self.closed is not None else max(0, self.room_rows - self.in_flight)
+            n_rows = min(len(requests), room_rows)
+            self.submitted += len(requests)
+            self.refused += len(requests) - n_rows
+            self.in_flight += n_rows
+            self._arrivals += requests[:n_rows]
+            if n_rows and not requests[0].options.is_plain:
+                self._in_haste = True
+        return n_rows
+
+    def refusal(self) -> EngineError:
+        """Why a request was not let in."""
+        why = self.closed
+        return self.overload() if why is None else type(why)(*why.args)
 
     def is_to_wake(self) -> bool:
         """Whether the engine's thread is to be woken for what has come in; it is told once."""

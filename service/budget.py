@@ -8,8 +8,9 @@ frontier so that steady traffic ends just under the budget and the ledger hardly
 Plain Python over numbers: no clock, no thread, no array. One owner (the engine's thread) calls it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import isfinite
 from typing import Literal
 
@@ -121,45 +122,50 @@ class BudgetController:
             self._hold()
 
     def admit(self, n_images: int) -> list[Account]:
-        """Open accounts of images, committed to stage 1."""
+        """Open an account for images, committed to stage 1; returns it, once for each."""
         return self.ledger.open(self.costs[0], n_images, self.steering.admit(n_images))
 
-    def charge(self, accounts: Sequence[Account]) -> None:
-        """Charge the stage that images are committed to, when it runs."""
-        for account in accounts:
-            account.spent = account.committed
-
-    def decide(self, accounts: Sequence[Account], scores: Sequence[float]) -> list[Reason | None]:
-        """Return why images leave at the exit that all of them have just passed, with `scores`, their accounts settled;
-        None where one goes on, committed."""
-        passed = accounts[0].stages
+    def decide(self, accounts: Sequence[Account], passed: int, scores: Sequence[float]) -> list[Reason | None]:
+        """Return why images leave at exit `passed` (from 1), which all of them have just passed with `scores`, their
+        accounts settled; None where one goes on, committed."""
         if passed == len(self.costs):
-            self.settle(accounts)
+            self.settle(accounts, passed)
             return ["final"] * len(accounts)
-        cost, commit = self.costs[passed], self.ledger.commit
         reasons: list[Reason | None] = []
         step = max(SAME_THRESHOLD_IMAGES, len(accounts) // SAME_THRESHOLD_SHARE)
         for start in range(0, len(accounts), step):
-            threshold, leaving = self.thresholds[passed - 1], []
-            end = min(start + step, len(accounts))
-            for i in range(start, end):
-                if scores[i] >= threshold:
-                    reasons.append("confident")
-                    leaving.append(accounts[i])
-                elif commit(accounts[i], cost):
-                    reasons.append(None)
-                else:
-                    reasons.append("budget")
-                    leaving.append(accounts[i])
-            self.steering.go_on(passed, end - start - len(leaving))
+            threshold, part = self.thresholds[passed - 1], accounts[start : start + step]
+            sure = [score >= threshold for score in scores[start : start + step]]
+            unsure = part if not any(sure) else [a for a, leaves in zip(part, sure, strict=True) if not leaves]
+            if unsure and not self.ledger.commit(unsure, self.costs[passed - 1], self.costs[passed]):
+                refused = self._refused(unsure, passed)
+                why: Iterator[Reason | None] = iter(["budget" if no else None for no in refused])
+                reasons += ["confident" if leaves else next(why) for leaves in sure]
+                leaving = [a for a, reason in zip(part, reasons[start:], strict=True) if reason is not None]
+            else:
+                reasons += ["confident" if leaves else None for leaves in sure]
+                leaving = list(compress(part, sure))
+            self.steering.go_on(passed, len(part) - len(leaving))
             if leaving:
-                self.settle(leaving)
+                self.settle(leaving, passed)
         return reasons
 
-    def settle(self, accounts: Sequence[Account], answered: bool = True) -> None:
-        """Close the accounts of images that have answered, or of some given up (abandoned or failed)."""
-        self.steering.settle(accounts, answered)
-        self.ledger.close(accounts, answered)
+    def _refused(self, accounts: Sequence[Account], passed: int) -> list[bool]:
+        """Where not all can go on, ask for one after the other: which are refused."""
+        committed, cost = self.costs[passed - 1], self.costs[passed]
+        return [not self.ledger.commit([account], committed, cost) for account in accounts]
+
+    def settle(self, accounts: Sequence[Account], stages: int, ran: bool = True, answered: bool = True) -> None:
+        """Close the accounts of images that have answered, or of some given up (abandoned or failed).
+
+        Args:
+            stages: that they are committed to.
+            ran: they have run the last of these, or run it now; False where they wait for it.
+        """
+        committed = self.costs[stages - 1]
+        spent = committed if ran else self.costs[stages - 2] if stages > 1 else 0
+        self.steering.settle(accounts, stages, spent, answered)
+        self.ledger.close(accounts, committed, spent, answered)
 
     def refresh(self) -> None:
         """Let steering catch up; call it once a batch."""

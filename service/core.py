@@ -5,7 +5,9 @@ The caller tells the time, runs the batches it is given and brings them back.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import repeat
 from math import inf
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from service.steering import MEGA
 logger = logging.getLogger(__name__)
 
 BEHIND_ROWS = 32  # that wait for a lane, and a full batch
+make_answer: Callable[[Iterable[Any]], Answer] = partial(tuple.__new__, Answer)  # by place: a fifth of the time
 
 
 class Core:
@@ -54,7 +57,9 @@ class Core:
         self._class_names = tuple(class_names)
         self._exits_on = exits
         self._observer = observer
-        self._live: set[Request] = set()
+        self._n_wishing = 0  # rows in flight that are not plain
+        self._n_gone = 0  # rows abandoned that have not come back yet
+        self._out: set[Batch] = set()  # batches handed out and not brought back
         self._retries: deque[tuple[int, Request]] = deque()  # rows whose batch has failed, by stage
 
     @property
@@ -68,18 +73,27 @@ class Core:
         return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 
     def admit(self, requests: Sequence[Request], now_s: float) -> None:
-        for request, account in zip(requests, self.budget.admit(len(requests)), strict=True):
+        if not requests:
+            return
+        account = self.budget.admit(len(requests))[0]
+        for request in requests:
             request.account, request.admitted_s = account, now_s
-            if not request.options.is_plain and request.options.deadline_s < inf:
-                self.deadlines.add(request)
-        self._live.update(requests)
+            if not request.options.is_plain:
+                self._n_wishing += 1
+                if request.options.deadline_s < inf:
+                    self.deadlines.add(request)
         self._queue(requests, 0, now_s)
 
     def abandon(self, request: Request) -> None:
         """End a request whose client has left: now if it waits, at the end of its batch if it runs."""
+        if request.abandoned or request.state is ENDED:
+            return
         request.abandoned = True
-        if self.scheduler.drop(request):
-            self._end(request, None)
+        stage = self.scheduler.drop(request)
+        if stage is None:
+            self._n_gone += 1
+        else:
+            self._end(request, stage, False, None)
 
     def expire(self, now_s: float) -> None:
         """Answer requests whose deadline has come from the head they have passed last, whether they wait or run.
@@ -87,12 +101,15 @@ class Core:
         One that still waits for its first stage is refused; one that runs it answers when it has run.
         """
         for row in self.deadlines.pop_due(now_s):
-            waits = self.scheduler.drop(row)
-            if row.head is not None and not row.abandoned:
+            if row.abandoned:
+                continue
+            stage = self.scheduler.drop(row)
+            if row.head is not None:
                 row.abandoned = True
-                self._answer_from(row, row.head, now_s)
-            elif waits:
-                self._end(row, EngineTooLate())
+                self._n_gone += stage is None
+                self._answer_from(row, row.head, stage is None, now_s)
+            elif stage is not None:
+                self._end(row, stage, False, EngineTooLate())
 
     def is_behind(self, n_lanes: int) -> bool:
         """Whether so many images wait for every lane that nobody notices a decision that comes a batch later."""
@@ -103,28 +120,33 @@ class Core:
         return 2 * n_lanes + ((n_lanes + 1) // 2 if self.is_behind(n_lanes) else 0)
 
     def next_batch(self, now_s: float) -> Batch | None:
-        """Take the next batch to run, charged; None if nothing waits."""
+        """Take the next batch to run, which its rows are charged for; None if nothing waits."""
+        batch = self._retry()
+        if batch is None:
+            picked = self.scheduler.pick(now_s)
+            if picked is None:
+                return None
+            batch = Batch(*picked)
+            if not self.scheduler.policy.compact:
+                self._uncompact(batch)
+        self._out.add(batch)
+        return batch
+
+    def _retry(self) -> Batch | None:
         while self._retries:
             stage, row = self._retries.popleft()
             if not row.abandoned:
                 return Batch(stage, [row])
-            self._end_abandoned(row)
-        picked = self.scheduler.pick(now_s)
-        if picked is None:
-            return None
-        stage, rows = picked
-        self.budget.charge([row.account for row in rows])
-        batch = Batch(stage, rows)
-        return batch if self.scheduler.policy.compact else self._uncompacted(batch)
+            self._end_abandoned(row, stage)
+        return None
 
-    def _uncompacted(self, batch: Batch) -> Batch:
+    def _uncompact(self, batch: Batch) -> None:
         """Have the whole block run that a batch's rows lie in, those that have left included."""
         block = batch.states[0].block
         if batch.states[-1].block is block and block.n_rows > len(batch.rows):
             self.n_idle[batch.stage] += block.n_rows - len(batch.rows)
             batch.places = [state.index for state in batch.states]
             batch.states = block.states(range(block.n_rows))
-        return batch
 
     def finish(self, batch: Batch, now_s: float) -> None:
         """Take back a batch that has run: every row of it leaves or goes on."""
@@ -142,56 +164,66 @@ class Core:
             waits = [batch.started_s - row.queued_since_s for row in batch.rows]
             self._observer.batch_ran(batch.stage + 1, seconds, waits)
         self._decide(batch, batch.result, now_s)
+        self._out.remove(batch)  # last: should anything break on the way, `fail_all` knows its rows
 
     def fail(self, batch: Batch, what: str, now_s: float) -> None:
         """A batch has come to nothing: its rows run once more, each alone, as one of them may have been the cause."""
+        self._out.discard(batch)
         logger.error("stage %d of %d images %s", batch.stage + 1, len(batch.rows), what)
         for row in batch.rows:
             if row.abandoned:
-                self._end_abandoned(row)
+                self._end_abandoned(row, batch.stage)
             elif row.retried_stage == batch.stage:
-                self._end(row, EngineError(f"stage {batch.stage + 1} {what}"))
+                self._end(row, batch.stage, True, EngineError(f"stage {batch.stage + 1} {what}"))
             else:
                 row.retried_stage, row.queued_since_s = batch.stage, now_s
                 self._retries.append((batch.stage, row))
 
     def fail_all(self, error: EngineError) -> None:
         """End every request in flight with an error. Batches that still run are not to be brought back."""
+        ran = [*self._retries, *((batch.stage, row) for batch in self._out for row in batch.rows)]
+        waiting = self.scheduler.drop_all()
         self._retries.clear()
-        for row in list(self._live):
-            self.scheduler.drop(row)
-            self._end(row, None if row.abandoned else error)
+        self._out.clear()
+        for stage, row in waiting:
+            self._end(row, stage, False, error)
+        for stage, row in ran:
+            if row.abandoned:
+                self._end_abandoned(row, stage)
+            elif row.state is not ENDED:
+                self._end(row, stage, True, error)
 
     def _queue(self, rows: Sequence[Request], stage: int, now_s: float, joined: bool = False) -> None:
-        plain = True
         for row in rows:
             row.queued_since_s = now_s
-            plain &= row.options.is_plain
-        due_s = None if plain else [row.options.deadline_s for row in rows]
+        hurry = self._n_wishing and any(not row.options.is_plain for row in rows)
+        due_s = [row.options.deadline_s for row in rows] if hurry else None
         self.scheduler.add(rows, stage, now_s, joined, due_s)
 
     def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
         reasons = self._reasons(batch, result, now_s)
         going_on = [i for i, reason in enumerate(reasons) if reason is None]
-        leaving = [i for i, reason in enumerate(reasons) if reason]
         if going_on:
             self._go_on(batch, result.block, going_on, now_s)
-        if leaving:
+        if len(going_on) < len(reasons):
+            leaving = [i for i, reason in enumerate(reasons) if reason] if going_on or "" in reasons else None
             self._answer(batch, result, leaving, [reason for reason in reasons if reason], now_s)
 
     def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> Sequence[Reason | Literal[""] | None]:
         """Why each row of a batch leaves; None where it goes on, "" where it had been abandoned, and has ended."""
-        rows, scores = batch.rows, result.scores if self._exits_on else [wishes.NEVER_SURE] * len(batch.rows)
-        plain = [i for i, row in enumerate(rows) if row.options.is_plain and not row.abandoned]
-        if len(plain) == len(rows):
-            return self.budget.decide([row.account for row in rows], scores)
+        rows, passed = batch.rows, batch.stage + 1
+        scores = result.scores if self._exits_on else [wishes.NEVER_SURE] * len(rows)
+        if not (self._n_wishing or self._n_gone):
+            return self.budget.decide([row.account for row in rows], passed, scores)
         reasons: list[Reason | Literal[""] | None] = [""] * len(rows)
-        decided = self.budget.decide([rows[i].account for i in plain], [scores[i] for i in plain]) if plain else ()
-        for i, reason in zip(plain, decided, strict=True):
-            reasons[i] = reason
+        plain = [i for i, row in enumerate(rows) if row.options.is_plain and not row.abandoned]
+        if plain:
+            decided = self.budget.decide([rows[i].account for i in plain], passed, [scores[i] for i in plain])
+            for i, reason in zip(plain, decided, strict=True):
+                reasons[i] = reason
         for i, row in enumerate(rows):
             if row.abandoned:
-                self._end_abandoned(row)
+                self._end_abandoned(row, batch.stage)
             elif not row.options.is_plain:
                 reasons[i] = self._decide_by_wishes(row, batch, result, i, now_s)
         return reasons
@@ -201,57 +233,66 @@ class Core:
         rows = [batch.rows[i] for i in indices]
         if batch.places is not None:
             indices = [batch.places[i] for i in indices]
-        states = keep(block, indices) if self.scheduler.policy.compact else block.states(indices)
-        for row, state in zip(rows, states, strict=True):
-            row.state = state
-        self._queue(rows, batch.stage + 1, now_s, lie_side_by_side(states))
+        joined = False
+        if not block.is_kept_in_slots:
+            states = keep(block, indices) if self.scheduler.policy.compact else block.states(indices)
+            for row, state in zip(rows, states, strict=True):
+                row.state = state
+            joined = lie_side_by_side(states)
+        self._queue(rows, batch.stage + 1, now_s, joined)
 
     def _answer(
-        self, batch: Batch, result: BatchResult, leaving: Sequence[int], reasons: Sequence[Reason], now_s: float
+        self, batch: Batch, result: BatchResult, leaving: Sequence[int] | None, reasons: Sequence[Reason], now_s: float
     ) -> None:
-        rows = [batch.rows[i] for i in leaving]
-        sure = [result.confidences[i] for i in leaving]
+        """Answer the rows of a batch that leave; `leaving` is None where all do."""
+        rows, classes, sure = batch.rows, result.classes, result.confidences
+        if leaving is not None:
+            rows = [rows[i] for i in leaving]
+            classes, sure = [classes[i] for i in leaving], [sure[i] for i in leaving]
+        if not rows:
+            return
+        exit_number, names = batch.stage + 1, self._class_names
         most = max([row.options.top_k for row in rows])
-        ranked = wishes.rank(result.logits[leaving], sure, most) if most > 1 else None
-        exit_number, n_rows, names = batch.stage + 1, len(batch.rows), self._class_names
-        answers = []
-        for place, (row, reason) in enumerate(zip(rows, reasons, strict=True)):
-            class_id, share, options = result.classes[leaving[place]], sure[place], row.options
-            told_steps = row.head if options.steps else None
-            answers.append(
-                # By place, as names take twice as long.
-                Answer(
-                    class_id,
-                    names[class_id],
-                    share,
-                    ((class_id, share),) if ranked is None else ranked[place][: options.top_k],
-                    exit_number,
-                    reason,
-                    row.account.spent / MEGA,
-                    (now_s - row.admitted_s - row.compute_s) * 1e3,
-                    row.compute_s * 1e3,
-                    n_rows,
-                    None if told_steps is None else told_steps.score,
-                    None if told_steps is None else told_steps.threshold,
-                )
-            )
+        best: Iterable[tuple[tuple[int, float], ...]] = zip(zip(classes, sure, strict=True))
+        if most > 1:
+            logits = result.logits if leaving is None else result.logits[leaving]
+            ranked = zip(rows, wishes.rank(logits, sure, most), strict=True)
+            best = [best_of_row[: row.options.top_k] for row, best_of_row in ranked]
+        # What of the last exit a request with steps is told once more.
+        heads = [row.head if row.options.steps else None for row in rows] if self._n_wishing else None
+        columns = (
+            classes,
+            [names[class_id] for class_id in classes],
+            sure,
+            best,
+            repeat(exit_number),
+            reasons,
+            repeat(self.budget.costs[batch.stage] / MEGA),
+            [(now_s - row.admitted_s - row.compute_s) * 1e3 for row in rows],
+            [row.compute_s * 1e3 for row in rows],
+            repeat(len(batch.rows)),
+            [head and head.score for head in heads] if heads else repeat(None),
+            [head and head.threshold for head in heads] if heads else repeat(None),
+        )
         for reason, n in Counter(reasons).items():
             self.exits[exit_number, reason] += n
-        self._end_answered(rows, answers)
+        self._end_answered(rows, list(map(make_answer, zip(*columns, strict=False))))
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
         score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
         threshold = self.budget.thresholds[batch.stage]
         logits = result.logits[i].copy()  # so that no more than this row is kept
-        head = Head(batch.stage + 1, logits, result.classes[i], score, threshold, len(batch.rows))
+        mflops = self.budget.costs[batch.stage] / MEGA
+        head = Head(batch.stage + 1, logits, result.classes[i], score, threshold, len(batch.rows), mflops)
         row.head = head
         reason = wishes.decide(self.budget, row, head, now_s)
         if reason is None and row.options.steps:
             self.outbox.setdefault(row.sink, []).append((row.token, wishes.step(row, head, self._class_names)))
         return reason
 
-    def _answer_from(self, row: Request, head: Head, now_s: float) -> None:
-        """Answer from a head passed earlier, the deadline having come."""
+    def _answer_from(self, row: Request, head: Head, runs: bool, now_s: float) -> None:
+        """Answer from a head passed earlier, the deadline having come while the row runs the stage after it, for which
+        it pays, or waits for that."""
         step = wishes.step(row, head, self._class_names)
         answer = Answer(
             class_id=step.class_id,
@@ -260,7 +301,7 @@ class Core:
             top_k=step.top_k,
             exit=step.exit,
             reason="deadline",
-            mflops=step.mflops,
+            mflops=self.budget.costs[head.exit] / MEGA if runs else step.mflops,
             queue_ms=(now_s - row.admitted_s - row.compute_s) * 1e3,
             compute_ms=row.compute_s * 1e3,
             batch_rows=head.batch_rows,
@@ -268,30 +309,32 @@ class Core:
             threshold=step.threshold if row.options.steps else None,
         )
         self.exits[answer.exit, answer.reason] += 1
-        self.budget.settle([row.account])
+        self.budget.settle([row.account], head.exit + 1, runs)
         self._end_answered([row], [answer])
 
-    def _end_abandoned(self, row: Request) -> None:
+    def _end_abandoned(self, row: Request, stage: int) -> None:
         """A row comes back from its batch that nobody waits for: it ends, if its deadline has not ended it before."""
-        if row in self._live:
-            self._end(row, None)
-        row.state = ENDED
+        self._n_gone -= 1
+        if row.state is not ENDED:
+            self._end(row, stage, True, None)
 
     def _end_answered(self, rows: Sequence[Request], answers: Sequence[Answer]) -> None:
         """The end of requests that have their answers; their accounts were settled as that was decided."""
-        self._live.difference_update(rows)
         self.n_answered += len(rows)
+        if self._n_wishing:
+            self._n_wishing -= sum(not row.options.is_plain for row in rows)
         for row, answer in zip(rows, answers, strict=True):
             row.state = ENDED
             self.outbox.setdefault(row.sink, []).append((row.token, answer))
         if self._observer is not None:
             self._observer.answered(answers)
 
-    def _end(self, row: Request, error: EngineError | None) -> None:
-        """A request's end without an answer: an error, or None where it was abandoned."""
-        self.budget.settle([row.account], answered=False)
-        self._live.remove(row)
+    def _end(self, row: Request, stage: int, ran: bool, error: EngineError | None) -> None:
+        """A request's end without an answer, at a stage that it has run or waits for: an error, or None where it was
+        abandoned."""
+        self.budget.settle([row.account], stage + 1, ran, answered=False)
         row.state = ENDED
+        self._n_wishing -= not row.options.is_plain
         if error is None:
             self.n_abandoned += 1
             return

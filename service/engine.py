@@ -28,7 +28,7 @@ from service.lanes import Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
 from service.rows import Answer, EngineDraining, EngineError, Options, Request, Sink, Step, Told
-from service.runners.base import Runner, canvas_px_of
+from service.runners.base import Runner, canvas_px_of, first_states
 from service.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -192,6 +192,34 @@ class Engine:
         if flush:
             self.flush()
         return request
+
+    def submit_all(
+        self,
+        sink: Sink,
+        tokens: Sequence[Any],
+        images: NDArray[np.uint8],
+        which: Sequence[int],
+        options: Options = PLAIN,
+    ) -> list[Request | EngineError]:
+        """Classify many images that lie in one array, as `submit_to` does one, for a fraction of the time each.
+
+        Args:
+            tokens: an entry each.
+            images: uint8 [any, H, W, 3] of the network's size; not to be changed until the answers are there.
+            which: of these, an entry each.
+
+        Returns:
+            for each its request, or why it was refused. A call of `flush` is to follow.
+
+        Raises:
+            ValueError: the images are not what the network takes.
+        """
+        states = first_states(self._runner, images, which)
+        requests = [Request(token, sink, options, state) for token, state in zip(tokens, states, strict=True)]
+        n_in = self._admission.enter_all(requests)
+        if n_in == len(requests):
+            return list(requests)
+        return [*requests[:n_in], *(self._admission.refusal() for _ in requests[n_in:])]
 
     def flush(self) -> None:
         """Wake the engine's thread for what was submitted, if it waits for that."""

@@ -3,22 +3,30 @@
 Plain Python over integers (multiply-adds), so that totals are exact: no clock, no thread, no array.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 ROLLING_ANSWERS = 1_000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Account:
-    """What one image may spend, has committed to, and has spent (multiply-adds)."""
+    """What images that were admitted together may spend, each (multiply-adds): one object for all of them.
+
+    What one of them has committed to, and has spent, follows from the stage at which it is.
+    """
 
     allowance: int
-    committed: int
-    aim: float = 0.0  # what steering means it to spend on average, just below the allowance
-    stages: int = 1  # it is committed to, the one it runs or waits for among them
-    spent: int = 0
+    aim: float = 0.0  # what steering means each to spend on average, just below the allowance
+
+
+def runs(accounts: Sequence[Account]) -> Iterable[tuple[Account, int]]:
+    """The accounts of a batch and of how many images each is: mostly one, of all."""
+    first = accounts[0]
+    n_first = accounts.count(first)
+    return ((first, n_first),) if n_first == len(accounts) else Counter(accounts).items()
 
 
 class Ledger:
@@ -64,63 +72,75 @@ class Ledger:
         return self._recent_sum / len(self._recent) if self._recent else None
 
     def open(self, first_cost: int, n_images: int = 1, aim: float = 0.0) -> list[Account]:
-        """Admit images and commit them to their first stage, which the budget always covers."""
+        """Admit images and commit them to their first stage, which the budget always covers; returns their account,
+        once for each."""
         allowance = self.allowance
         self.reserved += n_images * max(0, first_cost - allowance)
         self._n_in_flight += n_images
         self._uncommitted += n_images * (allowance - first_cost)
-        return [Account(allowance, first_cost, aim) for _ in range(n_images)]
+        return [Account(allowance, aim)] * n_images
 
-    def commit(self, account: Account, cumulative_cost: int) -> bool:
-        """Commit to spending `cumulative_cost` in all, unless a bound forbids it."""
-        allowance, committed = account.allowance, account.committed
-        # How much more lies beyond the allowance, spelt out: this is done for every image, and `max` takes time.
-        more = (cumulative_cost if cumulative_cost > allowance else allowance) - (
-            committed if committed > allowance else allowance
-        )
+    def commit(self, accounts: Sequence[Account], committed: int, cumulative_cost: int) -> bool:
+        """Commit images to spending `cumulative_cost` each in all, where they had to `committed`; where a bound forbids
+        it, none of them."""
+        more = 0
+        for account, n_images in runs(accounts):
+            allowance = account.allowance
+            more += n_images * (max(cumulative_cost, allowance) - max(committed, allowance))
         if self.reserved + more > self.settled:
             return False
-        step = cumulative_cost - committed
+        step = len(accounts) * (cumulative_cost - committed)
         if self._average_over and not self._average_allows(step):
             return False
         self._uncommitted -= step
         self.reserved += more
-        account.committed = cumulative_cost
-        account.stages += 1
         return True
 
-    def close(self, accounts: Sequence[Account], answered: bool) -> None:
-        """Settle images that have answered, or were given up, with what they have spent."""
-        for account in accounts:
-            excess, balance = account.committed - account.allowance, account.allowance - account.spent
+    def close(self, accounts: Sequence[Account], committed: int, spent: int, answered: bool) -> None:
+        """Settle images that have answered, or were given up, and that had committed and have spent so much each."""
+        n_images = len(accounts)
+        for account, n_alike in runs(accounts):
+            excess, balance = committed - account.allowance, account.allowance - spent
             if excess > 0:
-                self.reserved -= excess
-            self._uncommitted += excess
+                self.reserved -= n_alike * excess
+            self._uncommitted += n_alike * excess
             if balance < 0:
-                self.settled += balance
+                self.settled += n_alike * balance
             elif answered and self.settled < self.cap:
-                self.settled = min(self.cap, self.settled + balance)
-        self._n_in_flight -= len(accounts)
-        spent = [account.spent for account in accounts]
+                self.settled = min(self.cap, self.settled + n_alike * balance)
+            if answered:
+                self._remember_balances(n_alike, balance)
+        self._n_in_flight -= n_images
         if answered:
-            self.answered += len(accounts)
-            self.spent_answered += sum(spent)
-            self._remember(spent, [account.allowance - account.spent for account in accounts])
+            self.answered += n_images
+            self.spent_answered += n_images * spent
+            self._remember(n_images, spent)
         else:
-            self.abandoned += len(accounts)
-            self.spent_abandoned += sum(spent)
+            self.abandoned += n_images
+            self.spent_abandoned += n_images * spent
 
-    def _remember(self, spent: Sequence[int], balances: Sequence[int]) -> None:
-        """Note answers, for the averages over the latest ones."""
+    def _remember(self, n_images: int, spent: int) -> None:
+        """Note answers, for the average over the latest ones."""
         recent = self._recent
-        recent += spent
-        self._recent_sum += sum(spent)
-        while len(recent) > ROLLING_ANSWERS:
-            self._recent_sum -= recent.popleft()
-        for balance in balances:
-            self._balance += balance
-            self._n_balances += 1
-            self._balances[self._n_balances % len(self._balances)] = self._balance
+        recent.extend([spent] * n_images)
+        self._recent_sum += n_images * spent
+        n_old = len(recent) - ROLLING_ANSWERS
+        if n_old > 0:
+            self._recent_sum -= sum(islice(recent, n_old))
+            for _ in range(n_old):
+                recent.popleft()
+
+    def _remember_balances(self, n_images: int, balance: int) -> None:
+        """The same, for the bound on that average: what was left after each, a ring."""
+        ring, last = self._balances, self._balance
+        at = (self._n_balances + 1) % len(ring)
+        if at + n_images <= len(ring):
+            ring[at : at + n_images] = [last + i * balance for i in range(1, n_images + 1)]
+        else:
+            for i in range(n_images):
+                ring[(at + i) % len(ring)] = last + (i + 1) * balance
+        self._balance += n_images * balance
+        self._n_balances += n_images
 
     def work_at(self, allowance: int) -> None:
         """Give later admissions another allowance, below what the cap was set for. Balance and cap stay as they are, so

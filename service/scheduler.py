@@ -1,11 +1,11 @@
 """Decides which rows run next, and together: one queue per stage, rows regrouped at every exit.
 
-Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any hashable
-object and waits in at most one queue.
+Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any object and
+is to wait in one queue at most: nobody looks whether it does.
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
@@ -14,7 +14,7 @@ from service.costs import CostTable
 from service.limits import RowLimits
 from service.policies import POLICIES
 
-Row = TypeVar("Row", bound=Hashable)
+Row = TypeVar("Row")
 
 
 class _Group(Generic[Row]):
@@ -25,12 +25,10 @@ class _Group(Generic[Row]):
         due_s: their deadlines, infinite where a row has none; None where none has.
     """
 
-    __slots__ = ("_first", "_rows", "added_s", "due_s", "joined", "stage")
+    __slots__ = ("_first", "_rows", "added_s", "due_s", "joined")
 
-    def __init__(
-        self, rows: Sequence[Row], stage: int, added_s: float, joined: bool, due_s: Sequence[float] | None
-    ) -> None:
-        self.stage, self.added_s, self.joined = stage, added_s, joined
+    def __init__(self, rows: Sequence[Row], added_s: float, joined: bool, due_s: Sequence[float] | None) -> None:
+        self.added_s, self.joined = added_s, joined
         self.due_s = None if due_s is None else list(due_s)
         self._rows = list(rows)
         self._first = 0  # those before it were taken
@@ -54,11 +52,16 @@ class _Group(Generic[Row]):
         self._first += len(rows)
         return rows
 
-    def drop(self, row: Row) -> None:
-        i = self._rows.index(row, self._first)
+    def drop(self, row: Row) -> bool:
+        """Take a row out, wherever it stands; False if it is not here."""
+        try:
+            i = self._rows.index(row, self._first)
+        except ValueError:
+            return False
         del self._rows[i]
         if self.due_s is not None:
             del self.due_s[i]
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -133,11 +136,11 @@ class Scheduler(Generic[Row]):
         self.costs = costs or CostTable([{1: 0.0}] * n_stages)
         self.policy = POLICIES[policy]
         self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
-        self._group_of: dict[Row, _Group[Row]] = {}
+        self._n_rows = 0
         self._hurried = False  # the last batch was picked for a deadline
 
     def __len__(self) -> int:
-        return len(self._group_of)
+        return self._n_rows
 
     def queued_rows(self, stage: int) -> int:
         return self._queues[stage].n_rows
@@ -158,33 +161,43 @@ class Scheduler(Generic[Row]):
             now_s: the time.
             joined: they lie side by side, so that they can run together without being copied.
             due_s: the rows' deadlines, infinite where a row has none; None where none has.
-
-        Raises:
-            ValueError: a row already waits.
         """
-        if not self._group_of.keys().isdisjoint(rows):
-            raise ValueError(f"{next(row for row in rows if row in self._group_of)!r} already waits")
-        group = _Group(rows, stage, now_s, joined, due_s)
-        self._group_of.update(dict.fromkeys(rows, group))
+        group = _Group(rows, now_s, joined, due_s)
         queue = self._queues[stage]
         queue.groups.append(group)
         queue.n_rows += len(rows)
-        queue.n_due += group.n_due
+        self._n_rows += len(rows)
+        if due_s is not None:
+            queue.n_due += group.n_due
 
-    def drop(self, row: Row) -> bool:
-        """Take a row out of its queue; False if it does not wait in any (it runs, or is gone)."""
-        group = self._group_of.pop(row, None)
-        if group is None:
-            return False
-        queue, n_due = self._queues[group.stage], group.n_due
-        group.drop(row)
-        queue.n_rows -= 1
-        queue.n_due -= n_due - group.n_due
-        return True
+    def drop(self, row: Row) -> int | None:
+        """Take a row out of its queue; returns the stage that it waited for, None if it waits for none (it runs, or is
+        gone). It is looked for among all that wait: rows are dropped far more seldom than they are added and picked."""
+        for stage, queue in enumerate(self._queues):
+            for group in queue.groups:
+                n_due = group.n_due
+                if group.drop(row):
+                    queue.n_rows -= 1
+                    self._n_rows -= 1
+                    queue.n_due -= n_due - group.n_due
+                    return stage
+        return None
+
+    def drop_all(self) -> list[tuple[int, Row]]:
+        """Take out all rows; returns them with the stages that they waited for."""
+        waiting = [
+            (stage, row)
+            for stage, queue in enumerate(self._queues)
+            for group in queue.groups
+            for row in group.take(group.n_rows)
+        ]
+        self._queues = [_Queue() for _ in self._queues]
+        self._n_rows = 0
+        return waiting
 
     def pick(self, now_s: float) -> tuple[int, list[Row]] | None:
         """Take the next batch: its stage and its rows, oldest first; None if nothing waits."""
-        if not self._group_of:
+        if not self._n_rows:
             return None
         stage = self._choose(now_s)
         return stage, self._take(stage)
@@ -202,7 +215,7 @@ class Scheduler(Generic[Row]):
             if n_rows and (
                 n_rows >= self.limits.rows[stage]
                 or self._is_overdue(stage, now_s)
-                or self.policy.is_ripe(costs, stage, n_rows, len(self._group_of), other_s)
+                or self.policy.is_ripe(costs, stage, n_rows, self._n_rows, other_s)
             ):
                 return stage
         return longest
@@ -239,8 +252,7 @@ class Scheduler(Generic[Row]):
             rows += group.take(max_rows - len(rows))
             queue.n_due -= n_due - group.n_due
         queue.n_rows -= len(rows)
-        for row in rows:
-            del self._group_of[row]
+        self._n_rows -= len(rows)
         return rows
 
     def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group[Row]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import pi, tan
 
 from models.frontier import Frontier, FrontierPoint
-from service.ledger import ROLLING_ANSWERS, Account
+from service.ledger import ROLLING_ANSWERS, Account, runs
 
 MEGA = 1_000_000
 
@@ -117,17 +117,20 @@ class Steering:
         self._in_flight[passed] += n_images
         self._owed += n_images * (self._expected[passed - 1] - self._expected[passed])
 
-    def settle(self, accounts: Sequence[Account], answered: bool) -> None:
-        """Note what images have spent that have answered, or were given up."""
-        for account in accounts:
-            passed, aim, spent = account.stages - 1, account.aim, account.spent
-            self._in_flight[passed] -= 1
-            self._aims -= aim
-            self._owed -= aim - self._expected[passed]
-            self._settled += (aim if answered else min(aim, spent)) - spent
+    def settle(self, accounts: Sequence[Account], stages: int, spent: int, answered: bool) -> None:
+        """Note that images have answered, or were given up, that were committed to `stages` and have spent so much."""
+        expected = self._expected[stages - 1]
+        for account, n_images in runs(accounts):
+            aim = account.aim
+            earned, owed = (aim if answered else min(aim, spent)) - spent, expected - aim
+            self._aims -= n_images * aim
             if answered:
-                self._history.append(self._settled)
-                self._errors += self._settled + self._owed - self._reference
+                settled, error = self._settled, self._settled + self._owed - self._reference
+                self._history.extend([settled + earned * i for i in range(1, n_images + 1)])
+                self._errors += n_images * error + (earned + owed) * (n_images * (n_images + 1) / 2)
+            self._settled += n_images * earned
+            self._owed += n_images * owed
+        self._in_flight[stages - 1] -= len(accounts)
         self._n_in_flight -= len(accounts)
         if answered:
             self._n_answers += len(accounts)

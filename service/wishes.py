@@ -25,9 +25,9 @@ def decide(budget: BudgetController, row: Request, head: Head, now_s: float) -> 
     """
     reason = _own_reason(budget, row.options, head, now_s)
     if reason is not None:
-        budget.settle([row.account])
+        budget.settle([row.account], head.exit)
         return reason
-    return budget.decide([row.account], [_own_score(row.options, head)])[0]
+    return budget.decide([row.account], head.exit, [_own_score(row.options, head)])[0]
 
 
 def _own_score(options: Options, head: Head) -> float:
@@ -60,7 +60,7 @@ def step(row: Request, head: Head, class_names: Sequence[str]) -> Step:
         confidence=best[0][1],
         top_k=best,
         exit=head.exit,
-        mflops=row.account.spent / MEGA,
+        mflops=head.mflops,
         score=head.score,
         threshold=head.threshold,
     )

@@ -45,7 +45,7 @@ class Link:
         self.worker = worker
         self.channel = channel
         self._engine = engine
-        self._slots, self._images = list(memory.slots(worker)), list(memory.images(worker))
+        self._slots, self._images = list(memory.slots(worker)), memory.images(worker)
         # By slot, the last one's number and itself. It may have ended: to abandon it then does nothing.
         self._requests: list[tuple[int, Request] | None] = [None] * len(self._slots)
         self._on_unsent = on_unsent
@@ -62,13 +62,23 @@ class Link:
 
     def submit(self, payload: bytes) -> None:
         refused: list[tuple[int, Told]] = []
-        images, submit_to = self._images, self._engine.submit_to
+        n_slots = len(self._slots)
         for options, size, numbers in wire.submissions(payload):
+            if size == wire.OWN_SIZE:
+                which = [number % n_slots for number in numbers]
+                entries = self._engine.submit_all(self._sink, numbers, self._images, which, options)
+                for slot, number, entry in zip(which, numbers, entries, strict=True):
+                    if isinstance(entry, Request):
+                        self._requests[slot] = number, entry
+                    else:
+                        refused.append((number, entry))
+                continue
             for number in numbers:
-                slot = number % len(images)
-                image = images[slot] if size == wire.OWN_SIZE else picture_in(self._slots[slot], *size)
+                slot = number % n_slots
+                picture = picture_in(self._slots[slot], *size)
                 try:
-                    self._requests[slot] = number, submit_to(self._sink, number, image, options, False)
+                    request = self._engine.submit_to(self._sink, number, picture, options, False)
+                    self._requests[slot] = number, request
                 except EngineError as error:
                     refused.append((number, error))
                 except ValueError as error:  # no image that the network takes: this one's fault alone

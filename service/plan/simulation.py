@@ -253,7 +253,7 @@ class Simulation:
             record.answered_s.append(self.now_s)
             record.exit.append(answer.exit)
             record.reason.append(answer.reason)
-            record.spent.append(account.spent)
+            record.spent.append(self.budget.costs[answer.exit - 1])
             record.allowance.append(account.allowance)
         for _ in range(min(self._closed_loop, len(told))):
             self._closed_loop -= 1

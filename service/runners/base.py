@@ -23,21 +23,27 @@ class FatalRunnerError(RunnerError):
 class Block:
     """Values of rows that ran together, by name, each [n_rows, ...]. Never written to once made.
 
-    Runners that keep values on a device give every row a slot there, which is the row's own until nothing refers to it.
+    Runners that keep values on a device give every row a slot there, which is the row's own until nothing refers to its
+    state; that stays the same object then, from the first stage to the last.
     """
 
     values: Mapping[str, Array]
     n_rows: int
-    slots: Sequence[Any] | None = None
+    slots: "Sequence[RowState] | None" = None
 
     @property
     def bytes(self) -> int:
         return sum(value.nbytes for value in self.values.values())
 
+    @property
+    def is_kept_in_slots(self) -> bool:
+        """Its rows have all they have in their slots: their states stay what they are."""
+        return self.slots is not None and not self.values
+
     def states(self, indices: Iterable[int]) -> list["RowState"]:
         """References to some of its rows."""
         slots = self.slots
-        return [RowState(self, i, None if slots is None else slots[i]) for i in indices]
+        return [RowState(self, i) for i in indices] if slots is None else [slots[i] for i in indices]
 
 
 @dataclass(slots=True)
@@ -46,7 +52,6 @@ class RowState:
 
     block: Block
     index: int
-    slot: Any = None  # the row's place on a device
 
 
 NO_VALUES = Block({}, 1)
@@ -123,6 +128,22 @@ class PreparingRunner(Runner, Protocol):
         ...
 
 
+@runtime_checkable
+class BulkRunner(Runner, Protocol):
+    """A runner that takes many images at once in less time than one by one."""
+
+    def first_states(self, images: NDArray[np.uint8], which: Sequence[int]) -> Sequence[RowState]:
+        """`first_state` of some of the images [any, H, W, 3]."""
+        ...
+
+
+def first_states(runner: Runner, images: NDArray[np.uint8], which: Sequence[int]) -> Sequence[RowState]:
+    """`Runner.first_state` of some images [any, H, W, 3], all at once where the runner can."""
+    if isinstance(runner, BulkRunner):
+        return runner.first_states(images, which)
+    return [runner.first_state(images[i]) for i in which]
+
+
 class Gathering:
     """The rows of a batch as the blocks they are, or as stretches of those they lie in, found once for all values."""
 
@@ -195,12 +216,11 @@ def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[R
     left, the block is kept and each is copied once, when it runs. A block with slots is not, as a slot is to be free as
     soon as its row has left.
     """
-    slots = block.slots
-    if slots is not None:
-        if not block.values:
-            return [RowState(NO_VALUES, 0, slots[i]) for i in indices]
-        values = block.values.items()
-        return [RowState(Block({k: v[i : i + 1] for k, v in values}, 1), 0, slots[i]) for i in indices]
+    if block.slots is not None:
+        states = block.states(indices)
+        for state, i in zip(states, indices, strict=True):
+            state.block = Block({name: value[i : i + 1] for name, value in block.values.items()}, 1)
+        return states
     if block.n_rows < max_waste * len(indices):
         return block.states(indices)
     own = Block({name: value[list(indices)] for name, value in block.values.items()}, len(indices))

@@ -6,19 +6,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.limits import is_out_of_memory
 from service.runners.base import Array, Block, FatalRunnerError, Heads, RowState, RunnerError, StageOutput
-from service.runners.slots import Slot, Slots, buckets_for
+from service.runners.slots import Slots, SlotState, buckets_for, stretches
 
 logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 REPEATS = 3
+MANY_NUMBERS = 32_768  # in a picture
 SWITCH_S = 0.0002  # after which a thread that works passes the interpreter on; Python's own are 5 ms
 
 
@@ -30,9 +31,9 @@ class Lane(Protocol):
         ...
 
     def run(
-        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array]
+        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]
     ) -> tuple[NDArray[np.float32], Heads | None]:
-        """Run a stage on the rows in `slots`, up to `bucket`. `images` are those of rows that begin, each [1, ...].
+        """Run a stage on the rows in `slots`, up to `bucket`; of rows that begin, `begin` says where pictures are.
 
         Returns:
             their logits, float32 [rows, classes], and what else is told of them; the caller's own.
@@ -56,6 +57,8 @@ class SlotRunner(ABC, Generic[L]):
         n_lanes: batches at once.
 
     Attributes:
+        pictures: [places, *image_shape], of rows that have not begun: written as they come, so that a lane has a batch
+            of them in one piece.
         is_on_gpu: lanes wait for a GPU without the interpreter, and need it back as soon as they have waited, or the
             GPU idles: so Python passes it on every `SWITCH_S`, in the whole process.
 
@@ -81,6 +84,8 @@ class SlotRunner(ABC, Generic[L]):
         self.buckets = buckets_for(max_rows)
         # Beside the images in work, those of the batches that lanes run for nobody, or have run last.
         self.slots = Slots(max_in_flight_rows + 2 * n_lanes * max_rows)
+        self.pictures: Array = self._allocate((self.slots.n_slots, *image_shape))
+        self._numbers = self.pictures.reshape(-1).data  # of all pictures, one after the other
         self.lanes: list[L] = []
         self._idle: SimpleQueue[L] = SimpleQueue()
         self._prepared = False
@@ -98,31 +103,64 @@ class SlotRunner(ABC, Generic[L]):
     def _release_memory(self) -> None:
         """Give unused memory back to the device, so that a smaller try finds it."""
 
+    def _allocate(self, shape: Sequence[int]) -> Array:
+        """Memory on the host for pictures."""
+        return np.zeros(shape, self.image_dtype)
+
     @property
     def max_rows(self) -> int:
         return self.buckets[-1]
 
-    def first_state(self, image: Array) -> RowState:
+    def first_state(self, image: Array) -> SlotState:
         if image.shape != self.image_shape or image.dtype != self.image_dtype:
             wanted = f"{self.image_dtype} {self.image_shape}"
             raise ValueError(f"an image {image.dtype} {image.shape} where the network takes {wanted}")
-        return RowState(Block({IMAGES: image[None]}, 1), 0)
+        state = self.slots.admit()
+        n_numbers, place = image.size, state.place
+        if n_numbers > MANY_NUMBERS:
+            self.pictures[place] = image
+        else:
+            # Numpy would let others have the interpreter, for a copy that is over before they have it.
+            self._numbers[place * n_numbers : (place + 1) * n_numbers] = image.reshape(-1).data
+        return state
+
+    def first_states(self, images: Array, which: Sequence[int]) -> list[SlotState]:
+        """`first_state` of some of the images [any, *image_shape], copied together."""
+        if images.shape[1:] != self.image_shape or images.dtype != self.image_dtype:
+            wanted = f"{self.image_dtype} {self.image_shape}"
+            raise ValueError(f"images {images.dtype} {images.shape[1:]} where the network takes {wanted}")
+        states = [self.slots.admit() for _ in which]
+        start = 0
+        for first, n_rows in stretches([state.place for state in states]):
+            there, those = self.pictures[first : first + n_rows], which[start : start + n_rows]
+            if images.flags.c_contiguous:
+                # Any other mode than "clip" goes through a buffer, a second copy.
+                np.take(images, those, axis=0, out=there, mode="clip")
+            else:
+                there[:] = images[those]  # `take` would make a contiguous copy of all first
+            start += n_rows
+        return states
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         started = time.perf_counter()
-        slots: Sequence[Slot] = self.slots.take(len(rows)) if stage == 0 else [row.slot for row in rows]
-        images = [row.block.values[IMAGES] for row in rows] if stage == 0 else []
+        states = cast(Sequence[SlotState], rows)  # of `first_state`, as the contract has it
+        begin = states if stage == 0 else ()
+        if begin:
+            self.slots.begin(begin)
+        slots = [state.slot for state in states]
         bucket = next(size for size in self.buckets if size >= len(rows))
         lane = self._idle.get()
         try:
-            logits, heads = lane.run(stage, bucket, [slot.index for slot in slots], images)
+            logits, heads = lane.run(stage, bucket, slots, begin)
         except Exception as error:  # torch and ONNX Runtime raise errors of many kinds
             what = f"stage {stage + 1} failed on a batch of {len(rows)}: {error}"
             raise (FatalRunnerError if self._is_lost(error) else RunnerError)(what) from error
         finally:
             self._idle.put(lane)
+        if begin:
+            self.slots.begun(begin)
         goes_on = stage + 1 < self.n_stages
-        block = Block({}, len(rows), slots if goes_on else None)
+        block = Block({}, len(rows), rows if goes_on else None)
         return StageOutput(logits, block, time.perf_counter() - started, heads=heads)
 
     def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
@@ -139,7 +177,9 @@ class SlotRunner(ABC, Generic[L]):
         spent_s = 0.0
         for bucket in self.buckets:
             blank = np.zeros(self.image_shape, self.image_dtype)
-            rows: Sequence[RowState] = [self.first_state(blank) for _ in range(bucket)]
+            rows = [self.first_state(blank) for _ in range(bucket)]
+            for row in rows:
+                row.keeps_picture = True
             for stage in range(self.n_stages):
                 seconds = []
                 for _ in range(REPEATS):
@@ -147,7 +187,6 @@ class SlotRunner(ABC, Generic[L]):
                     seconds.append(output.seconds)
                 times[stage][bucket] = min(seconds)
                 spent_s += sum(seconds)
-                rows = output.states
             if spent_s > limit_s:
                 break
         return times

@@ -132,8 +132,8 @@ def test_an_image_that_is_not_answered_ends_the_load() -> None:
         def stats(self) -> Any:
             return SimpleNamespace(idle_mflops=0.0)
 
-        def submit_to(self, sink: Any, token: Any, image: Any, flush: bool) -> None:
-            sink([(token, EngineError("the device is lost"))])
+        def submit_all(self, sink: Any, tokens: Any, images: Any, which: Any) -> None:
+            sink([(token, EngineError("the device is lost")) for token in tokens])
 
         def flush(self) -> None:
             pass

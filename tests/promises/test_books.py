@@ -63,6 +63,10 @@ class Client:
         return [told for told in self.told if not isinstance(told, Step)]
 
     @property
+    def is_live(self) -> bool:
+        return self.request.state is not ENDED
+
+    @property
     def is_over(self) -> bool:
         """It has heard its outcome, or nobody is there to hear it."""
         return self.left or bool(self.outcomes)
@@ -148,7 +152,7 @@ class Books(RuleBasedStateMachine):
         batch.ended_s = self.now_s
         self.core.finish(batch, self.now_s)
         self._tell()
-        going_on = [row for row in batch.rows if row in self.core._live]
+        going_on = [row for row in batch.rows if row.state is not ENDED]
         if going_on and self.core.scheduler.policy.compact:
             assert going_on[0].state.block.n_rows < 4 * len(going_on), "memory is kept for rows that have left"
 
@@ -233,7 +237,7 @@ class Books(RuleBasedStateMachine):
         kinds = Counter(type(outcome) for client in self.clients for outcome in client.outcomes)
         n_answered, n_late = kinds.pop(Answer, 0), kinds.pop(EngineTooLate, 0)
         assert (core.n_answered, core.n_late, core.n_failed) == (n_answered, n_late, sum(kinds.values()))
-        in_flight = [client for client in self.clients if client.request in core._live]
+        in_flight = [client for client in self.clients if client.is_live]
         submitted = len(self.clients) + self.n_refused
         refused = self.n_refused + n_late
         assert submitted == core.n_answered + refused + core.n_abandoned + core.n_failed + len(in_flight)
@@ -255,21 +259,19 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_overtaken_for_ever(self) -> None:
-        n_live = len(self.core._live)
+        n_live = sum(client.is_live for client in self.clients)
         for client in self.clients:
             assert client.overtaken <= 2 * max(1, n_live) * N_EXITS, "a row waits for ever"
 
     @invariant()
     def state_is_kept_for_rows_in_flight_alone(self) -> None:
         """A row in flight keeps the block of one batch alive at most: how much of it is seen when the batch ends."""
-        assert self._state_bytes() <= MAX_ROWS * STATE_BYTES * len(self.core._live)
-        for client in self.clients:
-            assert client.request in self.core._live or client.request.state is ENDED
+        assert self._state_bytes() <= MAX_ROWS * STATE_BYTES * sum(client.is_live for client in self.clients)
 
     # ------------------------------------------------------------------------------------------------------------
 
     def _waits(self, client: Client) -> bool:
-        return client.request in self.core._live and not self._runs(client) and not client.is_over
+        return client.is_live and not self._runs(client) and not client.is_over
 
     def _runs(self, client: Client) -> bool:
         return any(client.request in batch.rows for batch in self.running)
@@ -287,9 +289,8 @@ class Books(RuleBasedStateMachine):
             assert not client.left, "told although it has left"
             client.told.append(item)
             if isinstance(item, Answer):
-                spent = client.request.account.spent
+                spent = round(item.mflops * MEGA)
                 self.answers.append((spent, client.allowance))
-                assert round(item.mflops * MEGA) == spent
                 self._charged_what_ran(client, item)
             else:
                 assert isinstance(item, Step | EngineError)
@@ -297,7 +298,7 @@ class Books(RuleBasedStateMachine):
     def _charged_what_ran(self, client: Client, answer: Answer) -> None:
         """An answer costs all stages that were run for it, one that ran in vain past its deadline among them."""
         n_stages = len(client.runs)
-        assert client.request.account.spent == COSTS[n_stages - 1]
+        assert round(answer.mflops * MEGA) == COSTS[n_stages - 1]
         assert sorted(client.runs) == list(range(n_stages))
         assert n_stages == answer.exit or (answer.reason == "deadline" and n_stages == answer.exit + 1)
 

@@ -21,7 +21,7 @@ from tests.service.simulation import COSTS_MFLOPS, Image, population
 N_EXITS = len(COSTS_MFLOPS)
 BATCH_S = 3e-4
 PLAIN = Options()
-NO_ACCOUNT = Account(0, 0)
+NO_ACCOUNT = Account(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,6 @@ def simulate_open_loop(
                 heapq.heappush(running, (done_s, n_batches, stage, rows, now_s))
             if len(running) + len(ahead) >= 2 * n_lanes or (picked := scheduler.pick(now_s)) is None:
                 return
-            budget.charge([row.account for row in picked[1]])
             ahead.append(picked)
 
     while n_came < len(came) or running:
@@ -155,7 +154,7 @@ def simulate_open_loop(
             continue
         now_s, _, stage, rows, started_s = heapq.heappop(running)
         budget.refresh()
-        reasons = budget.decide([row.account for row in rows], [row.scores[stage] for row in rows])
+        reasons = budget.decide([row.account for row in rows], stage + 1, [row.scores[stage] for row in rows])
         going_on = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         if going_on:
             scheduler.add(going_on, stage + 1, now_s)
@@ -168,7 +167,7 @@ def simulate_open_loop(
                     row.came_s,
                     took_s,
                     row.right[stage],
-                    account.spent,
+                    budget.costs[stage],
                     account.allowance,
                     row.working_mflops,
                     row.is_lowest,

@@ -83,14 +83,13 @@ def simulate(
     while len(scheduler) or running:
         while len(running) < n_lanes and (picked := scheduler.pick(now_s)):
             stage, rows = picked
-            budget.charge([row.account for row in rows])
             for row in rows:
                 run.longest_wait_s = max(run.longest_wait_s, now_s - row.added_s)
             n_batches += 1
             heapq.heappush(running, (now_s + 3e-4 + seconds_per_row[stage] * len(rows), n_batches, stage, rows))
         now_s, _, stage, rows = heapq.heappop(running)
         budget.refresh()
-        reasons = budget.decide([row.account for row in rows], [row.scores[stage] for row in rows])
+        reasons = budget.decide([row.account for row in rows], stage + 1, [row.scores[stage] for row in rows])
         left = [(row, reason) for row, reason in zip(rows, reasons, strict=True) if reason is not None]
         going_on = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
         for row in going_on:
@@ -98,12 +97,12 @@ def simulate(
         if going_on:
             scheduler.add(going_on, stage + 1, now_s)
         for row, reason in left:
-            run.spent.append(row.account.spent)
+            run.spent.append(budget.costs[stage])
             run.allowances.append(row.account.allowance)
             run.reasons.append(reason)
             run.right.append(row.right[stage])
             run.exits.append(stage)
-            latest += row.account.spent - (run.spent[-ROLLING_ANSWERS - 1] if len(run.spent) > ROLLING_ANSWERS else 0)
+            latest += run.spent[-1] - (run.spent[-ROLLING_ANSWERS - 1] if len(run.spent) > ROLLING_ANSWERS else 0)
             run.rolling.append(latest / min(len(run.spent), ROLLING_ANSWERS) / budget.ledger.allowance)
             at_answer(len(run.spent))
         arrive(len(left))

@@ -25,16 +25,26 @@ def controller(fraction: float, burst_images: float = BURST_IMAGES, steer: bool 
 # --- the ledger -------------------------------------------------------------------------------------------------
 
 COSTS = (100, 170, 260, 300, 410)
-ACTION = st.tuples(
-    st.sampled_from(["admit", "go on", "go on", "run", "answer", "answer", "abandon", "set", "work"]),
-    st.integers(0, 2**31),
-)
+ACTIONS = ["admit", "go on", "go on", "go on together", "run", "answer", "answer", "answer together", "abandon"]
+ACTION = st.tuples(st.sampled_from([*ACTIONS, "set", "work"]), st.integers(0, 2**31))
 
 
-@dataclass
+@dataclass(eq=False)
 class Flight:
     account: Account
     stages: int = 1
+    spent: int = 0
+
+    @property
+    def committed(self) -> int:
+        return COSTS[self.stages - 1]
+
+    def goes_on(self, ledger: Ledger) -> bool:
+        """Whether it may, and does."""
+        if self.stages == len(COSTS) or not ledger.commit([self.account], self.committed, COSTS[self.stages]):
+            return False
+        self.stages += 1
+        return True
 
 
 @settings(max_examples=300, deadline=None)
@@ -47,7 +57,7 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
     for action, number in actions:
         flight = flights[number % len(flights)] if flights else None
         if action == "admit":
-            flights.append(Flight(ledger.open(COSTS[0])[0]))
+            flights += [Flight(account) for account in ledger.open(COSTS[0], 1 + number % 3)]
         elif action == "set":
             ledger.set_allowance(100 + number % 311)
             highest_cap = max(highest_cap, ledger.cap)
@@ -56,17 +66,26 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
         elif flight is None:
             continue
         elif action == "run":
-            flight.account.spent = flight.account.committed
+            flight.spent = flight.committed
         elif action == "go on":
-            if flight.stages < len(COSTS) and ledger.commit(flight.account, COSTS[flight.stages]):
-                flight.stages += 1
+            flight.goes_on(ledger)
+        elif action == "go on together":
+            together = [f for f in flights if f.stages == flight.stages < len(COSTS)]
+            accounts, further = [f.account for f in together], COSTS[flight.stages] if together else 0
+            if together and ledger.commit(accounts, flight.committed, further):
+                for one in together:
+                    one.stages += 1
         else:
-            flights.remove(flight)
-            ledger.close([flight.account], answered=action == "answer")
-            if action == "answer":
-                answers.append((flight.account.spent, flight.account.allowance))
+            # All that are as far as this one, or it alone.
+            alike = [f for f in flights if (f.stages, f.spent) == (flight.stages, flight.spent)]
+            ending = alike if action == "answer together" else [flight]
+            for one in ending:
+                flights.remove(one)
+            answered = action != "abandon"
+            ledger.close([f.account for f in ending], flight.committed, flight.spent, answered)
+            answers += [(f.spent, f.account.allowance) for f in ending] if answered else []
         assert 0 <= ledger.reserved <= ledger.settled <= highest_cap
-        assert ledger.reserved == sum(max(0, f.account.committed - f.account.allowance) for f in flights)
+        assert ledger.reserved == sum(max(0, f.committed - f.account.allowance) for f in flights)
     for start in range(len(answers)):
         over = 0
         for spent, allowed in answers[start:]:
@@ -96,17 +115,15 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
         elif flight is None:
             continue
         elif action == "go on":
-            if flight.stages < len(COSTS) and ledger.commit(flight.account, COSTS[flight.stages]):
-                flight.stages += 1
+            flight.goes_on(ledger)
         else:
             flights.remove(flight)
-            flight.account.spent = flight.account.committed
-            ledger.close([flight.account], answered=True)
-            spent.append(flight.account.spent)
+            ledger.close([flight.account], flight.committed, flight.committed, answered=True)
+            spent.append(flight.committed)
         if len(spent) < window:
             continue
         n_older = window - len(flights)
-        would_be = sum(spent[len(spent) - n_older :]) + sum(flight.account.committed for flight in flights)
+        would_be = sum(spent[len(spent) - n_older :]) + sum(flight.committed for flight in flights)
         is_kept = would_be <= window * allowance
         assert is_kept or not was_kept
         was_kept = is_kept
@@ -115,36 +132,39 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
 def test_what_would_put_the_average_over_the_allowance_is_refused():
     ledger = Ledger(100, 100, average_over=4)
     for spent in (100, 160, 70, 60):  # 390 in all
-        account = ledger.open(50)[0]
-        account.committed = account.spent = spent
-        ledger._uncommitted += 50 - spent
-        ledger.close([account], answered=True)
+        accounts = ledger.open(50)
+        assert ledger.commit(accounts, 50, spent)
+        ledger.close(accounts, spent, spent, answered=True)
     # The first, of 100, would no longer count: 290 and what the new one spends.
-    account = ledger.open(50)[0]
-    assert not ledger.commit(account, 111)
-    assert ledger.commit(account, 110)
+    accounts = ledger.open(50)
+    assert not ledger.commit(accounts, 50, 111)
+    assert ledger.commit(accounts, 50, 110)
+
+
+def test_images_that_cannot_all_go_on_commit_to_nothing():
+    ledger = Ledger(100, 1)  # 100 in all beyond the allowances
+    accounts = ledger.open(50, 3)
+    assert not ledger.commit(accounts, 50, 150)
+    assert ledger.reserved == 0
+    assert ledger.commit(accounts[:2], 50, 150)
+    assert ledger.reserved == 100
 
 
 def test_rolling_average_forgets_what_is_a_thousand_answers_old():
     ledger = Ledger(100, 1)
-    for spent in [7] * 500 + [3] * 1000:
-        account = ledger.open(1)[0]
-        account.spent = spent
-        ledger.close([account], answered=True)
+    for spent, n_images in ((7, 500), (3, 300), (3, 700)):
+        ledger.close(ledger.open(1, n_images), 1, spent, answered=True)
     assert ledger.rolling_average == 3.0
 
 
 def test_abandoned_images_earn_nothing_but_owe_their_excess():
     ledger = Ledger(100, 4)
     ledger.settled = 200
-    cheap = ledger.open(50)[0]
-    cheap.spent = 50
-    ledger.close([cheap], answered=False)
+    ledger.close(ledger.open(50), 50, 50, answered=False)
     assert ledger.settled == 200
-    dear = ledger.open(50)[0]
-    assert ledger.commit(dear, 180)
-    dear.spent = 180
-    ledger.close([dear], answered=False)
+    dear = ledger.open(50)
+    assert ledger.commit(dear, 50, 180)
+    ledger.close(dear, 180, 180, answered=False)
     assert (ledger.settled, ledger.reserved) == (120, 0)
 
 
@@ -192,28 +212,37 @@ def test_decisions_follow_threshold_then_ledger():
     thresholds = FRONTIER.at(FRONTIER.position_at_cost(0.4 * FULL_MFLOPS)).thresholds
     assert budget.thresholds == thresholds
     sure = budget.admit(1)
-    assert budget.decide(sure, [thresholds[0]]) == ["confident"]
+    assert budget.decide(sure, 1, [thresholds[0]]) == ["confident"]
     unsure = budget.admit(1)
     reasons = []
-    for _ in range(4):
-        budget.charge(unsure)
-        reasons += budget.decide(unsure, [-1e9])
+    for passed in range(1, 5):
+        reasons += budget.decide(unsure, passed, [-1e9])
     # 0.4 x 60.3 M and a burst of as much: 48.2 M in all, enough for four exits (42.1 M) and not for five (51.8 M).
     assert reasons == [None, None, None, "budget"]
     other = budget.admit(1)
     # The first took 18.0 M of the 24.1: exit 2 is within the budget itself, exit 3 would take 8.5 M more.
-    assert [budget.decide(other, [-1e9])[0] for _ in range(2)] == [None, "budget"]
+    assert [budget.decide(other, passed, [-1e9])[0] for passed in (1, 2)] == [None, "budget"]
+
+
+def test_where_the_bound_leaves_room_for_some_of_a_batch_these_go_on():
+    budget = controller(0.4, burst_images=1.0, steer=False)  # 24.1 M each, and 24.1 M beyond it in all
+    accounts = budget.admit(8)
+    assert budget.decide(accounts, 1, [-1e9] * 8) == [None] * 8
+    reasons = budget.decide(accounts, 2, [-1e9, 1e9] * 4)  # exit 3 takes 8.5 M more
+    assert reasons == [None, "confident", None, "confident", "budget", "confident", "budget", "confident"]
+    assert budget.state().answered == 6
+    assert budget.ledger.reserved == 2 * (budget.costs[2] - budget.budget)
 
 
 def test_the_last_exit_takes_whoever_gets_there():
     budget = controller(1.0)
     account = budget.admit(1)
-    assert [budget.decide(account, [-1e9])[0] for _ in range(6)] == [None] * 5 + ["final"]
+    assert [budget.decide(account, passed, [-1e9])[0] for passed in range(1, 7)] == [None] * 5 + ["final"]
 
 
 def test_no_number_leaves_early():
     budget = controller(0.6)
-    assert budget.decide(budget.admit(1), [math.nan]) == [None]
+    assert budget.decide(budget.admit(1), 1, [math.nan]) == [None]
 
 
 def test_a_cost_that_is_no_whole_number_of_multiply_adds_is_in_reach():
@@ -356,12 +385,11 @@ def test_abandoned_images_leave_steering_in_balance():
         account = budget.admit(1)
         gone_at = rng.integers(0, 5) if rng.random() < 0.3 else None
         for stage, score in enumerate(scores):
-            budget.charge(account)
             if stage == gone_at:
-                budget.settle(account, answered=False)
+                budget.settle(account, stage + 1, answered=False)
                 break
-            if budget.decide(account, [score]) != [None]:
-                spent.append(account[0].spent)
+            if budget.decide(account, stage + 1, [score]) != [None]:
+                spent.append(budget.costs[stage])
                 break
         budget.refresh()
     state = budget.state()

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -19,7 +19,7 @@ from service.runners.onnx_device.lane import OnnxLane
 from service.runners.onnx_device.runner import OnnxDeviceRunner
 from service.runners.onnx_device.staging import Staging
 from service.runners.providers import cuda_device_count
-from service.runners.slots import SCRATCH
+from service.runners.slots import SCRATCH, SlotState
 from tests.bundles import REPOSITORY, random_images
 from tests.service.slotted import MAX_ROWS, all_free, answer_all, logits_of, regroup_at_random, run_side_by_side
 
@@ -120,7 +120,9 @@ def test_with_graphs_every_lane_runs_on_a_thread_of_its_own(
     n_sessions, threads = runner.n_stages, {}
     sessions = [lane.sessions for lane in runner.lanes]
     runner.lanes[:] = [
-        OnnxLane([Noting(one, threads) for one in of], runner.stages, runner.stores, "cpu", own_thread=True)  # type: ignore[misc]
+        OnnxLane(
+            [Noting(one, threads) for one in of], runner.stages, runner.stores, "cpu", True, pictures=runner.pictures
+        )  # type: ignore[misc]
         for of in sessions
     ]
     while not runner._idle.empty():
@@ -213,7 +215,7 @@ def test_what_nobody_reads_is_written_nowhere_and_every_other_row_stays(
     for name, value in runner.stores.items():
         value.update_inplace(noise[name].astype(np.float32))
     output = runner.run(0, [runner.first_state(image) for image in images[:3]])
-    slots = [row.slot.index for row in output.states]
+    slots = [cast(SlotState, row).slot for row in output.states]
     made = {value.name for value in runner.stages[0].outputs}
     for name, value in runner.stores.items():
         changed = (value.numpy() != noise[name].astype(np.float32)).reshape(len(noise[name]), -1).any(axis=1)
@@ -302,7 +304,7 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(
     assert type(told.value) is kind
     lane.sessions = sessions
     assert runner.run(0, row).block.n_rows == 1  # the lane was given back
-    del told
+    del told, row
     assert all_free(runner.slots)
 
 

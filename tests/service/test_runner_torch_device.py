@@ -226,5 +226,5 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, im
         runner.run(0, row)
     device.error = None
     assert runner.run(0, row).block.n_rows == 1  # the lane was given back each time
-    del told
+    del told, row
     assert all_free(runner.slots)

@@ -52,8 +52,8 @@ def test_nothing_is_lost_or_run_twice_and_every_queue_is_first_in_first_out(
             queues[0] += rows
         elif action == "drop" and (waiting := [row for queue in queues for row in queue]):
             row = waiting[number % len(waiting)]
-            assert scheduler.drop(row)
-            assert not scheduler.drop(row)
+            assert scheduler.drop(row) == next(stage for stage, queue in enumerate(queues) if row in queue)
+            assert scheduler.drop(row) is None
             dropped.add(row)
             for queue in queues:
                 if row in queue:
@@ -226,11 +226,15 @@ def test_a_row_whose_deadline_is_near_runs_before_deeper_ones_but_not_twice_in_a
     assert [scheduler.pick(0.0) for _ in range(6)] == [(0, [0]), (1, [10]), (0, [1]), (1, [11]), (0, [2]), (1, [12])]
 
 
-def test_a_row_can_wait_in_one_place_only():
-    scheduler: Scheduler[str] = Scheduler(2)
-    scheduler.add(["a"], 0, 0.0)
-    with pytest.raises(ValueError, match="already waits"):
-        scheduler.add(["a"], 1, 0.0)
+def test_all_that_wait_can_be_taken_out_at_once_with_the_stages_they_wait_for():
+    scheduler: Scheduler[str] = Scheduler(3, max_rows=2)
+    scheduler.add(["a1", "a2", "a3"], 0, 0.0)
+    scheduler.add(["c1", "c2"], 2, 0.0, due_s=[1.0, inf])
+    scheduler.drop("c1")
+    assert scheduler.pick(0.0) == (2, ["c2"])
+    scheduler.add(["b"], 1, 0.0)
+    assert scheduler.drop_all() == [(0, "a1"), (0, "a2"), (0, "a3"), (1, "b")]
+    assert (len(scheduler), scheduler.pick(0.0), scheduler.drop_all()) == (0, None, [])
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,16 @@ import pytest
 import torch
 
 from service.runners.base import RunnerError
-from service.runners.slots import SCRATCH, Slots, buckets_for
+from service.runners.slots import SCRATCH, Slots, SlotState, buckets_for, stretches
 from service.runners.torch_cuda.memory import Values
 from tests.service.slotted import all_free
+
+
+def started(slots: Slots, n_rows: int) -> list[SlotState]:
+    states = [slots.admit() for _ in range(n_rows)]
+    slots.begin(states)
+    slots.begun(states)
+    return states
 
 
 def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped() -> None:
@@ -27,13 +34,13 @@ def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped() -> N
         stage, size = int(rng.choice(ready)), int(rng.integers(1, 8000))
         if stage == 0:
             size = min(size, room)
-            ids, held = np.arange(n_started, n_started + size), np.array(slots.take(size), object)
+            ids, held = np.arange(n_started, n_started + size), np.array(started(slots, size), object)
             n_started += size
         else:
             order = rng.permutation(len(waiting[stage][0]))
             ids, held = (column[order[:size]] for column in waiting[stage])
             waiting[stage] = (waiting[stage][0][order[size:]], waiting[stage][1][order[size:]])
-        indices = torch.tensor([slot.index for slot in held] + [SCRATCH] * 3)
+        indices = torch.tensor([state.slot for state in held] + [SCRATCH] * 3)
         images = torch.from_numpy(np.append(ids, [-1] * 3))
         names = [*(f"made by {k}" for k in range(stage)), *(["map"] if stage else [])]
         for earlier, found in enumerate(values.gather(names, indices)):
@@ -61,12 +68,58 @@ def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped() -> N
 
 def test_too_few_slots_are_told_and_none_is_lost() -> None:
     slots = Slots(5)
-    held = slots.take(3)
-    assert SCRATCH not in {slot.index for slot in held}
-    with pytest.raises(RunnerError, match="3 images start, and fewer of the 5 slots"):
-        slots.take(3)
-    assert len({slot.index for slot in [*held, *slots.take(2)]}) == 5
-    del held
+    held = started(slots, 3)
+    assert SCRATCH not in {state.slot for state in held}
+    waiting = [slots.admit() for _ in range(3)]
+    with pytest.raises(RunnerError, match="3 images start, and fewer of the 5 slots are free"):
+        slots.begin(waiting)
+    del held[0]
+    slots.begin(waiting)
+    assert len({state.slot for state in [*held, *waiting]}) == 5
+    del held, waiting
+    assert all_free(slots)
+    assert slots.n_places_taken == 0
+
+
+def test_pictures_that_come_one_after_the_other_lie_side_by_side_in_whatever_order_earlier_ones_left() -> None:
+    slots, rng = Slots(64), np.random.default_rng(1)
+    waiting: list[list[SlotState]] = []
+    started_by_now: list[SlotState] = []
+    for _ in range(500):
+        waiting.append([slots.admit() for _ in range(8)])
+        places = [state.place for state in waiting[-1]]
+        assert len(stretches(places)) <= 2
+        assert [first + i for first, n_rows in stretches(places) for i in range(n_rows)] == places
+        if len(waiting) > 3:  # batches end in any order
+            batch = waiting.pop(int(rng.integers(len(waiting))))
+            slots.begin(batch)
+            slots.begun(batch)
+            started_by_now += batch
+        del started_by_now[int(rng.integers(24)) :]
+    assert slots.n_places_taken == 8 * len(waiting)
+    assert stretches([5, 6, 9, 10, 11, 3]) == [(5, 2), (9, 3), (3, 1)]
+
+
+def test_there_is_a_place_as_long_as_one_is_free_and_an_error_when_none_is() -> None:
+    slots = Slots(4)
+    held = [slots.admit() for _ in range(4)]
+    with pytest.raises(RunnerError, match="all 4 picture places are taken"):
+        slots.admit()
+    left = held[2].place
+    del held[2]
+    assert slots.admit().place == left
+
+
+def test_a_picture_that_a_run_before_may_still_read_stays() -> None:
+    slots = Slots(2)
+    [state] = batch = [slots.admit()]
+    slots.begin(batch)  # its batch hangs, and
+    slot, place = state.slot, state.place
+    slots.begin(batch)  # it runs once more
+    slots.begun(batch)
+    assert (state.slot, state.place, slots.n_places_taken) == (slot, place, 1)
+    del state, batch
+    assert slots.n_places_taken == 0
     assert all_free(slots)
 
 

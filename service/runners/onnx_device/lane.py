@@ -17,7 +17,7 @@ from models.manifest import StageInfo
 from service.runners.base import Array, Heads
 from service.runners.onnx_device.graph import SLOTS, store, stored
 from service.runners.onnx_device.staging import Staging
-from service.runners.slots import SCRATCH
+from service.runners.slots import SCRATCH, SlotState, stretches
 
 Stores = Mapping[str, ort.OrtValue]
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ class OnnxLane:
         stages: as the manifest has them.
         stores: on the device, shared by all lanes.
         kind: of the device, as ONNX Runtime calls it.
+        pictures: [places, *image_shape] on the host, see `SlotRunner`.
         own_thread: whether all is run on one thread of the lane's own, whoever asks for it. Graphs ask for that: ONNX
             Runtime keeps what it captures by thread. One that meets a batch first would run it unprepared and capture
             it while other lanes work, and what these ask of CUDA meanwhile breaks such a capture off.
@@ -43,10 +44,12 @@ class OnnxLane:
         stores: Stores,
         kind: str,
         own_thread: bool = False,
+        *,
+        pictures: Array,
     ) -> None:
         self._thread = ThreadPoolExecutor(1, "exitserve-onnx-lane") if own_thread else None
         self.sessions, self._stages, self._stores, self._kind = sessions, stages, stores, kind
-        self._image = stages[0].inputs[0]
+        self._image, self._pictures = stages[0].inputs[0], pictures
         self._staging = Staging(kind)
         self._slots: dict[int, tuple[Array, Any]] = {}  # by bucket: as written on the host, and on the device
         self._images: dict[int, tuple[Array, Any]] = {}  # likewise
@@ -59,11 +62,11 @@ class OnnxLane:
         return self._thread.submit(self._prepare, stage, bucket).result()
 
     def run(
-        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
+        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()
     ) -> tuple[NDArray[np.float32], Heads | None]:
         if self._thread is None:
-            return self._run(stage, bucket, slots, images)
-        return self._thread.submit(self._run, stage, bucket, slots, images).result()
+            return self._run(stage, bucket, slots, begin)
+        return self._thread.submit(self._run, stage, bucket, slots, begin).result()
 
     def _prepare(self, stage: int, bucket: int) -> None:
         if bucket not in self._slots:
@@ -73,19 +76,22 @@ class OnnxLane:
             )
         self._programs[stage, bucket] = self._bind(stage, bucket)
         # With graphs, ONNX Runtime runs it twice as it is, captures it, and replays it from then on.
-        self._run(stage, bucket, [SCRATCH], [self._images[bucket][0][:1]] if stage == 0 else [])
+        self._run(stage, bucket, [SCRATCH], ())
         self._stage_logits(stage, bucket)
 
     def _run(
-        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array]
+        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]
     ) -> tuple[NDArray[np.float32], Heads | None]:
         n_rows = len(slots)
         host, there = self._slots[bucket]
         host[:n_rows], host[n_rows:] = slots, SCRATCH
         there.update_inplace(host)
-        if images:
+        if begin:
             host, there = self._images[bucket]
-            np.concatenate(images, out=host[:n_rows])
+            start = 0
+            for first, n_alike in stretches([row.place for row in begin]):
+                host[start : start + n_alike] = self._pictures[first : first + n_alike]
+                start += n_alike
             there.update_inplace(host)
         binding, options, logits = self._programs[stage, bucket]
         self.sessions[stage].run_with_iobinding(binding, options)  # comes back when the device is done

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.staging import Stage
-from service.runners.base import Array, Heads
-from service.runners.slots import SCRATCH
+from service.runners.base import Heads
+from service.runners.slots import NOWHERE, SCRATCH, SlotState, stretches
 from service.runners.slotted import IMAGES
 from service.runners.torch_cuda.device import Device, Program
 from service.runners.torch_cuda.memory import Values
@@ -37,6 +37,7 @@ class Lane:
         n_classes: of the network.
         score: a key of `scoring.SCORES`; None leaves scores, classes and confidences to the caller.
         max_rows: the largest bucket.
+        pictures: uint8 [places, *image_shape] on the host, see `SlotRunner`; pinned if the device likes that.
         canvas_px: pictures of up to so many pixels a side are resized here; 0: none are.
     """
 
@@ -49,6 +50,7 @@ class Lane:
         n_classes: int,
         score: str | None,
         max_rows: int,
+        pictures: Tensor,
         canvas_px: int = 0,
     ) -> None:
         self.stream = device.open_stream()
@@ -61,7 +63,8 @@ class Lane:
         self._buckets: dict[int, _Bucket] = {}
         canvas = (max_rows if canvas_px else 0, canvas_px, canvas_px, 3)
         self._slots = _Pair(device, (max_rows,), torch.int64)
-        self._images = _Pair(device, (max_rows, *image_shape), torch.uint8)
+        self._pictures = pictures
+        self._images = torch.zeros((max_rows, *image_shape), dtype=torch.uint8, device=device.kind)
         self._canvases = _Pair(device, canvas, torch.uint8)
         self._cuts = _Pair(device, (max_rows, 2, 3), torch.float64)
         self.told = _Pair(device, (max_rows * row_bytes,), torch.uint8)
@@ -85,24 +88,23 @@ class Lane:
 
     @torch.inference_mode()
     def run(
-        self, stage: int, bucket: int, slots: Sequence[int], images: Sequence[Array] = ()
+        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()
     ) -> tuple[NDArray[np.float32], Heads | None]:
         """See `slotted.Lane`."""
         n_rows, of = len(slots), self._buckets[bucket]
         of.slots[:n_rows], of.slots[n_rows:] = slots, SCRATCH
-        own_size = not self._canvas_px or all(image.shape[1:] == self._image_shape for image in images)
-        if images and own_size:
-            np.concatenate(images, out=self._images.array[:n_rows])
-        elif images:
-            self._lay_out(images)
+        places = [row.place for row in begin]
+        as_canvases = NOWHERE in places
+        if as_canvases:
+            self._lay_out(begin)
         with self.stream.use():
             of.slots_there.copy_(of.slots_host, non_blocking=True)
-            if images and own_size:
-                self._images.send(n_rows)
-            elif images:
+            if as_canvases:
                 self._canvases.send(n_rows)
                 self._cuts.send(n_rows)
                 self._resizers[bucket]()
+            elif begin:
+                self._send(places)
             self.programs[stage, bucket]()
             of.told_host.copy_(of.told_there, non_blocking=True)
             self.stream.wait()
@@ -111,6 +113,14 @@ class Lane:
             return logits, None
         numbers = of.numbers[:n_rows].copy()
         return logits, Heads(numbers[:, 0].astype(np.int64), numbers[:, 1], numbers[:, 2])
+
+    def _send(self, places: Sequence[int]) -> None:
+        """Pictures of the network's size, from where they lie."""
+        start = 0
+        for first, n_rows in stretches(places):
+            there, here = self._images[start : start + n_rows], self._pictures[first : first + n_rows]
+            there.copy_(here, non_blocking=True)
+            start += n_rows
 
     @torch.inference_mode()
     def seconds(self, stage: int, bucket: int, repeats: int) -> float:
@@ -129,7 +139,7 @@ class Lane:
         stage, slots = self._stages[stage_index], self._slots.there[:bucket]
         carried = [name for name in stage.inputs if name != IMAGES]
         inputs = dict(zip(carried, self._values.gather(carried, slots), strict=True))
-        inputs[IMAGES] = self._images.there[:bucket]
+        inputs[IMAGES] = self._images[:bucket]
         outputs = call(*(inputs[name] for name in stage.inputs))
         made = zip(stage.outputs, outputs, strict=True)
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
@@ -138,10 +148,11 @@ class Lane:
             judge(outputs[0], self._score, out=told)
         logits.copy_(outputs[0])
 
-    def _lay_out(self, images: Sequence[Array]) -> None:
+    def _lay_out(self, begin: Sequence[SlotState]) -> None:
         """Pictures of any size into the corners of their canvases."""
-        canvases, cuts = self._canvases.array, self._cuts.array
-        for i, (image,) in enumerate(images):
+        canvases, cuts, pictures = self._canvases.array, self._cuts.array, self._pictures.numpy()
+        for i, row in enumerate(begin):
+            image = row.block.values[IMAGES] if row.place == NOWHERE else pictures[row.place]
             height, width = image.shape[:2]
             canvases[i, :height, :width] = image
             cuts[i] = cut(height, width, self._image_shape)
@@ -149,7 +160,7 @@ class Lane:
     def _resize(self, bucket: int) -> None:
         canvases, cuts = self._canvases.there[:bucket], self._cuts.there[:bucket]
         dtype = torch.float32 if canvases.device.type == "cpu" else torch.float16
-        self._images.there[:bucket].copy_(resize(canvases, cuts, self._image_shape, dtype))
+        self._images[:bucket].copy_(resize(canvases, cuts, self._image_shape, dtype))
 
 
 class _Pair:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.staging import Stage
-from service.runners.base import Array, Block, FatalRunnerError, RowState, RunnerError
+from service.runners.base import Array, Block, FatalRunnerError, RunnerError
+from service.runners.slots import SlotState
 from service.runners.slotted import IMAGES, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.joined import by_cudnn, make_bias_relu
@@ -92,6 +93,10 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 f"or --max-batch-rows ({error})"
             ) from error
 
+    def _allocate(self, shape: Sequence[int]) -> Array:
+        pictures: Array = torch.zeros(tuple(shape), dtype=torch.uint8, pin_memory=self.device.pins).numpy()
+        return pictures
+
     def _lower(self, stages: Sequence[Stage], dtype: torch.dtype, ways: Ways | None) -> list[Stage]:
         kind = self.device.kind
         if ways is None or dtype != torch.float16:
@@ -100,16 +105,18 @@ class TorchCudaRunner(SlotRunner[Lane]):
         bias_relu = self.kernels.bias_relu if "bias_relu" in self.kernels else make_bias_relu(kind, dtype)
         return lower(stages, kind, dtype, bias_relu, self.kernels, ways)
 
-    def first_state(self, image: Array) -> RowState:
-        if self.canvas_px and image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8:
-            height_px, width_px, _ = image.shape
-            if 0 < height_px <= self.canvas_px and 0 < width_px <= self.canvas_px:
-                return RowState(Block({IMAGES: image[None]}, 1), 0)
+    def first_state(self, image: Array) -> SlotState:
+        if self.canvas_px and image.shape != self.image_shape and image.ndim == 3 and image.dtype == np.uint8:
+            height_px, width_px, n_colours = image.shape
+            if n_colours == 3 and 0 < height_px <= self.canvas_px and 0 < width_px <= self.canvas_px:
+                state = self.slots.admit(has_place=False)
+                state.block = Block({IMAGES: image}, 1)
+                return state
         return super().first_state(image)
 
     @torch.inference_mode()
     def _open_lane(self) -> Lane:
-        told = (self._n_classes, self.score, self.max_rows, self.canvas_px)
+        told = (self._n_classes, self.score, self.max_rows, torch.from_numpy(self.pictures), self.canvas_px)
         return Lane(self.device, self.stages, self.values, self.image_shape, *told)
 
     def _prepare(self) -> None:
