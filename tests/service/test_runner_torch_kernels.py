@@ -22,6 +22,7 @@ from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
 from service.runners.torch_cuda.kernels import Kernels, Ways
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
+from service.runners.torch_cuda.replaced import N_CHANNELS, Concat
 from service.runners.torch_cuda.runner import TorchCudaRunner
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge, judge_by_torch, kernels
 from service.runners.torch_cuda.widening import widen
@@ -217,6 +218,47 @@ def test_values_are_moved_together_and_those_that_are_no_whole_vectors_by_torch(
     assert not any(value.any() for value in values.gather(names, torch.tensor([0, 2, 3, 5, 6, 8])))
 
 
+@needs_compiler
+def test_a_map_that_grows_in_place_leaves_those_before_it_as_they_were(made: Kernels) -> None:
+    a, b, c, d = (
+        torch.randn(2, width, 3, 5).to(torch.float16).contiguous(memory_format=torch.channels_last)
+        for width in (16, 8, 8, 24)
+    )
+    first = made.concat([a, b], room=56)
+    second = made.append(first, [c])
+    third = made.append(second, [d])
+    assert first.data_ptr() == second.data_ptr() == third.data_ptr()
+    assert torch.equal(first, torch.cat([a, b], 1))
+    assert torch.equal(second, torch.cat([a, b, c], 1))
+    assert torch.equal(third, torch.cat([a, b, c, d], 1))
+    assert third.is_contiguous(memory_format=torch.channels_last)
+    for full in (third, a):  # where there is no room, it is put together anew
+        more = made.append(full, [b])
+        assert more.data_ptr() != full.data_ptr()
+        assert torch.equal(more, torch.cat([full, b], 1))
+
+
+@needs_compiler
+def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(on_host: None) -> None:
+    """What the shipped network's stages read and write: all but the last of a row of maps lie with gaps."""
+    stages = lower(
+        cut(shipped(), SHAPE, MEAN, STD), CPU, torch.float16, kernels=make_kernels(CPU, Ways()), ways=ON_HOST
+    )
+    n_appending = 0
+    for stage in stages:
+        for node in stage.graph.nodes:
+            concat = stage.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(concat, Concat):
+                continue
+            n_appending += concat.appends
+            has_gaps = concat.room > node.meta[N_CHANNELS]
+            for user in node.users:
+                reader = stage.get_submodule(str(user.target)) if user.op == "call_module" else None
+                is_product = isinstance(reader, ConvRelu) and reader.is_product
+                assert is_product or isinstance(reader, Concat) or not has_gaps
+    assert n_appending == 13
+
+
 # --- all together -------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +279,8 @@ def test_the_runner_with_every_kernel_answers_as_the_network_does(
     for start in (0, 3):
         for found, expected in zip(logits_of(runner, pixels[start : start + 3]), whole, strict=True):
             close(found, expected[start : start + 3].numpy(), tolerance=0.02)
+    grown = [module for stage in runner.stages for module in stage.modules() if isinstance(module, Concat)]
+    assert any(concat.appends for concat in grown) or network is not shipped
     targets = {str(node.target) for stage in runner.stages for node in stage.graph.nodes}
     assert any(target.startswith("kernel_cat") for target in targets)
     assert not any("torch.cat" in target for target in targets)

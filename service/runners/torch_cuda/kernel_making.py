@@ -70,7 +70,12 @@ def _check_concat(kernels: Kernels, device: torch.device) -> None:
     for rows, side, widths in ((3, 5, (8, 16)), (1, 1, (24, 8, 40)), (2, 33, (16, 8, 8))):
         maps = [_map(device, rows, width, side, side) for width in widths]
         expected = torch.cat(maps, 1).contiguous(memory_format=torch.channels_last)
-        _require(kernels.concat(maps), expected, f"{rows} maps of {widths} channels")
+        what = f"{rows} maps of {widths} channels"
+        _require(kernels.concat(maps), expected, what)
+        first = kernels.concat(maps[:1], room=sum(widths))
+        begun = first.contiguous(memory_format=torch.channels_last)
+        _require(begun, maps[0], f"{what}, the first with room")
+        _require(kernels.append(first, maps[1:]), expected, f"{what}, appended")
 
 
 def _check_move(kernels: Kernels, device: torch.device) -> None:

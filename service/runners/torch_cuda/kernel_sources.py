@@ -42,15 +42,16 @@ extern "C" __global__ void bias_relu(uint4* map, const uint4* bias, int n_vector
 
 _CONCAT = r"""
 extern "C" __global__ void concat(
-    uint4* out, const uint4* a, const uint4* b, const uint4* c, int n_a, int n_b, int n_c, int n_pixels
+    uint4* out, const uint4* a, const uint4* b, const uint4* c, int n_a, int n_b, int n_c, int n_pixels, int out_stride
 ) {
     unsigned n = n_a + n_b + n_c, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n * n_pixels) return;
     unsigned pixel = i / n;
     int at = i - pixel * n;
-    if (at < n_a) out[i] = a[pixel * n_a + at];
-    else if (at < n_a + n_b) out[i] = b[pixel * n_b + at - n_a];
-    else out[i] = c[pixel * n_c + at - n_a - n_b];
+    uint4* here = out + (long long)pixel * out_stride + at;
+    if (at < n_a) *here = a[pixel * n_a + at];
+    else if (at < n_a + n_b) *here = b[pixel * n_b + at - n_a];
+    else *here = c[pixel * n_c + at - n_a - n_b];
 }
 """
 

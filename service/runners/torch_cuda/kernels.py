@@ -18,6 +18,8 @@ WARP = 32
 VECTOR_BYTES = 16
 IMAGE_CHANNELS = 4
 """Of normalised images: a fourth one is zero, as tensor cores want it."""
+MAX_JOINED = 3
+"""Maps that one kernel puts beside each other."""
 MAX_MOVED = 4
 """Values that one kernel moves."""
 
@@ -31,6 +33,7 @@ class Ways:
     widened: bool = True  # channels to multiples of 8
     bias_relu: bool = True
     concat: bool = True
+    grown: bool = True  # maps that others are put beside, layer by layer, grow where they lie
     move: bool = True
     max_pool: bool = True
     normalise: bool = True
@@ -63,18 +66,45 @@ class Kernels:
         self._over(x.numel() // 8, "bias_relu", x, bias, x.numel() // 8, x.shape[1] // 8)
         return x
 
-    def concat(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps [rows, any, height, width] beside each other along their channels."""
-        able = "concat" in self and 2 <= len(maps) <= 3 and len({x.dtype for x in maps}) == 1
-        if not able or not all(map(lies_in_vectors, maps)):
+    def concat(self, maps: Sequence[Tensor], room: int = 0) -> Tensor:
+        """Maps [rows, any, height, width] beside each other along their channels.
+
+        Args:
+            room: channels that there is place for from pixel to pixel, see `append`.
+        """
+        if not self._can_concat(maps) or len(maps) > MAX_JOINED:
             return torch.cat(list(maps), 1)
-        a, b, c = (*maps, maps[0])[:3]
-        rows, _, height, width = a.shape
-        widths = [_vectors_per_pixel(x) for x in maps] + [0] * (3 - len(maps))
-        out = _empty_map(a, rows, sum(x.shape[1] for x in maps), height, width)
-        n_pixels = rows * height * width
-        self._over(n_pixels * sum(widths), "concat", out, a, b, c, *widths, n_pixels)
+        rows, _, height, width = maps[0].shape
+        n_channels = sum(x.shape[1] for x in maps)
+        out = _empty_map(maps[0], rows, max(room, n_channels), height, width)[:, :n_channels]
+        self._lay_beside(out, maps)
         return out
+
+    def append(self, first: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """The same, but `first` stays where it lies, and the others go behind it, if that is what there is room for.
+
+        Whoever reads `first` goes on to find it as it was.
+        """
+        n_channels = first.shape[1] + sum(x.shape[1] for x in others)
+        rows, _, height, width = first.shape
+        stride = first.stride(3)
+        spaced = (height * width * stride, 1, width * stride, stride)
+        has_room = first.stride() == spaced and n_channels <= stride and first.dtype == others[0].dtype
+        if not has_room or not self._can_concat(others) or len(others) > MAX_JOINED:
+            return self.concat([first, *others])
+        out = first.as_strided((rows, n_channels, height, width), spaced)
+        self._lay_beside(out[:, first.shape[1] :], others)
+        return out
+
+    def _can_concat(self, maps: Sequence[Tensor]) -> bool:
+        return "concat" in self and len({x.dtype for x in maps}) == 1 and all(map(lies_in_vectors, maps))
+
+    def _lay_beside(self, out: Tensor, maps: Sequence[Tensor]) -> None:
+        widths = [_vectors_per_pixel(x) for x in maps] + [0] * (MAX_JOINED - len(maps))
+        n_pixels = maps[0].shape[0] * maps[0].shape[2] * maps[0].shape[3]
+        stride = out.stride(3) * out.element_size() // VECTOR_BYTES
+        sources = (*maps, maps[0], maps[0])[:MAX_JOINED]
+        self._over(n_pixels * sum(widths), "concat", out, *sources, *widths, n_pixels, stride)
 
     def max_pool(self, x: Tensor, size: int, stride: int, padding: int) -> Tensor:
         """The largest of every square of `size` pixels, at every `stride`-th; see `torch.nn.MaxPool2d`."""

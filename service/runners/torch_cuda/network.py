@@ -20,6 +20,7 @@ from models.normalise import Normalise
 from models.registry import ARCHITECTURES, build_network
 from models.staging import Stage, split
 from service.runners.base import RunnerError
+from service.runners.torch_cuda.growing import grow_in_place
 from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join, can_multiply
 from service.runners.torch_cuda.kernels import Kernels, Ways
 from service.runners.torch_cuda.replaced import replace_maps, replace_normalise
@@ -92,6 +93,8 @@ def lower(
         widen(stages, CHANNELS if ways.widened else 1)
     for stage in stages:
         replace_maps(stage, kernels)
+        if ways.grown and "concat" in kernels:
+            grow_in_place(stage)
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
                 # Module.to knows memory formats, its annotations do not.

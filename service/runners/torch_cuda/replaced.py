@@ -14,6 +14,9 @@ from models.normalise import Normalise
 from models.staging import Stage
 from service.runners.torch_cuda.kernels import IMAGE_CHANNELS, Kernels
 
+N_CHANNELS = "n_channels"
+"""What a node of a map says of it, in `meta`."""
+
 
 class WideNormalise(nn.Module):
     """`Normalise`, to float16 and `IMAGE_CHANNELS` channels, of which the last is zero."""
@@ -30,14 +33,23 @@ class WideNormalise(nn.Module):
 
 
 class Concat(nn.Module):
-    """Maps beside each other along their channels."""
+    """Maps beside each other along their channels.
 
-    def __init__(self, kernels: Kernels) -> None:
+    Args:
+        room: channels there is to be place for from pixel to pixel.
+        appends: whether the first map has come from one of these, with room for the others.
+    """
+
+    def __init__(self, kernels: Kernels, room: int = 0, appends: bool = False) -> None:
         super().__init__()
-        self._kernels = kernels
+        self._kernels, self.room, self.appends = kernels, room, appends
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(maps), 1) if torch.compiler.is_compiling() else self._kernels.concat(maps)
+        if torch.compiler.is_compiling():
+            return torch.cat(list(maps), 1)
+        if self.appends:
+            return self._kernels.append(maps[0], maps[1:])
+        return self._kernels.concat(maps, self.room)
 
 
 class MaxPool(nn.Module):
@@ -85,6 +97,7 @@ def replace_maps(stage: Stage, kernels: Kernels) -> None:
         stage.add_submodule(name, made)
         with stage.graph.inserting_before(node):
             new = stage.graph.call_module(name, arguments)
+        new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         stage.graph.erase_node(node)
     stage.delete_all_unused_submodules()

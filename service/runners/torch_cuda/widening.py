@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from models.staging import Stage
 from service.runners.torch_cuda.joined import ConvRelu
 from service.runners.torch_cuda.kernels import IMAGE_CHANNELS
-from service.runners.torch_cuda.replaced import WideNormalise, is_concat
+from service.runners.torch_cuda.replaced import N_CHANNELS, WideNormalise, is_concat
 
 BY_CHANNEL = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Identity, nn.Dropout, nn.Upsample)
 BY_CHANNEL_FUNCTIONS = (torch.relu, F.relu, F.interpolate, F.max_pool2d, F.avg_pool2d)
@@ -51,7 +51,10 @@ def plain(width: int) -> Layout:
 
 @torch.no_grad()
 def widen(stages: Sequence[Stage], multiple: int) -> None:
-    """Widen the maps that convolutions make to multiples of channels, and let their readers know."""
+    """Widen the maps that convolutions make to multiples of channels, and let their readers know.
+
+    A map's node has its number of channels as `meta[N_CHANNELS]` then, if that is known.
+    """
     layouts: dict[str, Layout] = {}
     for stage in stages:
         _Widening(stage, multiple, layouts).run()
@@ -77,6 +80,8 @@ class _Widening:
                 self._leave(node)
             elif node.op != "placeholder" and not self._rewrite(node):
                 self._narrow_inputs(node)
+        for node, layout in self.of.items():
+            node.meta[N_CHANNELS] = layout.width
         self._stage.graph.lint()
         self._stage.delete_all_unused_submodules()
         self._stage.recompile()
