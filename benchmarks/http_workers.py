@@ -187,10 +187,10 @@ def main(
         folder = Path(name)
         write_null_bundle(folder / "null", size_px)
         client = Client(load_script(folder, size_px), connections, client_threads, theirs)
-        options = ["--bundle", str(folder / "null"), "--lanes", "1", "--log-level", "error", "--http-workers"]
+        options = ["--bundle", str(folder / "null"), "--device", "cpu", "--lanes", "1", "--log-level", "error"]
         servers = []
         for n_workers in (0, *map(int, workers.split(","))):
-            url, pid = stack.enter_context(served([*options, str(n_workers)], ours))
+            url, pid = stack.enter_context(served([*options, "--http-workers", str(n_workers)], ours))
             servers.append(Measured(n_workers, pid, url))
         for measured in servers:
             measured.run(client, 1)
