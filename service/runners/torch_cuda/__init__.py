@@ -1,8 +1,14 @@
 """Stages as CUDA graphs, and what rows carry between them in slots on the device. Imports torch; see `docs/gpu.md`.
 
 network.py   a bundle's network, rebuilt and lowered: normalisation folded, channels-last, half precision
+joined.py    a convolution, its bias and its ReLU in one kernel
+widening.py  channels to multiples of eight
+replaced.py  parts of a stage whose work the device's own kernels do
+growing.py   maps that grow layer by layer without being copied
+kernels.py   the device's own kernels: how each is called; kernel_sources.py: their text; kernel_making.py: checked
 memory.py    slots, and the values that rows keep in them
 scoring.py   what an exit says of a row, worked out on the device
+resize.py    pictures of many sizes to the network's
 device.py    streams: CUDA's with graphs, and the host's, on which the same programs run as they are
 lane.py      one batch at a time: buffers, and a program a stage and bucket
 runner.py    the runner
