@@ -28,7 +28,7 @@ from service.lanes import Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
 from service.rows import Answer, EngineDraining, EngineError, Options, Request, Sink, Step, Told
-from service.runners.base import Runner, canvas_px_of, first_states
+from service.runners.base import Runner, canvas_px_of, first_states_of
 from service.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class Engine:
     ) -> None:
         self.clock = clock
         self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
-        self._runner = runner
+        self._runner, self._first_states = runner, first_states_of(runner)
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._admission = Admission(max_in_flight_rows)
         self._core = Core(budget, scheduler, class_names, exits, observer)
@@ -214,7 +214,7 @@ class Engine:
         Raises:
             ValueError: the images are not what the network takes.
         """
-        states = first_states(self._runner, images, which)
+        states = self._first_states(images, which)
         requests = [Request(token, sink, options, state) for token, state in zip(tokens, states, strict=True)]
         n_in = self._admission.enter_all(requests)
         if n_in == len(requests):

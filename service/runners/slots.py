@@ -20,8 +20,8 @@ class SlotState(RowState):
     Attributes:
         slot: `SCRATCH` before the first stage.
         place: of its picture; `NOWHERE` where it has none, or none any more.
-        keeps_picture: as long as it lives itself, since its first stage runs more than once: its batch has hung, say, and
-            may still read the picture.
+        keeps_picture: as long as it lives itself, since its first stage runs more than once: its batch has hung, say,
+            and may still read the picture.
     """
 
     __slots__ = ("_slots", "keeps_picture", "place", "slot")

@@ -102,6 +102,35 @@ def hold(engine: Engine) -> threading.Event:
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
+def test_a_block_of_images_is_answered_as_each_alone_and_what_finds_no_room_is_refused(bundle, images):
+    engine = faulty_engine(bundle, max_in_flight_rows=6)
+    which = [5, 3, 3, 100, 7, 2, 9, 11]
+    told: dict[int, Answer] = {}
+    with running(engine):
+        alone = [engine.submit(images[i], Options(exit=2)).result(LIMIT_S) for i in which]
+        gate = hold(engine)
+        entries = engine.submit_all(
+            lambda outcomes: told.update(outcomes),
+            range(8),
+            images,
+            which,
+            Options(exit=2),  # type: ignore[arg-type]
+        )
+        engine.flush()
+        assert [isinstance(entry, EngineOverloaded) for entry in entries] == [False] * 6 + [True] * 2
+        first = entries[0]
+        assert not isinstance(first, EngineError)
+        engine.abandon(first)
+        gate.set()
+        wait_until("five answers", lambda: len(told) == 5)
+        stats = engine.stats()
+    assert (stats.answered, stats.abandoned, stats.refused) == (8 + 5, 1, 2)
+    assert balanced(stats)
+    assert {token: answer.class_id for token, answer in told.items()} == {k: alone[k].class_id for k in range(1, 6)}
+    [late] = engine.submit_all(lambda outcomes: None, [0], images, [0])
+    assert isinstance(late, EngineDraining)
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("max_rows", [1, 13])
 def test_answers_are_those_of_the_whole_network(bundle, images, whole, policy, max_rows):

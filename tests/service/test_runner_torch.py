@@ -1,6 +1,7 @@
 """The torch runner on the host, without graphs and streams: its answers are those of the network as it was trained."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -236,6 +237,18 @@ def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], 
             assert not any(module.by_cudnn for module in stage.modules() if isinstance(module, ConvRelu))
             state.update(zip(stage.outputs, outputs, strict=True))
     assert joined == n_convolutions > 0
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_many_images_at_once_lie_where_one_by_one_they_would(
+    runner: TorchCudaRunner, images: NDArray[np.uint8], order: Literal["C", "F"]
+) -> None:
+    which = [7, 1, 1, 50, 3]
+    states = runner.first_states(np.array(images, order=order), which)
+    for state, i in zip(states, which, strict=True):
+        assert np.array_equal(runner.pictures[state.place], images[i])
+    with pytest.raises(ValueError, match="where the network takes"):
+        runner.first_states(images[:, 1:], which)
 
 
 def test_an_image_of_another_kind_is_refused(runner: TorchCudaRunner) -> None:
