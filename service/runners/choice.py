@@ -8,7 +8,7 @@ from typing import Literal
 
 from models.bundle import Bundle
 from models.onnx_weights import StageLoadError
-from service.runners.base import Runner, RunnerError
+from service.runners.base import FatalRunnerError, Runner, RunnerError
 from service.runners.onnx import OnnxRunner
 from service.runners.providers import Device, check_device, cuda_device_count, tensorrt_version
 
@@ -100,7 +100,7 @@ def open_runner(
     try:
         return fastest(candidates)
     except RunnerError as error:
-        if device != "auto":
+        if device != "auto" or isinstance(error, FatalRunnerError):
             raise
         logger.warning("stages run on the processor, although there is a GPU: %s", error)
         return OnnxRunner(bundle, max_rows, n_lanes, "cpu")
@@ -112,6 +112,7 @@ def fastest(candidates: Candidates) -> Runner:
     Those that cannot be opened or warmed up are left out, with a warning.
 
     Raises:
+        FatalRunnerError: the device was lost on the way; nothing may be tried in this process any more.
         RunnerError: none can run.
     """
     best: tuple[float, str, Runner] | None = None
@@ -120,6 +121,8 @@ def fastest(candidates: Candidates) -> Runner:
         try:
             runner = open_candidate()
             image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in runner.warm_up())
+        except FatalRunnerError:
+            raise
         except (RunnerError, StageLoadError) as error:
             logger.warning("the runner %s is left out: %s", name, error)
             failures.append(f"{name}: {error}")

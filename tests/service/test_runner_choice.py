@@ -10,7 +10,7 @@ import pytest
 from models.bundle import Bundle, load_bundle
 from models.onnx_weights import load_stage_session
 from service.runners import choice, providers
-from service.runners.base import Runner, RunnerError
+from service.runners.base import FatalRunnerError, Runner, RunnerError
 from service.runners.onnx import OnnxRunner
 from service.runners.providers import (
     CUDA,
@@ -60,6 +60,23 @@ def test_what_cannot_run_is_left_out_with_a_warning(bundle: Bundle, caplog: pyte
 
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
+def test_where_the_device_is_lost_nothing_else_is_tried_in_this_process(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_it(*arguments: object, **options: object) -> Runner:
+        raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
+
+    tried = timed(bundle, 0.004)
+    with pytest.raises(FatalRunnerError, match="illegal memory access"):
+        choice.fastest({"torch-cuda": lose_it, "onnx": lambda: tried})
+    for device in ("auto", "cuda"):
+        monkeypatch.setattr(choice, "check_device", lambda device: None)
+        monkeypatch.setattr(choice, "cuda_device_count", lambda: 1)
+        monkeypatch.setattr("service.runners.torch_cuda.runner.open_torch_runner", lose_it)
+        with pytest.raises(FatalRunnerError, match="illegal memory access"):
+            choice.open_runner(bundle, device=device)  # type: ignore[arg-type]
+
+
 def test_without_a_gpu_auto_is_onnx_at_once(bundle: Bundle) -> None:
     assert isinstance(choice.open_runner(bundle, max_rows=4), OnnxRunner)
     with pytest.raises(RunnerError, match=r"torch-cuda was asked for, but torch .* sees no GPU"):
