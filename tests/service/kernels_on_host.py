@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import hashlib
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ HOST = r"""
 #define __device__
 #define __forceinline__ inline
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct uint2 { unsigned x, y; };
 struct Place { unsigned x; };
 static thread_local Place blockIdx, threadIdx, blockDim;
 static float widened(unsigned short half) { _Float16 x; __builtin_memcpy(&x, &half, 2); return x; }
@@ -42,6 +44,22 @@ template <typename T> static T __shfl_xor_sync(unsigned, T value, int step) {
     T theirs = (T)passed[threadIdx.x ^ step];
     together->arrive_and_wait();
     return theirs;
+}
+// What tensor cores do: every lane holds parts of both factors and of the result.
+static unsigned held[32][6];
+static void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, uint2 b) {
+    unsigned mine[6] = {a0, a1, a2, a3, b.x, b.y}, lane = threadIdx.x;
+    for (int i = 0; i < 6; i++) held[lane][i] = mine[i];
+    together->arrive_and_wait();
+    auto part = [](unsigned both, int k) { return widened((unsigned short)(k % 2 ? both >> 16 : both)); };
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            float a = part(held[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k);
+            c[i] += a * part(held[column * 4 + k % 8 / 2][4 + k / 8], k);
+        }
+    }
+    together->arrive_and_wait();
 }
 """
 
@@ -74,15 +92,15 @@ def compile_on_host(folder: Path) -> Callable[[str, str], Any]:
     """Return what compiles kernels, once each, into `folder`."""
 
     def compile_kernel(source: str, name: str) -> Callable[..., None]:
-        library = folder / f"{name}.so"
+        library = folder / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             found = re.search(rf"void {name}\((.*?)\)", source, re.DOTALL)
             assert found is not None
             types = [re.sub(r"\w+\s*$", "", one).strip() for one in found[1].split(",")]
             arguments = ", ".join(f"*({kind}*)a[{i}]" for i, kind in enumerate(types))
             launch = LAUNCH.replace("KERNEL", name).replace("ARGUMENTS", arguments)
-            launch = launch.replace("TALKS", "true" if "__shfl" in source else "false")
-            text = folder / f"{name}.cpp"
+            launch = launch.replace("TALKS", "true" if "__shfl" in source or "multiply(" in source else "false")
+            text = library.with_suffix(".cpp")
             text.write_text(HOST + source + launch)
             how = ["g++", "-std=c++20", "-O2", "-w", "-pthread", "-shared", "-fPIC", "-o", library, text]
             subprocess.run(how, check=True, capture_output=True, text=True)

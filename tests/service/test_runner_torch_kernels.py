@@ -2,6 +2,7 @@
 wider for tensor cores."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from service.runners.torch_cuda.network import cut, load_network, lower
 from service.runners.torch_cuda.replaced import N_CHANNELS, Concat
 from service.runners.torch_cuda.runner import TorchCudaRunner
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge, judge_by_torch, kernels
+from service.runners.torch_cuda.small_conv import SmallConv, is_small, make_small_conv
 from service.runners.torch_cuda.widening import widen
 from tests.bundles import IMAGE_SIZE_PX, MEAN, REPOSITORY, STD, random_images, tiny_network
 from tests.service.kernels_on_host import compile_on_host, needs_compiler
@@ -239,11 +241,9 @@ def test_a_map_that_grows_in_place_leaves_those_before_it_as_they_were(made: Ker
 
 
 @needs_compiler
-def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(on_host: None) -> None:
+def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(made: Kernels) -> None:
     """What the shipped network's stages read and write: all but the last of a row of maps lie with gaps."""
-    stages = lower(
-        cut(shipped(), SHAPE, MEAN, STD), CPU, torch.float16, kernels=make_kernels(CPU, Ways()), ways=ON_HOST
-    )
+    stages = lower(cut(shipped(), SHAPE, MEAN, STD), CPU, torch.float16, kernels=made, ways=ON_HOST)
     n_appending = 0
     for stage in stages:
         for node in stage.graph.nodes:
@@ -259,6 +259,53 @@ def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(on_host: No
     assert n_appending == 13
 
 
+@needs_compiler
+@pytest.mark.parametrize("channels", [(8, 8), (24, 16), (16, 8), (48, 32), (128, 8)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_small_convolution_does_what_torch_does(
+    channels: tuple[int, int], stride: int, compiled: Callable[[str, str], Any]
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(*channels, 3, stride, 1).half()
+    assert is_small(conv)
+    launch = make_small_conv(compiled, conv)
+    assert launch is not None
+    small, x = SmallConv(launch, conv), torch.randn(2, channels[0], 7, 6).half()
+    assert not small.takes(x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert small.takes(x)
+    found = small(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, torch.relu(conv(x)), rtol=2e-3, atol=2e-3)
+    x[0, 3, 2, 2] = torch.nan  # which stays in the pixels around it, and in no other row
+    assert bool(small(x)[0].isnan().any())
+    assert not bool(small(x)[1].isnan().any())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv2d(8, 8, 3, padding=1),  # float32
+        nn.Conv2d(6, 8, 3, padding=1).half(),
+        nn.Conv2d(8, 40, 3, padding=1).half(),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False).half(),
+        nn.Conv2d(8, 8, 3).half(),
+        nn.Conv2d(8, 8, 1).half(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=2).half(),
+    ],
+)
+def test_other_convolutions_are_not_small(other: nn.Conv2d) -> None:
+    assert not is_small(other)
+
+
+def test_a_small_convolution_that_is_wrong_or_cannot_be_made_is_left_to_cudnn(caplog: pytest.LogCaptureFixture) -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1).half()
+    assert make_small_conv(lambda source, name: lambda *given: given[2][0].fill_(7.0), conv) is None
+    assert make_small_conv(lambda source, name: 1 // 0, conv) is None  # type: ignore[return-value]
+    assert "no kernel of our own convolves 8 channels to 8 by 1: it computes something else" in caplog.messages
+    assert len(caplog.messages) == 2
+
+
 # --- all together -------------------------------------------------------------------------------------------------
 
 
@@ -269,8 +316,9 @@ def test_the_runner_with_every_kernel_answers_as_the_network_does(
 ) -> None:
     """In float16, as on a GPU but for cuDNN and graphs."""
     made, pixels = network(), random_images(6, seed=5)
+    ways = replace(ON_HOST, small=network is odd)  # here it takes its time
     runner = TorchCudaRunner(
-        made, SHAPE, MEAN, STD, "logit_margin", 4, 16, device=Host(), dtype=torch.float16, ways=ON_HOST
+        made, SHAPE, MEAN, STD, "logit_margin", 4, 16, device=Host(), dtype=torch.float16, ways=ways
     )
     runner.warm_up(0.0)
     assert all(name in runner.kernels for name in SOURCES)
@@ -279,6 +327,8 @@ def test_the_runner_with_every_kernel_answers_as_the_network_does(
     for start in (0, 3):
         for found, expected in zip(logits_of(runner, pixels[start : start + 3]), whole, strict=True):
             close(found, expected[start : start + 3].numpy(), tolerance=0.02)
+    convs = [module for stage in runner.stages for module in stage.modules() if isinstance(module, ConvRelu)]
+    assert any(conv.small is not None for conv in convs) == ways.small
     grown = [module for stage in runner.stages for module in stage.modules() if isinstance(module, Concat)]
     assert any(concat.appends for concat in grown) or network is not shipped
     targets = {str(node.target) for stage in runner.stages for node in stage.graph.nodes}

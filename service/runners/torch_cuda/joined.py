@@ -1,6 +1,7 @@
 """A convolution, its bias and its ReLU: one kernel by cuBLAS or cuDNN, or two; torch alone runs three.
 
-One of 1 x 1 pixels is a matrix product, which cuBLAS joins with both, needs no search, and is as fast as cuDNN.
+One of 1 x 1 pixels is a matrix product, which cuBLAS joins with both, needs no search, and is as fast as cuDNN. One of
+few channels may be faster by a kernel of our own (`small_conv`), which is timed beside cuDNN's.
 
 cuDNN's own joining is as fast as its convolution, if it may try all its algorithms: without that it picks slow ones. So
 it is taken for the batch sizes for which there was time to try (`Cuda.searching`), if it is right there. Two kernels
@@ -10,7 +11,8 @@ are always right, and made by NVRTC, which comes with torch.
 import copy
 import logging
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,19 @@ BiasRelu = Callable[[Tensor, Tensor], Tensor]
 CODE = "template <typename T> T bias_relu(T x, T bias) { T sum = x + bias; return sum < T(0) ? T(0) : sum; }"
 SAME = 0.01  # of the largest value: half precision, summed up in another order
 ALIGNED = 8  # channels, as products want them
+TIMED_RUNS = 10
+SLEEP_CYCLES = 4_000_000  # some 2 ms, in which these are put on the stream
 CHECKED_ROWS = 4  # at both ends of a batch
 
 logger = logging.getLogger(__name__)
+
+
+class SmallKernel(Protocol):
+    """See `small_conv.SmallConv`."""
+
+    def takes(self, x: Tensor) -> bool: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class ConvRelu(nn.Module):
@@ -46,6 +58,9 @@ class ConvRelu(nn.Module):
         self._bias_relu, self._fuse, self._multiply = bias_relu, fuse, multiply
         self.fused: dict[tuple[int, ...], bool] = {}
         """By the input's shape: whether cuDNN's joining was tried and is right."""
+        self.small: SmallKernel | None = None
+        self.small_wins: dict[tuple[int, ...], bool] = {}
+        """By the input's shape: whether it was faster than the rest."""
 
     def around(self, conv: nn.Conv2d) -> "ConvRelu":
         """The same of another convolution."""
@@ -66,6 +81,12 @@ class ConvRelu(nn.Module):
             return self._by_cudnn(x)
         if self.is_product:
             return self._as_product(x)
+        if self.small is not None and self.small.takes(x) and self._is_small_best(self.small, x):
+            return self.small(x)
+        return self._by_library(x)
+
+    def _by_library(self, x: Tensor) -> Tensor:
+        conv = self.conv
         if self._is_fused(x):
             return self._by_cudnn(x)
         if self._bias_relu is None:
@@ -88,6 +109,14 @@ class ConvRelu(nn.Module):
         pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # no copy where they are evenly spaced
         found = torch._addmm_activation(conv.bias, pixels, conv.weight.view(conv.out_channels, channels).t())
         return found.view(rows, height, width, -1).permute(0, 3, 1, 2)
+
+    def _is_small_best(self, small: "SmallKernel", x: Tensor) -> bool:
+        shape = tuple(x.shape)
+        if shape not in self.small_wins and torch.backends.cudnn.benchmark and x.is_cuda:
+            self._by_library(x)  # which searches
+            self.small_wins[shape] = _device_ms(partial(small, x)) < _device_ms(partial(self._by_library, x))
+        # Sizes for which nothing was searched do as those for which it was.
+        return self.small_wins.get(shape, all(self.small_wins.values()))
 
     def _is_fused(self, x: Tensor) -> bool:
         if not self._fuse:
@@ -121,6 +150,18 @@ class ConvRelu(nn.Module):
             self._fuse = False
             return False
         return True
+
+
+def _device_ms(run: Callable[[], Tensor]) -> float:
+    """What something takes on the GPU; it sleeps first, so that no launch is waited for."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SLEEP_CYCLES)
+    start.record()
+    for _ in range(TIMED_RUNS):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / TIMED_RUNS
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
-from service.runners.torch_cuda.kernels import IMAGE_CHANNELS, Kernels, Launch, Ways
+from service.runners.torch_cuda.kernels import IMAGE_CHANNELS, Compile, Kernels, Launch, Ways
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch
-
-Compile = Callable[[str, str], Launch]
-"""Makes of a source the kernel of a name."""
 
 N_JUDGED = 16  # rows: none depends on another
 
@@ -39,7 +36,7 @@ def make_kernels(device: torch.device, ways: Ways) -> Kernels:
             logger.warning("torch does the work of the kernel %s, which is not used: %s", name, error)
         else:
             made[name] = launch
-    return Kernels(made)
+    return Kernels(made, compile_kernel)
 
 
 def _require(found: Tensor, expected: Tensor, what: str, tolerance: float = 0.0) -> None:

@@ -4,7 +4,7 @@ All but `judge` move or change 16 bytes a thread: 8 channels in half precision, 
 of vectors are of such 16 bytes. The same text compiles for processors, where tests run it.
 """
 
-_HALVES = r"""
+HALVES = r"""
 #ifndef ON_HOST
 __device__ __forceinline__ float widened(unsigned short half) {
     float x;
@@ -190,11 +190,11 @@ extern "C" __global__ void judge(double* told, const float* logits, int n_classe
 """
 
 SOURCES = {
-    "bias_relu": _HALVES + _BIAS_RELU,
+    "bias_relu": HALVES + _BIAS_RELU,
     "concat": _CONCAT,
     "move": _MOVE,
-    "max_pool": _HALVES + _MAX_POOL,
-    "normalise": _HALVES + _NORMALISE,
+    "max_pool": HALVES + _MAX_POOL,
+    "normalise": HALVES + _NORMALISE,
     "judge": _JUDGE,
 }
 """By the name of the kernel."""

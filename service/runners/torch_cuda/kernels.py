@@ -12,6 +12,8 @@ from service.runners.torch_cuda.kernel_sources import JUDGED
 
 Launch = Callable[..., None]
 """Called with (grid, block, arguments), as what `torch.cuda._compile_kernel` makes."""
+Compile = Callable[[str, str], Launch]
+"""Makes of a source the kernel of a name."""
 
 THREADS = 256
 WARP = 32
@@ -33,6 +35,7 @@ class Ways:
     widened: bool = True  # channels to multiples of 8
     bias_relu: bool = True
     concat: bool = True
+    small: bool = True  # 3 x 3 convolutions of few channels by a kernel of our own, where it is faster
     grown: bool = True  # maps that others are put beside, layer by layer, grow where they lie
     move: bool = True
     max_pool: bool = True
@@ -45,10 +48,14 @@ class Ways:
 
 
 class Kernels:
-    """Kernels by name, as far as they were made; the same object however often it is copied."""
+    """Kernels by name, as far as they were made; the same object however often it is copied.
 
-    def __init__(self, launches: dict[str, Launch] | None = None) -> None:
-        self._launches = launches or {}
+    Args:
+        compile_kernel: makes more.
+    """
+
+    def __init__(self, launches: dict[str, Launch] | None = None, compile_kernel: Compile | None = None) -> None:
+        self._launches, self.compile_kernel = launches or {}, compile_kernel
 
     def __contains__(self, name: str) -> bool:
         return name in self._launches

@@ -24,6 +24,7 @@ from service.runners.torch_cuda.growing import grow_in_place
 from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join, can_multiply
 from service.runners.torch_cuda.kernels import Kernels, Ways
 from service.runners.torch_cuda.replaced import replace_maps, replace_normalise
+from service.runners.torch_cuda.small_conv import use_small_convs
 from service.runners.torch_cuda.widening import widen
 
 WEIGHTS = "weights.safetensors"
@@ -100,6 +101,8 @@ def lower(
                 # Module.to knows memory formats, its annotations do not.
                 module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         stage.to(device)
+    if ways.small and kernels.compile_kernel is not None:
+        use_small_convs(stages, kernels.compile_kernel)
     return list(stages)
 
 
