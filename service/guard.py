@@ -100,7 +100,10 @@ class Guard:
         return self._trial
 
     def look(self, now_s: float) -> list[Batch]:
-        """Return the batches that are given up now, their lanes lost. To be called when `next_s` has come."""
+        """Return the batches that are given up now, their lanes lost, and those that wait behind them there.
+
+        To be called when `next_s` has come.
+        """
         if now_s < self._next_look_s:
             return []
         self._next_look_s = now_s + LOOK_EVERY_S
@@ -119,6 +122,10 @@ class Guard:
             if batch is self._trial:
                 self._trial = None
                 self._next_trial_s = now_s + TRIAL_EVERY_S
+        for batch in [batch for batch in self.running if batch.behind in hung]:
+            del self.running[batch]  # nothing runs on that lane any more
+            batch.given_up = True
+            hung.append(batch)
         if hung and not self.lanes_left:
             self.unsound = f"all {self.n_lanes} lanes hang"
             self._next_trial_s = inf  # on the first lane that comes back

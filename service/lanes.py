@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -14,7 +15,17 @@ from models.exits import confidence
 from models.scores import HeadScore
 from models.scores import Score as Score
 from service.rows import Request
-from service.runners.base import Block, Gathering, Heads, PreparingRunner, RowState, Runner, StageOutput
+from service.runners.base import (
+    Block,
+    Gathering,
+    Heads,
+    LaunchingRunner,
+    Pending,
+    PreparingRunner,
+    RowState,
+    Runner,
+    StageOutput,
+)
 
 HISTORY = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
@@ -39,6 +50,7 @@ class Batch:
     error: Exception | None = None
     given_up: bool = False  # nobody waits for it any more
     hung: bool = False  # it was running too long
+    behind: "Batch | None" = None  # the one that its lane runs before it, which it has already been launched behind
 
     def __post_init__(self) -> None:
         self.states = self.states or [row.state for row in self.rows]
@@ -62,6 +74,7 @@ class Lanes:
     def __init__(self, runner: Runner, score: Score, post: Callable[[Batch], None]) -> None:
         self._runner = runner
         self._prepare = runner.prepare if isinstance(runner, PreparingRunner) else None
+        self._launch = runner.launch if isinstance(runner, LaunchingRunner) else None
         self._score = score
         self._post = post
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
@@ -94,6 +107,8 @@ class Lanes:
                 thread.join(timeout_s)
 
     def _work(self) -> None:
+        if self._launch is not None:
+            return self._work_ahead(self._launch)
         ran: Batch | None = None  # and not posted yet: see `_run`
         while True:
             try:
@@ -106,6 +121,55 @@ class Lanes:
                 return self._post_ran(ran)
             self._run(batch, ran)
             ran = batch
+
+    def _work_ahead(self, launch: Callable[..., Pending]) -> None:
+        """As `_work`, where a batch can be put behind the one that runs: it is, before that one is waited for."""
+        running: tuple[Batch, Pending] | None = None
+        stops = False
+        while not stops or running is not None:
+            batch = following = None
+            if not stops:
+                with suppress(Empty):
+                    batch = self._queue.get(block=running is None)
+                    stops = batch is None
+            alone = batch is not None and (batch.stage == TRIAL or batch.given_up)
+            if batch is not None and not alone:
+                following = self._launched(batch, launch, running)
+            if running is not None:
+                self._collect(*running)
+            if batch is not None and alone:
+                self._run(batch, None)
+                self._post(batch)
+            running, batch = following, None
+            if running is not None and running[0].behind is not None:
+                running[0].started_s, running[0].behind = time.perf_counter(), None
+
+    def _launched(
+        self, batch: Batch, launch: Callable[..., Pending], running: tuple[Batch, Pending] | None
+    ) -> tuple[Batch, Pending] | None:
+        """Launch a batch; None where that failed, and it was posted. It has started once those before it are back."""
+        if running is None:
+            batch.started_s = time.perf_counter()
+        else:
+            batch.behind = running[0]
+        try:
+            return batch, launch(batch.stage, batch.states, running and running[1])
+        except Exception as error:  # as in `_run`
+            batch.error = error
+        batch.ended_s = time.perf_counter()
+        batch.started_s = batch.started_s or batch.ended_s
+        batch.states = ()
+        self._post(batch)
+        return None
+
+    def _collect(self, batch: Batch, pending: Pending) -> None:
+        try:
+            batch.result = self._result(batch, pending.collect())
+        except Exception as error:  # as in `_run`
+            batch.error = error
+        batch.ended_s = time.perf_counter()
+        batch.states = ()
+        self._post(batch)
 
     def _post_ran(self, batch: Batch | None) -> None:
         if batch is not None:

@@ -128,6 +128,27 @@ class PreparingRunner(Runner, Protocol):
         ...
 
 
+class Pending(Protocol):
+    """A batch that runs on a device, or waits there for the one before it."""
+
+    def collect(self) -> StageOutput:
+        """Wait for it, once.
+
+        Raises:
+            RunnerError: it failed.
+        """
+        ...
+
+
+@runtime_checkable
+class LaunchingRunner(Runner, Protocol):
+    """A runner whose device has the next batch before this one has run, so that it never waits for Python."""
+
+    def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None) -> Pending:
+        """Have a batch run, `behind` one that the same thread has launched before and collects before this one."""
+        ...
+
+
 @runtime_checkable
 class BulkRunner(Runner, Protocol):
     """A runner that takes many images at once in less time than one by one."""

@@ -4,9 +4,9 @@ import logging
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +24,55 @@ SWITCH_S = 0.0002  # after which a thread that works passes the interpreter on; 
 
 
 class Lane(Protocol):
-    """Runs one batch at a time."""
+    """Runs batches one after the other."""
 
     def prepare(self, stage: int, bucket: int) -> None:
         """Make ready for batches of up to `bucket` rows, and run one whose rows are all `SCRATCH`."""
         ...
 
-    def run(
+    def launch(
         self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]
-    ) -> tuple[NDArray[np.float32], Heads | None]:
-        """Run a stage on the rows in `slots`, up to `bucket`; of rows that begin, `begin` says where pictures are.
+    ) -> Callable[[], tuple[NDArray[np.float32], Heads | None]]:
+        """Have a stage run on the rows in `slots`, up to `bucket`; of rows that begin, `begin` says where pictures are.
 
         Returns:
-            their logits, float32 [rows, classes], and what else is told of them; the caller's own.
+            what waits for it and gives logits, float32 [rows, classes], and what else is told of the rows; the
+            caller's own. It is to be called before the batch after the next is launched, in their order.
         """
         ...
 
 
 L = TypeVar("L", bound=Lane)
+
+
+class Launched:
+    """A batch that a lane runs, or will run once the one before it has run.
+
+    Attributes:
+        is_last: none was launched behind it: its lane is idle when it is collected.
+    """
+
+    def __init__(self, runner: "SlotRunner[Any]", lane: Any, stage: int, rows: Sequence[SlotState]) -> None:
+        self.lane, self.is_last = lane, True
+        self.result: Callable[[], tuple[NDArray[np.float32], Heads | None]]
+        self._runner, self._stage, self._rows = runner, stage, rows
+        self._started_s = time.perf_counter()
+
+    def collect(self) -> StageOutput:
+        """Wait for it; to be called once."""
+        runner, stage, rows = self._runner, self._stage, self._rows
+        try:
+            logits, heads = self.result()
+        except Exception as error:  # as at the launch
+            raise runner.failure(stage, len(rows), error) from error
+        finally:
+            if self.is_last:
+                runner.make_idle(self.lane)
+        if stage == 0:
+            runner.slots.begun(rows)
+        goes_on = stage + 1 < runner.n_stages
+        block = Block({}, len(rows), rows if goes_on else None)
+        return StageOutput(logits, block, time.perf_counter() - self._started_s, heads=heads)
 
 
 class SlotRunner(ABC, Generic[L]):
@@ -142,26 +173,34 @@ class SlotRunner(ABC, Generic[L]):
         return states
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
-        started = time.perf_counter()
+        return self.launch(stage, rows).collect()
+
+    def launch(self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None) -> "Launched":
+        """Have a batch run: on an idle lane, or on that of a batch launched before, `behind` which it waits there."""
         states = cast(Sequence[SlotState], rows)  # of `first_state`, as the contract has it
         begin = states if stage == 0 else ()
         if begin:
             self.slots.begin(begin)
         slots = [state.slot for state in states]
         bucket = next(size for size in self.buckets if size >= len(rows))
-        lane = self._idle.get()
+        lane = self._idle.get() if behind is None else behind.lane
+        launched = Launched(self, lane, stage, states)
         try:
-            logits, heads = lane.run(stage, bucket, slots, begin)
+            launched.result = lane.launch(stage, bucket, slots, begin)
         except Exception as error:  # torch and ONNX Runtime raise errors of many kinds
-            what = f"stage {stage + 1} failed on a batch of {len(rows)}: {error}"
-            raise (FatalRunnerError if self._is_lost(error) else RunnerError)(what) from error
-        finally:
-            self._idle.put(lane)
-        if begin:
-            self.slots.begun(begin)
-        goes_on = stage + 1 < self.n_stages
-        block = Block({}, len(rows), rows if goes_on else None)
-        return StageOutput(logits, block, time.perf_counter() - started, heads=heads)
+            if behind is None:
+                self._idle.put(lane)
+            raise self.failure(stage, len(rows), error) from error
+        if behind is not None:
+            behind.is_last = False
+        return launched
+
+    def failure(self, stage: int, n_rows: int, error: Exception) -> RunnerError:
+        kind = FatalRunnerError if self._is_lost(error) else RunnerError
+        return kind(f"stage {stage + 1} failed on a batch of {n_rows}: {error}")
+
+    def make_idle(self, lane: L) -> None:
+        self._idle.put(lane)
 
     def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
         """Prepare every stage at every bucket, the first time; then run every stage at all buckets for `limit_s`.

@@ -83,11 +83,11 @@ def run_side_by_side(runner: SlotRunner[Any], images: NDArray[np.uint8], check: 
     assert all_free(runner.slots)
 
 
-def engine_around(runner: Runner, bundle: Bundle) -> Engine:
+def engine_around(runner: Runner, bundle: Bundle, **options: Any) -> Engine:
     """An engine that keeps 60 % of the full network's cost."""
     budget = BudgetController(bundle.frontier(), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000)
     scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows)
-    return Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names)
+    return Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names, **options)
 
 
 def answer_all(

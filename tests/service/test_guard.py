@@ -48,6 +48,22 @@ def test_a_batch_that_does_not_come_back_is_given_up_within_a_second() -> None:
     assert here.lanes_left == 2
 
 
+def test_what_was_launched_behind_a_batch_that_hangs_is_given_up_with_it() -> None:
+    here = guard()
+    batch, other = begin(here, 0.0), begin(here, 0.0, stage=1)
+    behind, behind_other = Batch(0, [], behind=batch), Batch(0, [], behind=other)
+    here.began(behind, 0.0)
+    here.began(behind_other, 0.0)
+    [(when_s, given_up), (_, with_it)] = look_until(here, 0.0, 2.0)
+    assert when_s <= 1.0 + 1e-9
+    assert (given_up, with_it) == (batch, behind)
+    assert (here.lanes_left, here.n_hung) == (1, 1)
+    assert not end(here, batch, 3.0)
+    assert not end(here, behind, 3.0)
+    assert here.lanes_left == 2
+    assert end(here, other, 3.0)
+
+
 def test_a_slow_stage_is_given_the_time_it_needs() -> None:
     here = guard()
     begin(here, 0.0, stage=1)

@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from queue import SimpleQueue
 
 import numpy as np
@@ -50,6 +51,30 @@ class Runner:
 class Preparing(Runner):
     def prepare(self, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
         return self.gathered(rows)
+
+
+class Launching(Runner):
+    """A row of the value -3 fails as it is collected."""
+
+    def launch(self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None) -> "Launched":
+        assert behind is None or not behind.is_collected
+        number = int(rows[0].block.values["x"][0])
+        self.events.append(f"launch {number}" + (f" behind {behind.number}" if behind else ""))
+        if number == -2:
+            raise ValueError("no room")
+        return Launched(self, number)
+
+
+class Launched:
+    def __init__(self, runner: Runner, number: int) -> None:
+        self.runner, self.number, self.is_collected = runner, number, False
+
+    def collect(self) -> StageOutput:
+        self.is_collected = True
+        self.runner.events.append(f"collect {self.number}")
+        if self.number == -3:
+            raise ValueError("out of memory")
+        return StageOutput(np.zeros((1, 3), np.float32), Block({}, 1), 0.0)
 
 
 def score(logits: np.ndarray) -> np.ndarray:
@@ -107,6 +132,44 @@ def test_a_trial_and_a_batch_given_up_let_the_one_before_go_first():
     assert all(ran.error is None for ran in came)
 
 
+def test_where_a_batch_can_be_launched_behind_the_one_that_runs_it_is():
+    events, came = served(Launching, [1, 2, 3])
+    assert events == [
+        *["launch 1", "launch 2 behind 1", "collect 1", "post 1"],
+        *["launch 3 behind 2", "collect 2", "post 2", "collect 3", "post 3"],
+    ]
+    assert all(0.0 < ran.started_s <= ran.ended_s for ran in came)
+    assert [ran.behind for ran in came] == [None] * 3
+    # One has begun when the one before it is back.
+    assert all(after.started_s >= before.ended_s for before, after in pairwise(came))
+
+
+def test_what_cannot_be_launched_or_fails_later_fails_alone():
+    events, came = served(Launching, [1, -2, -3, 4])
+    told = {events[events.index(f"post {n}")]: None for n in (1, -2, -3, 4)}
+    assert len(told) == len(came) == 4
+    assert sorted(str(ran.error) for ran in came) == ["None", "None", "no room", "out of memory"]
+    assert all(0.0 < ran.started_s <= ran.ended_s and not ran.states for ran in came)
+
+
+def test_a_trial_has_the_lane_to_itself():
+    events, came = served(Launching, [1, 0, 2])
+    assert events == ["launch 1", "collect 1", "post 1", "trial", "post 0", "launch 2", "collect 2", "post 2"]
+    assert all(ran.error is None for ran in came)
+
+
+@pytest.mark.parametrize("kind", [Runner, Preparing, Launching])
+def test_a_lane_is_stopped_after_what_it_was_given(kind):
+    events: list[str] = []
+    runner, posted = kind(events), SimpleQueue[Batch]()
+    lanes = Lanes(runner, HeadScore(score), posted.put)
+    lanes.put(batch(runner, 1))
+    lanes.put(batch(runner, 2))
+    lanes.start()
+    lanes.stop(LIMIT_S)
+    assert [posted.get(timeout=LIMIT_S).result is not None for _ in range(2)] == [True, True]
+
+
 def test_a_lane_with_nothing_to_do_keeps_no_batch():
     runner, posted = Preparing([]), SimpleQueue[Batch]()
     lanes = Lanes(runner, HeadScore(score), posted.put)
@@ -121,9 +184,10 @@ class Token:
     """Of a request; a weak reference tells when the last one to it has gone."""
 
 
-def test_a_lane_that_waits_keeps_no_request_alive() -> None:
+@pytest.mark.parametrize("kind", [Runner, Preparing, Launching])
+def test_a_lane_that_waits_keeps_no_request_alive(kind: type[Runner]) -> None:
     posted = SimpleQueue[weakref.ref[Token]]()
-    lanes = Lanes(runner := Runner([]), HeadScore(score), lambda ran: posted.put(weakref.ref(ran.rows[0].token)))
+    lanes = Lanes(runner := kind([]), HeadScore(score), lambda ran: posted.put(weakref.ref(ran.rows[0].token)))
     lanes.start()
     request = Request(Token(), print, Options(), runner.first_state(np.array(1)))
     lanes.put(Batch(0, [request]))

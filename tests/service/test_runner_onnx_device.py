@@ -227,7 +227,7 @@ def test_every_stage_is_bound_once_a_bucket_and_batches_take_the_smallest_that_f
 ) -> None:
     prepared: list[tuple[int, int]] = []
     ran: list[tuple[int, int]] = []
-    prepare, run = OnnxLane.prepare, OnnxLane.run
+    prepare, launch = OnnxLane.prepare, OnnxLane.launch
 
     def preparing(self: OnnxLane, stage: int, bucket: int) -> None:
         prepared.append((stage, bucket))
@@ -235,10 +235,10 @@ def test_every_stage_is_bound_once_a_bucket_and_batches_take_the_smallest_that_f
 
     def running(self: OnnxLane, stage: int, bucket: int, *rest: Any) -> Any:
         ran.append((stage, bucket))
-        return run(self, stage, bucket, *rest)
+        return launch(self, stage, bucket, *rest)
 
     monkeypatch.setattr(OnnxLane, "prepare", preparing)
-    monkeypatch.setattr(OnnxLane, "run", running)
+    monkeypatch.setattr(OnnxLane, "launch", running)
     runner = OnnxDeviceRunner(bundle, "cpu", 8, 8, 1)
     times = runner.warm_up()
     assert prepared == [(stage, bucket) for bucket in (8, 4, 2, 1) for stage in range(4)]

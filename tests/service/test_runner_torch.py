@@ -1,7 +1,9 @@
 """The torch runner on the host, without graphs and streams: its answers are those of the network as it was trained."""
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from models.exits import SCORES, confidence, take_exits
 from models.normalise import Normalise
 from models.registry import build_network
 from models.scores import score_exits
+from service.rows import Options
 from service.runners.base import Block, RunnerError, StageOutput, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.torch_cuda.device import Host
@@ -28,10 +31,13 @@ from tests.service.slotted import (
     all_free,
     answer_all,
     close,
+    engine_around,
     logits_of,
     regroup_at_random,
     run_side_by_side,
 )
+from tests.service.test_engine import running
+from tests.waiting import LIMIT_S, wait_until
 
 SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
 
@@ -102,6 +108,35 @@ def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
     runner = open_torch_runner(chosen, 8, 256, device=Host())
     assert (runner.score is None) == (score == "patience")
     answer_all(runner, chosen, images, whole, 1e-4)
+
+
+def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_the_other_lane(
+    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
+) -> None:
+    runner = open_torch_runner(bundle, 4, 256, device=Host())
+    engine, gate = engine_around(runner, bundle, hang_s=0.0), threading.Event()
+    hung: list[int] = []
+
+    def hanging(launch: Callable[..., Any], *batch: Any) -> Any:
+        collect = launch(*batch)
+        if hung:
+            return collect
+        hung.append(len(batch[2]))
+        return lambda: [gate.wait(LIMIT_S), collect()][1]
+
+    with running(engine):
+        lane = runner.lanes[0]
+        lane.launch = partial(hanging, lane.launch)  # type: ignore[method-assign]
+        futures = [engine.submit(image, Options(exit=1 + i % 4)) for i, image in enumerate(images[:60])]
+        for i, future in enumerate(futures):
+            assert future.result(LIMIT_S).class_id == whole[i % 4][i].argmax()
+        assert engine.stats().hung_batches == 1
+        assert hung
+        gate.set()
+        wait_until("the lane is back", lambda: engine.ask(lambda: engine._loop.guard.lanes_left).result() == 2)
+        assert engine.submit(images[0], Options(exit=4)).result(LIMIT_S).class_id == whole[3][0].argmax()
+    del futures, future
+    wait_until("every slot is free", lambda: all_free(runner.slots))
 
 
 def test_the_bundle_that_ships_answers_as_with_onnx() -> None:

@@ -5,8 +5,9 @@ bucket, and its logits are read from there.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,13 @@ class OnnxLane:
             return self._prepare(stage, bucket)
         return self._thread.submit(self._prepare, stage, bucket).result()
 
-    def run(
+    def launch(
         self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()
-    ) -> tuple[NDArray[np.float32], Heads | None]:
-        if self._thread is None:
-            return self._run(stage, bucket, slots, begin)
-        return self._thread.submit(self._run, stage, bucket, slots, begin).result()
+    ) -> Callable[[], tuple[NDArray[np.float32], Heads | None]]:
+        """See `slotted.Lane`. ONNX Runtime's copies wait, so all is done when it is collected."""
+        run = partial(self._run, stage, bucket, slots, begin)
+        thread = self._thread
+        return run if thread is None else lambda: thread.submit(run).result()
 
     def _prepare(self, stage: int, bucket: int) -> None:
         if bucket not in self._slots:

@@ -27,6 +27,10 @@ class Stream(Protocol):
         """Return what to call in the place of `program`, on this stream alone."""
         ...
 
+    def mark(self) -> Callable[[], None]:
+        """Return what waits until all has run that was put on the stream so far."""
+        ...
+
     def wait(self) -> None:
         """Wait until all that was put on the stream has run."""
         ...
@@ -62,6 +66,9 @@ class HostStream:
         program()
         return program
 
+    def mark(self) -> Callable[[], None]:
+        return self.wait
+
     def wait(self) -> None:
         pass
 
@@ -92,7 +99,6 @@ class CudaStream:
     def __init__(self, device: "Cuda") -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device.kind)
-        self._done = torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
         self._pool_bytes = 0  # taken from the device so far; free again while no graph is captured
 
@@ -120,9 +126,13 @@ class CudaStream:
         self._pool_bytes += max(0, torch.cuda.memory_reserved(kind) - reserved)
         return graph.replay
 
+    def mark(self) -> Callable[[], None]:
+        done = torch.cuda.Event()
+        done.record(self._stream)
+        return done.synchronize
+
     def wait(self) -> None:
-        self._done.record(self._stream)
-        self._done.synchronize()  # the one synchronisation of a batch: its verdicts are needed here
+        self._stream.synchronize()
 
     def _require_room(self, n_bytes: int) -> None:
         """Before a capture: one that runs out of memory cannot be mended.
@@ -158,6 +168,8 @@ class Cuda:
         self.kind = torch.device("cuda", 0)
         self.graphs = graphs
         self.search_left_s = search_s
+        # Else cuBLAS may add up in half precision what it splits, which moves scores more than all else does here.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def open_stream(self) -> Stream:
         return CudaStream(self)

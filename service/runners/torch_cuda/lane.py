@@ -1,8 +1,9 @@
-"""One lane: a stream, its buffers, and a program for every stage and bucket. One batch at a time.
+"""One lane: a stream, its buffers, and a program for every stage and bucket. One batch after the other.
 
 A batch of up to `bucket` rows is filled up to it with rows of `SCRATCH`. Its program reads the rows' slots from a
 buffer that stays where it is, gathers, runs the stage, writes to the slots, and leaves what is told of the rows in
-another.
+another. A batch may be put on the stream while the one before it runs: so there are two sets of the buffers on the
+host, which take turns.
 """
 
 import time
@@ -61,22 +62,22 @@ class Lane:
         self._image_shape, self._canvas_px = tuple(image_shape), canvas_px
         self._resizers: dict[int, Program] = {}  # by bucket
         self._buckets: dict[int, _Bucket] = {}
+        self._turn = 0
         canvas = (max_rows if canvas_px else 0, canvas_px, canvas_px, 3)
-        self._slots = _Pair(device, (max_rows,), torch.int64)
+        self._slots = _Pair(device, (max_rows,), torch.int64, n_turns=2)
         self._pictures = pictures
         self._images = torch.zeros((max_rows, *image_shape), dtype=torch.uint8, device=device.kind)
         self._canvases = _Pair(device, canvas, torch.uint8)
         self._cuts = _Pair(device, (max_rows, 2, 3), torch.float64)
-        self.told = _Pair(device, (max_rows * row_bytes,), torch.uint8)
+        self.told = _Pair(device, (max_rows * row_bytes,), torch.uint8, n_turns=2)
 
     @torch.inference_mode()
     def prepare(self, stage: int, bucket: int, call: StageCall | None = None) -> None:
         """Make the program of a stage for batches of up to `bucket` rows; `call` takes the stage's place in it."""
         if bucket not in self._buckets:
             self._buckets[bucket] = _Bucket(self._slots, self.told, bucket, self._n_classes)
-        self._slots.host.fill_(SCRATCH)
         with self.stream.use():
-            self._slots.there.copy_(self._slots.host)
+            self._slots.there.fill_(SCRATCH)
         if call is None:  # no `or`: what torch.compile makes is neither true nor false
             call = self._stages[stage]
         self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket, call))
@@ -87,18 +88,20 @@ class Lane:
             self._resizers[bucket] = self.stream.prepare(partial(self._resize, bucket))
 
     @torch.inference_mode()
-    def run(
+    def launch(
         self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()
-    ) -> tuple[NDArray[np.float32], Heads | None]:
+    ) -> Callable[[], tuple[NDArray[np.float32], Heads | None]]:
         """See `slotted.Lane`."""
-        n_rows, of = len(slots), self._buckets[bucket]
-        of.slots[:n_rows], of.slots[n_rows:] = slots, SCRATCH
+        n_rows, of, turn = len(slots), self._buckets[bucket], self._turn
+        self._turn = 1 - turn
+        of.slots[turn][:n_rows], of.slots[turn][n_rows:] = slots, SCRATCH
         places = [row.place for row in begin]
         as_canvases = NOWHERE in places
         if as_canvases:
+            self.stream.wait()  # there is but one set of canvases
             self._lay_out(begin)
         with self.stream.use():
-            of.slots_there.copy_(of.slots_host, non_blocking=True)
+            of.slots_there.copy_(of.slots_host[turn], non_blocking=True)
             if as_canvases:
                 self._canvases.send(n_rows)
                 self._cuts.send(n_rows)
@@ -106,12 +109,18 @@ class Lane:
             elif begin:
                 self._send(places)
             self.programs[stage, bucket]()
-            of.told_host.copy_(of.told_there, non_blocking=True)
-            self.stream.wait()
-        logits = of.logits[:n_rows].copy()  # the buffer is the next batch's
+            of.told_host[turn].copy_(of.told_there, non_blocking=True)
+            wait = self.stream.mark()
+        return partial(self._collect, n_rows, of, turn, wait)
+
+    def _collect(
+        self, n_rows: int, of: "_Bucket", turn: int, wait: Callable[[], None]
+    ) -> tuple[NDArray[np.float32], Heads | None]:
+        wait()  # the one synchronisation of a batch: its verdicts are needed here
+        logits = of.logits[turn][:n_rows].copy()  # the buffer is that of the batch after the next
         if self._score is None:
             return logits, None
-        numbers = of.numbers[:n_rows].copy()
+        numbers = of.numbers[turn][:n_rows].copy()
         return logits, Heads(numbers[:, 0].astype(np.int64), numbers[:, 1], numbers[:, 2])
 
     def _send(self, places: Sequence[int]) -> None:
@@ -164,11 +173,15 @@ class Lane:
 
 
 class _Pair:
-    """A buffer on the host, pinned if the device likes that, and its twin on the device. Neither ever moves."""
+    """A buffer on the host, pinned if the device likes that, and its twin on the device. Neither ever moves.
 
-    def __init__(self, device: Device, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self.host = torch.zeros(shape, dtype=dtype, pin_memory=device.pins)
-        self.there = torch.zeros(shape, dtype=dtype, device=device.kind)
+    Args:
+        n_turns: how many there are on the host, for one twin.
+    """
+
+    def __init__(self, device: Device, shape: Sequence[int], dtype: torch.dtype, n_turns: int = 1) -> None:
+        self.turns = [torch.zeros(shape, dtype=dtype, pin_memory=device.pins) for _ in range(n_turns)]
+        self.host, self.there = self.turns[0], torch.zeros(shape, dtype=dtype, device=device.kind)
         self.array = self.host.numpy()
 
     def send(self, n_rows: int) -> None:
@@ -179,11 +192,15 @@ class _Bucket:
     """What a batch of a bucket reads and writes of the lane's buffers: made once, as views take time to make."""
 
     def __init__(self, slots: _Pair, told: _Pair, bucket: int, n_classes: int) -> None:
-        self.slots: NDArray[np.int64] = slots.array[:bucket]
-        self.slots_host, self.slots_there = slots.host[:bucket], slots.there[:bucket]
         n_bytes = bucket * (8 * N_NUMBERS + 4 * n_classes)
-        self.told_host, self.told_there = told.host[:n_bytes], told.there[:n_bytes]
-        self.numbers, self.logits = (part.numpy() for part in _parts(told.host, bucket, n_classes))
+        self.slots_there, self.told_there = slots.there[:bucket], told.there[:n_bytes]
+        # By turn.
+        self.slots_host = [host[:bucket] for host in slots.turns]
+        self.slots: list[NDArray[np.int64]] = [host.numpy() for host in self.slots_host]
+        self.told_host = [host[:n_bytes] for host in told.turns]
+        parts = [_parts(host, bucket, n_classes) for host in told.turns]
+        self.numbers: list[NDArray[np.float64]] = [numbers.numpy() for numbers, _ in parts]
+        self.logits: list[NDArray[np.float32]] = [logits.numpy() for _, logits in parts]
 
 
 def _parts(told: Tensor, bucket: int, n_classes: int) -> tuple[Tensor, Tensor]:
