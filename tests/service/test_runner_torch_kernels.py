@@ -362,9 +362,11 @@ def test_where_cudnn_cannot_join_two_kernels_run_and_it_is_told_once(
     assert caplog.text.count("runs as two kernels, not as cuDNN's one") == 1
 
 
+@pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("garbage", [False, True])
-def test_cudnns_joining_is_taken_where_it_is_right(monkeypatch: pytest.MonkeyPatch, garbage: bool) -> None:
-    """With the test's own in its place, which may multiply by 0 what its output held before."""
+def test_cudnns_joining_is_taken_where_it_is_right(monkeypatch: pytest.MonkeyPatch, garbage: bool, wrong: bool) -> None:
+    """With the test's own in its place, which may multiply by 0 what its output held before, unless it has zeros to
+    add; or is wrong."""
     calls = 0
     held = torch.zeros(2, 4, 6, 6)
 
@@ -376,7 +378,17 @@ def test_cudnns_joining_is_taken_where_it_is_right(monkeypatch: pytest.MonkeyPat
         held.fill_(torch.nan)  # as who takes the memory next may
         return found.contiguous(memory_format=torch.channels_last)
 
+    def add(x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *geometry: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        found = torch.relu(F.conv2d(x, weight, bias, *geometry) + alpha * z) + wrong
+        assert z.shape == found.shape
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        assert not z.any()
+        return found.contiguous(memory_format=torch.channels_last)
+
     monkeypatch.setattr(torch, "cudnn_convolution_relu", join)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add)
     conv, x = ConvRelu(nn.Conv2d(3, 4, 3), None, fuse=True), torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -384,7 +396,8 @@ def test_cudnns_joining_is_taken_where_it_is_right(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
         before = calls
         assert torch.allclose(conv(x), first)
-        assert conv.fused == {(2, 3, 8, 8): not garbage}
-        assert calls == before + (not garbage)
+        taken = not (garbage and wrong)
+        assert conv.fused == {(2, 3, 8, 8): taken}
+        assert calls == before + taken
         conv(x[:1])  # a size that was not tried
-        assert calls == before + (not garbage)
+        assert calls == before + taken

@@ -58,6 +58,7 @@ class ConvRelu(nn.Module):
         self._bias_relu, self._fuse, self._multiply = bias_relu, fuse, multiply
         self.fused: dict[tuple[int, ...], bool] = {}
         """By the input's shape: whether cuDNN's joining was tried and is right."""
+        self._adds_zeros = False
         self.small: SmallKernel | None = None
         self.small_wins: dict[tuple[int, ...], bool] = {}
         """By the input's shape: whether it was faster than the rest."""
@@ -92,15 +93,15 @@ class ConvRelu(nn.Module):
         if self._bias_relu is None:
             return torch.relu(conv(x))
         assert conv.bias is not None
-        assert not isinstance(conv.padding, str)
-        bare = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        bare = F.conv2d(x, conv.weight, None, *_geometry(conv))
         return self._bias_relu(bare, conv.bias[None, :, None, None])
 
     def _by_cudnn(self, x: Tensor) -> Tensor:
         conv = self.conv
-        assert not isinstance(conv.padding, str)
-        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *geometry)
+        if self._adds_zeros:
+            zeros = _zeros(_shape_out(conv, x), x)
+            return torch.cudnn_convolution_add_relu(x, conv.weight, zeros, 0.0, conv.bias, *_geometry(conv))
+        return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, *_geometry(conv))
 
     def _as_product(self, x: Tensor) -> Tensor:
         conv = self.conv
@@ -129,19 +130,10 @@ class ConvRelu(nn.Module):
     def _try_cudnn(self, x: Tensor) -> bool:
         """Let cuDNN choose its algorithm, and compare what it computes with the convolution by torch's own means."""
         try:
-            found = self._by_cudnn(x)
-            # What is allocated next lies where this has lain. cuDNN multiplies what its output held before by 0.
-            found.fill_(torch.nan)
-            del found
-            found = self._by_cudnn(x)
-            ends = slice(0, CHECKED_ROWS), slice(-CHECKED_ROWS, None)
-            torch.backends.cudnn.enabled = False
-            try:
-                right = all(_same(found[end], torch.relu(self.conv(x[end]))) for end in ends)
-            finally:
-                torch.backends.cudnn.enabled = True
-            if not right or not bool(found.isfinite().all()):
-                raise RuntimeError("it computes something else")
+            if not self._is_right(x):
+                self._adds_zeros = True
+                if not self._is_right(x):
+                    raise RuntimeError("it computes something else")
         except torch.OutOfMemoryError:
             raise  # smaller batches are tried
         except RuntimeError as error:
@@ -150,6 +142,51 @@ class ConvRelu(nn.Module):
             self._fuse = False
             return False
         return True
+
+    def _is_right(self, x: Tensor) -> bool:
+        """Whatever lay in the memory that it writes to: cuDNN adds that to its result, times 0, unless it is given what
+        to add."""
+        conv = self.conv
+        found = self._by_cudnn(x)
+        found.fill_(torch.nan)
+        del found  # what is allocated next lies there
+        found = self._by_cudnn(x)
+        if not bool(found.isfinite().all()):
+            return False
+        assert conv.bias is not None
+        weight, bias = conv.weight.float(), conv.bias.float()
+        torch.backends.cudnn.enabled = False
+        try:
+            ends = slice(0, CHECKED_ROWS), slice(-CHECKED_ROWS, None)
+            expected = [torch.relu(F.conv2d(x[end].float(), weight, bias, *_geometry(conv))) for end in ends]
+            return all(_same(found[end], wanted) for end, wanted in zip(ends, expected, strict=True))
+        finally:
+            torch.backends.cudnn.enabled = True
+
+
+def _geometry(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+    assert not isinstance(conv.padding, str)
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _shape_out(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    assert not isinstance(conv.padding, str)
+    of = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+    height, width = ((side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in of)
+    return x.shape[0], conv.out_channels, height, width
+
+
+_zero_runs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+"""The last is the longest; none goes, as graphs read them."""
+
+
+def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """Zeros [rows, channels, height, width], channels-last, the same for all."""
+    rows, channels, height, width = shape
+    runs, n = _zero_runs.setdefault((like.device, like.dtype), []), rows * channels * height * width
+    if not runs or len(runs[-1]) < n:
+        runs.append(like.new_zeros(n))
+    return runs[-1][:n].view(rows, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _device_ms(run: Callable[[], Tensor]) -> float:
