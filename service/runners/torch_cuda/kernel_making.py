@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
-from service.runners.torch_cuda.kernels import IMAGE_CHANNELS, Compile, Kernels, Launch, Ways
+from service.runners.torch_cuda.kernels import Compile, Kernels, Launch, Ways
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch
 
 N_JUDGED = 16  # rows: none depends on another
@@ -101,8 +101,9 @@ def _check_normalise(kernels: Kernels, device: torch.device) -> None:
     scale, shift = torch.rand(3, device=device) / 60, torch.randn(3, device=device)
     for shape in ((3, 4, 4, 3), (2, 30, 46, 3)):
         images = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
-        expected = F.pad(images.float() * scale + shift, (0, IMAGE_CHANNELS - 3)).to(torch.float16).permute(0, 3, 1, 2)
-        _require(kernels.normalise(images, scale, shift), expected, f"images {shape}", 2e-3)
+        for n_channels in (4, 8):
+            expected = F.pad(images.float() * scale + shift, (0, n_channels - 3)).to(torch.float16).permute(0, 3, 1, 2)
+            _require(kernels.normalise(images, scale, shift, n_channels), expected, f"images {shape}", 2e-3)
 
 
 def _check_judge(kernels: Kernels, device: torch.device) -> None:

@@ -111,23 +111,31 @@ extern "C" __global__ void max_pool(
 }
 """
 
-# Four pixels a thread: twelve bytes become two vectors, as every pixel gets a fourth channel of zeros.
+# Four pixels a thread: twelve bytes become two vectors or four, as every pixel gets channels of zeros, up to 4 or 8.
 _NORMALISE = r"""
 extern "C" __global__ void normalise(
-    uint4* out, const unsigned* images, const float* scale, const float* shift, int n_quarters
+    uint4* out, const unsigned* images, const float* scale, const float* shift, int n_quarters, int n_channels
 ) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n_quarters) return;
     unsigned words[3] = {images[3 * i], images[3 * i + 1], images[3 * i + 2]};
-    Halves pixels[2];
+    Halves pixels[4];
 #pragma unroll
     for (int k = 0; k < 12; k++) {
         float value = (float)((words[k / 4] >> (8 * (k % 4))) & 255u);
-        pixels[k / 6].each[k % 6 / 3 * 4 + k % 3] = narrowed(value * scale[k % 3] + shift[k % 3]);
+        pixels[k / 3].each[k % 3] = narrowed(value * scale[k % 3] + shift[k % 3]);
     }
-    pixels[0].each[3] = pixels[0].each[7] = pixels[1].each[3] = pixels[1].each[7] = 0;
-    out[2 * i] = pixels[0].vector;
-    out[2 * i + 1] = pixels[1].vector;
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+#pragma unroll
+        for (int k = 3; k < 8; k++) pixels[p].each[k] = 0;
+        if (n_channels == 8) out[4 * i + p] = pixels[p].vector;
+        else if (p % 2) {
+            pixels[p - 1].vector.z = pixels[p].vector.x;
+            pixels[p - 1].vector.w = pixels[p].vector.y;
+            out[2 * i + p / 2] = pixels[p - 1].vector;
+        }
+    }
 }
 """
 

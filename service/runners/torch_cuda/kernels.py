@@ -18,8 +18,6 @@ Compile = Callable[[str, str], Launch]
 THREADS = 256
 WARP = 32
 VECTOR_BYTES = 16
-IMAGE_CHANNELS = 4
-"""Of normalised images: a fourth one is zero, as tensor cores want it."""
 MAX_JOINED = 3
 """Maps that one kernel puts beside each other."""
 MAX_MOVED = 4
@@ -125,21 +123,22 @@ class Kernels:
         self._over(n_vectors, "max_pool", out, x, n_vectors, *sides, size, stride, padding)
         return out
 
-    def normalise(self, images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Images uint8 [rows, height, width, 3] to float16 [rows, IMAGE_CHANNELS, height, width], channels-last.
+    def normalise(self, images: Tensor, scale: Tensor, shift: Tensor, n_channels: int) -> Tensor:
+        """Images uint8 [rows, height, width, 3] to float16 [rows, n_channels, height, width], channels-last.
 
         Args:
             scale, shift: float32, three numbers each.
+            n_channels: 4 or 8, of which all but three are zeros.
         """
         rows, height, width, _ = images.shape
         n_pixels = rows * height * width
         able = "normalise" in self and images.is_contiguous() and n_pixels % 4 == 0 and images.data_ptr() % 4 == 0
         if not able:
             normal = images.permute(0, 3, 1, 2).float() * scale.view(3, 1, 1) + shift.view(3, 1, 1)
-            wide = F.pad(normal, (0, 0, 0, 0, 0, IMAGE_CHANNELS - 3)).to(torch.float16)
+            wide = F.pad(normal, (0, 0, 0, 0, 0, n_channels - 3)).to(torch.float16)
             return wide.contiguous(memory_format=torch.channels_last)
-        out = torch.empty((rows, height, width, IMAGE_CHANNELS), dtype=torch.float16, device=images.device)
-        self._over(n_pixels // 4, "normalise", out, images, scale, shift, n_pixels // 4)
+        out = torch.empty((rows, height, width, n_channels), dtype=torch.float16, device=images.device)
+        self._over(n_pixels // 4, "normalise", out, images, scale, shift, n_pixels // 4, n_channels)
         return out.permute(0, 3, 1, 2)
 
     def move(self, slots: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], out: bool) -> None:

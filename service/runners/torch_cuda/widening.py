@@ -17,7 +17,6 @@ from torch import Tensor, fx, nn
 
 from models.staging import Stage
 from service.runners.torch_cuda.joined import ConvRelu
-from service.runners.torch_cuda.kernels import IMAGE_CHANNELS
 from service.runners.torch_cuda.replaced import N_CHANNELS, WideNormalise, is_concat
 
 BY_CHANNEL = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Identity, nn.Dropout, nn.Upsample)
@@ -123,7 +122,7 @@ class _Widening:
     def _rewrite_module(self, node: fx.Node, source: fx.Node) -> bool:
         module = self._stage.get_submodule(str(node.target))
         if isinstance(module, WideNormalise):
-            self.of[node] = Layout((0, 1, 2), IMAGE_CHANNELS)
+            self.of[node] = Layout((0, 1, 2), module.n_channels)
             return True
         if isinstance(module, (nn.Conv2d, ConvRelu)):
             return self._convolution(node, source, module)
