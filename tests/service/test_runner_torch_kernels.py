@@ -17,6 +17,7 @@ from models.normalise import Normalise
 from models.staging import Stage
 from service.runners.torch_cuda import kernel_making
 from service.runners.torch_cuda.device import Host
+from service.runners.torch_cuda.growing import rooms
 from service.runners.torch_cuda.joined import ConvRelu
 from service.runners.torch_cuda.kernel_making import CHECKS, make_kernels
 from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
@@ -211,12 +212,20 @@ def test_values_are_moved_together_and_those_that_are_no_whole_vectors_by_torch(
         else torch.randn((4, *shape)).to(torch.float16)
         for name, shape in zip(names, shapes, strict=True)
     }
-    values = Values(examples, 9, made)
+    values = Values(examples, 9, made, rooms={"value_1": 24, "value_0": 8, "value_3": 32})
     values.scatter(given, slots)
     order = torch.tensor([2, 0, 3, 1])
     for name, found in zip(names, values.gather(names, slots[order]), strict=True):
         assert torch.equal(found, given[name][order])
-        assert found.ndim == 2 or found.is_contiguous(memory_format=torch.channels_last)
+        if name in ("value_1", "value_3"):
+            assert found.stride(3) == {"value_1": 24, "value_3": 32}[name]
+            more = given["value_4"].expand(4, 8, *found.shape[2:]) if found.shape[2] == 2 else found[:, :8]
+            more = more.contiguous(memory_format=torch.channels_last)
+            grown = made.append(found, [more])
+            assert grown.data_ptr() == found.data_ptr()
+            assert torch.equal(grown, torch.cat([given[name][order], more], 1))
+        else:
+            assert found.ndim == 2 or found.is_contiguous(memory_format=torch.channels_last)
     assert not any(value.any() for value in values.gather(names, torch.tensor([0, 2, 3, 5, 6, 8])))
 
 
@@ -256,7 +265,7 @@ def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(made: Kerne
                 reader = stage.get_submodule(str(user.target)) if user.op == "call_module" else None
                 is_product = isinstance(reader, ConvRelu) and reader.is_product
                 assert is_product or isinstance(reader, Concat) or not has_gaps
-    assert n_appending == 13
+    assert n_appending == 13 + len(rooms(stages)) == 24
 
 
 @needs_compiler

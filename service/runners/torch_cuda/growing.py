@@ -6,30 +6,58 @@ together at once. All others lie with gaps between their pixels, which matrix pr
 anything else reads is none of them.
 """
 
+from collections import Counter
+from collections.abc import Sequence
+
 from torch import fx
 
 from models.staging import Stage
-from service.runners.torch_cuda.joined import ConvRelu
+from service.runners.torch_cuda.joined import ALIGNED, ConvRelu
 from service.runners.torch_cuda.replaced import N_CHANNELS, Concat
 
 
-def grow_in_place(stage: Stage) -> None:
-    """Find the rows of maps in a stage, and have them grow."""
-    grown: set[fx.Node] = set()
-    for node in stage.graph.nodes:
-        if node in grown or _concat(node, stage) is None:
-            continue
-        row = [node]
-        while (following := _grown_from(row[-1], stage)) is not None:
-            row.append(following)
-        grown.update(row)
-        room = row[-1].meta.get(N_CHANNELS)
-        if len(row) == 1 or room is None:
-            continue
-        for i, each in enumerate(row):
-            concat = _concat(each, stage)
-            assert concat is not None
-            concat.room, concat.appends = room, i > 0
+def grow_in_place(stages: Sequence[Stage]) -> None:
+    """Find the rows of maps in lowered stages, and have them grow.
+
+    What an earlier stage has left is the first of a row if no other stage reads it: it is gathered with room.
+    """
+    readers = Counter(name for stage in stages for name in stage.inputs)
+    for stage in stages:
+        grown: set[fx.Node] = set()
+        for node in stage.graph.nodes:
+            if node in grown or _concat(node, stage) is None:
+                continue
+            row = [node]
+            while (following := _grown_from(row[-1], stage)) is not None:
+                row.append(following)
+            grown.update(row)
+            room, first = row[-1].meta.get(N_CHANNELS), _first(node)
+            is_left = first.op == "placeholder" and readers[str(first.target)] == 1
+            is_left = is_left and _grown_from(first, stage) is node
+            if room is None or room % ALIGNED or (len(row) == 1 and not is_left):
+                continue
+            for i, each in enumerate(row):
+                concat = _concat(each, stage)
+                assert concat is not None
+                concat.room, concat.appends = room, i > 0 or is_left
+
+
+def rooms(stages: Sequence[Stage]) -> dict[str, int]:
+    """Channels that values are to be gathered with room for, by name."""
+    found = {}
+    for stage in stages:
+        for node in stage.graph.nodes:
+            concat = _concat(node, stage)
+            if concat is not None and concat.appends and _first(node).op == "placeholder":
+                found[str(_first(node).target)] = concat.room
+    return found
+
+
+def _first(concat: fx.Node) -> fx.Node:
+    maps = concat.args[0]
+    assert isinstance(maps, (list, tuple))
+    assert isinstance(maps[0], fx.Node)
+    return maps[0]
 
 
 def _grown_from(node: fx.Node, stage: Stage) -> fx.Node | None:

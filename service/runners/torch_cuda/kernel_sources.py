@@ -56,27 +56,32 @@ extern "C" __global__ void concat(
 """
 
 _MOVE = r"""
-__device__ __forceinline__ void move_one(uint4* store, uint4* rows, long long slot, int row, int n, int at, int out) {
+// A store is one run. Rows have `each` vectors a pixel, `apart` from one pixel to the next.
+__device__ __forceinline__ void move_one(
+    uint4* store, uint4* rows, long long slot, int row, int n, int at, int out, int each, int apart
+) {
     uint4* stored = store + slot * n + at;
-    uint4* loose = rows + (long long)row * n + at;
+    unsigned pixel = at / (unsigned)each;
+    uint4* loose = rows + ((long long)row * (n / each) + pixel) * apart + (at - pixel * each);
     if (out) *loose = *stored;
     else *stored = *loose;
 }
 extern "C" __global__ void move(
-    const long long* slots, int n_rows, int out, uint4* store_a, uint4* rows_a, int n_a, uint4* store_b, uint4* rows_b,
-    int n_b, uint4* store_c, uint4* rows_c, int n_c, uint4* store_d, uint4* rows_d, int n_d
+    const long long* slots, int n_rows, int out, uint4* store_a, uint4* rows_a, int n_a, int each_a, int apart_a,
+    uint4* store_b, uint4* rows_b, int n_b, int each_b, int apart_b, uint4* store_c, uint4* rows_c, int n_c, int each_c,
+    int apart_c, uint4* store_d, uint4* rows_d, int n_d, int each_d, int apart_d
 ) {
     unsigned n = n_a + n_b + n_c + n_d, i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n * n_rows) return;
     unsigned row = i / n;
     int at = i - row * n;
     long long slot = slots[row];
-    if (at < n_a) return move_one(store_a, rows_a, slot, row, n_a, at, out);
+    if (at < n_a) return move_one(store_a, rows_a, slot, row, n_a, at, out, each_a, apart_a);
     at -= n_a;
-    if (at < n_b) return move_one(store_b, rows_b, slot, row, n_b, at, out);
+    if (at < n_b) return move_one(store_b, rows_b, slot, row, n_b, at, out, each_b, apart_b);
     at -= n_b;
-    if (at < n_c) return move_one(store_c, rows_c, slot, row, n_c, at, out);
-    move_one(store_d, rows_d, slot, row, n_d, at - n_c, out);
+    if (at < n_c) return move_one(store_c, rows_c, slot, row, n_c, at, out, each_c, apart_c);
+    move_one(store_d, rows_d, slot, row, n_d, at - n_c, out, each_d, apart_d);
 }
 """
 

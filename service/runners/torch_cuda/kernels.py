@@ -77,7 +77,8 @@ class Kernels:
         Args:
             room: channels that there is place for from pixel to pixel, see `append`.
         """
-        if not self._can_concat(maps) or len(maps) > MAX_JOINED:
+        whole = room * maps[0].element_size() % VECTOR_BYTES == 0
+        if not whole or not self._can_concat(maps) or len(maps) > MAX_JOINED:
             return torch.cat(list(maps), 1)
         rows, _, height, width = maps[0].shape
         n_channels = sum(x.shape[1] for x in maps)
@@ -85,7 +86,7 @@ class Kernels:
         self._lay_beside(out, maps)
         return out
 
-    def append(self, first: Tensor, others: Sequence[Tensor]) -> Tensor:
+    def append(self, first: Tensor, others: Sequence[Tensor], room: int = 0) -> Tensor:
         """The same, but `first` stays where it lies, and the others go behind it, if that is what there is room for.
 
         Whoever reads `first` goes on to find it as it was.
@@ -95,8 +96,9 @@ class Kernels:
         stride = first.stride(3)
         spaced = (height * width * stride, 1, width * stride, stride)
         has_room = first.stride() == spaced and n_channels <= stride and first.dtype == others[0].dtype
-        if not has_room or not self._can_concat(others) or len(others) > MAX_JOINED:
-            return self.concat([first, *others])
+        aligned = all(n * first.element_size() % VECTOR_BYTES == 0 for n in (first.shape[1], stride))
+        if not has_room or not aligned or not self._can_concat(others) or len(others) > MAX_JOINED:
+            return self.concat([first, *others], room)
         out = first.as_strided((rows, n_channels, height, width), spaced)
         self._lay_beside(out[:, first.shape[1] :], others)
         return out
@@ -144,6 +146,8 @@ class Kernels:
     def move(self, slots: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], out: bool) -> None:
         """Between stores [slots, ...] and rows [rows, ...] that `lies_in_runs` is true of: `out` of the stores, or in.
 
+        Rows of maps [rows, height, width, channels] may have gaps between their pixels.
+
         Args:
             slots: int64 [rows].
             pairs: of a store and the rows of it.
@@ -152,9 +156,9 @@ class Kernels:
             part, arguments, total = pairs[start : start + MAX_MOVED], [], 0
             for store, rows in part:
                 n_vectors = store[0].nbytes // VECTOR_BYTES
-                arguments += [store, rows, n_vectors]
+                arguments += [store, rows, n_vectors, *_spacing(rows, n_vectors)]
                 total += n_vectors
-            nothing = [part[0][0], part[0][1], 0] * (MAX_MOVED - len(part))
+            nothing = [part[0][0], part[0][1], 0, 1, 1] * (MAX_MOVED - len(part))
             self._over(len(slots) * total, "move", slots, len(slots), int(out), *arguments, *nothing)
 
     def judge(self, logits: Tensor, score: str, told: Tensor) -> None:
@@ -176,6 +180,14 @@ def lies_in_vectors(x: Tensor) -> bool:
 def lies_in_runs(rows: Tensor) -> bool:
     """Whether rows [rows, ...] are one run of whole vectors."""
     return rows.is_contiguous() and rows[:1].nbytes % VECTOR_BYTES == 0 and rows.data_ptr() % VECTOR_BYTES == 0
+
+
+def _spacing(rows: Tensor, n_vectors: int) -> tuple[int, int]:
+    """Vectors of a pixel, and from one pixel to the next; a run is one pixel."""
+    if rows.is_contiguous():
+        return n_vectors, n_vectors
+    size = rows.element_size()
+    return rows.shape[-1] * size // VECTOR_BYTES, rows.stride(-2) * size // VECTOR_BYTES
 
 
 def _vectors_per_pixel(x: Tensor) -> int:

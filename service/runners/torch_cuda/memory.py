@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from service.runners.torch_cuda.kernels import Kernels, lies_in_runs
+from service.runners.torch_cuda.kernels import VECTOR_BYTES, Kernels, lies_in_runs
 
 
 class Values:
@@ -22,10 +22,17 @@ class Values:
     Args:
         examples: of every value, [rows, ...]; shape, type and device count.
         kernels: of the device; one moves several values at once.
+        rooms: channels that a map is gathered with room for, by its name, if the kernel does it; see `growing`.
     """
 
-    def __init__(self, examples: Mapping[str, Tensor], n_slots: int, kernels: Kernels | None = None) -> None:
-        self._kernels = kernels or Kernels()
+    def __init__(
+        self,
+        examples: Mapping[str, Tensor],
+        n_slots: int,
+        kernels: Kernels | None = None,
+        rooms: Mapping[str, int] | None = None,
+    ) -> None:
+        self._kernels, self._rooms = kernels or Kernels(), rooms or {}
         self._stores = {
             name: torch.zeros(
                 (1 + n_slots, *_channels_last(example).shape[1:]), dtype=example.dtype, device=example.device
@@ -47,7 +54,7 @@ class Values:
         """Return values of the rows in `slots` (int64 [rows], on the device), in that order."""
         stores = {name: self._stores[name] for name in names}
         together = [name for name in stores if self._moves(stores[name])]
-        rows = {name: stores[name].new_empty((len(slots), *stores[name].shape[1:])) for name in together}
+        rows = {name: self._empty_rows(name, len(slots)) for name in together}
         if together:
             self._kernels.move(slots, [(stores[name], rows[name]) for name in together], out=True)
         alone = {name: store.index_select(0, slots) for name, store in stores.items() if name not in rows}
@@ -64,6 +71,14 @@ class Values:
                 store.index_copy_(0, slots, rows)
         if together:
             self._kernels.move(slots, together, out=False)
+
+    def _empty_rows(self, name: str, n_rows: int) -> Tensor:
+        store = self._stores[name]
+        *sides, n_channels = store.shape[1:]
+        room = max(n_channels, self._rooms.get(name, 0))
+        if any(n * store.element_size() % VECTOR_BYTES for n in (n_channels, room)):
+            room = n_channels
+        return store.new_empty((n_rows, *sides, room))[..., :n_channels]
 
     def _moves(self, rows: Tensor) -> bool:
         return "move" in self._kernels and lies_in_runs(rows)

@@ -94,13 +94,13 @@ def lower(
         widen(stages, CHANNELS if ways.widened else 1)
     for stage in stages:
         replace_maps(stage, kernels)
-        if ways.grown and "concat" in kernels:
-            grow_in_place(stage)
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
                 # Module.to knows memory formats, its annotations do not.
                 module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         stage.to(device)
+    if ways.grown and "concat" in kernels:
+        grow_in_place(stages)
     if ways.small and kernels.compile_kernel is not None:
         use_small_convs(stages, kernels.compile_kernel)
     return list(stages)

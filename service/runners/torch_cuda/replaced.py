@@ -49,7 +49,7 @@ class Concat(nn.Module):
         if torch.compiler.is_compiling():
             return torch.cat(list(maps), 1)
         if self.appends:
-            return self._kernels.append(maps[0], maps[1:])
+            return self._kernels.append(maps[0], maps[1:], self.room)
         return self._kernels.concat(maps, self.room)
 
 

@@ -13,6 +13,7 @@ from service.runners.base import Array, Block, FatalRunnerError, RunnerError
 from service.runners.slots import SlotState
 from service.runners.slotted import IMAGES, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host
+from service.runners.torch_cuda.growing import rooms
 from service.runners.torch_cuda.joined import by_cudnn, make_bias_relu
 from service.runners.torch_cuda.kernel_making import make_kernels
 from service.runners.torch_cuda.kernels import Ways
@@ -85,7 +86,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 self.stages = self._lower(stages, dtype, ways)
                 blank = torch.zeros((2, *image_shape), dtype=torch.uint8, device=self.device.kind)
                 examples, self._n_classes = _run_once(self.stages, blank)
-                self.values = Values(examples, self.slots.n_slots, self.kernels)
+                self.values = Values(examples, self.slots.n_slots, self.kernels, rooms(self.stages))
                 self._open_lanes()
         except torch.OutOfMemoryError as error:
             raise RunnerError(
