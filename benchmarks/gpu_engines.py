@@ -18,6 +18,7 @@ from models.scores import HeadScore, score_exits
 from service.rows import Answer, Options
 from service.runners.slotted import SlotRunner
 from service.runners.torch_cuda.device import Device, Program, Stream
+from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.scoring import N_NUMBERS
 from service.settled_memory import settle_memory
 
@@ -126,9 +127,13 @@ class LastExit(nn.Module):
         return logits[-1:]
 
 
-def measure_whole(case: Case, plan: Plan, n_rows: int) -> dict[str, Any]:
-    """Images/s of the whole network as one graph, exits off, in batches of `n_rows`, no engine: the bar to beat."""
-    runner = case.runner(plan, LastExit(case.network), full_only=True, max_rows=n_rows)
+def measure_whole(case: Case, plan: Plan, n_rows: int, ways: Ways | None = None) -> dict[str, Any]:
+    """Images/s of the whole network as one graph, exits off, in batches of `n_rows`, no engine: the bar to beat.
+
+    Args:
+        ways: in which its kernels differ from torch's; by default as the engine's do.
+    """
+    runner = case.runner(plan, LastExit(case.network), full_only=True, max_rows=n_rows, ways=ways)
     rows = runner.first_states(case.images, [i % len(case.images) for i in range(n_rows)])
     for row in rows:
         row.keeps_picture = True  # they cross the bus each time

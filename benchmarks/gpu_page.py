@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-ENGINE, WHOLE = "engine: ", "whole network, "
+ENGINE, WHOLE, AS_TORCH = "engine: ", "whole network, ", "the whole network by torch's own kernels"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -68,6 +68,9 @@ def _rates(case: dict[str, Any], found: dict[str, Any]) -> str:
     lines = [
         ["whole network, one graph, exits off", "-", "-", _spread(w), "", "", "", w["rows"], "", ""] for w in wholes
     ]
+    if (plain := found.get(AS_TORCH)) is not None:
+        times = f"{plain['images_per_s'] / best:.2f} x" if best else "-"
+        lines.append([AS_TORCH, "-", "-", _spread(plain), times, "", "", plain["rows"], "", ""])
     engines = {name.removeprefix(ENGINE): told for name, told in found.items() if name.startswith(ENGINE)}
     engines |= {name: told["rates"] for name, told in found.get("onnx", {}).items() if "rates" in told}
     engines |= {"the engine where the network takes no time": found.get("engine without a network", [])}

@@ -18,9 +18,11 @@ import torch
 from benchmarks.gpu_cases import NETWORKS, Case, Plan, check_answers
 from benchmarks.gpu_engines import measure_alone, measure_engine, measure_idle, measure_whole
 from benchmarks.gpu_onnx import measure_onnx
+from benchmarks.gpu_page import AS_TORCH
 from benchmarks.gpu_stages import measure_compilers, measure_peaks, measure_stages, program_seconds
 from service.runners.base import FatalRunnerError
 from service.runners.torch_cuda.device import Cuda, Host
+from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.runner import COMPILERS, TorchCudaRunner
 
 T = TypeVar("T")
@@ -140,6 +142,7 @@ def measure_case(case: Case, plan: Plan, peaks: tuple[float, float], parts: Part
 
     for n_rows in plan.whole_rows:
         parts.run(f"whole network, {n_rows} rows", partial(measure_whole, case, plan, n_rows))
+    parts.run(AS_TORCH, lambda: measure_whole(case, plan, plan.max_rows, Ways.none()))
     parts.run("engine: default", lambda: measure_engine(case, runner, "default", plan, device_s))
     parts.run("alone_ms", lambda: measure_alone(case, runner, plan))
     parts.run("engine without a network", lambda: measure_idle(case, plan))
