@@ -275,9 +275,16 @@ def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], 
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("bytes_a_copier", [1 << 20, 3_000])
 def test_many_images_at_once_lie_where_one_by_one_they_would(
-    runner: TorchCudaRunner, images: NDArray[np.uint8], order: Literal["C", "F"]
+    runner: TorchCudaRunner,
+    images: NDArray[np.uint8],
+    order: Literal["C", "F"],
+    bytes_a_copier: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("service.runners.slotted.N_COPIERS", 3)
+    monkeypatch.setattr("service.runners.slotted.BYTES_A_COPIER", bytes_a_copier)
     which = [7, 1, 1, 50, 3]
     states = runner.first_states(np.array(images, order=order), which)
     for state, i in zip(states, which, strict=True):
