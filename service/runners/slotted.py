@@ -1,12 +1,10 @@
 """What runners have in common that keep the state of rows on a device: slots, buckets, and lanes that take turns."""
 
 import logging
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -22,8 +20,6 @@ logger = logging.getLogger(__name__)
 IMAGES = "images"
 REPEATS = 3
 MANY_NUMBERS = 32_768  # in a picture
-N_COPIERS = max(1, min(4, (os.cpu_count() or 1) // 2))
-BYTES_A_COPIER = 1 << 20  # less is over before another thread has begun
 SWITCH_S = 0.001  # after which a thread that works passes the interpreter on; Python's own are 5 ms
 
 
@@ -120,7 +116,6 @@ class SlotRunner(ABC, Generic[L]):
         # Beside the images in work, those of the batches that lanes run for nobody, or have run last.
         self.slots = Slots(max_in_flight_rows + 2 * n_lanes * max_rows)
         self.pictures: Array = self._allocate((self.slots.n_slots, *image_shape))
-        self._copiers = ThreadPoolExecutor(N_COPIERS, "exitserve-pictures")  # no thread before it is needed
         self._numbers = self.pictures.reshape(-1).data  # of all pictures, one after the other
         self.lanes: list[L] = []
         self._idle: SimpleQueue[L] = SimpleQueue()
@@ -173,19 +168,13 @@ class SlotRunner(ABC, Generic[L]):
         return states
 
     def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
-        """Some of the images, by several threads where there are many bytes: one alone brings some 5 GB/s, which is
-        30,000 pictures of 224 px, and a GPU may be faster."""
-        n_parts = min(N_COPIERS, there.nbytes // BYTES_A_COPIER)
-        if n_parts < 2:
-            return _take(images, which, there)
-        step = -(-len(which) // n_parts)
-        starts = range(0, len(which), step)
-        parts = [(images, which[i : i + step], there[i : i + step]) for i in starts]
-        # One part by this thread, which would else only wait.
-        others = [self._copiers.submit(_take, *part) for part in parts[1:]]
-        _take(*parts[0])
-        for other in others:
-            other.result()
+        """Some of the images to where they belong."""
+        if images.flags.c_contiguous:
+            np.take(
+                images, which, axis=0, out=there, mode="clip"
+            )  # any other mode goes through a buffer: a second copy
+        else:
+            there[:] = images[which]  # `take` would make a contiguous copy of all first
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         return self.launch(stage, rows).collect()
@@ -279,10 +268,3 @@ class SlotRunner(ABC, Generic[L]):
             lane = self._open_lane()
             self.lanes.append(lane)
             self._idle.put(lane)
-
-
-def _take(images: Array, which: Sequence[int], there: Array) -> None:
-    if images.flags.c_contiguous:
-        np.take(images, which, axis=0, out=there, mode="clip")  # any other mode goes through a buffer, a second copy
-    else:
-        there[:] = images[which]  # `take` would make a contiguous copy of all first

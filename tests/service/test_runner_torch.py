@@ -275,17 +275,18 @@ def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], 
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("bytes_a_copier", [1 << 20, 3_000])
+@pytest.mark.parametrize(("many_bytes", "many_runs"), [(1 << 20, 4), (3_000, 4), (3_000, 1)])
 def test_many_images_at_once_lie_where_one_by_one_they_would(
     runner: TorchCudaRunner,
     images: NDArray[np.uint8],
     order: Literal["C", "F"],
-    bytes_a_copier: int,
+    many_bytes: int,
+    many_runs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.runners.slotted.N_COPIERS", 3)
-    monkeypatch.setattr("service.runners.slotted.BYTES_A_COPIER", bytes_a_copier)
-    which = [7, 1, 1, 50, 3]
+    monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_BYTES", many_bytes)
+    monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_RUNS", many_runs)
+    which = [7, 8, 1, 1, 50]
     states = runner.first_states(np.array(images, order=order), which)
     for state, i in zip(states, which, strict=True):
         assert np.array_equal(runner.pictures[state.place], images[i])
