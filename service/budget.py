@@ -139,6 +139,7 @@ class BudgetController:
             unsure = part if not any(sure) else [a for a, leaves in zip(part, sure, strict=True) if not leaves]
             if unsure and not self.ledger.commit(unsure, self.costs[passed - 1], self.costs[passed]):
                 refused = self._refused(unsure, passed)
+                self.steering.refuse(passed, sum(refused))
                 why: Iterator[Reason | None] = iter(["budget" if no else None for no in refused])
                 reasons += ["confident" if leaves else next(why) for leaves in sure]
                 leaving = [a for a, reason in zip(part, reasons[start:], strict=True) if reason is not None]

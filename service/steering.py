@@ -39,7 +39,8 @@ class Steering:
       walk between two walls with the least effort);
     * swings cost accuracy, and images in flight can still put the margin right when traffic stops. So with many in
       flight it looks further ahead and lets the margin stray (`_relax`), until their number falls below what it was.
-    The last word has the ledger: whatever the margin, an image goes on only if the average allows it.
+    The last word has the ledger: whatever the margin, an image goes on only if the average allows it. Where it refuses
+    many, steering has been misled, and is told (`refuse`).
     """
 
     AIM_UNDER = 0.004  # of the budget; with what is kept for images in flight the average ends at 0.995 of it
@@ -72,6 +73,7 @@ class Steering:
         self._integral = 0.0
         self._n_answers = 0  # since the running means were brought up to date,
         self._errors = 0.0  # and how far off the forecast was, summed over them
+        self._n_refused = 0  # of the images that have answered meanwhile, those that the ledger ended
         self._middle = 0.0  # of the band, as a forecast
         # `_settled` before the last 1,000 answers, and after each
         self._history: deque[float] = deque(maxlen=ROLLING_ANSWERS + 1)
@@ -135,6 +137,15 @@ class Steering:
         if answered:
             self._n_answers += len(accounts)
 
+    def refuse(self, passed: int, n_images: int) -> None:
+        """Note that the ledger ends images at exit `passed` that would have gone on.
+
+        What that saves counts as spent, else thresholds that are too generous look right: what they overspend is what
+        the ledger takes back. For the same reason the integral, which such traffic has wound up, falls with every one.
+        """
+        self._n_refused += n_images
+        self._settled -= n_images * max(0.0, self._expected[passed] - self._costs[passed - 1])
+
     def refresh(self) -> None:
         """Bring what follows slowly up to date; once a batch is often enough."""
         self._follow_answers()
@@ -161,7 +172,9 @@ class Steering:
         if (self._errors > 0 or not too_low) and (self._errors < 0 or not too_high):
             moved = self._integral + self._errors / (self._horizon * self.INTEGRAL_IMAGES)
             self._integral = min(max(moved, -0.5 * self._budget), 0.5 * self._budget)
-        self._n_answers, self._errors = 0, 0.0
+        if self._integral > 0:
+            self._integral *= (1.0 - 1.0 / self.MEAN_IMAGES) ** self._n_refused
+        self._n_answers, self._errors, self._n_refused = 0, 0.0, 0
 
     def _relax(self) -> None:
         """Look ahead as far as the images in flight allow, and the less far the fewer of the usual number are left."""

@@ -367,6 +367,22 @@ def test_hard_traffic_after_easy_traffic_finds_no_savings_beyond_the_burst():
     assert 0.985 <= run.rolling[-1] <= 1.0
 
 
+@pytest.mark.parametrize(("n_clients", "max_rows"), [(64, 32), (256, 256), (1_024, 256)])
+@pytest.mark.parametrize("hardness", [0.4, 0.02])
+def test_after_one_picture_sent_over_and_over_images_are_not_cut_short_for_ever(n_clients, max_rows, hardness):
+    """One picture leaves steering nothing to steer by; seen on a GPU after a load generator had sent one: 15 % of the
+    images after it, and in simulation 57 %, were ended by the ledger as long as traffic went on."""
+    scores, right = population(12_000, 31)
+    one = np.argsort(-scores.mean(axis=1))[int(hardness * len(scores))]
+    images = (
+        np.concatenate([scores[[one] * 12_000], scores]),
+        np.concatenate([right[[one] * 12_000], right]),
+    )
+    run = simulate(controller(0.4, default_burst_images(2, max_rows)), images, n_clients, max_rows=max_rows)
+    assert run.reasons[-6_000:].count("budget") <= 0.02 * 6_000
+    assert 0.97 <= np.mean(run.spent[-6_000:]) / controller(0.4).budget <= 1.01
+
+
 def test_a_budget_beyond_the_frontier_is_a_ceiling():
     budget = controller(1.0)
     run = simulate(budget, population(3_000, 19))
