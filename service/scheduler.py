@@ -1,11 +1,11 @@
 """Decides which rows run next, and together: one queue per stage, rows regrouped at every exit.
 
-Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any object and
-is to wait in one queue at most: nobody looks whether it does.
+Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any hashable
+object and is to wait in one queue at most: nobody looks whether it does.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
@@ -14,7 +14,7 @@ from service.costs import CostTable
 from service.limits import RowLimits
 from service.policies import POLICIES
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", bound=Hashable)
 
 
 class _Group(Generic[Row]):
@@ -52,16 +52,14 @@ class _Group(Generic[Row]):
         self._first += len(rows)
         return rows
 
-    def drop(self, row: Row) -> bool:
-        """Take a row out, wherever it stands; False if it is not here."""
-        try:
-            i = self._rows.index(row, self._first)
-        except ValueError:
-            return False
+    def waiting(self) -> Sequence[Row]:
+        return self._rows[self._first :]
+
+    def drop(self, row: Row) -> None:
+        i = self._rows.index(row, self._first)
         del self._rows[i]
         if self.due_s is not None:
             del self.due_s[i]
-        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -137,6 +135,7 @@ class Scheduler(Generic[Row]):
         self.policy = POLICIES[policy]
         self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
         self._n_rows = 0
+        self._groups: dict[Row, tuple[int, _Group[Row]]] | None = None  # by row; None: not up to date
         self._hurried = False  # the last batch was picked for a deadline
 
     def __len__(self) -> int:
@@ -167,21 +166,30 @@ class Scheduler(Generic[Row]):
         queue.groups.append(group)
         queue.n_rows += len(rows)
         self._n_rows += len(rows)
+        self._groups = None
         if due_s is not None:
             queue.n_due += group.n_due
 
     def drop(self, row: Row) -> int | None:
         """Take a row out of its queue; returns the stage that it waited for, None if it waits for none (it runs, or is
-        gone). It is looked for among all that wait: rows are dropped far more seldom than they are added and picked."""
-        for stage, queue in enumerate(self._queues):
-            for group in queue.groups:
-                n_due = group.n_due
-                if group.drop(row):
-                    queue.n_rows -= 1
-                    self._n_rows -= 1
-                    queue.n_due -= n_due - group.n_due
-                    return stage
-        return None
+        gone).
+
+        Rows are dropped far more seldom than they are added and picked: so where each waits is noted when the first of
+        several is.
+        """
+        if self._groups is None:
+            waiting = ((stage, group) for stage, queue in enumerate(self._queues) for group in queue.groups)
+            self._groups = {row: (stage, group) for stage, group in waiting for row in group.waiting()}
+        found = self._groups.pop(row, None)
+        if found is None:
+            return None
+        stage, group = found
+        queue, n_due = self._queues[stage], group.n_due
+        group.drop(row)
+        queue.n_rows -= 1
+        self._n_rows -= 1
+        queue.n_due -= n_due - group.n_due
+        return stage
 
     def drop_all(self) -> list[tuple[int, Row]]:
         """Take out all rows; returns them with the stages that they waited for."""
@@ -192,7 +200,7 @@ class Scheduler(Generic[Row]):
             for row in group.take(group.n_rows)
         ]
         self._queues = [_Queue() for _ in self._queues]
-        self._n_rows = 0
+        self._n_rows, self._groups = 0, None
         return waiting
 
     def pick(self, now_s: float) -> tuple[int, list[Row]] | None:
@@ -253,6 +261,7 @@ class Scheduler(Generic[Row]):
             queue.n_due -= n_due - group.n_due
         queue.n_rows -= len(rows)
         self._n_rows -= len(rows)
+        self._groups = None
         return rows
 
     def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group[Row]) -> bool:
