@@ -5,13 +5,12 @@ The caller tells the time, runs the batches it is given and brings them back.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import repeat
+from collections.abc import Sequence
 from math import inf
 from typing import Any, Literal
 
 from service import wishes
+from service.answering import answers_of, late_answer
 from service.budget import BudgetController, Reason
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
@@ -23,7 +22,6 @@ from service.steering import MEGA
 logger = logging.getLogger(__name__)
 
 BEHIND_ROWS = 32  # that wait for a lane, and a full batch
-make_answer: Callable[[Iterable[Any]], Answer] = partial(tuple.__new__, Answer)  # by place: a fifth of the time
 
 
 class Core:
@@ -245,38 +243,14 @@ class Core:
         self, batch: Batch, result: BatchResult, leaving: Sequence[int] | None, reasons: Sequence[Reason], now_s: float
     ) -> None:
         """Answer the rows of a batch that leave; `leaving` is None where all do."""
-        rows, classes, sure = batch.rows, result.classes, result.confidences
-        if leaving is not None:
-            rows = [rows[i] for i in leaving]
-            classes, sure = [classes[i] for i in leaving], [sure[i] for i in leaving]
+        rows = batch.rows if leaving is None else [batch.rows[i] for i in leaving]
         if not rows:
             return
-        exit_number, names = batch.stage + 1, self._class_names
-        most = max([row.options.top_k for row in rows])
-        best: Iterable[tuple[tuple[int, float], ...]] = zip(zip(classes, sure, strict=True))
-        if most > 1:
-            logits = result.logits if leaving is None else result.logits[leaving]
-            ranked = zip(rows, wishes.rank(logits, sure, most), strict=True)
-            best = [best_of_row[: row.options.top_k] for row, best_of_row in ranked]
-        # What of the last exit a request with steps is told once more.
-        heads = [row.head if row.options.steps else None for row in rows] if self._n_wishing else None
-        columns = (
-            classes,
-            [names[class_id] for class_id in classes],
-            sure,
-            best,
-            repeat(exit_number),
-            reasons,
-            repeat(self.budget.costs[batch.stage] / MEGA),
-            [(now_s - row.admitted_s - row.compute_s) * 1e3 for row in rows],
-            [row.compute_s * 1e3 for row in rows],
-            repeat(len(batch.rows)),
-            [head and head.score for head in heads] if heads else repeat(None),
-            [head and head.threshold for head in heads] if heads else repeat(None),
-        )
+        mflops, with_steps = self.budget.costs[batch.stage] / MEGA, self._n_wishing > 0
+        answers = answers_of(rows, batch, result, leaving, reasons, mflops, self._class_names, now_s, with_steps)
         for reason, n in Counter(reasons).items():
-            self.exits[exit_number, reason] += n
-        self._end_answered(rows, list(map(make_answer, zip(*columns, strict=False))))
+            self.exits[batch.stage + 1, reason] += n
+        self._end_answered(rows, answers)
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
         score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
@@ -293,21 +267,8 @@ class Core:
     def _answer_from(self, row: Request, head: Head, runs: bool, now_s: float) -> None:
         """Answer from a head passed earlier, the deadline having come while the row runs the stage after it, for which
         it pays, or waits for that."""
-        step = wishes.step(row, head, self._class_names)
-        answer = Answer(
-            class_id=step.class_id,
-            label=step.label,
-            confidence=step.confidence,
-            top_k=step.top_k,
-            exit=step.exit,
-            reason="deadline",
-            mflops=self.budget.costs[head.exit] / MEGA if runs else step.mflops,
-            queue_ms=(now_s - row.admitted_s - row.compute_s) * 1e3,
-            compute_ms=row.compute_s * 1e3,
-            batch_rows=head.batch_rows,
-            score=step.score if row.options.steps else None,
-            threshold=step.threshold if row.options.steps else None,
-        )
+        mflops = self.budget.costs[head.exit] / MEGA if runs else head.mflops
+        answer = late_answer(row, head, mflops, self._class_names, now_s)
         self.exits[answer.exit, answer.reason] += 1
         self.budget.settle([row.account], head.exit + 1, runs)
         self._end_answered([row], [answer])
