@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,8 @@ def test_ctrl_c_ends_reading_at_once(classes: Path, monkeypatch: pytest.MonkeyPa
 
     def interrupted(image: Image.Image, size: tuple[int, int], orientation: int) -> Image.Image:
         n_read.append(1)
+        if started.is_set():
+            time.sleep(0.1)  # each takes a while, as real ones do: else all are over before anybody can be told
         started.set()
         raise KeyboardInterrupt
 
