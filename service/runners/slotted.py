@@ -170,9 +170,8 @@ class SlotRunner(ABC, Generic[L]):
     def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
         """Some of the images to where they belong."""
         if images.flags.c_contiguous:
-            np.take(
-                images, which, axis=0, out=there, mode="clip"
-            )  # any other mode goes through a buffer: a second copy
+            # Any other mode than "clip" goes through a buffer, a second copy.
+            np.take(images, which, axis=0, out=there, mode="clip")
         else:
             there[:] = images[which]  # `take` would make a contiguous copy of all first
 
