@@ -144,8 +144,8 @@ def test_what_its_sockets_hold_at_the_signal_is_answered(
             assert answer.startswith(b"HTTP/1.1 200 "), answer[:200]
             assert b'"label"' in answer
             told.append(b"\r\nconnection: close\r\n" in answer.lower())
-        # One process may answer, before it hears the signal, what it reads in the same turn of its loop: not what it has
-        # yet to accept.
+        # One process may answer, before it hears the signal, what it reads in the same turn of its loop; not what it
+        # has yet to accept.
         assert all(told if arguments else told[20:])
         assert server.process.wait(LIMIT_S) == 0
     assert "Traceback" not in log.read_text()
