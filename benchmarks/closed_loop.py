@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine import Engine
-from service.rows import Answer, EngineError, Told
+from service.errors import EngineError
+from service.rows import Answer, Told
 
 Images = NDArray[np.uint8]
 STALLED_S = 60.0  # without an answer: none will come any more

@@ -27,9 +27,10 @@ from benchmarks.engine import read_images
 from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
-from service.budget import BudgetState
+from service.budget_state import BudgetState
 from service.engine import Engine
-from service.rows import Answer, EngineOverloaded, Told
+from service.errors import EngineOverloaded
+from service.rows import Answer, Told
 from service.settled_memory import settle_memory
 
 

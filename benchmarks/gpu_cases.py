@@ -21,7 +21,7 @@ from models.scores import HeadScore, score_exits
 from service.budget import BudgetController
 from service.engine import Engine
 from service.observer import Observer
-from service.runners.base import RowState
+from service.runners.blocks import RowState
 from service.runners.slotted import SlotRunner
 from service.runners.torch_cuda.device import Device
 from service.runners.torch_cuda.network import cut, load_network

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.bundle import load_bundle
-from service.runners.base import RowState
+from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner
 from service.runners.torch_cuda.resize import cut, resize
 

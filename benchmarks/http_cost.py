@@ -42,7 +42,8 @@ from service.engine import Engine
 from service.metrics import Metrics
 from service.observer import Observer
 from service.rows import Told
-from service.runners.base import Block, RowState, StageOutput
+from service.runners.base import StageOutput
+from service.runners.blocks import Block, RowState
 from service.scheduler import Scheduler
 from service.server import Server, listen
 from service.settled_memory import settle_memory

@@ -29,12 +29,13 @@ from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.engine import Engine
+from service.errors import EngineError, EngineOverloaded
 from service.plan.arrivals import poisson
 from service.plan.measuring import measure
 from service.plan.planning import Planner
 from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes
-from service.rows import EngineError, EngineOverloaded, Told
+from service.rows import Told
 from service.settled_memory import settle_memory
 
 LOADS = (0.5, 0.8)  # of the rate reached at saturation

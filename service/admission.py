@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Sequence
 
-from service.rows import EngineDraining, EngineError, EngineOverloaded, EngineUnsound, Request
+from service.errors import EngineDraining, EngineError, EngineOverloaded, EngineUnsound
+from service.rows import Request
 
 
 class Admission:

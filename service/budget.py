@@ -9,13 +9,12 @@ Plain Python over numbers: no clock, no thread, no array. One owner (the engine'
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from math import isfinite
 from typing import Literal
 
 from models.frontier import Frontier
-from service.latency import LatencyState
+from service.budget_state import BudgetState
 from service.ledger import ROLLING_ANSWERS, Account, Ledger
 from service.steering import MEGA, Steering
 
@@ -23,30 +22,6 @@ from service.steering import MEGA, Steering
 SAME_THRESHOLD_IMAGES = 4
 SAME_THRESHOLD_SHARE = 16  # or the 16th part of a batch
 Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetState:
-    """A snapshot. Costs are mflops (millions of multiply-adds), averages per image."""
-
-    budget_mflops: float  # as it was set
-    fraction: float  # the same, of the full network
-    working_mflops: float  # what is kept at the moment: the budget, or less (`BudgetController.work_at`)
-    burst_images: float
-    position: float  # on the frontier, 0 to 1, without the swing of the moment
-    thresholds: tuple[float, ...]  # of this moment, one per exit, finite or +-inf
-    expected_mflops: float  # these three are what held-out images do at `position`
-    expected_accuracy: float
-    expected_shares: tuple[float, ...]
-    frontier_limited: bool  # the frontier ends below the budget: going deeper brought nothing on held-out images
-    rolling_mflops: float | None  # mean over the last 1,000 answers; None before the first
-    settled_mflops: float
-    reserved_mflops: float
-    answered: int
-    abandoned: int
-    spent_answered_mflops: float
-    spent_abandoned_mflops: float
-    latency: LatencyState | None = None  # where a latency target may lower the budget
 
 
 class BudgetController:

@@ -104,8 +104,8 @@ def _classify_here(
     from service.api.options import OptionReader
     from service.api.problems import Problem
     from service.assembly import build_engine
+    from service.errors import EngineError
     from service.images import ImageDecoder, ImageError
-    from service.rows import EngineError
     from service.runners.base import RunnerError
     from service.settings import Settings
     from service.target import TargetError, Targets

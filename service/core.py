@@ -12,10 +12,11 @@ from typing import Any, Literal
 from service import wishes
 from service.answering import answers_of, late_answer
 from service.budget import BudgetController, Reason
+from service.errors import EngineError, EngineTooLate
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
-from service.rows import ENDED, Answer, EngineError, EngineTooLate, Head, Request, Sink, Told
-from service.runners.base import Block, keep, lie_side_by_side
+from service.rows import ENDED, Answer, Head, Request, Sink, Told
+from service.runners.blocks import Block, keep, lie_side_by_side
 from service.scheduler import Scheduler
 from service.steering import MEGA
 

@@ -11,7 +11,7 @@ from threading import Lock
 from time import perf_counter
 from typing import Generic, TypeVar
 
-from service.rows import EngineOverloaded, EngineTooLate
+from service.errors import EngineOverloaded, EngineTooLate
 
 T = TypeVar("T")
 KEPT = 0.9  # of what is known of the pace, at each decoding

@@ -18,16 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.admission import Admission
-from service.budget import BudgetController, BudgetState
+from service.budget import BudgetController
+from service.budget_state import BudgetState
 from service.core import Core
 from service.costs import HOST_BATCH_S, CostTable
 from service.degrade import Degrade
+from service.errors import EngineDraining, EngineError
 from service.guard import HANG_S
 from service.inbox import Abandon, Wake
 from service.lanes import Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
-from service.rows import Answer, EngineDraining, EngineError, Options, Request, Sink, Step, Told
+from service.rows import Answer, Options, Request, Sink, Step, Told
 from service.runners.base import Runner, canvas_px_of, first_states_of
 from service.scheduler import Scheduler
 

@@ -15,17 +15,8 @@ from models.exits import confidence
 from models.scores import HeadScore
 from models.scores import Score as Score
 from service.rows import Request
-from service.runners.base import (
-    Block,
-    Gathering,
-    Heads,
-    LaunchingRunner,
-    Pending,
-    PreparingRunner,
-    RowState,
-    Runner,
-    StageOutput,
-)
+from service.runners.base import Heads, LaunchingRunner, Pending, PreparingRunner, Runner, StageOutput
+from service.runners.blocks import Block, Gathering, RowState
 
 HISTORY = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names

@@ -16,11 +16,11 @@ from typing import TypeVar
 from service.admission import Admission
 from service.core import Core
 from service.degrade import Degrade
+from service.errors import EngineError, EngineLost, EngineUnsound
 from service.guard import Guard
 from service.inbox import Abandon, Call, Stop, Wake
 from service.lanes import Batch, Lanes, Score
 from service.pace import Pace
-from service.rows import EngineError, EngineLost, EngineUnsound
 from service.runners.base import FatalRunnerError, Runner
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Loop:
         self._ran: deque[Batch] = deque()  # posted by lanes
         self._is_behind = False  # by the batch; read by lanes
         self._handing_over = threading.Lock()  # of what the thread owns, to it and back
-        self._thread = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
+        self._owner = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class Loop:
         with self._handing_over:
             self.admission.open()
             self.owns = True
-            self._thread.start()
+            self._owner.start()
 
     def ask(self, function: Callable[[], T]) -> "Future[T]":
         """Run a function between batches. Waiting for it on the engine's thread would take for ever."""
@@ -101,8 +101,8 @@ class Loop:
     def stop(self) -> None:
         """Take nothing more after the work at hand, and wait for that."""
         self._inbox.put(Stop())
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._owner.is_alive():
+            self._owner.join()
         self._lanes.stop(timeout_s=1.0)
 
     # --- lanes --------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from prometheus_client.registry import Collector
 
 from models.bundle import Bundle
 from models.manifest import Manifest
-from service.budget import BudgetState, Reason
+from service.budget import Reason
+from service.budget_state import BudgetState
 from service.observer import EngineStats
 from service.rows import Answer
 from service.tally import SECONDS, Tally, add_histogram, families

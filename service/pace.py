@@ -1,6 +1,7 @@
 """How fast images leave: measured as they do, and from it how many may be in flight for a bearable wait."""
 
 from math import inf
+from typing import Final
 
 
 class Pace:
@@ -14,8 +15,8 @@ class Pace:
         image_s: lane seconds to expect of an image before any was seen.
     """
 
-    PRIOR_IMAGES = 64
-    MEMORY_IMAGES = 512
+    PRIOR_IMAGES: Final = 64
+    MEMORY_IMAGES: Final = 512
 
     def __init__(self, n_lanes: int, image_s: float) -> None:
         self.n_lanes = n_lanes

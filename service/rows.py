@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: options, answers, errors, and the row in between."""
+"""What goes into the engine and what comes out: options, answers, and the row in between."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,42 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.budget import Reason
+from service.errors import EngineError
 from service.ledger import Account
-from service.runners.base import Block, RowState
+from service.runners.blocks import Block, RowState
 
 ENDED = RowState(Block({}, 0), 0)
 """The state of a row that has ended: whoever keeps its request keeps no memory with it."""
-
-
-class EngineError(RuntimeError):
-    """A request got no answer; the message names the cause."""
-
-
-class EngineDraining(EngineError):  # noqa: N818 (a state, not a fault)
-    """The engine is stopping (or has stopped) and takes no new requests."""
-
-
-class EngineUnsound(EngineError):  # noqa: N818
-    """The engine cannot run its stages; it tries again by itself."""
-
-
-class EngineLost(EngineError):  # noqa: N818
-    """The engine can run nothing any more in this process: its device is lost."""
-
-
-class EngineOverloaded(EngineError):  # noqa: N818
-    """As many rows are in flight as the engine holds, or as can be answered in bearable time."""
-
-    def __init__(self, in_flight_rows: int, wait_s: float = 0.0) -> None:
-        super().__init__(f"{in_flight_rows} images are in flight, which will take about {wait_s:.1f} s")
-        self.in_flight_rows, self.wait_s = in_flight_rows, wait_s
-
-
-class EngineTooLate(EngineError):  # noqa: N818 (the clock's fault)
-    """A request's deadline passed before its first stage could run."""
-
-    def __init__(self) -> None:
-        super().__init__("its deadline passed before a first stage could run")
 
 
 @dataclass(frozen=True, slots=True)

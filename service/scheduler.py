@@ -6,7 +6,6 @@ object and is to wait in one queue at most: nobody looks whether it does.
 
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
 
@@ -62,11 +61,19 @@ class _Group(Generic[Row]):
             del self.due_s[i]
 
 
-@dataclass(slots=True, eq=False)
 class _Queue(Generic[Row]):
-    groups: deque[_Group[Row]] = field(default_factory=deque)
-    n_rows: int = 0
-    n_due: int = 0  # of these, with a deadline
+    """Groups of rows, oldest first.
+
+    Attributes:
+        n_rows: that wait.
+        n_due: of these, with a deadline.
+    """
+
+    __slots__ = ("groups", "n_due", "n_rows")
+
+    def __init__(self) -> None:
+        self.groups: deque[_Group[Row]] = deque()
+        self.n_rows = self.n_due = 0
 
     def head(self) -> _Group[Row] | None:
         while self.groups and not self.groups[0].n_rows:

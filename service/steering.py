@@ -6,6 +6,7 @@ Plain Python over numbers: no clock, no thread, no array. Costs inside are multi
 from collections import deque
 from collections.abc import Sequence
 from math import pi, tan
+from typing import Final
 
 from models.frontier import Frontier, FrontierPoint
 from service.ledger import ROLLING_ANSWERS, Account, runs
@@ -43,18 +44,18 @@ class Steering:
     many, steering has been misled, and is told (`refuse`).
     """
 
-    AIM_UNDER = 0.004  # of the budget; with what is kept for images in flight the average ends at 0.995 of it
-    HORIZON_IMAGES = 24.0  # shorter is tighter, but thresholds that swing cost accuracy
-    LONGEST_HORIZON_IMAGES = 70.0
-    HORIZON_IN_FLIGHT = 3.0  # between the two it is so many times the images in flight
-    INTEGRAL_IMAGES = 1_000.0  # time constant
-    ECHO = 0.5
-    BAND_IMAGES = 5.0  # half of it
-    STEEPEST_AT = 0.85  # of that; beyond, it pulls no harder
-    MEAN_IMAGES = 500.0  # time constant of the running means below
-    MAX_FORECAST_IMAGES = 16.0
-    MAX_EXCESS_IMAGES = 8.0
-    TABLE_STEPS = 1_024
+    AIM_UNDER: Final = 0.004  # of the budget; with what is kept for images in flight the average ends at 0.995 of it
+    HORIZON_IMAGES: Final = 24.0  # shorter is tighter, but thresholds that swing cost accuracy
+    LONGEST_HORIZON_IMAGES: Final = 70.0
+    HORIZON_IN_FLIGHT: Final = 3.0  # between the two it is so many times the images in flight
+    INTEGRAL_IMAGES: Final = 1_000.0  # time constant
+    ECHO: Final = 0.5
+    BAND_IMAGES: Final = 5.0  # half of it
+    STEEPEST_AT: Final = 0.85  # of that; beyond, it pulls no harder
+    MEAN_IMAGES: Final = 500.0  # time constant of the running means below
+    MAX_FORECAST_IMAGES: Final = 16.0
+    MAX_EXCESS_IMAGES: Final = 8.0
+    TABLE_STEPS: Final = 1_024
 
     def __init__(self, frontier: Frontier, costs: tuple[int, ...], budget: int) -> None:
         self._costs = costs

@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Literal, Protocol, get_args
 
 from models.frontier import Frontier, FrontierPoint
-from service.budget import BudgetState
+from service.budget_state import BudgetState
 
 Kind = Literal["average_mflops", "fraction", "accuracy"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

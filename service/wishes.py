@@ -6,6 +6,7 @@ Plain functions; the engine's thread calls them, for such requests alone.
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +91,7 @@ def _largest(logits: NDArray[np.float32]) -> float:
 class Deadlines:
     """Requests by the moment at which they want to be answered; those that have ended since count for nothing."""
 
-    FEW = 256
+    FEW: Final = 256
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Request]] = []

@@ -16,8 +16,8 @@ from service.api.documents import engine_problem, outcome
 from service.api.options import Asked
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
+from service.errors import EngineError
 from service.logs import NOTES
-from service.rows import EngineError
 
 Result = dict[str, Any] | Problem
 

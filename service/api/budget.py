@@ -17,7 +17,7 @@ from service.api.bodies import read_body
 from service.api.problems import Problem
 from service.api.queries import read_query
 from service.api.state import State
-from service.budget import BudgetState as EngineBudget
+from service.budget_state import BudgetState as EngineBudget
 from service.latency import LatencyState as EngineLatency
 from service.ledger import ROLLING_ANSWERS
 from service.target import KINDS, Target, TargetError, Targets

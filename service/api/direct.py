@@ -25,8 +25,9 @@ from service.api.lifecycle import Names
 from service.api.options import Asked
 from service.api.problems import CLIENT_LEFT, Problem, internal_error
 from service.api.room import Room
+from service.errors import EngineError
 from service.images import ImageError
-from service.rows import Answer, EngineError, Told
+from service.rows import Answer, Told
 
 logger = logging.getLogger(__name__)
 

@@ -7,17 +7,9 @@ from starlette.requests import ClientDisconnect
 
 from models.manifest import Manifest
 from service.api.problems import Problem, not_ready
+from service.errors import EngineDraining, EngineError, EngineLost, EngineOverloaded, EngineTooLate, EngineUnsound
 from service.images import ImageError
-from service.rows import (
-    Answer,
-    EngineDraining,
-    EngineError,
-    EngineLost,
-    EngineOverloaded,
-    EngineTooLate,
-    EngineUnsound,
-    Step,
-)
+from service.rows import Answer, Step
 from service.tally import Outcome
 
 TITLES = {

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.budget import BudgetState
+from service.budget_state import BudgetState
 from service.rows import Options, Sink
 from service.tally import Outcome
 from service.target import Target

@@ -8,8 +8,8 @@ from starlette.types import Scope
 from service.api.documents import engine_problem, outcome, overloaded
 from service.api.problems import Problem
 from service.api.state import State
+from service.errors import EngineError
 from service.logs import NOTES
-from service.rows import EngineError
 
 SAME_FOR_S = 0.02
 CLASSIFYING = frozenset({"/classify", "/classify/stream", "/classify/batch"})

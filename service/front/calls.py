@@ -14,10 +14,10 @@ from itertools import count
 from typing import Any
 
 from service.api.ports import KeeperPort, MetricsPort
-from service.budget import BudgetState
+from service.budget_state import BudgetState
+from service.errors import EngineDraining
 from service.front import wire
 from service.front.wire import Kind
-from service.rows import EngineDraining
 from service.tally import Tally
 from service.target import Target
 

@@ -16,7 +16,7 @@ from service.lanes import Batch, BatchResult, Lanes
 from service.plan.host_times import measure_host
 from service.plan.stage_times import StageTimes
 from service.rows import Options, Request, Told
-from service.runners.base import RowState
+from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner, default_lanes
 from service.runners.providers import Device
 

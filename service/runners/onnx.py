@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import ValueInfo
 from models.onnx_weights import StageLoadError, load_stage_session
-from service.runners.base import Array, Block, FatalRunnerError, Gathering, RowState, RunnerError, StageOutput
+from service.runners.base import FatalRunnerError, RunnerError, StageOutput
+from service.runners.blocks import Array, Block, Gathering, RowState
 from service.runners.providers import CPU, CUDA, Device, check_device, check_loaded, is_lost, load_libraries, uses_cuda
 
 ALIGNMENT_BYTES = 64

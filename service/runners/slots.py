@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import count
 
-from service.runners.base import NO_VALUES, RowState, RunnerError
+from service.runners.base import RunnerError
+from service.runners.blocks import NO_VALUES, RowState
 
 SCRATCH = 0  # nobody's slot: what fills a bucket up is read from there and written there
 NOWHERE = -1

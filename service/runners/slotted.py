@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.limits import is_out_of_memory
-from service.runners.base import Array, Block, FatalRunnerError, Heads, RowState, RunnerError, StageOutput
+from service.runners.base import FatalRunnerError, Heads, RunnerError, StageOutput
+from service.runners.blocks import Array, Block, RowState
 from service.runners.slots import Slots, SlotState, buckets_for, stretches
 
 logger = logging.getLogger(__name__)

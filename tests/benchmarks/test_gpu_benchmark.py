@@ -19,7 +19,7 @@ from benchmarks.gpu_cases import NETWORKS, Plan, make_case, make_cifar, make_ima
 from benchmarks.gpu_onnx import measure_onnx
 from benchmarks.gpu_page import write_up
 from models.bundle import load_bundle
-from service.rows import EngineError
+from service.errors import EngineError
 from service.runners.base import FatalRunnerError
 from service.runners.torch_cuda.device import Cuda, Host
 from service.runners.torch_cuda.network import load_network

@@ -16,9 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from service.budget import BudgetController
 from service.core import Core
 from service.costs import CostTable
+from service.errors import EngineDraining, EngineError, EngineTooLate
 from service.lanes import Batch, BatchResult
-from service.rows import ENDED, Answer, EngineDraining, EngineError, EngineTooLate, Options, Request, Step, Told
-from service.runners.base import Block, RowState
+from service.rows import ENDED, Answer, Options, Request, Step, Told
+from service.runners.blocks import Block, RowState
 from service.scheduler import POLICIES, Scheduler
 from service.steering import MEGA
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS

@@ -14,7 +14,8 @@ from models.exits import confidence
 from service.budget import BudgetController
 from service.engine import Engine
 from service.rows import Answer, Options
-from service.runners.base import RowState, Runner, StageOutput, keep
+from service.runners.base import Runner, StageOutput
+from service.runners.blocks import RowState, keep
 from service.runners.slots import Slots
 from service.runners.slotted import SlotRunner
 from service.scheduler import Scheduler

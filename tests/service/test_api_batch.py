@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from service.api import answers
 from service.api.delivery import Delivery
 from service.engine import Engine
-from service.rows import Answer, EngineOverloaded, Options
+from service.errors import EngineOverloaded
+from service.rows import Answer, Options
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy

@@ -12,7 +12,8 @@ from starlette.requests import ClientDisconnect
 from service.api import answers
 from service.api.stream import MEDIA_TYPE
 from service.engine import Engine
-from service.rows import Answer, EngineError, Options, Step
+from service.errors import EngineError
+from service.rows import Answer, Options, Step
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy, stays

@@ -17,7 +17,7 @@ from models.scores import score_exits
 from service.assembly import build_engine
 from service.engine import Engine
 from service.rows import Answer
-from service.runners.base import RowState
+from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner, default_lanes
 from tests.data import REPOSITORY, cifar100_test
 

@@ -8,7 +8,7 @@ from time import perf_counter
 import pytest
 
 from service.decoding import Decoding
-from service.rows import EngineOverloaded, EngineTooLate
+from service.errors import EngineOverloaded, EngineTooLate
 from tests.waiting import LIMIT_S, wait_until
 
 

@@ -13,7 +13,8 @@ from models.bundle import load_bundle
 from service.api.delivery import Delivery
 from service.assembly import build_engine
 from service.engine import Engine
-from service.rows import Answer, EngineDraining, Options
+from service.errors import EngineDraining
+from service.rows import Answer, Options
 from tests.bundles import random_images
 from tests.waiting import LIMIT_S
 

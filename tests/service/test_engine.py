@@ -18,11 +18,13 @@ from models.scores import score_exits
 from service.assembly import build_engine
 from service.budget import BudgetController
 from service.engine import Engine
+from service.errors import EngineDraining, EngineError, EngineOverloaded
 from service.lanes import Batch
 from service.observer import EngineStats
 from service.policies import POLICIES
-from service.rows import Answer, EngineDraining, EngineError, EngineOverloaded, Options
-from service.runners.base import RowState, StageOutput
+from service.rows import Answer, Options
+from service.runners.base import StageOutput
+from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
 from tests.bundles import CLASS_NAMES, MEAN, STD, random_images, tiny_network

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from service.budget import BudgetController
 from service.engine import Engine
-from service.rows import Answer, EngineError, EngineLost, EngineOverloaded, EngineUnsound, Options
-from service.runners.base import FatalRunnerError, RowState, StageOutput
+from service.errors import EngineError, EngineLost, EngineOverloaded, EngineUnsound
+from service.rows import Answer, Options
+from service.runners.base import FatalRunnerError, StageOutput
+from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
 from tests.bundles import random_images

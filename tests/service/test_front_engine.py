@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from service.errors import EngineOverloaded
 from service.front.calls import RemoteKeeper, RemoteMetrics
 from service.front.proxy import FRAME_IMAGES
-from service.rows import Answer, EngineOverloaded, Options, Step, Told
+from service.rows import Answer, Options, Step, Told
 from tests.service.fronts import IMAGES, N_SLOTS, Front, settled
 from tests.waiting import LIMIT_S, wait_until
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.errors import EngineDraining, EngineError
 from service.front import wire
 from service.front.calls import RemoteKeeper
 from service.front.channel import Channel
 from service.front.wire import Kind
-from service.rows import Answer, EngineDraining, EngineError, Options, Told
+from service.rows import Answer, Options, Told
 from tests.service.fronts import IMAGES, N_SLOTS, Front, answer_of, settled
 from tests.waiting import LIMIT_S, wait_until
 

@@ -11,20 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.budget import Reason
+from service.errors import EngineDraining, EngineError, EngineLost, EngineOverloaded, EngineTooLate, EngineUnsound
 from service.front import wire
 from service.front.channel import Channel, Frame
 from service.front.memory import Layout, SharedMemory, picture_in
-from service.rows import (
-    Answer,
-    EngineDraining,
-    EngineError,
-    EngineLost,
-    EngineOverloaded,
-    EngineTooLate,
-    EngineUnsound,
-    Options,
-    Step,
-)
+from service.rows import Answer, Options, Step
 
 NAMES = [f"class {i}" for i in range(1000)]
 NUMBERS = st.integers(0, 2**63)

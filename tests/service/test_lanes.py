@@ -12,7 +12,8 @@ import pytest
 from models.scores import HeadScore
 from service.lanes import Batch, Lanes
 from service.rows import Options, Request
-from service.runners.base import Block, RowState, StageOutput
+from service.runners.base import StageOutput
+from service.runners.blocks import Block, RowState
 
 LIMIT_S = 30.0
 

@@ -13,7 +13,8 @@ from service.budget import BudgetController
 from service.engine import Engine
 from service.plan.simulation import Network, Setup, Simulation
 from service.plan.stage_times import StageTimes
-from service.runners.base import Block, Gathering, RowState, StageOutput
+from service.runners.base import StageOutput
+from service.runners.blocks import Block, Gathering, RowState
 from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier, population
 

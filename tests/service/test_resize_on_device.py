@@ -19,7 +19,8 @@ from PIL import Image
 from models.bundle import load_bundle
 from service.assembly import build_engine
 from service.images import ImageDecoder
-from service.runners.base import RowState, RunnerError
+from service.runners.base import RunnerError
+from service.runners.blocks import RowState
 from service.runners.choice import canvas_px, open_runner
 from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.resize import cut, resize

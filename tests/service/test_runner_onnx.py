@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle
-from service.runners.base import Block, Gathering, RowState, RunnerError, keep
+from service.runners.base import RunnerError
+from service.runners.blocks import Block, Gathering, RowState, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.providers import cuda_device_count
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_network

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from models.bundle import Bundle
 from models.manifest import StageInfo, ValueInfo
-from service.runners.base import RowState, keep
+from service.runners.blocks import RowState, keep
 from service.runners.onnx_device.runner import OnnxDeviceRunner
 from tests.service.slotted import all_free
 

@@ -17,7 +17,8 @@ from models.normalise import Normalise
 from models.registry import build_network
 from models.scores import score_exits
 from service.rows import Options
-from service.runners.base import Block, RunnerError, StageOutput, keep
+from service.runners.base import RunnerError, StageOutput
+from service.runners.blocks import Block, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.joined import ConvRelu, by_cudnn

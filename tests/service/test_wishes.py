@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.rows import ENDED, EngineTooLate, Options
+from service.errors import EngineTooLate
+from service.rows import ENDED, Options
 from service.wishes import Deadlines
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS
 from tests.service.virtual import N_EXITS, World, spent_is_what_answers_say, world

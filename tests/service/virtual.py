@@ -11,9 +11,10 @@ from models.exits import confidence
 from models.frontier import Frontier
 from service.budget import BudgetController
 from service.core import Core
+from service.errors import EngineError
 from service.lanes import Batch, BatchResult
-from service.rows import Answer, EngineError, Options, Request, Step, Told
-from service.runners.base import Block, RowState
+from service.rows import Answer, Options, Request, Step, Told
+from service.runners.blocks import Block, RowState
 from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier
 

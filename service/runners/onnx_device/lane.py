@@ -15,7 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from models.manifest import StageInfo
-from service.runners.base import Array, Heads
+from service.runners.base import Heads
+from service.runners.blocks import Array
 from service.runners.onnx_device.graph import SLOTS, store, stored
 from service.runners.onnx_device.staging import Staging
 from service.runners.slots import SCRATCH, SlotState, stretches

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from service.runners.base import Array
+from service.runners.blocks import Array
 from service.runners.providers import CUDA
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.staging import Stage
-from service.runners.base import Array, Block, FatalRunnerError, RunnerError
+from service.runners.base import FatalRunnerError, RunnerError
+from service.runners.blocks import Array, Block
 from service.runners.slots import SlotState, stretches
 from service.runners.slotted import IMAGES, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host

@@ -1,0 +1,32 @@
+"""Why a request gets no answer."""
+
+
+class EngineError(RuntimeError):
+    """A request got no answer; the message names the cause."""
+
+
+class EngineDraining(EngineError):  # noqa: N818 (a state, not a fault)
+    """The engine is stopping (or has stopped) and takes no new requests."""
+
+
+class EngineUnsound(EngineError):  # noqa: N818
+    """The engine cannot run its stages; it tries again by itself."""
+
+
+class EngineLost(EngineError):  # noqa: N818
+    """The engine can run nothing any more in this process: its device is lost."""
+
+
+class EngineOverloaded(EngineError):  # noqa: N818
+    """As many rows are in flight as the engine holds, or as can be answered in bearable time."""
+
+    def __init__(self, in_flight_rows: int, wait_s: float = 0.0) -> None:
+        super().__init__(f"{in_flight_rows} images are in flight, which will take about {wait_s:.1f} s")
+        self.in_flight_rows, self.wait_s = in_flight_rows, wait_s
+
+
+class EngineTooLate(EngineError):  # noqa: N818 (the clock's fault)
+    """A request's deadline passed before its first stage could run."""
+
+    def __init__(self) -> None:
+        super().__init__("its deadline passed before a first stage could run")

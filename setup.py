@@ -1,0 +1,44 @@
+"""Compiles the engine's own modules to C, where that is asked for: `make compile`.
+
+They are ordinary Python and run as they are; compiled (by mypyc, from their annotations) they take less than half the
+time an image. An installation compiles nothing, so it needs no compiler.
+"""
+
+import os
+
+from setuptools import setup
+
+# What runs for every image, or every batch, between an image's arrival and its answer. Modules of a group call each
+# other directly; what they call outside of it (numpy, the runners' libraries) is called as ever.
+COMPILED = [
+    f"service/{name}.py"
+    for name in (
+        "admission",
+        "answering",
+        "budget",
+        "core",
+        "costs",
+        "engine",
+        "guard",
+        "inbox",
+        "lanes",
+        "ledger",
+        "limits",
+        "loop",
+        "pace",
+        "policies",
+        "rows",
+        "runners/blocks",
+        "runners/slots",
+        "scheduler",
+        "steering",
+        "wishes",
+    )
+]
+
+if os.environ.get("EXITSERVE_COMPILE") == "1":
+    from mypyc.build import mypycify
+
+    setup(ext_modules=mypycify(COMPILED, group_name="exitserve"))
+else:
+    setup()
