@@ -18,7 +18,6 @@ COMPILED = [
         "budget",
         "core",
         "costs",
-        "engine",
         "guard",
         "inbox",
         "lanes",

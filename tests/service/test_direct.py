@@ -213,10 +213,14 @@ def test_a_client_that_leaves_is_given_up_at_once(here: Here) -> None:
 
 def test_a_connection_that_stays_keeps_no_picture(here: Here, line: Line) -> None:
     body = BODY + bytes(50_000)  # what follows a picture's end is ignored
-    line.send(request(body))
-    assert line.receive()[0] == 200
-    cycles = [connection.cycle for connection in here.server.server_state.connections]
-    assert {tuple(cycle.body) for cycle in cycles if isinstance(cycle, Cycle)} == {()}
+    cycles: list[Any] = []
+    for _ in range(100):  # a body that a busy machine reads in two parts takes the other way
+        line.send(request(body))
+        assert line.receive()[0] == 200
+        cycles = [connection.cycle for connection in here.server.server_state.connections]
+        if all(isinstance(cycle, Cycle) for cycle in cycles):
+            break
+    assert [cycle.body for cycle in cycles] == [[]]
     assert not here.app.desk._bodies
 
 
