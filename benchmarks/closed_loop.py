@@ -2,6 +2,7 @@
 
 import threading
 import time
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class Load:
     """
 
     def __init__(self, engine: Engine, images: Images, n_in_flight: int, n_images: int | None = None) -> None:
-        self.answers: list[Answer] = []
+        self._exits: Counter[int] = Counter()
+        self._mflops = self._batch_rows = 0.0  # sums over the answers, which are not kept: the collector would walk
+        self._ms = array("d")  # over them again and again, and no server keeps any
         self._engine = engine
         self._images = images
         self._n_images = n_images or len(images)
@@ -76,14 +79,14 @@ class Load:
         seconds = time.perf_counter() - started
         if self._failed is not None:
             raise self._failed
-        exits = Counter(answer.exit for answer in self.answers)
+        n_answers = len(self._ms)
         return Round(
-            images_per_s=len(self.answers) / seconds,
-            shares=[exits[k] / len(self.answers) for k in range(1, len(self._engine.stage_seconds) + 1)],
-            mean_mflops=sum(answer.mflops for answer in self.answers) / len(self.answers),
-            mean_batch_rows=sum(answer.batch_rows for answer in self.answers) / len(self.answers),
-            median_ms=median(answer.queue_ms + answer.compute_ms for answer in self.answers),
-            idle_mflops=(self._engine.stats().idle_mflops - idle_mflops) / len(self.answers),
+            images_per_s=n_answers / seconds,
+            shares=[self._exits[k] / n_answers for k in range(1, len(self._engine.stage_seconds) + 1)],
+            mean_mflops=self._mflops / n_answers,
+            mean_batch_rows=self._batch_rows / n_answers,
+            median_ms=median(self._ms),
+            idle_mflops=(self._engine.stats().idle_mflops - idle_mflops) / n_answers,
         )
 
     def _wait_for_room(self) -> int:
@@ -93,11 +96,13 @@ class Load:
             raise TimeoutError(f"no answer for {STALLED_S:.0f} s") from None
 
     def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
-        for _, outcome in outcomes:
-            if isinstance(outcome, EngineError):
-                self._failed = outcome
-            elif isinstance(outcome, Answer):
-                self.answers.append(outcome)
+        answers = [outcome for _, outcome in outcomes if isinstance(outcome, Answer)]
+        self._exits.update([answer.exit for answer in answers])
+        self._mflops += sum([answer.mflops for answer in answers])
+        self._batch_rows += sum([answer.batch_rows for answer in answers])
+        self._ms.extend([answer.queue_ms + answer.compute_ms for answer in answers])
+        if len(answers) < len(outcomes):
+            self._failed = next(outcome for _, outcome in outcomes if isinstance(outcome, EngineError))
         self._n_ended += len(outcomes)
         self._room.put(len(outcomes))
         if self._n_ended == self._n_images:
