@@ -1,7 +1,7 @@
 """Engines of the GPU benchmark: images/s at every budget, one image alone, and the whole network with exits off."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from statistics import median
@@ -17,7 +17,7 @@ from models.exits import SCORES
 from models.scores import HeadScore, score_exits
 from service.rows import Answer, Options
 from service.runners.slotted import SlotRunner
-from service.runners.torch_cuda.device import Device, Program, Stream
+from service.runners.torch_cuda.device import Device, Mark, Program, Stream
 from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.scoring import N_NUMBERS
 from service.settled_memory import settle_memory
@@ -183,7 +183,7 @@ class _IdleStream:
     def prepare(self, program: Program) -> Program:
         return lambda: None
 
-    def mark(self) -> Callable[[], None]:
+    def mark(self) -> Mark:
         return self._stream.mark()
 
     def wait(self) -> None:

@@ -30,6 +30,11 @@ class Admission:
     def is_full(self) -> bool:
         return self.in_flight >= self.room_rows
 
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether `take` would take any."""
+        return bool(self._arrivals)
+
     def overload(self) -> EngineOverloaded:
         return EngineOverloaded(self.in_flight, self.in_flight * self.row_s)
 

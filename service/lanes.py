@@ -42,6 +42,7 @@ class Batch:
     given_up: bool = False  # nobody waits for it any more
     hung: bool = False  # it was running too long
     behind: "Batch | None" = None  # the one that its lane runs before it, which it has already been launched behind
+    pending: Pending | None = None  # of a batch that was launched before a lane has got it
 
     def __post_init__(self) -> None:
         self.states = self.states or [row.state for row in self.rows]
@@ -89,6 +90,26 @@ class Lanes:
     def put(self, batch: Batch) -> None:
         self._queue.put(batch)
 
+    @property
+    def can_run_here(self) -> bool:
+        return self._launch is not None
+
+    def run_here(self, batch: Batch, is_wanted: Callable[[], bool]) -> None:
+        """Run a batch, no other being with the lanes, on the caller's thread: to hand it over and take it back takes
+        longer than a GPU does for one image. As soon as the caller is wanted elsewhere, a lane goes on with it.
+        """
+        assert self._launch is not None
+        launched = self._launched(batch, self._launch, None)
+        if launched is None:
+            return
+        batch.pending = pending = launched[1]
+        while not _has_run(pending):
+            if pending.has_run is None or is_wanted():
+                return self._queue.put(batch)
+            time.sleep(0)  # others may have the interpreter
+        batch.pending = None
+        self._collect(batch, pending)
+
     def stop(self, timeout_s: float) -> None:
         """Let every lane end after the batches already put, and wait for them up to `timeout_s` each."""
         for _ in self._threads:
@@ -123,6 +144,9 @@ class Lanes:
                 with suppress(Empty):
                     batch = self._queue.get(block=running is None)
                     stops = batch is None
+            if batch is not None and batch.pending is not None:
+                following, batch.pending = (batch, batch.pending), None
+                batch = None
             alone = batch is not None and (batch.stage == TRIAL or batch.given_up)
             if batch is not None and not alone:
                 following = self._launched(batch, launch, running)
@@ -218,3 +242,10 @@ class Lanes:
             logits, scores, classes = logits[batch.places], scores[batch.places], classes[batch.places]
             confidences = confidences[batch.places]
         return BatchResult(logits, block, output.copy_seconds, classes.tolist(), scores.tolist(), confidences.tolist())
+
+
+def _has_run(pending: Pending) -> bool:
+    try:
+        return pending.has_run is not None and pending.has_run()
+    except Exception:
+        return True  # it has failed: to collect it says how

@@ -19,7 +19,7 @@ from service.degrade import Degrade
 from service.errors import EngineError, EngineLost, EngineUnsound
 from service.guard import Guard
 from service.inbox import Abandon, Call, Stop, Wake
-from service.lanes import Batch, Lanes, Score
+from service.lanes import TRIAL, Batch, Lanes, Score
 from service.pace import Pace
 from service.runners.base import FatalRunnerError, Runner
 
@@ -215,8 +215,20 @@ class Loop:
             if batch is None:
                 break
             self.guard.began(batch, now_s)
-            self._lanes.put(batch)
+            if self._is_alone(batch):
+                self._lanes.run_here(batch, self._is_wanted)
+            else:
+                self._lanes.put(batch)
         self._is_behind = self.core.is_behind(self.guard.n_lanes)
+
+    def _is_alone(self, batch: Batch) -> bool:
+        """Whether this thread has nothing to do until a batch that begins has run."""
+        guard = self.guard
+        alone = len(guard.running) == 1 and not guard.lanes_lost and not len(self.core.scheduler)
+        return alone and self._lanes.can_run_here and batch.stage != TRIAL
+
+    def _is_wanted(self) -> bool:
+        return self.admission.has_arrivals or not self._inbox.empty() or self._clock() >= self._due_s
 
     @property
     def _max_running(self) -> int:

@@ -91,6 +91,11 @@ class PreparingRunner(Runner, Protocol):
 class Pending(Protocol):
     """A batch that runs on a device, or waits there for the one before it."""
 
+    @property
+    def has_run(self) -> Callable[[], bool] | None:
+        """Asks whether there is nothing to wait for any more; None where it runs while it is collected."""
+        ...
+
     def collect(self) -> StageOutput:
         """Wait for it, once.
 
@@ -105,7 +110,7 @@ class LaunchingRunner(Runner, Protocol):
     """A runner whose device has the next batch before this one has run, so that it never waits for Python."""
 
     def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None) -> Pending:
-        """Have a batch run, `behind` one that the same thread has launched before and collects before this one."""
+        """Have a batch run, `behind` one that was launched before and is collected before this one."""
         ...
 
 

@@ -5,6 +5,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -24,6 +25,20 @@ MANY_NUMBERS = 32_768  # in a picture
 SWITCH_S = 0.001  # after which a thread that works passes the interpreter on; Python's own are 5 ms
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Running:
+    """A batch on a lane.
+
+    Attributes:
+        collect: waits for it and gives logits, float32 [rows, classes], and what else is told of the rows; the caller's
+            own. It is to be called before the batch after the next is launched, in their order.
+        has_run: whether there is nothing to wait for any more; None where it runs while it is collected.
+    """
+
+    collect: Callable[[], tuple[NDArray[np.float32], Heads | None]]
+    has_run: Callable[[], bool] | None = None
+
+
 class Lane(Protocol):
     """Runs batches one after the other."""
 
@@ -31,15 +46,8 @@ class Lane(Protocol):
         """Make ready for batches of up to `bucket` rows, and run one whose rows are all `SCRATCH`."""
         ...
 
-    def launch(
-        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]
-    ) -> Callable[[], tuple[NDArray[np.float32], Heads | None]]:
-        """Have a stage run on the rows in `slots`, up to `bucket`; of rows that begin, `begin` says where pictures are.
-
-        Returns:
-            what waits for it and gives logits, float32 [rows, classes], and what else is told of the rows; the
-            caller's own. It is to be called before the batch after the next is launched, in their order.
-        """
+    def launch(self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]) -> Running:
+        """Have a stage run on the rows in `slots`, up to `bucket`; `begin` are those of them whose pictures it needs."""
         ...
 
 
@@ -51,19 +59,24 @@ class Launched:
 
     Attributes:
         is_last: none was launched behind it: its lane is idle when it is collected.
+        running: what the lane says of it.
     """
 
     def __init__(self, runner: "SlotRunner[Any]", lane: Any, stage: int, rows: Sequence[SlotState]) -> None:
         self.lane, self.is_last = lane, True
-        self.result: Callable[[], tuple[NDArray[np.float32], Heads | None]]
+        self.running: Running
         self._runner, self._stage, self._rows = runner, stage, rows
         self._started_s = time.perf_counter()
+
+    @property
+    def has_run(self) -> Callable[[], bool] | None:
+        return self.running.has_run
 
     def collect(self) -> StageOutput:
         """Wait for it; to be called once."""
         runner, stage, rows = self._runner, self._stage, self._rows
         try:
-            logits, heads = self.result()
+            logits, heads = self.running.collect()
         except Exception as error:  # as at the launch
             raise runner.failure(stage, len(rows), error) from error
         finally:
@@ -190,7 +203,7 @@ class SlotRunner(ABC, Generic[L]):
         lane = self._idle.get() if behind is None else behind.lane
         launched = Launched(self, lane, stage, states)
         try:
-            launched.result = lane.launch(stage, bucket, slots, begin)
+            launched.running = lane.launch(stage, bucket, slots, begin)
         except Exception as error:  # torch and ONNX Runtime raise errors of many kinds
             if behind is None:
                 self._idle.put(lane)

@@ -1,5 +1,6 @@
 """When a lane posts what it has run: not while it needs the interpreter for the next batch, and never too late."""
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -67,11 +68,21 @@ class Launching(Runner):
 
 
 class Launched:
+    """One of the value 5 never has run of itself, -4 is lost on the way, 6 runs while it is collected."""
+
     def __init__(self, runner: Runner, number: int) -> None:
         self.runner, self.number, self.is_collected = runner, number, False
+        self.has_run = None if number == 6 else self.is_done
+
+    def is_done(self) -> bool:
+        if self.number == -4:
+            raise RuntimeError("the device is lost")
+        return self.number != 5
 
     def collect(self) -> StageOutput:
         self.is_collected = True
+        if self.number == -4:
+            raise RuntimeError("the device is lost")
         self.runner.events.append(f"collect {self.number}")
         if self.number == -3:
             raise ValueError("out of memory")
@@ -151,6 +162,49 @@ def test_what_cannot_be_launched_or_fails_later_fails_alone():
     assert len(told) == len(came) == 4
     assert sorted(str(ran.error) for ran in came) == ["None", "None", "no room", "out of memory"]
     assert all(0.0 < ran.started_s <= ran.ended_s and not ran.states for ran in came)
+
+
+def here(numbers: Sequence[int], is_wanted: bool = False) -> tuple[list[str], list[Batch], list[str]]:
+    """The same where the caller runs them itself, and the threads on which they were posted."""
+    events: list[str] = []
+    runner, posted, threads = Launching(events), SimpleQueue[Batch](), []
+
+    def post(ran: Batch) -> None:
+        threads.append(threading.current_thread().name.rstrip("0123456789"))
+        posted.put(ran)
+
+    lanes = Lanes(runner, HeadScore(score), post)
+    lanes.start()
+    came = []
+    for number in numbers:
+        lanes.run_here(batch(runner, number), lambda: is_wanted)
+        came.append(posted.get(timeout=LIMIT_S))
+    lanes.stop(LIMIT_S)
+    return events, came, threads
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_a_batch_that_has_run_at_once_never_leaves_the_caller(is_wanted):
+    events, came, threads = here([1, 2], is_wanted)
+    assert events == ["launch 1", "collect 1", "launch 2", "collect 2"]
+    assert threads == ["MainThread"] * 2
+    assert all(0.0 < ran.started_s <= ran.ended_s and ran.result is not None for ran in came)
+
+
+@pytest.mark.parametrize(("number", "is_wanted"), [(5, True), (6, False)])
+def test_a_caller_that_is_wanted_leaves_the_batch_to_a_lane(number, is_wanted):
+    events, [ran], threads = here([number], is_wanted)
+    assert events == [f"launch {number}", f"collect {number}"]
+    assert threads == ["exitserve-lane-"]
+    assert ran.result is not None
+    assert ran.pending is None
+
+
+@pytest.mark.parametrize(("number", "error"), [(-2, "no room"), (-3, "out of memory"), (-4, "the device is lost")])
+def test_what_fails_on_the_callers_thread_is_posted_as_ever(number, error):
+    _, [ran], threads = here([number])
+    assert (str(ran.error), ran.result, threads) == (error, None, ["MainThread"])
+    assert 0.0 < ran.started_s <= ran.ended_s
 
 
 def test_a_trial_has_the_lane_to_itself():

@@ -20,6 +20,7 @@ from service.rows import Options
 from service.runners.base import RunnerError, StageOutput
 from service.runners.blocks import Block, keep
 from service.runners.onnx import OnnxRunner
+from service.runners.slotted import Running
 from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.joined import ConvRelu, by_cudnn
 from service.runners.torch_cuda.network import cut, lower
@@ -118,16 +119,8 @@ def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_
     engine, gate = engine_around(runner, bundle, hang_s=0.0), threading.Event()
     hung: list[int] = []
 
-    def hanging(launch: Callable[..., Any], *batch: Any) -> Any:
-        collect = launch(*batch)
-        if hung:
-            return collect
-        hung.append(len(batch[2]))
-        return lambda: [gate.wait(LIMIT_S), collect()][1]
-
     with running(engine):
-        lane = runner.lanes[0]
-        lane.launch = partial(hanging, lane.launch)  # type: ignore[method-assign]
+        hang(runner, gate, hung)
         futures = [engine.submit(image, Options(exit=1 + i % 4)) for i, image in enumerate(images[:60])]
         for i, future in enumerate(futures):
             assert future.result(LIMIT_S).class_id == whole[i % 4][i].argmax()
@@ -138,6 +131,38 @@ def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_
         assert engine.submit(images[0], Options(exit=4)).result(LIMIT_S).class_id == whole[3][0].argmax()
     del futures, future
     wait_until("every slot is free", lambda: all_free(runner.slots))
+
+
+def test_one_image_alone_that_hangs_keeps_the_engine_from_nothing(
+    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
+) -> None:
+    runner = open_torch_runner(bundle, 4, 256, device=Host())
+    engine, gate = engine_around(runner, bundle, hang_s=0.0), threading.Event()
+    hung: list[int] = []
+    with running(engine):
+        hang(runner, gate, hung)
+        first = engine.submit(images[0], Options(exit=2))
+        wait_until("it runs", lambda: bool(hung))
+        assert engine.stats().in_flight_rows == 1
+        assert engine.submit(images[1], Options(exit=4)).result(LIMIT_S).class_id == whole[3][1].argmax()
+        assert first.result(LIMIT_S).class_id == whole[1][0].argmax()  # once more, on the other lane
+        assert (engine.stats().hung_batches, hung) == (1, [1])
+        gate.set()
+        wait_until("the lane is back", lambda: engine.ask(lambda: engine._loop.guard.lanes_left).result() == 2)
+
+
+def hang(runner: TorchCudaRunner, gate: threading.Event, hung: list[int]) -> None:
+    """Have the first lane's next batch run until the gate opens; its rows are noted in `hung`."""
+
+    def hanging(launch: Callable[..., Running], *batch: Any) -> Running:
+        launched = launch(*batch)
+        if hung:
+            return launched
+        hung.append(len(batch[2]))
+        return Running(lambda: (gate.wait(LIMIT_S), launched.collect())[1], gate.is_set)
+
+    lane = runner.lanes[0]
+    lane.launch = partial(hanging, lane.launch)  # type: ignore[method-assign]
 
 
 def test_the_bundle_that_ships_answers_as_with_onnx() -> None:

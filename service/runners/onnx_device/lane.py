@@ -5,7 +5,7 @@ bucket, and its logits are read from there.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from service.runners.blocks import Array
 from service.runners.onnx_device.graph import SLOTS, store, stored
 from service.runners.onnx_device.staging import Staging
 from service.runners.slots import SCRATCH, SlotState, stretches
+from service.runners.slotted import Running
 
 Stores = Mapping[str, ort.OrtValue]
 logger = logging.getLogger(__name__)
@@ -63,13 +64,11 @@ class OnnxLane:
             return self._prepare(stage, bucket)
         return self._thread.submit(self._prepare, stage, bucket).result()
 
-    def launch(
-        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()
-    ) -> Callable[[], tuple[NDArray[np.float32], Heads | None]]:
+    def launch(self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()) -> Running:
         """See `slotted.Lane`. ONNX Runtime's copies wait, so all is done when it is collected."""
         run = partial(self._run, stage, bucket, slots, begin)
         thread = self._thread
-        return run if thread is None else lambda: thread.submit(run).result()
+        return Running(run if thread is None else lambda: thread.submit(run).result())
 
     def _prepare(self, stage: int, bucket: int) -> None:
         if bucket not in self._slots:

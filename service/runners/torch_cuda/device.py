@@ -16,6 +16,18 @@ SEARCH_S = 30.0  # of a process, see `Cuda.searching`
 SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding
 
 
+class Mark(Protocol):
+    """A point in what is put on a stream; CUDA's events are such."""
+
+    def query(self) -> bool:
+        """Whether all before it has run."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for that."""
+        ...
+
+
 class Stream(Protocol):
     """What is put on one stream runs in order; several streams run at the same time."""
 
@@ -27,8 +39,8 @@ class Stream(Protocol):
         """Return what to call in the place of `program`, on this stream alone."""
         ...
 
-    def mark(self) -> Callable[[], None]:
-        """Return what waits until all has run that was put on the stream so far."""
+    def mark(self) -> Mark:
+        """A point behind all that was put on the stream so far."""
         ...
 
     def wait(self) -> None:
@@ -66,10 +78,16 @@ class HostStream:
         program()
         return program
 
-    def mark(self) -> Callable[[], None]:
-        return self.wait
+    def mark(self) -> Mark:
+        return self
 
     def wait(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
         pass
 
 
@@ -126,10 +144,10 @@ class CudaStream:
         self._pool_bytes += max(0, torch.cuda.memory_reserved(kind) - reserved)
         return graph.replay
 
-    def mark(self) -> Callable[[], None]:
+    def mark(self) -> Mark:
         done = torch.cuda.Event()
         done.record(self._stream)
-        return done.synchronize
+        return done
 
     def wait(self) -> None:
         self._stream.synchronize()

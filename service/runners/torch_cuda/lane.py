@@ -18,8 +18,8 @@ from torch import Tensor
 from models.staging import Stage
 from service.runners.base import Heads
 from service.runners.slots import NOWHERE, SCRATCH, SlotState, stretches
-from service.runners.slotted import IMAGES
-from service.runners.torch_cuda.device import Device, Program
+from service.runners.slotted import IMAGES, Running
+from service.runners.torch_cuda.device import Device, Mark, Program
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.resize import cut, resize
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge
@@ -88,9 +88,7 @@ class Lane:
             self._resizers[bucket] = self.stream.prepare(partial(self._resize, bucket))
 
     @torch.inference_mode()
-    def launch(
-        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()
-    ) -> Callable[[], tuple[NDArray[np.float32], Heads | None]]:
+    def launch(self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()) -> Running:
         """See `slotted.Lane`."""
         n_rows, of, turn = len(slots), self._buckets[bucket], self._turn
         self._turn = 1 - turn
@@ -110,13 +108,11 @@ class Lane:
                 self._send(places)
             self.programs[stage, bucket]()
             of.told_host[turn].copy_(of.told_there, non_blocking=True)
-            wait = self.stream.mark()
-        return partial(self._collect, n_rows, of, turn, wait)
+            mark = self.stream.mark()
+        return Running(partial(self._collect, n_rows, of, turn, mark), mark.query)
 
-    def _collect(
-        self, n_rows: int, of: "_Bucket", turn: int, wait: Callable[[], None]
-    ) -> tuple[NDArray[np.float32], Heads | None]:
-        wait()  # the one synchronisation of a batch: its verdicts are needed here
+    def _collect(self, n_rows: int, of: "_Bucket", turn: int, mark: Mark) -> tuple[NDArray[np.float32], Heads | None]:
+        mark.synchronize()  # the one synchronisation of a batch: its verdicts are needed here
         logits = of.logits[turn][:n_rows].copy()  # the buffer is that of the batch after the next
         if self._score is None:
             return logits, None
