@@ -10,7 +10,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve setup test check format bench league train secrets configuration dashboard check-containers clean
+# What setuptools will compile with, which ends in a trace where it or Python's headers are missing.
+C_COMPILER  := import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))
+NO_COMPILER := error: no C compiler that finds Python.h. Install both (Debian, Ubuntu: apt-get install gcc libc6-dev \
+  python3-dev), or serve as it is: nothing has to be compiled.
+# Tests that run the engine, in parts, whole or in a server.
+OF_ENGINE   := access_log api api_batch api_budget api_options api_stream budget budget_real compiled costs delivery \
+  device_lost direct engine engine_trouble front front_engine front_outbox front_trouble guard lanes latency \
+  limits metrics plan_live plan_simulation runner_onnx runner_onnx_device scheduler score_histories serving_real \
+  shutdown slots start two_ways wishes
+
+.PHONY: help serve setup compile pure test test-compiled check format bench league train secrets configuration dashboard check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -20,9 +30,21 @@ serve: $(VENV)/.serve  ## serve BUNDLE on PORT (installs what serving needs into
 
 setup: $(VENV)/.dev    ## install what training, tests and benchmarks need into .venv
 
+compile: $(VENV)/.compile  ## compile the engine's modules to C, in place: more images a second (needs a C compiler)
+	@echo '#include <Python.h>' | $$($(BIN)/python -c '$(C_COMPILER)') -E - >/dev/null 2>&1 || { echo '$(NO_COMPILER)'; exit 2; }
+	@$(MAKE) --no-print-directory pure
+	EXITSERVE_COMPILE=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+
+pure:            ## remove what `make compile` made: the modules run as Python again
+	find service -name '*.so' -delete
+
 test: $(VENV)/.dev     ## run the tests: a file a core at a time, then those that want the machine to themselves
 	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone
+
+test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is compiled
+	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	  $(OF_ENGINE:%=tests/service/test_%.py) tests/promises
 
 check: $(VENV)/.dev    ## lint, format and types
 	$(BIN)/ruff check .
@@ -60,8 +82,8 @@ dashboard: $(VENV)/.dev  ## write Grafana's dashboard from docker/grafana/panels
 check-containers:  ## build the images and run the stack for real (root; Debian's buildah, podman, mmdebstrap, prometheus)
 	$(PYTHON) -m docker.check
 
-clean:           ## remove the environment and caches (runs/ stay)
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: pure      ## remove the environment, caches and what was compiled (runs/ stay)
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis build/lib.* build/temp.* build/service build/ops.txt
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ExitServe needs Python 3.11 or later; set PYTHON=")'
@@ -71,6 +93,10 @@ $(VENV)/.serve: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[client]'
 	@touch $@
 
+$(VENV)/.compile: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[client,compile]'
+	@touch $@ $(VENV)/.serve
+
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.serve
+	@touch $@ $(VENV)/.serve $(VENV)/.compile

@@ -38,6 +38,6 @@ COMPILED = [
 if os.environ.get("EXITSERVE_COMPILE") == "1":
     from mypyc.build import mypycify
 
-    setup(ext_modules=mypycify(COMPILED, group_name="exitserve"))
+    setup(ext_modules=mypycify(COMPILED, group_name="service.compiled"))
 else:
     setup()

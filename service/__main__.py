@@ -38,12 +38,15 @@ def main(arguments: Sequence[str]) -> int:
     except SettingsError as error:
         return _refuse(error)
     from models.bundle import BundleError
+    from service.compiled import staleness
     from service.logs import set_up_logs
     from service.server import ListenError, listen, use_one_heap
 
     set_up_logs(settings.log_level, as_json=settings.access_log == "json")
     for message in mistaken_variables(os.environ):
         logger.warning(message)
+    if stale := staleness():
+        logger.warning(stale)
     use_one_heap()
     try:
         listener = listen(settings.host, settings.port)
@@ -68,6 +71,7 @@ def _print(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
 def _serve(settings: "Settings", listener: socket.socket) -> int:
     from models.bundle import load_bundle
     from models.onnx_weights import StageLoadError
+    from service import compiled
     from service.assembly import build_engine
     from service.front.supervisor import Front
     from service.metrics import Metrics
@@ -108,6 +112,7 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
         _end_without_clean_up(error)
     except (StageLoadError, RunnerError) as error:
         return _refuse(error)
+    logger.info(compiled.state())
     metrics.watch(engine.stats, engine.budget_state, bundle)
     keeper = Keeper(engine, target)
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import settings
 
+from service.compiled import staleness
 from tests.waiting import LIMIT_S
 
 # Examples may take as long as a busy machine needs: no test asserts its own speed. They are the same in every run, so
@@ -21,6 +22,12 @@ settings.load_profile("default")
 # Nor does a client give up, as those of httpx do after 5 s unless told otherwise.
 for step in ("connect", "read", "write", "pool"):
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, step, LIMIT_S)
+
+
+def pytest_configure() -> None:
+    """Test what is written, not what was compiled before it was written."""
+    if stale := staleness():
+        raise pytest.UsageError(stale)
 
 
 @pytest.fixture
