@@ -68,6 +68,9 @@ def check_confinement(machine: Machine) -> None:
     search = "command -v pip pip3 gcc cc make curl wget git"
     found = machine.inside("server-cpu", "sh", "-c", search, fails=True)
     expect(found == "", "it holds no build tools", found)
+    told = machine.log("server-cpu")
+    expect('"the engine runs compiled: ' in told, "its engine runs compiled", told)
+    expect('"level":"warning"' not in told, "it warns of nothing", told)
     machine.inside("server-cpu", "python", "-m", "service.health")
     say("  ok: python -m service.health")
 

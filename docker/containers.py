@@ -110,6 +110,11 @@ class Machine:
     def inspect(self, service: str, template: str) -> str:
         return self.run("podman", "inspect", self.container(service), "--format", template)
 
+    def log(self, service: str) -> str:
+        """What it has written on standard error."""
+        command = ("podman", "logs", self.container(service))
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stderr
+
 
 def say(what: str) -> None:
     sys.stdout.write(f"[{time.strftime('%H:%M:%S')}] {what}\n")

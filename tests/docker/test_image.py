@@ -36,3 +36,4 @@ def test_nothing_is_sent_to_the_builder_but_what_is_copied() -> None:
     }
     assert sent == copied
     assert all((REPOSITORY / name).exists() for name in sent)
+    assert {"**/__pycache__", "**/*.so"} <= set(patterns), "what this machine compiled would run in the image"
