@@ -47,7 +47,7 @@ class Lane(Protocol):
         ...
 
     def launch(self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]) -> Running:
-        """Have a stage run on the rows in `slots`, up to `bucket`; `begin` are those of them whose pictures it needs."""
+        """Have a stage run on the rows in `slots`, up to `bucket`; `begin` are those whose pictures it needs."""
         ...
 
 
