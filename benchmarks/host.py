@@ -1,0 +1,116 @@
+"""What the engine's own threads take: its images/s where the network takes no time, and one image alone.
+
+    make compile
+    python -m benchmarks.host
+
+Needs no GPU: slots, buckets, lanes and copies are those of `torch-cuda`, on the host, and only the stages do nothing.
+Python and what is compiled of it (`make compile`) are measured in turns, each in a process of its own.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.machinery import FileFinder, SourceFileLoader
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.processes import REPOSITORY
+from service.compiled import compiled_sources
+
+MEASURES = ("Python", "compiled")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process. At 40 % budget, `benchmarks.gpu`'s plan for networks of 32 px."""
+
+    images_per_s: float
+    us_an_image: float  # of processor time, all threads and whoever submits the images
+    alone_ms: float  # median of an image that has the engine to itself, at 40 % budget
+    alone_whole_ms: float  # the same through all stages
+
+
+def measure() -> Measured:
+    """Measure in this process."""
+    import torch
+
+    from benchmarks.gpu_cases import NETWORKS, Plan
+    from benchmarks.gpu_engines import idle_runner, measure_alone, measure_idle
+    from service.runners.torch_cuda.device import Host
+
+    network = NETWORKS["cifar"]
+    plan = Plan(Host(), torch.float32, **network.amounts)
+    case = network.make(plan)
+    [engine] = measure_idle(case, plan)
+    alone = measure_alone(case, idle_runner(case, plan), plan)
+    return Measured(
+        images_per_s=engine["images_per_s"],
+        us_an_image=engine["host_us_an_image"],
+        alone_ms=alone["at 40 %, p50"],
+        alone_whole_ms=alone["whole network, p50"],
+    )
+
+
+def load_sources() -> None:
+    """Have this process import the service's sources, whether they are compiled or not."""
+
+    def sources_in(folder: str) -> FileFinder:
+        if not Path(folder).is_relative_to(REPOSITORY / "service"):
+            raise ImportError("left to Python")
+        return FileFinder(folder, (SourceFileLoader, [".py"]))
+
+    sys.path_hooks.insert(0, sources_in)
+    sys.path_importer_cache.clear()
+    for name in [name for name in sys.modules if name.startswith("service.")]:
+        del sys.modules[name]  # it may have come compiled
+
+
+def measure_apart(what: str) -> Measured:
+    command = [sys.executable, "-m", "benchmarks.host", "--one", what]
+    told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return Measured(**json.loads(told.splitlines()[-1]))
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Processes of each.")] = 5,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    one: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure the engine without a network, as Python and compiled."""
+    if one is not None:
+        if one == "Python":
+            load_sources()
+        print(json.dumps(asdict(measure())))
+        return
+    kinds = MEASURES if compiled_sources() else MEASURES[:1]
+    found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind in kinds:
+            found[kind].append(measure_apart(kind))
+    table = Table("", *kinds, title="The engine without a network, 32 px, 40 % budget: medians (lowest to highest)")
+    for title, name, digits in (
+        ("images/s", "images_per_s", 0),
+        ("processor time an image, us", "us_an_image", 1),
+        ("one image alone, p50 ms", "alone_ms", 2),
+        ("the same, all stages", "alone_whole_ms", 2),
+    ):
+        cells = []
+        for kind in kinds:
+            values = [getattr(measured, name) for measured in found[kind]]
+            cells.append(f"{median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})")
+        table.add_row(title, *cells)
+    Console().print(table)
+    if len(kinds) == 1:
+        print("Nothing is compiled here: `make compile`, then this compares.")
+    if json_path:
+        json_path.write_text(json.dumps({kind: [asdict(measured) for measured in found[kind]] for kind in kinds}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,27 @@
+"""The benchmark of the engine's own threads, with one process of each kind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from service.compiled import compiled_sources
+from tests.bundles import REPOSITORY
+
+
+def test_it_measures_python_and_what_is_compiled_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "host.json"
+    command = [sys.executable, "-m", "benchmarks.host", "--rounds", "1", "--json", str(path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    found = json.loads(path.read_text())
+    assert list(found) == (["Python", "compiled"] if compiled_sources() else ["Python"])
+    for [measured] in found.values():
+        assert 1e6 / measured["us_an_image"] < 2 * measured["images_per_s"]  # a core or two were busy
+        assert 0 < measured["alone_ms"] < measured["alone_whole_ms"]
+
+
+def test_sources_are_loaded_where_they_are_compiled_too() -> None:
+    code = "from benchmarks.host import load_sources; load_sources(); import service.core; print(service.core.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == REPOSITORY / "service/core.py"
