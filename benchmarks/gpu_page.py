@@ -25,7 +25,9 @@ def write_up(report: dict[str, Any]) -> str:
 def _about(case: dict[str, Any], found: dict[str, Any]) -> str:
     lines = [f"## {case.get('name', case['network'])}\n"]
     if "device" in case:
-        lines.append(f"{case['device']}, torch {case['torch']}, {case['dtype']}, {case['lanes']} lanes.")
+        lines.append(
+            f"{case['device']}, torch {case['torch']}, {case['dtype']}, {case['lanes']} lanes; {case['engine']}."
+        )
     if case.get("device_at_end"):
         lines.append(f"At the end: {case['device_at_end']}.")
     if "peaks" in found:

@@ -20,6 +20,7 @@ from benchmarks.gpu_engines import measure_alone, measure_engine, measure_idle, 
 from benchmarks.gpu_onnx import measure_onnx
 from benchmarks.gpu_page import AS_TORCH
 from benchmarks.gpu_stages import measure_compilers, measure_peaks, measure_stages, program_seconds
+from service import compiled
 from service.runners.base import FatalRunnerError
 from service.runners.torch_cuda.device import Cuda, Host
 from service.runners.torch_cuda.kernels import Ways
@@ -100,6 +101,7 @@ def measure_network(given: argparse.Namespace) -> None:
         "device": clocks() if on_gpu else "the processor, without graphs or streams",
         "dtype": str(dtype),
         "lanes": given.lanes,
+        "engine": compiled.state(),
         "found": {},
         "failed": {},
         "not_begun": {},
