@@ -95,8 +95,10 @@ class Lanes:
         return self._launch is not None
 
     def run_here(self, batch: Batch, is_wanted: Callable[[], bool]) -> None:
-        """Run a batch, no other being with the lanes, on the caller's thread: to hand it over and take it back takes
-        longer than a GPU does for one image. As soon as the caller is wanted elsewhere, a lane goes on with it.
+        """Run a batch on the caller's thread: to hand it over and take it back takes longer than a GPU does for one
+        image. As soon as the caller is wanted elsewhere, a lane goes on with it.
+
+        No other batch may be with the lanes, nor one that was given up: a launch would wait for it.
         """
         assert self._launch is not None
         launched = self._launched(batch, self._launch, None)

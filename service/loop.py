@@ -71,6 +71,7 @@ class Loop:
         self.broken: Future[EngineError] = Future()
         self._messages: deque[Message] = deque()  # taken from the inbox
         self._ran: deque[Batch] = deque()  # posted by lanes
+        self._n_out = 0  # batches dispatched and not taken back, those given up among them
         self._is_behind = False  # by the batch; read by lanes
         self._handing_over = threading.Lock()  # of what the thread owns, to it and back
         self._owner = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
@@ -177,6 +178,7 @@ class Loop:
             self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self._clock())))
 
     def _take_back(self, batch: Batch) -> None:
+        self._n_out -= 1
         if isinstance(batch.error, FatalRunnerError):
             raise batch.error  # nothing that still runs or waits can be run any more
         now_s = self._clock()
@@ -215,6 +217,7 @@ class Loop:
             if batch is None:
                 break
             self.guard.began(batch, now_s)
+            self._n_out += 1
             if self._is_alone(batch):
                 self._lanes.run_here(batch, self._is_wanted)
             else:
@@ -222,10 +225,8 @@ class Loop:
         self._is_behind = self.core.is_behind(self.guard.n_lanes)
 
     def _is_alone(self, batch: Batch) -> bool:
-        """Whether this thread has nothing to do until a batch that begins has run."""
-        guard = self.guard
-        alone = len(guard.running) == 1 and not guard.lanes_lost and not len(self.core.scheduler)
-        return alone and self._lanes.can_run_here and batch.stage != TRIAL
+        """Whether this thread has nothing to do until a batch that begins has run; if so, every lane is idle."""
+        return self._n_out == 1 and not len(self.core.scheduler) and self._lanes.can_run_here and batch.stage != TRIAL
 
     def _is_wanted(self) -> bool:
         return self.admission.has_arrivals or not self._inbox.empty() or self._clock() >= self._due_s
