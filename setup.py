@@ -11,9 +11,9 @@ from setuptools import setup
 # What runs for every image, or every batch, between an image's arrival and its answer. Modules of a group call each
 # other directly; what they call outside of it (numpy, the runners' libraries) is called as ever.
 #
-# What mypyc asks of them: no generic dataclass, no base class outside of the group, no attribute named `_thread` (C takes
-# it for a keyword), constants of a class marked Final. What is frozen cannot be unpickled, and what is compiled cannot
-# be replaced by tests: both stay in modules beside these.
+# What mypyc asks of them: no generic dataclass, no base class outside of the group, no attribute named `_thread` (C
+# takes it for a keyword), constants of a class marked Final. What is frozen cannot be unpickled, and what is compiled
+# cannot be replaced by tests: both stay in modules beside these.
 COMPILED = [
     f"service/{name}.py"
     for name in (
