@@ -180,7 +180,7 @@ class Core:
 
     def fail_all(self, error: EngineError) -> None:
         """End every request in flight with an error. Batches that still run are not to be brought back."""
-        ran = [*self._retries, *((batch.stage, row) for batch in self._out for row in batch.rows)]
+        ran = [*self._retries, *[(batch.stage, row) for batch in self._out for row in batch.rows]]
         waiting = self.scheduler.drop_all()
         self._retries.clear()
         self._out.clear()

@@ -185,7 +185,7 @@ class Scheduler(Generic[Row]):
         several is.
         """
         if self._groups is None:
-            waiting = ((stage, group) for stage, queue in enumerate(self._queues) for group in queue.groups)
+            waiting = [(stage, group) for stage, queue in enumerate(self._queues) for group in queue.groups]
             self._groups = {row: (stage, group) for stage, group in waiting for row in group.waiting()}
         found = self._groups.pop(row, None)
         if found is None:
