@@ -1,6 +1,7 @@
 """The benchmark of the engine's own threads, with one process of each kind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ def test_it_measures_python_and_what_is_compiled_of_it(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert list(found) == (["Python", "compiled"] if compiled_sources() else ["Python"])
     for [measured] in found.values():
-        assert 1e6 / measured["us_an_image"] < 2 * measured["images_per_s"]  # a core or two were busy
+        cores_busy = 1e-6 * measured["us_an_image"] * measured["images_per_s"]
+        assert 0.02 < cores_busy < 2 * (os.cpu_count() or 1)  # medians of rounds: not exactly those that there are
         assert 0 < measured["alone_ms"] < measured["alone_whole_ms"]
 
 

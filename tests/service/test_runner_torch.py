@@ -1,7 +1,8 @@
 """The torch runner on the host, without graphs and streams: its answers are those of the network as it was trained."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from models.exits import SCORES, confidence, take_exits
 from models.normalise import Normalise
 from models.registry import build_network
 from models.scores import score_exits
+from service.engine import Engine
 from service.rows import Options
 from service.runners.base import RunnerError, StageOutput
 from service.runners.blocks import Block, keep
@@ -112,47 +114,15 @@ def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
     answer_all(runner, chosen, images, whole, 1e-4)
 
 
-def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_the_other_lane(
-    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
-) -> None:
+@contextmanager
+def a_lane_that_hangs(bundle: Bundle, image: NDArray[np.uint8], label: int) -> Iterator[tuple[Engine, list[int]]]:
+    """An engine whose first lane's first batch hangs until this ends, and where the number of its rows is noted.
+
+    At the end the lane comes back, an image has its label, and every slot is free again.
+    """
     runner = open_torch_runner(bundle, 4, 256, device=Host())
     engine, gate = engine_around(runner, bundle, hang_s=0.0), threading.Event()
     hung: list[int] = []
-
-    with running(engine):
-        hang(runner, gate, hung)
-        futures = [engine.submit(image, Options(exit=1 + i % 4)) for i, image in enumerate(images[:60])]
-        for i, future in enumerate(futures):
-            assert future.result(LIMIT_S).class_id == whole[i % 4][i].argmax()
-        assert engine.stats().hung_batches == 1
-        assert hung
-        gate.set()
-        wait_until("the lane is back", lambda: engine.ask(lambda: engine._loop.guard.lanes_left).result() == 2)
-        assert engine.submit(images[0], Options(exit=4)).result(LIMIT_S).class_id == whole[3][0].argmax()
-    del futures, future
-    wait_until("every slot is free", lambda: all_free(runner.slots))
-
-
-def test_one_image_alone_that_hangs_keeps_the_engine_from_nothing(
-    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
-) -> None:
-    runner = open_torch_runner(bundle, 4, 256, device=Host())
-    engine, gate = engine_around(runner, bundle, hang_s=0.0), threading.Event()
-    hung: list[int] = []
-    with running(engine):
-        hang(runner, gate, hung)
-        first = engine.submit(images[0], Options(exit=2))
-        wait_until("it runs", lambda: bool(hung))
-        assert engine.stats().in_flight_rows == 1
-        assert engine.submit(images[1], Options(exit=4)).result(LIMIT_S).class_id == whole[3][1].argmax()
-        assert first.result(LIMIT_S).class_id == whole[1][0].argmax()  # once more, on the other lane
-        assert (engine.stats().hung_batches, hung) == (1, [1])
-        gate.set()
-        wait_until("the lane is back", lambda: engine.ask(lambda: engine._loop.guard.lanes_left).result() == 2)
-
-
-def hang(runner: TorchCudaRunner, gate: threading.Event, hung: list[int]) -> None:
-    """Have the first lane's next batch run until the gate opens; its rows are noted in `hung`."""
 
     def hanging(launch: Callable[..., Running], *batch: Any) -> Running:
         launched = launch(*batch)
@@ -161,8 +131,39 @@ def hang(runner: TorchCudaRunner, gate: threading.Event, hung: list[int]) -> Non
         hung.append(len(batch[2]))
         return Running(lambda: (gate.wait(LIMIT_S), launched.collect())[1], gate.is_set)
 
-    lane = runner.lanes[0]
-    lane.launch = partial(hanging, lane.launch)  # type: ignore[method-assign]
+    with running(engine):
+        lane = runner.lanes[0]
+        lane.launch = partial(hanging, lane.launch)  # type: ignore[method-assign]
+        yield engine, hung
+        assert engine.stats().hung_batches == 1
+        gate.set()
+        wait_until("the lane is back", lambda: engine.ask(lambda: engine._loop.guard.lanes_left).result() == 2)
+        assert engine.submit(image, Options(exit=4)).result(LIMIT_S).class_id == label
+    wait_until("every slot is free", lambda: all_free(runner.slots))
+
+
+def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_the_other_lane(
+    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
+) -> None:
+    with a_lane_that_hangs(bundle, images[0], whole[3][0].argmax()) as (engine, hung):
+        futures = [engine.submit(image, Options(exit=1 + i % 4)) for i, image in enumerate(images[:60])]
+        for i, future in enumerate(futures):
+            assert future.result(LIMIT_S).class_id == whole[i % 4][i].argmax()
+        assert hung
+        del futures, future
+
+
+def test_one_image_alone_that_hangs_keeps_the_engine_from_nothing(
+    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
+) -> None:
+    with a_lane_that_hangs(bundle, images[0], whole[3][0].argmax()) as (engine, hung):
+        first = engine.submit(images[0], Options(exit=2))
+        wait_until("it runs", lambda: bool(hung))
+        assert engine.stats().in_flight_rows == 1
+        assert engine.submit(images[1], Options(exit=4)).result(LIMIT_S).class_id == whole[3][1].argmax()
+        assert first.result(LIMIT_S).class_id == whole[1][0].argmax()  # once more, on the other lane
+        assert hung == [1]
+        del first
 
 
 def test_the_bundle_that_ships_answers_as_with_onnx() -> None:
