@@ -45,6 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
     parser.add_argument("--skip", action="append", default=[], metavar="PART", help="a part by its name in the page")
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="that part, and what it needs")
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder for gpu.md and gpu.json")
     parser.add_argument("--part-of", type=Path, help=argparse.SUPPRESS)  # this process measures, and writes there
     given = parser.parse_args(arguments)

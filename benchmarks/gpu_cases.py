@@ -215,13 +215,21 @@ def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
             at_exit.append(output.logits)
             rows = output.states
     logits = [np.concatenate(at_exit) for at_exit in found]
-    point = case.frontier.at(case.frontier.position_at_cost(0.4 * case.costs_mflops[-1]))
-    score, thresholds = HeadScore(SCORES[case.score]), np.array(point.thresholds)
+    score = HeadScore(SCORES[case.score])
     ours, theirs = (score_exits(score, x) for x in (logits, case.logits))
+    ours_lead, theirs_lead = (np.stack([x.argmax(axis=1) for x in each], axis=1) for each in (logits, case.logits))
+    rows_of = np.arange(len(theirs))
+
+    def thresholds_at(fraction: float) -> NDArray[np.float64]:
+        return np.array(case.frontier.at(case.frontier.position_at_cost(fraction * case.costs_mflops[-1])).thresholds)
+
+    def same_at(fraction: float) -> NDArray[np.bool_]:
+        here, there = (take_exits(scores, thresholds_at(fraction)) for scores in (ours, theirs))
+        same: NDArray[np.bool_] = (here == there) & (ours_lead[rows_of, here] == theirs_lead[rows_of, there])
+        return same
+
+    thresholds, same = thresholds_at(0.4), same_at(0.4)
     exits = take_exits(theirs, thresholds)
-    rows_of = np.arange(len(exits))
-    labels = [np.stack([x.argmax(axis=1) for x in each], axis=1)[rows_of, exits] for each in (logits, case.logits)]
-    same = (take_exits(ours, thresholds) == exits) & (labels[0] == labels[1])
     errors = np.array([np.abs(a - b).max(axis=1) for a, b in zip(logits, case.logits, strict=True)]).T
     top = np.sort(np.stack(case.logits, axis=1), axis=2)
     margin = (top[:, :, -1] - top[:, :, -2])[rows_of, exits]
@@ -232,6 +240,7 @@ def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
     clear = same[~close_call]
     return {
         "same_label_and_exit": float(same.mean()),
+        "same_at_other_budgets": {f"{fraction:.0%}": float(same_at(fraction).mean()) for fraction in (0.25, 0.6)},
         "wanted": WANTED_SAME,
         "met": bool(same.mean() >= WANTED_SAME),
         "close_calls": float(close_call.mean()),  # the decision is nearer than the rounding: either may come out

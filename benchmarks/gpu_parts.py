@@ -41,13 +41,19 @@ def save(path: Path, report: Report) -> None:
 class Parts:
     """Runs parts, and keeps what they have found in `report` and in a file.
 
+    Args:
+        skip: by name.
+        only: these alone, and those that make what others need; none: all.
+
     Attributes:
         goes_on: False once the device is lost.
     """
 
-    def __init__(self, report: Report, path: Path, device: Cuda | Host, skip: Sequence[str]) -> None:
+    def __init__(
+        self, report: Report, path: Path, device: Cuda | Host, skip: Sequence[str], only: Sequence[str] = ()
+    ) -> None:
         self.report, self.goes_on = report, True
-        self._path, self._device, self._skip = path, device, skip
+        self._path, self._device, self._skip, self._only = path, device, skip, only
 
     def make(self, name: str, part: Callable[[], T]) -> T | None:
         """The same for a part that makes what later ones need, and of which nothing is told but its time."""
@@ -55,6 +61,8 @@ class Parts:
 
     def run(self, name: str, part: Callable[[], T], told: bool = True) -> T | None:
         """Run a part; returns what it found and tells it by its name, or tells why it failed and returns None."""
+        if told and self._only and name not in self._only:
+            return None
         if name in self._skip or not self.goes_on:
             self.report["not_begun"][name] = "as asked" if name in self._skip else "the device was lost before"
             return None
@@ -107,7 +115,7 @@ def measure_network(given: argparse.Namespace) -> None:
         "not_begun": {},
         "part_seconds": {},
     }
-    parts = Parts(report, given.part_of, device, given.skip)
+    parts = Parts(report, given.part_of, device, given.skip, given.only)
     peaks = parts.run("peaks", lambda: measure_peaks(plan)) or (inf, inf)
     case: Case | None = parts.make("the network", lambda: network.make(plan))
     if case is not None:

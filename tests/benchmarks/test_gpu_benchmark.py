@@ -104,6 +104,18 @@ def test_after_a_lost_device_nothing_is_begun(tmp_path: Path, monkeypatch: pytes
     assert "the device was lost before" in write_up({"dry": False, "seconds": 1.0, "networks": [case]})
 
 
+def test_a_part_can_be_asked_for_alone(tmp_path: Path) -> None:
+    told = tmp_path / "tiny.json"
+    half = ["--dtype", "float16", "--only", "answers"]
+    assert main(["--device", "cpu", "--quick", "--part-of", str(told), *half]) == 0
+    case = json.loads(told.read_text())
+    assert set(case["found"]) == {"answers"}
+    assert not case["failed"]
+    assert case["dtype"] == "torch.float16"
+    assert case["found"]["answers"]["same_of_the_others"] == 1.0
+    assert " at 25%, " in write_up({"dry": False, "seconds": 1.0, "networks": [case]})
+
+
 def test_a_process_that_does_not_end_is_ended_and_told(tmp_path: Path) -> None:
     report = run_apart("tiny", -4.0, ["--device", "cpu", "--quick"], tmp_path)
     ((part, why),) = report["failed"].items()

@@ -1,6 +1,7 @@
 """Stages as CUDA graphs, and what rows carry between them in slots on the device. Imports torch; see `docs/gpu.md`.
 
 network.py   a bundle's network, rebuilt and lowered: normalisation folded, channels-last, half precision
+exact_images.py, rounding.py   what half precision need not round, and weights that it rounds best
 joined.py    a convolution, its bias and its ReLU in one kernel; small_conv.py: of few channels by one of our own
 widening.py  channels to multiples of eight
 replaced.py  parts of a stage whose work the device's own kernels do

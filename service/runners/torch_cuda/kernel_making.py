@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
-from service.runners.torch_cuda.kernels import Compile, Kernels, Launch, Ways
+from service.runners.torch_cuda.kernels import Compile, Kernels, Launch, Ways, centred
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch
 
 N_JUDGED = 16  # rows: none depends on another
@@ -97,13 +97,13 @@ def _check_max_pool(kernels: Kernels, device: torch.device) -> None:
         _require(kernels.max_pool(x, *how), expected, f"maps {shape}")
 
 
-def _check_normalise(kernels: Kernels, device: torch.device) -> None:
-    scale, shift = torch.rand(3, device=device) / 60, torch.randn(3, device=device)
+def _check_centre(kernels: Kernels, device: torch.device) -> None:
+    levels = torch.randint(0, 256, (3,), device=device).float()
     for shape in ((3, 4, 4, 3), (2, 30, 46, 3)):
         images = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
-        for n_channels in (4, 8):
-            expected = F.pad(images.float() * scale + shift, (0, n_channels - 3)).to(torch.float16).permute(0, 3, 1, 2)
-            _require(kernels.normalise(images, scale, shift, n_channels), expected, f"images {shape}", 2e-3)
+        for n_copies in (1, 2):
+            expected = centred(images, levels, n_copies, torch.float16)
+            _require(kernels.centre(images, levels, n_copies), expected, f"images {shape}")
 
 
 def _check_judge(kernels: Kernels, device: torch.device) -> None:
@@ -125,7 +125,7 @@ CHECKS: dict[str, Callable[[Kernels, torch.device], None]] = {
     "concat": _check_concat,
     "move": _check_move,
     "max_pool": _check_max_pool,
-    "normalise": _check_normalise,
+    "centre": _check_centre,
     "judge": _check_judge,
 }
 """Each raises RuntimeError where a kernel does not what torch does."""

@@ -116,10 +116,10 @@ extern "C" __global__ void max_pool(
 }
 """
 
-# Four pixels a thread: twelve bytes become two vectors or four, as every pixel gets channels of zeros, up to 4 or 8.
-_NORMALISE = r"""
-extern "C" __global__ void normalise(
-    uint4* out, const unsigned* images, const float* scale, const float* shift, int n_quarters, int n_channels
+# Four pixels a thread: twelve bytes become two vectors or four.
+_CENTRE = r"""
+extern "C" __global__ void centre(
+    uint4* out, const unsigned* images, const float* levels, int n_quarters, int n_copies
 ) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n_quarters) return;
@@ -128,13 +128,14 @@ extern "C" __global__ void normalise(
 #pragma unroll
     for (int k = 0; k < 12; k++) {
         float value = (float)((words[k / 4] >> (8 * (k % 4))) & 255u);
-        pixels[k / 3].each[k % 3] = narrowed(value * scale[k % 3] + shift[k % 3]);
+        pixels[k / 3].each[k % 3] = narrowed((value - levels[k % 3]) * 0.015625f);
     }
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-#pragma unroll
-        for (int k = 3; k < 8; k++) pixels[p].each[k] = 0;
-        if (n_channels == 8) out[4 * i + p] = pixels[p].vector;
+        pixels[p].each[3] = narrowed(1.0f);
+        pixels[p].vector.z = pixels[p].vector.x;
+        pixels[p].vector.w = pixels[p].vector.y;
+        if (n_copies == 2) out[4 * i + p] = pixels[p].vector;
         else if (p % 2) {
             pixels[p - 1].vector.z = pixels[p].vector.x;
             pixels[p - 1].vector.w = pixels[p].vector.y;
@@ -207,7 +208,7 @@ SOURCES = {
     "concat": _CONCAT,
     "move": _MOVE,
     "max_pool": HALVES + _MAX_POOL,
-    "normalise": HALVES + _NORMALISE,
+    "centre": HALVES + _CENTRE,
     "judge": _JUDGE,
 }
 """By the name of the kernel."""

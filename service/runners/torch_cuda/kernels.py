@@ -22,6 +22,10 @@ MAX_JOINED = 3
 """Maps that one kernel puts beside each other."""
 MAX_MOVED = 4
 """Values that one kernel moves."""
+GREY_LEVEL = 1 / 64
+"""In exact images: a power of two, by which their numbers are about as large as normalised ones."""
+CHANNELS_EACH = 4
+"""Of an exact image: three, and ones."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Ways:
     grown: bool = True  # maps that others are put beside, layer by layer, grow where they lie
     move: bool = True
     max_pool: bool = True
-    normalise: bool = True
+    centre: bool = True  # images, see `exact_images`
     judge: bool = True
 
     @classmethod
@@ -125,22 +129,18 @@ class Kernels:
         self._over(n_vectors, "max_pool", out, x, n_vectors, *sides, size, stride, padding)
         return out
 
-    def normalise(self, images: Tensor, scale: Tensor, shift: Tensor, n_channels: int) -> Tensor:
-        """Images uint8 [rows, height, width, 3] to float16 [rows, n_channels, height, width], channels-last.
+    def centre(self, images: Tensor, levels: Tensor, n_copies: int) -> Tensor:
+        """Images uint8 [rows, height, width, 3] to float16 [rows, 4 x n_copies, height, width], channels-last.
 
-        Args:
-            scale, shift: float32, three numbers each.
-            n_channels: 4 or 8, of which all but three are zeros.
+        See `exact_images`; `levels` are float32 [3], `n_copies` is 1 or 2.
         """
         rows, height, width, _ = images.shape
         n_pixels = rows * height * width
-        able = "normalise" in self and images.is_contiguous() and n_pixels % 4 == 0 and images.data_ptr() % 4 == 0
+        able = "centre" in self and images.is_contiguous() and n_pixels % 4 == 0 and images.data_ptr() % 4 == 0
         if not able:
-            normal = images.permute(0, 3, 1, 2).float() * scale.view(3, 1, 1) + shift.view(3, 1, 1)
-            wide = F.pad(normal, (0, 0, 0, 0, 0, n_channels - 3)).to(torch.float16)
-            return wide.contiguous(memory_format=torch.channels_last)
-        out = torch.empty((rows, height, width, n_channels), dtype=torch.float16, device=images.device)
-        self._over(n_pixels // 4, "normalise", out, images, scale, shift, n_pixels // 4, n_channels)
+            return centred(images, levels, n_copies, torch.float16)
+        out = torch.empty((rows, height, width, CHANNELS_EACH * n_copies), dtype=torch.float16, device=images.device)
+        self._over(n_pixels // 4, "centre", out, images, levels, n_pixels // 4, n_copies)
         return out.permute(0, 3, 1, 2)
 
     def move(self, slots: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], out: bool) -> None:
@@ -169,6 +169,13 @@ class Kernels:
     def _over(self, n_threads: int, name: str, *arguments: Any) -> None:
         if n_threads:
             self._launches[name](((n_threads + THREADS - 1) // THREADS, 1, 1), (THREADS, 1, 1), arguments)
+
+
+def centred(images: Tensor, levels: Tensor, n_copies: int, dtype: torch.dtype) -> Tensor:
+    """Images uint8 [rows, height, width, 3] less `levels`, and ones, [rows, 4 x n_copies, height, width]."""
+    pixels = ((images.float() - levels) * GREY_LEVEL).to(dtype)
+    whole = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=3)
+    return whole.repeat(1, 1, 1, n_copies).permute(0, 3, 1, 2)
 
 
 def lies_in_vectors(x: Tensor) -> bool:

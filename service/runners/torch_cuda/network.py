@@ -20,10 +20,11 @@ from models.normalise import Normalise
 from models.registry import ARCHITECTURES, build_network
 from models.staging import Stage, split
 from service.runners.base import RunnerError
+from service.runners.torch_cuda.exact_images import use_exact_images, use_exact_weights
 from service.runners.torch_cuda.growing import grow_in_place
 from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join, can_multiply
 from service.runners.torch_cuda.kernels import Kernels, Ways
-from service.runners.torch_cuda.replaced import replace_maps, replace_normalise
+from service.runners.torch_cuda.replaced import replace_maps
 from service.runners.torch_cuda.small_conv import use_small_convs
 from service.runners.torch_cuda.widening import widen
 
@@ -87,12 +88,12 @@ def lower(
         _merge(stage, nn.BatchNorm2d, fuse_conv_bn_eval)
         _merge(stage, nn.ReLU, join)
         if dtype != torch.float32:
+            use_exact_images(stage, dtype, kernels)
             _narrow(stage, dtype)
-        if "normalise" in kernels:
-            replace_normalise(stage, kernels)
-    if ways.widened or "normalise" in kernels:
-        widen(stages, CHANNELS if ways.widened else 1)
+    if ways.widened or dtype != torch.float32:
+        widen(stages, CHANNELS if ways.widened else 1, dtype)
     for stage in stages:
+        use_exact_weights(stage, dtype)
         replace_maps(stage, kernels)
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):

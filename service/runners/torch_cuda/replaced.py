@@ -10,27 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from models.normalise import Normalise
 from models.staging import Stage
-from service.runners.torch_cuda.joined import ConvRelu
 from service.runners.torch_cuda.kernels import Kernels
 
 N_CHANNELS = "n_channels"
 """What a node of a map says of it, in `meta`."""
-
-
-class WideNormalise(nn.Module):
-    """`Normalise`, to float16 and `n_channels`, of which all but three are zeros."""
-
-    def __init__(self, normalise: Normalise, n_channels: int, kernels: Kernels) -> None:
-        super().__init__()
-        self._plain, self.n_channels, self._kernels = normalise, n_channels, kernels
-
-    def forward(self, images: Tensor) -> Tensor:
-        plain = self._plain
-        if torch.compiler.is_compiling():
-            return F.pad(plain(images), (0, 0, 0, 0, 0, self.n_channels - 3)).to(torch.float16)
-        return self._kernels.normalise(images, plain.scale, plain.shift, self.n_channels)
 
 
 class Concat(nn.Module):
@@ -63,31 +47,6 @@ class MaxPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         how = self._size, self._stride, self._padding
         return F.max_pool2d(x, *how) if torch.compiler.is_compiling() else self._kernels.max_pool(x, *how)
-
-
-def replace_normalise(stage: Stage, kernels: Kernels) -> None:
-    """Where images are normalised and narrowed to float16, do both in one; what reads them has more channels then.
-
-    cuDNN has kernels for four channels of a first layer; the one of our own for 3 x 3 pixels takes eight.
-    """
-    for node in list(stage.graph.nodes):
-        if node.op != "call_module" or not isinstance(stage.get_submodule(node.target), Normalise):
-            continue
-        users = list(node.users)
-        if len(users) != 1 or users[0].op != "call_method" or users[0].target != "to":
-            continue
-        narrow = users[0]
-        if narrow.args[1:] == (torch.float16,):
-            plain = stage.get_submodule(node.target)
-            assert isinstance(plain, Normalise)
-            readers = [stage.get_submodule(str(user.target)) for user in narrow.users if user.op == "call_module"]
-            n_channels = (
-                8 if all(isinstance(one, ConvRelu) and one.conv.kernel_size == (3, 3) for one in readers) else 4
-            )
-            stage.set_submodule(node.target, WideNormalise(plain, n_channels, kernels))
-            narrow.replace_all_uses_with(node)
-            stage.graph.erase_node(narrow)
-    stage.recompile()
 
 
 def replace_maps(stage: Stage, kernels: Kernels) -> None:

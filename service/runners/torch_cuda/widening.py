@@ -1,8 +1,14 @@
-"""Channels of maps to multiples of eight, as tensor cores want them: others take up to four times as long.
+"""Channels of maps to multiples of eight, and to scales at which their biases are exact.
 
-A widened map has channels of zeros that nobody reads: weights of zero make them, and weights of zero read them. Where
-maps are put beside each other, zeros come to lie between real channels; so of every map is known where these are, also
-from stage to stage. An operation that is not known here is given the real channels alone.
+Tensor cores want such multiples: others take up to four times as long. A widened map has channels of zeros that nobody
+reads: weights of zero make them, and weights of zero read them. Where maps are put beside each other, zeros come to lie
+between real channels; so of every map is known where these are, also from stage to stage.
+
+Rounding biases and weights to half precision does the same to every image's answer. So channels are multiplied by
+factors near 1 at which their biases are exact and the errors of their weights cancel best (`rounding.py`), and whoever
+reads a channel divides its weights by that: they are rounded in any case. ReLU and pooling let factors through.
+
+An operation that is not known here is given the real channels alone, at their own scale.
 """
 
 import copy
@@ -17,7 +23,8 @@ from torch import Tensor, fx, nn
 
 from models.staging import Stage
 from service.runners.torch_cuda.joined import ConvRelu
-from service.runners.torch_cuda.replaced import N_CHANNELS, WideNormalise, is_concat
+from service.runners.torch_cuda.replaced import N_CHANNELS, is_concat
+from service.runners.torch_cuda.rounding import scales_for
 
 BY_CHANNEL = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ReLU, nn.Identity, nn.Dropout, nn.Upsample)
 BY_CHANNEL_FUNCTIONS = (torch.relu, F.relu, F.interpolate, F.max_pool2d, F.avg_pool2d)
@@ -27,36 +34,49 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the real channels of a map are, in order; its others are finite, and nobody reads them."""
+    """Where the real channels of a map are, in order; its others are finite, and nobody reads them.
+
+    Attributes:
+        scales: by what the real channels are multiplied.
+    """
 
     positions: tuple[int, ...]
     width: int
+    scales: tuple[float, ...]
 
     @property
     def is_plain(self) -> bool:
-        return len(self.positions) == self.width
+        return len(self.positions) == self.width and not self.is_scaled
+
+    @property
+    def is_scaled(self) -> bool:
+        return any(scale != 1.0 for scale in self.scales)
 
     def taking(self, weight: Tensor, n_each: int = 1) -> Tensor:
         """Spread the columns of a weight [outputs, real channels x n_each, ...] over a map's."""
         chosen = [position * n_each + i for position in self.positions for i in range(n_each)]
+        scales = weight.new_tensor(self.scales).repeat_interleave(n_each)
         wide = weight.new_zeros((len(weight), self.width * n_each, *weight.shape[2:]))
-        wide[:, chosen] = weight
+        wide[:, chosen] = weight / scales.view(1, -1, *[1] * (weight.ndim - 2))
         return wide
 
 
 def plain(width: int) -> Layout:
-    return Layout(tuple(range(width)), width)
+    return Layout(tuple(range(width)), width, (1.0,) * width)
 
 
 @torch.no_grad()
-def widen(stages: Sequence[Stage], multiple: int) -> None:
+def widen(stages: Sequence[Stage], multiple: int, dtype: torch.dtype = torch.float32) -> None:
     """Widen the maps that convolutions make to multiples of channels, and let their readers know.
 
     A map's node has its number of channels as `meta[N_CHANNELS]` then, if that is known.
+
+    Args:
+        dtype: that weights and biases will be rounded to, which they are made fit for.
     """
     layouts: dict[str, Layout] = {}
     for stage in stages:
-        _Widening(stage, multiple, layouts).run()
+        _Widening(stage, multiple, dtype, layouts).run()
 
 
 class _Widening:
@@ -66,8 +86,8 @@ class _Widening:
         layouts: of the values of earlier stages, by name; those of this stage are added.
     """
 
-    def __init__(self, stage: Stage, multiple: int, layouts: dict[str, Layout]) -> None:
-        self._stage, self._multiple, self._layouts = stage, multiple, layouts
+    def __init__(self, stage: Stage, multiple: int, dtype: torch.dtype, layouts: dict[str, Layout]) -> None:
+        self._stage, self._multiple, self._dtype, self._layouts = stage, multiple, dtype, layouts
         self.of: dict[fx.Node, Layout] = {}
         self._flat: dict[fx.Node, Layout] = {}  # of maps whose pixels lie behind each other by now
 
@@ -121,9 +141,6 @@ class _Widening:
 
     def _rewrite_module(self, node: fx.Node, source: fx.Node) -> bool:
         module = self._stage.get_submodule(str(node.target))
-        if isinstance(module, WideNormalise):
-            self.of[node] = Layout((0, 1, 2), module.n_channels)
-            return True
         if isinstance(module, (nn.Conv2d, ConvRelu)):
             return self._convolution(node, source, module)
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
@@ -147,11 +164,13 @@ class _Widening:
         if not all(source in self.of for source in sources):
             return False
         positions: list[int] = []
+        scales: tuple[float, ...] = ()
         width = 0
         for layout in (self.of[source] for source in sources):
             positions += [width + position for position in layout.positions]
+            scales += layout.scales
             width += layout.width
-        self.of[node] = Layout(tuple(positions), width)
+        self.of[node] = Layout(tuple(positions), width, scales)
         return True
 
     def _first_channels(self, node: fx.Node, source: fx.Node) -> bool:
@@ -164,7 +183,7 @@ class _Widening:
         positions = layout.positions[:stop]
         width = min(layout.width, _up(positions[-1] + 1, self._multiple))  # nobody reads what else is in it
         node.args = (source, (slice(None), slice(None, width)))
-        self.of[node] = Layout(positions, width)
+        self.of[node] = Layout(positions, width, layout.scales[:stop])
         return True
 
     def _convolution(self, node: fx.Node, source: fx.Node, module: nn.Conv2d | ConvRelu) -> bool:
@@ -172,15 +191,18 @@ class _Widening:
         if conv.groups != 1 or conv.padding_mode != "zeros":
             return False
         before = self.of.get(source, plain(conv.in_channels))
-        width = _up(conv.out_channels, self._multiple)
-        self.of[node] = Layout(tuple(range(conv.out_channels)), width)
-        if before.is_plain and width == conv.out_channels:
+        n_out, width = conv.out_channels, _up(conv.out_channels, self._multiple)
+        weight = before.taking(conv.weight)
+        scales = scales_for(weight, conv.bias, self._dtype)
+        after = self.of[node] = Layout(tuple(range(n_out)), width, tuple(scales.tolist()))
+        if before.is_plain and after.is_plain:
             return True
         wide = copy.deepcopy(conv)
         wide.in_channels, wide.out_channels = before.width, width
-        wide.weight = nn.Parameter(_longer(before.taking(conv.weight), width), requires_grad=False)
+        weight *= scales.view(-1, 1, 1, 1)
+        wide.weight = nn.Parameter(_longer(weight, width), requires_grad=False)
         if conv.bias is not None:
-            wide.bias = nn.Parameter(_longer(conv.bias, width), requires_grad=False)
+            wide.bias = nn.Parameter(_longer(conv.bias * scales, width), requires_grad=False)
         self._replace(node, module.around(wide) if isinstance(module, ConvRelu) else wide)
         return True
 
@@ -211,6 +233,10 @@ class _Widening:
         graph = self._stage.graph
         with graph.inserting_before(node):
             chosen = graph.call_function(torch.index_select, (source, 1, graph.get_attr(name)))
+            if layout.is_scaled:
+                self._stage.register_buffer(f"scales_of_{name}", torch.tensor(layout.scales).view(-1, 1, 1))
+                own = graph.call_function(operator.truediv, (chosen, graph.get_attr(f"scales_of_{name}")))
+                chosen = graph.call_method("type_as", (own, chosen))
         node.replace_input_with(source, chosen)
 
 
