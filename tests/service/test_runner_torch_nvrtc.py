@@ -1,7 +1,6 @@
 """The kernels of the torch runner by the compiler that makes them on a GPU, which needs none itself."""
 
 import ctypes
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +18,7 @@ CONVOLUTIONS = {
 
 
 @pytest.fixture(scope="module")
-def nvrtc() -> Iterator[ctypes.CDLL]:
+def nvrtc() -> ctypes.CDLL:
     spec = find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     found = sorted(path for folder in folders for path in folder.glob("**/libnvrtc.so.1*"))
@@ -27,7 +26,7 @@ def nvrtc() -> Iterator[ctypes.CDLL]:
         pytest.skip("NVRTC is not there: pip install nvidia-cuda-nvrtc")
     for builtins in found[-1].parent.glob("libnvrtc-builtins.so*"):
         ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-    yield ctypes.CDLL(str(found[-1]))
+    return ctypes.CDLL(str(found[-1]))
 
 
 def compile_for(nvrtc: ctypes.CDLL, source: str, arch: str) -> tuple[int, str]:
