@@ -20,7 +20,7 @@ OF_ENGINE   := access_log api api_batch api_budget api_options api_stream budget
   limits metrics plan_live plan_simulation runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
   shutdown slots start two_ways wishes
 
-.PHONY: help serve setup compile pure test test-compiled check format bench league train secrets configuration dashboard check-containers clean
+.PHONY: help serve setup compile pure test test-compiled test-gpu check format bench league train secrets configuration dashboard check-containers clean
 
 help:            ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,12 +39,15 @@ pure:            ## remove what `make compile` made: the modules run as Python a
 	find service -name '*.so' -delete
 
 test: $(VENV)/.dev     ## run the tests: a file a core at a time, then those that want the machine to themselves
-	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not alone and not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone
 
 test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is compiled
-	$(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	$(BIN)/python -m pytest -m "not alone and not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
 	  $(OF_ENGINE:%=tests/service/test_%.py) tests/promises tests/benchmarks/test_host_benchmark.py
+
+test-gpu: $(VENV)/.dev  ## on a GPU: run the tests that need one, some minutes
+	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.dev    ## lint, format and types
 	$(BIN)/ruff check .

@@ -155,6 +155,7 @@ def test_without_a_device_auto_is_the_cpu_and_cuda_is_refused(folder):
         OnnxRunner(bundle, device="cuda")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(cuda_device_count() == 0, reason="no CUDA device here")
 def test_on_a_device_the_answers_are_the_cpus(folder, images, alone):
     runner = OnnxRunner(load_bundle(folder), MAX_ROWS, device="cuda")
