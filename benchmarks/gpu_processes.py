@@ -1,0 +1,151 @@
+"""What several engines make of one GPU, a process each: `python -m benchmarks.gpu_processes`.
+
+A process has one interpreter. Where that is the bound, one engine leaves the GPU idle, and others can use it, each with
+a budget of its own: what each keeps on average, all do. The processes warm up one after the other, then all answer at
+once for a while. Needs what `benchmarks.gpu` needs.
+
+    --device cpu --quick    a dry run on the processor, whose numbers mean nothing
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.closed_loop import Load
+from benchmarks.gpu_cases import NETWORKS, Plan
+from benchmarks.gpu_engines import ROUNDS
+from benchmarks.processes import REPOSITORY
+from service import compiled
+from service.runners.torch_cuda.device import Cuda, Host
+from service.settled_memory import settle_memory
+
+FRACTION = 0.4  # the budget, of the full network's cost
+ROUND_S = 3.0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_processes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run (default: cuda)")
+    parser.add_argument("--quick", action="store_true", help="a tiny network and next to no time: to try the script")
+    parser.add_argument("--network", choices=NETWORKS, help="which (default: cifar)")
+    parser.add_argument("--processes", default="1,2,4", help="how many, one after the other (default: %(default)s)")
+    parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
+    parser.add_argument("--json", type=Path, help="write the measurement there")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # this process is one of them
+    given = parser.parse_args(arguments)
+    given.network = given.network or ("tiny" if given.quick else "cifar")
+    return given
+
+
+def answer_as_told(given: argparse.Namespace) -> None:
+    """One engine: says that it is warm, then for every line read answers for about so many seconds, and says how it
+    did."""
+    on_gpu = given.device == "cuda"
+    network = NETWORKS[given.network]
+    device: Cuda | Host = Cuda() if on_gpu else Host()
+    dtype = torch.float16 if on_gpu else torch.float32
+    plan = Plan(device, dtype, **network.amounts, images=given.images)
+    case = network.make(plan)
+    engine = case.engine(case.runner(plan), "default", plan)
+    engine.start()
+    try:
+        engine.set_budget(FRACTION * case.costs_mflops[-1])
+        settle_memory()
+        rate = Load(engine, case.images, plan.in_flight).run().images_per_s
+        print(json.dumps({"what": f"{case.name}, {case.kind}"}), flush=True)
+        for line in sys.stdin:
+            n_images, started = max(len(case.images), int(rate * float(line))), time.perf_counter()
+            found = Load(engine, case.images, plan.in_flight, n_images).run()
+            took_s, rate = time.perf_counter() - started, found.images_per_s
+            cost = found.mean_mflops / case.costs_mflops[-1]
+            print(json.dumps({"images": n_images, "seconds": took_s, "cost": cost}), flush=True)
+    finally:
+        engine.drain(10)
+
+
+def measure(n_processes: int, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Images/s of so many engines together, and what an image cost on average, a share of the full network."""
+    command = [sys.executable, "-m", "benchmarks.gpu_processes", "--one", *arguments]
+    rates, costs = [], []
+    with ExitStack() as ends:
+        processes = []
+        for _ in range(n_processes):
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            ends.callback(process.wait)
+            ends.callback(process.kill)
+            processes.append(process)
+            what = json.loads(_line(process))["what"]
+        for n_round in range(ROUNDS + 1):
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write(f"{seconds}\n")
+                process.stdin.flush()
+            told = [json.loads(_line(process)) for process in processes]
+            n_images = sum(one["images"] for one in told)
+            if n_round:  # in the first they did not know yet how fast they are beside each other
+                rates.append(n_images / max(one["seconds"] for one in told))
+                costs.append(sum(one["images"] * one["cost"] for one in told) / n_images)
+    spread = [min(rates), max(rates)]
+    return {
+        "what": what,
+        "processes": n_processes,
+        "images_per_s": median(rates),
+        "lowest_and_highest": spread,
+        "cost": median(costs),
+    }
+
+
+def _line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"error: an engine's process ended with {process.wait()}; its last words are above")
+    return line
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = parse(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write(
+            f"error: torch {torch.__version__} sees no GPU; --device cpu --quick is a dry run without one\n"
+        )
+        return 2
+    if given.one:
+        answer_as_told(given)
+        return 0
+    own = ["--device", given.device, "--network", given.network]
+    own += ["--images", str(given.images.absolute())] if given.images else []
+    dry = given.device == "cpu" or given.quick
+    print(f"{'DRY RUN, these numbers mean nothing. ' if dry else ''}At {FRACTION:.0%} budget; {compiled.state()}.")
+    found: list[dict[str, Any]] = []
+    for n_processes in map(int, given.processes.split(",")):
+        found.append(measure(n_processes, own, 0.1 if given.quick else ROUND_S))
+        one, first = found[-1], found[0]
+        low, high = one["lowest_and_highest"]
+        print(
+            f"{one['what']}: {n_processes} processes, {one['images_per_s']:,.0f} images/s ({low:,.0f} to {high:,.0f}), "
+            f"{one['images_per_s'] / first['images_per_s']:.2f} times {first['processes']}; cost {one['cost']:.1%}",
+            flush=True,
+        )
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

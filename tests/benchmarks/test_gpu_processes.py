@@ -1,0 +1,34 @@
+"""Several engines on one device, a process each: a dry run of the benchmark on the processor."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bundles import REPOSITORY
+
+BENCHMARK = [sys.executable, "-m", "benchmarks.gpu_processes"]
+
+
+def test_engines_side_by_side_answer_and_keep_their_budget(tmp_path: Path) -> None:
+    command = [*BENCHMARK, "--device", "cpu", "--quick", "--processes", "1,2", "--json", str(tmp_path / "told.json")]
+    told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
+    found = json.loads((tmp_path / "told.json").read_text())
+    assert [one["processes"] for one in found] == [1, 2]
+    for one in found:
+        low, high = one["lowest_and_highest"]
+        assert 0 < low <= one["images_per_s"] <= high
+        assert 0.3 < one["cost"] < 0.5
+        assert "SYNTHETIC" in one["what"]
+    assert told.startswith("DRY RUN, these numbers mean nothing. At 40% budget; the engine runs ")
+    assert len(told.splitlines()) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run(BENCHMARK, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "sees no GPU; --device cpu --quick is a dry run without one" in done.stderr
