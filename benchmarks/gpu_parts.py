@@ -126,6 +126,8 @@ def measure_network(given: argparse.Namespace) -> None:
             "kind": case.kind,
         }
         measure_case(case, plan, peaks, parts)
+    for name in set(given.only).difference(report["found"], report["failed"], report["not_begun"]):
+        report["failed"][name] = "no part has this name"
     report["device_at_end"] = clocks() if on_gpu else ""
     report["at"] = "it had ended"
     save(given.part_of, report)

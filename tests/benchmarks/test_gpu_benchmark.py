@@ -106,11 +106,11 @@ def test_after_a_lost_device_nothing_is_begun(tmp_path: Path, monkeypatch: pytes
 
 def test_a_part_can_be_asked_for_alone(tmp_path: Path) -> None:
     told = tmp_path / "tiny.json"
-    half = ["--dtype", "float16", "--only", "answers"]
+    half = ["--dtype", "float16", "--only", "answers", "--only", "answer"]
     assert main(["--device", "cpu", "--quick", "--part-of", str(told), *half]) == 0
     case = json.loads(told.read_text())
     assert set(case["found"]) == {"answers"}
-    assert not case["failed"]
+    assert case["failed"] == {"answer": "no part has this name"}
     assert case["dtype"] == "torch.float16"
     assert case["found"]["answers"]["same_of_the_others"] == 1.0
     assert " at 25%, " in write_up({"dry": False, "seconds": 1.0, "networks": [case]})

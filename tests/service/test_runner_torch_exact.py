@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.normalise import Normalise
+from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.exact_images import ExactImages, use_exact_images, use_exact_weights
-from service.runners.torch_cuda.kernels import GREY_LEVEL, Kernels
+from service.runners.torch_cuda.kernels import GREY_LEVEL, Kernels, Ways
 from service.runners.torch_cuda.network import cut, lower
 from service.runners.torch_cuda.rounding import scales_for
+from service.runners.torch_cuda.runner import TorchCudaRunner
 from service.runners.torch_cuda.widening import widen
 from tests.bundles import IMAGE_SIZE_PX, MEAN, STD, random_images, tiny_network
 from tests.models.networks import randomise_statistics
@@ -26,9 +28,9 @@ CPU = torch.device("cpu")
 class OneConvolution(nn.Module):
     """A first convolution, whose outputs are the logits."""
 
-    def __init__(self, size: int, padding: int, bias: bool = True) -> None:
+    def __init__(self, size: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, size, 2, padding, bias=bias)
+        self.conv = nn.Conv2d(3, 8, size, 2, padding)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [self.conv(images).flatten(1)]
@@ -67,7 +69,7 @@ def test_images_that_something_else_reads_are_normalised() -> None:
     pixels = torch.from_numpy(random_images(2, seed=2))
     with torch.inference_mode():
         expected = network(Normalise(MEAN, STD)(pixels))[0]
-        [stage] = lower(cut(network, SHAPE, MEAN, STD), CPU, torch.float16)
+        [stage] = lower(cut(network, SHAPE, MEAN, STD), CPU, torch.float16, ways=Ways.exact_alone())
         found = run_stages([stage], pixels)[0][0]
     assert not [module for module in stage.modules() if isinstance(module, ExactImages)]
     assert torch.allclose(found.float(), expected, atol=0.01)
@@ -119,13 +121,29 @@ def test_stages_in_half_precision_have_both(network: Callable[[], nn.Module]) ->
     use_exact_images(exact[0], torch.float16, Kernels())
     widen(exact, 1, torch.float16)
     use_exact_weights(exact[0], torch.float16)
-    stages = lower(cut(made, SHAPE, MEAN, STD), CPU, torch.float16)
+    stages = lower(cut(made, SHAPE, MEAN, STD), CPU, torch.float16, ways=Ways.exact_alone())
     expected, found = ({name: conv for s in some for name, conv in convolutions(s)} for some in (exact, stages))
     assert not any(node.target is torch.index_select for stage in stages for node in stage.graph.nodes)
     assert len(expected) == len(found) > 5
     for name, conv in expected.items():
         assert torch.equal(found[name].weight, conv.weight.half())
         assert torch.equal(found[name].bias, conv.bias.half())
+
+
+@pytest.mark.parametrize("ways", [Ways.none(), None], ids=["the bar to beat", "as served"])
+def test_the_network_as_torch_has_it_is_left_as_it_is_and_what_is_served_is_not(ways: Ways | None) -> None:
+    """What the engine is measured against pays for nothing that is done for it."""
+    made = randomise_statistics(tiny_network())
+    runner = TorchCudaRunner(made, SHAPE, MEAN, STD, None, 2, 8, Host(), torch.float16, 1, ways=ways)
+    first = list(runner.stages[0].modules())
+    assert any(isinstance(module, Normalise) for module in first) == (ways is not None)
+    assert any(isinstance(module, ExactImages) for module in first) == (ways is None)
+    plain = {
+        name: conv for s in lower(cut(made, SHAPE, MEAN, STD), CPU, torch.float32) for name, conv in convolutions(s)
+    }
+    found = {name: conv for s in runner.stages for name, conv in convolutions(s)}
+    same = [name in found and torch.equal(found[name].weight, conv.weight.half()) for name, conv in plain.items()]
+    assert all(same) if ways else not any(same)
 
 
 def convolutions(stage: nn.Module) -> list[tuple[str, nn.Conv2d]]:

@@ -1,7 +1,7 @@
 """The device's own kernels, and how each is called. Where one cannot do it, torch does its work."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ CHANNELS_EACH = 4
 
 @dataclass(frozen=True)
 class Ways:
-    """Which of the faster ways are taken; all, but for comparisons."""
+    """Which of the ways that are not torch's own are taken; all, but for comparisons."""
 
+    exact: bool = True  # images, biases and weights lose as little as they can in half precision
     product: bool = True  # 1 x 1 convolution, bias and ReLU as one matrix product
     fused: bool = True  # convolution, bias and ReLU by cuDNN in one
     widened: bool = True  # channels to multiples of 8
@@ -47,6 +48,11 @@ class Ways:
     @classmethod
     def none(cls) -> "Ways":
         return cls(**{field.name: False for field in fields(cls)})
+
+    @classmethod
+    def exact_alone(cls) -> "Ways":
+        """What any device can do."""
+        return replace(cls.none(), exact=True)
 
 
 class Kernels:

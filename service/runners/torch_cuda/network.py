@@ -76,10 +76,11 @@ def lower(
     Args:
         bias_relu: joins both after a convolution.
         kernels: of the device, for float16; None: it has none.
-        ways: by default none of the faster ones.
+        ways: by default none.
     """
     ways, kernels = ways or Ways.none(), kernels or Kernels()
     multiply = ways.product and can_multiply(device, dtype)
+    exact = ways.exact and dtype != torch.float32
 
     def join(conv: nn.Conv2d, _: Any) -> nn.Module | None:
         return ConvRelu(conv, bias_relu, ways.fused, multiply) if can_join(conv) else None
@@ -87,11 +88,12 @@ def lower(
     for stage in stages:
         _merge(stage, nn.BatchNorm2d, fuse_conv_bn_eval)
         _merge(stage, nn.ReLU, join)
-        if dtype != torch.float32:
+        if exact:
             use_exact_images(stage, dtype, kernels)
+        if dtype != torch.float32:
             _narrow(stage, dtype)
-    if ways.widened or dtype != torch.float32:
-        widen(stages, CHANNELS if ways.widened else 1, dtype)
+    if ways.widened or exact:
+        widen(stages, CHANNELS if ways.widened else 1, dtype if exact else torch.float32)
     for stage in stages:
         use_exact_weights(stage, dtype)
         replace_maps(stage, kernels)

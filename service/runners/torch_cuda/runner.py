@@ -55,7 +55,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
             (see `resize`); a batch with one of them crosses as canvases of that size. 0: it takes none.
         compilers: each makes of a stage what computes the same, perhaps faster. All are tried on full batches, whose
             stages the fastest takes the place of; the first `warm_up` takes as long as they take.
-        ways: which of the faster ways are taken; by default all in float16 on a GPU, else none.
+        ways: which are taken; by default all in float16 on a GPU, else that alone which needs none.
 
     Raises:
         RunnerError: the device has no room for the slots, or a number is out of range.
@@ -104,7 +104,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
     def _lower(self, stages: Sequence[Stage], dtype: torch.dtype, ways: Ways | None) -> list[Stage]:
         kind = self.device.kind
         if ways is None or dtype != torch.float16:
-            ways = Ways() if self.is_on_gpu and dtype == torch.float16 else Ways.none()
+            ways = Ways() if self.is_on_gpu and dtype == torch.float16 else Ways.exact_alone()
         self.kernels = kernels[kind] = make_kernels(kind, ways)
         bias_relu = self.kernels.bias_relu if "bias_relu" in self.kernels else make_bias_relu(kind, dtype)
         return lower(stages, kind, dtype, bias_relu, self.kernels, ways)
