@@ -1,5 +1,7 @@
 """What the torch runner asks of its device, and what it makes of a device that fails: with books in a GPU's place."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -118,6 +120,7 @@ def test_where_memory_ends_batches_get_smaller_with_a_warning(
     [
         (RuntimeError("CUDA error: out of memory"), 2),
         (RuntimeError("CUDA error: operation failed due to a previous error during capture"), 2),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 2),
         (RuntimeError("CUDA error: operation not permitted when stream is capturing"), None),
     ],
 )
@@ -131,6 +134,22 @@ def test_no_memory_is_understood_however_it_is_said(bundle: Bundle, error: Excep
     else:
         runner.warm_up()
         assert runner.max_rows == max_rows
+
+
+def test_no_room_for_the_state_is_told_whoever_says_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr("service.runners.torch_cuda.runner.Values", full)
+    with pytest.raises(RunnerError, match="no room for the state of 8 images in work: lower --max-in-flight"):
+        open_torch_runner(bundle, 4, 8, device=Host())
+
+
+def test_threads_that_wait_for_a_copy_take_no_core() -> None:
+    program = "import os, sys, service.runners.torch_cuda; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    said = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["False", "passive"]  # torch reads it as it is loaded
 
 
 def test_a_graph_is_captured_where_its_memory_is_free_or_in_its_pool() -> None:

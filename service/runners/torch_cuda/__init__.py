@@ -14,3 +14,9 @@ device.py    streams: CUDA's with graphs, and the host's, on which the same prog
 lane.py      one batch at a time: buffers, and a program a stage and bucket
 runner.py    the runner
 """
+
+import os
+
+# Torch's threads copy pictures, a hundred microseconds at a time. Meanwhile, by default, they wait by running in
+# circles, on the cores that the engine and its lanes need. Read as torch is loaded, so it is said before.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
