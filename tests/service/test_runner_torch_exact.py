@@ -12,7 +12,7 @@ from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.exact_images import ExactImages, use_exact_images, use_exact_weights
 from service.runners.torch_cuda.kernels import GREY_LEVEL, Kernels, Ways
 from service.runners.torch_cuda.network import cut, lower
-from service.runners.torch_cuda.rounding import scales_for
+from service.runners.torch_cuda.rounding import rounded, scales_for
 from service.runners.torch_cuda.runner import TorchCudaRunner
 from service.runners.torch_cuda.widening import widen
 from tests.bundles import IMAGE_SIZE_PX, MEAN, STD, random_images, tiny_network
@@ -96,22 +96,43 @@ def test_biases_lose_nothing_in_half_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_weights_are_rounded_where_it_does_least(dtype: torch.dtype) -> None:
-    """To maps as ReLU leaves them, pixels alike beside each other: what a convolution gives is off by half as much."""
+@pytest.mark.parametrize("side", [1, 3])
+def test_weights_are_rounded_where_it_does_least(side: int, dtype: torch.dtype) -> None:
+    """To maps as ReLU leaves them, pixels alike beside each other: what a convolution gives is off by much less."""
     generator = torch.Generator().manual_seed(5)
-    weight, bias = torch.randn((32, 12, 3, 3), generator=generator), torch.randn(32, generator=generator)
-    coarse = torch.randn((16, 12, 4, 4), generator=generator).relu()
+    weight, bias = torch.randn((32, 24, side, side), generator=generator), torch.randn(32, generator=generator)
+    coarse = torch.randn((16, 24, 4, 4), generator=generator).relu()
     maps = F.interpolate(coarse, size=(16, 16), mode="bilinear").double()
 
-    def off(scales: torch.Tensor) -> float:
-        rounded = (weight * scales[:, None, None, None]).to(dtype).double() / scales[:, None, None, None]
-        return float((F.conv2d(maps, rounded) - F.conv2d(maps, weight.double())).square().mean().sqrt())
+    def off(scales: torch.Tensor, round_to: Callable[[torch.Tensor, torch.dtype], torch.Tensor]) -> float:
+        given = weight * scales[:, None, None, None]
+        stored = round_to(given, dtype)
+        assert torch.equal(stored.to(dtype).float(), stored.float())
+        assert ((stored - given).abs() <= torch.finfo(dtype).eps * given.abs()).all()  # a neighbour
+        found = F.conv2d(maps, stored.double() / scales[:, None, None, None])
+        return float((found - F.conv2d(maps, weight.double())).square().mean().sqrt())
 
     scales = scales_for(weight, bias, dtype)
     assert is_exact(bias * scales, dtype)
-    assert off(scales) < 0.5 * off(torch.ones(32))
+    plainly = off(torch.ones(32), torch.Tensor.to)
+    assert off(scales, torch.Tensor.to) < 0.8 * plainly
+    assert off(scales, rounded) < (0.35 if side == 3 else 0.6) * plainly
+    assert torch.equal(rounded(weight.to(dtype).float(), dtype), weight.to(dtype).float())
     assert torch.equal(scales_for(weight, None, dtype), torch.ones(32))
     assert torch.equal(scales_for(weight, bias, torch.float32), torch.ones(32))
+
+
+@pytest.mark.parametrize("network", [tiny_network, tiny_ranet])
+def test_means_of_maps_are_not_rounded_again(network: Callable[[], nn.Module]) -> None:
+    stages = lower(cut(network().eval(), SHAPE, MEAN, STD), CPU, torch.float16, ways=Ways.exact_alone())
+    made = []
+    for stage in stages:
+        for module in stage.modules():
+            if isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear)):
+                module.register_forward_hook(lambda _, given, found: made.extend([given[0].dtype, found.dtype]))
+    run_stages(stages, torch.from_numpy(random_images(2, seed=6)))
+    assert len(made) >= 2 * len(stages)
+    assert set(made) == {torch.float32}
 
 
 @pytest.mark.parametrize("network", [tiny_network, tiny_ranet])
@@ -126,7 +147,7 @@ def test_stages_in_half_precision_have_both(network: Callable[[], nn.Module]) ->
     assert not any(node.target is torch.index_select for stage in stages for node in stage.graph.nodes)
     assert len(expected) == len(found) > 5
     for name, conv in expected.items():
-        assert torch.equal(found[name].weight, conv.weight.half())
+        assert torch.equal(found[name].weight, rounded(conv.weight.detach(), torch.float16).half())
         assert torch.equal(found[name].bias, conv.bias.half())
 
 

@@ -25,11 +25,13 @@ from service.runners.torch_cuda.growing import grow_in_place
 from service.runners.torch_cuda.joined import BiasRelu, ConvRelu, can_join, can_multiply
 from service.runners.torch_cuda.kernels import Kernels, Ways
 from service.runners.torch_cuda.replaced import replace_maps
+from service.runners.torch_cuda.rounding import rounded
 from service.runners.torch_cuda.small_conv import use_small_convs
 from service.runners.torch_cuda.widening import widen
 
 WEIGHTS = "weights.safetensors"
 CHANNELS = 8  # of half precision: 16 bytes, as tensor cores and the kernels read them
+POOLING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 Join = Callable[[nn.Conv2d, Any], nn.Module | None]  # None: it cannot
 
 
@@ -96,6 +98,8 @@ def lower(
         widen(stages, CHANNELS if ways.widened else 1, dtype if exact else torch.float32)
     for stage in stages:
         use_exact_weights(stage, dtype)
+        if exact:
+            _round_weights(stage, dtype)
         replace_maps(stage, kernels)
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
@@ -128,8 +132,16 @@ def _merge(stage: Stage, kind: type[nn.Module], join: Join) -> None:
     stage.recompile()
 
 
+def _round_weights(stage: Stage, dtype: torch.dtype) -> None:
+    """Make weights numbers of `dtype`, before they are stored as such."""
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(rounded(module.weight.detach(), dtype), requires_grad=False)
+
+
 def _narrow(stage: Stage, dtype: torch.dtype) -> None:
-    """Have maps made in `dtype` from the normalised images on, and widened where a linear layer reads them."""
+    """Have maps made in `dtype` from the normalised images on, and in float32 again where a linear layer reads them, or
+    means of them."""
     modules = dict(stage.named_modules())
     graph: fx.Graph = stage.graph
     for node in list(graph.nodes):
@@ -140,7 +152,17 @@ def _narrow(stage: Stage, dtype: torch.dtype) -> None:
                 narrow = graph.call_method("to", (node, dtype))
             node.replace_all_uses_with(narrow, delete_user_cb=lambda user, narrow=narrow: user is not narrow)
         elif isinstance(modules[node.target], nn.Linear):
-            with graph.inserting_before(node):
-                wide = graph.call_method("float", (node.args[0],))
-            node.args = (wide,)
+            reader, source = node, node.args[0]
+            while len(source.users) == 1 and _is_pooled(source, modules):
+                reader, source = source, source.args[0]
+            with graph.inserting_before(reader):
+                wide = graph.call_method("float", (source,))
+            reader.replace_input_with(source, wide)
     stage.recompile()
+
+
+def _is_pooled(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node is what lies between a map and a linear layer: means of the map, or its values in a row."""
+    if node.op == "call_module":
+        return isinstance(modules[str(node.target)], POOLING)
+    return node.target in ("flatten", torch.flatten)
