@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -216,6 +217,20 @@ def test_a_program_is_warmed_up_then_captured_and_replayed_or_not_captured_at_al
     cuda.log = []
     Cuda(graphs=False).open_stream().prepare(lambda: cuda.log.append("program"))()
     assert cuda.log == [*warm, "program"]
+
+
+def test_streams_are_used_again_as_torch_keeps_memory_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(free_mib=200)
+    cuda.patch(monkeypatch)
+    made = count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(made))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    device = Cuda()
+    streams = [device.open_stream() for _ in range(2)]
+    assert [stream.use() for stream in streams] == [0, 1]
+    del streams[1]
+    streams += [device.open_stream() for _ in range(2)]
+    assert [stream.use() for stream in streams] == [0, 1, 2]
 
 
 def test_algorithms_are_searched_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,11 +114,13 @@ class CudaStream:
     in the pool that another one reads.
     """
 
-    def __init__(self, device: "Cuda") -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device.kind)
+    def __init__(self, device: "Cuda", stream: torch.cuda.Stream) -> None:
+        self._device, self._stream = device, stream
         self._pool = torch.cuda.graph_pool_handle()
         self._pool_bytes = 0  # taken from the device so far; free again while no graph is captured
+
+    def __del__(self) -> None:
+        self._device.streams.append(self._stream)
 
     def use(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
@@ -178,6 +180,10 @@ class Cuda:
     Args:
         graphs: False runs programs kernel by kernel (for comparison).
         search_s: how long the fastest algorithms of convolutions are looked for; see `searching`.
+
+    Attributes:
+        streams: that nobody uses any more, for those who open one next. For cuBLAS torch keeps memory by stream, 32 MiB
+            on an H200, for ever: every try with smaller batches would take as much again as it was to save.
     """
 
     pins = True
@@ -186,11 +192,12 @@ class Cuda:
         self.kind = torch.device("cuda", 0)
         self.graphs = graphs
         self.search_left_s = search_s
+        self.streams: list[torch.cuda.Stream] = []
         # Else cuBLAS may add up in half precision what it splits, which moves scores more than all else does here.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def open_stream(self) -> Stream:
-        return CudaStream(self)
+        return CudaStream(self, self.streams.pop() if self.streams else torch.cuda.Stream(self.kind))
 
     @contextmanager
     def searching(self) -> Iterator[None]:
