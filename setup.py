@@ -13,7 +13,8 @@ from setuptools import setup
 #
 # What mypyc asks of them: no generic dataclass, no base class outside of the group, no attribute named `_thread` (C
 # takes it for a keyword), constants of a class marked Final. What is frozen cannot be unpickled, and what is compiled
-# cannot be replaced by tests: both stay in modules beside these.
+# cannot be replaced by tests: both stay in modules beside these. What is hot walks over lists, declared as such, by
+# range or enumerate: those are loops in C, `zip(..., strict=True)` is not.
 COMPILED = [
     f"service/{name}.py"
     for name in (

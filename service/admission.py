@@ -80,7 +80,7 @@ class Admission:
                 self._hungry = self._in_haste = False
             return wake
 
-    def take(self) -> Sequence[Request]:
+    def take(self) -> list[Request]:
         """Take all requests that have come in."""
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []

@@ -14,11 +14,11 @@ _make: Callable[[Iterable[Any]], Answer] = partial(tuple.__new__, Answer)  # by 
 
 
 def answers_of(
-    rows: Sequence[Request],
+    rows: list[Request],
     batch: Batch,
     result: BatchResult,
-    leaving: Sequence[int] | None,
-    reasons: Sequence[Reason],
+    leaving: list[int] | None,
+    reasons: list[Reason],
     mflops: float,
     class_names: Sequence[str],
     now_s: float,

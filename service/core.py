@@ -71,7 +71,7 @@ class Core:
         steps = zip(self.n_idle, self.budget.costs, (0, *self.budget.costs), strict=False)
         return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 
-    def admit(self, requests: Sequence[Request], now_s: float) -> None:
+    def admit(self, requests: list[Request], now_s: float) -> None:
         if not requests:
             return
         account = self.budget.admit(len(requests))[0]
@@ -192,7 +192,7 @@ class Core:
             elif row.state is not ENDED:
                 self._end(row, stage, True, error)
 
-    def _queue(self, rows: Sequence[Request], stage: int, now_s: float, joined: bool = False) -> None:
+    def _queue(self, rows: list[Request], stage: int, now_s: float, joined: bool = False) -> None:
         for row in rows:
             row.queued_since_s = now_s
         hurry = self._n_wishing and any(not row.options.is_plain for row in rows)
@@ -208,12 +208,12 @@ class Core:
             leaving = [i for i, reason in enumerate(reasons) if reason] if going_on or "" in reasons else None
             self._answer(batch, result, leaving, [reason for reason in reasons if reason], now_s)
 
-    def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> Sequence[Reason | Literal[""] | None]:
+    def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> list[Reason | Literal[""] | None]:
         """Why each row of a batch leaves; None where it goes on, "" where it had been abandoned, and has ended."""
         rows, passed = batch.rows, batch.stage + 1
         scores = result.scores if self._exits_on else [wishes.NEVER_SURE] * len(rows)
         if not (self._n_wishing or self._n_gone):
-            return self.budget.decide([row.account for row in rows], passed, scores)
+            return [*self.budget.decide([row.account for row in rows], passed, scores)]
         reasons: list[Reason | Literal[""] | None] = [""] * len(rows)
         plain = [i for i, row in enumerate(rows) if row.options.is_plain and not row.abandoned]
         if plain:
@@ -227,7 +227,7 @@ class Core:
                 reasons[i] = self._decide_by_wishes(row, batch, result, i, now_s)
         return reasons
 
-    def _go_on(self, batch: Batch, block: Block, indices: Sequence[int], now_s: float) -> None:
+    def _go_on(self, batch: Batch, block: Block, indices: list[int], now_s: float) -> None:
         """Queue those rows of a batch for the stage after it."""
         rows = [batch.rows[i] for i in indices]
         if batch.places is not None:
@@ -235,13 +235,13 @@ class Core:
         joined = False
         if not block.is_kept_in_slots:
             states = keep(block, indices) if self.scheduler.policy.compact else block.states(indices)
-            for row, state in zip(rows, states, strict=True):
-                row.state = state
+            for i, row in enumerate(rows):
+                row.state = states[i]
             joined = lie_side_by_side(states)
         self._queue(rows, batch.stage + 1, now_s, joined)
 
     def _answer(
-        self, batch: Batch, result: BatchResult, leaving: Sequence[int] | None, reasons: Sequence[Reason], now_s: float
+        self, batch: Batch, result: BatchResult, leaving: list[int] | None, reasons: list[Reason], now_s: float
     ) -> None:
         """Answer the rows of a batch that leave; `leaving` is None where all do."""
         rows = batch.rows if leaving is None else [batch.rows[i] for i in leaving]
@@ -249,8 +249,8 @@ class Core:
             return
         mflops, with_steps = self.budget.costs[batch.stage] / MEGA, self._n_wishing > 0
         answers = answers_of(rows, batch, result, leaving, reasons, mflops, self._class_names, now_s, with_steps)
-        for reason, n in Counter(reasons).items():
-            self.exits[batch.stage + 1, reason] += n
+        for reason in set(reasons):
+            self.exits[batch.stage + 1, reason] += reasons.count(reason)
         self._end_answered(rows, answers)
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
@@ -280,14 +280,18 @@ class Core:
         if row.state is not ENDED:
             self._end(row, stage, True, None)
 
-    def _end_answered(self, rows: Sequence[Request], answers: Sequence[Answer]) -> None:
+    def _end_answered(self, rows: list[Request], answers: list[Answer]) -> None:
         """The end of requests that have their answers; their accounts were settled as that was decided."""
         self.n_answered += len(rows)
         if self._n_wishing:
             self._n_wishing -= sum(not row.options.is_plain for row in rows)
-        for row, answer in zip(rows, answers, strict=True):
+        sink: Sink | None = None  # of the row before: mostly the same, and to look it up takes as long as the rest
+        for i, row in enumerate(rows):
             row.state = ENDED
-            self.outbox.setdefault(row.sink, []).append((row.token, answer))
+            if row.sink is not sink:
+                sink = row.sink
+                told = self.outbox.setdefault(sink, [])
+            told.append((row.token, answers[i]))
         if self._observer is not None:
             self._observer.answered(answers)
 

@@ -29,7 +29,7 @@ from service.inbox import Abandon, Wake
 from service.lanes import Score
 from service.loop import Loop, Message
 from service.observer import EngineStats, Observer
-from service.rows import Answer, Options, Request, Sink, Step, Told
+from service.rows import Answer, Options, Request, Sink, Step, Told, requests_for
 from service.runners.base import Runner, canvas_px_of, first_states_of
 from service.scheduler import Scheduler
 
@@ -217,7 +217,7 @@ class Engine:
             ValueError: the images are not what the network takes.
         """
         states = self._first_states(images, which)
-        requests = [Request(token, sink, options, state) for token, state in zip(tokens, states, strict=True)]
+        requests = requests_for(tokens, sink, options, states)
         n_in = self._admission.enter_all(requests)
         if n_in == len(requests):
             return list(requests)

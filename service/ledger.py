@@ -3,10 +3,8 @@
 Plain Python over integers (multiply-adds), so that totals are exact: no clock, no thread, no array.
 """
 
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import deque
 from dataclasses import dataclass
-from itertools import islice
 
 ROLLING_ANSWERS = 1_000
 
@@ -22,11 +20,17 @@ class Account:
     aim: float = 0.0  # what steering means each to spend on average, just below the allowance
 
 
-def runs(accounts: Sequence[Account]) -> Iterable[tuple[Account, int]]:
-    """The accounts of a batch and of how many images each is: mostly one, of all."""
-    first = accounts[0]
-    n_first = accounts.count(first)
-    return ((first, n_first),) if n_first == len(accounts) else Counter(accounts).items()
+def runs(accounts: list[Account]) -> list[tuple[Account, int]]:
+    """The accounts of images one after the other, and how many in a row have each: mostly one, all."""
+    found: list[tuple[Account, int]] = []
+    account, n_images = accounts[0], 0
+    for other in accounts:
+        if other is not account:
+            found.append((account, n_images))
+            account, n_images = other, 0
+        n_images += 1
+    found.append((account, n_images))
+    return found
 
 
 class Ledger:
@@ -58,8 +62,8 @@ class Ledger:
         self.abandoned = 0
         self.spent_answered = 0
         self.spent_abandoned = 0
-        self._recent: deque[int] = deque()
-        self._recent_sum = 0
+        self._recent: deque[tuple[int, int]] = deque()  # what answers have spent each, and how many in a row
+        self._n_recent = self._recent_sum = 0
         self._average_over = average_over
         self._n_in_flight = 0
         self._uncommitted = 0  # their allowances, less what they have committed
@@ -69,7 +73,7 @@ class Ledger:
     @property
     def rolling_average(self) -> float | None:
         """Mean spending of the last 1,000 answers, in multiply-adds; None before the first."""
-        return self._recent_sum / len(self._recent) if self._recent else None
+        return self._recent_sum / self._n_recent if self._n_recent else None
 
     def open(self, first_cost: int, n_images: int = 1, aim: float = 0.0) -> list[Account]:
         """Admit images and commit them to their first stage, which the budget always covers; returns their account,
@@ -80,7 +84,7 @@ class Ledger:
         self._uncommitted += n_images * (allowance - first_cost)
         return [Account(allowance, aim)] * n_images
 
-    def commit(self, accounts: Sequence[Account], committed: int, cumulative_cost: int) -> bool:
+    def commit(self, accounts: list[Account], committed: int, cumulative_cost: int) -> bool:
         """Commit images to spending `cumulative_cost` each in all, where they had to `committed`; where a bound forbids
         it, none of them."""
         more = 0
@@ -96,7 +100,7 @@ class Ledger:
         self.reserved += more
         return True
 
-    def close(self, accounts: Sequence[Account], committed: int, spent: int, answered: bool) -> None:
+    def close(self, accounts: list[Account], committed: int, spent: int, answered: bool) -> None:
         """Settle images that have answered, or were given up, and that had committed and have spent so much each."""
         n_images = len(accounts)
         for account, n_alike in runs(accounts):
@@ -122,13 +126,16 @@ class Ledger:
     def _remember(self, n_images: int, spent: int) -> None:
         """Note answers, for the average over the latest ones."""
         recent = self._recent
-        recent.extend([spent] * n_images)
+        recent.append((spent, n_images))
+        self._n_recent += n_images
         self._recent_sum += n_images * spent
-        n_old = len(recent) - ROLLING_ANSWERS
-        if n_old > 0:
-            self._recent_sum -= sum(islice(recent, n_old))
-            for _ in range(n_old):
-                recent.popleft()
+        while (n_old := self._n_recent - ROLLING_ANSWERS) > 0:
+            oldest, n_alike = recent.popleft()
+            if n_alike > n_old:
+                recent.appendleft((oldest, n_alike - n_old))
+                n_alike = n_old
+            self._n_recent -= n_alike
+            self._recent_sum -= n_alike * oldest
 
     def _remember_balances(self, n_images: int, balance: int) -> None:
         """The same, for the bound on that average: what was left after each, a ring."""

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: options, answers, and the row in between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, NamedTuple
@@ -110,3 +110,8 @@ class Request:
     def __init__(self, token: Any, sink: Sink, options: Options, state: RowState) -> None:
         self.token, self.sink, self.options = token, sink, options
         self.state = state  # `ENDED` once it has its outcome, or is given up and has come back
+
+
+def requests_for(tokens: Sequence[Any], sink: Sink, options: Options, states: Sequence[RowState]) -> list[Request]:
+    """Requests of images that come together."""
+    return [Request(tokens[i], sink, options, state) for i, state in enumerate(states)]

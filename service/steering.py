@@ -4,7 +4,6 @@ Plain Python over numbers: no clock, no thread, no array. Costs inside are multi
 """
 
 from collections import deque
-from collections.abc import Sequence
 from math import pi, tan
 from typing import Final
 
@@ -120,7 +119,7 @@ class Steering:
         self._in_flight[passed] += n_images
         self._owed += n_images * (self._expected[passed - 1] - self._expected[passed])
 
-    def settle(self, accounts: Sequence[Account], stages: int, spent: int, answered: bool) -> None:
+    def settle(self, accounts: list[Account], stages: int, spent: int, answered: bool) -> None:
         """Note that images have answered, or were given up, that were committed to `stages` and have spent so much."""
         expected = self._expected[stages - 1]
         for account, n_images in runs(accounts):
