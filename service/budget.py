@@ -113,7 +113,7 @@ class BudgetController:
             threshold = self.thresholds[passed - 1]
             leaving: list[Account] = []
             unsure: list[Account] = []
-            for i in range(start, stop):  # compiled, a third of what lists made of lists take
+            for i in range(start, stop):  # compiled, a loop in C
                 leaves = scores[i] >= threshold
                 reasons.append("confident" if leaves else None)
                 (leaving if leaves else unsure).append(accounts[i])

@@ -17,6 +17,6 @@ runner.py    the runner
 
 import os
 
-# Torch's threads copy pictures, a hundred microseconds at a time. Meanwhile, by default, they wait by running in
-# circles, on the cores that the engine and its lanes need. Read as torch is loaded, so it is said before.
+# Torch's threads copy pictures, and wait for more. By default they do that by running in circles, on the cores that the
+# engine and its lanes need. Read as torch is loaded, so it is said before.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -60,9 +60,11 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
         helps = turn * total[:, :, None] < 0
         dearness = torch.where(helps, cost / turn.abs(), torch.inf).flatten(1)
         dearness, which = dearness.topk(min(MOST_TURNED, dearness.shape[1]), largest=False)
-        of_total = total + turn.flatten(1).gather(1, which).cumsum(dim=1)  # were so many of them turned
-        gain, last = (of_total**2 - total**2 + cost.flatten(1).gather(1, which).cumsum(dim=1)).min(1, keepdim=True)
-        chosen = (torch.arange(which.shape[1]) <= last) & (gain < 0) & dearness.isfinite()
+        helps = dearness.isfinite()
+        first = (turn.flatten(1).gather(1, which) * helps).cumsum(dim=1)  # so many of them
+        costs = (cost.flatten(1).gather(1, which) * helps).cumsum(dim=1)
+        gain, last = ((total + first) ** 2 - total**2 + costs).min(dim=1, keepdim=True)
+        chosen = (torch.arange(which.shape[1]) <= last) & (gain < 0) & helps
         turns = torch.zeros_like(turn, dtype=torch.bool).flatten(1).scatter(1, which, chosen).view_as(turn)
         error, turn = _turned(error, turn, turns)
     return (exact + error).to(dtype).to(weight.dtype).view_as(weight)
