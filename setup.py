@@ -36,6 +36,7 @@ COMPILED = [
         "runners/slots",
         "scheduler",
         "steering",
+        "trail",
         "wishes",
     )
 ]

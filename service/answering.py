@@ -1,16 +1,11 @@
-"""Answers from what a batch has said of its rows: column by column, as a call for each row takes five times as long."""
+"""Answers from what a batch has said of its rows."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import repeat
-from typing import Any
+from collections.abc import Sequence
 
 from service import wishes
 from service.budget import Reason
 from service.lanes import Batch, BatchResult
 from service.rows import Answer, Head, Request
-
-_make: Callable[[Iterable[Any]], Answer] = partial(tuple.__new__, Answer)  # by place
 
 
 def answers_of(
@@ -32,31 +27,41 @@ def answers_of(
         mflops: that each is charged.
         with_steps: some of them may have asked for steps, and are told score and threshold of the exit once more.
     """
-    classes, sure = result.classes, result.confidences
-    if leaving is not None:
-        classes, sure = [classes[i] for i in leaving], [sure[i] for i in leaving]
-    best: Iterable[tuple[tuple[int, float], ...]] = zip(zip(classes, sure, strict=True))
     most = max([row.options.top_k for row in rows])
+    ranked: list[tuple[tuple[int, float], ...]] = []
     if most > 1:
         logits = result.logits if leaving is None else result.logits[leaving]
-        ranked = zip(rows, wishes.rank(logits, sure, most), strict=True)
-        best = [best_of_row[: row.options.top_k] for row, best_of_row in ranked]
-    heads = [row.head if row.options.steps else None for row in rows] if with_steps else None
-    columns = (  # as `Answer` has them
-        classes,
-        [class_names[class_id] for class_id in classes],
-        sure,
-        best,
-        repeat(batch.stage + 1),
-        reasons,
-        repeat(mflops),
-        [(now_s - row.admitted_s - row.compute_s) * 1e3 for row in rows],
-        [row.compute_s * 1e3 for row in rows],
-        repeat(len(batch.rows)),
-        repeat(None) if heads is None else [head and head.score for head in heads],
-        repeat(None) if heads is None else [head and head.threshold for head in heads],
-    )
-    return list(map(_make, zip(*columns, strict=False)))
+        sure = result.confidences if leaving is None else [result.confidences[i] for i in leaving]
+        ranked = wishes.rank(logits, sure, most)
+    answers: list[Answer] = []
+    exit_number, n_rows = batch.stage + 1, len(batch.rows)
+    for i, row in enumerate(rows):
+        place = i if leaving is None else leaving[i]
+        class_id = result.classes[place]
+        head = row.head if with_steps and row.options.steps else None
+        answer = Answer(
+            class_id,
+            class_names[class_id],
+            result.confidences[place],
+            _others(ranked[i], class_id, row.options.top_k) if most > 1 else (),
+            exit_number,
+            reasons[i],
+            mflops,
+            (now_s - row.admitted_s - row.compute_s) * 1e3,
+            row.compute_s * 1e3,
+            n_rows,
+            None if head is None else head.score,
+            None if head is None else head.threshold,
+        )
+        answers.append(answer)
+    return answers
+
+
+def _others(ranked: tuple[tuple[int, float], ...], class_id: int, k: int) -> tuple[tuple[int, float], ...]:
+    """The k - 1 best classes but `class_id`, which is the first of them unless two were equal."""
+    if ranked[0][0] == class_id:
+        return ranked[1:k]
+    return tuple([one for one in ranked if one[0] != class_id][: k - 1])
 
 
 def late_answer(row: Request, head: Head, mflops: float, class_names: Sequence[str], now_s: float) -> Answer:
@@ -66,7 +71,7 @@ def late_answer(row: Request, head: Head, mflops: float, class_names: Sequence[s
         class_id=step.class_id,
         label=step.label,
         confidence=step.confidence,
-        top_k=step.top_k,
+        others=step.top_k[1:],
         exit=step.exit,
         reason="deadline",
         mflops=mflops,

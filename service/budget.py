@@ -10,7 +10,7 @@ Plain Python over numbers: no clock, no thread, no array. One owner (the engine'
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import Literal
+from typing import Final, Literal
 
 from models.frontier import Frontier
 from service.budget_state import BudgetState
@@ -18,8 +18,8 @@ from service.ledger import ROLLING_ANSWERS, Account, Ledger
 from service.steering import MEGA, Steering
 
 # Each image that goes on moves the thresholds a little, and to find them takes time: so many of a batch share them.
-SAME_THRESHOLD_IMAGES = 4
-SAME_THRESHOLD_SHARE = 16  # or the 16th part of a batch
+SAME_THRESHOLD_IMAGES: Final = 4
+SAME_THRESHOLD_SHARE: Final = 16  # or the 16th part of a batch
 Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
 
 
@@ -105,12 +105,12 @@ class BudgetController:
         if passed == len(self.costs):
             self.settle(accounts, passed)
             return ["final"] * len(accounts)
-        committed, cost = self.costs[passed - 1], self.costs[passed]
+        committed, cost, held = self.costs[passed - 1], self.costs[passed], self._held
         reasons: list[Reason | None] = []
         step = max(SAME_THRESHOLD_IMAGES, len(accounts) // SAME_THRESHOLD_SHARE)
         for start in range(0, len(accounts), step):
             stop = min(start + step, len(accounts))
-            threshold = self.thresholds[passed - 1]
+            threshold = self.steering.threshold(passed) if held is None else held.thresholds[passed - 1]
             leaving: list[Account] = []
             unsure: list[Account] = []
             for i in range(start, stop):  # compiled, a loop in C

@@ -7,7 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from math import inf
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from service import wishes
 from service.answering import answers_of, late_answer
@@ -22,7 +22,7 @@ from service.steering import MEGA
 
 logger = logging.getLogger(__name__)
 
-BEHIND_ROWS = 32  # that wait for a lane, and a full batch
+BEHIND_ROWS: Final = 32  # that wait for a lane, and a full batch
 
 
 class Core:

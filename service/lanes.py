@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,12 @@ from service.rows import Request
 from service.runners.base import Heads, LaunchingRunner, Pending, PreparingRunner, Runner, StageOutput
 from service.runners.blocks import Block, Gathering, RowState
 
-HISTORY = "score history"
+HISTORY: Final = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
 in graphs."""
-TRIAL = -1  # in a batch's place for a stage: run every stage on blank images, to see whether they can be run at all
+TRIAL: Final = (
+    -1
+)  # in a batch's place for a stage: run every stage on blank images, to see whether they can be run at all
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +55,7 @@ class Batch:
 class BatchResult:
     """What one run says of the rows of its batch."""
 
-    logits: NDArray[np.float32]  # [rows, classes]
+    logits: NDArray[np.float32]  # [rows, classes]; perhaps `NO_LOGITS` where no row asks for more than its best class
     block: Block  # of all that ran: see `Batch.places`
     copy_s: float
     classes: list[int]  # the leading class
@@ -170,7 +173,8 @@ class Lanes:
         else:
             batch.behind = running[0]
         try:
-            return batch, launch(batch.stage, batch.states, running and running[1])
+            with_logits = any(row.options.top_k > 1 or not row.options.is_plain for row in batch.rows)
+            return batch, launch(batch.stage, batch.states, running and running[1], with_logits)
         except Exception as error:  # as in `_run`
             batch.error = error
         batch.ended_s = time.perf_counter()
@@ -241,8 +245,8 @@ class Lanes:
         # Of rows that go on as well: here numpy's code is in the cache, on the engine's thread it is not.
         confidences = confidence(logits) if heads is None else heads.confidences
         if batch.places is not None:
-            logits, scores, classes = logits[batch.places], scores[batch.places], classes[batch.places]
-            confidences = confidences[batch.places]
+            logits = logits[batch.places] if len(logits) else logits
+            scores, classes, confidences = scores[batch.places], classes[batch.places], confidences[batch.places]
         return BatchResult(logits, block, output.copy_seconds, classes.tolist(), scores.tolist(), confidences.tolist())
 
 

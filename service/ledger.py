@@ -3,10 +3,12 @@
 Plain Python over integers (multiply-adds), so that totals are exact: no clock, no thread, no array.
 """
 
-from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
-ROLLING_ANSWERS = 1_000
+from service.trail import Trail
+
+ROLLING_ANSWERS: Final = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -62,18 +64,17 @@ class Ledger:
         self.abandoned = 0
         self.spent_answered = 0
         self.spent_abandoned = 0
-        self._recent: deque[tuple[int, int]] = deque()  # what answers have spent each, and how many in a row
-        self._n_recent = self._recent_sum = 0
+        self._spent: Trail = Trail(ROLLING_ANSWERS, 0)  # `spent_answered`
         self._average_over = average_over
         self._n_in_flight = 0
         self._uncommitted = 0  # their allowances, less what they have committed
-        self._balances = [0] * (average_over + 1)  # a ring: after each of the latest answers, under this allowance
         self._begin_average()
 
     @property
     def rolling_average(self) -> float | None:
         """Mean spending of the last 1,000 answers, in multiply-adds; None before the first."""
-        return self._recent_sum / self._n_recent if self._n_recent else None
+        n_answers = min(self.answered, ROLLING_ANSWERS)
+        return (self.spent_answered - self._spent.ago(n_answers)) / n_answers if n_answers else None
 
     def open(self, first_cost: int, n_images: int = 1, aim: float = 0.0) -> list[Account]:
         """Admit images and commit them to their first stage, which the budget always covers; returns their account,
@@ -112,42 +113,17 @@ class Ledger:
                 self.settled += n_alike * balance
             elif answered and self.settled < self.cap:
                 self.settled = min(self.cap, self.settled + n_alike * balance)
-            if answered:
-                self._remember_balances(n_alike, balance)
+            if answered and self._average_over:
+                self._balances.add(self._balance, balance, n_alike)
+                self._balance += n_alike * balance
         self._n_in_flight -= n_images
         if answered:
+            self._spent.add(self.spent_answered, spent, n_images)
             self.answered += n_images
             self.spent_answered += n_images * spent
-            self._remember(n_images, spent)
         else:
             self.abandoned += n_images
             self.spent_abandoned += n_images * spent
-
-    def _remember(self, n_images: int, spent: int) -> None:
-        """Note answers, for the average over the latest ones."""
-        recent = self._recent
-        recent.append((spent, n_images))
-        self._n_recent += n_images
-        self._recent_sum += n_images * spent
-        while (n_old := self._n_recent - ROLLING_ANSWERS) > 0:
-            oldest, n_alike = recent.popleft()
-            if n_alike > n_old:
-                recent.appendleft((oldest, n_alike - n_old))
-                n_alike = n_old
-            self._n_recent -= n_alike
-            self._recent_sum -= n_alike * oldest
-
-    def _remember_balances(self, n_images: int, balance: int) -> None:
-        """The same, for the bound on that average: what was left after each, a ring."""
-        ring, last = self._balances, self._balance
-        at = (self._n_balances + 1) % len(ring)
-        if at + n_images <= len(ring):
-            ring[at : at + n_images] = [last + i * balance for i in range(1, n_images + 1)]
-        else:
-            for i in range(n_images):
-                ring[(at + i) % len(ring)] = last + (i + 1) * balance
-        self._balance += n_images * balance
-        self._n_balances += n_images
 
     def work_at(self, allowance: int) -> None:
         """Give later admissions another allowance, below what the cap was set for. Balance and cap stay as they are, so
@@ -165,14 +141,13 @@ class Ledger:
         self._begin_average()
 
     def _begin_average(self) -> None:
-        self._balance = self._n_balances = 0
-        self._balances[0] = 0
+        self._balance = 0  # what answers have left of this allowance
+        self._balances: Trail = Trail(self._average_over, 0)
 
     def _average_allows(self, step: int) -> bool:
         """Whether the last answers keep to their allowances if all in flight end with what they have committed, and one
         of them with `step` more."""
-        if self._n_balances < self._average_over:
+        if self._balances.n_answers < self._average_over:
             return True
-        n_answered = max(self._average_over - self._n_in_flight, 0)
-        before = self._balances[(self._n_balances - n_answered) % len(self._balances)]
+        before: int = self._balances.ago(self._average_over - self._n_in_flight)
         return self._balance - before + self._uncommitted >= step

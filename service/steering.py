@@ -3,14 +3,15 @@
 Plain Python over numbers: no clock, no thread, no array. Costs inside are multiply-adds, those of a frontier mflops.
 """
 
-from collections import deque
 from math import pi, tan
 from typing import Final
 
 from models.frontier import Frontier, FrontierPoint
 from service.ledger import ROLLING_ANSWERS, Account, runs
+from service.trail import Trail
 
-MEGA = 1_000_000
+MEGA: Final = 1_000_000
+QUARTER_TURN: Final = pi / 2
 
 
 class Steering:
@@ -59,6 +60,7 @@ class Steering:
     def __init__(self, frontier: Frontier, costs: tuple[int, ...], budget: int) -> None:
         self._costs = costs
         self._table = [frontier.at(i / self.TABLE_STEPS) for i in range(self.TABLE_STEPS + 1)]
+        self._thresholds = [[point.thresholds[i] for point in self._table] for i in range(len(costs))]  # by exit
         self._lowest, self.highest = self._table[0].cost * MEGA, self._table[-1].cost * MEGA
         reach = self.highest - self._lowest
         self._steps_per_cost = self.TABLE_STEPS / reach if reach > 0 else 0.0
@@ -75,14 +77,16 @@ class Steering:
         self._errors = 0.0  # and how far off the forecast was, summed over them
         self._n_refused = 0  # of the images that have answered meanwhile, those that the ledger ended
         self._middle = 0.0  # of the band, as a forecast
-        # `_settled` before the last 1,000 answers, and after each
-        self._history: deque[float] = deque(maxlen=ROLLING_ANSWERS + 1)
         self.set_budget(budget)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
         """Those of this moment, one per exit."""
         return self._point_at(self._wanted()).thresholds
+
+    def threshold(self, passed: int) -> float:
+        """That of one exit, from 1."""
+        return self._thresholds[passed - 1][self._step_at(self._wanted())]
 
     @property
     def point(self) -> FrontierPoint:
@@ -101,8 +105,7 @@ class Steering:
         self._follow_operating_point()
         self._settled = forecast - self._owed
         self._settled_mean = self._settled
-        self._history.clear()
-        self._history.append(self._settled)
+        self._trail: Trail = Trail(ROLLING_ANSWERS, self._settled)
         self.refresh()
 
     def admit(self, n_images: int) -> float:
@@ -128,7 +131,7 @@ class Steering:
             self._aims -= n_images * aim
             if answered:
                 settled, error = self._settled, self._settled + self._owed - self._reference
-                self._history.extend([settled + earned * i for i in range(1, n_images + 1)])
+                self._trail.add(settled, earned, n_images)
                 self._errors += n_images * error + (earned + owed) * (n_images * (n_images + 1) / 2)
             self._settled += n_images * earned
             self._owed += n_images * owed
@@ -153,8 +156,7 @@ class Steering:
         most = self.MAX_FORECAST_IMAGES * self._budget
         self._settled = min(max(self._settled, -most - self._owed), most - self._owed)
         self._relax()
-        latest = len(self._history) - 1
-        at_window_start = self._history[min(max(latest - ROLLING_ANSWERS + self._n_in_flight, 0), latest)]
+        at_window_start: float = self._trail.ago(ROLLING_ANSWERS - self._n_in_flight)
         deviation = self.ECHO * (at_window_start - self._settled_mean)
         self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
         self._middle = at_window_start - self._excess_paid - self._excess_unpaid * min(self._usual, 1.0)
@@ -197,11 +199,14 @@ class Steering:
         wanted = self._aim + self._integral + (forecast - self._reference) / self._horizon
         off = (forecast - self._middle) / (self.BAND_IMAGES * self._budget)
         off = min(max(off, -self.STEEPEST_AT), self.STEEPEST_AT)
-        return wanted + self._steepness * (2 / pi * tan(pi / 2 * off) - off)
+        return wanted + self._steepness * (tan(QUARTER_TURN * off) / QUARTER_TURN - off)
 
     def _point_at(self, cost: float) -> FrontierPoint:
+        return self._table[self._step_at(cost)]
+
+    def _step_at(self, cost: float) -> int:
         step = int((cost - self._lowest) * self._steps_per_cost)
-        return self._table[0 if step < 0 else step if step < self.TABLE_STEPS else self.TABLE_STEPS]
+        return 0 if step < 0 else step if step < self.TABLE_STEPS else self.TABLE_STEPS
 
     def _expected_costs(self) -> list[float]:
         """What an image spends in all at the operating point, by exits passed."""

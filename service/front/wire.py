@@ -133,7 +133,7 @@ def _fields(number: int, said: Answer | Step) -> tuple[object, ...]:
         number,
         said.class_id,
         said.confidence,
-        said.top_k,
+        said.others,
         said.exit,
         said.reason,
         said.mflops,
@@ -154,10 +154,10 @@ def told(payload: bytes, class_names: Sequence[str]) -> list[tuple[int, Answer |
             arrived.append((number, Step(class_id, class_names[class_id], *rest)))
             continue
         # Named one by one, for they come by the thousand: to pass them on as a tuple takes a fifth longer.
-        number, class_id, share, top_k, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold = fields
+        number, class_id, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold = fields
         label = class_names[class_id]
         answer = Answer(
-            class_id, label, share, top_k, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold
+            class_id, label, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold
         )
         arrived.append((number, answer))
     return arrived

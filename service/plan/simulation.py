@@ -23,10 +23,11 @@ from service.costs import HOST_BATCH_S, CostTable
 from service.lanes import Batch, BatchResult
 from service.plan.stage_times import StageTimes
 from service.rows import Answer, Options, Request, Told
+from service.runners.base import NO_LOGITS
 from service.runners.blocks import Block, RowState, lie_side_by_side
 from service.scheduler import Scheduler
 
-NOTHING, NO_LOGITS = Block({}, 1), np.empty((0, 0), np.float32)
+NOTHING = Block({}, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

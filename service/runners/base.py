@@ -27,9 +27,15 @@ class Heads:
     scores: NDArray[np.float64]  # as the bundle's own score gives them
 
 
+NO_LOGITS = np.zeros((0, 0), np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class StageOutput:
-    """What one run gives: the logits of the stage's exit, float32 [rows, classes], and what its rows go on with."""
+    """What one run gives: the logits of the stage's exit, float32 [rows, classes], and what its rows go on with.
+
+    Where nobody wanted the logits and the runner has told `heads`, they may be `NO_LOGITS`.
+    """
 
     logits: NDArray[np.float32]
     block: Block  # row i's state is `RowState(block, i)`; without values after the last stage
@@ -109,7 +115,7 @@ class Pending(Protocol):
 class LaunchingRunner(Runner, Protocol):
     """A runner whose device has the next batch before this one has run, so that it never waits for Python."""
 
-    def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None) -> Pending:
+    def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None, with_logits: bool = True) -> Pending:
         """Have a batch run, `behind` one that was launched before and is collected before this one."""
         ...
 

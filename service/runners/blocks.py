@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class RowState:
     index: int
 
 
-NO_VALUES = Block({}, 1)
+NO_VALUES: Final = Block({}, 1)
 """What a row has that keeps all it has in its slot."""
 
 

@@ -4,15 +4,14 @@ A row has a *picture place* on the host from the moment it is submitted until it
 the device from the start of that stage until nobody refers to its state any more.
 """
 
-from collections import deque
-from collections.abc import Sequence
-from itertools import count
+from threading import Lock
+from typing import Final
 
 from service.runners.base import RunnerError
 from service.runners.blocks import NO_VALUES, RowState
 
-SCRATCH = 0  # nobody's slot: what fills a bucket up is read from there and written there
-NOWHERE = -1
+SCRATCH: Final = 0  # nobody's slot: what fills a bucket up is read from there and written there
+NOWHERE: Final = -1
 
 
 class SlotState(RowState):
@@ -48,9 +47,10 @@ class Slots:
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
-        self.free = deque(range(1, n_slots + 1))
-        self._taken = bytearray(n_slots)  # picture places
-        self._next = count()
+        self.free = list(range(n_slots, 0, -1))  # the last one is the next: what lay there last may be in a cache
+        self._taken = [False] * n_slots  # picture places
+        self._next_place = 0
+        self._admitting = Lock()
 
     @property
     def n_free(self) -> int:
@@ -66,17 +66,36 @@ class Slots:
         Raises:
             RunnerError: none is free.
         """
-        if not has_place:
-            return SlotState(self, NOWHERE)
-        taken, n_places = self._taken, self.n_slots
-        for _ in range(n_places):
-            place = next(self._next) % n_places
-            if not taken[place]:
-                taken[place] = 1
-                return SlotState(self, place)
-        raise RunnerError(f"all {n_places} picture places are taken: {MORE_IN_WORK}")
+        return self.admit_all(1)[0] if has_place else SlotState(self, NOWHERE)
 
-    def begin(self, states: Sequence[SlotState]) -> None:
+    def admit_all(self, n_rows: int) -> list[SlotState]:
+        """New rows, each with a picture place.
+
+        Raises:
+            RunnerError: so many are not free.
+        """
+        with self._admitting:
+            places = self._take_places(n_rows)
+        return [SlotState(self, place) for place in places]
+
+    def _take_places(self, n_rows: int) -> list[int]:
+        taken, place = self._taken, self._next_place
+        places: list[int] = []
+        for _ in range(self.n_slots):
+            if len(places) == n_rows:
+                break
+            if not taken[place]:
+                taken[place] = True
+                places.append(place)
+            place = place + 1 if place + 1 < self.n_slots else 0
+        self._next_place = place
+        if len(places) < n_rows:
+            for place in places:
+                taken[place] = False
+            raise RunnerError(f"all {self.n_slots} picture places are taken: {MORE_IN_WORK}")
+        return places
+
+    def begin(self, states: list[SlotState]) -> None:
         """Give slots to rows whose first stage is to run.
 
         Raises:
@@ -87,13 +106,13 @@ class Slots:
                 state.keeps_picture = True
                 continue
             try:
-                state.slot = self.free.popleft()
+                state.slot = self.free.pop()
             except IndexError:
                 raise RunnerError(
                     f"{len(states)} images start, and fewer of the {self.n_slots} slots are free: {MORE_IN_WORK}"
                 ) from None
 
-    def begun(self, states: Sequence[SlotState]) -> None:
+    def begun(self, states: list[SlotState]) -> None:
         """The first stage of rows has run: their pictures are not needed any more."""
         for state in states:
             if not state.keeps_picture:
@@ -102,17 +121,28 @@ class Slots:
     def leave(self, state: SlotState) -> None:
         place, state.place = state.place, NOWHERE
         if place >= 0:
-            self._taken[place] = 0
+            self._taken[place] = False
         state.block = NO_VALUES
+
+
+def slots_of(states: list[SlotState]) -> list[int]:
+    """Here, as all that looks at every row of a batch: compiled, it takes a tenth of the time."""
+    return [state.slot for state in states]
+
+
+def places_of(states: list[SlotState]) -> list[int]:
+    return [state.place for state in states]
 
 
 MORE_IN_WORK = "more images are in work than the runner was made for"
 
 
-def stretches(places: Sequence[int]) -> list[tuple[int, int]]:
-    """Picture places as stretches (first, length) of such that follow each other."""
-    first, n_places = places[0], len(places)
-    if places[-1] - first == n_places - 1 and places == list(range(first, first + n_places)):
+def stretches(places: list[int]) -> list[tuple[int, int]]:
+    """Places as stretches (first, length) of such that follow each other."""
+    first, n_places = places[0], 1
+    while n_places < len(places) and places[n_places] == first + n_places:
+        n_places += 1
+    if n_places == len(places):
         return [(first, n_places)]
     found: list[tuple[int, int]] = []
     for place in places:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from service.limits import is_out_of_memory
 from service.runners.base import FatalRunnerError, Heads, RunnerError, StageOutput
 from service.runners.blocks import Array, Block, RowState
-from service.runners.slots import Slots, SlotState, buckets_for, stretches
+from service.runners.slots import Slots, SlotState, buckets_for, places_of, slots_of, stretches
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,13 @@ class Lane(Protocol):
         """Make ready for batches of up to `bucket` rows, and run one whose rows are all `SCRATCH`."""
         ...
 
-    def launch(self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]) -> Running:
-        """Have a stage run on the rows in `slots`, up to `bucket`; `begin` are those whose pictures it needs."""
+    def launch(
+        self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
+    ) -> Running:
+        """Have a stage run on the rows in `slots`, up to `bucket`; `begin` are those whose pictures it needs.
+
+        Without logits these may be `NO_LOGITS`, if all else is told.
+        """
         ...
 
 
@@ -62,7 +67,7 @@ class Launched:
         running: what the lane says of it.
     """
 
-    def __init__(self, runner: "SlotRunner[Any]", lane: Any, stage: int, rows: Sequence[SlotState]) -> None:
+    def __init__(self, runner: "SlotRunner[Any]", lane: Any, stage: int, rows: list[SlotState]) -> None:
         self.lane, self.is_last = lane, True
         self.running: Running
         self._runner, self._stage, self._rows = runner, stage, rows
@@ -174,16 +179,19 @@ class SlotRunner(ABC, Generic[L]):
         if images.shape[1:] != self.image_shape or images.dtype != self.image_dtype:
             wanted = f"{self.image_dtype} {self.image_shape}"
             raise ValueError(f"images {images.dtype} {images.shape[1:]} where the network takes {wanted}")
-        states = [self.slots.admit() for _ in which]
+        states = self.slots.admit_all(len(which))
         start = 0
-        for first, n_rows in stretches([state.place for state in states]):
+        for first, n_rows in stretches(places_of(states)):
             self._copy(images, which[start : start + n_rows], self.pictures[first : first + n_rows])
             start += n_rows
         return states
 
     def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
         """Some of the images to where they belong."""
-        if images.flags.c_contiguous:
+        runs = stretches(list(which))
+        if len(runs) == 1:
+            there[:] = images[runs[0][0] : runs[0][0] + runs[0][1]]
+        elif images.flags.c_contiguous:
             # Any other mode than "clip" goes through a buffer, a second copy.
             np.take(images, which, axis=0, out=there, mode="clip")
         else:
@@ -192,18 +200,20 @@ class SlotRunner(ABC, Generic[L]):
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         return self.launch(stage, rows).collect()
 
-    def launch(self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None) -> "Launched":
+    def launch(
+        self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None, with_logits: bool = True
+    ) -> "Launched":
         """Have a batch run: on an idle lane, or on that of a batch launched before, `behind` which it waits there."""
-        states = cast(Sequence[SlotState], rows)  # of `first_state`, as the contract has it
-        begin = states if stage == 0 else ()
+        states = list(cast(Sequence[SlotState], rows))  # of `first_state`, as the contract has it
+        begin = states if stage == 0 else []
         if begin:
             self.slots.begin(begin)
-        slots = [state.slot for state in states]
+        slots = slots_of(states)
         bucket = next(size for size in self.buckets if size >= len(rows))
         lane = self._idle.get() if behind is None else behind.lane
         launched = Launched(self, lane, stage, states)
         try:
-            launched.running = lane.launch(stage, bucket, slots, begin)
+            launched.running = lane.launch(stage, bucket, slots, begin, with_logits)
         except Exception as error:  # torch and ONNX Runtime raise errors of many kinds
             if behind is None:
                 self._idle.put(lane)

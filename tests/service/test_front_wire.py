@@ -25,7 +25,7 @@ REALS = st.floats(allow_nan=False)
 RANKED = st.lists(st.tuples(st.integers(0, 999), SHARES), min_size=1, max_size=100).map(tuple)
 ANSWERS = st.builds(
     lambda ranked, exit_number, reason, mflops, times, rows: Answer(
-        ranked[0][0], NAMES[ranked[0][0]], ranked[0][1], ranked, exit_number, reason, mflops, *times, rows
+        ranked[0][0], NAMES[ranked[0][0]], ranked[0][1], ranked[1:], exit_number, reason, mflops, *times, rows
     ),
     RANKED,
     st.integers(1, 64),
@@ -84,7 +84,7 @@ def test_answers_arrive_to_the_last_bit(sent: list[tuple[int, Answer | Step]]) -
 
 
 def test_an_answer_with_steps_keeps_its_score() -> None:
-    answer = Answer(3, NAMES[3], 0.5, ((3, 0.5),), 2, "pinned", 12.5, 0.1, 0.2, 4, score=-inf, threshold=inf)
+    answer = Answer(3, NAMES[3], 0.5, ((4, 0.25),), 2, "pinned", 12.5, 0.1, 0.2, 4, score=-inf, threshold=inf)
     assert wire.told(wire.pack_told([(7, answer)]), NAMES) == [(7, answer)]
 
 

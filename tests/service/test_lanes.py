@@ -58,7 +58,9 @@ class Preparing(Runner):
 class Launching(Runner):
     """A row of the value -3 fails as it is collected."""
 
-    def launch(self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None) -> "Launched":
+    def launch(
+        self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None, with_logits: bool = True
+    ) -> "Launched":
         assert behind is None or not behind.is_collected
         number = int(rows[0].block.values["x"][0])
         self.events.append(f"launch {number}" + (f" behind {behind.number}" if behind else ""))

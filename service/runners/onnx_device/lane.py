@@ -19,7 +19,7 @@ from service.runners.base import Heads
 from service.runners.blocks import Array
 from service.runners.onnx_device.graph import SLOTS, store, stored
 from service.runners.onnx_device.staging import Staging
-from service.runners.slots import SCRATCH, SlotState, stretches
+from service.runners.slots import SCRATCH, SlotState, places_of, stretches
 from service.runners.slotted import Running
 
 Stores = Mapping[str, ort.OrtValue]
@@ -64,8 +64,11 @@ class OnnxLane:
             return self._prepare(stage, bucket)
         return self._thread.submit(self._prepare, stage, bucket).result()
 
-    def launch(self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState] = ()) -> Running:
-        """See `slotted.Lane`. ONNX Runtime's copies wait, so all is done when it is collected."""
+    def launch(
+        self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
+    ) -> Running:
+        """See `slotted.Lane`. ONNX Runtime's copies wait, so all is done when it is collected. Logits are all it tells,
+        so they always come."""
         run = partial(self._run, stage, bucket, slots, begin)
         thread = self._thread
         return Running(run if thread is None else lambda: thread.submit(run).result())
@@ -78,11 +81,11 @@ class OnnxLane:
             )
         self._programs[stage, bucket] = self._bind(stage, bucket)
         # With graphs, ONNX Runtime runs it twice as it is, captures it, and replays it from then on.
-        self._run(stage, bucket, [SCRATCH], ())
+        self._run(stage, bucket, [SCRATCH], [])
         self._stage_logits(stage, bucket)
 
     def _run(
-        self, stage: int, bucket: int, slots: Sequence[int], begin: Sequence[SlotState]
+        self, stage: int, bucket: int, slots: list[int], begin: list[SlotState]
     ) -> tuple[NDArray[np.float32], Heads | None]:
         n_rows = len(slots)
         host, there = self._slots[bucket]
@@ -91,7 +94,7 @@ class OnnxLane:
         if begin:
             host, there = self._images[bucket]
             start = 0
-            for first, n_alike in stretches([row.place for row in begin]):
+            for first, n_alike in stretches(places_of(begin)):
                 host[start : start + n_alike] = self._pictures[first : first + n_alike]
                 start += n_alike
             there.update_inplace(host)

@@ -131,7 +131,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         if there.nbytes < MANY_BYTES or not images.flags.writeable:
             return super()._copy(images, which, there)
         source, target = torch.from_numpy(images), torch.from_numpy(there)
-        runs = stretches(which)
+        runs = stretches(list(which))
         if len(runs) > MANY_RUNS:
             torch.index_select(source, 0, torch.tensor(which), out=target)
             return

@@ -1,0 +1,48 @@
+"""A sum that moves with every answer, and what it was some answers ago.
+
+Plain Python over numbers. Answers come by the batch, many of them alike: so it is kept by runs, not by answers.
+"""
+
+from bisect import bisect_left, bisect_right
+from typing import Any
+
+Number = Any  # int, and exact, or float: a type variable of the two is more than mypyc compiles
+
+
+class Trail:
+    """What a sum was after each of the last `length` answers. Memory: some numbers for each of their runs.
+
+    Args:
+        start: before the first answer.
+
+    Attributes:
+        n_answers: since the start.
+    """
+
+    def __init__(self, length: int, start: Number) -> None:
+        self.n_answers = 0
+        self._length = length
+        # By runs of answers that moved it alike: answers at its end, the sum there, and by how much each moved it.
+        self._ends = [0]
+        self._sums: list[Number] = [start]
+        self._steps: list[Number] = [start]  # never read: no answer lies before the start
+
+    def add(self, before: Number, step: Number, n_answers: int) -> None:
+        """Answers moved the sum by `step` each, the first of them from `before`."""
+        self.n_answers += n_answers
+        self._ends.append(self.n_answers)
+        self._sums.append(before + n_answers * step)
+        self._steps.append(step)
+        if len(self._ends) > 2 * self._length:
+            self._forget()
+
+    def ago(self, n_answers: int) -> Number:
+        """The sum before the last `n_answers`: as far back as it is known, if they are more."""
+        at = max(self.n_answers - max(n_answers, 0), self._ends[0])
+        i = bisect_left(self._ends, at)
+        return self._sums[i] - (self._ends[i] - at) * self._steps[i]
+
+    def _forget(self) -> None:
+        """Runs that nobody asks for any more: from time to time, since a list's front is dear to take off."""
+        n_old = bisect_right(self._ends, self.n_answers - self._length) - 1
+        del self._ends[:n_old], self._sums[:n_old], self._steps[:n_old]
