@@ -15,7 +15,7 @@ def answers_of(
     leaving: list[int] | None,
     reasons: list[Reason],
     mflops: float,
-    class_names: Sequence[str],
+    class_names: list[str],
     now_s: float,
     with_steps: bool,
 ) -> list[Answer]:
@@ -27,7 +27,10 @@ def answers_of(
         mflops: that each is charged.
         with_steps: some of them may have asked for steps, and are told score and threshold of the exit once more.
     """
-    most = max([row.options.top_k for row in rows])
+    most = 1
+    for row in rows:  # compiled, a loop in C; `max` is not
+        if row.options.top_k > most:
+            most = row.options.top_k
     ranked: list[tuple[tuple[int, float], ...]] = []
     if most > 1:
         logits = result.logits if leaving is None else result.logits[leaving]

@@ -53,7 +53,7 @@ class Core:
         self.n_answered = self.n_abandoned = self.n_failed = self.n_late = 0
         self.exits: Counter[tuple[int, Reason]] = Counter()
         self.n_idle = [0] * len(budget.costs)
-        self._class_names = tuple(class_names)
+        self._class_names = list(class_names)
         self._exits_on = exits
         self._observer = observer
         self._n_wishing = 0  # rows in flight that are not plain

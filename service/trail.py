@@ -25,7 +25,12 @@ class Trail:
         # By runs of answers that moved it alike: answers at its end, the sum there, and by how much each moved it.
         self._ends = [0]
         self._sums: list[Number] = [start]
-        self._steps: list[Number] = [start]  # never read: no answer lies before the start
+        self._steps: list[Number] = [start]  # of no effect: no answer lies before the start
+
+    @property
+    def n_runs(self) -> int:
+        """That are kept."""
+        return len(self._ends)
 
     def add(self, before: Number, step: Number, n_answers: int) -> None:
         """Answers moved the sum by `step` each, the first of them from `before`."""

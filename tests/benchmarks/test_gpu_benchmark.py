@@ -144,6 +144,9 @@ def test_an_image_that_is_not_answered_ends_the_load() -> None:
         def stats(self) -> Any:
             return SimpleNamespace(idle_mflops=0.0)
 
+        def budget_state(self) -> Any:
+            return SimpleNamespace(spent_answered_mflops=0.0)
+
         def submit_all(self, sink: Any, tokens: Any, images: Any, which: Any) -> None:
             sink([(token, EngineError("the device is lost")) for token in tokens])
 
