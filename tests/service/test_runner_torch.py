@@ -19,7 +19,7 @@ from models.registry import build_network
 from models.scores import score_exits
 from service.engine import Engine
 from service.rows import Options
-from service.runners.base import RunnerError, StageOutput
+from service.runners.base import NO_LOGITS, RunnerError, StageOutput
 from service.runners.blocks import Block, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.slotted import Running
@@ -100,6 +100,33 @@ def test_lanes_do_not_disturb_each_other(
     runner: TorchCudaRunner, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
 ) -> None:
     run_side_by_side(runner, images, lambda stage, ids, output: close(output.logits, whole[stage][ids]))
+
+
+def test_logits_come_where_somebody_wants_them_and_all_else_is_told_anyway(
+    runner: TorchCudaRunner, images: NDArray[np.uint8]
+) -> None:
+    rows = runner.first_states(images, range(5))
+    for row in rows:
+        row.keeps_picture = True
+    first, without, again = (runner.launch(0, rows, None, wanted).collect() for wanted in (True, False, True))
+    assert without.logits is NO_LOGITS
+    assert len(first.logits) == 5
+    np.testing.assert_array_equal(first.logits, again.logits)
+    assert first.heads is not None
+    assert without.heads is not None
+    for name in ("classes", "scores", "confidences"):
+        np.testing.assert_array_equal(getattr(without.heads, name), getattr(first.heads, name))
+
+
+def test_a_score_that_the_host_works_out_has_its_logits_in_any_case(
+    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
+) -> None:
+    chosen = Bundle(bundle.path, bundle.manifest.model_copy(update={"score": "patience"}), bundle.calibration)
+    runner = open_torch_runner(chosen, 8, 64, device=Host())
+    runner.warm_up(0.0)
+    output = runner.launch(0, runner.first_states(images, range(5)), None, False).collect()
+    assert output.heads is None
+    close(output.logits, whole[0][:5])
 
 
 @pytest.mark.parametrize("score", ["logit_margin", "patience"])
