@@ -18,7 +18,7 @@ from service.errors import EngineError
 from service.rows import Answer, Told
 
 Images = NDArray[np.uint8]
-SAMPLED = 8  # one answer in so many is looked at: to look at each takes as long as half of what the engine does
+SAMPLED = 8  # one answer in so many is looked at, as that takes time of the engine's thread
 STALLED_S = 60.0  # without an answer: none will come any more
 
 

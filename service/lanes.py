@@ -22,9 +22,8 @@ from service.runners.blocks import Block, Gathering, RowState
 HISTORY: Final = "score history"
 """What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
 in graphs."""
-TRIAL: Final = (
-    -1
-)  # in a batch's place for a stage: run every stage on blank images, to see whether they can be run at all
+TRIAL: Final = -1
+"""In a stage's place in a batch: run every stage on blank images, to see whether they can be run at all."""
 
 
 @dataclass(slots=True, eq=False)
