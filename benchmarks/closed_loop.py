@@ -83,7 +83,7 @@ class Load:
         if self._failed is not None:
             raise self._failed
         after, n_answers = self._engine.stats(), self._n_images
-        exits = Counter({key[0]: 0 for key in after.exits})
+        exits: Counter[int] = Counter()
         for (number, reason), count in after.exits.items():
             exits[number] += count - before.exits.get((number, reason), 0)
         if exits.total() != n_answers:

@@ -114,8 +114,7 @@ class Ledger:
             elif answered and self.settled < self.cap:
                 self.settled = min(self.cap, self.settled + n_alike * balance)
             if answered and self._average_over:
-                self._balances.add(self._balance, balance, n_alike)
-                self._balance += n_alike * balance
+                self._balances.add(self._balances.now, balance, n_alike)
         self._n_in_flight -= n_images
         if answered:
             self._spent.add(self.spent_answered, spent, n_images)
@@ -141,13 +140,12 @@ class Ledger:
         self._begin_average()
 
     def _begin_average(self) -> None:
-        self._balance = 0  # what answers have left of this allowance
-        self._balances: Trail = Trail(self._average_over, 0)
+        self._balances: Trail = Trail(self._average_over, 0)  # what answers have left of this allowance
 
     def _average_allows(self, step: int) -> bool:
         """Whether the last answers keep to their allowances if all in flight end with what they have committed, and one
         of them with `step` more."""
         if self._balances.n_answers < self._average_over:
             return True
-        before: int = self._balances.ago(self._average_over - self._n_in_flight)
-        return self._balance - before + self._uncommitted >= step
+        balance: int = self._balances.now - self._balances.ago(self._average_over - self._n_in_flight)
+        return balance + self._uncommitted >= step

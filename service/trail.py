@@ -28,6 +28,11 @@ class Trail:
         self._steps: list[Number] = [start]  # of no effect: no answer lies before the start
 
     @property
+    def now(self) -> Number:
+        """The sum after the last answer."""
+        return self._sums[-1]
+
+    @property
     def n_runs(self) -> int:
         """That are kept."""
         return len(self._ends)

@@ -116,7 +116,11 @@ class LaunchingRunner(Runner, Protocol):
     """A runner whose device has the next batch before this one has run, so that it never waits for Python."""
 
     def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None, with_logits: bool = True) -> Pending:
-        """Have a batch run, `behind` one that was launched before and is collected before this one."""
+        """Have a batch run, `behind` one that was launched before and is collected before this one.
+
+        Args:
+            with_logits: False where nobody reads them; see `StageOutput`.
+        """
         ...
 
 

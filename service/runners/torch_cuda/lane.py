@@ -207,15 +207,15 @@ class _Bucket:
         # By turn.
         self.slots_host = [host[:bucket] for host in slots.turns]
         self._slots = [host.numpy().data for host in self.slots_host]
-        self._numbers = struct.Struct(f"{bucket}q")
+        self._format = struct.Struct(f"{bucket}q")
         parts = [_parts(host, bucket, n_classes) for host in told.turns]
         self.numbers: list[NDArray[np.float64]] = [numbers.numpy() for numbers, _ in parts]
         self.logits: list[NDArray[np.float32]] = [logits.numpy() for _, logits in parts]
 
     def fill(self, turn: int, slots: list[int]) -> None:
-        """Write the slots of a batch; `struct` does it in half of numpy's time."""
+        """Write the slots of a batch; `struct` takes less time for it than numpy."""
         rest = [SCRATCH] * (len(self._slots[turn]) - len(slots))
-        self._numbers.pack_into(self._slots[turn], 0, *slots, *rest)
+        self._format.pack_into(self._slots[turn], 0, *slots, *rest)
 
 
 def _parts(told: Tensor, bucket: int, n_classes: int) -> tuple[Tensor, Tensor]:
