@@ -17,7 +17,7 @@ from models.exits import SCORES
 from models.scores import HeadScore, score_exits
 from service.rows import Answer, Options
 from service.runners.slotted import SlotRunner
-from service.runners.torch_cuda.device import Device, Mark, Program, Stream
+from service.runners.torch_cuda.device import Copier, Device, Mark, Program, Stream
 from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.scoring import N_NUMBERS
 from service.settled_memory import settle_memory
@@ -182,6 +182,9 @@ class _IdleStream:
 
     def prepare(self, program: Program) -> Program:
         return lambda: None
+
+    def copier(self, there: Tensor, here: Tensor) -> Copier:
+        return self._stream.copier(there, here)
 
     def mark(self) -> Mark:
         return self._stream.mark()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from service.runners.base import FatalRunnerError, RunnerError
 from service.runners.slotted import SWITCH_S
+from service.runners.torch_cuda.cuda_calls import CudaCalls
 from service.runners.torch_cuda.device import WARM_RUNS, Cuda, Host, HostStream, Program, Stream, has_room
 from service.runners.torch_cuda.runner import open_torch_runner
 from tests.bundles import random_images
@@ -161,20 +163,41 @@ def test_a_graph_is_captured_where_its_memory_is_free_or_in_its_pool() -> None:
     assert not has_room(0, 10 * mib, 0)
 
 
+STREAM, GRAPH = 77, 88  # handles
+
+
 class FakeCuda:
-    """`torch.cuda`, as much as `CudaStream` asks of it: what happened, in order, and memory in MiB."""
+    """`torch.cuda`, as much as `CudaStream` asks of it: what happened, in order, and memory in MiB.
+
+    Attributes:
+        tells_handles: of graphs, as torch has since 2.10.
+    """
 
     def __init__(self, free_mib: int) -> None:
         self.free_mib, self.reserved_mib, self.peak_mib = free_mib, 0, 100
         self.log: list[str] = []
+        self.tells_handles = True
+        self.stream = SimpleNamespace(cuda_stream=STREAM)
+
+    def device(self, graphs: bool = True) -> Cuda:
+        def replay(graph: int, stream: int) -> None:
+            assert (graph, stream) == (GRAPH, STREAM)
+            self.log.append("replay")
+
+        return Cuda(graphs, calls=cast(CudaCalls, SimpleNamespace(replay=replay)))
+
+    def new_graph(self) -> SimpleNamespace:
+        graph = SimpleNamespace(replay=lambda: self.log.append("replay by torch"))
+        if self.tells_handles:
+            graph.raw_cuda_graph_exec = lambda: GRAPH
+        return graph
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {
-            "Stream": lambda device: "stream",
-            "Event": lambda: None,
+            "Stream": lambda device: self.stream,
             "graph_pool_handle": lambda: "pool",
             "stream": lambda stream: nullcontext(),
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
+            "CUDAGraph": self.new_graph,
             "graph": self.graph,
             "synchronize": lambda device: None,
             "empty_cache": lambda: self.log.append("empty"),
@@ -187,8 +210,8 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
 
     @contextmanager
-    def graph(self, graph: object, pool: str, stream: str, capture_error_mode: str) -> Iterator[None]:
-        assert (pool, stream, capture_error_mode) == ("pool", "stream", "thread_local")
+    def graph(self, graph: object, pool: str, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, stream, capture_error_mode) == ("pool", self.stream, "thread_local")
         self.log.append("capture")
         yield
         taken_mib = max(0, self.peak_mib - self.reserved_mib)  # what earlier captures took is used again
@@ -202,7 +225,7 @@ def test_a_program_is_warmed_up_then_captured_and_replayed_or_not_captured_at_al
     """On books in the place of a GPU: in what order CUDA is asked, and that no capture is begun without memory."""
     cuda = FakeCuda(free_mib=200)
     cuda.patch(monkeypatch)
-    stream = Cuda().open_stream()
+    stream = cuda.device().open_stream()
     program = stream.prepare(lambda: cuda.log.append("program"))
     warm = ["program"] * WARM_RUNS
     assert cuda.log == [*warm, "empty", "capture", "program"]
@@ -215,8 +238,11 @@ def test_a_program_is_warmed_up_then_captured_and_replayed_or_not_captured_at_al
         stream.prepare(lambda: cuda.log.append("program"))
     assert cuda.log == [*warm, "empty"]
     cuda.log = []
-    Cuda(graphs=False).open_stream().prepare(lambda: cuda.log.append("program"))()
+    cuda.device(graphs=False).open_stream().prepare(lambda: cuda.log.append("program"))()
     assert cuda.log == [*warm, "program"]
+    cuda.free_mib, cuda.log, cuda.tells_handles = 1000, [], False
+    cuda.device().open_stream().prepare(lambda: cuda.log.append("program"))()
+    assert cuda.log == [*warm, "empty", "capture", "program", "replay by torch"]
 
 
 def test_streams_are_used_again_as_torch_keeps_memory_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +251,7 @@ def test_streams_are_used_again_as_torch_keeps_memory_for_each(monkeypatch: pyte
     made = count()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(made))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    device = Cuda()
+    device = cuda.device()
     streams = [device.open_stream() for _ in range(2)]
     assert [stream.use() for stream in streams] == [0, 1]
     del streams[1]
@@ -236,13 +262,16 @@ def test_streams_are_used_again_as_torch_keeps_memory_for_each(monkeypatch: pyte
 def test_algorithms_are_searched_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 7.0, 10.0, 16.0, 20.0, 21.0, 30.0, 31.0])
     monkeypatch.setattr("service.runners.torch_cuda.device.time.perf_counter", lambda: next(clock))
-    device, searched = Cuda(search_s=10.0), []
+    calls = cast(CudaCalls, SimpleNamespace())  # none is made
+    device, searched = Cuda(search_s=10.0, calls=calls), []
     for _ in range(3):
         with device.searching():
             searched.append(torch.backends.cudnn.benchmark)
         assert not torch.backends.cudnn.benchmark
     assert searched == [True, True, False]
-    with Cuda(graphs=False).searching():  # what it would find is of no use to the threads that run the programs
+    with Cuda(
+        graphs=False, calls=calls
+    ).searching():  # what it would find is of no use to the threads that run the programs
         assert not torch.backends.cudnn.benchmark
 
 

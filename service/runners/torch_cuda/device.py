@@ -9,8 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from service.runners.torch_cuda.cuda_calls import CudaCalls, CudaCopier, CudaMark, CudaReplay
 
 Program = Callable[[], None]
+Copier = Callable[[int, int, int], None]
+"""Copies rows: to which on, from which on, and how many. It may end before they are copied."""
 WARM_RUNS = 3  # before a capture: libraries choose algorithms and allocate at the first runs
 SEARCH_S = 30.0  # of a process, see `Cuda.searching`
 SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding
@@ -18,6 +23,10 @@ SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding
 
 class Mark(Protocol):
     """A point in what is put on a stream; CUDA's events are such."""
+
+    def record(self) -> None:
+        """From now on it is the point behind all that was put on the stream so far."""
+        ...
 
     def query(self) -> bool:
         """Whether all before it has run."""
@@ -32,11 +41,15 @@ class Stream(Protocol):
     """What is put on one stream runs in order; several streams run at the same time."""
 
     def use(self) -> AbstractContextManager[Any]:
-        """Within it, this thread's copies and programs go to this stream."""
+        """Within it, what this thread has torch do goes to this stream."""
         ...
 
     def prepare(self, program: Program) -> Program:
-        """Return what to call in the place of `program`, on this stream alone."""
+        """Return what puts `program` on this stream; any thread may call it."""
+        ...
+
+    def copier(self, there: Tensor, here: Tensor) -> Copier:
+        """Return what puts copies of rows of `here` to `there` on this stream; both lie in one piece."""
         ...
 
     def mark(self) -> Mark:
@@ -75,13 +88,27 @@ class HostStream:
         return nullcontext()
 
     def prepare(self, program: Program) -> Program:
-        program()
-        return program
+        @torch.inference_mode()
+        def run() -> None:
+            program()
+
+        run()
+        return run
+
+    def copier(self, there: Tensor, here: Tensor) -> Copier:
+        @torch.inference_mode()
+        def copy(to_row: int, from_row: int, n_rows: int) -> None:
+            there[to_row : to_row + n_rows].copy_(here[from_row : from_row + n_rows])
+
+        return copy
 
     def mark(self) -> Mark:
         return self
 
     def wait(self) -> None:
+        pass
+
+    def record(self) -> None:
         pass
 
     def query(self) -> bool:
@@ -135,7 +162,7 @@ class CudaStream:
                 program()
         torch.cuda.synchronize(kind)
         if not self._device.graphs:
-            return program
+            return self._by_torch(program)
         # Of the last run: the first ones took more, to try algorithms.
         self._require_room(torch.cuda.max_memory_allocated(kind) - before)
         graph = torch.cuda.CUDAGraph()
@@ -144,12 +171,23 @@ class CudaStream:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             program()
         self._pool_bytes += max(0, torch.cuda.memory_reserved(kind) - reserved)
-        return graph.replay
+        if not hasattr(graph, "raw_cuda_graph_exec"):  # an older torch's
+            return self._by_torch(graph.replay)
+        return CudaReplay(self._device.calls, self._stream, graph)
+
+    def _by_torch(self, program: Program) -> Program:
+        @torch.inference_mode()
+        def run() -> None:
+            with self.use():
+                program()
+
+        return run
+
+    def copier(self, there: Tensor, here: Tensor) -> Copier:
+        return CudaCopier(self._device.calls, self._stream, there, here)
 
     def mark(self) -> Mark:
-        done = torch.cuda.Event()
-        done.record(self._stream)
-        return done
+        return CudaMark(self._device.calls, self._stream)
 
     def wait(self) -> None:
         self._stream.synchronize()
@@ -188,8 +226,9 @@ class Cuda:
 
     pins = True
 
-    def __init__(self, graphs: bool = True, search_s: float = SEARCH_S) -> None:
+    def __init__(self, graphs: bool = True, search_s: float = SEARCH_S, calls: CudaCalls | None = None) -> None:
         self.kind = torch.device("cuda", 0)
+        self.calls = calls or CudaCalls()
         self.graphs = graphs
         self.search_left_s = search_s
         self.streams: list[torch.cuda.Stream] = []

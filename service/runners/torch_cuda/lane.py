@@ -20,7 +20,7 @@ from models.staging import Stage
 from service.runners.base import NO_LOGITS, Heads
 from service.runners.slots import NOWHERE, SCRATCH, SlotState, places_of, stretches
 from service.runners.slotted import IMAGES, Running
-from service.runners.torch_cuda.device import Device, Mark, Program
+from service.runners.torch_cuda.device import Device, Mark, Program, Stream
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.resize import cut, resize
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge
@@ -65,12 +65,15 @@ class Lane:
         self._buckets: dict[int, _Bucket] = {}
         self._turn = 0
         canvas = (max_rows if canvas_px else 0, canvas_px, canvas_px, 3)
-        self._slots = _Pair(device, (max_rows,), torch.int64, n_turns=2)
+        new_pair = partial(_Pair, device, self.stream)
+        self._slots = new_pair((max_rows,), torch.int64, n_turns=2)
         self._pictures = pictures
         self._images = torch.zeros((max_rows, *image_shape), dtype=torch.uint8, device=device.kind)
-        self._canvases = _Pair(device, canvas, torch.uint8)
-        self._cuts = _Pair(device, (max_rows, 2, 3), torch.float64)
-        self.told = _Pair(device, (max_rows * row_bytes,), torch.uint8, n_turns=2)
+        self._send_pictures = self.stream.copier(self._images, pictures)
+        self._canvases = new_pair(canvas, torch.uint8)
+        self._cuts = new_pair((max_rows, 2, 3), torch.float64)
+        self.told = new_pair((max_rows * row_bytes,), torch.uint8, n_turns=2)
+        self._marks = [self.stream.mark() for _ in range(2)]  # by turn
 
     @torch.inference_mode()
     def prepare(self, stage: int, bucket: int, call: StageCall | None = None) -> None:
@@ -88,7 +91,6 @@ class Lane:
                 self._cuts.there.copy_(self._cuts.host)
             self._resizers[bucket] = self.stream.prepare(partial(self._resize, bucket))
 
-    @torch.inference_mode()
     def launch(
         self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
     ) -> Running:
@@ -102,18 +104,17 @@ class Lane:
         if as_canvases:
             self.stream.wait()  # there is but one set of canvases
             self._lay_out(begin)
-        with self.stream.use():
-            of.slots_there.copy_(of.slots_host[turn], non_blocking=True)
-            if as_canvases:
-                self._canvases.send(n_rows)
-                self._cuts.send(n_rows)
-                self._resizers[bucket]()
-            elif begin:
-                self._send(places)
-            self.programs[stage, bucket]()
-            there, here = of.told[with_logits]
-            here[turn].copy_(there, non_blocking=True)
-            mark = self.stream.mark()
+        self._slots.send[turn](0, 0, bucket)
+        if as_canvases:
+            self._canvases.send[0](0, 0, n_rows)
+            self._cuts.send[0](0, 0, n_rows)
+            self._resizers[bucket]()
+        elif begin:
+            self._send(places)
+        self.programs[stage, bucket]()
+        self.told.bring[turn](0, 0, of.told_bytes[with_logits])
+        mark = self._marks[turn]
+        mark.record()
         return Running(partial(self._collect, n_rows, of, turn, mark, with_logits), mark.query)
 
     def _collect(
@@ -124,28 +125,26 @@ class Lane:
         logits = of.logits[turn][:n_rows].copy() if with_logits else NO_LOGITS
         if self._score is None:
             return logits, None
-        numbers = of.numbers[turn][:n_rows].copy()
+        # By way of bytes: numpy would pass the interpreter on, for a copy that takes less than to have it back.
+        numbers = np.frombuffer(bytes(of.numbers[turn][: n_rows * N_NUMBERS])).reshape(n_rows, N_NUMBERS)
         return logits, Heads(numbers[:, 0].astype(np.int64), numbers[:, 1], numbers[:, 2])
 
     def _send(self, places: list[int]) -> None:
         """Pictures of the network's size, from where they lie."""
         start = 0
         for first, n_rows in stretches(places):
-            there, here = self._images[start : start + n_rows], self._pictures[first : first + n_rows]
-            there.copy_(here, non_blocking=True)
+            self._send_pictures(start, first, n_rows)
             start += n_rows
 
-    @torch.inference_mode()
     def seconds(self, stage: int, bucket: int, repeats: int) -> float:
         """What a program takes, `repeats` of them being put on the stream one after the other."""
         program = self.programs[stage, bucket]
-        with self.stream.use():
+        program()
+        self.stream.wait()
+        started = time.perf_counter()
+        for _ in range(repeats):
             program()
-            self.stream.wait()
-            started = time.perf_counter()
-            for _ in range(repeats):
-                program()
-            self.stream.wait()
+        self.stream.wait()
         return (time.perf_counter() - started) / repeats
 
     def _program(self, stage_index: int, bucket: int, call: StageCall) -> None:
@@ -181,35 +180,36 @@ class _Pair:
 
     Args:
         n_turns: how many there are on the host, for one twin.
+
+    Attributes:
+        send, bring: by turn, what copies to the device and back.
     """
 
-    def __init__(self, device: Device, shape: Sequence[int], dtype: torch.dtype, n_turns: int = 1) -> None:
+    def __init__(
+        self, device: Device, stream: Stream, shape: Sequence[int], dtype: torch.dtype, n_turns: int = 1
+    ) -> None:
         self.turns = [torch.zeros(shape, dtype=dtype, pin_memory=device.pins) for _ in range(n_turns)]
         self.host, self.there = self.turns[0], torch.zeros(shape, dtype=dtype, device=device.kind)
         self.array = self.host.numpy()
-
-    def send(self, n_rows: int) -> None:
-        self.there[:n_rows].copy_(self.host[:n_rows], non_blocking=True)
+        self.send = [stream.copier(self.there, host) for host in self.turns]
+        self.bring = [stream.copier(host, self.there) for host in self.turns]
 
 
 class _Bucket:
     """What a batch of a bucket reads and writes of the lane's buffers: made once, as views take time to make.
 
     Attributes:
-        told: without logits and with them, on the device and, by turn, on the host.
+        told_bytes: without logits and with them.
     """
 
     def __init__(self, slots: _Pair, told: _Pair, bucket: int, n_classes: int) -> None:
         n_bytes = bucket * 8 * N_NUMBERS
-        ends = (n_bytes, n_bytes + bucket * 4 * n_classes)
-        self.told = [(told.there[:end], [host[:end] for host in told.turns]) for end in ends]
-        self.slots_there = slots.there[:bucket]
+        self.told_bytes = (n_bytes, n_bytes + bucket * 4 * n_classes)
         # By turn.
-        self.slots_host = [host[:bucket] for host in slots.turns]
-        self._slots = [host.numpy().data for host in self.slots_host]
+        self._slots = [host[:bucket].numpy().data for host in slots.turns]
         self._format = struct.Struct(f"{bucket}q")
         parts = [_parts(host, bucket, n_classes) for host in told.turns]
-        self.numbers: list[NDArray[np.float64]] = [numbers.numpy() for numbers, _ in parts]
+        self.numbers = [numbers.view(-1).numpy().data for numbers, _ in parts]
         self.logits: list[NDArray[np.float32]] = [logits.numpy() for _, logits in parts]
 
     def fill(self, turn: int, slots: list[int]) -> None:

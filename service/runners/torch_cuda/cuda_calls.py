@@ -1,0 +1,113 @@
+"""The calls of CUDA that a launch is made of, by which a thread keeps the interpreter.
+
+Torch passes the interpreter on at every copy, replay and event. These take microseconds, less than it takes to wake
+whoever waits for the interpreter; and a lane has it back only once the engine's thread is through with a batch. So what
+only puts work on a stream is called here, by ctypes, which can do without passing it on; whatever waits is torch's.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUCCESS, NOT_READY = 0, 600  # cudaError_t
+DEFAULT = 4  # cudaMemcpyKind: the addresses say which memory is whose
+
+
+class CudaCalls:
+    """CUDA's runtime, as torch has loaded it. Streams, graphs and events are told by their handles.
+
+    Args:
+        library: the runtime; by default the one that torch was built for.
+
+    Raises:
+        OSError: it is not there.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        if library is None:
+            major = (torch.version.cuda or "").split(".")[0]
+            library = ctypes.PyDLL(f"libcudart.so.{major}")
+        handle, address, size = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+        self._copy = _typed(library.cudaMemcpyAsync, address, address, size, ctypes.c_int, handle)
+        self._replay = _typed(library.cudaGraphLaunch, handle, handle)
+        self._record = _typed(library.cudaEventRecord, handle, handle)
+        self._query = _typed(library.cudaEventQuery, handle)
+        self._forget_error = _typed(library.cudaGetLastError)
+        self._words = _typed(library.cudaGetErrorString, ctypes.c_int, returns=ctypes.c_char_p)
+
+    def copy(self, there: int, here: int, n_bytes: int, stream: int) -> None:
+        """Put a copy from address `here` to address `there` on a stream; what is on the host is to be pinned."""
+        self._require(self._copy(there, here, n_bytes, DEFAULT, stream))
+
+    def replay(self, graph: int, stream: int) -> None:
+        """Put a graph that was captured and instantiated on a stream."""
+        self._require(self._replay(graph, stream))
+
+    def record(self, event: int, stream: int) -> None:
+        self._require(self._record(event, stream))
+
+    def has_passed(self, event: int) -> bool:
+        """Whether all that lay on the stream before the event was last recorded has run."""
+        if (code := self._query(event)) == NOT_READY:
+            self._forget_error()  # else the next one to ask for errors is told this one
+            return False
+        self._require(code)
+        return True
+
+    def _require(self, code: int) -> None:
+        if code != SUCCESS:
+            self._forget_error()
+            raise RuntimeError(f"CUDA error: {self._words(code).decode()}")  # as torch says it
+
+
+def _typed(function: Any, *arguments: Any, returns: Any = ctypes.c_int) -> Any:
+    function.argtypes, function.restype = arguments, returns
+    return function
+
+
+class CudaCopier:
+    """Copies rows of `here` to `there` on a stream; see `device.Stream.copier`."""
+
+    def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream, there: Tensor, here: Tensor) -> None:
+        if not (there.is_contiguous() and here.is_contiguous() and there.stride(0) == here.stride(0)):
+            raise ValueError(f"rows of {tuple(here.shape)} cannot be copied to {tuple(there.shape)}")
+        self._kept = (there, here)  # whose memory is theirs as long as they are
+        self._there, self._here = there.data_ptr(), here.data_ptr()
+        self._row_bytes = there.stride(0) * there.element_size()
+        self._copy, self._stream = calls.copy, stream.cuda_stream
+
+    def __call__(self, to_row: int, from_row: int, n_rows: int) -> None:
+        n_bytes = self._row_bytes
+        self._copy(self._there + to_row * n_bytes, self._here + from_row * n_bytes, n_rows * n_bytes, self._stream)
+
+
+class CudaReplay:
+    """Puts a captured graph on a stream."""
+
+    def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream, graph: Any) -> None:
+        self._kept = graph
+        self._replay, self._graph, self._stream = calls.replay, graph.raw_cuda_graph_exec(), stream.cuda_stream
+
+    def __call__(self) -> None:
+        self._replay(self._graph, self._stream)
+
+
+class CudaMark:
+    """An event that is recorded again and again."""
+
+    def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)  # it is made as it is first recorded
+        self._calls, self._handle, self._stream = calls, self._event.cuda_event, stream.cuda_stream
+
+    def record(self) -> None:
+        self._calls.record(self._handle, self._stream)
+
+    def query(self) -> bool:
+        return self._calls.has_passed(self._handle)
+
+    def synchronize(self) -> None:
+        if not self.query():
+            self._event.synchronize()
