@@ -73,6 +73,7 @@ class Steering:
         self._settled_mean = 0.0
         self._excess_mean = 0.0  # of what the images in flight are expected to spend beyond their aims
         self._integral = 0.0
+        self._usual_cost = 0.0  # for which thresholds were steered, on average: the operating point
         self._n_answers = 0  # since the running means were brought up to date,
         self._errors = 0.0  # and how far off the forecast was, summed over them
         self._n_refused = 0  # of the images that have answered meanwhile, those that the ledger ended
@@ -91,7 +92,7 @@ class Steering:
     @property
     def point(self) -> FrontierPoint:
         """The operating point, without the swing of the moment."""
-        return self._point_at(self._aim + self._integral)
+        return self._point_at(self._usual_cost)
 
     def set_budget(self, budget: int) -> None:
         """Aim images admitted from now on at another budget.
@@ -101,9 +102,8 @@ class Steering:
         """
         self._budget = budget
         self._integral = min(max(self._integral, -0.5 * budget), 0.5 * budget)
-        forecast = self._settled + self._owed
+        self._usual_cost = budget * (1.0 - self.AIM_UNDER) + self._integral
         self._follow_operating_point()
-        self._settled = forecast - self._owed
         self._settled_mean = self._settled
         self._trail: Trail = Trail(ROLLING_ANSWERS, self._settled)
         self.refresh()
@@ -130,15 +130,14 @@ class Steering:
             earned, owed = (aim if answered else min(aim, spent)) - spent, expected - aim
             self._aims -= n_images * aim
             if answered:
-                settled, error = self._settled, self._settled + self._owed - self._reference
-                self._trail.add(settled, earned, n_images)
-                self._errors += n_images * error + (earned + owed) * (n_images * (n_images + 1) / 2)
+                self._trail.add(self._settled, earned, n_images)
             self._settled += n_images * earned
             self._owed += n_images * owed
         self._in_flight[stages - 1] -= len(accounts)
         self._n_in_flight -= len(accounts)
         if answered:
             self._n_answers += len(accounts)
+            self._errors += len(accounts) * (self._settled + self._owed - self._reference)
 
     def refuse(self, passed: int, n_images: int) -> None:
         """Note that the ledger ends images at exit `passed` that would have gone on.
@@ -170,6 +169,7 @@ class Steering:
         self._settled_mean += share * (self._settled - self._settled_mean)
         self._excess_mean += share * (-self._owed - self._excess_mean)
         wanted = self._wanted()
+        self._usual_cost += share * (min(max(wanted, self._lowest), self.highest) - self._usual_cost)
         too_low, too_high = wanted <= self._lowest, wanted >= self.highest
         if (self._errors > 0 or not too_low) and (self._errors < 0 or not too_high):
             moved = self._integral + self._errors / (self._horizon * self.INTEGRAL_IMAGES)
@@ -188,11 +188,18 @@ class Steering:
         self._steepness = self.BAND_IMAGES * self._budget / shortest * (shortest / self._horizon) ** 2
 
     def _follow_operating_point(self) -> None:
+        """Expect of images in flight what they spend on average where thresholds are, on average.
+
+        What is expected of them anew is nothing that they have saved or spent: the forecast stays where it was. With
+        thousands in flight it would else move by more than it is bounded to, and lastingly so, one way.
+        """
         excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_IMAGES * self._budget)
         self._excess_paid, self._excess_unpaid = excess, max(self._excess_mean - excess, 0.0)
         self._aim = self._budget * (1.0 - self.AIM_UNDER) - excess / ROLLING_ANSWERS
         self._expected = self._expected_costs()
-        self._owed = self._aims - sum(n * cost for n, cost in zip(self._in_flight, self._expected, strict=True))
+        owed = self._aims - sum(n * cost for n, cost in zip(self._in_flight, self._expected, strict=True))
+        self._settled += self._owed - owed
+        self._owed = owed
 
     def _wanted(self) -> float:
         forecast = self._settled + self._owed
