@@ -176,11 +176,11 @@ REAL = {"seconds": 0.6, "repeats": 20, "n_alone": 200}
 NETWORKS = {
     "cifar": Network(
         make_cifar,
-        {"max_rows": 256, "n_images": 10_000, "in_flight": 2048, "whole_rows": (64, 128, 256, 512)} | REAL,
+        {"max_rows": 512, "n_images": 10_000, "in_flight": 4096, "whole_rows": (128, 256, 512)} | REAL,
     ),
     "imagenet": Network(
         make_imagenet,
-        {"max_rows": 256, "n_images": 1024, "in_flight": 2048, "whole_rows": (64, 128, 256, 512)} | REAL,
+        {"max_rows": 256, "n_images": 1024, "in_flight": 2048, "whole_rows": (128, 256, 512)} | REAL,
     ),
     "tiny": Network(
         make_tiny,
