@@ -281,7 +281,7 @@ class SlotRunner(ABC, Generic[L]):
                         lane.prepare(stage, bucket)
         except Exception as error:  # as above
             if self._is_out_of_memory(error):
-                return str(error)
+                return str(error).strip()  # torch ends it with a line break
             what = f"the stages cannot be prepared: {error}"
             raise (FatalRunnerError if self._is_lost(error) else RunnerError)(what) from error
         return None

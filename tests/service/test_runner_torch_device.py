@@ -59,7 +59,7 @@ class BooksHost(Host):
         self.ran: list[tuple[int, int]] = []
         self.error: Exception | None = None
         self.lost = False
-        self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory")
+        self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory\n")
 
     def open_stream(self) -> Stream:
         return BooksStream(self)
@@ -141,10 +141,10 @@ def test_no_memory_is_understood_however_it_is_said(bundle: Bundle, error: Excep
 
 def test_no_room_for_the_state_is_told_whoever_says_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\n")
 
     monkeypatch.setattr("service.runners.torch_cuda.runner.Values", full)
-    with pytest.raises(RunnerError, match="no room for the state of 8 images in work: lower --max-in-flight"):
+    with pytest.raises(RunnerError, match=r"no room for the state of 8 images in work: lower --max-in-flight.*FAILED\)"):
         open_torch_runner(bundle, 4, 8, device=Host())
 
 

@@ -101,7 +101,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 raise
             raise RunnerError(
                 f"the device has no room for the state of {max_in_flight_rows} images in work: lower --max-in-flight "
-                f"or --max-batch-rows ({error})"
+                f"or --max-batch-rows ({str(error).strip()})"
             ) from error
 
     def _allocate(self, shape: Sequence[int]) -> Array:
