@@ -20,6 +20,7 @@ from models.registry import build_network
 from models.scores import HeadScore, score_exits
 from service.budget import BudgetController
 from service.engine import Engine
+from service.ledger import window_for
 from service.observer import Observer
 from service.runners.blocks import RowState
 from service.runners.slotted import SlotRunner
@@ -89,7 +90,8 @@ class Case:
 
     def engine(self, runner: SlotRunner[Any], policy: str, plan: Plan, observer: Observer | None = None) -> Engine:
         full, burst_images = self.costs_mflops[-1], max(32.0, 2.0 * runner.max_rows)
-        budget = BudgetController(self.frontier, self.costs_mflops, full, burst_images)
+        window = window_for(plan.in_flight)
+        budget = BudgetController(self.frontier, self.costs_mflops, full, burst_images, window_answers=window)
         scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
         names = [str(i) for i in range(self.logits[0].shape[1])]
         score = HeadScore(SCORES[self.score])

@@ -25,7 +25,7 @@ from models.bundle import Bundle, load_bundle
 from models.exits import outcome
 from models.frontier import Frontier
 from models.scores import score_exits
-from service.ledger import ROLLING_ANSWERS
+from service.ledger import MANY_IN_FLIGHT, ROLLING_ANSWERS
 from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
@@ -111,7 +111,8 @@ def times_of(network: Network, traffic: Traffic) -> StageTimes:
 
 def simulate(network: Network, traffic: Traffic, budget_mflops: float, n_images: int, seed: int) -> Order:
     """Send images in one order."""
-    setup = Setup(budget_mflops, traffic.n_lanes, traffic.n_lanes, traffic.max_rows)
+    in_flight = traffic.n_in_flight or MANY_IN_FLIGHT
+    setup = Setup(budget_mflops, traffic.n_lanes, traffic.n_lanes, traffic.max_rows, max_in_flight=in_flight)
     simulation = Simulation(network, times_of(network, traffic), setup, seed)
     if traffic.n_in_flight is None:
         rate_per_s = traffic.load * traffic.n_lanes * GMACS_PER_S * 1e3 / budget_mflops

@@ -5,6 +5,7 @@ from math import inf
 from models.bundle import Bundle
 from service.budget import BudgetController
 from service.engine import Engine
+from service.ledger import window_for
 from service.observer import Observer
 from service.runners.base import RunnerError, canvas_px_of
 from service.runners.choice import Resize, RunnerName, open_runner
@@ -84,6 +85,7 @@ def build_engine(
             budget_mflops if exits else costs_mflops[-1],
             default_burst_images(runner.n_lanes, max_rows) if burst_images is None else burst_images,
             steer and exits,
+            window_for(max_in_flight_rows),
         ),
         Scheduler(runner.n_stages, max_rows, max_wait_s, policy=policy),
         bundle.score(),

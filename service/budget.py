@@ -32,6 +32,7 @@ class BudgetController:
         budget_mflops: average per image.
         burst_images: how many images' budget a window of answers may overspend; see `Ledger`.
         steer: False keeps the thresholds at the budget's point on the frontier; the ledger bounds all the same.
+        window_answers: the last so many keep to the budget; see `ledger.window_for`.
 
     Raises:
         ValueError: the budget lies outside the cost of the first exit to that of the last.
@@ -44,11 +45,12 @@ class BudgetController:
         budget_mflops: float,
         burst_images: float = 32.0,
         steer: bool = True,
+        window_answers: int = ROLLING_ANSWERS,
     ) -> None:
         self.costs = tuple(round(cost * MEGA) for cost in costs_mflops)
         self.budget = self._checked(budget_mflops)
-        self.ledger = Ledger(self.budget, burst_images, ROLLING_ANSWERS if steer else 0)
-        self.steering = Steering(frontier, self.costs, self.ledger.allowance)
+        self.ledger = Ledger(self.budget, burst_images, window_answers if steer else 0)
+        self.steering = Steering(frontier, self.costs, self.ledger.allowance, window_answers)
         self._frontier = frontier
         self._steer = steer
         self._hold()

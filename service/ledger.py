@@ -9,6 +9,17 @@ from typing import Final
 from service.trail import Trail
 
 ROLLING_ANSWERS: Final = 1_000
+MANY_IN_FLIGHT: Final = 1_024
+WINDOW_IN_FLIGHT: Final = 4
+
+
+def window_for(max_in_flight: int) -> int:
+    """How many of the last answers keep to the budget, where so many images may be in work.
+
+    The hard images of many answers are in flight together. Where these answers are more than the window, the easy ones
+    among them do not count for it any more, and the hard ones would have to be cut short.
+    """
+    return ROLLING_ANSWERS if max_in_flight <= MANY_IN_FLIGHT else WINDOW_IN_FLIGHT * max_in_flight
 
 
 @dataclass(slots=True, eq=False)

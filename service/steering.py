@@ -34,7 +34,7 @@ class Steering:
     * the reference follows the deviation that the balance had where the coming window starts (`ECHO` of it, so that old
       deviations die out);
     * hard images answer last: when traffic stops, the window ends with the excess of all that were in flight, so the
-      aim stays below the budget by that much, too. Excess beyond `MAX_EXCESS_IMAGES`, for which no aim makes room, is
+      aim stays below the budget by that much, too. Excess beyond `MAX_EXCESS_SHARE`, for which no aim makes room, is
       left out of the margin, as long as so many are in flight: they are not to starve where there are always as many;
     * the nearer the margin is to an end of the band, the steeper it steers back (the tangent is what keeps a random
       walk between two walls with the least effort);
@@ -54,11 +54,13 @@ class Steering:
     STEEPEST_AT: Final = 0.85  # of that; beyond, it pulls no harder
     MEAN_IMAGES: Final = 500.0  # time constant of the running means below
     MAX_FORECAST_IMAGES: Final = 16.0
-    MAX_EXCESS_IMAGES: Final = 8.0
+    MAX_EXCESS_SHARE: Final = 0.008  # of the window
     TABLE_STEPS: Final = 1_024
 
-    def __init__(self, frontier: Frontier, costs: tuple[int, ...], budget: int) -> None:
-        self._costs = costs
+    def __init__(
+        self, frontier: Frontier, costs: tuple[int, ...], budget: int, window_answers: int = ROLLING_ANSWERS
+    ) -> None:
+        self._costs, self._window = costs, window_answers
         self._table = [frontier.at(i / self.TABLE_STEPS) for i in range(self.TABLE_STEPS + 1)]
         self._thresholds = [[point.thresholds[i] for point in self._table] for i in range(len(costs))]  # by exit
         self._lowest, self.highest = self._table[0].cost * MEGA, self._table[-1].cost * MEGA
@@ -105,7 +107,7 @@ class Steering:
         self._usual_cost = budget * (1.0 - self.AIM_UNDER) + self._integral
         self._follow_operating_point()
         self._settled_mean = self._settled
-        self._trail: Trail = Trail(ROLLING_ANSWERS, self._settled)
+        self._trail: Trail = Trail(self._window, self._settled)
         self.refresh()
 
     def admit(self, n_images: int) -> float:
@@ -155,7 +157,7 @@ class Steering:
         most = self.MAX_FORECAST_IMAGES * self._budget
         self._settled = min(max(self._settled, -most - self._owed), most - self._owed)
         self._relax()
-        at_window_start: float = self._trail.ago(ROLLING_ANSWERS - self._n_in_flight)
+        at_window_start: float = self._trail.ago(self._window - self._n_in_flight)
         deviation = self.ECHO * (at_window_start - self._settled_mean)
         self._reference = min(max(deviation, -0.5 * most), 0.5 * most)
         self._middle = at_window_start - self._excess_paid - self._excess_unpaid * min(self._usual, 1.0)
@@ -193,9 +195,9 @@ class Steering:
         What is expected of them anew is nothing that they have saved or spent: the forecast stays where it was. With
         thousands in flight it would else move by more than it is bounded to, and lastingly so, one way.
         """
-        excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_IMAGES * self._budget)
+        excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_SHARE * self._window * self._budget)
         self._excess_paid, self._excess_unpaid = excess, max(self._excess_mean - excess, 0.0)
-        self._aim = self._budget * (1.0 - self.AIM_UNDER) - excess / ROLLING_ANSWERS
+        self._aim = self._budget * (1.0 - self.AIM_UNDER) - excess / self._window
         self._expected = self._expected_costs()
         owed = self._aims - sum(n * cost for n, cost in zip(self._in_flight, self._expected, strict=True))
         self._settled += self._owed - owed

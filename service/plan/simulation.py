@@ -21,6 +21,7 @@ from service.budget import BudgetController
 from service.core import Core
 from service.costs import HOST_BATCH_S, CostTable
 from service.lanes import Batch, BatchResult
+from service.ledger import MANY_IN_FLIGHT, window_for
 from service.plan.stage_times import StageTimes
 from service.rows import Answer, Options, Request, Told
 from service.runners.base import NO_LOGITS
@@ -53,6 +54,7 @@ class Setup:
     steer: bool = True
     max_wait_s: float = 0.05
     http_image_s: float = 0.0  # processor time of an image outside the engine
+    max_in_flight: int = MANY_IN_FLIGHT
 
 
 @dataclass(slots=True)
@@ -102,7 +104,12 @@ class Simulation:
         if burst_images is None:
             burst_images = default_burst_images(setup.n_lanes, setup.max_rows)
         self.budget = BudgetController(
-            network.frontier, network.costs_mflops, setup.budget_mflops, burst_images, setup.steer
+            network.frontier,
+            network.costs_mflops,
+            setup.budget_mflops,
+            burst_images,
+            setup.steer,
+            window_for(setup.max_in_flight),
         )
         self.record = Record(batch_rows=[[] for _ in network.costs_mflops])
         self._times, self._setup, self.now_s = times, setup, 0.0
