@@ -3,7 +3,8 @@
     python -m benchmarks.steering --data cifar-100-python.tar.gz
 
 Test images, or without any a bundle's held-out ones, come in many random orders, and batches take random times. At the
-end, and at every answer before, the last 1,000 answers are compared with the budget; and what was answered with what
+end, and at every answer before, the last 1,000 answers are compared with the budget (four times the images in flight
+where these are more); and what was answered with what
 fixed thresholds of the same mean cost answer. Nothing is timed: the same seed gives the same table on any machine.
 """
 
@@ -25,7 +26,7 @@ from models.bundle import Bundle, load_bundle
 from models.exits import outcome
 from models.frontier import Frontier
 from models.scores import score_exits
-from service.ledger import MANY_IN_FLIGHT, ROLLING_ANSWERS
+from service.ledger import MANY_IN_FLIGHT, ROLLING_ANSWERS, window_for
 from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
@@ -67,8 +68,8 @@ TRAFFICS = (
 class Order:
     """What one order of the images came to. Averages are over the budget."""
 
-    at_end: float  # the last 1,000 answers
-    lowest: float  # any 1,000 of them, once settled
+    at_end: float  # the last 1,000 answers, or more, see `ledger.window_for`
+    lowest: float  # any so many of them, once settled
     highest: float
     lost: float  # share of the images that fixed thresholds of the same mean cost get right beyond ours
     cut_short: float  # share of the images that the ledger ended
@@ -120,7 +121,7 @@ def simulate(network: Network, traffic: Traffic, budget_mflops: float, n_images:
     else:
         record = simulation.saturate(max(n_images, ROUNDS * traffic.n_in_flight), traffic.n_in_flight)
     n_settling = max(SETTLING_ANSWERS, SETTLING_ROUNDS * (traffic.n_in_flight or 0))
-    return judge(network, record, budget_mflops, n_settling, partial(accuracy_at, network))
+    return judge(network, record, budget_mflops, n_settling, partial(accuracy_at, network), window_for(in_flight))
 
 
 def judge(
@@ -129,11 +130,12 @@ def judge(
     budget_mflops: float,
     n_settling: int,
     fixed_accuracy: Callable[[NDArray[np.intp], float], float],
+    window_answers: int = ROLLING_ANSWERS,
 ) -> Order:
     """What a run came to; `fixed_accuracy` says what fixed thresholds get right of images at a mean cost."""
     sums = np.cumsum([0, *record.spent])  # whole numbers
-    windows = (sums[ROLLING_ANSWERS:] - sums[:-ROLLING_ANSWERS]) / ROLLING_ANSWERS / 1e6 / budget_mflops
-    settled = windows[n_settling - ROLLING_ANSWERS :]
+    windows = (sums[window_answers:] - sums[:-window_answers]) / window_answers / 1e6 / budget_mflops
+    settled = windows[max(0, n_settling - window_answers) :]
     rows, exits = np.array(record.row), np.array(record.exit) - 1
     right = network.correct[rows, exits].mean()
     cost_mflops = float(np.mean(record.spent)) / 1e6
@@ -165,7 +167,7 @@ def show(title: str, found: list[tuple[float, Traffic, list[Order]]], console: C
     table = Table(
         "%",
         Column("traffic", no_wrap=True),
-        "last 1,000 at the end",
+        "window at the end",
         "at any answer",
         "points lost",
         "cut, %",

@@ -2,8 +2,8 @@
 
 Two parts with one task each. `Ledger` is the promise: whatever the traffic and whatever the thresholds, any n
 consecutive answers spend at most n x budget + burst x budget, and the last 1,000 before traffic stops no more than the
-budget. `Steering` is the aim: it moves the thresholds along the
-frontier so that steady traffic ends just under the budget and the ledger hardly ever has to refuse anything.
+budget (more, where thousands are in flight: `ledger.window_for`). `Steering` is the aim: it moves the thresholds along
+the frontier so that steady traffic ends just under the budget and the ledger hardly ever has to refuse anything.
 
 Plain Python over numbers: no clock, no thread, no array. One owner (the engine's thread) calls it.
 """

@@ -29,8 +29,9 @@ class Steering:
     while the frontier cannot go where it should, and the forecast is bounded: traffic that cannot use its budget does
     not save it up.
 
-    What an observer sees is the average of the last 1,000 answers, that is, the balance now less the balance 1,000
-    answers ago: the *margin*, were traffic to stop now. It is to lie within `BAND_IMAGES` of its middle. Hence
+    What an observer sees is the average of the last 1,000 answers (or `window_answers`), that is, the balance now less
+    the balance 1,000 answers ago: the *margin*, were traffic to stop now. It is to lie within `BAND_IMAGES` of its
+    middle. Hence
     * the reference follows the deviation that the balance had where the coming window starts (`ECHO` of it, so that old
       deviations die out);
     * hard images answer last: when traffic stops, the window ends with the excess of all that were in flight, so the

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from benchmarks.gpu_page import write_up
 from models.bundle import load_bundle
 from service.errors import EngineError
 from service.runners.base import FatalRunnerError
+from service.runners.torch_cuda.cuda_calls import CudaCalls
 from service.runners.torch_cuda.device import Cuda, Host
 from service.runners.torch_cuda.network import load_network
 from tests.bundles import MEAN, REPOSITORY, STD, tiny_bundle
@@ -179,7 +180,8 @@ def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_provider_that_is_not_there_is_left_out_with_its_reason(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
-    plan = Plan(Cuda(), torch.float32, **NETWORKS["tiny"].amounts, tensorrt=True)
+    calls = cast(CudaCalls, SimpleNamespace())  # none is made
+    plan = Plan(Cuda(calls=calls), torch.float32, **NETWORKS["tiny"].amounts, tensorrt=True)
     host = replace(plan, device=Host())
     case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), host)
     told = measure_onnx(replace(case, bundle=bundle), plan)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from service.runners.base import RunnerError
 from service.runners.torch_cuda.cuda_calls import DEFAULT, NOT_READY, CudaCalls, CudaCopier, CudaMark, CudaReplay
 
 STREAM, GRAPH, EVENT = 5, 6, 7
@@ -123,3 +124,9 @@ def test_calls_keep_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     CudaCalls()
     assert opened == ["libcudart.so.13"]
+
+
+def test_a_runtime_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    with pytest.raises(RunnerError, match=r"cannot be loaded: libcudart\.so\.99"):
+        CudaCalls()

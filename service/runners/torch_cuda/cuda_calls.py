@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.runners.base import RunnerError
+
 SUCCESS, NOT_READY = 0, 600  # cudaError_t
 DEFAULT = 4  # cudaMemcpyKind: the addresses say which memory is whose
 
@@ -22,13 +24,16 @@ class CudaCalls:
         library: the runtime; by default the one that torch was built for.
 
     Raises:
-        OSError: it is not there.
+        RunnerError: it is not there.
     """
 
     def __init__(self, library: Any = None) -> None:
         if library is None:
             major = (torch.version.cuda or "").split(".")[0]
-            library = ctypes.PyDLL(f"libcudart.so.{major}")
+            try:
+                library = ctypes.PyDLL(f"libcudart.so.{major}")
+            except OSError as error:
+                raise RunnerError(f"CUDA's runtime, which comes with torch, cannot be loaded: {error}") from error
         handle, address, size = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
         self._copy = _typed(library.cudaMemcpyAsync, address, address, size, ctypes.c_int, handle)
         self._replay = _typed(library.cudaGraphLaunch, handle, handle)
