@@ -4,8 +4,8 @@
 
 Test images, or without any a bundle's held-out ones, come in many random orders, and batches take random times. At the
 end, and at every answer before, the last 1,000 answers are compared with the budget (four times the images in flight
-where these are more); and what was answered with what
-fixed thresholds of the same mean cost answer. Nothing is timed: the same seed gives the same table on any machine.
+where more than 1,024 are); and what was answered with what fixed thresholds of the same mean cost answer. Nothing is
+timed: the same seed gives the same table on any machine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
