@@ -26,6 +26,7 @@ COMPILED = [
         "guard",
         "inbox",
         "lanes",
+        "launching",
         "ledger",
         "limits",
         "loop",

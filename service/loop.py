@@ -5,13 +5,14 @@ take arrivals and finished batches -> who leaves, who goes on -> dispatch to fre
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from math import inf
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from service.admission import Admission
 from service.core import Core
@@ -19,13 +20,23 @@ from service.degrade import Degrade
 from service.errors import EngineError, EngineLost, EngineUnsound
 from service.guard import Guard
 from service.inbox import Abandon, Call, Stop, Wake
-from service.lanes import TRIAL, Batch, Lanes, Score
+from service.lanes import Batch, Lanes, Score, ThreadLanes
+from service.launching import AT_ONCE, LaunchingLanes
 from service.pace import Pace
-from service.runners.base import FatalRunnerError, Runner
+from service.runners.base import FatalRunnerError, LaunchingRunner, Runner
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Message = Abandon | Call | Wake | Stop
+NAP_S: Final = 50e-6  # between two looks at a device: less than a batch takes there
+LOST_NAP_S: Final = 0.01  # where all that runs there was given up
+
+
+def lanes_for(runner: Runner, score: Score, post: Callable[[Batch], None]) -> Lanes:
+    """Lanes as a runner is best driven."""
+    if isinstance(runner, LaunchingRunner) and runner.runs_ahead:
+        return LaunchingLanes(runner, score, post)
+    return ThreadLanes(runner, score, post)
 
 
 class Loop:
@@ -60,7 +71,7 @@ class Loop:
         self.pace = Pace(runner.n_lanes, 0.0)
         self.owns = False  # the thread is there and takes messages
         self.n_delivered = 0  # of those that the core has ended
-        self._lanes = Lanes(runner, score, self._post)
+        self._lanes = lanes_for(runner, score, self._post)
         self._inbox = inbox
         self._lookahead_batches = lookahead_batches
         self._max_queue_s = max_queue_s
@@ -144,6 +155,7 @@ class Loop:
             self._wait()
         self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
         self._take_arrivals()
+        self._ran.extend(self._lanes.poll())
         while self._ran:
             self._take_back(self._ran.popleft())
         goes_on = True
@@ -171,11 +183,31 @@ class Loop:
     def _wait(self) -> None:
         """Wait for a message, or for the next deadline, or to look after the lanes."""
         due_s = self._due_s
+        if self._lanes.is_driven and self._n_out:
+            return self._drive(due_s)
         if due_s == inf:
             self._messages.append(self._inbox.get())
             return
         with suppress(Empty):
             self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self._clock())))
+
+    def _drive(self, due_s: float) -> None:
+        """The same while this thread looks after the lanes: until a batch has run."""
+        running = len(self.guard.running)
+        nap_s = NAP_S if running else LOST_NAP_S
+        if running == 1 and self._n_out == 1 and not len(self.core.scheduler):
+            nap_s = 0.0  # nothing else is there to do: any nap takes longer than a GPU does for an image
+        time.sleep(0)  # whoever submits images may have the interpreter
+        while self._inbox.empty() and self._clock() < due_s:
+            if ran := self._lanes.poll():
+                self._ran.extend(ran)
+                return
+            if not nap_s:
+                time.sleep(0)
+                continue
+            with suppress(Empty):
+                self._messages.append(self._inbox.get(timeout=nap_s))
+                return
 
     def _take_back(self, batch: Batch) -> None:
         self._n_out -= 1
@@ -218,24 +250,14 @@ class Loop:
                 break
             self.guard.began(batch, now_s)
             self._n_out += 1
-            if self._is_alone(batch):
-                self._lanes.run_here(batch, self._is_wanted)
-            else:
-                self._lanes.put(batch)
+            self._lanes.put(batch)
         self._is_behind = self.core.is_behind(self.guard.n_lanes)
-
-    def _is_alone(self, batch: Batch) -> bool:
-        """Whether this thread has nothing to do until a batch that begins has run; if so, every lane is idle."""
-        return self._n_out == 1 and not len(self.core.scheduler) and self._lanes.can_run_here and batch.stage != TRIAL
-
-    def _is_wanted(self) -> bool:
-        return self.admission.has_arrivals or not self._inbox.empty() or self._clock() >= self._due_s
 
     @property
     def _max_running(self) -> int:
         lanes, ahead = self.guard.lanes_left, self._lookahead_batches
         if ahead is None:
-            return self.core.batches_out(lanes)
+            return AT_ONCE * lanes if self._lanes.is_driven else self.core.batches_out(lanes)
         return lanes + ahead if lanes else 0
 
     def _deliver(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from models.bundle import Bundle
 from models.scores import Score
-from service.lanes import Batch, BatchResult, Lanes
+from service.lanes import Batch, BatchResult, ThreadLanes
 from service.plan.host_times import measure_host
 from service.plan.stage_times import StageTimes
 from service.rows import Options, Request, Told
@@ -93,7 +93,7 @@ class _LanesAtWork:
 
     def __init__(self, runner: OnnxRunner, score: Score) -> None:
         self._done: SimpleQueue[Batch] = SimpleQueue()
-        self._lanes = Lanes(runner, score, self._done.put)
+        self._lanes = ThreadLanes(runner, score, self._done.put)
         self._wake_s: list[float] = []  # from a batch's end until the thread that waited has it, all lanes running
 
     def __enter__(self) -> Self:

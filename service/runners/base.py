@@ -97,9 +97,8 @@ class PreparingRunner(Runner, Protocol):
 class Pending(Protocol):
     """A batch that runs on a device, or waits there for the one before it."""
 
-    @property
-    def has_run(self) -> Callable[[], bool] | None:
-        """Asks whether there is nothing to wait for any more; None where it runs while it is collected."""
+    def has_run(self) -> bool:
+        """Whether there is nothing to wait for any more."""
         ...
 
     def collect(self) -> StageOutput:
@@ -114,6 +113,11 @@ class Pending(Protocol):
 @runtime_checkable
 class LaunchingRunner(Runner, Protocol):
     """A runner whose device has the next batch before this one has run, so that it never waits for Python."""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether what was launched runs by itself, and to launch it takes next to no time."""
+        ...
 
     def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None, with_logits: bool = True) -> Pending:
         """Have a batch run, `behind` one that was launched before and is collected before this one.

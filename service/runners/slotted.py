@@ -32,11 +32,11 @@ class Running:
     Attributes:
         collect: waits for it and gives logits, float32 [rows, classes], and what else is told of the rows; the caller's
             own. It is to be called before the batch after the next is launched, in their order.
-        has_run: whether there is nothing to wait for any more; None where it runs while it is collected.
+        has_run: whether there is nothing to wait for any more; always true where it runs while it is collected.
     """
 
     collect: Callable[[], tuple[NDArray[np.float32], Heads | None]]
-    has_run: Callable[[], bool] | None = None
+    has_run: Callable[[], bool] = lambda: True
 
 
 class Lane(Protocol):
@@ -73,9 +73,8 @@ class Launched:
         self._runner, self._stage, self._rows = runner, stage, rows
         self._started_s = time.perf_counter()
 
-    @property
-    def has_run(self) -> Callable[[], bool] | None:
-        return self.running.has_run
+    def has_run(self) -> bool:
+        return self.running.has_run()
 
     def collect(self) -> StageOutput:
         """Wait for it; to be called once."""
@@ -109,6 +108,7 @@ class SlotRunner(ABC, Generic[L]):
     Attributes:
         pictures: [places, *image_shape], of rows that have not begun: written as they come, so that a lane has a batch
             of them in one piece.
+        runs_ahead: see `base.LaunchingRunner`.
         is_on_gpu: lanes wait for a GPU without the interpreter, and need it back as soon as they have waited, or the
             GPU idles: so Python passes it on every `SWITCH_S`, in the whole process.
 
@@ -116,6 +116,7 @@ class SlotRunner(ABC, Generic[L]):
         RunnerError: a number is out of range.
     """
 
+    runs_ahead = False
     is_on_gpu = False
 
     def __init__(

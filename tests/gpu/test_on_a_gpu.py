@@ -101,7 +101,7 @@ def test_rows_are_answered_as_in_float32_however_they_are_regrouped(
     run_side_by_side(runner, images, check)
 
 
-def test_an_engine_answers_all_and_an_image_alone_stays_on_its_thread(
+def test_an_engine_answers_all_and_launches_what_runs_by_itself_on_its_own_thread(
     bundle: Bundle, runner: SlotRunner[Any], images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch, threads = runner.launch, set()
@@ -116,10 +116,9 @@ def test_an_engine_answers_all_and_an_image_alone_stays_on_its_thread(
         threads.clear()  # of the warm-up
         for image in images[:20]:
             engine.submit(image).result(LIMIT_S)
-        assert threads == {"exitserve-engine"}
         answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
         assert len({answer.exit for answer in answers}) > 1
-        assert {"exitserve-lane-1", "exitserve-lane-2"} <= threads
+        assert threads == ({"exitserve-engine"} if runner.runs_ahead else {"exitserve-lane-1", "exitserve-lane-2"})
         assert balanced(engine.stats())
     del engine, answers
     assert all_free(runner.slots)

@@ -1,17 +1,15 @@
 """When a lane posts what it has run: not while it needs the interpreter for the next batch, and never too late."""
 
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from queue import SimpleQueue
 
 import numpy as np
 import pytest
 
 from models.scores import HeadScore
-from service.lanes import Batch, Lanes
+from service.lanes import Batch, ThreadLanes
 from service.rows import Options, Request
 from service.runners.base import StageOutput
 from service.runners.blocks import Block, RowState
@@ -55,42 +53,6 @@ class Preparing(Runner):
         return self.gathered(rows)
 
 
-class Launching(Runner):
-    """A row of the value -3 fails as it is collected."""
-
-    def launch(
-        self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None, with_logits: bool = True
-    ) -> "Launched":
-        assert behind is None or not behind.is_collected
-        number = int(rows[0].block.values["x"][0])
-        self.events.append(f"launch {number}" + (f" behind {behind.number}" if behind else ""))
-        if number == -2:
-            raise ValueError("no room")
-        return Launched(self, number)
-
-
-class Launched:
-    """One of the value 5 never has run of itself, -4 is lost on the way, 6 runs while it is collected."""
-
-    def __init__(self, runner: Runner, number: int) -> None:
-        self.runner, self.number, self.is_collected = runner, number, False
-        self.has_run = None if number == 6 else self.is_done
-
-    def is_done(self) -> bool:
-        if self.number == -4:
-            raise RuntimeError("the device is lost")
-        return self.number != 5
-
-    def collect(self) -> StageOutput:
-        self.is_collected = True
-        if self.number == -4:
-            raise RuntimeError("the device is lost")
-        self.runner.events.append(f"collect {self.number}")
-        if self.number == -3:
-            raise ValueError("out of memory")
-        return StageOutput(np.zeros((1, 3), np.float32), Block({}, 1), 0.0)
-
-
 def score(logits: np.ndarray) -> np.ndarray:
     return np.zeros(len(logits))
 
@@ -109,7 +71,7 @@ def served(kind: type[Runner], numbers: Sequence[int]) -> tuple[list[str], list[
         events.append(f"post {names[ran]}")
         posted.put(ran)
 
-    lanes = Lanes(runner, HeadScore(score), post)
+    lanes = ThreadLanes(runner, HeadScore(score), post)
     batches = [batch(runner, number, -1 if number == 0 else 0) for number in numbers]  # 0: a trial
     names = dict(zip(batches, numbers, strict=True))
     for each in batches:
@@ -146,80 +108,11 @@ def test_a_trial_and_a_batch_given_up_let_the_one_before_go_first():
     assert all(ran.error is None for ran in came)
 
 
-def test_where_a_batch_can_be_launched_behind_the_one_that_runs_it_is():
-    events, came = served(Launching, [1, 2, 3])
-    assert events == [
-        *["launch 1", "launch 2 behind 1", "collect 1", "post 1"],
-        *["launch 3 behind 2", "collect 2", "post 2", "collect 3", "post 3"],
-    ]
-    assert all(0.0 < ran.started_s <= ran.ended_s for ran in came)
-    assert [ran.behind for ran in came] == [None] * 3
-    # One has begun when the one before it is back.
-    assert all(after.started_s >= before.ended_s for before, after in pairwise(came))
-
-
-def test_what_cannot_be_launched_or_fails_later_fails_alone():
-    events, came = served(Launching, [1, -2, -3, 4])
-    told = {events[events.index(f"post {n}")]: None for n in (1, -2, -3, 4)}
-    assert len(told) == len(came) == 4
-    assert sorted(str(ran.error) for ran in came) == ["None", "None", "no room", "out of memory"]
-    assert all(0.0 < ran.started_s <= ran.ended_s and not ran.states for ran in came)
-
-
-def here(numbers: Sequence[int], is_wanted: bool = False) -> tuple[list[str], list[Batch], list[str]]:
-    """The same where the caller runs them itself, and the threads on which they were posted."""
-    events: list[str] = []
-    runner, posted, threads = Launching(events), SimpleQueue[Batch](), []
-
-    def post(ran: Batch) -> None:
-        threads.append(threading.current_thread().name.rstrip("0123456789"))
-        posted.put(ran)
-
-    lanes = Lanes(runner, HeadScore(score), post)
-    lanes.start()
-    came = []
-    for number in numbers:
-        lanes.run_here(batch(runner, number), lambda: is_wanted)
-        came.append(posted.get(timeout=LIMIT_S))
-    lanes.stop(LIMIT_S)
-    return events, came, threads
-
-
-@pytest.mark.parametrize("is_wanted", [False, True])
-def test_a_batch_that_has_run_at_once_never_leaves_the_caller(is_wanted):
-    events, came, threads = here([1, 2], is_wanted)
-    assert events == ["launch 1", "collect 1", "launch 2", "collect 2"]
-    assert threads == ["MainThread"] * 2
-    assert all(0.0 < ran.started_s <= ran.ended_s and ran.result is not None for ran in came)
-
-
-@pytest.mark.parametrize(("number", "is_wanted"), [(5, True), (6, False)])
-def test_a_caller_that_is_wanted_leaves_the_batch_to_a_lane(number, is_wanted):
-    events, [ran], threads = here([number], is_wanted)
-    assert events == [f"launch {number}", f"collect {number}"]
-    assert threads == ["exitserve-lane-"]
-    assert ran.result is not None
-    assert ran.pending is None
-
-
-@pytest.mark.parametrize(("number", "error"), [(-2, "no room"), (-3, "out of memory"), (-4, "the device is lost")])
-def test_what_fails_on_the_callers_thread_is_posted_as_ever(number, error):
-    _, [ran], threads = here([number])
-    assert (str(ran.error), ran.result, threads) == (error, None, ["MainThread"])
-    assert 0.0 < ran.started_s <= ran.ended_s
-
-
-def test_a_trial_has_the_lane_to_itself():
-    events, came = served(Launching, [1, 0, 2])
-    assert events == ["launch 1", "collect 1", "post 1", "trial", "post 0", "launch 2", "collect 2", "post 2"]
-    assert all(ran.error is None for ran in came)
-
-
-@pytest.mark.parametrize("kind", [Runner, Preparing, Launching])
+@pytest.mark.parametrize("kind", [Runner, Preparing])
 def test_a_lane_is_stopped_after_what_it_was_given(kind):
     events: list[str] = []
     runner, posted = kind(events), SimpleQueue[Batch]()
-    lanes = Lanes(runner, HeadScore(score), posted.put)
+    lanes = ThreadLanes(runner, HeadScore(score), posted.put)
     lanes.put(batch(runner, 1))
     lanes.put(batch(runner, 2))
     lanes.start()
@@ -229,7 +122,7 @@ def test_a_lane_is_stopped_after_what_it_was_given(kind):
 
 def test_a_lane_with_nothing_to_do_keeps_no_batch():
     runner, posted = Preparing([]), SimpleQueue[Batch]()
-    lanes = Lanes(runner, HeadScore(score), posted.put)
+    lanes = ThreadLanes(runner, HeadScore(score), posted.put)
     lanes.start()
     for number in (1, 2):  # the second is put when the first is there, so the lane had posted it without waiting
         lanes.put(batch(runner, number))
@@ -241,10 +134,10 @@ class Token:
     """Of a request; a weak reference tells when the last one to it has gone."""
 
 
-@pytest.mark.parametrize("kind", [Runner, Preparing, Launching])
+@pytest.mark.parametrize("kind", [Runner, Preparing])
 def test_a_lane_that_waits_keeps_no_request_alive(kind: type[Runner]) -> None:
     posted = SimpleQueue[weakref.ref[Token]]()
-    lanes = Lanes(runner := kind([]), HeadScore(score), lambda ran: posted.put(weakref.ref(ran.rows[0].token)))
+    lanes = ThreadLanes(runner := kind([]), HeadScore(score), lambda ran: posted.put(weakref.ref(ran.rows[0].token)))
     lanes.start()
     request = Request(Token(), print, Options(), runner.first_state(np.array(1)))
     lanes.put(Batch(0, [request]))

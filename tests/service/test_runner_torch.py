@@ -18,6 +18,7 @@ from models.normalise import Normalise
 from models.registry import build_network
 from models.scores import score_exits
 from service.engine import Engine
+from service.errors import EngineUnsound
 from service.rows import Options
 from service.runners.base import NO_LOGITS, RunnerError, StageOutput
 from service.runners.blocks import Block, keep
@@ -191,6 +192,34 @@ def test_one_image_alone_that_hangs_keeps_the_engine_from_nothing(
         assert first.result(LIMIT_S).class_id == whole[1][0].argmax()  # once more, on the other lane
         assert hung == [1]
         del first
+
+
+def test_where_all_lanes_hang_nobody_waits_and_a_trial_brings_them_back(
+    bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
+) -> None:
+    runner = open_torch_runner(bundle, 4, 256, device=Host())
+    engine, gate = engine_around(runner, bundle, hang_s=0.0), threading.Event()
+
+    def hanging(launch: Callable[..., Running], *batch: Any) -> Running:
+        launched = launch(*batch)
+        return Running(launched.collect, lambda: gate.is_set() and launched.has_run())
+
+    with running(engine):
+        for lane in runner.lanes:
+            lane.launch = partial(hanging, lane.launch)  # type: ignore[method-assign]
+        futures = [engine.submit(image) for image in images[:30]]
+        for future in futures:
+            with pytest.raises(EngineUnsound, match="2 lanes hang"):
+                future.result(LIMIT_S)
+        with pytest.raises(EngineUnsound):
+            engine.submit(images[0])
+        assert engine.stats().in_flight_rows == 0  # it goes on to answer what it is asked
+        gate.set()
+        wait_until("a trial has run", lambda: engine.trouble is None)
+        assert engine.submit(images[0], Options(exit=4)).result(LIMIT_S).class_id == whole[3][0].argmax()
+        assert engine.stats().hung_batches == 2
+        del futures, future
+    wait_until("every slot is free", lambda: all_free(runner.slots))
 
 
 def test_the_bundle_that_ships_answers_as_with_onnx() -> None:

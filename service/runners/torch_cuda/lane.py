@@ -70,8 +70,8 @@ class Lane:
         self._pictures = pictures
         self._images = torch.zeros((max_rows, *image_shape), dtype=torch.uint8, device=device.kind)
         self._send_pictures = self.stream.copier(self._images, pictures)
-        self._canvases = new_pair(canvas, torch.uint8)
-        self._cuts = new_pair((max_rows, 2, 3), torch.float64)
+        self._canvases = new_pair(canvas, torch.uint8, n_turns=2)
+        self._cuts = new_pair((max_rows, 2, 3), torch.float64, n_turns=2)
         self.told = new_pair((max_rows * row_bytes,), torch.uint8, n_turns=2)
         self._marks = [self.stream.mark() for _ in range(2)]  # by turn
 
@@ -101,13 +101,11 @@ class Lane:
         places = places_of(begin)
         as_canvases = self._canvas_px > 0 and NOWHERE in places
         with_logits = with_logits or self._score is None
-        if as_canvases:
-            self.stream.wait()  # there is but one set of canvases
-            self._lay_out(begin)
         self._slots.send[turn](0, 0, bucket)
         if as_canvases:
-            self._canvases.send[0](0, 0, n_rows)
-            self._cuts.send[0](0, 0, n_rows)
+            self._lay_out(turn, begin)
+            self._canvases.send[turn](0, 0, n_rows)
+            self._cuts.send[turn](0, 0, n_rows)
             self._resizers[bucket]()
         elif begin:
             self._send(places)
@@ -160,9 +158,9 @@ class Lane:
             judge(outputs[0], self._score, out=told)
         logits.copy_(outputs[0])
 
-    def _lay_out(self, begin: Sequence[SlotState]) -> None:
+    def _lay_out(self, turn: int, begin: Sequence[SlotState]) -> None:
         """Pictures of any size into the corners of their canvases."""
-        canvases, cuts, pictures = self._canvases.array, self._cuts.array, self._pictures.numpy()
+        canvases, cuts, pictures = self._canvases.arrays[turn], self._cuts.arrays[turn], self._pictures.numpy()
         for i, row in enumerate(begin):
             image = row.block.values[IMAGES] if row.place == NOWHERE else pictures[row.place]
             height, width = image.shape[:2]
@@ -182,6 +180,7 @@ class _Pair:
         n_turns: how many there are on the host, for one twin.
 
     Attributes:
+        arrays: by turn, those on the host.
         send, bring: by turn, what copies to the device and back.
     """
 
@@ -190,7 +189,7 @@ class _Pair:
     ) -> None:
         self.turns = [torch.zeros(shape, dtype=dtype, pin_memory=device.pins) for _ in range(n_turns)]
         self.host, self.there = self.turns[0], torch.zeros(shape, dtype=dtype, device=device.kind)
-        self.array = self.host.numpy()
+        self.arrays = [host.numpy() for host in self.turns]
         self.send = [stream.copier(self.there, host) for host in self.turns]
         self.bring = [stream.copier(host, self.there) for host in self.turns]
 

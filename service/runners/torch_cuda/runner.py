@@ -32,7 +32,7 @@ COMPILED_GAIN = 1.03  # below it, noise would decide
 COMPILED_REPEATS = 20
 SAME = 0.02  # of the largest value: half precision, summed up in another order
 BROKEN_OFF = "previous error during capture"
-MANY_BYTES = 1 << 20  # of pictures
+MANY_BYTES = 8 << 20  # of pictures; with fewer, torch passes the interpreter on more often than it is worth
 MANY_RUNS = 4
 COPY_THREADS = 8  # an H200's host copied no faster with 16
 N_LANES = 2  # while what one lane has to tell travels, the other one's batch runs
@@ -64,6 +64,8 @@ class TorchCudaRunner(SlotRunner[Lane]):
         RunnerError: the device has no room for the slots, or a number is out of range.
         StagingError: the network cannot be cut into stages.
     """
+
+    runs_ahead = True
 
     def __init__(
         self,
