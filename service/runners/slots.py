@@ -139,17 +139,14 @@ MORE_IN_WORK = "more images are in work than the runner was made for"
 
 def stretches(places: list[int]) -> list[tuple[int, int]]:
     """Places as stretches (first, length) of such that follow each other."""
-    first, n_places = places[0], 1
-    while n_places < len(places) and places[n_places] == first + n_places:
-        n_places += 1
-    if n_places == len(places):
-        return [(first, n_places)]
     found: list[tuple[int, int]] = []
+    first = end = places[0]
     for place in places:
-        if found and place == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((place, 1))
+        if place != end:
+            found.append((first, end - first))
+            first = end = place
+        end += 1
+    found.append((first, end - first))
     return found
 
 
