@@ -2,10 +2,28 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from service.rows import Request
+
+T = TypeVar("T")
+
+
+def next_message(inbox: SimpleQueue[T], timeout_s: float) -> T | None:
+    """The next message, None if none comes in time; for the one thread that takes any.
+
+    `SimpleQueue.get` may wait for ever whatever its timeout (Python 3.11): where a message was put while somebody
+    waited, and taken without a wait, the next call begins anew, with the time that is left, and takes a negative one
+    for no limit. A look without waiting mends that.
+    """
+    with suppress(Empty):
+        return inbox.get_nowait()
+    with suppress(Empty):
+        return inbox.get(timeout=max(0.0, timeout_s))
+    return None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,14 +4,14 @@ take arrivals and finished batches -> who leaves, who goes on -> dispatch to fre
 """
 
 import logging
+import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from math import inf
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Final, TypeVar
 
 from service.admission import Admission
@@ -19,7 +19,7 @@ from service.core import Core
 from service.degrade import Degrade
 from service.errors import EngineError, EngineLost, EngineUnsound
 from service.guard import Guard
-from service.inbox import Abandon, Call, Stop, Wake
+from service.inbox import Abandon, Call, Stop, Wake, next_message
 from service.lanes import Batch, Lanes, Score, ThreadLanes
 from service.launching import AT_ONCE, LaunchingLanes
 from service.pace import Pace
@@ -28,8 +28,10 @@ from service.runners.base import FatalRunnerError, LaunchingRunner, Runner
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Message = Abandon | Call | Wake | Stop
-NAP_S: Final = 50e-6  # between two looks at a device: less than a batch takes there
+NAP_S: Final = 50e-6  # between two looks at a device, at least: a kernel makes 60 to 200 us of it
 LOST_NAP_S: Final = 0.01  # where all that runs there was given up
+MANY_ROWS: Final = 128  # in batches that run
+SPIN_S: Final = 0.5e-3  # without a nap, where one batch is all there is: it takes less
 
 
 def lanes_for(runner: Runner, score: Score, post: Callable[[Batch], None]) -> Lanes:
@@ -188,26 +190,27 @@ class Loop:
         if due_s == inf:
             self._messages.append(self._inbox.get())
             return
-        with suppress(Empty):
-            self._messages.append(self._inbox.get(timeout=max(0.0, due_s - self._clock())))
+        message = next_message(self._inbox, due_s - self._clock())
+        if message is not None:
+            self._messages.append(message)
 
     def _drive(self, due_s: float) -> None:
         """The same while this thread looks after the lanes: until a batch has run."""
         running = len(self.guard.running)
-        nap_s = NAP_S if running else LOST_NAP_S
-        if running == 1 and self._n_out == 1 and not len(self.core.scheduler):
-            nap_s = 0.0  # nothing else is there to do: any nap takes longer than a GPU does for an image
-        time.sleep(0)  # whoever submits images may have the interpreter
-        while self._inbox.empty() and self._clock() < due_s:
+        is_alone = running == 1 and self._n_out == 1 and not len(self.core.scheduler)
+        now_s = self._clock()
+        spin_s = now_s + SPIN_S if is_alone else 0.0
+        if sum([len(batch.rows) for batch in self.guard.running]) >= MANY_ROWS:
+            time.sleep(0)  # whoever submits images gets the interpreter, and so large batches run on meanwhile
+        while self._inbox.empty() and now_s < due_s:
             if ran := self._lanes.poll():
                 self._ran.extend(ran)
                 return
-            if not nap_s:
-                time.sleep(0)
-                continue
-            with suppress(Empty):
-                self._messages.append(self._inbox.get(timeout=nap_s))
-                return
+            if now_s < spin_s:
+                select.select((), (), (), 0)  # whoever waits for the interpreter may have it, but nobody sleeps
+            else:
+                time.sleep(NAP_S if running else LOST_NAP_S)
+            now_s = self._clock()
 
     def _take_back(self, batch: Batch) -> None:
         self._n_out -= 1

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from time import monotonic
 from types import FrameType
 
@@ -19,6 +19,7 @@ from service.front.hub import Hub
 from service.front.memory import Layout, SharedMemory
 from service.front.setup import Setup
 from service.front.wire import Kind
+from service.inbox import next_message
 from service.metrics import Metrics
 from service.server import FAILED_S, STOPS, ServerFailed
 from service.settings import Settings
@@ -213,11 +214,9 @@ class Front:
         """Wait for one; None when a restart, or the end, is due."""
         due_s = ends_s or min(self._restarts.values(), default=inf)
         while True:
-            try:
-                return self._events.get(timeout=max(0.0, min(due_s - monotonic(), LOOK_S)))
-            except Empty:
-                if monotonic() >= due_s:
-                    return None
+            event = next_message(self._events, min(due_s - monotonic(), LOOK_S))
+            if event is not None or monotonic() >= due_s:
+                return event
 
     def _bury(self, gone: Gone) -> None:
         worker = gone.worker
