@@ -16,8 +16,8 @@ NO_COMPILER := error: no C compiler that finds Python.h. Install both (Debian, U
   python3-dev), or serve as it is: nothing has to be compiled.
 # Tests that run the engine, in parts, whole or in a server.
 OF_ENGINE   := access_log api api_batch api_budget api_options api_stream budget budget_real compiled costs delivery \
-  device_lost direct engine engine_trouble front front_engine front_outbox front_trouble guard inbox lanes latency launching \
-  limits metrics plan_live plan_simulation runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
+  device_lost direct engine engine_trouble front front_engine front_outbox front_trouble guard inbox lanes latency \
+  launching limits metrics plan_live plan_simulation runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
   shutdown slots start two_ways wishes
 
 .PHONY: help serve setup compile pure test test-compiled test-gpu check format bench league train secrets configuration dashboard check-containers clean

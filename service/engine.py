@@ -48,7 +48,7 @@ class Engine:
         class_names: by class id.
         max_in_flight_rows: images held at once; beyond it `submit` refuses.
         lookahead_batches: batches handed to the lanes beyond those running, so that no lane waits for a decision; by
-            default one a lane, and half as many more while images wait by the batch.
+            default one a lane, and, where lanes have threads, half as many more while images wait by the batch.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
         max_queue_s: predicted wait beyond which `submit` refuses as well.

@@ -202,7 +202,7 @@ def result_of(score: Score, batch: Batch, output: StageOutput) -> BatchResult:
     else:
         scores = score(batch.stage, logits, score.start(block.n_rows))[0]
     classes = logits.argmax(axis=1) if heads is None else heads.classes
-    # Of rows that go on as well: here numpy's code is in the cache, on the engine's thread it is not.
+    # Of rows that go on as well: on a lane's thread numpy's code is in the cache, where answers are made it is not.
     confidences = confidence(logits) if heads is None else heads.confidences
     if batch.places is not None:
         logits = logits[batch.places] if len(logits) else logits

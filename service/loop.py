@@ -28,7 +28,7 @@ from service.runners.base import FatalRunnerError, LaunchingRunner, Runner
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Message = Abandon | Call | Wake | Stop
-NAP_S: Final = 50e-6  # between two looks at a device, at least: a kernel makes 60 to 200 us of it
+NAP_S: Final = 50e-6  # between two looks at a device, at least: a kernel may make 200 us of it
 LOST_NAP_S: Final = 0.01  # where all that runs there was given up
 MANY_ROWS: Final = 128  # in batches that run
 SPIN_S: Final = 0.5e-3  # without a nap, where one batch is all there is: it takes less

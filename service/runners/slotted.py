@@ -109,8 +109,8 @@ class SlotRunner(ABC, Generic[L]):
         pictures: [places, *image_shape], of rows that have not begun: written as they come, so that a lane has a batch
             of them in one piece.
         runs_ahead: see `base.LaunchingRunner`.
-        is_on_gpu: lanes wait for a GPU without the interpreter, and need it back as soon as they have waited, or the
-            GPU idles: so Python passes it on every `SWITCH_S`, in the whole process.
+        is_on_gpu: whoever launches needs the interpreter back as soon as a batch has run, or the GPU idles: so Python
+            passes it on every `SWITCH_S`, in the whole process.
 
     Raises:
         RunnerError: a number is out of range.

@@ -1,7 +1,8 @@
 """Waiting for messages: never longer than asked for, in whatever state the queue was left."""
 
 import threading
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import cast
 
 import pytest
 
@@ -34,3 +35,23 @@ def test_a_message_that_comes_meanwhile_ends_the_wait() -> None:
     assert next_message(inbox, LIMIT_S) == "at last"
     inbox.put("at once")
     assert next_message(inbox, 0.0) == "at once"
+
+
+class Slow:
+    """`SimpleQueue` of Python 3.11 on a machine that takes this thread's core in every wait: whoever waits with a
+    timeout, and finds the lock open though there is no message, has no time left when it begins anew."""
+
+    def __init__(self) -> None:
+        self.is_open = True  # the lock, which `put` opens and a call that finds no message closes
+
+    def get_nowait(self) -> str:
+        self.is_open = False
+        raise Empty
+
+    def get(self, timeout: float) -> str:
+        assert not self.is_open, "it would wait for ever"
+        raise Empty
+
+
+def test_it_does_not_wait_where_a_wait_would_not_end() -> None:
+    assert next_message(cast("SimpleQueue[str]", Slow()), 1e-3) is None

@@ -358,17 +358,21 @@ def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], 
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize(("many_bytes", "many_runs"), [(1 << 20, 4), (3_000, 4), (3_000, 1)])
+@pytest.mark.parametrize(
+    ("many_bytes", "many_runs", "many_numbers"), [(1 << 20, 4, 0), (3_000, 4, 0), (3_000, 1, 0), (3_000, 1, 32_768)]
+)
 def test_many_images_at_once_lie_where_one_by_one_they_would(
     runner: TorchCudaRunner,
     images: NDArray[np.uint8],
     order: Literal["C", "F"],
     many_bytes: int,
     many_runs: int,
+    many_numbers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_BYTES", many_bytes)
     monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_RUNS", many_runs)
+    monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_NUMBERS", many_numbers)
     which = [7, 8, 1, 1, 50]
     states = runner.first_states(np.array(images, order=order), which)
     for state, i in zip(states, which, strict=True):

@@ -13,7 +13,7 @@ from service.limits import is_out_of_memory
 from service.runners.base import FatalRunnerError, RunnerError
 from service.runners.blocks import Array, Block
 from service.runners.slots import SlotState, stretches
-from service.runners.slotted import IMAGES, SlotRunner
+from service.runners.slotted import IMAGES, MANY_NUMBERS, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.growing import rooms
 from service.runners.torch_cuda.joined import by_cudnn, make_bias_relu
@@ -32,7 +32,7 @@ COMPILED_GAIN = 1.03  # below it, noise would decide
 COMPILED_REPEATS = 20
 SAME = 0.02  # of the largest value: half precision, summed up in another order
 BROKEN_OFF = "previous error during capture"
-MANY_BYTES = 8 << 20  # of pictures; with fewer, torch passes the interpreter on more often than it is worth
+MANY_BYTES = 1 << 20  # of pictures
 MANY_RUNS = 4
 COPY_THREADS = 8  # an H200's host copied no faster with 16
 N_LANES = 2  # while what one lane has to tell travels, the other one's batch runs
@@ -129,8 +129,12 @@ class TorchCudaRunner(SlotRunner[Lane]):
 
     def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
         """By all cores where they are many bytes: one brings some 5 GB/s, which is 30,000 pictures of 224 px a second,
-        and a GPU may want more. Threads of torch, since those of Python would wait for the interpreter twice each."""
-        if there.nbytes < MANY_BYTES or not images.flags.writeable:
+        and a GPU may want more. Threads of torch, since those of Python would wait for the interpreter twice each.
+
+        Not so small pictures, which one core copies in less time than the engine takes for them: torch passes the
+        interpreter on at every step, and to have it back takes longer.
+        """
+        if there.nbytes < MANY_BYTES or there[0].size <= MANY_NUMBERS or not images.flags.writeable:
             return super()._copy(images, which, there)
         source, target = torch.from_numpy(images), torch.from_numpy(there)
         runs = stretches(list(which))
