@@ -74,7 +74,7 @@ def run_batches(bundle: Bundle, n_batches: int) -> list[tuple[int, int, int]]:
     for batch in range(n_batches):
         now_s = batch * 0.01
         arriving = range(arrived, arrived + MAX_ROWS - scheduler.queued_rows(0))
-        accounts.update(zip(arriving, budget.admit(len(arriving)), strict=True))
+        accounts.update(dict.fromkeys(arriving, budget.admit(len(arriving))))
         scheduler.add(arriving, 0, now_s)
         arrived = arriving.stop
         picked = scheduler.pick(now_s)

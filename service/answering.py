@@ -1,63 +1,74 @@
 """Answers from what a batch has said of its rows."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from service import wishes
 from service.budget import Reason
 from service.lanes import Batch, BatchResult
 from service.rows import Answer, Head, Request
 
+Verdict = Reason | Literal[""] | None
+"""Why a row leaves; None where it goes on, "" where it has ended before."""
+
 
 def answers_of(
-    rows: list[Request],
     batch: Batch,
     result: BatchResult,
-    leaving: list[int] | None,
-    reasons: list[Reason],
+    reasons: list[Verdict],
     mflops: float,
     class_names: list[str],
     now_s: float,
     with_steps: bool,
-) -> list[Answer]:
-    """Answers of rows that leave together, in their order.
+) -> tuple[list[Request], list[Answer]]:
+    """The rows of a batch that leave, in their order, and their answers.
 
     Args:
-        leaving: which rows of the batch `rows` are; None: all.
-        reasons: why, an entry each.
+        reasons: of each row of the batch.
         mflops: that each is charged.
         with_steps: some of them may have asked for steps, and are told score and threshold of the exit once more.
     """
-    most = 1
-    for row in rows:  # compiled, a loop in C; `max` is not
-        if row.options.top_k > most:
-            most = row.options.top_k
-    ranked: list[tuple[tuple[int, float], ...]] = []
-    if most > 1:
-        logits = result.logits if leaving is None else result.logits[leaving]
-        sure = result.confidences if leaving is None else [result.confidences[i] for i in leaving]
-        ranked = wishes.rank(logits, sure, most)
+    ranked = _ranked(batch, result, reasons)
+    rows: list[Request] = []
     answers: list[Answer] = []
     exit_number, n_rows = batch.stage + 1, len(batch.rows)
-    for i, row in enumerate(rows):
-        place = i if leaving is None else leaving[i]
-        class_id = result.classes[place]
+    classes, confidences = result.classes, result.confidences
+    for i, row in enumerate(batch.rows):
+        reason = reasons[i]
+        if reason is None or reason == "":
+            continue
+        class_id, compute_s = classes[i], row.compute_s
         head = row.head if with_steps and row.options.steps else None
         answer = Answer(
             class_id,
             class_names[class_id],
-            result.confidences[place],
-            _others(ranked[i], class_id, row.options.top_k) if most > 1 else (),
+            confidences[i],
+            _others(ranked[i], class_id, row.options.top_k) if ranked else (),
             exit_number,
-            reasons[i],
+            reason,
             mflops,
-            (now_s - row.admitted_s - row.compute_s) * 1e3,
-            row.compute_s * 1e3,
+            (now_s - row.admitted_s - compute_s) * 1e3,
+            compute_s * 1e3,
             n_rows,
             None if head is None else head.score,
             None if head is None else head.threshold,
         )
+        rows.append(row)
         answers.append(answer)
-    return answers
+    return rows, answers
+
+
+def _ranked(batch: Batch, result: BatchResult, reasons: list[Verdict]) -> dict[int, tuple[tuple[int, float], ...]]:
+    """The best classes of the rows of a batch that leave, as many as one of these asks for; none if that is one."""
+    most = 1
+    for i, row in enumerate(batch.rows):  # compiled, a loop in C; `max` is not
+        if reasons[i] and row.options.top_k > most:
+            most = row.options.top_k
+    if most == 1:
+        return {}
+    leaving = [i for i, reason in enumerate(reasons) if reason]
+    best = wishes.rank(result.logits[leaving], [result.confidences[i] for i in leaving], most)
+    return dict(zip(leaving, best, strict=True))
 
 
 def _others(ranked: tuple[tuple[int, float], ...], class_id: int, k: int) -> tuple[tuple[int, float], ...]:

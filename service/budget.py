@@ -97,45 +97,47 @@ class BudgetController:
             self.steering.set_budget(working)
             self._hold()
 
-    def admit(self, n_images: int) -> list[Account]:
-        """Open an account for images, committed to stage 1; returns it, once for each."""
+    def admit(self, n_images: int) -> Account:
+        """Open an account for images, committed to stage 1; returns it."""
         return self.ledger.open(self.costs[0], n_images, self.steering.admit(n_images))
 
     def decide(self, accounts: list[Account], passed: int, scores: list[float]) -> list[Reason | None]:
         """Return why images leave at exit `passed` (from 1), which all of them have just passed with `scores`, their
         accounts settled; None where one goes on, committed."""
+        n_images = len(accounts)
         if passed == len(self.costs):
             self.settle(accounts, passed)
-            return ["final"] * len(accounts)
-        committed, cost, held = self.costs[passed - 1], self.costs[passed], self._held
-        reasons: list[Reason | None] = []
-        step = max(SAME_THRESHOLD_IMAGES, len(accounts) // SAME_THRESHOLD_SHARE)
-        for start in range(0, len(accounts), step):
-            stop = min(start + step, len(accounts))
-            threshold = self.steering.threshold(passed) if held is None else held.thresholds[passed - 1]
-            leaving: list[Account] = []
-            unsure: list[Account] = []
-            for i in range(start, stop):  # compiled, a loop in C
-                leaves = scores[i] >= threshold
-                reasons.append("confident" if leaves else None)
-                (leaving if leaves else unsure).append(accounts[i])
-            if unsure and not self.ledger.commit(unsure, committed, cost):
-                refused = self._refused(unsure, passed)
-                self.steering.refuse(passed, sum(refused))
-                at = [i for i in range(start, stop) if reasons[i] is None]
-                for k, is_refused in enumerate(refused):
-                    if is_refused:
-                        reasons[at[k]] = "budget"
-                leaving = [accounts[i] for i in range(start, stop) if reasons[i] is not None]
-            self.steering.go_on(passed, stop - start - len(leaving))
-            if leaving:
-                self.settle(leaving, passed)
+            return ["final"] * n_images
+        reasons: list[Reason | None] = ["confident"] * n_images
+        step = max(SAME_THRESHOLD_IMAGES, n_images // SAME_THRESHOLD_SHARE)
+        held, threshold, start = self._held, 0.0, 0
+        while start < n_images:
+            if start % step == 0:
+                threshold = self.steering.threshold(passed) if held is None else held.thresholds[passed - 1]
+            # On to where the threshold moves, or another account begins.
+            account, stop, n_unsure = accounts[start], start, 0
+            end = min(start - start % step + step, n_images)
+            while stop < end and accounts[stop] is account:  # compiled, a loop in C
+                if not scores[stop] >= threshold:  # also where a score is no number
+                    reasons[stop] = None
+                    n_unsure += 1
+                stop += 1
+            n_going_on = self._commit(account, n_unsure, passed) if n_unsure else 0
+            if n_going_on < n_unsure:
+                _refuse(reasons, stop, n_unsure - n_going_on)
+            if n_going_on < stop - start:
+                self._settle(account, stop - start - n_going_on, passed, self.costs[passed - 1], True)
+            start = stop
         return reasons
 
-    def _refused(self, accounts: list[Account], passed: int) -> list[bool]:
-        """Where not all can go on, ask for one after the other: which are refused."""
-        committed, cost = self.costs[passed - 1], self.costs[passed]
-        return [not self.ledger.commit([account], committed, cost) for account in accounts]
+    def _commit(self, account: Account, n_images: int, passed: int) -> int:
+        """Commit images beyond exit `passed`, as many of them as the ledger allows; returns how many these are."""
+        n_going_on = self.ledger.commit(account, n_images, self.costs[passed - 1], self.costs[passed])
+        if n_going_on < n_images:
+            self.steering.refuse(passed, n_images - n_going_on)
+        if n_going_on:
+            self.steering.go_on(passed, n_going_on)
+        return n_going_on
 
     def settle(self, accounts: list[Account], stages: int, ran: bool = True, answered: bool = True) -> None:
         """Close the accounts of images that have answered, or of some given up (abandoned or failed).
@@ -144,10 +146,18 @@ class BudgetController:
             stages: that they are committed to.
             ran: they have run the last of these, or run it now; False where they wait for it.
         """
-        committed = self.costs[stages - 1]
-        spent = committed if ran else self.costs[stages - 2] if stages > 1 else 0
-        self.steering.settle(accounts, stages, spent, answered)
-        self.ledger.close(accounts, committed, spent, answered)
+        spent = self.costs[stages - 1] if ran else self.costs[stages - 2] if stages > 1 else 0
+        start, n_images = 0, len(accounts)
+        while start < n_images:
+            account, stop = accounts[start], start + 1
+            while stop < n_images and accounts[stop] is account:
+                stop += 1
+            self._settle(account, stop - start, stages, spent, answered)
+            start = stop
+
+    def _settle(self, account: Account, n_images: int, stages: int, spent: int, answered: bool) -> None:
+        self.steering.settle(account.aim, n_images, stages, spent, answered)
+        self.ledger.close(account, n_images, self.costs[stages - 1], spent, answered)
 
     def refresh(self) -> None:
         """Let steering catch up; call it once a batch."""
@@ -191,3 +201,12 @@ class BudgetController:
         """Where thresholds are not steered, keep to the budget's own point."""
         position = self._frontier.position_at_cost(self.ledger.allowance / MEGA)
         self._held = None if self._steer else self._frontier.at(position)
+
+
+def _refuse(reasons: list[Reason | None], stop: int, n_images: int) -> None:
+    """The last images before `stop` that would go on are the ones that the ledger ends."""
+    while n_images:
+        stop -= 1
+        if reasons[stop] is None:
+            reasons[stop] = "budget"
+            n_images -= 1

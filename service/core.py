@@ -7,10 +7,10 @@ import logging
 from collections import Counter, deque
 from collections.abc import Sequence
 from math import inf
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from service import wishes
-from service.answering import answers_of, late_answer
+from service.answering import Verdict, answers_of, late_answer
 from service.budget import BudgetController, Reason
 from service.errors import EngineError, EngineTooLate
 from service.lanes import Batch, BatchResult
@@ -74,7 +74,7 @@ class Core:
     def admit(self, requests: list[Request], now_s: float) -> None:
         if not requests:
             return
-        account = self.budget.admit(len(requests))[0]
+        account = self.budget.admit(len(requests))
         for request in requests:
             request.account, request.admitted_s = account, now_s
             if not request.options.is_plain:
@@ -201,20 +201,18 @@ class Core:
 
     def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
         reasons = self._reasons(batch, result, now_s)
-        going_on = [i for i, reason in enumerate(reasons) if reason is None]
+        going_on = [row for i, row in enumerate(batch.rows) if reasons[i] is None]
         if going_on:
-            self._go_on(batch, result.block, going_on, now_s)
+            self._go_on(batch, result.block, going_on, reasons, now_s)
         if len(going_on) < len(reasons):
-            leaving = [i for i, reason in enumerate(reasons) if reason] if going_on or "" in reasons else None
-            self._answer(batch, result, leaving, [reason for reason in reasons if reason], now_s)
+            self._answer(batch, result, reasons, now_s)
 
-    def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> list[Reason | Literal[""] | None]:
-        """Why each row of a batch leaves; None where it goes on, "" where it had been abandoned, and has ended."""
+    def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> list[Verdict]:
         rows, passed = batch.rows, batch.stage + 1
         scores = result.scores if self._exits_on else [wishes.NEVER_SURE] * len(rows)
         if not (self._n_wishing or self._n_gone):
             return [*self.budget.decide([row.account for row in rows], passed, scores)]
-        reasons: list[Reason | Literal[""] | None] = [""] * len(rows)
+        reasons: list[Verdict] = [""] * len(rows)
         plain = [i for i, row in enumerate(rows) if row.options.is_plain and not row.abandoned]
         if plain:
             decided = self.budget.decide([rows[i].account for i in plain], passed, [scores[i] for i in plain])
@@ -227,30 +225,28 @@ class Core:
                 reasons[i] = self._decide_by_wishes(row, batch, result, i, now_s)
         return reasons
 
-    def _go_on(self, batch: Batch, block: Block, indices: list[int], now_s: float) -> None:
+    def _go_on(self, batch: Batch, block: Block, rows: list[Request], reasons: list[Verdict], now_s: float) -> None:
         """Queue those rows of a batch for the stage after it."""
-        rows = [batch.rows[i] for i in indices]
-        if batch.places is not None:
-            indices = [batch.places[i] for i in indices]
         joined = False
         if not block.is_kept_in_slots:
+            indices = [i for i, reason in enumerate(reasons) if reason is None]
+            if batch.places is not None:
+                indices = [batch.places[i] for i in indices]
             states = keep(block, indices) if self.scheduler.policy.compact else block.states(indices)
             for i, row in enumerate(rows):
                 row.state = states[i]
             joined = lie_side_by_side(states)
         self._queue(rows, batch.stage + 1, now_s, joined)
 
-    def _answer(
-        self, batch: Batch, result: BatchResult, leaving: list[int] | None, reasons: list[Reason], now_s: float
-    ) -> None:
-        """Answer the rows of a batch that leave; `leaving` is None where all do."""
-        rows = batch.rows if leaving is None else [batch.rows[i] for i in leaving]
-        if not rows:
-            return
+    def _answer(self, batch: Batch, result: BatchResult, reasons: list[Verdict], now_s: float) -> None:
+        """Answer the rows of a batch that leave."""
         mflops, with_steps = self.budget.costs[batch.stage] / MEGA, self._n_wishing > 0
-        answers = answers_of(rows, batch, result, leaving, reasons, mflops, self._class_names, now_s, with_steps)
-        for reason in set(reasons):
-            self.exits[batch.stage + 1, reason] += reasons.count(reason)
+        rows, answers = answers_of(batch, result, reasons, mflops, self._class_names, now_s, with_steps)
+        why = [answer.reason for answer in answers]
+        while why:
+            reason, n_answers = why[0], len(why)
+            why = [other for other in why if other != reason]
+            self.exits[batch.stage + 1, reason] += n_answers - len(why)
         self._end_answered(rows, answers)
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:

@@ -33,19 +33,6 @@ class Account:
     aim: float = 0.0  # what steering means each to spend on average, just below the allowance
 
 
-def runs(accounts: list[Account]) -> list[tuple[Account, int]]:
-    """The accounts of images one after the other, and how many in a row have each: mostly one, all."""
-    found: list[tuple[Account, int]] = []
-    account, n_images = accounts[0], 0
-    for other in accounts:
-        if other is not account:
-            found.append((account, n_images))
-            account, n_images = other, 0
-        n_images += 1
-    found.append((account, n_images))
-    return found
-
-
 class Ledger:
     """The hard bound: over any n consecutive answers the spending is at most the sum of their allowances plus the cap.
 
@@ -76,6 +63,7 @@ class Ledger:
         self.spent_answered = 0
         self.spent_abandoned = 0
         self._spent: Trail = Trail(ROLLING_ANSWERS, 0)  # `spent_answered`
+        self._newest = Account(allowance)
         self._average_over = average_over
         self._n_in_flight = 0
         self._uncommitted = 0  # their allowances, less what they have committed
@@ -87,47 +75,45 @@ class Ledger:
         n_answers = min(self.answered, ROLLING_ANSWERS)
         return (self.spent_answered - self._spent.ago(n_answers)) / n_answers if n_answers else None
 
-    def open(self, first_cost: int, n_images: int = 1, aim: float = 0.0) -> list[Account]:
-        """Admit images and commit them to their first stage, which the budget always covers; returns their account,
-        once for each."""
-        allowance = self.allowance
+    def open(self, first_cost: int, n_images: int = 1, aim: float = 0.0) -> Account:
+        """Admit images and commit them to their first stage, which the budget always covers; returns their account."""
+        allowance, account = self.allowance, self._newest
         self.reserved += n_images * max(0, first_cost - allowance)
         self._n_in_flight += n_images
         self._uncommitted += n_images * (allowance - first_cost)
-        return [Account(allowance, aim)] * n_images
+        if account.allowance != allowance or account.aim != aim:  # else these are as if they had come with the others
+            self._newest = account = Account(allowance, aim)
+        return account
 
-    def commit(self, accounts: list[Account], committed: int, cumulative_cost: int) -> bool:
-        """Commit images to spending `cumulative_cost` each in all, where they had to `committed`; where a bound forbids
-        it, none of them."""
-        more = 0
-        for account, n_images in runs(accounts):
-            allowance = account.allowance
-            more += n_images * (max(cumulative_cost, allowance) - max(committed, allowance))
-        if self.reserved + more > self.settled:
-            return False
-        step = len(accounts) * (cumulative_cost - committed)
-        if self._average_over and not self._average_allows(step):
-            return False
-        self._uncommitted -= step
-        self.reserved += more
-        return True
+    def commit(self, account: Account, n_images: int, committed: int, cumulative_cost: int) -> int:
+        """Commit images to spending `cumulative_cost` each in all, where they had to `committed`: as many of them as
+        the bounds allow. Returns how many these are."""
+        allowance, step = account.allowance, cumulative_cost - committed
+        excess = max(cumulative_cost, allowance) - max(committed, allowance)
+        if n_images * excess > self.settled - self.reserved:
+            n_images = (self.settled - self.reserved) // excess
+        if self._average_over and n_images:
+            free = self._free_of_average
+            if free is not None and n_images * step > free:
+                n_images = max(0, free // step)
+        self._uncommitted -= n_images * step
+        self.reserved += n_images * excess
+        return n_images
 
-    def close(self, accounts: list[Account], committed: int, spent: int, answered: bool) -> None:
+    def close(self, account: Account, n_images: int, committed: int, spent: int, answered: bool) -> None:
         """Settle images that have answered, or were given up, and that had committed and have spent so much each."""
-        n_images = len(accounts)
-        for account, n_alike in runs(accounts):
-            excess, balance = committed - account.allowance, account.allowance - spent
-            if excess > 0:
-                self.reserved -= n_alike * excess
-            self._uncommitted += n_alike * excess
-            if balance < 0:
-                self.settled += n_alike * balance
-            elif answered and self.settled < self.cap:
-                self.settled = min(self.cap, self.settled + n_alike * balance)
-            if answered and self._average_over:
-                self._balances.add(self._balances.now, balance, n_alike)
+        excess, balance = committed - account.allowance, account.allowance - spent
+        if excess > 0:
+            self.reserved -= n_images * excess
+        self._uncommitted += n_images * excess
+        if balance < 0:
+            self.settled += n_images * balance
+        elif answered and self.settled < self.cap:
+            self.settled = min(self.cap, self.settled + n_images * balance)
         self._n_in_flight -= n_images
         if answered:
+            if self._average_over:
+                self._balances.add(self._balances.now, balance, n_images)
             self._spent.add(self.spent_answered, spent, n_images)
             self.answered += n_images
             self.spent_answered += n_images * spent
@@ -153,10 +139,11 @@ class Ledger:
     def _begin_average(self) -> None:
         self._balances: Trail = Trail(self._average_over, 0)  # what answers have left of this allowance
 
-    def _average_allows(self, step: int) -> bool:
-        """Whether the last answers keep to their allowances if all in flight end with what they have committed, and one
-        of them with `step` more."""
+    @property
+    def _free_of_average(self) -> int | None:
+        """What the images in flight may commit together beyond what they have, for the last answers to keep to their
+        allowances whenever traffic stops; None: as much as they like."""
         if self._balances.n_answers < self._average_over:
-            return True
+            return None
         balance: int = self._balances.now - self._balances.ago(self._average_over - self._n_in_flight)
-        return balance + self._uncommitted >= step
+        return balance + self._uncommitted

@@ -7,7 +7,7 @@ from math import pi, tan
 from typing import Final
 
 from models.frontier import Frontier, FrontierPoint
-from service.ledger import ROLLING_ANSWERS, Account, runs
+from service.ledger import ROLLING_ANSWERS
 from service.trail import Trail
 
 MEGA: Final = 1_000_000
@@ -125,22 +125,20 @@ class Steering:
         self._in_flight[passed] += n_images
         self._owed += n_images * (self._expected[passed - 1] - self._expected[passed])
 
-    def settle(self, accounts: list[Account], stages: int, spent: int, answered: bool) -> None:
-        """Note that images have answered, or were given up, that were committed to `stages` and have spent so much."""
-        expected = self._expected[stages - 1]
-        for account, n_images in runs(accounts):
-            aim = account.aim
-            earned, owed = (aim if answered else min(aim, spent)) - spent, expected - aim
-            self._aims -= n_images * aim
-            if answered:
-                self._trail.add(self._settled, earned, n_images)
-            self._settled += n_images * earned
-            self._owed += n_images * owed
-        self._in_flight[stages - 1] -= len(accounts)
-        self._n_in_flight -= len(accounts)
+    def settle(self, aim: float, n_images: int, stages: int, spent: int, answered: bool) -> None:
+        """Note that images with an aim have answered, or were given up, that were committed to `stages` and have spent
+        so much each."""
+        earned = (aim if answered else min(aim, spent)) - spent
+        self._aims -= n_images * aim
         if answered:
-            self._n_answers += len(accounts)
-            self._errors += len(accounts) * (self._settled + self._owed - self._reference)
+            self._trail.add(self._settled, earned, n_images)
+        self._settled += n_images * earned
+        self._owed += n_images * (self._expected[stages - 1] - aim)
+        self._in_flight[stages - 1] -= n_images
+        self._n_in_flight -= n_images
+        if answered:
+            self._n_answers += n_images
+            self._errors += n_images * (self._settled + self._owed - self._reference)
 
     def refuse(self, passed: int, n_images: int) -> None:
         """Note that the ledger ends images at exit `passed` that would have gone on.

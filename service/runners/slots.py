@@ -5,7 +5,7 @@ the device from the start of that stage until nobody refers to its state any mor
 """
 
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 from service.runners.base import RunnerError
 from service.runners.blocks import NO_VALUES, RowState
@@ -18,13 +18,14 @@ class SlotState(RowState):
     """A row's state, the same object through all stages. When it goes, on whichever thread, its places are free.
 
     Attributes:
-        slot: `SCRATCH` before the first stage.
+        slot: an int, `SCRATCH` before the first stage.
         place: of its picture; `NOWHERE` where it has none, or none any more.
         keeps_picture: as long as it lives itself, since its first stage runs more than once: its batch has hung, say,
             and may still read the picture.
     """
 
     __slots__ = ("_slots", "keeps_picture", "place", "slot")
+    slot: Any  # kept as Python's object, which lists of slots are made of: compiled, an int would be made anew for each
 
     def __init__(self, slots: "Slots", place: int) -> None:
         self.block, self.index = NO_VALUES, 0
@@ -47,7 +48,8 @@ class Slots:
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
-        self.free = list(range(n_slots, 0, -1))  # the last one is the next: what lay there last may be in a cache
+        # The last one is the next: what lay there last may be in a cache.
+        self.free: list[Any] = list(range(n_slots, 0, -1))
         self._taken = [False] * n_slots  # picture places
         self._next_place = 0
         self._admitting = Lock()
@@ -79,15 +81,19 @@ class Slots:
         return [SlotState(self, place) for place in places]
 
     def _take_places(self, n_rows: int) -> list[int]:
-        taken, place = self._taken, self._next_place
+        taken, place, n_slots = self._taken, self._next_place, self.n_slots
         places: list[int] = []
-        for _ in range(self.n_slots):
-            if len(places) == n_rows:
+        n_left = n_rows
+        for _ in range(n_slots):
+            if not n_left:
                 break
             if not taken[place]:
                 taken[place] = True
                 places.append(place)
-            place = place + 1 if place + 1 < self.n_slots else 0
+                n_left -= 1
+            place += 1
+            if place == n_slots:
+                place = 0
         self._next_place = place
         if len(places) < n_rows:
             for place in places:

@@ -152,7 +152,7 @@ def simulate_open_loop(
                 record.arrivals.append(Arrival(now_s, nan, False, 0, 0, working, is_lowest))
                 continue
             admission.take()
-            [row.account] = budget.admit(1)
+            row.account = budget.admit(1)
             scheduler.add([row], 0, now_s)
             dispatch()
             continue

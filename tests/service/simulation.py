@@ -77,7 +77,7 @@ def simulate(
 
     def arrive(n_images: int) -> None:
         for _, (scores, right) in zip(range(n_images), waiting, strict=False):
-            scheduler.add([Image(scores, right, budget.admit(1)[0], now_s)], 0, now_s)
+            scheduler.add([Image(scores, right, budget.admit(1), now_s)], 0, now_s)
 
     arrive(n_clients)
     while len(scheduler) or running:

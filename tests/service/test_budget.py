@@ -41,7 +41,7 @@ class Flight:
 
     def goes_on(self, ledger: Ledger) -> bool:
         """Whether it may, and does."""
-        if self.stages == len(COSTS) or not ledger.commit([self.account], self.committed, COSTS[self.stages]):
+        if self.stages == len(COSTS) or not ledger.commit(self.account, 1, self.committed, COSTS[self.stages]):
             return False
         self.stages += 1
         return True
@@ -57,7 +57,9 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
     for action, number in actions:
         flight = flights[number % len(flights)] if flights else None
         if action == "admit":
-            flights += [Flight(account) for account in ledger.open(COSTS[0], 1 + number % 3)]
+            n_images = 1 + number % 3
+            account = ledger.open(COSTS[0], n_images)
+            flights += [Flight(account) for _ in range(n_images)]
         elif action == "set":
             ledger.set_allowance(100 + number % 311)
             highest_cap = max(highest_cap, ledger.cap)
@@ -70,19 +72,22 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
         elif action == "go on":
             flight.goes_on(ledger)
         elif action == "go on together":
-            together = [f for f in flights if f.stages == flight.stages < len(COSTS)]
-            accounts, further = [f.account for f in together], COSTS[flight.stages] if together else 0
-            if together and ledger.commit(accounts, flight.committed, further):
-                for one in together:
+            alike = [f for f in flights if (f.account, f.stages) == (flight.account, flight.stages)]
+            if flight.stages < len(COSTS):
+                further = COSTS[flight.stages]
+                n_going_on = ledger.commit(flight.account, len(alike), flight.committed, further)
+                assert n_going_on == len(alike) or not ledger.commit(flight.account, 1, flight.committed, further)
+                for one in alike[:n_going_on]:
                     one.stages += 1
         else:
-            # All that are as far as this one, or it alone.
-            alike = [f for f in flights if (f.stages, f.spent) == (flight.stages, flight.spent)]
+            # All of its account that are as far as this one, or it alone.
+            seen = (flight.account, flight.stages, flight.spent)
+            alike = [f for f in flights if (f.account, f.stages, f.spent) == seen]
             ending = alike if action == "answer together" else [flight]
             for one in ending:
                 flights.remove(one)
             answered = action != "abandon"
-            ledger.close([f.account for f in ending], flight.committed, flight.spent, answered)
+            ledger.close(flight.account, len(ending), flight.committed, flight.spent, answered)
             answers += [(f.spent, f.account.allowance) for f in ending] if answered else []
         assert 0 <= ledger.reserved <= ledger.settled <= highest_cap
         assert ledger.reserved == sum(max(0, f.committed - f.account.allowance) for f in flights)
@@ -111,14 +116,14 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
         flight = flights[number % len(flights)] if flights else None
         if action == "admit":
             if len(flights) < window:
-                flights.append(Flight(ledger.open(COSTS[0])[0]))
+                flights.append(Flight(ledger.open(COSTS[0])))
         elif flight is None:
             continue
         elif action == "go on":
             flight.goes_on(ledger)
         else:
             flights.remove(flight)
-            ledger.close([flight.account], flight.committed, flight.committed, answered=True)
+            ledger.close(flight.account, 1, flight.committed, flight.committed, answered=True)
             spent.append(flight.committed)
         if len(spent) < window:
             continue
@@ -132,39 +137,52 @@ def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, al
 def test_what_would_put_the_average_over_the_allowance_is_refused():
     ledger = Ledger(100, 100, average_over=4)
     for spent in (100, 160, 70, 60):  # 390 in all
-        accounts = ledger.open(50)
-        assert ledger.commit(accounts, 50, spent)
-        ledger.close(accounts, spent, spent, answered=True)
+        account = ledger.open(50)
+        assert ledger.commit(account, 1, 50, spent) == 1
+        ledger.close(account, 1, spent, spent, answered=True)
     # The first, of 100, would no longer count: 290 and what the new one spends.
-    accounts = ledger.open(50)
-    assert not ledger.commit(accounts, 50, 111)
-    assert ledger.commit(accounts, 50, 110)
+    account = ledger.open(50)
+    assert ledger.commit(account, 1, 50, 111) == 0
+    assert ledger.commit(account, 1, 50, 110) == 1
 
 
-def test_images_that_cannot_all_go_on_commit_to_nothing():
-    ledger = Ledger(100, 1)  # 100 in all beyond the allowances
-    accounts = ledger.open(50, 3)
-    assert not ledger.commit(accounts, 50, 150)
-    assert ledger.reserved == 0
-    assert ledger.commit(accounts[:2], 50, 150)
-    assert ledger.reserved == 100
+def test_as_many_images_go_on_together_as_could_one_after_the_other():
+    for average_over, most in ((0, 2), (4, 1)):  # 100 in all beyond the allowances; on average none
+        together, one_by_one = (Ledger(100, 1, average_over) for _ in range(2))
+        for ledger in (together, one_by_one):
+            ledger.close(ledger.open(100, 4), 4, 100, 100, answered=True)
+        assert together.commit(together.open(50, 3), 3, 50, 150) == most
+        account = one_by_one.open(50, 3)
+        assert [one_by_one.commit(account, 1, 50, 150) for _ in range(3)] == [1] * most + [0] * (3 - most)
+        assert together.reserved == one_by_one.reserved == 50 * most
+
+
+def test_images_share_an_account_as_long_as_nothing_changes():
+    ledger = Ledger(100, 1)
+    first = ledger.open(50, aim=99.0)
+    assert ledger.open(50, 3, aim=99.0) is first
+    assert ledger.open(50, aim=98.0) is not first
+    other = ledger.open(50, aim=99.0)
+    ledger.work_at(90)
+    assert ledger.open(50, aim=99.0).allowance == 90
+    assert (first.allowance, first.aim, other.aim) == (100, 99.0, 99.0)
 
 
 def test_rolling_average_forgets_what_is_a_thousand_answers_old():
     ledger = Ledger(100, 1)
     for spent, n_images in ((7, 500), (3, 300), (3, 700)):
-        ledger.close(ledger.open(1, n_images), 1, spent, answered=True)
+        ledger.close(ledger.open(1, n_images), n_images, 1, spent, answered=True)
     assert ledger.rolling_average == 3.0
 
 
 def test_abandoned_images_earn_nothing_but_owe_their_excess():
     ledger = Ledger(100, 4)
     ledger.settled = 200
-    ledger.close(ledger.open(50), 50, 50, answered=False)
+    ledger.close(ledger.open(50), 1, 50, 50, answered=False)
     assert ledger.settled == 200
     dear = ledger.open(50)
-    assert ledger.commit(dear, 50, 180)
-    ledger.close(dear, 180, 180, answered=False)
+    assert ledger.commit(dear, 1, 50, 180) == 1
+    ledger.close(dear, 1, 180, 180, answered=False)
     assert (ledger.settled, ledger.reserved) == (120, 0)
 
 
@@ -211,22 +229,22 @@ def test_decisions_follow_threshold_then_ledger():
     budget = controller(0.4, burst_images=1.0, steer=False)
     thresholds = FRONTIER.at(FRONTIER.position_at_cost(0.4 * FULL_MFLOPS)).thresholds
     assert budget.thresholds == thresholds
-    sure = budget.admit(1)
+    sure = [budget.admit(1)]
     assert budget.decide(sure, 1, [thresholds[0]]) == ["confident"]
-    unsure = budget.admit(1)
+    unsure = [budget.admit(1)]
     reasons = []
     for passed in range(1, 5):
         reasons += budget.decide(unsure, passed, [-1e9])
     # 0.4 x 60.3 M and a burst of as much: 48.2 M in all, enough for four exits (42.1 M) and not for five (51.8 M).
     assert reasons == [None, None, None, "budget"]
-    other = budget.admit(1)
+    other = [budget.admit(1)]
     # The first took 18.0 M of the 24.1: exit 2 is within the budget itself, exit 3 would take 8.5 M more.
     assert [budget.decide(other, passed, [-1e9])[0] for passed in (1, 2)] == [None, "budget"]
 
 
 def test_where_the_bound_leaves_room_for_some_of_a_batch_these_go_on():
     budget = controller(0.4, burst_images=1.0, steer=False)  # 24.1 M each, and 24.1 M beyond it in all
-    accounts = budget.admit(8)
+    accounts = [budget.admit(8)] * 8
     assert budget.decide(accounts, 1, [-1e9] * 8) == [None] * 8
     reasons = budget.decide(accounts, 2, [-1e9, 1e9] * 4)  # exit 3 takes 8.5 M more
     assert reasons == [None, "confident", None, "confident", "budget", "confident", "budget", "confident"]
@@ -236,13 +254,13 @@ def test_where_the_bound_leaves_room_for_some_of_a_batch_these_go_on():
 
 def test_the_last_exit_takes_whoever_gets_there():
     budget = controller(1.0)
-    account = budget.admit(1)
+    account = [budget.admit(1)]
     assert [budget.decide(account, passed, [-1e9])[0] for passed in range(1, 7)] == [None] * 5 + ["final"]
 
 
 def test_no_number_leaves_early():
     budget = controller(0.6)
-    assert budget.decide(budget.admit(1), 1, [math.nan]) == [None]
+    assert budget.decide([budget.admit(1)], 1, [math.nan]) == [None]
 
 
 def test_a_cost_that_is_no_whole_number_of_multiply_adds_is_in_reach():
@@ -398,7 +416,7 @@ def test_abandoned_images_leave_steering_in_balance():
     rng = np.random.default_rng(23)
     spent = []
     for scores in population(6_000, 23)[0].tolist():
-        account = budget.admit(1)
+        account = [budget.admit(1)]
         gone_at = rng.integers(0, 5) if rng.random() < 0.3 else None
         for stage, score in enumerate(scores):
             if stage == gone_at:

@@ -29,9 +29,9 @@ def test_the_budget_is_used_and_kept_with_thousands_in_flight(max_rows: int, in_
 def test_what_many_answers_left_is_there_for_their_hard_images() -> None:
     """1,500 hard images in work, after 6,000 answers that cost half of their budget."""
     assert [window_for(1_024), window_for(1_500)] == [1_000, 6_000]
-    for max_in_flight, goes_on in ((1_024, False), (1_500, True)):
+    for max_in_flight, n_going_on in ((1_024, 750), (1_500, 1_500)):
         ledger = Ledger(100, burst_images=1_500, average_over=window_for(max_in_flight))
         for _ in range(6):
-            ledger.close(ledger.open(50, 1_000), 50, 50, answered=True)
+            ledger.close(ledger.open(50, 1_000), 1_000, 50, 50, answered=True)
         hard = ledger.open(50, 1_500)
-        assert ledger.commit(hard, 50, 150) is goes_on
+        assert ledger.commit(hard, 1_500, 50, 150) == n_going_on
