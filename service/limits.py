@@ -19,6 +19,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return any(isinstance(e, MemoryError) or SAYS_OUT_OF_MEMORY.search(str(e)) is not None for e in _causes(error))
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says: torch goes on, in further lines, with advice to those who write it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error

@@ -19,15 +19,17 @@ class SlotState(RowState):
 
     Attributes:
         slot: an int, `SCRATCH` before the first stage.
-        place: of its picture; `NOWHERE` where it has none, or none any more.
+        place: of its picture, an int; `NOWHERE` where it has none, or none any more.
         keeps_picture: as long as it lives itself, since its first stage runs more than once: its batch has hung, say,
             and may still read the picture.
     """
 
     __slots__ = ("_slots", "keeps_picture", "place", "slot")
-    slot: Any  # kept as Python's object, which lists of slots are made of: compiled, an int would be made anew for each
+    # Kept as Python's objects, which lists of them are made of: compiled, an int would be made anew for each list.
+    slot: Any
+    place: Any
 
-    def __init__(self, slots: "Slots", place: int) -> None:
+    def __init__(self, slots: "Slots", place: Any) -> None:
         self.block, self.index = NO_VALUES, 0
         self._slots, self.place = slots, place
         self.slot, self.keeps_picture = SCRATCH, False
@@ -35,7 +37,8 @@ class SlotState(RowState):
     def __del__(self) -> None:
         if self.slot:
             self._slots.free.append(self.slot)
-        if self.place >= 0:
+        place: int = self.place
+        if place != NOWHERE:
             self._slots.leave(self)
 
 
@@ -80,9 +83,14 @@ class Slots:
             places = self._take_places(n_rows)
         return [SlotState(self, place) for place in places]
 
-    def _take_places(self, n_rows: int) -> list[int]:
+    def _take_places(self, n_rows: int) -> list[Any]:
         taken, place, n_slots = self._taken, self._next_place, self.n_slots
-        places: list[int] = []
+        end = place + n_rows
+        if end < n_slots and not any(taken[place:end]):  # mostly
+            taken[place:end] = [True] * n_rows
+            self._next_place = end
+            return list(range(place, end))
+        places: list[Any] = []
         n_left = n_rows
         for _ in range(n_slots):
             if not n_left:
@@ -125,9 +133,9 @@ class Slots:
                 self.leave(state)
 
     def leave(self, state: SlotState) -> None:
-        place, state.place = state.place, NOWHERE
-        if place >= 0:
-            self._taken[place] = False
+        place: int = state.place
+        if place != NOWHERE:
+            self._taken[place], state.place = False, NOWHERE
         state.block = NO_VALUES
 
 

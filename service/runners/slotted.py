@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.limits import is_out_of_memory
+from service.limits import is_out_of_memory, words_of
 from service.runners.base import FatalRunnerError, Heads, RunnerError, StageOutput
 from service.runners.blocks import Array, Block, RowState
 from service.runners.slots import Slots, SlotState, buckets_for, places_of, slots_of, stretches
@@ -225,7 +225,7 @@ class SlotRunner(ABC, Generic[L]):
 
     def failure(self, stage: int, n_rows: int, error: Exception) -> RunnerError:
         kind = FatalRunnerError if self._is_lost(error) else RunnerError
-        return kind(f"stage {stage + 1} failed on a batch of {n_rows}: {error}")
+        return kind(f"stage {stage + 1} failed on a batch of {n_rows}: {words_of(error)}")
 
     def make_idle(self, lane: L) -> None:
         self._idle.put(lane)
@@ -282,8 +282,8 @@ class SlotRunner(ABC, Generic[L]):
                         lane.prepare(stage, bucket)
         except Exception as error:  # as above
             if self._is_out_of_memory(error):
-                return str(error).strip()  # torch ends it with a line break
-            what = f"the stages cannot be prepared: {error}"
+                return words_of(error)
+            what = f"the stages cannot be prepared: {words_of(error)}"
             raise (FatalRunnerError if self._is_lost(error) else RunnerError)(what) from error
         return None
 

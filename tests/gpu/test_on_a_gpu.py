@@ -254,6 +254,7 @@ def test_a_server_that_loses_its_device_answers_503_and_ends(
     arguments = ("--runner", "torch-cuda", "--max-batch-rows", "32", *options)
     with running_server(BUNDLE, tmp_path / "log", *arguments, program=program) as server:
         body = png(images[0])
+        all_answered = threading.Barrier(N_CLIENTS, go.touch)
 
         def ask_until_it_is_gone(_: int) -> list[int]:
             statuses = []
@@ -264,7 +265,7 @@ def test_a_server_that_loses_its_device_answers_503_and_ends(
                     except httpx.TransportError:
                         return statuses
                     if len(statuses) == 20:
-                        go.touch()
+                        all_answered.wait(LIMIT_S)
 
         with ThreadPoolExecutor(N_CLIENTS) as pool:
             statuses = list(pool.map(ask_until_it_is_gone, range(N_CLIENTS)))

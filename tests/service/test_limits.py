@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.limits import RAISE_AFTER_BATCHES, RowLimits, is_out_of_memory
+from service.limits import RAISE_AFTER_BATCHES, RowLimits, is_out_of_memory, words_of
 from service.runners.base import RunnerError
 
 
@@ -26,6 +26,18 @@ def caused_by(cause: Exception) -> Exception:
 )
 def test_what_memory_that_ran_out_looks_like(error: Exception) -> None:
     assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("CUDA error: out of memory\nSearch for it.\nCompile with `TORCH_USE_CUDA_DSA`.\n"), None),
+        (RuntimeError("\nCUDA error: out of memory"), None),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_an_error_says_is_one_line(error: Exception, words: str | None) -> None:
+    assert words_of(error) == (words or "CUDA error: out of memory")
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("device lost"), caused_by(ValueError("a shape")), KeyError("x")])

@@ -59,7 +59,7 @@ class BooksHost(Host):
         self.ran: list[tuple[int, int]] = []
         self.error: Exception | None = None
         self.lost = False
-        self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory\n")
+        self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory\nCompile with\n")
 
     def open_stream(self) -> Stream:
         return BooksStream(self)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.staging import Stage
-from service.limits import is_out_of_memory
+from service.limits import is_out_of_memory, words_of
 from service.runners.base import FatalRunnerError, RunnerError
 from service.runners.blocks import Array, Block
 from service.runners.slots import SlotState, stretches
@@ -103,7 +103,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 raise
             raise RunnerError(
                 f"the device has no room for the state of {max_in_flight_rows} images in work: lower --max-in-flight "
-                f"or --max-batch-rows ({str(error).strip()})"
+                f"or --max-batch-rows ({words_of(error)})"
             ) from error
 
     def _allocate(self, shape: Sequence[int]) -> Array:
