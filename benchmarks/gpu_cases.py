@@ -172,13 +172,13 @@ class Network:
     amounts: Mapping[str, Any]
 
 
-# Small networks fill a GPU with batches of hundreds alone. Two and a half times as many batches are in work as there
-# are lanes, and beside them the queues before the stages are to be full.
+# Small networks fill a GPU with batches of hundreds alone, and what Python takes for a batch they hide with a thousand.
+# Two batches a lane are in work, and beside them the queues before the stages are to be full.
 REAL = {"seconds": 0.6, "repeats": 20, "n_alone": 200}
 NETWORKS = {
     "cifar": Network(
         make_cifar,
-        {"max_rows": 512, "n_images": 10_000, "in_flight": 4096, "whole_rows": (128, 256, 512)} | REAL,
+        {"max_rows": 1024, "n_images": 10_000, "in_flight": 8192, "whole_rows": (256, 512, 1024)} | REAL,
     ),
     "imagenet": Network(
         make_imagenet,
