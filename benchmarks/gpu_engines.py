@@ -63,7 +63,7 @@ def measure_engine(
     measured = []
     try:
         engine.start()
-        settle_memory()  # as the server does
+        settle_memory(plan.in_flight)  # as the server does
         for fraction in fractions:
             engine.set_budget(fraction * case.costs_mflops[-1])
             settled = Load(engine, case.images, plan.in_flight).run()

@@ -63,7 +63,7 @@ def answer_as_told(given: argparse.Namespace) -> None:
     engine.start()
     try:
         engine.set_budget(FRACTION * case.costs_mflops[-1])
-        settle_memory()
+        settle_memory(plan.in_flight)
         rate = Load(engine, case.images, plan.in_flight).run().images_per_s
         print(json.dumps({"what": f"{case.name}, {case.kind}"}), flush=True)
         for line in sys.stdin:

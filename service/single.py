@@ -43,7 +43,7 @@ def serve(
             return
         loop = asyncio.get_running_loop()
         engine.broken.add_done_callback(lambda broken: loop.call_soon_threadsafe(on_broken, broken.result()))
-        settle_memory()
+        settle_memory(settings.max_in_flight)
         say_ready()
 
     app = create_app(bundle, engine, metrics, targets, keeper, settings, admin_token, on_started)

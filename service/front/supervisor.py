@@ -84,7 +84,7 @@ class Front:
             n_exits=len(manifest.exits),
         )
         self._listener = listener
-        self._drain_s = settings.drain_s
+        self._drain_s, self._max_in_flight = settings.drain_s, settings.max_in_flight
         self._memory = SharedMemory.create(layout)
         self._setup = os.memfd_create("exitserve-setup", os.MFD_CLOEXEC)
         self._told = bundle, targets, settings, admin_token
@@ -142,7 +142,7 @@ class Front:
             raise ServerFailed(str(error)) from error
         engine.broken.add_done_callback(lambda broken: self._events.put(Broken(broken.result())))
         hub.publish()
-        settle_memory()
+        settle_memory(self._max_in_flight)
         for worker in range(self._n_workers):
             hub.tell(worker, Kind.STARTED)
 

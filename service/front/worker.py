@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     )
 
     def on_started(error: Exception | None) -> None:
-        settle_memory()
+        settle_memory(settings.max_in_flight)
         engine.say_serving()
 
     app = create_app(

@@ -162,6 +162,15 @@ def test_a_kernel_that_does_something_else_is_left_out(
     assert f"torch does the work of the kernel {name}, which is not used: it computes something else" in caplog.text
 
 
+def test_a_device_without_memory_is_not_left_to_torch() -> None:
+    def has_no_room(source: str, name: str) -> Any:
+        raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`.")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(kernel_making, "compiler_for", lambda device: has_no_room)
+        make_kernels(CPU, Ways())
+
+
 def test_without_a_compiler_there_are_none_and_torch_does_their_work(caplog: pytest.LogCaptureFixture) -> None:
     def refuses(source: str, name: str) -> Any:
         raise OSError("Could not find any NVRTC library")

@@ -33,6 +33,29 @@ def test_requests_that_end_in_a_circle_do_not_pile_up() -> None:
     assert int(run.stdout) < 1_000_000
 
 
+IN_FLIGHT = """
+import gc, sys
+from service.settled_memory import settle_memory
+
+settle_memory(int(sys.argv[1]))
+looks = []
+gc.callbacks.append(lambda phase, info: looks.append(phase))
+held = [[] for _ in range(int(sys.argv[2]))]
+print(looks.count("start"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("max_in_flight", "n_objects", "n_looks"), [(0, 4_900, 0), (0, 5_100, 1), (8_192, 32_000, 0), (8_192, 33_000, 1)]
+)
+def test_what_comes_and_goes_with_the_images_in_work_is_not_looked_at(
+    max_in_flight: int, n_objects: int, n_looks: int
+) -> None:
+    command = [sys.executable, "-c", IN_FLIGHT, str(max_in_flight), str(n_objects)]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120)
+    assert int(run.stdout) == n_looks
+
+
 LEFT_OVER = """
 from pathlib import Path
 from service.server import use_one_heap

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.limits import is_out_of_memory
 from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
 from service.runners.torch_cuda.kernels import Compile, Kernels, Launch, Ways, centred
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch
@@ -22,7 +23,11 @@ def compiler_for(device: torch.device) -> Compile | None:
 
 
 def make_kernels(device: torch.device, ways: Ways) -> Kernels:
-    """Make and check the kernels that `ways` wants, as far as that succeeds; a warning tells of each left out."""
+    """Make and check the kernels that `ways` wants, as far as that succeeds; a warning tells of each left out.
+
+    Raises:
+        RuntimeError: the device's memory has run out.
+    """
     compile_kernel = compiler_for(device)
     made: dict[str, Launch] = {}
     for name in SOURCES if compile_kernel else ():
@@ -33,6 +38,8 @@ def make_kernels(device: torch.device, ways: Ways) -> Kernels:
             launch = compile_kernel(SOURCES[name], name)
             CHECKS[name](Kernels({name: launch}), device)
         except Exception as error:  # of many kinds: NVRTC is missing or refuses, or numbers are wrong
+            if is_out_of_memory(error):  # then there is none for torch's either
+                raise
             logger.warning("torch does the work of the kernel %s, which is not used: %s", name, error)
         else:
             made[name] = launch
