@@ -61,6 +61,7 @@ TRAFFICS = (
     Traffic("256 clients, 8 lanes", 8, 32, 256),
     Traffic("2,048 clients, 2 lanes of 256", 2, 256, 2_048),
     Traffic("4,096 clients, 2 lanes of 512", 2, 512, 4_096),
+    Traffic("8,192 clients, 2 lanes of 1,024", 2, 1_024, 8_192),
 )
 
 
