@@ -31,7 +31,7 @@ from service.tally import SECONDS, Tally, add_histogram, families
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 MAX_BOUNDS = 15
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
+ROWS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
