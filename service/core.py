@@ -242,6 +242,8 @@ class Core:
         """Answer the rows of a batch that leave."""
         mflops, with_steps = self.budget.costs[batch.stage] / MEGA, self._n_wishing > 0
         rows, answers = answers_of(batch, result, reasons, mflops, self._class_names, now_s, with_steps)
+        if not rows:
+            return
         why = [answer.reason for answer in answers]
         while why:
             reason, n_answers = why[0], len(why)

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import gc
 
-FEW_OBJECTS = 5_000
+FEW_OBJECTS, MANY_OBJECTS = 5_000, 100_000
 OBJECTS_IN_FLIGHT = 4  # by so many times the images that may be in work the number of objects comes and goes
 
 
@@ -22,4 +22,5 @@ def settle_memory(max_in_flight: int = 0) -> None:
     # Python looks at old objects once new ones are a quarter of those that its last full look found: let these be what
     # is not frozen. Else requests that ended in a circle pile up to a quarter of all the server holds, some 14 MiB.
     gc.collect()
-    gc.set_threshold(max(FEW_OBJECTS, OBJECTS_IN_FLIGHT * max_in_flight), 20, 5)
+    n_objects = min(max(FEW_OBJECTS, OBJECTS_IN_FLIGHT * max_in_flight), MANY_OBJECTS)  # circles are among them
+    gc.set_threshold(n_objects, 20, 5)

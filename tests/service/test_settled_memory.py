@@ -46,7 +46,8 @@ print(looks.count("start"))
 
 
 @pytest.mark.parametrize(
-    ("max_in_flight", "n_objects", "n_looks"), [(0, 4_900, 0), (0, 5_100, 1), (8_192, 32_000, 0), (8_192, 33_000, 1)]
+    ("max_in_flight", "n_objects", "n_looks"),
+    [(0, 4_900, 0), (0, 5_100, 1), (8_192, 32_000, 0), (8_192, 33_000, 1), (1_000_000, 101_000, 1)],
 )
 def test_what_comes_and_goes_with_the_images_in_work_is_not_looked_at(
     max_in_flight: int, n_objects: int, n_looks: int
