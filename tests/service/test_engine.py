@@ -255,7 +255,7 @@ def test_cancelled_images_run_no_further_and_are_counted(bundle, images):
 
 
 def test_an_image_abandoned_while_it_runs_is_charged_and_ends_with_its_batch(bundle, images):
-    with running(faulty_engine(bundle)) as engine:
+    with running(faulty_engine(bundle, observer=CountingObserver())) as engine:  # which is told of no empty batch
         gate = hold(engine)
         future = engine.submit(images[0])
         wait_until("its batch runs", lambda: engine.stats().running_batches > 0)
@@ -264,6 +264,7 @@ def test_an_image_abandoned_while_it_runs_is_charged_and_ends_with_its_batch(bun
         gate.set()
         wait_until("the batch has run", lambda: engine.stats().in_flight_rows == 0)
         stats, state = engine.stats(), engine.budget_state()
+        assert engine.is_alive
     assert (stats.answered, stats.abandoned) == (0, 1)
     assert state.spent_abandoned_mflops == pytest.approx(bundle.costs_mflops[0])
     assert state.reserved_mflops == 0.0
