@@ -44,7 +44,7 @@ test: $(VENV)/.dev     ## run the tests: a file a core at a time, then those tha
 
 test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is compiled
 	$(BIN)/python -m pytest -m "not alone and not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-	  $(OF_ENGINE:%=tests/service/test_%.py) tests/promises tests/benchmarks/test_host_benchmark.py
+	  tests/benchmarks/test_host_benchmark.py $(OF_ENGINE:%=tests/service/test_%.py) tests/promises
 
 test-gpu: $(VENV)/.dev  ## on a GPU: run the tests that need one, some minutes
 	$(BIN)/python -m pytest -m gpu

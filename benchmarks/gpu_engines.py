@@ -205,6 +205,6 @@ def idle_runner(case: Case, plan: Plan) -> SlotRunner[Any]:
     return runner
 
 
-def measure_idle(case: Case, plan: Plan) -> list[dict[str, Any]]:
+def measure_idle(case: Case, plan: Plan, runner: SlotRunner[Any] | None = None) -> list[dict[str, Any]]:
     """The engine where the network takes no time: what its own threads allow at most, at 40 % budget."""
-    return measure_engine(case, idle_runner(case, plan), "default", plan, {}, (0.4,))
+    return measure_engine(case, runner or idle_runner(case, plan), "default", plan, {}, (0.4,))

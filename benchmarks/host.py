@@ -24,12 +24,12 @@ from benchmarks.processes import REPOSITORY
 from service.compiled import compiled_sources
 
 MEASURES = ("Python", "compiled")
-N_IMAGES = 2048  # sent again and again: to run more through the network first takes longer than all that is measured
+N_IMAGES = 2048  # to run more through the network first takes longer than all that is measured
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One process. At 40 % budget, `benchmarks.gpu`'s plan for networks of 32 px."""
+    """One process, at 40 % budget."""
 
     images_per_s: float
     us_an_image: float  # of processor time, all threads and whoever submits the images
@@ -37,8 +37,8 @@ class Measured:
     alone_whole_ms: float  # the same through all stages
 
 
-def measure() -> Measured:
-    """Measure in this process."""
+def measure(**amounts: int) -> Measured:
+    """Measure in this process; the plan's `amounts` are those of `benchmarks.gpu` but for these."""
     import torch
 
     from benchmarks.gpu_cases import NETWORKS, Plan
@@ -46,10 +46,11 @@ def measure() -> Measured:
     from service.runners.torch_cuda.device import Host
 
     network = NETWORKS["cifar"]
-    plan = Plan(Host(), torch.float32, **{**network.amounts, "n_images": N_IMAGES})
+    plan = Plan(Host(), torch.float32, **{**network.amounts, **amounts})
     case = network.make(plan)
-    [engine] = measure_idle(case, plan)
-    alone = measure_alone(case, idle_runner(case, plan), plan)
+    runner = idle_runner(case, plan)
+    [engine] = measure_idle(case, plan, runner)
+    alone = measure_alone(case, runner, plan)
     return Measured(
         images_per_s=engine["images_per_s"],
         us_an_image=engine["host_us_an_image"],
@@ -72,28 +73,34 @@ def load_sources() -> None:
         del sys.modules[name]  # it may have come compiled
 
 
-def measure_apart(what: str) -> Measured:
+def measure_apart(what: str, **amounts: int) -> Measured:
     command = [sys.executable, "-m", "benchmarks.host", "--one", what]
+    command += [f"--{name.replace('_', '-')}={amount}" for name, amount in amounts.items()]
     told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
     return Measured(**json.loads(told.splitlines()[-1]))
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Processes of each.")] = 5,
+    n_images: Annotated[int, typer.Option(min=1, help="Images that are sent again and again.")] = N_IMAGES,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Of a batch; else as `benchmarks.gpu`.")] = None,
+    in_flight: Annotated[int | None, typer.Option(min=1, help="Images in work at once; else as there.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure the engine without a network, as Python and compiled."""
+    given = {"n_images": n_images, "max_rows": max_rows, "in_flight": in_flight}
+    amounts = {name: amount for name, amount in given.items() if amount is not None}
     if one is not None:
         if one == "Python":
             load_sources()
-        print(json.dumps(asdict(measure())))
+        print(json.dumps(asdict(measure(**amounts))))
         return
     kinds = MEASURES if compiled_sources() else MEASURES[:1]
     found: dict[str, list[Measured]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind in kinds:
-            found[kind].append(measure_apart(kind))
+            found[kind].append(measure_apart(kind, **amounts))
     table = Table("", *kinds, title="The engine without a network, 32 px, 40 % budget: medians (lowest to highest)")
     for title, name, digits in (
         ("images/s", "images_per_s", 0),

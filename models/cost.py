@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from models.tracing import TracedNetwork, trace, without_data
+from models.shapes import without_data
+from models.tracing import TracedNetwork, trace
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
     Raises:
         RecipeError: it does not take images of that size.
     """
-    network = copy.deepcopy(network).to("meta").eval()  # where shapes are all that is worked out
+    network = copy.deepcopy(network).cpu().eval()  # one image is sooner computed than its shapes are worked out
     try:
         _see(network, image_size_px)
     except RuntimeError as error:
@@ -99,17 +99,16 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
 
 def freeze_unread(network: nn.Module, image_size_px: int) -> None:
     """Let weights that no exit reads, as some small networks have, want no gradient: processes would wait for it."""
-    copied = copy.deepcopy(network).to("meta").train()
-    torch.stack(
-        [x.sum() for x in copied(torch.zeros(2, 3, image_size_px, image_size_px, device="meta"))]
-    ).sum().backward()
+    copied = copy.deepcopy(network).cpu().train()
+    with torch.random.fork_rng(devices=[]):  # what it draws, training is to draw as well
+        torch.stack([x.sum() for x in copied(torch.zeros(2, 3, image_size_px, image_size_px))]).sum().backward()
     for (name, weight), other in zip(network.named_parameters(), copied.parameters(), strict=True):
         weight.requires_grad_(other.grad is not None or name.startswith("gates."))
 
 
 @torch.no_grad()
 def _see(network: nn.Module, image_size_px: int) -> None:
-    network(torch.zeros(1, 3, image_size_px, image_size_px, device="meta"))
+    network(torch.zeros(1, 3, image_size_px, image_size_px))
 
 
 def _takes(network: nn.Module, image_size_px: int) -> bool:

@@ -1,0 +1,54 @@
+"""Running a network for the shapes of its values alone."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+_LAYERS = frozenset({F.batch_norm, F.interpolate, F.conv2d, torch.conv2d})
+
+
+@contextmanager
+def without_data(images: Tensor) -> Iterator[None]:
+    """Within it operations give shapes alone. On the meta device they do so anyway, three times as fast."""
+    with ExitStack() as modes:
+        if images.device.type != "meta":
+            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        modes.enter_context(_SameShapes())
+        yield
+
+
+class _SameShapes(TorchFunctionMode):
+    """What a layer gave for arguments of some shapes, another gives for the same.
+
+    PyTorch works shapes out in Python, milliseconds for each layer of hundreds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[Any, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _LAYERS:
+            return func(*args, **kwargs)
+        key = func, _described(args), _described(kwargs)
+        if key not in self.known:
+            self.known[key] = func(*args, **kwargs)
+        # A tensor of its own: what is changed in place is told by which tensor it is.
+        return torch.empty_like(self.known[key])
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((name, _described(part)) for name, part in value.items())
+    return value
