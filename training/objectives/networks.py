@@ -81,12 +81,13 @@ def temperatures_at(objective: Objective, n_exits: int, share: float) -> tuple[f
 
 
 def check_image_size(network: nn.Module, image_size_px: int) -> None:
-    """Let a network see one empty image.
+    """Let a network on the processor see one empty image, which takes less than to work its shapes out.
 
     Raises:
         RecipeError: it does not take images of that size.
     """
-    network = copy.deepcopy(network).cpu().eval()  # one image is sooner computed than its shapes are worked out
+    was_training = network.training
+    network.eval()
     try:
         _see(network, image_size_px)
     except RuntimeError as error:
@@ -95,6 +96,7 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
             f"network: it does not take images of {image_size_px} x {image_size_px} px, but {taken or 'others'} "
             "(--image-size); or choose another network: --recipe image-folder is for photographs"
         ) from error
+    network.train(was_training)
 
 
 def freeze_unread(network: nn.Module, image_size_px: int) -> None:
