@@ -1,4 +1,4 @@
-"""The kernels' own text, compiled for the processor: a thread of a warp that talks to its neighbours is a real thread.
+"""The kernels' own text, compiled for the processor: threads of a warp that talk take turns, from one word to the next.
 
 `compile_on_host` takes the place of `torch.cuda._compile_kernel`; the arguments and the grid are those of the GPU's.
 """
@@ -16,11 +16,8 @@ import pytest
 import torch
 
 HOST = r"""
-#include <atomic>
-#include <barrier>
 #include <cmath>
-#include <thread>
-#include <vector>
+#include <ucontext.h>
 #define ON_HOST
 #define __global__
 #define __device__
@@ -28,7 +25,7 @@ HOST = r"""
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct uint2 { unsigned x, y; };
 struct Place { unsigned x; };
-static thread_local Place blockIdx, threadIdx, blockDim;
+static Place blockIdx, threadIdx, blockDim;
 static float widened(unsigned short half) { _Float16 x; __builtin_memcpy(&x, &half, 2); return x; }
 static unsigned short narrowed(float x) {
     _Float16 half = (_Float16)x;
@@ -36,13 +33,21 @@ static unsigned short narrowed(float x) {
     __builtin_memcpy(&bits, &half, 2);
     return bits;
 }
-static std::barrier<>* together;
+// Threads that talk have a stack each. Each runs until it has to meet the others, and then lets the next one run: when
+// its turn comes again, all have come there.
+static ucontext_t lanes[32], launched;
+static char stacks[32][1 << 16];
+static void meet() {
+    unsigned mine = threadIdx.x;
+    threadIdx.x = (mine + 1) % blockDim.x;
+    swapcontext(&lanes[mine], &lanes[threadIdx.x]);
+}
 static double passed[32];
 template <typename T> static T __shfl_xor_sync(unsigned, T value, int step) {
     passed[threadIdx.x] = value;
-    together->arrive_and_wait();
+    meet();
     T theirs = (T)passed[threadIdx.x ^ step];
-    together->arrive_and_wait();
+    meet();
     return theirs;
 }
 // What tensor cores do: every lane holds parts of both factors and of the result.
@@ -50,7 +55,7 @@ static unsigned held[32][6];
 static void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, uint2 b) {
     unsigned mine[6] = {a0, a1, a2, a3, b.x, b.y}, lane = threadIdx.x;
     for (int i = 0; i < 6; i++) held[lane][i] = mine[i];
-    together->arrive_and_wait();
+    meet();
     auto part = [](unsigned both, int k) { return widened((unsigned short)(k % 2 ? both >> 16 : both)); };
     for (int i = 0; i < 4; i++) {
         int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -59,28 +64,32 @@ static void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
             c[i] += a * part(held[column * 4 + k % 8 / 2][4 + k / 8], k);
         }
     }
-    together->arrive_and_wait();
+    meet();
 }
 """
 
-# A kernel whose threads talk has one warp a block; all others run one after the other.
+# A kernel whose threads talk has one warp a block; the threads of all others run one after the other.
 LAUNCH = r"""
-extern "C" void launch(unsigned blocks, unsigned threads, void** a) {
-    bool talks = TALKS;
-    std::barrier<> barrier(talks ? threads : 1);
-    together = &barrier;
-    auto work = [&](unsigned thread) {
-        for (unsigned block = 0; block < blocks; block++) {
-            blockIdx.x = block, threadIdx.x = thread, blockDim.x = threads;
-            KERNEL(ARGUMENTS);
-            if (talks) barrier.arrive_and_wait();
-        }
-    };
-    if (!talks) for (unsigned thread = 0; thread < threads; thread++) work(thread);
+static void** a;
+static unsigned n_blocks;
+static void all_blocks() {
+    for (unsigned block = 0; block < n_blocks; block++) {
+        blockIdx.x = block;
+        KERNEL(ARGUMENTS);
+        if (TALKS) meet();
+    }
+}
+extern "C" void launch(unsigned blocks, unsigned threads, void** arguments) {
+    a = arguments, n_blocks = blocks, blockDim.x = threads, threadIdx.x = 0;
+    if (!TALKS) for (; threadIdx.x < threads; threadIdx.x++) all_blocks();
     else {
-        std::vector<std::thread> warp;
-        for (unsigned thread = 0; thread < threads; thread++) warp.emplace_back(work, thread);
-        for (auto& one : warp) one.join();
+        for (unsigned lane = 0; lane < threads; lane++) {
+            getcontext(&lanes[lane]);
+            lanes[lane].uc_stack.ss_sp = stacks[lane], lanes[lane].uc_stack.ss_size = sizeof stacks[lane];
+            lanes[lane].uc_link = &launched;  // which the first ends in, when all others have done all but that
+            makecontext(&lanes[lane], all_blocks, 0);
+        }
+        swapcontext(&launched, &lanes[0]);
     }
 }
 """
@@ -102,7 +111,7 @@ def compile_on_host(folder: Path) -> Callable[[str, str], Any]:
             launch = launch.replace("TALKS", "true" if "__shfl" in source or "multiply(" in source else "false")
             text = library.with_suffix(".cpp")
             text.write_text(HOST + source + launch)
-            how = ["g++", "-std=c++20", "-O2", "-w", "-pthread", "-shared", "-fPIC", "-o", library, text]
+            how = ["g++", "-std=c++20", "-O2", "-w", "-shared", "-fPIC", "-o", library, text]
             subprocess.run(how, check=True, capture_output=True, text=True)
         launch_kernel = ctypes.CDLL(str(library)).launch
 
