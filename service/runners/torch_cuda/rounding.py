@@ -9,6 +9,7 @@ from torch import Tensor
 
 MAX_TRIED = 64  # factors above 1, and below
 MAX_NUMBERS = 2**23  # rounded to find them: some 0.1 s a convolution
+AT_ONCE = 2**16  # numbers: small convolutions are quick but for what each call of torch takes
 ROUNDS = 2
 MOST_TURNED = 8  # weights of an output, each round
 
@@ -27,15 +28,18 @@ def scales_for(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     if bias is None or dtype == torch.float32:
         return best
     least = torch.full_like(best, torch.inf)
+    is_tiny = bias.abs() < torch.finfo(dtype).smallest_normal
     n_tried = min(MAX_TRIED, MAX_NUMBERS // (2 * weight.numel()))
-    for step in sorted(range(-n_tried, n_tried + 1), key=abs):
-        factor = 1.0 + step * torch.finfo(dtype).eps
-        exact = (bias * factor).to(dtype).to(bias.dtype) / bias
-        is_tiny = bias.abs() < torch.finfo(dtype).smallest_normal
-        scales = torch.where(is_tiny | ~exact.isfinite(), factor, exact)
-        scaled = (weight * scales.view(-1, 1, 1, 1)).flatten(2)
-        loss = _loss(scaled.to(dtype).to(weight.dtype) - scaled) / scales**2
-        best, least = torch.where(loss < least, scales, best), torch.minimum(loss, least)
+    nearest_first = torch.tensor(sorted(range(-n_tried, n_tried + 1), key=abs))
+    factors = 1.0 + nearest_first[:, None] * torch.finfo(dtype).eps
+    for some in factors.split(max(1, AT_ONCE // weight.numel())):
+        exact = (bias * some).to(dtype).to(bias.dtype) / bias
+        scales = torch.where(is_tiny | ~exact.isfinite(), some, exact)  # [tried, outputs]
+        scaled = (weight * scales[:, :, None, None, None]).flatten(3)
+        losses = _loss(scaled.to(dtype).to(weight.dtype) - scaled) / scales**2
+        loss, which = losses.nan_to_num(nan=torch.inf, posinf=torch.inf).min(dim=0)
+        scale = scales.gather(0, which[None])[0]
+        best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
     return best
 
 
@@ -71,13 +75,13 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _loss(error: Tensor) -> Tensor:
-    """What errors of weights [outputs, inputs, pixels] do to outputs, squared, as far as that is known.
+    """What errors of weights [..., outputs, inputs, pixels] do to outputs, squared, as far as that is known.
 
     Maps are positive, and pixels beside each other much alike. So errors of weights of one input add up, and those of
     all inputs do as far as these have a mean. What pixels do apart from that goes by the sum of squares.
     """
-    by_input = error.sum(dim=2)
-    return by_input.sum(dim=1) ** 2 + (by_input**2).sum(dim=1) + (error**2).sum(dim=(1, 2))
+    by_input = error.sum(dim=-1)
+    return by_input.sum(dim=-1) ** 2 + (by_input**2).sum(dim=-1) + (error**2).sum(dim=(-2, -1))
 
 
 def _cost(error: Tensor, turn: Tensor) -> Tensor:
