@@ -8,7 +8,8 @@ DATA   ?= $(EXITSERVE_DATA)
 PHOTOS ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported when it is: compiling all of torch takes longer than installing it.
+PIP    := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 
 # What setuptools will compile with, which ends in a trace where it or Python's headers are missing.
 C_COMPILER  := import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))
@@ -38,7 +39,7 @@ compile: $(VENV)/.compile  ## compile the engine's modules to C, in place: more 
 pure:            ## remove what `make compile` made: the modules run as Python again
 	find service -name '*.so' -delete
 
-test: $(VENV)/.dev     ## run the tests: a file a core at a time, then those that want the machine to themselves
+test: $(VENV)/.dev     ## run the tests: a file a core and one more at a time, then those that want the machine to themselves
 	$(BIN)/python -m pytest -m "not alone and not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone
 

@@ -30,9 +30,9 @@ from benchmarks.running import run
 from models.cost import measure_cost
 from training.checkpoint import RunFolder
 from training.data import CIFAR100_MEAN, CIFAR100_STD, Split, load_image_set
+from training.launching import launch
 from training.numerics import precision_of
 from training.objectives import network_of
-from training.processes import launch
 from training.recipe import Recipe
 
 FORWARD_AND_BACKWARD = 3

@@ -30,6 +30,11 @@ def pytest_configure() -> None:
         raise pytest.UsageError(stale)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a test waits for servers now and then."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture
 def bundle_path(tmp_path: Path) -> Path:
     """A tiny real bundle of the test's own, to serve or to damage; see `tests.bundles`."""

@@ -69,17 +69,19 @@ def train(
     ] = 224,
 ) -> None:
     """Step 1: train; writes run.json, split.npz, checkpoint.pt and log.jsonl into the run's folder."""
+    if processes > 1 and "RANK" not in os.environ:
+        from training.launching import launch
+
+        raise typer.Exit(launch(processes, sys.argv[1:]))
     from training.checkpoint import RunFolder
     from training.data import load_image_set
     from training.loop import Trainer
-    from training.processes import Processes, launch
+    from training.processes import Processes
     from training.recipe import Recipe
     from training.telling import summary
 
     loaded = Recipe.load(recipe, settings or [])
     torch_device = device.resolve()
-    if processes > 1 and "RANK" not in os.environ:
-        raise typer.Exit(launch(processes, sys.argv[1:]))
     command = f"python -m training train RUN --recipe {Path(recipe).name} --data DATA --seed {seed}"
     command += "".join(f" --set {shlex.quote(setting)}" for setting in settings or [])
     command += f" --from {start.resolve().name}" if start else ""

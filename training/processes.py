@@ -7,14 +7,8 @@ C-batch-4, bf16, two cores).
 import gc
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,7 +27,7 @@ class Processes:
 
     @classmethod
     def join(cls, device: str) -> "Processes":
-        """Join the group that the environment names (`launch` or torchrun started it), or stand alone.
+        """Join the group that the environment names (`training.launching` or torchrun started it), or stand alone.
 
         Raises:
             RunError: there is no such device for this process.
@@ -102,44 +96,6 @@ class Processes:
         if self.count > 1:
             gc.collect()
             distributed.destroy_process_group()
-
-
-def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
-
-    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop. When one fails, so do the others.
-    Both signals are the caller's again afterwards.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    command = [sys.executable, "-m", "training", *arguments]
-    workers = [
-        subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(count)
-    ]
-
-    def end(_: int | None = None, __: FrameType | None = None) -> None:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.terminate()
-
-    handlers: dict[signal.Signals, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: end}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    status = 0  # of the first that failed
-    running = True
-    try:
-        while running:
-            time.sleep(0.1)
-            statuses = [worker.poll() for worker in workers]
-            running = None in statuses
-            if not status and any(statuses):
-                status = next(s for s in statuses if s)
-                end()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return abs(status)
 
 
 class StopRequest:

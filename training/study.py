@@ -16,8 +16,8 @@ from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
 from training.data import load_image_set
 from training.errors import TrainingError
+from training.launching import launch
 from training.named import find_toml
-from training.processes import launch
 from training.recipe import Recipe
 
 STUDY_FOLDER = Path(__file__).parent / "studies"

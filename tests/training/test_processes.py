@@ -12,8 +12,9 @@ from tests.training.commands import PATIENCE_S, start
 from training.averaging import Averaging
 from training.checkpoint import RunFolder
 from training.data import ImageSet, load_image_set
+from training.launching import launch
 from training.loop import Trainer
-from training.processes import Processes, launch
+from training.processes import Processes
 from training.recipe import Recipe
 
 CPU = torch.device("cpu")
