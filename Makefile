@@ -15,10 +15,11 @@ PIP    := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --
 C_COMPILER  := import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))
 NO_COMPILER := error: no C compiler that finds Python.h. Install both (Debian, Ubuntu: apt-get install gcc libc6-dev \
   python3-dev), or serve as it is: nothing has to be compiled.
+SIDE_BY_SIDE := -m "not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # Tests that run the engine, in parts, whole or in a server.
 OF_ENGINE   := access_log api api_batch api_budget api_options api_stream budget budget_real compiled costs delivery \
   device_lost direct engine engine_trouble front front_engine front_outbox front_trouble guard inbox lanes latency \
-  launching limits metrics plan_live plan_simulation runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
+  launching limits metrics plan_simulation runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
   shutdown slots start two_ways wishes
 
 .PHONY: help serve setup compile pure test test-compiled test-gpu check format bench league train secrets configuration dashboard check-containers clean
@@ -39,13 +40,13 @@ compile: $(VENV)/.compile  ## compile the engine's modules to C, in place: more 
 pure:            ## remove what `make compile` made: the modules run as Python again
 	find service -name '*.so' -delete
 
-test: $(VENV)/.dev     ## run the tests: a file a core and one more at a time, then those that want the machine to themselves
-	$(BIN)/python -m pytest -m "not alone and not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m alone
+test: $(VENV)/.dev     ## run the tests: a file a core and one more at a time, then tests/alone, which compares times of a clock
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore tests/alone
+	$(BIN)/python -m pytest tests/alone
 
 test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is compiled
-	$(BIN)/python -m pytest -m "not alone and not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-	  tests/benchmarks/test_host_benchmark.py $(OF_ENGINE:%=tests/service/test_%.py) tests/promises
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/benchmarks/test_host_benchmark.py $(OF_ENGINE:%=tests/service/test_%.py) \
+	  tests/promises
 
 test-gpu: $(VENV)/.dev  ## on a GPU: run the tests that need one, some minutes
 	$(BIN)/python -m pytest -m gpu
