@@ -29,7 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.running import run
 from models.cost import measure_cost
 from training.checkpoint import RunFolder
-from training.data import CIFAR100_MEAN, CIFAR100_STD, Split, load_image_set
+from training.cifar100 import CIFAR100_MEAN, CIFAR100_STD
+from training.data import load_image_set
+from training.image_set import Split
 from training.launching import launch
 from training.numerics import precision_of
 from training.objectives import network_of

@@ -35,9 +35,10 @@ from models.cost import measure_cost
 from models.staging import StagingError
 from training.augment import DeviceImages
 from training.calibration import run_exits
-from training.data import DataError, ImageSet, Split, load_image_set
+from training.data import load_image_set
 from training.evaluation import Evaluation, calibration_of, evaluate
 from training.export import export_stages
+from training.image_set import DataError, ImageSet, Split
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
 

@@ -29,8 +29,8 @@ from models.cost import measure_cost
 from models.manifest import FileInfo
 from models.registry import build_network
 from models.scores import plain_scores, score_exits
-from training.data import ImageSet, Split
 from training.export import Normalise, export_stages
+from training.image_set import ImageSet, Split
 from training.quantising import quantise
 
 REPOSITORY = Path(__file__).resolve().parents[1]

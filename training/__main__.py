@@ -91,7 +91,8 @@ def train(
         images = load_image_set(data, image_size_px)
         trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
         if group.is_first:
-            for note in (*images.notes, summary(trainer)):
+            about = trainer.train_images, len(trainer.held_out), loaded.optimisation
+            for note in (*images.notes, summary(*about, trainer.steps_per_epoch, trainer.precision)):
                 typer.echo(f"{run}: {note}")
         del images  # those to train on are the trainer's own by now
         ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)

@@ -18,8 +18,8 @@ from models.predictor import features_of
 from models.scores import plain_scores, score_exits
 from training.augment import DeviceImages
 from training.checkpoint import Progress, RunError, RunFolder
-from training.data import DataError, ImageSet, Split
 from training.ensemble import Ensemble, fit_ensemble
+from training.image_set import DataError, ImageSet, Split
 from training.jei.record import SCORE, GateRecord
 from training.objectives import boosting_of, network_of, served, trainable
 from training.recipe import Augmentation

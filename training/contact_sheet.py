@@ -11,9 +11,9 @@ from models.exits import take_exits
 from models.frontier import build_frontier
 from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
-from training.data import ImageSet
 from training.evaluation import Evaluation
 from training.figures import figure_axes
+from training.image_set import ImageSet
 from training.policies import fit_scores
 
 

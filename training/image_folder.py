@@ -12,8 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.pixels import fitted, orientation_of
-from training.data import IMAGENET_MEAN, IMAGENET_STD, DataError, ImageSet
+from training.image_set import DataError, ImageSet
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 SET_APART = 5  # where nobody has put test images apart, one of so many of every class is one
 MOST_TOLD = 5  # names in one message

@@ -18,7 +18,7 @@ from training.augment import DeviceImages
 from training.averaging import Averaging
 from training.batches import Batches
 from training.checkpoint import Progress, RunError, RunFolder, describe_run
-from training.data import DataError, ImageSet, Split
+from training.image_set import DataError, ImageSet, Split
 from training.numerics import Precision, autocast, precision_of
 from training.objectives import (
     boosting_of,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from training.checkpoint import RunFolder
-    from training.data import ImageSet
+    from training.image_set import ImageSet
 
 
 def shipped(folder: str) -> str:

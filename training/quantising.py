@@ -29,9 +29,9 @@ from models.onnx_weights import StageLoadError
 from models.predictor import Predictor
 from models.scores import score_exits
 from training.calibration import ExitOutputs, outputs_of
-from training.data import DataError, ImageSet, Split
 from training.errors import TrainingError
 from training.evaluation import calibration_of, plain_predictor
+from training.image_set import DataError, ImageSet, Split
 from training.jei.record import SCORE
 from training.policies import fit_scores
 from training.quantisation import FOLDER, quantise_stages

@@ -20,9 +20,9 @@ from training.augment import DeviceImages
 from training.calibration import BATCH_ROWS, CalibrationRecord, ExitOutputs, load_trained, outputs_of, parts_of
 from training.checkpoint import RunFolder
 from training.comparison import Behaviour, Estimate, behaviour, mean_leads
-from training.data import ImageSet, Split
 from training.evaluation import N_BUDGETS, cost_of
 from training.gates import HeadInputs
+from training.image_set import ImageSet, Split
 from training.policies import PAPER, Policy, Rows, Source, crossfit_rightness
 from training.predicting import N_FOLDS, RIDGE, fit_exits, mends
 

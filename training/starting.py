@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.bundle import BundleError, load_bundle
 from models.manifest import Manifest
 from training.checkpoint import RunError
-from training.data import ImageSet, Split
+from training.image_set import ImageSet, Split
 from training.unpacking import WEIGHTS, read_weights
 
 

@@ -2,22 +2,17 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from training.augment import DeviceImages
 from training.checkpoint import RunError, RunFolder
-from training.recipe import Augmentation
-
-if TYPE_CHECKING:
-    from training.loop import Trainer
+from training.recipe import Augmentation, Optimisation
 
 
-def summary(trainer: "Trainer") -> str:
+def summary(images: DeviceImages, n_held_out: int, o: Optimisation, steps_per_epoch: int, precision: str) -> str:
     """One line before the first step."""
-    images, o = trainer.train_images, trainer.recipe.optimisation
     return (
-        f"{len(images):,} training and {len(trainer.held_out):,} held-out images of {images.n_classes} classes at "
-        f"{images.height_px} px; {o.epochs} epochs of {trainer.steps_per_epoch} steps of {o.batch_rows} rows in "
-        f"{trainer.precision}"
+        f"{len(images):,} training and {n_held_out:,} held-out images of {images.n_classes} classes at "
+        f"{images.height_px} px; {o.epochs} epochs of {steps_per_epoch} steps of {o.batch_rows} rows in {precision}"
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.bundle import BundleError, load_bundle
 from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder
-from training.data import DataError, ImageSet, Split
+from training.image_set import DataError, ImageSet, Split
 from training.objectives import network_of, trainable
 from training.optimiser import optimiser_of
 from training.recipe import Recipe

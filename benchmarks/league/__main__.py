@@ -24,7 +24,7 @@ from benchmarks.league.tables import markdown
 from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.runners.onnx import default_lanes
-from training.data import DataError
+from training.image_set import DataError
 
 ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
 BUNDLES = [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]

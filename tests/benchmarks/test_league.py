@@ -24,7 +24,7 @@ from benchmarks.league.tables import markdown
 from models.bundle import BundleError, load_bundle
 from models.onnx_weights import load_stage_session
 from tests.bundles import random_images, tiny_bundle
-from training.data import DataError
+from training.image_set import DataError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux' /proc")
 

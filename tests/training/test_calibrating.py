@@ -10,7 +10,7 @@ from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate, load_trained, outputs_of
 from training.checkpoint import RunError, RunFolder
-from training.data import DataError, ImageSet, Split
+from training.image_set import DataError, ImageSet, Split
 from training.loop import Trainer
 from training.processes import Processes
 

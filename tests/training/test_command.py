@@ -16,7 +16,7 @@ from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.__main__ import run_command
 from training.checkpoint import RunError, RunFolder
-from training.data import Split
+from training.image_set import Split
 from training.packing import bundle_name
 from training.predicting import FITTED
 

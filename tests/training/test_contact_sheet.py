@@ -10,9 +10,9 @@ from tests.training import tiny
 from training.calibration import ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
 from training.contact_sheet import Sheet, _draw, choose_images, draw_sheet
-from training.data import ImageSet
 from training.evaluation import cost_of, evaluate
 from training.figures import figure_axes
+from training.image_set import ImageSet
 from training.loop import Trainer
 from training.processes import Processes
 

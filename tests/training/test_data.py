@@ -11,7 +11,8 @@ from PIL import Image
 from service.images import ImageDecoder
 from tests.service.test_images import png_bomb
 from tests.training import tiny
-from training.data import DataError, ImageSet, Split, load_image_set
+from training.data import load_image_set
+from training.image_set import DataError, ImageSet, Split
 
 
 def assert_is_tiny(images: ImageSet) -> None:

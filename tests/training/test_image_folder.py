@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from training import image_folder
-from training.data import DataError, ImageSet, load_image_set
+from training.data import load_image_set
+from training.image_set import DataError, ImageSet
 
 NAMES = ["crème brûlée", "two words", "новый год"]
 

@@ -10,7 +10,7 @@ import torch
 from tests.training import tiny
 from training.augment import DeviceImages
 from training.checkpoint import RunFolder
-from training.data import ImageSet
+from training.image_set import ImageSet
 from training.loop import Trainer
 from training.processes import Processes
 from training.recipe import Recipe

@@ -10,8 +10,8 @@ import torch
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate, load_trained
 from training.checkpoint import RunFolder
-from training.data import ImageSet
 from training.evaluation import cost_of, evaluate
+from training.image_set import ImageSet
 from training.loop import Trainer
 from training.objectives import boosting_of, temperatures_at
 from training.packing import pack

@@ -11,7 +11,8 @@ from tests.training import tiny
 from tests.training.commands import PATIENCE_S, start
 from training.averaging import Averaging
 from training.checkpoint import RunFolder
-from training.data import ImageSet, load_image_set
+from training.data import load_image_set
+from training.image_set import ImageSet
 from training.launching import launch
 from training.loop import Trainer
 from training.processes import Processes

@@ -22,7 +22,7 @@ from tests.bundles import (
     tiny_int8_bundle,
 )
 from training import quantising
-from training.data import DataError, ImageSet, Split
+from training.image_set import DataError, ImageSet, Split
 from training.quantisation import quantise_stages
 from training.quantising import HEADING, quantise
 from training.stage_sessions import StageSessions

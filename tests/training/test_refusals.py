@@ -9,7 +9,7 @@ import torch
 from tests.training import tiny
 from tests.training.test_loop import STEPS_PER_EPOCH, numbers, trainer
 from training.checkpoint import RunError, RunFolder
-from training.data import DataError, ImageSet
+from training.image_set import DataError, ImageSet
 from training.loop import Trainer
 from training.recipe import Recipe, RecipeError
 

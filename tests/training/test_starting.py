@@ -10,8 +10,8 @@ import torch
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
-from training.data import ImageSet
 from training.evaluation import cost_of, evaluate
+from training.image_set import ImageSet
 from training.loop import Trainer
 from training.packing import pack
 from training.plots import epochs_of, plot_run

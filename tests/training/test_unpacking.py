@@ -11,8 +11,8 @@ from tests.bundles import tiny_bundle
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
-from training.data import DataError, ImageSet
 from training.evaluation import cost_of, evaluate
+from training.image_set import DataError, ImageSet
 from training.loop import Trainer
 from training.packing import pack
 from training.plots import plot_run

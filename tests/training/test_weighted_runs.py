@@ -15,8 +15,9 @@ from tests.training import tiny
 from tests.training.commands import PATIENCE_S, start
 from training.calibration import ExitOutputs, calibrate, load_trained
 from training.checkpoint import RunFolder
-from training.data import DataError, ImageSet, load_image_set
+from training.data import load_image_set
 from training.evaluation import cost_of, evaluate
+from training.image_set import DataError, ImageSet
 from training.loop import Trainer
 from training.objectives import WeightedLosses, network_of
 from training.packing import pack

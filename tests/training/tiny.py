@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from training.data import ImageSet, load_image_set
+from training.data import load_image_set
+from training.image_set import ImageSet
 from training.recipe import Recipe
 
 CLASS_NAMES = ["red", "green", "blue", "grey"]

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from training.augment import DeviceImages
 from training.calibration import BATCH_ROWS, CalibrationRecord, checked_split, load_trained, parts_of
 from training.checkpoint import RunFolder
-from training.data import ImageSet
 from training.gates import HeadInputs
+from training.image_set import ImageSet
 
 CACHE = "head_inputs.pt"
 

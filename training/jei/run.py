@@ -9,8 +9,8 @@ from torch import nn
 from models.scores import score_exits
 from training.calibration import CalibrationRecord, load_trained, outputs_of, round_to_half
 from training.checkpoint import RunError, RunFolder
-from training.data import ImageSet
 from training.evaluation import Evaluation, cost_of
+from training.image_set import ImageSet
 from training.jei.alternation import alternate
 from training.jei.gates import Shown
 from training.jei.heads import Heads
