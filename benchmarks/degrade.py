@@ -283,11 +283,10 @@ def main(
     figure: Annotated[Path | None, typer.Option(help="Save a plot there, e.g. docs/figures/degrade.svg.")] = None,
 ) -> None:
     """Show how the budget follows a latency target under load, and returns."""
+    when = read_phases(phases)
     loaded = load_bundle(bundle)
     description, pixels = read_images(data, loaded, images)
-    report = measure(
-        loaded, pixels, description, target_ms or None, read_phases(phases), slice_s, fraction, n_lanes=lanes
-    )
+    report = measure(loaded, pixels, description, target_ms or None, when, slice_s, fraction, n_lanes=lanes)
     show(report, Console())
     if json_path is not None:
         json_path.write_text(json.dumps(asdict(report), indent=2) + "\n")
