@@ -118,13 +118,6 @@ def test_it_measures_what_it_is_not_given_and_reads_what_it_has_written(tmp_path
     assert "measuring" not in again[0][2]
 
 
-def test_what_a_stage_takes_grows_with_its_rows(tmp_path, short_runs):
-    times = measure(load_bundle(tiny_bundle(tmp_path / "tiny")), "cpu", 1, 16, limit_s=0.1)
-    assert times.alone_speed == 1.0
-    for stage in range(4):
-        assert 0 < times.seconds(stage, 1) < times.seconds(stage, 16) < times.seconds(stage, 64)
-
-
 def test_where_images_never_share_a_batch_all_of_the_hosts_work_is_the_images(tmp_path, monkeypatch, short_runs):
     """With one exit, too: then every image is one batch, and nothing tells a batch's work from an image's."""
     monkeypatch.setattr(null_bundle, "EXITS", null_bundle.EXITS[:1])
