@@ -30,14 +30,14 @@ class Processes:
         """Join the group that the environment names (`training.launching` or torchrun started it), or stand alone.
 
         Raises:
-            RunError: there is no such device for this process.
+            RunError: there are fewer GPUs than processes.
         """
         count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         kind = torch.device(device)
         if kind.type == "cuda":
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
-                raise RunError(f"process {local_rank + 1} has no GPU: {torch.cuda.device_count()} are visible")
+            local_rank, n_here = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+            if n_here > (n_gpus := torch.cuda.device_count()):  # all of them find it, so that the first can tell
+                raise RunError(f"{n_here} processes need a GPU each, and {n_gpus} are visible: --processes {n_gpus}")
             kind = torch.device("cuda", local_rank)
             torch.cuda.set_device(kind)
         if count > 1:

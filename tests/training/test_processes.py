@@ -10,7 +10,7 @@ import torch
 from tests.training import tiny
 from tests.training.commands import PATIENCE_S, start
 from training.averaging import Averaging
-from training.checkpoint import RunFolder
+from training.checkpoint import RunError, RunFolder
 from training.data import load_image_set
 from training.image_set import ImageSet
 from training.launching import launch
@@ -117,6 +117,36 @@ def test_bad_input_to_two_processes_is_told_once(tmp_path: Path) -> None:
     assert err.count("error:") == 1
     assert "no such file or folder" in err
     assert "Traceback" not in err
+
+
+def test_the_first_tells_what_others_find_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ $RANK = 0 ] || exit 2\nsleep 0.5; echo "error: told" >&2; exit 2\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert launch(2, ["train"]) == 2
+    assert capfd.readouterr().err == "error: told\n"
+
+
+def test_when_one_crashes_the_others_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n[ $RANK = 0 ] || exit 3\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    assert launch(2, ["train"]) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_few_gpus_are_found_by_every_process(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, str(rank))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RunError, match="2 processes need a GPU each, and 1 are visible: --processes 1"):
+        Processes.join("cuda")
 
 
 def test_whoever_launches_hears_signals_as_before() -> None:
