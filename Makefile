@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 # To bytecode, which takes pip longer than to install, since it has one core do it. Packages hold files that are no
 # Python: that is not told.
-PREPARE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+TO_BYTECODE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 # What setuptools will compile with, which ends in a trace where it or Python's headers are missing.
 C_COMPILER  := import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))
@@ -98,15 +98,15 @@ $(BIN)/python:
 
 $(VENV)/.serve: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[client]'
-	@$(PREPARE)
+	@$(TO_BYTECODE)
 	@touch $@
 
 $(VENV)/.compile: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[client,compile]'
-	@$(PREPARE)
+	@$(TO_BYTECODE)
 	@touch $@ $(VENV)/.serve
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
-	@$(PREPARE)
+	@$(TO_BYTECODE)
 	@touch $@ $(VENV)/.serve $(VENV)/.compile

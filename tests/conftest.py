@@ -30,6 +30,7 @@ def pytest_configure() -> None:
         raise pytest.UsageError(stale)
 
 
+@pytest.hookimpl(optionalhook=True)  # there need be no xdist for tests one by one
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: a test waits for servers now and then."""
     return (os.cpu_count() or 1) + 1
