@@ -1,6 +1,7 @@
 """For all tests."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 # Before anything imports torch. Networks of the tests are tiny: a second thread gains nothing, and beside a busy core
@@ -30,10 +31,10 @@ def pytest_configure() -> None:
         raise pytest.UsageError(stale)
 
 
-@pytest.hookimpl(optionalhook=True)  # there need be no xdist for tests one by one
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a test waits for servers now and then."""
-    return (os.cpu_count() or 1) + 1
+@pytest.hookimpl(wrapper=True, optionalhook=True)  # there need be no xdist for tests one by one
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """One more than there are cores to use: a test waits for servers now and then."""
+    return (yield) + 1
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ class Processes:
         count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         kind = torch.device(device)
         if kind.type == "cuda":
-            local_rank, n_here = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            n_here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
             if n_here > (n_gpus := torch.cuda.device_count()):  # all of them find it, so that the first can tell
                 raise RunError(f"{n_here} processes need a GPU each, and {n_gpus} are visible: --processes {n_gpus}")
             kind = torch.device("cuda", local_rank)

@@ -25,9 +25,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 3, 32, 32, generator=generator), torch.randint(0, 7, (8,), generator=generator)
 
 
-def network(rescaling: Rescaling, temperatures: float | Sequence[float] = 0.5, n_exits: int = N_EXITS) -> MSDNet:
+def network(rescaling: Rescaling, temperatures: float | Sequence[float] = 0.5) -> MSDNet:
     torch.manual_seed(0)
-    return MSDNet(replace(CONFIG, n_blocks=n_exits), temperatures, rescaling).train()
+    return MSDNet(CONFIG, temperatures, rescaling).train()
 
 
 def losses(outputs: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
@@ -117,7 +117,7 @@ def test_without_temperature_and_rescaling_it_is_a_plain_network(batch):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch.compile
 def test_a_compiled_network_has_the_same_gradients(rescaling, batch):
     images, labels = batch
-    eager = network(rescaling, n_exits=2)  # each more takes seconds
+    eager = network(rescaling)
     compiled = copy.deepcopy(eager)
     run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
     wanted = gradients(eager, torch.stack(losses(eager(images), labels)).sum())

@@ -148,13 +148,11 @@ def test_graphs_tell_nothing_of_the_machine_that_made_them(exported):
         assert b"pkg.torch" not in content
 
 
-def test_an_export_can_be_repeated(tmp_path):
-    network, first, again = TwoExits().eval(), tmp_path / "first", tmp_path / "again"
-    assert export_stages(network, 8, MEAN, STD, first) == export_stages(network, 8, MEAN, STD, again)
-    files = [path.relative_to(first) for path in first.rglob("*.*")]
-    assert len(files) == 3
-    for file in files:
-        assert (again / file).read_bytes() == (first / file).read_bytes()
+def test_an_export_can_be_repeated(exported, tmp_path):
+    again = export_stages(exported.network, 32, MEAN, STD, tmp_path)
+    assert again == exported.stages
+    for path in exported.folder.rglob("*.*"):
+        assert (tmp_path / path.relative_to(exported.folder)).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("network", [InPlace, Chunks, TwoExits], ids=lambda kind: kind.__name__)
