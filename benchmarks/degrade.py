@@ -1,10 +1,10 @@
-"""A latency target at work: open-loop traffic beyond what the whole network can do, and then less of it again.
+"""A latency target at work: open-loop traffic beyond what a full budget has time for, and then less of it again.
 
     python -m benchmarks.degrade --target-ms 50 --data cifar-100-python.tar.gz
 
 Images come at random (Poisson), whether answers keep up or not, and their time runs from the moment at which they were
-due. First the full network's own capacity is measured, with as many images in flight as it takes; rates are multiples
-of it. Keep the machine idle meanwhile.
+due. First the capacity at the full budget is measured, exits on, with as many images in flight as it takes; rates are
+multiples of it. Keep the machine idle meanwhile.
 """
 
 import json
@@ -54,7 +54,7 @@ class Report:
     bundle: str
     images: str
     n_lanes: int
-    capacity_per_s: float  # of the whole network, measured
+    capacity_per_s: float  # at the full budget, measured
     target_ms: float | None
     budget_mflops: float
     phases: list[tuple[float, float]]  # seconds, multiple of the capacity

@@ -59,6 +59,7 @@ TRAFFICS = (
     Traffic("Poisson, 60 %, 2 lanes", 2, 32, load=0.6),
     Traffic("256 clients, 2 lanes", 2, 32, 256),
     Traffic("256 clients, 8 lanes", 8, 32, 256),
+    Traffic("1,000 clients, 2 lanes of 128", 2, 128, 1_000),  # as many as the rule of the last 1,000 holds for
     Traffic("2,048 clients, 2 lanes of 256", 2, 256, 2_048),
     Traffic("4,096 clients, 2 lanes of 512", 2, 512, 4_096),
     Traffic("8,192 clients, 2 lanes of 1,024", 2, 1_024, 8_192),

@@ -32,6 +32,7 @@ from models.manifest import FORMAT_VERSION, FileInfo, Manifest
 from models.predictor import FEATURES, Predictor
 from models.scores import Score, plain_scores
 
+ZOO = Path(__file__).with_name("zoo")  # what ships
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20  # class names of the largest sets take about one
 COPY_AGAIN = "copy or export the bundle again"
@@ -105,7 +106,10 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
     folder = Path(path)
     if not folder.is_dir():
         kind = "not a folder" if folder.exists() else "there is no such folder"
-        raise BundleError(folder, "", kind, "give the folder of a bundle, the one that holds manifest.json")
+        fix = "give the folder of a bundle, the one that holds manifest.json"
+        if folder.name and (shipped := ZOO / folder.name).is_dir():  # a model card names its bundle alone
+            fix = f"the bundle of that name that ships is {shipped}"
+        raise BundleError(folder, "", kind, fix)
     manifest = _read_manifest(folder)
     for file, info in manifest.files.items():
         _check_file(folder, file, info, verify)

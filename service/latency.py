@@ -39,7 +39,7 @@ class LatencyControl:
     The window holds the answers of the last second (of four targets, if that is longer), and at least `FEW` where so
     many came in the last `MEMORY_S`. Where fewer did there is no percentile, and the budget rises.
 
-    Simulated (six exits, 2 lanes, target 50 ms, Poisson arrivals at 1.5 times what the whole network can do, 16 s): p95
+    Simulated (six exits, 2 lanes, target 50 ms, Poisson arrivals at 1.5 times the capacity at a full budget, 16 s): p95
     is 43 ms; of single seconds 2 % have one above 50; accuracy is 0.1 to 0.3 points below that of
     fixed thresholds at the same cost, as with steering at a fixed budget. From light load to six times that capacity,
     four tenths of it refused, takes half a second.

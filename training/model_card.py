@@ -20,7 +20,7 @@ An image classifier with {n_exits} exits, {n_classes} classes and {parameters_m:
 {size} x {size} pixels. Every image runs stage by stage and leaves at the first exit that is sure; the server regroups
 those that go on.
 {partial}
-    python -m service --bundle {name}
+    python -m service --bundle {name}    # from the folder that holds this one
 
 ## Accuracy
 

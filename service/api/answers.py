@@ -50,7 +50,7 @@ class Step(BaseModel):
     label: str = Field(examples=["bicycle"])
     class_id: int = Field(examples=[8])
     confidence: float = Field(examples=[0.4312])
-    top: list[Ranked] = Field(description="the most probable classes, surest first")
+    top_k: list[Ranked] = Field(description="the most probable classes, surest first")
     score: float | None = Field(description="how sure, as the thresholds count it; null where not finite")
     threshold: float | None = Field(
         description="score from which an image left here at that moment; null where none, or every one, would do"

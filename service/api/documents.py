@@ -61,7 +61,7 @@ class Documents:
             "label": step.label,
             "class_id": step.class_id,
             "confidence": rounded(step.confidence),
-            "top": self._ranked(step.top_k),
+            "top_k": self._ranked(step.top_k),
             "score": finite(step.score),
             "threshold": finite(step.threshold),
             "mflops": step.mflops,

@@ -146,6 +146,7 @@ def test_a_huge_manifest_is_refused_unread(bundle_path: Path) -> None:
 
 def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "nowhere").reason
+    assert refusal(tmp_path / "cifar100-msdnet").fix.endswith("models/zoo/cifar100-msdnet")  # as its card names it
     (tmp_path / "file").touch()
     assert "not a folder" in refusal(tmp_path / "file").reason
     assert "not a bundle" in refusal(tmp_path).reason

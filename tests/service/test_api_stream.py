@@ -51,8 +51,8 @@ def test_there_is_a_line_for_every_exit_and_the_last_is_the_answer(http: Http) -
         answers.Step.model_validate(step, strict=True)
         assert step["final"] is False
         assert step["label"] == model["class_names"][step["class_id"]]
-        assert step["top"][0] == {key: step[key] for key in ("label", "class_id", "confidence")}
-        assert len(step["top"]) == 3
+        assert step["top_k"][0] == {key: step[key] for key in ("label", "class_id", "confidence")}
+        assert len(step["top_k"]) == 3
         assert step["mflops"] == pytest.approx(model["exits"][step["exit"] - 1]["executed_mflops"])
     assert set(last) == set(answers.LastStep.model_fields)
     answers.LastStep.model_validate(last, strict=True)

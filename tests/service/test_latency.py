@@ -13,7 +13,7 @@ from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier, popula
 FRONTIER = frontier()
 LOWEST, TOP = FRONTIER.cost[0], FRONTIER.cost[-1]
 TARGET_S = 0.050
-CAPACITY = capacity(FRONTIER, n_lanes=2, mflops_per_s=13_000.0)  # of the whole network, 471 images/s
+CAPACITY = capacity(FRONTIER, n_lanes=2, mflops_per_s=13_000.0)  # at a full budget, 471 images/s
 LIGHT = 0.4 * CAPACITY
 
 
@@ -43,7 +43,7 @@ def offline_accuracy(cost_mflops: float, n_images: int = 50_000) -> float:
 
 @pytest.fixture(scope="module")
 def overload() -> Record:
-    """3 s of light load, 9 at one and a half times the capacity of the whole network, 6 of light load."""
+    """3 s of light load, 9 at one and a half times the capacity at a full budget, 6 of light load."""
     return serve([(3, LIGHT), (9, 1.5 * CAPACITY), (6, LIGHT)], seed=4)
 
 
