@@ -53,10 +53,11 @@ test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is c
 test-gpu: $(VENV)/.dev  ## on a GPU: run the tests that need one, some minutes
 	$(BIN)/python -m pytest -m gpu
 
-check: $(VENV)/.dev    ## lint, format and types
+check: $(VENV)/.dev    ## lint, format, types, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --cache-dir build/imports
 
 format: $(VENV)/.dev   ## mend what lint and format can
 	$(BIN)/ruff check --fix .

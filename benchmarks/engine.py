@@ -23,14 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.closed_loop import Load, Round, ideal_rate
-from benchmarks.running import run
+from benchmarks.running import images_for, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.plan.measuring import full_row_seconds
 from service.policies import POLICIES
 from service.runners.onnx import OnnxRunner
 from service.settled_memory import settle_memory
-from training.data import load_image_set
 
 Images = NDArray[np.uint8]
 
@@ -93,7 +92,7 @@ def read_images(data: Path | None, bundle: Bundle, n_images: int) -> tuple[str, 
     if data is None:
         shape = (n_images, size.height_px, size.width_px, 3)
         return "SYNTHETIC noise: no headline", np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    found = load_image_set(data, size.height_px)
+    found = images_for(bundle, data)
     chosen = np.random.default_rng(0).permutation(len(found.test_images))[:n_images]
     return f"{found.name} test images", found.test_images[chosen]
 

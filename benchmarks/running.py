@@ -1,12 +1,15 @@
-"""Runs a benchmark as a command: what its user can mend is told in a sentence, and not as a stack trace."""
+"""What benchmarks as commands share: what their user can mend is told in a sentence, and not as a stack trace."""
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
-from models.bundle import BundleError
+from models.bundle import Bundle, BundleError
+from training.data import load_image_set
 from training.errors import TrainingError
+from training.image_set import DataError, ImageSet
 
 
 def run(main: Callable[..., object]) -> None:
@@ -16,3 +19,22 @@ def run(main: Callable[..., object]) -> None:
     except (BundleError, TrainingError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def images_for(bundle: Bundle, data: Path) -> ImageSet:
+    """Read the image set at `data`, which must be of a bundle's size and classes.
+
+    Raises:
+        DataError: it cannot be read, or is of others.
+    """
+    size = bundle.manifest.input
+    found = load_image_set(data, size.height_px)
+    if found.test_images.shape[1:3] != (size.height_px, size.width_px):
+        height_px, width_px = found.test_images.shape[1:3]
+        raise DataError(
+            f"{data}: images of {width_px} x {height_px} px, where {bundle.path} takes {size.width_px} x "
+            f"{size.height_px}; give the images that it was trained on"
+        )
+    if found.class_names != bundle.manifest.class_names:
+        raise DataError(f"{data}: classes other than those of {bundle.path}; give the images that it was trained on")
+    return found

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from tqdm import tqdm
 
-from benchmarks.running import run
+from benchmarks.running import images_for, run
 from models.bundle import Bundle, load_bundle
 from models.exits import outcome
 from models.frontier import Frontier
@@ -30,7 +30,6 @@ from service.ledger import MANY_IN_FLIGHT, ROLLING_ANSWERS, window_for
 from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
-from training.data import load_image_set
 from training.stage_sessions import StageSessions
 
 SETTLING_ANSWERS = 2_000  # before the window is looked at, and more where many are in flight:
@@ -83,7 +82,7 @@ def network_of(bundle: Bundle, data: Path | None = None) -> tuple[Network, str]:
     if data is None:
         scores = calibration.scores[bundle.manifest.score]
         return Network(scores, calibration.correct, costs_mflops, frontier), f"{len(scores):,} held-out images"
-    found = load_image_set(data, bundle.manifest.input.height_px)
+    found = images_for(bundle, data)
     logits = StageSessions(bundle.path, bundle.manifest.stages).run(found.test_images, "test images")
     correct = np.stack([x.argmax(axis=1) for x in logits], axis=1) == found.test_labels[:, None]
     network = Network(score_exits(bundle.score(), logits), correct, costs_mflops, frontier)

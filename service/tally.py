@@ -14,7 +14,7 @@ from prometheus_client.utils import floatToGoString
 Outcome = Literal["answered", "invalid", "overloaded", "unavailable", "abandoned", "failed"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
-# 15 bounds and +Inf: no histogram has more than 16 buckets. Close ones beyond a second, where answers under overload lie.
+# 15 bounds and +Inf: no histogram has more than 16 buckets. Close ones where answers under overload lie, past 1 s.
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0)
 DECODE_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 

@@ -2,10 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.running import images_for
+from models.bundle import load_bundle
+from tests.bundles import CLASS_NAMES
 from tests.service.process import REPOSITORY
+from tests.training import tiny
+from training.image_set import DataError
 
 
 @pytest.mark.parametrize("name", ["engine", "plan_check", "degrade", "http_cost", "precision", "league"])
@@ -15,3 +23,21 @@ def test_a_wrong_bundle_is_no_stack_trace(name: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: nowhere: there is no such folder; give the folder of a bundle")
     assert "Traceback" not in done.stderr
+
+
+def write_pictures(folder: Path, class_names: list[str]) -> Path:
+    for i, name in enumerate(class_names):
+        for part in ("train", "val"):
+            (folder / part / name).mkdir(parents=True)
+            Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(folder / part / name / "picture.png")
+    return folder
+
+
+def test_images_are_read_at_the_bundles_size_and_others_are_refused(bundle_path: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(bundle_path)
+    found = images_for(bundle, write_pictures(tmp_path / "its own", CLASS_NAMES))
+    assert found.test_images.shape == (len(CLASS_NAMES), 32, 32, 3)
+    with pytest.raises(DataError, match="other: classes other than those of"):
+        images_for(bundle, write_pictures(tmp_path / "other", ["cat", "dog"]))
+    with pytest.raises(DataError, match="images of 32 x 32 px, where .* takes 224 x 224"):
+        images_for(load_bundle(REPOSITORY / "models/zoo/imagenette-msdnet"), tiny.write_folder(tmp_path / "cifar"))

@@ -123,6 +123,8 @@ def test_budgets_are_kept_on_held_out_images_and_measured_on_test_images(evaluat
     for result in evaluation.policies:
         for point in result.points:
             assert point.heldout_mflops <= point.budget_mflops + 1e-9
+            within_reach = min(point.budget_mflops, result.points[-1].heldout_mflops)
+            assert point.heldout_mflops >= within_reach - EXECUTED_M[-1] / 1000  # one image
             assert sum(point.test_shares) == pytest.approx(1)
             assert point.test_executed_mflops == pytest.approx(np.dot(point.test_shares, EXECUTED_M))
             assert point.test_published_mflops == pytest.approx(np.dot(point.test_shares, PUBLISHED_M))
