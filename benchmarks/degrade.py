@@ -227,7 +227,7 @@ def draw(report: Report, path: Path) -> None:
     """Save load, p95, working budget and expected accuracy over time as a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(4, 1, sharex=True)
     middle_s = [row.from_s + (report.slices[1].from_s if len(report.slices) > 1 else 1.0) / 2 for row in report.slices]
     axes[0].plot(middle_s, [row.offered_per_s for row in report.slices], label="offered")
@@ -239,9 +239,9 @@ def draw(report: Report, path: Path) -> None:
     axes[2].plot(middle_s, [row.working_mflops for row in report.slices], label="working budget")
     axes[2].axhline(report.budget_mflops, color="grey", linestyle=":", label="as it was set")
     axes[3].plot(middle_s, [100 * row.expected_accuracy for row in report.slices], label="expected accuracy")
-    for axis, label in zip(axes, ("images/s", "ms", "M multiply-adds an image", "% right"), strict=True):
+    for axis, label in zip(axes, ("images/s", "ms", "M an image", "% right"), strict=True):
         axis.set_ylabel(label)
-        axis.legend(loc="upper right")
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside it: lines go everywhere
     for axis in axes[:3]:
         axis.set_ylim(bottom=0)
     axes[0].set_title(report.bundle)

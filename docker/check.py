@@ -4,7 +4,7 @@ There need be no Docker and no public registry (see `containers`): Debian's Prom
 image. Grafana cannot be had this way: a stand-in checks what Grafana is given, and its dashboard's queries are asked.
 
     apt-get install --no-install-recommends buildah podman runc mmdebstrap docker-compose netavark aardvark-dns iptables
-    make check-containers              # about 5 minutes; WITH_CUDA=1 builds that image too (2 GB of downloads)
+    make check-containers              # about 5 minutes; WITH_CUDA=1 builds the others too (6 GB of downloads)
 
 Standard library alone. Prints a line per check and stops at the first that fails.
 """

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PROJECT = "exitserve-check"
 IMAGE = "localhost/exitserve-check"
 BASE = f"{IMAGE}/debian:bookworm-slim"
+TARGETS = ("cpu", "cuda", "cuda-torch")
 SERVER_PORT, PROMETHEUS_PORT, GRAFANA_PORT = 18000, 19090, 13000
 
 PROMETHEUS_IMAGE = """\
@@ -146,7 +147,7 @@ def build(machine: Machine) -> None:
     machine.run("mmdebstrap", "--variant=minbase", "bookworm", str(base))
     machine.run("podman", "import", "--quiet", str(base), BASE)
     base.unlink()
-    for target in ("cpu", "cuda") if os.environ.get("WITH_CUDA") else ("cpu",):
+    for target in TARGETS if os.environ.get("WITH_CUDA") else TARGETS[:1]:
         argument = f"BASE_IMAGE={BASE}"
         machine.build(
             REPOSITORY / "docker/Dockerfile",
@@ -162,8 +163,8 @@ def build(machine: Machine) -> None:
         asked = "import service.core; from service.compiled import state; print(state())"
         told = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", asked)
         expect(told.startswith("the engine runs compiled"), "its engine is compiled, and can be loaded", told)
-        if target == "cuda":
-            check_cuda_libraries(machine)
+        if target != "cpu":
+            check_cuda_libraries(machine, target)
     for name, text in (("prometheus", PROMETHEUS_IMAGE), ("grafana", GRAFANA_IMAGE)):
         folder = machine.scratch / name
         folder.mkdir()
@@ -172,14 +173,19 @@ def build(machine: Machine) -> None:
         say(f"  ok: a stand-in for {name}")
 
 
-def check_cuda_libraries(machine: Machine) -> None:
+def check_cuda_libraries(machine: Machine, target: str) -> None:
     links = (
         "for file in /opt/exitserve/lib/python3*/site-packages/onnxruntime/capi/*_cuda.so "
-        "/opt/cuda/nvidia/*/lib/*.so.*; do ldd $file; done"
+        "/opt/cuda/nvidia/cu13/lib/*.so.* /opt/cuda/nvidia/cudnn/lib/*.so.*; do ldd $file; done"
     )
-    linked = machine.run("podman", "run", "--rm", "--entrypoint", "sh", f"{IMAGE}:cuda", "-c", links)
+    linked = machine.run("podman", "run", "--rm", "--entrypoint", "sh", f"{IMAGE}:{target}", "-c", links)
     missing = {line.split()[0] for line in linked.splitlines() if "not found" in line}
-    expect(missing == {"libcuda.so.1"}, "the cuda image lacks nothing but the driver", missing)
+    expect(missing == {"libcuda.so.1"}, "it lacks nothing but the driver", missing)
+    if target == "cuda-torch":
+        asked = "import torch; torch.cuda._compile_kernel; print(torch.version.cuda, torch.backends.cudnn.version())"
+        told = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", asked)
+        expect(told.startswith("13."), "its torch is one for CUDA", told)
+        say(f"      CUDA and cuDNN {told}")
 
 
 @contextmanager
@@ -203,7 +209,7 @@ def podman_service(machine: Machine) -> Iterator[None]:
         over.set()
         checks.join()
         machine.compose("down", "--volumes", "--timeout", "40")
-        for image in (f"{IMAGE}:cpu", f"{IMAGE}:cuda", f"{IMAGE}/prometheus", f"{IMAGE}/grafana", BASE):
+        for image in (*(f"{IMAGE}:{target}" for target in TARGETS), f"{IMAGE}/prometheus", f"{IMAGE}/grafana", BASE):
             machine.run("podman", "rmi", "--force", image, fails=True)
         service.terminate()
         service.wait()

@@ -39,5 +39,5 @@ def test_images_are_read_at_the_bundles_size_and_others_are_refused(bundle_path:
     assert found.test_images.shape == (len(CLASS_NAMES), 32, 32, 3)
     with pytest.raises(DataError, match="other: classes other than those of"):
         images_for(bundle, write_pictures(tmp_path / "other", ["cat", "dog"]))
-    with pytest.raises(DataError, match="images of 32 x 32 px, where .* takes 224 x 224"):
+    with pytest.raises(DataError, match=r"images of 32 x 32 px, where .* takes 224 x 224"):
         images_for(load_bundle(REPOSITORY / "models/zoo/imagenette-msdnet"), tiny.write_folder(tmp_path / "cifar"))
