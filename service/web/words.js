@@ -29,7 +29,7 @@ export function aboutLatency({ target_ms: target, p95_ms: p95, limited, limited_
 const SCORES = {
   logit_margin: "The score says how far the best guess is ahead of the next one.",
   probability_margin:
-    "The score says how much more probable the best guess is than the next one, less one: 0 is as sure as can be, -1 not at all.",
+    "The score says how much more probable the best guess is than the next one, less one: 0 is certain, -1 undecided.",
   max_softmax: "The score says how far the best guess is ahead of all others together.",
 };
 
