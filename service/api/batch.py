@@ -1,11 +1,14 @@
 """`POST /classify/batch`: several images in one form; every one gets an answer or a problem of its own."""
 
 import asyncio
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from service.api.answers import BatchAnswer, ProblemDocument
@@ -16,18 +19,37 @@ from service.api.documents import engine_problem, outcome
 from service.api.options import Asked
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
-from service.errors import EngineError
+from service.api.siblings import Siblings
+from service.errors import EngineError, EngineOverloaded, EngineTooLate
 from service.logs import NOTES
+from service.rows import Answer, Options
 
 Result = dict[str, Any] | Problem
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What the images of one form share."""
+
+    started_s: float  # when its last byte was there
+    options: Options
+    request_id: str
+    turns: asyncio.Semaphore  # to be decoded
+    siblings: Siblings
+
+
 class Batcher:
-    """Answers one form of images; counts how each of them ended."""
+    """Answers forms of images; counts how each of these ended.
+
+    A form may hold more images than the engine has room for. So a part of them is in work at a time, and none is
+    refused for its siblings' sake: it waits until one of them has ended.
+    """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.state = classifier.state
+        self._n_processes = max(1, self.state.settings.http_workers)
+        self._n_forms = 0  # in work
 
     async def respond(self, request: Request) -> Response:
         metrics, settings = self.state.metrics, self.state.settings
@@ -48,41 +70,75 @@ class Batcher:
 
     async def _results(self, request: Request, uploads: list[Upload], asked: Asked) -> list[Result]:
         """One for every upload, in order; raises ClientDisconnect where the client has left: all have been given up."""
-        started = perf_counter()
-        tasks: list[asyncio.Task[Result]] = []
-        request_id = request.scope["request_id"]
+        this = asyncio.current_task()
+        assert this is not None
+        started_s = perf_counter()
         # As many at a time as there are threads: a form of large pictures is not to keep all others from them.
-        turns = asyncio.Semaphore(self.state.decoder.n_threads)
-        with Watch(request.receive, lambda: [task.cancel() for task in tasks]) as watch:
+        turns, siblings = asyncio.Semaphore(self.state.decoder.n_threads), Siblings()
+        form = _Form(started_s, asked.at(started_s), request.scope["request_id"], turns, siblings)
+        tasks: list[asyncio.Task[Result]] = []
+        self._n_forms += 1
+        with Watch(request.receive, this.cancel) as watch:
             try:
                 for upload in uploads:
-                    tasks.append(asyncio.create_task(self._result(upload, asked, started, turns, request_id)))
+                    while not self._has_place(siblings) and await siblings.wait(form.options.deadline_s):
+                        pass
+                    siblings.begin_one()
+                    tasks.append(asyncio.create_task(self._result(upload, form)))
                     await asyncio.sleep(0)  # small images are decoded on this loop: others have their turn in between
                 return await asyncio.gather(*tasks)
             except BaseException:  # cancelled, or a fault of the server's own: then no image goes on
                 for task in tasks:
                     task.cancel()
                 if watch.client_left:
+                    this.uncancel()
                     raise ClientDisconnect from None
                 raise
+            finally:
+                self._n_forms -= 1
 
-    async def _result(
-        self, upload: Upload, asked: Asked, started: float, turns: asyncio.Semaphore, request_id: str
-    ) -> Result:
-        options = asked.at(started)
+    def _has_place(self, siblings: Siblings) -> bool:
+        """Whether one more of a form's images may be in work.
+
+        One may always. More may as far as all forms together, those of other processes too, take half of the engine's
+        room: the other half is for clients that send a single image, who would be refused as long as forms last.
+        """
+        if not siblings.n_in_work:
+            return True
+        room_rows, _ = self.state.engine.room
+        share = room_rows // (2 * self._n_processes * self._n_forms)
+        return siblings.n_in_work < share and self.state.engine.has_room
+
+    async def _result(self, upload: Upload, form: _Form) -> Result:
+        deadline_s = form.options.deadline_s
         try:
-            async with turns:
+            if perf_counter() >= deadline_s:  # it has waited for its siblings until then
+                raise EngineTooLate
+            async with form.turns:
                 decoding = perf_counter()
-                image = await self.classifier.decode(upload.body, options.deadline_s)
+                image = await self.classifier.decode(upload.body, deadline_s)
                 decoded = perf_counter()
-            answer = await self.state.delivery.answer(image, options)
+            answer = await self._answer(image, form)
         except EngineError as error:
             return engine_problem(error)
         except Problem as problem:
             return problem
-        total_s = perf_counter() - started
+        finally:
+            form.siblings.end_one()
+        total_s = perf_counter() - form.started_s
         self.state.responded(answer.exit, total_s)
-        return self.classifier.documents.answer(answer, decoded - decoding, total_s, request_id)
+        return self.classifier.documents.answer(answer, decoded - decoding, total_s, form.request_id)
+
+    async def _answer(self, image: NDArray[np.uint8], form: _Form) -> Answer:
+        """The engine's answer; where it has no room for the image, the siblings that are in work will make some."""
+        while True:
+            try:
+                return await self.state.delivery.answer(image, form.options)
+            except EngineOverloaded:
+                if form.siblings.n_in_work == 1:  # itself: the room is others'
+                    raise
+            if not await form.siblings.step_back(form.options.deadline_s):
+                raise EngineTooLate
 
     def _response(self, request: Request, uploads: list[Upload], results: list[Result]) -> Response:
         problems = [result for result in results if isinstance(result, Problem)]

@@ -34,6 +34,11 @@ class EnginePort(Protocol):
         ...
 
     @property
+    def room(self) -> tuple[int, float]:
+        """How many images may be in flight at the moment, and by how many seconds each of them makes a new one wait."""
+        ...
+
+    @property
     def has_room(self) -> bool:
         """Whether `require_room` refuses nothing; for less."""
         ...

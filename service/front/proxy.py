@@ -103,6 +103,10 @@ class RemoteEngine:
         return self._board.trouble
 
     @property
+    def room(self) -> tuple[int, float]:
+        return self._board.room_rows, self._board.row_s
+
+    @property
     def has_room(self) -> bool:
         return self._memory.in_flight_rows < self._board.room_rows and bool(self._free)
 

@@ -3,7 +3,10 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import httpx
@@ -19,7 +22,7 @@ from service.rows import Answer, Options
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.service.test_delivery import keep_busy
-from tests.waiting import wait_until
+from tests.waiting import LIMIT_S, wait_until
 
 IMAGES = random_images(12, seed=17)
 BODIES = [png(image) for image in IMAGES]
@@ -116,6 +119,84 @@ def test_where_no_image_can_be_taken_now_the_whole_request_is_to_come_back(
     assert batch(http, "", *BODIES[:3])["answered"] == 3
 
 
+@pytest.mark.parametrize("limit", [{"max_in_flight": 8}, {"max_queue_s": 1e-6}])
+def test_no_image_is_refused_for_its_siblings(folder: Path, limit: dict[str, Any]) -> None:
+    """The form has many more than the engine has room for, by their number or by the time they would wait."""
+    with serving(build_app(folder, **limit)) as http:
+        for _ in range(2):
+            assert batch(http, "", *BODIES * 3)["answered"] == 3 * len(BODIES)
+        forms = [httpx.Request("POST", "http://x", files=files(*BODIES * 2)) for _ in range(3)]
+        headers = {"Content-Type": "multipart/form-data; boundary=XX"}
+        bodies = [form.read().replace(form.headers["content-type"][30:].encode(), b"XX") for form in forms]
+        for response in http.post_all("/classify/batch", bodies, 3, headers=headers):  # at once
+            assert response.json()["answered"] == 2 * len(BODIES)
+        assert outcomes(http)["overloaded"] == 0
+
+
+def test_an_image_that_the_engine_refuses_waits_for_its_siblings(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when others fill the room between two of them; some of the form's are in work then."""
+    refused: list[int] = []
+    submit_to = Engine.submit_to
+
+    def refuses(engine: Engine, *args: Any, **options: Any) -> Any:
+        in_flight = engine._admission.in_flight
+        if in_flight >= 2:
+            refused.append(in_flight)
+            raise EngineOverloaded(in_flight)
+        return submit_to(engine, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "submit_to", refuses)
+        assert batch(http, "?exit=4", *BODIES)["answered"] == len(BODIES)
+    assert refused
+    assert len(refused) < 3 * len(BODIES), "each asks again when one has ended, and not before"
+
+
+@pytest.fixture
+def narrow(folder: Path) -> Iterator[tuple[Http, Engine]]:
+    """A server with room for eight images, of which a form may have four; and its engine."""
+    engines: list[Engine] = []
+    with serving(build_app(folder, keep=engines.append, max_in_flight=8)) as client:
+        yield client, engines[0]
+
+
+@contextmanager
+def busy(engine: Engine) -> Iterator[None]:
+    go_on = keep_busy(engine)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def in_flight(engine: Engine) -> int:
+    return engine._admission.in_flight
+
+
+def test_a_long_form_leaves_room_for_others(narrow: tuple[Http, Engine]) -> None:
+    http, engine = narrow
+    with ThreadPoolExecutor() as pool:
+        with busy(engine):
+            form = pool.submit(batch, http, "", *BODIES * 2)
+            wait_until("its first images are in work", lambda: in_flight(engine) == 4)
+            alone = pool.submit(http.post, "/classify", content=BODIES[0], headers=PNG)
+            wait_until("another client's is, too", lambda: in_flight(engine) == 5)
+        assert alone.result(LIMIT_S).status_code == 200
+        assert form.result(LIMIT_S)["answered"] == 2 * len(BODIES)
+
+
+def test_images_that_wait_for_siblings_hear_when_their_deadline_passes(narrow: tuple[Http, Engine]) -> None:
+    http, engine = narrow
+    with ThreadPoolExecutor() as pool:
+        with busy(engine):
+            form = pool.submit(http.post, "/classify/batch?deadline_ms=200", files=files(*BODIES))
+            wait_until("its first images are in work", lambda: in_flight(engine) == 4)
+            sleep(0.3)
+        document = form.result(LIMIT_S).json()
+    assert [item["problem"]["status"] for item in document["results"]] == [504] * len(BODIES)
+    assert engine.stats().submitted == 4, "the others have never come to the engine"
+
+
 def test_a_bug_is_counted_for_every_image_and_the_others_are_given_up(
     http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,9 +221,10 @@ def test_a_bug_is_counted_for_every_image_and_the_others_are_given_up(
 
 
 @pytest.mark.parametrize("path", ["/classify/batch", "/classify/stream", "/classify"])
-def test_a_client_that_leaves_is_given_up_with_all_its_images(folder: Path, path: str) -> None:
+@pytest.mark.parametrize("room", [1024, 8])
+def test_a_client_that_leaves_is_given_up_with_all_its_images(folder: Path, path: str, room: int) -> None:
     engines: list[Engine] = []
-    app = build_app(folder, keep=engines.append)
+    app = build_app(folder, keep=engines.append, max_in_flight=room)
     n_images = len(BODIES) if "batch" in path else 1
     form = httpx.Request("POST", f"http://127.0.0.1:8000{path}", files=files(*BODIES[:n_images]))
     scope = {
@@ -174,5 +256,6 @@ def test_a_client_that_leaves_is_given_up_with_all_its_images(folder: Path, path
         stats = engines[0].stats()
         assert (stats.abandoned, stats.in_flight_rows) == (stats.submitted, 0)
         assert 1 <= stats.submitted <= n_images  # on a busy machine it may leave before the last is decoded
+        assert stats.submitted <= room // 2  # and none that waited has followed
         assert sent[0]["status"] == 499
         assert outcomes(client)["abandoned"] == n_images

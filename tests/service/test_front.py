@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def test_it_answers_as_one_process_does(server: ServerProcess, folder: Path) -> 
     assert (batch["answered"], batch["failed"]) == (len(BODIES), 0)
     assert httpx.get(server.url + "/").status_code == httpx.get(server.url + "/docs").status_code == 200
     assert "/classify" in httpx.get(server.url + "/openapi.json").json()["paths"]
+
+
+def test_no_image_of_a_form_is_refused_for_its_siblings(folder: Path, tmp_path: Path) -> None:
+    form = [("image", (f"{i}.png", body, "image/png")) for i, body in enumerate(BODIES * 2)]
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT, "--max-in-flight", "8") as server:
+
+        def answered(_: int) -> int:
+            response = httpx.post(server.url + "/classify/batch", files=form, timeout=LIMIT_S)
+            return int(response.json()["answered"])
+
+        with ThreadPoolExecutor(3) as pool:  # more forms than workers
+            assert list(pool.map(answered, range(6))) == [len(form)] * 6
+        metrics = numbers(httpx.get(server.url + "/metrics").text)
+        assert metrics['exitserve_requests_total{outcome="overloaded"}'] == 0
+        assert metrics["exitserve_in_flight_rows"] == 0
 
 
 def test_whichever_worker_is_asked_tells_the_whole_truth(server: ServerProcess) -> None:
