@@ -16,7 +16,7 @@ if find_spec("httpx") is None:  # the server does without it
 
 from service.api.answers import BudgetState, Classification, LastStep, ModelDescription, Step
 from service.client.awaited import AsyncClient
-from service.client.calls import DEFAULT_TIMEOUT_S, DEFAULT_URL, BudgetKind, Image, Wishes
+from service.client.calls import DEFAULT_TIMEOUT_S, DEFAULT_URL, BudgetKind, Wishes
 from service.client.errors import (
     BadImage,
     BadRequest,
@@ -31,6 +31,7 @@ from service.client.errors import (
     Unreachable,
     refusal,
 )
+from service.client.pictures import Image
 from service.client.waiting import Client
 
 __all__ = [

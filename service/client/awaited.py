@@ -1,59 +1,80 @@
 """The client whose calls are awaited."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from math import inf
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, SupportsFloat, TypeVar, Unpack
 
 import httpx
 
-from service.api.answers import BatchAnswer, BudgetState, Classification, LastStep, ModelDescription, Step
+from service.api.answers import BatchAnswer, BudgetState, Classification, LastStep, ModelDescription, Readiness, Step
 from service.client.calls import (
     CUT_OFF,
+    DEFAULT_READY_S,
     DEFAULT_TIMEOUT_S,
     DEFAULT_URL,
     BudgetKind,
     Calls,
-    Image,
+    M,
     Wishes,
     items,
 )
-from service.client.errors import Refused
+from service.client.errors import Refused, ServerError
+from service.client.patience import Patience
+from service.client.pictures import Image
+
+T = TypeVar("T")
 
 
 class AsyncClient(Calls):
     """The same calls, awaited; see `Client`."""
 
-    def __init__(self, url: str = DEFAULT_URL, token: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        super().__init__(url, token, timeout_s)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        token: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        retries: int = 0,
+    ) -> None:
+        super().__init__(url, token, timeout_s, retries)
         self._http = httpx.AsyncClient(**self._options)
 
     async def classify(self, image: Image, **wishes: Unpack[Wishes]) -> Classification:
-        return self._read(await self._send(self._one("/classify", image, wishes)), Classification)
+        return await self._ask(self._one("/classify", image, wishes), Classification)
 
     async def stream(self, image: Image, **wishes: Unpack[Wishes]) -> AsyncIterator[Step | LastStep]:
-        try:
-            sent = await self._send(self._one("/classify/stream", image, wishes), stream=True)
-            async with aclosing(sent) as response:
-                if response.status_code != 200:
-                    await response.aread()
-                    raise self._refusal(response)
+        call = self._one("/classify/stream", image, wishes)
+        with self._explained():
+            async with aclosing(await self._patiently(lambda: self._open(call), self._patience())) as response:
+                step = None
                 async for line in response.aiter_lines():
-                    yield self._line(line)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise self._unreachable(error) from None
+                    step = self._line(line)
+                    yield step
+                self._require_last(step)
 
     async def batch(self, images: Sequence[Image], **wishes: Unpack[Wishes]) -> list[Classification | Refused]:
-        return items(self._read(await self._send(self._several(images, wishes)), BatchAnswer)) if images else []
+        return items(await self._ask(self._several(images, wishes), BatchAnswer)) if len(images) else []
 
     async def budget(self) -> BudgetState:
-        return self._read(await self._send({"method": "GET", "url": "/budget"}), BudgetState)
+        return await self._ask({"method": "GET", "url": "/budget"}, BudgetState)
 
-    async def set_budget(self, kind: BudgetKind, value: float, latency_ms: float | None = None) -> BudgetState:
-        return self._read(await self._send(self._budget(kind, value, latency_ms)), BudgetState)
+    async def set_budget(
+        self, kind: BudgetKind, value: SupportsFloat, latency_ms: SupportsFloat | None = None
+    ) -> BudgetState:
+        return await self._ask(self._budget(kind, value, latency_ms), BudgetState)
 
     async def model(self) -> ModelDescription:
-        return self._read(await self._send({"method": "GET", "url": "/model"}), ModelDescription)
+        return await self._ask({"method": "GET", "url": "/model"}, ModelDescription)
+
+    async def wait_ready(self, timeout_s: float = DEFAULT_READY_S) -> None:
+        patience = Patience(inf, timeout_s)
+
+        async def ask() -> None:
+            self._read(await self._send(self._ready(patience.left_s)), Readiness)
+
+        await self._patiently(ask, patience)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -66,11 +87,31 @@ class AsyncClient(Calls):
     ) -> None:
         await self.close()
 
+    async def _ask(self, call: dict[str, Any], shape: type[M]) -> M:
+        async def ask() -> M:
+            return self._read(await self._send(call), shape)
+
+        return await self._patiently(ask, self._patience())
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]], patience: Patience) -> T:
+        while True:
+            try:
+                return await ask()
+            except ServerError as error:
+                await asyncio.sleep(patience.wait_s(error))
+
+    async def _open(self, call: dict[str, Any]) -> httpx.Response:
+        response = await self._send(call, stream=True)
+        if response.status_code == 200:
+            return response
+        with self._explained():
+            async with aclosing(response):
+                await response.aread()
+        raise self._refusal(response)
+
     async def _send(self, call: dict[str, Any], stream: bool = False) -> httpx.Response:
-        try:
+        with self._explained():
             try:
                 return await self._http.send(self._http.build_request(**call), stream=stream)
             except CUT_OFF:
                 return await self._http.send(self._http.build_request(**call), stream=stream)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise self._unreachable(error) from None

@@ -1,5 +1,7 @@
 """What a client raises where there is no answer: a class for each kind of refusal, as docs/http.md lists them."""
 
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 
@@ -12,12 +14,13 @@ class Unreachable(ServerError):  # noqa: N818 (these are names of states)
 
 
 class Refused(ServerError):  # noqa: N818
-    """The server answered with a problem (RFC 9457).
+    """The server answered with a problem (RFC 9457), or a gateway before it that has none to ask.
 
     Attributes:
         status: HTTP status.
-        kind: stable name of the problem, for programs.
+        kind: stable name of the problem, for programs; "gateway" where that came without a problem document.
         document: all of it.
+        retry_after_s: seconds after which to ask again, where the answer says so.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Overloaded(Later):
 
 
 class NotReady(Later):
-    """The server is warming up, stopping or broken."""
+    """The server is warming up, stopping or broken, or a gateway before it cannot reach it."""
 
 
 class DeadlinePassed(Refused):
@@ -67,6 +70,8 @@ BY_STATUS: dict[int, type[Refused]] = {
     503: NotReady,
     504: DeadlinePassed,
 }
+# Without a problem document they are not the server's own: a gateway that has no server to ask, or heard nothing of it.
+BY_GATEWAY: dict[int, type[Later]] = {429: Overloaded, 502: NotReady, 503: NotReady, 504: NotReady}
 
 
 def refusal(document: dict[str, Any], retry_after_s: float | None = None) -> Refused:
@@ -83,3 +88,17 @@ def refusal(document: dict[str, Any], retry_after_s: float | None = None) -> Ref
     fallback = ServerFault if status >= 500 else BadImage if kind in IMAGE_KINDS else BadRequest
     retry_after_s = document.get("retry_after_s", retry_after_s)
     return BY_STATUS.get(status, fallback)(status, kind, str(document["detail"]), document, retry_after_s)
+
+
+def seconds(retry_after: str | None) -> float | None:
+    """What a header `Retry-After` says, seconds or a date, as seconds from now; None where it says nothing."""
+    if retry_after is None:
+        return None
+    text = retry_after.strip()
+    if text.isascii() and text.replace(".", "", 1).isdigit():
+        return float(text)
+    try:
+        at = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

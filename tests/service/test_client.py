@@ -1,12 +1,10 @@
-"""The Python client and the `classify` command against a real server process."""
+"""The Python client against a real server process."""
 
 import asyncio
 import http.server
-import json
+import io
 import select
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service import command
 from service.api.answers import LastStep, Step
 from service.client import (
     AsyncClient,
@@ -35,9 +32,10 @@ from service.client import (
 )
 from tests.bundles import CLASS_NAMES, random_images
 from tests.service.apps import png
-from tests.service.process import REPOSITORY, environment, running_server
+from tests.service.process import running_server
 
-BODIES = [png(image) for image in random_images(3, seed=29)]
+PIXELS = random_images(3, seed=29)
+BODIES = [png(image) for image in PIXELS]
 TOKEN = "a-token-for-tests"
 
 
@@ -183,13 +181,32 @@ def test_what_is_refused_is_an_exception_that_says_why(url: str, tmp_path: Path)
             client.set_budget("fraction", 0.5)
         with pytest.raises(FileNotFoundError):
             client.classify(tmp_path / "nothing.png")
-        with pytest.raises(TypeError, match=r"not of type Image: encode it as PNG or JPEG"):
-            client.classify(Image.new("RGB", (8, 8)))  # type: ignore[arg-type]
-    for no_url in ("127.0.0.1:8000", "localhost:8000", ""):
-        with pytest.raises(Unreachable, match=r"is no URL of a server .* looks like http://127\.0\.0\.1:8000"):
-            Client(no_url).budget()
     with Client("http://127.0.0.1:1") as nobody, pytest.raises(Unreachable, match=r"127\.0\.0\.1:1 cannot be reached"):
         nobody.budget()
+
+
+def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures: list[Path]) -> None:
+    pixels = Image.fromarray(PIXELS[0])
+    with Client(url) as client, pictures[0].open("rb") as file:
+        answer = client.classify(BODIES[0], exit=3)
+        mirrored = PIXELS[0][:, ::-1].copy()[:, ::-1]  # the same, not as it lies in memory
+        forms = [file, io.BytesIO(BODIES[0]), bytearray(BODIES[0]), str(pictures[0]), pixels, PIXELS[0], mirrored]
+        assert [client.classify(form, exit=3).confidence for form in forms] == [answer.confidence] * len(forms)
+        for mode in ("CMYK", "L", "RGBA", "I;16", "P"):
+            assert client.classify(pixels.convert("L" if mode == "I;16" else "RGB").convert(mode)).label in CLASS_NAMES
+        file.seek(0)
+        named = client.batch([file, PIXELS[0], pixels], exit=3)
+        assert [item.confidence for item in named if isinstance(item, Classification)] == [answer.confidence] * 3
+        assert len(client.batch(PIXELS, exit=3)) == len(PIXELS)  # type: ignore[arg-type]  # an array of several
+        with pictures[0].open(encoding="latin-1") as text, pytest.raises(TypeError, match="a file opened as binary"):
+            client.classify(text)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="and not of type NoneType"):
+            client.classify(None)  # type: ignore[arg-type]
+        for wrong in (PIXELS, PIXELS[0] / 255, PIXELS[0].transpose(2, 0, 1), PIXELS[0][:0]):
+            with pytest.raises(ValueError, match=r"is uint8 \[height, width, 3\], and not (uint8|float64) \["):
+                client.classify(wrong)
+        with pytest.raises(ValueError, match="no pixels"):
+            client.classify(Image.new("RGB", (0, 8)))
 
 
 @pytest.mark.parametrize(
@@ -243,81 +260,3 @@ def test_another_server_is_told_apart() -> None:
         finally:
             server.shutdown()
             thread.join()
-
-
-# --- the command ------------------------------------------------------------------------------------------------
-
-
-def test_the_command_prints_a_table_from_a_bundle(
-    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    bad = pictures[0].with_name("notes.txt")
-    bad.write_text("no picture")
-    files = [*pictures, bad, bad.with_name("absent.png"), bad.parent]
-    arguments = [*map(str, files), "--bundle", str(folder), "--exit", "2"]
-    assert command.main([*arguments, "--top-k", "2"]) == 1
-    told = capsys.readouterr()
-    lines = told.out.splitlines()
-    assert lines[0].split() == ["image", "label", "confidence", "exit", "reason", "MFLOPs", "ms"]
-    assert len(lines) == 1 + 2 * len(pictures) + 2
-    assert str(pictures[0]) in lines[1]
-    assert "2/4" in lines[1]
-    assert "pinned" in lines[1]
-    assert "3 images by tiny-random" in lines[-1]
-    assert "notes.txt: The 10 bytes sent are not" in told.err
-    assert "absent.png: The file cannot be read: No such file" in told.err
-    assert f"{bad.parent}: This is a folder: give the pictures in it" in told.err
-
-
-def test_the_command_asks_a_server_the_same(
-    url: str, folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    there = [*map(str, pictures), "--json", "--exit", "3", "--url", url]
-    here = [*map(str, pictures), "--json", "--exit", "3", "--bundle", str(folder)]
-    answers = []
-    for arguments in (there, here):
-        assert command.main(arguments) == 0
-        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [line["image"] for line in lines] == list(map(str, pictures))
-        answers.append([(line["answer"]["label"], line["answer"]["confidence"]) for line in lines])
-    assert answers[0] == answers[1]
-
-
-def test_the_command_says_what_is_wrong(folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    picture = str(pictures[0])
-    for arguments, says in (
-        (["--bundle", str(folder / "nothing")], "nothing"),
-        (["--bundle", str(folder), "--exit", "7"], "error: exit is '7' and has to be an integer from 1 to 4"),
-        (["--bundle", str(folder), "--budget-fraction", "0.01"], "give a value from"),
-        (["--bundle", str(folder), "--budget-fraction", "0"], "give a value from"),
-        (["--url", "http://127.0.0.1:1"], "Leave --url out"),
-        (["--url", "http://127.0.0.1:1", "--budget-fraction", "0.5"], "has its own budget"),
-    ):
-        assert command.main([picture, *arguments]) == 2
-        told = capsys.readouterr()
-        assert told.err.startswith("error: ")
-        assert says in told.err
-        assert told.out == ""
-
-
-def test_the_command_counts_images_on_a_terminal(
-    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert command.main([*map(str, pictures), "--bundle", str(folder)]) == 0
-    told = capsys.readouterr()
-    assert "\r1 of 3 images\r2 of 3 images\r" in told.err
-    assert "of 3 images" not in told.out
-
-
-def test_it_is_part_of_the_service_command_and_takes_no_torch(folder: Path, pictures: list[Path]) -> None:
-    code = (
-        "import sys; from service.__main__ import main; "
-        f"assert main(['classify', {str(pictures[0])!r}, '--bundle', {str(folder)!r}]) == 0; "
-        "assert 'torch' not in sys.modules"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stderr
-    assert "1 image by tiny-random" in result.stdout
