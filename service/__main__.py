@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 # All else is imported once it is needed: `--help`, a wrong setting and Ctrl-C are answered at once.
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.target import Target, Targets
 
 logger = logging.getLogger("service")
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,16 +26,16 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == ["classify"]:
         from service import command
 
-        return _print(command.main, arguments[1:])
+        return _printing(command.main, arguments[1:])
     if list(arguments[:1]) == ["plan"]:
         from service.plan import command as plan
 
-        return _print(plan.main, arguments[1:])
+        return _printing(plan.main, arguments[1:])
     from service.command_line import load_settings, mistaken_variables
     from service.settings import SettingsError
 
     try:
-        settings = load_settings(arguments)
+        settings = _printing(load_settings, arguments)  # or help, or the version
     except SettingsError as error:
         return _refuse(error)
     from models.bundle import BundleError
@@ -59,13 +60,28 @@ def main(arguments: Sequence[str]) -> int:
             return _refuse(error)
 
 
-def _print(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """Run a command, and end it quietly where nobody reads on (`| head`)."""
+def _printing(command: Callable[[Sequence[str]], T], arguments: Sequence[str]) -> T:
+    """Run what may print, and end with 1 where that cannot be written: quietly where nobody reads on (`| head`)."""
     try:
-        return command(arguments)
+        try:
+            return command(arguments)
+        finally:
+            sys.stdout.flush()  # what is in its buffer, `--help` too, may be the first that cannot be written
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 1
+        _give_standard_output_up()
+    except OSError as error:
+        if error.filename is not None:  # of a file, and not of what is printed
+            raise
+        _give_standard_output_up()
+        sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")
+    raise SystemExit(1)
+
+
+def _give_standard_output_up() -> None:
+    """Let what is in its buffer go nowhere: Python writes it at its end, and would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _serve(settings: "Settings", listener: socket.socket) -> int:
@@ -117,11 +133,16 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
     keeper = Keeper(engine, target)
 
     def say_ready() -> None:
-        sys.stdout.write(
+        line = (
             f"ExitServe is ready on {url} with {manifest.name} {manifest.version} in {bundle.precision}: "
-            f"{len(manifest.exits)} exits, {target.average_mflops:.4g} of {targets.full_mflops:.4g} MFLOPs an image\n"
+            f"{len(manifest.exits)} exits, {target.average_mflops:.4g} of {targets.full_mflops:.4g} MFLOPs an image"
         )
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        except OSError as error:  # whoever started it does not listen: clients may
+            _give_standard_output_up()
+            logger.warning("%s; standard output cannot be written: %s", line, error.strerror)
 
     url = _url(listener)
     failure = None
@@ -197,6 +218,19 @@ def _end(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+def hold_standard_streams() -> None:
+    """Take the places of standard streams that are closed (`>&-`): the next socket would be opened in one of them.
+
+    Input and output are opened the wrong way round, so that to use them still fails; what is logged goes nowhere.
+    """
+    wrong = (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    for number, (name, mode, flags) in enumerate(wrong):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 if __name__ == "__main__":
+    hold_standard_streams()
     end_at_once_when_told()
     sys.exit(main(sys.argv[1:]))

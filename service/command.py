@@ -16,6 +16,7 @@ from service.api.answers import Classification
 
 WISHES = ("top_k", "exit", "min_confidence", "max_mflops", "deadline_ms")
 AT_ONCE = 256  # images in work here
+STDIN = "-"
 
 
 class CommandError(Exception):
@@ -26,7 +27,7 @@ class CommandError(Exception):
 class Row:
     """What became of one image: an answer, or why there is none."""
 
-    path: Path
+    path: str
     answer: Classification | None
     why_not: str = ""
 
@@ -39,7 +40,9 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, BMP or GIF files")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP, BMP or GIF files; - is standard input"
+    )
     where = parser.add_argument_group("where").add_mutually_exclusive_group()
     where.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
     where.add_argument("--bundle", type=Path, default=Path("models/zoo/cifar100-msdnet"), help="(default: %(default)s)")
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str]) -> int:
     wishes = {name: value for name in WISHES if (value := getattr(given, name)) is not None}
     wishes.setdefault("top_k", "1")
     try:
+        if given.images.count(STDIN) > 1:
+            raise CommandError("- is standard input, which holds one picture: give it once.")
         if given.url is not None and given.budget_fraction is not None:
             raise CommandError("--budget-fraction is for a bundle here: a server has its own budget (PUT /budget).")
         if given.url is not None:
@@ -74,28 +79,29 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _ask(url: str, paths: Sequence[Path], wishes: dict[str, str]) -> Iterator[Row]:
+def _ask(url: str, paths: Sequence[str], wishes: dict[str, str]) -> Iterator[Row]:
     """Ask a server about one image after the other."""
     try:
         from service import client
     except ImportError as error:
         raise CommandError(f"{error}, or leave --url out to classify here.") from None
-    with client.Client(url) as server:
-        for path in paths:
-            try:
-                yield Row(path, server.classify(path, **wishes))  # type: ignore[arg-type]
-            except OSError as error:
-                yield Row(path, None, _unreadable(error))
-            except client.Refused as refused:
-                if refused.kind == "bad-parameter":
-                    raise CommandError(str(refused)) from None
-                yield Row(path, None, str(refused))
-            except client.ServerError as error:
-                raise CommandError(f"{error} Leave --url out to classify here.") from None
+    try:
+        with client.Client(url) as server:
+            for path in paths:
+                try:
+                    yield Row(path, server.classify(_contents(path), **wishes))  # type: ignore[arg-type]
+                except OSError as error:
+                    yield Row(path, None, _unreadable(error))
+                except client.Refused as refused:
+                    if refused.kind == "bad-parameter":
+                        raise CommandError(str(refused)) from None
+                    yield Row(path, None, str(refused))
+    except client.ServerError as error:
+        raise CommandError(f"{error} Leave --url out to classify here.") from None
 
 
 def _classify_here(
-    bundle_path: Path, budget_fraction: float | None, paths: Sequence[Path], wishes: dict[str, str]
+    bundle_path: Path, budget_fraction: float | None, paths: Sequence[str], wishes: dict[str, str]
 ) -> Iterator[Row]:
     """Load a bundle and run its engine in this process."""
     from models.bundle import BundleError, load_bundle
@@ -126,9 +132,9 @@ def _classify_here(
     size = bundle.manifest.input
     documents = Documents(bundle.manifest)
 
-    def begin(path: Path) -> Callable[[], Row]:
+    def begin(path: str) -> Callable[[], Row]:
         started = perf_counter()
-        image = decoder.decode_now(path.read_bytes())
+        image = decoder.decode_now(_contents(path))
         decoded = perf_counter()
         future = engine.submit(image, asked.at(started))
 
@@ -159,7 +165,11 @@ def _classify_here(
             engine.drain(1.0)
 
 
-def _failed(path: Path, why: str) -> Callable[[], Row]:
+def _contents(path: str) -> bytes:
+    return sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+
+
+def _failed(path: str, why: str) -> Callable[[], Row]:
     return lambda: Row(path, None, why)
 
 
@@ -186,7 +196,7 @@ def _print_lines(rows: Iterable[Row]) -> int:
     for row in rows:
         failed += row.answer is None
         answer = row.answer.model_dump() if row.answer else None
-        document = {"image": str(row.path), "answer": answer, "error": row.why_not or None}
+        document = {"image": row.path, "answer": answer, "error": row.why_not or None}
         sys.stdout.write(orjson.dumps(document).decode() + "\n")
         sys.stdout.flush()
     return failed
@@ -205,7 +215,7 @@ def _print_table(rows: Sequence[Row]) -> int:
         )
         for i, ranked in enumerate(answer.top_k):
             rest = first if i == 0 else ("", "", "", "")
-            lines.append((str(path) if i == 0 else "", ranked.label, f"{ranked.confidence:.1%}", *rest))
+            lines.append((path if i == 0 else "", ranked.label, f"{ranked.confidence:.1%}", *rest))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     numbers = {2, 5, 6}
     for line in lines if answered else []:

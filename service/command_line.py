@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, NoReturn, get_args, get_origin
 
 from pydantic import ValidationError
@@ -10,6 +11,8 @@ from pydantic.fields import FieldInfo
 
 from service.settings import ENV_PREFIX, NOT_ON_THE_COMMAND_LINE, Settings, SettingsError, flag, variable
 
+PACKAGE = "exitserve"
+COMMANDS = ("serve", "classify", "plan")
 GROUPS = {  # all of them, in the order of `Settings`, as help and docs/configuration.md show them
     "What is served, and where": ("bundle", "host", "port"),
     "The budget at the start": ("budget_fraction", "budget_mflops", "budget_accuracy", "latency_ms", "burst_images"),
@@ -44,14 +47,14 @@ def load_settings(arguments: Sequence[str]) -> Settings:
 
     Raises:
         SettingsError: a value is refused; the message names the setting, its value and what it has to be.
-        SystemExit: from argparse, for `--help` (0) and options that do not exist (2).
+        SystemExit: from argparse, for `--help` and `--version` (0) and options that do not exist (2).
     """
     if list(arguments[:1]) == ["serve"]:
         arguments = arguments[1:]
     parser = command_line()
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        _refuse_unknown(parser, unknown[0].partition("=")[0])
+        _refuse_unknown(parser, unknown)
     try:
         return Settings(**vars(given))
     except ValidationError as error:
@@ -70,10 +73,15 @@ def _explain(detail: dict[str, object]) -> str:
     return f"{names}{told}: {message[0].lower()}{message[1:]}. Meaning: {help_text}."
 
 
-def _refuse_unknown(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+def _refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
+    if late := next((word for word in words if word in COMMANDS), None):
+        parser.error(
+            f"{late!r} has to come first, before every option: {parser.prog} {late} ...   ({late} --help lists its own)"
+        )
+    word = words[0].partition("=")[0]
     if not word.startswith("-"):
         parser.error(
-            f"{word!r} is no command (serve, classify, plan) and no option: a bundle is named by --bundle {word}"
+            f"{word!r} is no command ({', '.join(COMMANDS)}) and no option: a bundle is named by --bundle {word}"
         )
     near = _near(word, (flag(name) for name in Settings.model_fields if name not in NOT_ON_THE_COMMAND_LINE))
     hint = f"did you mean {' or '.join(near)}?" if near else "--help lists those there are"
@@ -117,12 +125,20 @@ def command_line() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=_version(), help="show program's name and version")
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
             if name not in NOT_ON_THE_COMMAND_LINE:
                 _add_option(group, name)
     return parser
+
+
+def _version() -> str:
+    try:
+        return f"{PACKAGE} {version(PACKAGE)}"
+    except PackageNotFoundError:
+        return f"{PACKAGE}, of no version: its files are used without being installed"
 
 
 def _add_option(group: "argparse._ArgumentGroup", name: str) -> None:
