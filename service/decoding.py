@@ -15,6 +15,9 @@ from service.errors import EngineOverloaded, EngineTooLate
 
 T = TypeVar("T")
 KEPT = 0.9  # of what is known of the pace, at each decoding
+# What is taken to be known at first: seconds and weight, as an ordinary processor takes for some photographs.
+KNOWN_S, KNOWN_WEIGHT = 0.15, 1e7
+MOST_TIMES = 4.0  # what was predicted is what one decoding may count: an odd one says little of those after it
 
 
 class Decoding(Generic[T]):
@@ -23,15 +26,22 @@ class Decoding(Generic[T]):
     Args:
         decode: what they do.
         n_threads: how many there are.
-        max_wait_s: longest wait, as predicted from the bytes before and the pace of the latest.
+        max_wait_s: longest wait, as predicted from the weight of those before and the pace of the latest.
+        weigh: tells, in no time, about how much work it will be to decode something, in bytes of a photograph.
     """
 
-    def __init__(self, decode: Callable[[bytes], T], n_threads: int, max_wait_s: float = math.inf) -> None:
-        self._decode, self._n_threads, self._max_wait_s = decode, n_threads, max_wait_s
+    def __init__(
+        self,
+        decode: Callable[[bytes], T],
+        n_threads: int,
+        max_wait_s: float = math.inf,
+        weigh: Callable[[bytes], int] = len,
+    ) -> None:
+        self._decode, self._n_threads, self._max_wait_s, self._weigh = decode, n_threads, max_wait_s, weigh
         self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
         self._lock = Lock()  # over all below
-        self._n_submitted = self._submitted_bytes = 0  # and neither done nor given up
-        self._seconds = self._bytes = 0.0  # of the latest, which count the most
+        self._n_submitted = self._submitted_weight = 0  # and neither done nor given up
+        self._seconds, self._weight = KNOWN_S, KNOWN_WEIGHT  # of the latest, which count the most
 
     def submit(self, body: bytes, deadline_s: float = math.inf) -> Future[T]:
         """Decode `body`. To cancel what comes back lets go of it, unless a thread has begun.
@@ -42,36 +52,38 @@ class Decoding(Generic[T]):
         Raises:
             EngineOverloaded: it would have to wait too long.
         """
-        n_bytes = len(body)
+        weight = self._weigh(body)
         with self._lock:
-            pace = self._seconds / self._bytes if self._bytes else 0.0
-            wait_s = self._submitted_bytes * pace / self._n_threads
+            wait_s = self._predicted_s(self._submitted_weight) / self._n_threads
             if self._n_submitted >= self._n_threads and wait_s > self._max_wait_s:
                 raise EngineOverloaded(self._n_submitted, wait_s)
             self._n_submitted += 1
-            self._submitted_bytes += n_bytes
+            self._submitted_weight += weight
         held = [body]  # what is cancelled stays in the pool's queue until its turn: its bytes are not to
-        future = self._threads.submit(self._run, held, deadline_s)
-        future.add_done_callback(lambda _: self._ended(held, n_bytes))
+        future = self._threads.submit(self._run, held, weight, deadline_s)
+        future.add_done_callback(lambda _: self._ended(held, weight))
         return future
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, held: list[bytes], deadline_s: float) -> T:
+    def _run(self, held: list[bytes], weight: int, deadline_s: float) -> T:
         started_s = perf_counter()
         if started_s >= deadline_s:
             raise EngineTooLate
-        body = held[0]
-        try:
-            return self._decode(body)
-        finally:
-            with self._lock:
-                self._seconds = KEPT * self._seconds + perf_counter() - started_s
-                self._bytes = KEPT * self._bytes + len(body)
+        decoded = self._decode(held[0])
+        seconds = perf_counter() - started_s
+        with self._lock:  # what was damaged does not come here: it weighed too much for what it took
+            seconds = min(seconds, MOST_TIMES * self._predicted_s(weight))
+            self._seconds = KEPT * self._seconds + seconds
+            self._weight = KEPT * self._weight + weight
+        return decoded
 
-    def _ended(self, held: list[bytes], n_bytes: int) -> None:
+    def _predicted_s(self, weight: int) -> float:
+        return weight * self._seconds / self._weight
+
+    def _ended(self, held: list[bytes], weight: int) -> None:
         held.clear()
         with self._lock:
             self._n_submitted -= 1
-            self._submitted_bytes -= n_bytes
+            self._submitted_weight -= weight

@@ -29,7 +29,6 @@ from PIL import (
     GifImagePlugin,
     Image,
     JpegImagePlugin,
-    PngImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
 )
@@ -38,17 +37,21 @@ from models.pixels import TURNS, as_rgb, fitted, orientation_of
 from service.decoding import Decoding
 from service.jpeg_scans import MOST_SCANS, has_too_many_scans
 from service.mistaken import name_of
+from service.picture_sizes import webp_canvas, weight_of
 from service.plain_images import PlainJpeg, PlainPng
+from service.whole_png import WholePng
 
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        PngImagePlugin.PngImageFile,
-        JpegImagePlugin.JpegImageFile,
-        WebPImagePlugin.WebPImageFile,
-        BmpImagePlugin.BmpImageFile,
-        GifImagePlugin.GifImageFile,
-    )
+FORMATS = (
+    WholePng.__name__,
+    *(
+        plugin.format
+        for plugin in (
+            JpegImagePlugin.JpegImageFile,
+            WebPImagePlugin.WebPImageFile,
+            BmpImagePlugin.BmpImageFile,
+            GifImagePlugin.GifImageFile,
+        )
+    ),
 )
 FORMAT_NAMES = "PNG, JPEG, WebP, BMP or GIF"
 BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8")
@@ -104,7 +107,7 @@ class ImageDecoder:
         size = (height_px, width_px)
         self._plain = (PlainPng(*size), PlainJpeg(*size)) if height_px * width_px <= max_pixels else ()
         self.n_threads = n_threads
-        self._elsewhere = Decoding(self.decode_now, n_threads, max_wait_s)
+        self._elsewhere = Decoding(self.decode_now, n_threads, max_wait_s, lambda body: weight_of(body, max_pixels))
 
     def close(self) -> None:
         self._elsewhere.close()
@@ -162,7 +165,7 @@ class ImageDecoder:
         """Read the header alone and decide whether the image may be decoded."""
         if not body:
             raise ImageError("empty-image", f"The body is empty: send the bytes of one {FORMAT_NAMES} image.")
-        self._refuse_large(*_webp_canvas(body))
+        self._refuse_large(*webp_canvas(body))  # to open one allocates its whole canvas, up to 16,383 x 16,383
         if has_too_many_scans(body):
             raise _broken(f"it is sent in more than {MOST_SCANS} passes")
         try:
@@ -229,20 +232,3 @@ class ImageDecoder:
 
 def _broken(why: object) -> ImageError:
     return ImageError("broken-image", f"The image is damaged or cut short ({why}): send the whole file again.")
-
-
-def _webp_canvas(body: bytes) -> tuple[int, int]:
-    """Width and height from a WebP header, (0, 0) for any other file.
-
-    Opening a WebP allocates its whole canvas, up to 16,383 x 16,383, so its size has to be known before. (WebP
-    container specification, "Extended File Format"; RFC 6386, section 9.1; WebP lossless specification, section 3.)
-    """
-    if body[:4] != b"RIFF" or body[8:12] != b"WEBP" or len(body) < 30:
-        return 0, 0
-    kind = body[12:16]
-    if kind == b"VP8X":
-        return int.from_bytes(body[24:27], "little") + 1, int.from_bytes(body[27:30], "little") + 1
-    if kind == b"VP8L":
-        bits = int.from_bytes(body[21:25], "little")
-        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    return int.from_bytes(body[26:28], "little") & 0x3FFF, int.from_bytes(body[28:30], "little") & 0x3FFF

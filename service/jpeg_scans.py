@@ -1,4 +1,4 @@
-"""How often a JPEG goes over its picture.
+"""How large a JPEG's picture is, and how often it goes over it.
 
 One that is sent in passes, progressively or a colour at a time, has some ten. Each is run over the whole picture, even
 if it says nothing in a dozen bytes: a file of a megabyte could keep a thread for hours. (ITU T.81, annexes B and G.)
@@ -10,6 +10,7 @@ BEGINNING = b"\xff\xd8\xff"
 MOST_SCANS = 100
 SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, no restart, no filling
+MOST_SEGMENTS, MOST_FILLING_BYTES = 100, 1000  # that are looked through for the size
 END = 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
@@ -42,6 +43,21 @@ def has_too_many_scans(body: bytes) -> bool:
         if kind not in WITHOUT_LENGTH:
             at += _number(body, at, 2)
     return False
+
+
+def frame_size(body: bytes) -> tuple[int, int]:
+    """Width and height of a JPEG, (0, 0) where they do not stand where they do in all but odd files."""
+    at = 2
+    for _ in range(MOST_SEGMENTS):
+        marker = MARKER.search(body, at, at + MOST_FILLING_BYTES)
+        if marker is None:
+            break
+        kind, at = body[marker.end() - 1], marker.end()
+        if kind in FRAMES:
+            return _number(body, at + 5, 2), _number(body, at + 3, 2)
+        if kind not in WITHOUT_LENGTH:
+            at += _number(body, at, 2)
+    return 0, 0
 
 
 def _number(body: bytes, at: int, n_bytes: int) -> int:

@@ -19,6 +19,7 @@ from service.jpeg_scans import has_too_many_scans
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_OF_8_BITS = struct.pack(">5B", 8, 2, 0, 0, 0)  # bits, colour type, compression, filter, no interlacing
 CHUNK_FRAME_BYTES = 12  # length, kind, and a checksum at the end
+CHECKSUM_BYTES = 4  # at the end of compressed data
 DONE = (-1, 0)  # of Pillow's decoders: no more bytes wanted, no error
 JPEG_BEGINNING = b"\xff\xd8\xff"
 # Of JPEGs. Others, and whatever may say how the picture is to be turned, are Pillow's.
@@ -53,7 +54,8 @@ class PlainPng:
             image = core.new("RGB", self._size)
             decoder = core.zip_decoder("RGB", "RGB", 0)
             decoder.setimage(image, box)
-            if decoder.decode(data) != DONE:
+            # With its end it would be done after too few rows, too.
+            if decoder.decode(data[:-CHECKSUM_BYTES]) != DONE:
                 return None
             encoder = core.raw_encoder("RGB", "RGB", 0, 1)
             encoder.setimage(image, box)

@@ -267,6 +267,24 @@ def test_a_damaged_png_is_refused() -> None:
     assert kind_of_error(bytes(body)) == "broken-image"
 
 
+def png_of_rows(n_rows: int, n_named: int, width_px: int, n_idats: int) -> bytes:
+    """A PNG whose data is whole, but of `n_rows` where its header names `n_named`."""
+    rows = noise(n_rows, width_px).reshape(n_rows, -1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = [data[i * len(data) // n_idats : (i + 1) * len(data) // n_idats] for i in range(n_idats)]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width_px, n_named, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunk(b"IDAT", part) for part in parts) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side_px", [SIZE_PX, 33, 300])
+@pytest.mark.parametrize("n_idats", [1, 3, 500])  # the last of no more than a few bytes
+def test_a_png_cut_short_after_a_row_is_refused(side_px: int, n_idats: int) -> None:
+    for n_rows in (1, side_px * 5 // 8, side_px - 1):
+        assert kind_of_error(png_of_rows(n_rows, side_px, side_px, n_idats)) == "broken-image"
+    whole = DECODER.decode_now(png_of_rows(side_px, side_px, side_px, n_idats))
+    np.testing.assert_array_equal(whole, DECODER.decode_now(encoded(Image.fromarray(noise(side_px, side_px)), "PNG")))
+
+
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
 def test_animated_images_are_refused(file_format: str) -> None:
     frames = [Image.fromarray(noise(seed=seed)) for seed in range(3)]
