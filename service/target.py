@@ -104,8 +104,9 @@ class Keeper:
         with self._lock:
             return self._target, self._engine.budget_state()
 
-    def set(self, target: Target) -> None:
-        """Keep another one from now on."""
+    def set(self, target: Target) -> BudgetState:
+        """Keep another one from now on; returns what the engine says of it, whatever others set next."""
         with self._lock:
-            self._engine.set_budget(target.average_mflops, target.latency_s)
+            state = self._engine.set_budget(target.average_mflops, target.latency_s)
             self._target = target
+            return state

@@ -87,7 +87,7 @@ class BatchAnswer(BaseModel):
 class BudgetRequest(BaseModel):
     """The average compute per image to keep: one of the three, a latency target, or one of the three with a target."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     average_mflops: float | None = Field(None, description="millions of multiply-adds, on average over images")
     fraction: float | None = Field(None, description="of what the last exit costs")

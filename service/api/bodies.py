@@ -8,7 +8,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from service.api.problems import Problem, body_too_large
+from service.api.problems import SMALLER_IMAGE, Problem, body_too_large
 
 # What a body may call itself; what it is, its first bytes decide.
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
@@ -30,8 +30,11 @@ class Upload:
     body: bytes
 
 
-async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
+async def read_body(request: Request, limit_bytes: int, timeout_s: float, remedy: str = SMALLER_IMAGE) -> bytes:
     """Read the whole body.
+
+    Args:
+        remedy: what to do where it is longer than `limit_bytes`.
 
     Raises:
         Problem: 413 where it says it is, or turns out to be, longer than `limit_bytes`; 408 where it takes too long.
@@ -40,10 +43,10 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> byt
     announced = request.headers.get("content-length", "0")
     # A length that is no number never gets here: the HTTP parser refuses it.
     if announced.isascii() and announced.isdigit() and int(announced) > limit_bytes:
-        raise body_too_large(limit_bytes)
+        raise body_too_large(limit_bytes, remedy)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _receive(request, limit_bytes)
+            return await _receive(request, limit_bytes, remedy)
     except TimeoutError:
         raise Problem(
             408,
@@ -54,7 +57,7 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> byt
         ) from None
 
 
-async def _receive(request: Request, limit_bytes: int) -> bytes:
+async def _receive(request: Request, limit_bytes: int, remedy: str) -> bytes:
     chunks: list[bytes] = []
     n_bytes = 0
     while True:
@@ -64,7 +67,7 @@ async def _receive(request: Request, limit_bytes: int) -> bytes:
         chunk: bytes = message.get("body", b"")
         n_bytes += len(chunk)
         if n_bytes > limit_bytes:
-            raise body_too_large(limit_bytes)
+            raise body_too_large(limit_bytes, remedy)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)

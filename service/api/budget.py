@@ -1,6 +1,7 @@
 """`/budget`: read the one number that the operator sets, set it, and see what others would bring."""
 
 import asyncio
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,14 +28,18 @@ EXAMPLES = '{"average_mflops": 40}, {"fraction": 0.4} or {"accuracy": 0.74}, and
 
 
 class Budget:
-    """Shows what the keeper of the operator's budget knows."""
+    """Shows and sets what the keeper of the operator's budget keeps; both as `BudgetState` describes it."""
 
     def __init__(self, state: State) -> None:
         self.state = state
 
-    async def document(self) -> bytes:
-        """Everything about the budget, as `BudgetState` describes it."""
-        target, now = await asyncio.to_thread(self.state.keeper.read)
+    async def read(self) -> bytes:
+        return self._document(*await asyncio.to_thread(self.state.keeper.read))
+
+    async def set(self, target: Target) -> bytes:
+        return self._document(target, await asyncio.to_thread(self.state.keeper.set, target))
+
+    def _document(self, target: Target, now: EngineBudget) -> bytes:
         targets = self.state.targets
         expected = targets.expected(now.budget_mflops)
         return orjson.dumps(
@@ -101,7 +106,7 @@ def budget_routes(state: State) -> APIRouter:
     async def read(request: Request) -> Response:
         state.require_open()
         read_query(request.scope["query_string"], ())
-        return Response(await budget.document(), media_type="application/json")
+        return Response(await budget.read(), media_type="application/json")
 
     @router.put(
         "/budget",
@@ -137,9 +142,8 @@ def budget_routes(state: State) -> APIRouter:
                 f"A budget is JSON, not {media_type or 'untyped'}: send {EXAMPLES} with the content type "
                 "application/json (curl -H 'Content-Type: application/json').",
             )
-        body = await read_body(request, MAX_BYTES, state.settings.body_timeout_s)
-        await asyncio.to_thread(state.keeper.set, _resolve(state, body))
-        return Response(await budget.document(), media_type="application/json")
+        body = await read_body(request, MAX_BYTES, state.settings.body_timeout_s, f"send {EXAMPLES}")
+        return Response(await budget.set(_resolve(state, body)), media_type="application/json")
 
     @router.get(
         "/budget/frontier",
@@ -183,7 +187,10 @@ def _resolve(state: State, body: bytes) -> Target:
                 400, "broken-json", "Broken JSON", f"The body is not JSON ({first['msg']}): send {EXAMPLES}."
             ) from None
         where = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise Problem(422, "bad-budget", "Bad budget", f"{where}: {first['msg'].lower()}. Send {EXAMPLES}.") from None
+        raise _bad_budget(f"{where}: {first['msg'].lower()}") from None
+    names: list[str] = json.loads(body, object_pairs_hook=lambda members: [name for name, _ in members])
+    if twice := {name for name in set(names) if names.count(name) > 1}:
+        raise _bad_budget(f"{' and '.join(sorted(twice))} is given twice")
     given = {kind: value for kind in KINDS if (value := getattr(asked, kind)) is not None}
     latency_s = None if asked.latency_ms is None else asked.latency_ms / 1e3
     if not given and latency_s is not None:
@@ -207,6 +214,10 @@ def _resolve(state: State, body: bytes) -> Target:
             str(error),
             allowed={"lowest": lowest, "highest": highest},
         ) from None
+
+
+def _bad_budget(why: str) -> Problem:
+    return Problem(422, "bad-budget", "Bad budget", f"{why}. Send {EXAMPLES}.")
 
 
 def _curve(state: State) -> bytes:

@@ -74,13 +74,15 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
         return Response(self.body(path, request_id), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
-def body_too_large(limit_bytes: int) -> Problem:
+SMALLER_IMAGE = "send a smaller image, or raise --max-body-bytes"
+
+
+def body_too_large(limit_bytes: int, remedy: str = SMALLER_IMAGE) -> Problem:
     return Problem(
         413,
         "body-too-large",
         "Request body too large",
-        f"The body is larger than the {limit_bytes:,} bytes this server takes: send a smaller image, "
-        "or raise --max-body-bytes.",
+        f"The body is larger than the {limit_bytes:,} bytes this call takes: {remedy}.",
         limit_bytes=limit_bytes,
     )
 

@@ -87,8 +87,9 @@ class RemoteKeeper:
         target, state = self._calls.ask("read_budget")
         return target, state
 
-    def set(self, target: Target) -> None:
-        self._calls.ask("set_budget", **asdict(target))
+    def set(self, target: Target) -> BudgetState:
+        state: BudgetState = self._calls.ask("set_budget", **asdict(target))
+        return state
 
 
 def gone() -> EngineDraining:
@@ -117,6 +118,5 @@ def _call(metrics: MetricsPort, keeper: KeeperPort, name: str, arguments: dict[s
     if name == "read_budget":
         return keeper.read()
     if name == "set_budget":
-        keeper.set(Target(**arguments))
-        return None
+        return keeper.set(Target(**arguments))
     raise ValueError(f"no such call: {name}")

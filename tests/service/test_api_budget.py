@@ -2,8 +2,11 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,8 +81,11 @@ def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, ki
         (b'{"fraction": 0.4, "accuracy": 0.7}', 422, "bad-budget"),
         (b'{"share": 0.4}', 422, "bad-budget"),
         (b'{"fraction": 0.4, "x": 1}', 422, "bad-budget"),
-        (b'{"fraction": NaN}', 422, "budget-out-of-range"),
-        (b'{"fraction": Infinity}', 422, "budget-out-of-range"),
+        (b'{"fraction": NaN}', 422, "bad-budget"),
+        (b'{"fraction": -Infinity}', 422, "bad-budget"),
+        (b'{"fraction": 1e999}', 422, "bad-budget"),
+        (b'{"fraction": 0.5, "fraction": 0.9}', 422, "bad-budget"),
+        (b'{"fraction": 0.5, "latency_ms": 50, "latency_ms": null}', 422, "bad-budget"),
         (b'{"fraction": 40}', 422, "budget-out-of-range"),
         (b'{"latency_ms": null}', 422, "bad-budget"),
         (b'{"latency_ms": "50"}', 422, "bad-budget"),
@@ -94,8 +100,24 @@ def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, ki
 )
 def test_what_is_no_budget_is_refused(http: Http, body: bytes, status: int, kind: str) -> None:
     document = problem(http.put("/budget", content=body, headers=JSON), status, kind)
-    if status != 413:
-        assert "fraction" in document["detail"]
+    assert (
+        '{"fraction": 0.4}' in document["detail"] or kind == "budget-out-of-range" or "are given" in document["detail"]
+    )
+    assert "image" not in document["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"fraction": NaN}', "fraction: input should be a finite number"),
+        (b'{"latency_ms": NaN}', "latency_ms: input should be a finite number"),
+        (b'{"fraction": 0.5, "fraction": 0.9}', "fraction is given twice"),
+    ],
+)
+def test_why_it_is_no_budget_is_told(http: Http, body: bytes, why: str) -> None:
+    before = http.get("/budget").json()["average_mflops"]
+    assert http.put("/budget", content=body, headers=JSON).json()["detail"].startswith(why)
+    assert http.get("/budget").json()["average_mflops"] == before
 
 
 def test_a_budget_is_json(http: Http) -> None:
@@ -206,26 +228,42 @@ def test_late_answers_lower_the_working_budget_and_everybody_is_told(folder: Pat
 
 
 def test_what_is_kept_and_how_it_was_asked_for_never_part() -> None:
-    """Two set a budget at once: the engine keeps the last one's, and so is it told."""
+    """Two set a budget at once: the engine keeps the last one's, and so is it told; each hears of its own."""
     began, go_on, kept = threading.Event(), threading.Event(), [0.0]
 
     class Engine:
-        def set_budget(self, budget_mflops: float, latency_s: float | None) -> None:
+        def set_budget(self, budget_mflops: float, latency_s: float | None) -> float:
             kept[0] = budget_mflops
             if not began.is_set():
                 began.set()
                 assert go_on.wait(LIMIT_S)
+            return budget_mflops
 
         def budget_state(self) -> float:
             return kept[0]
 
     keeper = Keeper(Engine(), Target("fraction", 0.0))  # type: ignore[arg-type]
-    setting = [threading.Thread(target=keeper.set, args=(Target("fraction", mflops),)) for mflops in (1.0, 2.0)]
-    setting[0].start()
-    assert began.wait(LIMIT_S)
-    setting[1].start()
-    setting[1].join(0.2)  # it has to wait for the first
-    go_on.set()
-    for thread in setting:
-        thread.join(LIMIT_S)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(keeper.set, Target("fraction", 1.0))
+        assert began.wait(LIMIT_S)
+        second = pool.submit(keeper.set, Target("fraction", 2.0))
+        wait([second], timeout=0.2)  # it has to wait for the first
+        go_on.set()
+        assert (first.result(LIMIT_S), second.result(LIMIT_S)) == (1.0, 2.0)
     assert keeper.read() == (Target("fraction", 2.0), 2.0)
+
+
+def test_whoever_sets_a_budget_is_answered_with_it(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though another client has set one by the time the answer is written."""
+    keep = Keeper.set
+
+    def keep_and_be_overtaken(keeper: Keeper, target: Target) -> Any:
+        state = keep(keeper, target)
+        keep(keeper, replace(target, kind="average_mflops", average_mflops=target.average_mflops / 2))
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "set", keep_and_be_overtaken)
+        state = http.put("/budget", json={"fraction": 0.8}).json()
+    assert (state["fraction"], state["set_as"]) == (pytest.approx(0.8, rel=1e-5), "fraction")
+    assert http.get("/budget").json()["fraction"] == pytest.approx(0.4, rel=1e-5)
