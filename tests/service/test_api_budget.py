@@ -100,9 +100,7 @@ def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, ki
 )
 def test_what_is_no_budget_is_refused(http: Http, body: bytes, status: int, kind: str) -> None:
     document = problem(http.put("/budget", content=body, headers=JSON), status, kind)
-    assert (
-        '{"fraction": 0.4}' in document["detail"] or kind == "budget-out-of-range" or "are given" in document["detail"]
-    )
+    assert "fraction" in document["detail"]
     assert "image" not in document["detail"]
 
 

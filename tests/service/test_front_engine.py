@@ -145,7 +145,7 @@ def test_calls_are_answered_and_their_errors_come_back(front: Front) -> None:
     target, state = keeper.read()
     assert target.kind == "fraction"
     other = replace(target, kind="average_mflops", average_mflops=state.budget_mflops * 1.1)
-    keeper.set(other)
+    assert keeper.set(other).budget_mflops == pytest.approx(other.average_mflops)
     assert RemoteKeeper(front.proxies[1].calls).read()[0] == other
     assert front.engine.budget_state().budget_mflops == pytest.approx(other.average_mflops)
     told: list[float] = []
