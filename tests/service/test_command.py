@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -187,8 +187,16 @@ def test_a_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
         assert "'classify' has to come first, before every option: python -m service classify ..." in told
 
 
-def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as exit_info:
         load_settings(["--version"])
     assert exit_info.value.code == 0
     assert capsys.readouterr().out == f"exitserve {version('exitserve')}\n"
+
+    def not_installed(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("service.command_line.version", not_installed)
+    with pytest.raises(SystemExit):
+        load_settings(["--version"])
+    assert "used without being installed" in capsys.readouterr().out
