@@ -37,6 +37,7 @@ LAST_TURNS = 20
 # until none has come for so long, yet not for ever.
 QUIET_S = 0.25
 MAX_LINGER_S = 2.0
+LEAVING_S = 0.5  # for the last answers to leave, once all is answered or told that it will not be
 FAILED_S = 1.0  # for requests to hear that the server cannot work any more
 
 
@@ -107,7 +108,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a fraction will do
-                timeout_graceful_shutdown=1,
+                timeout_graceful_shutdown=LEAVING_S,  # type: ignore[arg-type]
             )
         )
         self.lifecycle = lifecycle
@@ -170,7 +171,17 @@ class Server(uvicorn.Server):
         self.n_unanswered = self.lifecycle.requests_in_flight
         if self.n_unanswered:
             logger.error("%d requests were not answered within %g s", self.n_unanswered, limit_s)
+            self._cut_off()
         linger_until_s = min(deadline_s, monotonic() + MAX_LINGER_S)
         while monotonic() < min(linger_until_s, max(started_s, self.lifecycle.last_refused_s) + QUIET_S):
             await asyncio.sleep(0.01)
         self.should_exit = True
+
+    def _cut_off(self) -> None:
+        """Tell those that are in work that they get no answer."""
+        self.lifecycle.cut_off()
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, DirectProtocol)
+            connection.cut_off()
+        for task in list(self.server_state.tasks):
+            task.cancel()

@@ -23,7 +23,7 @@ from service.api.classify import Classifier
 from service.api.documents import engine_problem, image_problem, outcome
 from service.api.lifecycle import Names
 from service.api.options import Asked
-from service.api.problems import CLIENT_LEFT, Problem, internal_error
+from service.api.problems import CLIENT_LEFT, Problem, internal_error, not_ready
 from service.api.room import Room
 from service.errors import EngineError
 from service.images import ImageError
@@ -128,12 +128,21 @@ class Desk:
         visit.ended = True
         if visit.started_s:
             self.lifecycle.requests_in_flight -= 1
+        self._give_up(visit)
+        self.state.metrics.count("abandoned")
+        self._log(visit, CLIENT_LEFT, 0)
+
+    def cut_off(self, visit: Visit) -> None:
+        """The server's time for answers is over; the body of this visit was there."""
+        if not visit.ended:
+            self._give_up(visit)
+            self._end(visit, not_ready(self.lifecycle.detail))
+
+    def _give_up(self, visit: Visit) -> None:
         if visit.decoding is not None:
             visit.decoding.cancel()
         if visit.request is not None:
             self._engine.abandon(visit.request)
-        self.state.metrics.count("abandoned")
-        self._log(visit, CLIENT_LEFT, 0)
 
     # --- its steps ----------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The gate that every request passes, but those that the protocol deals with itself (`direct.py`)."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from time import monotonic, perf_counter
@@ -12,7 +13,7 @@ from service.api.access_log import logger as access_log
 from service.api.direct import Desk
 from service.api.documents import too_many_bytes
 from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names, Phase
-from service.api.problems import not_ready
+from service.api.problems import Problem, not_ready
 from service.api.room import Room
 from service.logs import NOTES
 
@@ -103,14 +104,28 @@ class Gate:
             self._held_bytes -= held_bytes
 
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._admit(scope, receive, send_noted)
+        except asyncio.CancelledError:
+            if not self.lifecycle.is_cut_off:
+                raise
+            if not has_begun:
+                await self._refuse(not_ready(self.lifecycle.detail), scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in ALWAYS_OPEN:
             await self.app(scope, receive, send)
             return
         if self.lifecycle.phase is Phase.DRAINING and not self.lifecycle.is_last_call:
             self.lifecycle.last_refused_s = monotonic()
-            problem = not_ready(self.lifecycle.detail)
-            self.room.note(scope, problem)
-            await problem.response(scope["path"], scope["request_id"])(scope, receive, send)
+            await self._refuse(not_ready(self.lifecycle.detail), scope, receive, send)
             return
         if (refusal := self.room.refusal(scope)) is not None:
             await refusal.response(scope["path"], scope["request_id"])(scope, receive, send)
@@ -120,6 +135,10 @@ class Gate:
             await self.app(scope, receive, send)
         finally:
             self.lifecycle.requests_in_flight -= 1
+
+    async def _refuse(self, problem: Problem, scope: Scope, receive: Receive, send: Send) -> None:
+        self.room.note(scope, problem)
+        await problem.response(scope["path"], scope["request_id"])(scope, receive, send)
 
 
 class LoggedGate(Gate):

@@ -26,11 +26,12 @@ class Lifecycle:
 
     Attributes:
         is_last_call: the server is stopping, and still takes the requests that its sockets held when it was told to.
+        is_cut_off: its time is over, and what is in work is told so.
     """
 
     def __init__(self) -> None:
         self.phase = Phase.STARTING
-        self.is_last_call = False
+        self.is_last_call = self.is_cut_off = False
         self.detail = "The server is warming up: try again in a moment."
         self.requests_in_flight = 0
         self.last_refused_s = 0.0  # monotonic
@@ -55,6 +56,12 @@ class Lifecycle:
     def close(self) -> None:
         """Take no more work; once draining."""
         self.is_last_call = False
+
+    def cut_off(self) -> None:
+        """Answer no more; whoever calls this cancels what is in work."""
+        self.is_cut_off = True
+        if self.phase is Phase.DRAINING:
+            self.detail = "The server is stopping, and its time for answers is over: use another one."
 
     def fail(self, why: str) -> None:
         self.phase, self.detail = Phase.FAILED, f"The server cannot work, {why}: its log says more; restart it."

@@ -118,6 +118,11 @@ class DirectProtocol(Connection):
             self._desk.leave(self._last.visit)
         super().connection_lost(exc)
 
+    def cut_off(self) -> None:
+        """The server's time for answers is over. What the application has in work hears of it otherwise."""
+        if self._last is not None:
+            self._desk.cut_off(self._last.visit)
+
     def begin_request(self) -> None:
         path, _, query = self.url.partition(b"?")
         headers = dict(self.headers)

@@ -1,5 +1,6 @@
 """`POST /classify/stream`: one JSON line for every exit that an image passes, as its answer improves."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -17,7 +18,7 @@ from service.api.bodies import read_image
 from service.api.classify import ABOUT_IMAGES, STATUSES, Classifier, one_image
 from service.api.documents import engine_problem, finite, outcome
 from service.api.plain_route import PlainRoute
-from service.api.problems import Problem, internal_error
+from service.api.problems import Problem, internal_error, not_ready
 from service.errors import EngineError
 from service.logs import NOTES
 from service.rows import Answer
@@ -83,12 +84,18 @@ class Streamer:
             pass
         except Problem as problem:
             ended = outcome(problem)
-            yield _line({**problem.document(request.url.path, request.scope["request_id"]), "final": True})
+            yield _problem_line(problem, request)
+        except asyncio.CancelledError:
+            if not self.state.lifecycle.is_cut_off:
+                raise
+            cut_off = not_ready(self.state.lifecycle.detail)
+            ended = outcome(cut_off)
+            yield _problem_line(cut_off, request)
         except Exception:  # a fault of the server's own, told like one that comes before the first line
             ended = "failed"
             request_id = request.scope["request_id"]
             logger.exception("request %s failed after its first line", request_id)
-            yield _line({**internal_error(request_id).document(request.url.path, request_id), "final": True})
+            yield _problem_line(internal_error(request_id), request)
         finally:
             metrics.count(ended)
 
@@ -117,6 +124,10 @@ class Streamer:
 
 def _line(document: dict[str, Any]) -> bytes:
     return orjson.dumps(document, default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _problem_line(problem: Problem, request: Request) -> bytes:
+    return _line({**problem.document(request.url.path, request.scope["request_id"]), "final": True})
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
