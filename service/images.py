@@ -35,11 +35,11 @@ from PIL import (
 
 from models.pixels import TURNS, as_rgb, fitted, orientation_of
 from service.decoding import Decoding
-from service.jpeg_scans import MOST_SCANS, has_too_many_scans
+from service.jpeg_scans import MOST_PIECES, MOST_SCANS, is_endless
 from service.mistaken import name_of
 from service.picture_sizes import webp_canvas, weight_of
 from service.plain_images import PlainJpeg, PlainPng
-from service.whole_png import WholePng
+from service.whole_png import WholePng, has_too_many_chunks, unpacks_much
 
 FORMATS = (
     WholePng.__name__,
@@ -125,6 +125,8 @@ class ImageDecoder:
         started = perf_counter()
         pixels = self._decode_plain(body)
         if pixels is None:
+            if unpacks_much(body):
+                return None
             image = self.open(body)
             if image.width * image.height > (SMALL_PIXELS_OF_JPEG if image.format == "JPEG" else SMALL_PIXELS):
                 return None
@@ -166,8 +168,10 @@ class ImageDecoder:
         if not body:
             raise ImageError("empty-image", f"The body is empty: send the bytes of one {FORMAT_NAMES} image.")
         self._refuse_large(*webp_canvas(body))  # to open one allocates its whole canvas, up to 16,383 x 16,383
-        if has_too_many_scans(body):
-            raise _broken(f"it is sent in more than {MOST_SCANS} passes")
+        if is_endless(body):
+            raise _broken(f"it is sent in more than {MOST_SCANS} passes, or {MOST_PIECES:,} pieces")
+        if has_too_many_chunks(body):
+            raise _broken("it is in too many pieces")
         try:
             image = Image.open(io.BytesIO(body), formats=FORMATS)
             animated = image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)

@@ -1,7 +1,8 @@
 """How large a JPEG's picture is, and how often it goes over it.
 
 One that is sent in passes, progressively or a colour at a time, has some ten. Each is run over the whole picture, even
-if it says nothing in a dozen bytes: a file of a megabyte could keep a thread for hours. (ITU T.81, annexes B and G.)
+if it says nothing in a dozen bytes: a file of a megabyte could keep a thread for hours. A header in a million pieces,
+or behind megabytes of filling, keeps Pillow for many seconds. (ITU T.81, annexes B and G.)
 """
 
 import re
@@ -10,45 +11,49 @@ BEGINNING = b"\xff\xd8\xff"
 MOST_SCANS = 100
 SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, no restart, no filling
-MOST_SEGMENTS, MOST_FILLING_BYTES = 100, 1000  # that are looked through for the size
+MOST_PIECES = 1000  # a colour profile has up to 255, a hundred passes a few each
+MOST_FILLING_BYTES = 1000  # before a piece of the header
 END = 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 WITHOUT_LENGTH = frozenset({0x01, 0xD8})
 
 
-def has_too_many_scans(body: bytes) -> bool:
-    """Whether a file is a JPEG whose picture has more than `MOST_SCANS`.
+def is_endless(body: bytes) -> bool:
+    """Whether a file is a JPEG whose picture has more than `MOST_SCANS`, or which is in too many pieces.
 
     What follows the picture may be another, or a film, where the marker means nothing.
     """
     if not body.startswith(BEGINNING):
         return False
-    n_scans = n_components = 0
+    n_scans = n_components = n_pieces = 0
     in_passes = False
     at = 2
-    while (marker := MARKER.search(body, at)) is not None:
+    while (marker := MARKER.search(body, at, len(body) if n_scans else at + MOST_FILLING_BYTES)) is not None:
         kind, at = body[marker.end() - 1], marker.end()
+        n_pieces += 1
         if kind == END:
-            break
+            return False
+        if n_pieces > MOST_PIECES:
+            return True
         if kind in FRAMES:
             in_passes, n_components = kind in PROGRESSIVE, _number(body, at + 7, 1)
         elif kind == SCAN[1]:
             n_scans += 1
             in_passes = in_passes or _number(body, at + 2, 1) < n_components
             if n_scans == 1 and (not in_passes or body.count(SCAN) <= MOST_SCANS):
-                break  # the first is all that is read, or there cannot be too many
+                return False  # the first is all that is read, or there cannot be too many
             if n_scans > MOST_SCANS:
                 return True
         if kind not in WITHOUT_LENGTH:
             at += _number(body, at, 2)
-    return False
+    return not n_scans and at + MOST_FILLING_BYTES < len(body)
 
 
 def frame_size(body: bytes) -> tuple[int, int]:
     """Width and height of a JPEG, (0, 0) where they do not stand where they do in all but odd files."""
     at = 2
-    for _ in range(MOST_SEGMENTS):
+    for _ in range(MOST_PIECES):
         marker = MARKER.search(body, at, at + MOST_FILLING_BYTES)
         if marker is None:
             break

@@ -14,12 +14,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from service.jpeg_scans import has_too_many_scans
+from service.jpeg_scans import is_endless
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_OF_8_BITS = struct.pack(">5B", 8, 2, 0, 0, 0)  # bits, colour type, compression, filter, no interlacing
 CHUNK_FRAME_BYTES = 12  # length, kind, and a checksum at the end
-CHECKSUM_BYTES = 4  # at the end of compressed data
 DONE = (-1, 0)  # of Pillow's decoders: no more bytes wanted, no error
 JPEG_BEGINNING = b"\xff\xd8\xff"
 # Of JPEGs. Others, and whatever may say how the picture is to be turned, are Pillow's.
@@ -54,8 +53,8 @@ class PlainPng:
             image = core.new("RGB", self._size)
             decoder = core.zip_decoder("RGB", "RGB", 0)
             decoder.setimage(image, box)
-            # With its end it would be done after too few rows, too.
-            if decoder.decode(data[:-CHECKSUM_BYTES]) != DONE:
+            # With its last byte, one of a checksum, it would be done after too few rows, too.
+            if decoder.decode(data[:-1]) != DONE:
                 return None
             encoder = core.raw_encoder("RGB", "RGB", 0, 1)
             encoder.setimage(image, box)
@@ -77,7 +76,7 @@ class PlainJpeg:
             return None
         try:
             height_px, width_px, colours, _ = simplejpeg.decode_jpeg_header(body)
-            if (height_px, width_px) != self._size or colours not in PLAIN_COLOURS or has_too_many_scans(body):
+            if (height_px, width_px) != self._size or colours not in PLAIN_COLOURS or is_endless(body):
                 return None
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(body)
         except ValueError:  # damaged, or the least bit odd: Pillow says which

@@ -267,9 +267,9 @@ def test_a_damaged_png_is_refused() -> None:
     assert kind_of_error(bytes(body)) == "broken-image"
 
 
-def png_of_rows(n_rows: int, n_named: int, width_px: int, n_idats: int) -> bytes:
+def png_of_rows(n_rows: int, n_named: int, width_px: int, n_idats: int, levels: int = 255) -> bytes:
     """A PNG whose data is whole, but of `n_rows` where its header names `n_named`."""
-    rows = noise(n_rows, width_px).reshape(n_rows, -1)
+    rows = noise(n_rows, width_px).reshape(n_rows, -1) % levels
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     parts = [data[i * len(data) // n_idats : (i + 1) * len(data) // n_idats] for i in range(n_idats)]
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width_px, n_named, 8, 2, 0, 0, 0))
@@ -277,12 +277,28 @@ def png_of_rows(n_rows: int, n_named: int, width_px: int, n_idats: int) -> bytes
 
 
 @pytest.mark.parametrize("side_px", [SIZE_PX, 33, 300])
-@pytest.mark.parametrize("n_idats", [1, 3, 500])  # the last of no more than a few bytes
-def test_a_png_cut_short_after_a_row_is_refused(side_px: int, n_idats: int) -> None:
+@pytest.mark.parametrize("n_idats", [1, 3, 20])  # the last of no more than a few bytes
+@pytest.mark.parametrize("levels", [1, 2, 255])
+def test_a_png_cut_short_after_a_row_is_refused(side_px: int, n_idats: int, levels: int) -> None:
     for n_rows in (1, side_px * 5 // 8, side_px - 1):
-        assert kind_of_error(png_of_rows(n_rows, side_px, side_px, n_idats)) == "broken-image"
-    whole = DECODER.decode_now(png_of_rows(side_px, side_px, side_px, n_idats))
-    np.testing.assert_array_equal(whole, DECODER.decode_now(encoded(Image.fromarray(noise(side_px, side_px)), "PNG")))
+        assert kind_of_error(png_of_rows(n_rows, side_px, side_px, n_idats, levels)) == "broken-image"
+    whole = DECODER.decode_now(png_of_rows(side_px, side_px, side_px, n_idats, levels))
+    pixels = Image.fromarray(noise(side_px, side_px) % levels)
+    np.testing.assert_array_equal(whole, DECODER.decode_now(encoded(pixels, "BMP")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("interlace", [0, 1])
+def test_whole_pngs_are_whole_however_well_they_are_packed(mode: str, interlace: int) -> None:
+    """What is left to give when all bytes are read differs with width, height and contents."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        height_px, width_px = rng.integers(1, 300, 2).tolist()
+        image = Image.fromarray(noise(height_px, width_px) % int(rng.choice([1, 2, 200]))).convert(mode)
+        body = encoded(image, "PNG", interlace=interlace, compress_level=int(rng.integers(1, 10)))
+        opened = DECODER.open(body)
+        opened.load()
+        assert opened.tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
@@ -408,3 +424,50 @@ def test_what_follows_a_jpeg_does_not_count_as_its_passes() -> None:
         whole = DECODER.decode_now(body)
         np.testing.assert_array_equal(DECODER.decode_now(body + noise), whole)
         np.testing.assert_array_equal(DECODER.decode_now(body[:2] + note + body[2:]), whole)
+
+
+@pytest.mark.parametrize(
+    "filling", [b"\xff", b"\xff\xfe\0\2", b"\xff\xe1\0\x09Exif\0\0A"], ids=["filling", "comments", "notes"]
+)
+def test_a_jpeg_in_a_million_pieces_is_refused_before_it_is_opened(filling: bytes) -> None:
+    body = encoded(Image.new("RGB", (50, 50)), "JPEG")
+    for place in (body[:2], body[: body.index(b"\xff\xda")]):
+        started_s = thread_time()
+        assert kind_of_error(place + 4_000_000 // len(filling) * filling + body[len(place) :]) == "broken-image"
+        assert thread_time() - started_s < REFUSED_WITHIN_S
+
+
+PACKED = b"note\0\0" + zlib.compress(bytes(1_000_000), 9)
+
+
+@pytest.mark.parametrize(
+    ("piece", "n_pieces"), [(chunk(b"iCCP", PACKED), 500), (chunk(b"abCd", b""), 300_000)], ids=["profiles", "chunks"]
+)
+def test_a_png_in_countless_pieces_is_refused_before_it_is_opened(piece: bytes, n_pieces: int) -> None:
+    body = encoded(Image.fromarray(noise(40, 40)), "PNG")
+    for at in (33, len(body) - 12):  # before its pixels, and after
+        started_s = thread_time()
+        assert kind_of_error(body[:at] + n_pieces * piece + body[at:]) == "broken-image"
+        assert thread_time() - started_s < REFUSED_WITHIN_S
+
+
+def test_a_small_png_with_much_to_unpack_is_not_decoded_on_the_event_loop() -> None:
+    body = encoded(Image.fromarray(noise(40, 40)), "PNG")
+    few, many = (body[:33] + n * chunk(b"zTXt", PACKED) + body[33:] for n in (1, 50))
+    pixels = DECODER.decode_here(few)
+    assert pixels is not None
+    started_s = thread_time()
+    assert DECODER.decode_here(many) is None
+    assert thread_time() - started_s < 0.005
+    np.testing.assert_array_equal(DECODER.decode_now(many), pixels)
+
+
+def test_a_picture_with_all_that_programs_add_is_decoded() -> None:
+    """Colour profiles of 500 kB, EXIF, and a chunk a row."""
+    pixels = photo(200, 200)
+    added = {"icc_profile": np.random.default_rng(0).bytes(500_000), "exif": Image.Exif().tobytes()}
+    for file_format in ("JPEG", "PNG", "WEBP"):
+        decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), file_format, **added, quality=95))
+        plain = DECODER.decode_now(encoded(Image.fromarray(pixels), "PNG"))
+        assert np.abs(decoded.astype(int) - plain).max() <= 8
+    assert DECODER.decode_now(png_of_rows(3000, 3000, 30, 3000)).shape == (SIZE_PX, SIZE_PX, 3)
