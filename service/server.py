@@ -22,7 +22,9 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-STOPS = (signal.SIGTERM, signal.SIGINT)
+STOPS = [signal.SIGTERM, signal.SIGINT]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal closes; who was started by nohup goes on
+    STOPS.append(signal.SIGHUP)
 REMEDIES = {  # of an address that cannot be listened on, where another port is none
     errno.EADDRNOTAVAIL: "Name an address of this machine by --host (0.0.0.0: all of them).",
     errno.EACCES: "Ports below 1024 are the system's: choose another with --port.",
@@ -88,9 +90,10 @@ def use_one_heap() -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with another end: on SIGTERM or SIGINT readiness goes, what was accepted is answered, then it stops.
+    """uvicorn with another end: on SIGTERM, SIGINT or SIGHUP readiness goes, what was accepted is answered, then it
+    stops.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once; not SIGHUP, which both a terminal and its shell may send.
     """
 
     def __init__(self, app: Gate, lifecycle: Lifecycle, settings: Settings) -> None:
@@ -130,6 +133,8 @@ class Server(uvicorn.Server):
         yield
 
     def _on_signal(self, number: int) -> None:
+        if self._signalled and number == signal.SIGHUP:
+            return
         if self._signalled:  # draining alone does not count: another process may have asked for it before
             logger.warning("second signal: stopping at once, %d unanswered", self.lifecycle.requests_in_flight)
             logging.shutdown()

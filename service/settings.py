@@ -115,7 +115,10 @@ class Settings(BaseSettings):
         "balancer in front keeps it",
     )
     drain_s: float = Field(
-        25.0, gt=0, le=3600, description="after SIGTERM, time for accepted requests to be answered, in seconds"
+        25.0,
+        gt=0,
+        le=3600,
+        description="after SIGTERM, SIGINT or SIGHUP, time for accepted requests to be answered, in seconds",
     )
 
     allow_origins: str | None = Field(

@@ -147,6 +147,8 @@ class Front:
             hub.tell(worker, Kind.STARTED)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending and number == signal.SIGHUP:  # see `service.server`
+            return
         if self._is_ending:
             logger.warning("second signal: stopping at once, %d unanswered", self._memory.in_flight_rows)
             for process in self._processes.values():

@@ -8,13 +8,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from time import sleep
 
 import httpx
 import pytest
 
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, png
-from tests.service.process import ServerProcess, running_server
+from tests.service.process import PROGRAM, ServerProcess, running_server
 from tests.waiting import LIMIT_S, wait_until
 
 BODY = png(random_images(1, seed=41)[0])
@@ -91,6 +92,39 @@ def test_accepted_requests_are_answered_before_it_stops(bundle_path: Path, log: 
             assert answer["label"]
         assert server.process.wait(LIMIT_S) == 0
     assert "answering 50 requests first" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--http-workers", "2")])
+def test_a_terminal_that_closes_tells_it_to_stop(bundle_path: Path, log: Path, arguments: tuple[str, ...]) -> None:
+    """It and its shell may both say so, to all processes; that is no second signal."""
+    program = ("env", "--default-signal=HUP", *PROGRAM)  # whatever runs the tests
+    with running_server(bundle_path, log, *arguments, program=program) as server, slow_clients(server, 8) as clients:
+        processes = [server.process.pid, *children(server.process.pid)]
+        for _ in range(2):
+            for pid in processes:
+                os.kill(pid, signal.SIGHUP)
+            wait_for(503, server.url + "/readyz")
+        for client in clients:
+            client.finish()
+        for client in clients:
+            assert client.response()[0] == 200
+        assert server.process.wait(LIMIT_S) == 0
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--http-workers", "2")])
+def test_started_by_nohup_it_goes_on_without_its_terminal(
+    bundle_path: Path, log: Path, arguments: tuple[str, ...]
+) -> None:
+    with running_server(bundle_path, log, *arguments, program=("nohup", *PROGRAM)) as server:
+        processes = [server.process.pid, *children(server.process.pid)]
+        for pid in processes:
+            os.kill(pid, signal.SIGHUP)
+        sleep(0.3)
+        assert httpx.get(server.url + "/readyz").status_code == 200
+        assert [server.process.pid, *children(server.process.pid)] == processes
+        assert server.stop() == 0
     assert "Traceback" not in log.read_text()
 
 
