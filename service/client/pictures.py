@@ -54,7 +54,8 @@ def name(image: Image, number: int) -> str:
 
 
 def _png(pixels: Any) -> bytes:
-    from PIL import Image as Pillow  # once it is needed: it takes longer to load than the client
+    from PIL import Image as Pillow  # once they are needed: they take longer to load than the client
+    from PIL import ImageOps
 
     if not isinstance(pixels, Pillow.Image):
         kind, shape = getattr(pixels, "dtype", type(pixels).__name__), list(getattr(pixels, "shape", ()))
@@ -63,7 +64,8 @@ def _png(pixels: Any) -> bytes:
         pixels = Pillow.fromarray(pixels)
     elif 0 in pixels.size:
         raise ValueError(f"the image has no pixels: it is of {pixels.width} by {pixels.height}")
-    elif pixels.mode not in PNG_MODES:
+    pixels = ImageOps.exif_transpose(pixels)  # as the server turns a file, which PNG would not tell it
+    if pixels.mode not in PNG_MODES:
         pixels = pixels.convert("RGB")
     file = BytesIO()
     pixels.save(file, "PNG", compress_level=1)  # the fastest: a smaller file gains less than it costs, on most ways

@@ -194,6 +194,9 @@ def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures
         assert [client.classify(form, exit=3).confidence for form in forms] == [answer.confidence] * len(forms)
         for mode in ("CMYK", "L", "RGBA", "I;16", "P"):
             assert client.classify(pixels.convert("L" if mode == "I;16" else "RGB").convert(mode)).label in CLASS_NAMES
+        turned = pixels.transpose(Image.Transpose.ROTATE_90)  # as a camera that was held so has it, and says so
+        turned.getexif()[0x0112] = 6
+        assert client.classify(turned, exit=3).confidence == answer.confidence
         file.seek(0)
         named = client.batch([file, PIXELS[0], pixels], exit=3)
         assert [item.confidence for item in named if isinstance(item, Classification)] == [answer.confidence] * 3
