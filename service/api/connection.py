@@ -2,15 +2,17 @@
 
 uvicorn bounds neither how long a head is nor how long it takes; it answers what is no request as text, and before the
 requests that came first; it takes what follows a body for a part of its head; it tells of a client that has left to the
-request alone that came last; and it drops a body that comes with a wish to upgrade, which Java's own client and curl's
-`--http2` send with every first request.
+request alone that came last; it drops a body that comes with a wish to upgrade, which Java's own client and curl's
+`--http2` send with every first request; and it sends chunks to clients that know none.
 """
 
 import asyncio
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import httptools
+from starlette.types import Message, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -23,6 +25,10 @@ from service.api.problems import Problem, broken_request, head_too_large
 MOST_HEAD_BYTES = 64 * 1024
 SHOWN_BYTES = 200  # of a path that may have no end
 BODY_FIELDS = (b"content-length", b"transfer-encoding")
+
+
+class _TooLong(Exception):  # noqa: N818
+    """What the parser has read of a head; it passes on what is raised as it tells."""
 
 
 class Connection(HttpToolsProtocol):
@@ -46,6 +52,7 @@ class Connection(HttpToolsProtocol):
         self._head_s = self.gate.desk.state.settings.body_timeout_s  # for a head to come; as for a body
         self._patience_s = self._head_s  # from `quiet_since_s` on
         self._unread_bytes = 0  # since the parser last had a whole head, a part of a body, or the end of one
+        self._most_bytes = 0  # that a head can have whose end is in what came last
         self._body_fields = b""  # of a head that wishes to upgrade
         self._is_repeated = False  # such a head, to a parser that is to go on with its body
 
@@ -71,10 +78,12 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         self._unread_bytes += len(data)
+        self._most_bytes = self._unread_bytes
         try:
             self._parse(data)
-        except httptools.HttpParserError:
-            self._turn_away(broken_request())
+        except httptools.HttpParserError as error:
+            is_too_long = isinstance(error.__context__, _TooLong)
+            self._turn_away(head_too_large(MOST_HEAD_BYTES) if is_too_long else broken_request())
             return
         if self._unread_bytes > MOST_HEAD_BYTES:
             self._turn_away(head_too_large(MOST_HEAD_BYTES))
@@ -93,6 +102,7 @@ class Connection(HttpToolsProtocol):
             super().on_url(url)
 
     def on_headers_complete(self) -> None:
+        self._bound_head(len(self.url))
         self._unread_bytes = 0
         if self._is_repeated:
             return
@@ -106,6 +116,7 @@ class Connection(HttpToolsProtocol):
         self.read_body(body)
 
     def on_message_complete(self) -> None:
+        self._bound_head(0)  # here what follows the last chunk
         self._unread_bytes = 0
         if not self._body_fields:  # else its body is still to come
             self.in_message = False
@@ -135,6 +146,8 @@ class Connection(HttpToolsProtocol):
     def begin_request(self) -> None:
         """A head is there: give the request to the application."""
         super().on_headers_complete()
+        if self.scope["http_version"] != "1.1":
+            self.cycle.send = partial(_send_unchunked, self.cycle, self.cycle.send)
         if not self.pipeline:
             self._answering = self.cycle
 
@@ -168,6 +181,17 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"".join(parts))
         if not keep_alive:
             self.transport.close()
+
+    def _bound_head(self, n_bytes: int) -> None:
+        """Raise where a head is too long that came together with its end, so that `data_received` never saw it unread.
+
+        Args:
+            n_bytes: of what there is beside the fields.
+        """
+        if self._most_bytes > MOST_HEAD_BYTES:  # else there is no need to count, which takes its time
+            n_bytes += sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if n_bytes > MOST_HEAD_BYTES:
+                raise _TooLong
 
     def _parse(self, data: bytes) -> None:
         """Have the parser read on; raises HttpParserError."""
@@ -203,6 +227,18 @@ class Connection(HttpToolsProtocol):
             client = self.client[0] if self.client else None
             notes = {"problem": problem.kind}
             log_request(request_id, None, client, None, path, problem.status, len(body), perf_counter(), notes)
+
+
+async def _send_unchunked(cycle: Any, send: Send, message: Message) -> None:
+    """Send to a client of HTTP/1.0, which knows no chunks: what has no length ends with its connection.
+
+    uvicorn counts the bytes that are not in chunks: these are as many as come. It closes such connections anyway.
+    """
+    if message["type"] == "http.response.body":
+        cycle.expected_content_length = len(message.get("body", b""))
+    elif not any(name == b"content-length" for name, _ in message.get("headers", ())):
+        cycle.chunked_encoding = False
+    await send(message)
 
 
 _default: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")

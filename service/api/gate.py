@@ -5,7 +5,6 @@ import logging
 from collections.abc import Sequence
 from time import monotonic, perf_counter
 
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.access_log import log_request
@@ -13,11 +12,10 @@ from service.api.access_log import logger as access_log
 from service.api.direct import Desk
 from service.api.documents import too_many_bytes
 from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names, Phase
+from service.api.origins import Origins
 from service.api.problems import Problem, not_ready
 from service.api.room import Room
 from service.logs import NOTES
-
-PREFLIGHT_S = 3600  # for which browsers need not ask again
 
 
 class Gate:
@@ -51,14 +49,7 @@ class Gate:
         self.has_origins = bool(origins)
         self._entrance: ASGIApp = self._enter
         if origins:  # around refusals, too: a page may read no answer that does not name it
-            self._entrance = CORSMiddleware(
-                self._enter,
-                allow_origins=origins,
-                allow_methods=("GET", "POST"),
-                allow_headers=("Content-Type", "X-Request-ID", "traceparent"),
-                expose_headers=("X-Request-ID", "Retry-After"),
-                max_age=PREFLIGHT_S,
-            )
+            self._entrance = Origins(self._enter, origins)
         self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -35,51 +35,9 @@ def hasty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
         yield served
 
 
-def pour(line: Line, data: bytes, n_bytes: int) -> None:
-    """Send `data` again and again, until the server closes the connection or has had `n_bytes`."""
-    sent = 0
-    with contextlib.suppress(ConnectionError):
-        while sent < n_bytes:
-            line.send(data)
-            sent += len(data)
-    assert sent < n_bytes, "all of it was taken"
-
-
 def reset(line: Line) -> None:
     line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     line.close()
-
-
-@pytest.mark.parametrize(
-    ("begin", "more"),
-    [
-        (b"GET /", b"x" * 10_000),
-        (b"GET / HTTP/1.1\r\nX-Long: ", b"x" * 10_000),
-        (b"GET / HTTP/1.1\r\n", b"X-Many: x\r\n" * 1000),
-        (CHUNKED + b"1;", b"extension;" * 1000),
-        (CHUNKED + CHUNK + b"0\r\n", b"X-Trailer: x\r\n" * 1000),
-        (CHUNKED + CHUNK + b"0\r\nX-Trailer: ", b"x" * 10_000),
-    ],
-)
-def test_what_has_no_end_is_refused(here: Here, line: Line, begin: bytes, more: bytes) -> None:
-    line.send(begin)
-    pour(line, more, 50_000_000)
-    with contextlib.suppress(ConnectionError, IndexError):  # closed on unread bytes, it may lose its answer
-        status, _, document = line.receive()
-        assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
-    with contextlib.closing(here.connect()) as other:
-        other.send(request(BODY))
-        assert other.receive()[0] == 200
-    wait_until("nothing is in work", lambda: here.app.lifecycle.requests_in_flight == 0)
-
-
-def test_a_head_that_is_too_long_is_told_so(line: Line) -> None:
-    line.send(b"GET /" + b"x" * 70_000)
-    status, headers, document = line.receive()
-    assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
-    assert (headers["content-type"], headers["connection"]) == ("application/problem+json", "close")
-    assert len(document["instance"]) <= 200
-    assert line.ended()
 
 
 def test_what_follows_the_last_chunk_is_no_part_of_the_head(line: Line) -> None:
@@ -263,6 +221,31 @@ def test_what_comes_by_http_1_0_may_be_a_proxys(line: Line) -> None:
     line.send(put.replace(b"HTTP/1.1", b"HTTP/1.0"))  # as nginx passes it on, by default
     status, _, document = line.receive()
     assert (status, document["type"]) == (403, "urn:exitserve:problem:not-local")
+
+
+def test_a_client_of_http_1_0_is_sent_no_chunks(line: Line) -> None:
+    stream = request(BODY, "/stream").replace(b"HTTP/1.1", b"HTTP/1.0")
+    line.send(stream)
+    answer = b""
+    while data := line.socket.recv(65536):
+        answer += data
+    head, _, lines = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b"\r\nconnection: close" in head
+    assert b"transfer-encoding" not in head
+    assert b"content-length" not in head
+    assert json.loads(lines.splitlines()[-1])["final"] is True
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_what_has_a_length_says_so_to_a_client_of_http_1_0(line: Line, method: bytes) -> None:
+    line.send(method + b" /web/style.css HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while data := line.socket.recv(65536):
+        answer += data
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"\r\ncontent-length: " + (b"%d\r\n" % len(body) if method == b"GET" else b"") in head
+    assert bool(body) is (method == b"GET")
 
 
 def test_how_briefly_it_is_kept_when_idle_says_nothing_of_its_first_request(
