@@ -1,29 +1,30 @@
 """`POST /classify/batch`: several images in one form; every one gets an answer or a problem of its own."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
-from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from service.api.answers import BatchAnswer, ProblemDocument
 from service.api.bodies import FIELD, FORM_TYPE, Upload, read_images
 from service.api.classify import IMAGE_PARTS, STATUSES, Classifier
 from service.api.delivery import Watch
-from service.api.documents import engine_problem, outcome
+from service.api.documents import engine_problem, image_problem, outcome
 from service.api.options import Asked
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
 from service.api.siblings import Siblings
 from service.errors import EngineError, EngineOverloaded, EngineTooLate
+from service.images import ImageError
 from service.logs import NOTES
-from service.rows import Answer, Options
+from service.rows import Options
 
+T = TypeVar("T")
 Result = dict[str, Any] | Problem
 
 
@@ -116,24 +117,26 @@ class Batcher:
                 raise EngineTooLate
             async with form.turns:
                 decoding = perf_counter()
-                image = await self.classifier.decode(upload.body, deadline_s)
+                image = await self._once_there_is_room(form, self.state.decoder.decode, upload.body, deadline_s)
                 decoded = perf_counter()
-            answer = await self._answer(image, form)
+            answer = await self._once_there_is_room(form, self.state.delivery.answer, image, form.options)
+        except ImageError as error:
+            return image_problem(error)
         except EngineError as error:
             return engine_problem(error)
-        except Problem as problem:
-            return problem
         finally:
             form.siblings.end_one()
         total_s = perf_counter() - form.started_s
         self.state.responded(answer.exit, total_s)
         return self.classifier.documents.answer(answer, decoded - decoding, total_s, form.request_id)
 
-    async def _answer(self, image: NDArray[np.uint8], form: _Form) -> Answer:
-        """The engine's answer; where it has no room for the image, the siblings that are in work will make some."""
+    async def _once_there_is_room(
+        self, form: _Form, step: Callable[..., Coroutine[Any, Any, T]], *arguments: object
+    ) -> T:
+        """Do a step for an image; where there is no room for that, the siblings that are in work will make some."""
         while True:
             try:
-                return await self.state.delivery.answer(image, form.options)
+                return await step(*arguments)
             except EngineOverloaded:
                 if form.siblings.n_in_work == 1:  # itself: the room is others'
                     raise

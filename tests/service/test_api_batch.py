@@ -18,6 +18,7 @@ from service.api import answers
 from service.api.delivery import Delivery
 from service.engine import Engine
 from service.errors import EngineOverloaded
+from service.images import ImageDecoder
 from service.rows import Answer, Options
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
@@ -150,6 +151,26 @@ def test_an_image_that_the_engine_refuses_waits_for_its_siblings(http: Http, mon
         assert batch(http, "?exit=4", *BODIES)["answered"] == len(BODIES)
     assert refused
     assert len(refused) < 3 * len(BODIES), "each asks again when one has ended, and not before"
+
+
+def test_an_image_that_cannot_be_decoded_yet_waits_for_its_siblings(
+    http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when others have large pictures decoded: whoever has to wait for these too long is refused."""
+    n_asked = 0
+    decode = ImageDecoder.decode
+
+    async def refuses(decoder: ImageDecoder, body: bytes, deadline_s: float) -> NDArray[np.uint8]:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 2:
+            raise EngineOverloaded(8, 2.0)
+        return await decode(decoder, body, deadline_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDecoder, "decode", refuses)
+        assert batch(http, "", *BODIES)["answered"] == len(BODIES)
+    assert n_asked == len(BODIES) + 1
 
 
 @pytest.fixture
