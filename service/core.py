@@ -227,6 +227,9 @@ class Core:
 
     def _go_on(self, batch: Batch, block: Block, rows: list[Request], reasons: list[Verdict], now_s: float) -> None:
         """Queue those rows of a batch for the stage after it."""
+        if batch.stage == 0 and block.slots is not None:
+            for row in rows:  # not as their batch comes back: who is given up, or fails then, needs its picture again
+                row.state.begun()
         joined = False
         if not block.is_kept_in_slots:
             indices = [i for i, reason in enumerate(reasons) if reason is None]

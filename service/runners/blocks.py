@@ -45,6 +45,9 @@ class RowState:
     block: Block
     index: int
 
+    def begun(self) -> None:
+        """The engine has taken what came of its first stage, which will not run again: what that alone reads may go."""
+
 
 NO_VALUES: Final = Block({}, 1)
 """What a row has that keeps all it has in its slot."""

@@ -1,7 +1,8 @@
 """A row's places while it is in work on a device, and the batch sizes that are prepared there.
 
-A row has a *picture place* on the host from the moment it is submitted until its first stage has run, and a *slot* on
-the device from the start of that stage until nobody refers to its state any more.
+A row has a *picture place* on the host from the moment it is submitted until the engine has taken what came of its
+first stage, which may have to run again before that; and a *slot* on the device from the start of that stage until
+nobody refers to its state any more.
 """
 
 from threading import Lock
@@ -33,6 +34,10 @@ class SlotState(RowState):
         self.block, self.index = NO_VALUES, 0
         self._slots, self.place = slots, place
         self.slot, self.keeps_picture = SCRATCH, False
+
+    def begun(self) -> None:
+        if not self.keeps_picture:
+            self._slots.leave(self)
 
     def __del__(self) -> None:
         if self.slot:
@@ -125,12 +130,6 @@ class Slots:
                 raise RunnerError(
                     f"{len(states)} images start, and fewer of the {self.n_slots} slots are free: {MORE_IN_WORK}"
                 ) from None
-
-    def begun(self, states: list[SlotState]) -> None:
-        """The first stage of rows has run: their pictures are not needed any more."""
-        for state in states:
-            if not state.keeps_picture:
-                self.leave(state)
 
     def leave(self, state: SlotState) -> None:
         place: int = state.place

@@ -86,8 +86,6 @@ class Launched:
         finally:
             if self.is_last:
                 runner.make_idle(self.lane)
-        if stage == 0:
-            runner.slots.begun(rows)
         goes_on = stage + 1 < runner.n_stages
         block = Block({}, len(rows), rows if goes_on else None)
         return StageOutput(logits, block, time.perf_counter() - self._started_s, heads=heads)

@@ -13,8 +13,13 @@ from tests.service.slotted import all_free
 def started(slots: Slots, n_rows: int) -> list[SlotState]:
     states = [slots.admit() for _ in range(n_rows)]
     slots.begin(states)
-    slots.begun(states)
+    begun(states)
     return states
+
+
+def begun(states: list[SlotState]) -> None:
+    for state in states:
+        state.begun()
 
 
 def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped() -> None:
@@ -93,7 +98,7 @@ def test_pictures_that_come_one_after_the_other_lie_side_by_side_in_whatever_ord
         if len(waiting) > 3:  # batches end in any order
             batch = waiting.pop(int(rng.integers(len(waiting))))
             slots.begin(batch)
-            slots.begun(batch)
+            begun(batch)
             started_by_now += batch
         del started_by_now[int(rng.integers(24)) :]
     assert slots.n_places_taken == 8 * len(waiting)
@@ -116,7 +121,7 @@ def test_a_picture_that_a_run_before_may_still_read_stays() -> None:
     slots.begin(batch)  # its batch hangs, and
     slot, place = state.slot, state.place
     slots.begin(batch)  # it runs once more
-    slots.begun(batch)
+    begun(batch)
     assert (state.slot, state.place, slots.n_places_taken) == (slot, place, 1)
     del state, batch
     assert slots.n_places_taken == 0
