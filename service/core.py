@@ -60,6 +60,7 @@ class Core:
         self._n_gone = 0  # rows abandoned that have not come back yet
         self._out: set[Batch] = set()  # batches handed out and not brought back
         self._retries: deque[tuple[int, Request]] = deque()  # rows whose batch has failed, by stage
+        self._is_retrys_turn = False  # they go first every other time
 
     @property
     def n_ended(self) -> int:
@@ -119,16 +120,25 @@ class Core:
         return 2 * n_lanes + ((n_lanes + 1) // 2 if self.is_behind(n_lanes) else 0)
 
     def next_batch(self, now_s: float) -> Batch | None:
-        """Take the next batch to run, which its rows are charged for; None if nothing waits."""
-        batch = self._retry()
-        if batch is None:
-            picked = self.scheduler.pick(now_s)
-            if picked is None:
-                return None
-            batch = Batch(*picked)
-            if not self.scheduler.policy.compact:
-                self._uncompact(batch)
-        self._out.add(batch)
+        """Take the next batch to run, which its rows are charged for; None if nothing waits.
+
+        Rows that run alone, since their batch has failed, take turns with all others: a large batch becomes as many
+        small ones as it had rows, and nobody else is to wait for them all.
+        """
+        self._is_retrys_turn = not self._is_retrys_turn
+        batch = self._retry() if self._is_retrys_turn else None
+        batch = batch or self._pick(now_s) or self._retry()
+        if batch is not None:
+            self._out.add(batch)
+        return batch
+
+    def _pick(self, now_s: float) -> Batch | None:
+        picked = self.scheduler.pick(now_s)
+        if picked is None:
+            return None
+        batch = Batch(*picked)
+        if not self.scheduler.policy.compact:
+            self._uncompact(batch)
         return batch
 
     def _retry(self) -> Batch | None:

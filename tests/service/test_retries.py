@@ -1,4 +1,4 @@
-"""Rows whose batch has come to nothing run once more, alone, and their pictures are still there."""
+"""Rows whose batch has come to nothing run once more, alone: in turn with others, their pictures still there."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +21,7 @@ from service.runners.torch_cuda.runner import TorchCudaRunner, open_torch_runner
 from service.scheduler import Scheduler
 from tests.bundles import random_images
 from tests.service.slotted import all_free, logits_of
+from tests.service.virtual import world
 
 N_ROWS = 6
 NEVER = 2.0  # a confidence that no image reaches
@@ -84,6 +85,24 @@ class Here:
 
     def _sink(self, told: list[tuple[Any, Told]]) -> None:
         self.told.update(told)
+
+
+def test_rows_that_run_alone_take_turns_with_all_others() -> None:
+    here = world(max_rows=4)
+    for i in range(4):
+        here.admit(f"again {i}", Options())
+    failed = here.start()
+    assert failed is not None
+    for i in range(12):
+        here.admit(i, Options())
+    failed.error = RuntimeError("poisoned")
+    here.core.finish(failed, here.now_s)
+    batches = [here.start() for _ in range(7)]
+    assert batches[-1] is not None
+    sizes = [len(batch.rows) for batch in batches if batch is not None]
+    assert sorted(sizes[:2]) == sorted(sizes[2:4]) == sorted(sizes[4:6]) == [1, 4]
+    assert [row.token for row in batches[-1].rows] == ["again 3"]  # nothing else waits
+    assert here.start() is None
 
 
 @pytest.mark.parametrize("px", [32, 40])  # the network's own size, and one that the device scales
