@@ -73,7 +73,8 @@ class Guard:
         self.running.pop(batch, None)
         if batch.hung:
             self.lanes_lost -= 1
-            self._next_trial_s = now_s if self.unsound else inf
+            if self._trial is None:  # else the one that runs will tell
+                self._next_trial_s = now_s if self.unsound else inf
         if batch is self._trial:
             self._trial = None
             if batch.error is None:

@@ -104,6 +104,21 @@ def test_where_all_lanes_hang_it_is_unsound_until_one_is_back_and_a_trial_succee
     assert here.unsound is None
 
 
+def test_a_lane_that_comes_back_while_a_trial_runs_asks_for_no_other_one() -> None:
+    here = guard()
+    batches = [begin(here, 0.0) for _ in range(2)]
+    look_until(here, 0.0, 1.1)
+    end(here, batches[0], 9.0)
+    trial = here.trial(9.0)
+    assert trial is not None
+    here.began(trial, 9.0)
+    trial.started_s = 9.0
+    end(here, batches[1], 9.01)
+    assert here.next_s == pytest.approx(9.0 + LOOK_EVERY_S)  # not now, and now again, until the trial is over
+    assert not end(here, trial, 9.2, RuntimeError("no memory"))
+    assert here.next_s == pytest.approx(9.2 + TRIAL_EVERY_S)
+
+
 def test_after_failures_in_a_row_a_trial_tells_the_images_from_the_runner() -> None:
     here, bad = guard(), RuntimeError("no memory")
     for _ in range(FAILURES_BEFORE_TRIAL - 1):
