@@ -116,7 +116,8 @@ class LaunchingRunner(Runner, Protocol):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether what was launched runs by itself, and to launch it takes next to no time."""
+        """Whether what was launched runs by itself, so that the engine's thread may launch. That takes microseconds,
+        but for pictures that have to be laid out for it (`canvas_px_of`), which are copied."""
         ...
 
     def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None, with_logits: bool = True) -> Pending:

@@ -120,9 +120,14 @@ def test_with_graphs_every_lane_runs_on_a_thread_of_its_own(
     n_sessions, threads = runner.n_stages, {}
     sessions = [lane.sessions for lane in runner.lanes]
     runner.lanes[:] = [
-        OnnxLane(
-            [Noting(one, threads) for one in of], runner.stages, runner.stores, "cpu", True, pictures=runner.pictures
-        )  # type: ignore[misc]
+        OnnxLane(  # type: ignore[misc]
+            [Noting(one, threads) for one in of],
+            runner.stages,
+            runner.stores,
+            "cpu",
+            pictures=runner.pictures,
+            own_thread=True,
+        )
         for of in sessions
     ]
     while not runner._idle.empty():

@@ -46,9 +46,9 @@ class OnnxLane:
         stages: Sequence[StageInfo],
         stores: Stores,
         kind: str,
-        own_thread: bool = False,
         *,
         pictures: Array,
+        own_thread: bool = False,
     ) -> None:
         self._thread = ThreadPoolExecutor(1, "exitserve-onnx-lane") if own_thread else None
         self.sessions, self._stages, self._stores, self._kind = sessions, stages, stores, kind

@@ -85,7 +85,9 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         sessions = self._open_sessions()
         if not self.stores:  # not before: without a session, ONNX Runtime has no memory on the device to give
             self.stores = self._open_stores()
-        return OnnxLane(sessions, self.stages, self.stores, self._kind, self.cuda_graphs, pictures=self.pictures)
+        return OnnxLane(
+            sessions, self.stages, self.stores, self._kind, pictures=self.pictures, own_thread=self.cuda_graphs
+        )
 
     def _open_stores(self) -> dict[str, Any]:
         shapes = {name: (1 + self.slots.n_slots, *value.shape) for name, value in self._kept.items()}
