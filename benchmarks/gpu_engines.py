@@ -189,6 +189,9 @@ class _IdleStream:
     def mark(self) -> Mark:
         return self._stream.mark()
 
+    def query(self) -> bool:
+        return self._stream.query()
+
     def wait(self) -> None:
         self._stream.wait()
 

@@ -18,7 +18,7 @@ from models.bundle import Bundle
 from service.runners.base import FatalRunnerError, RunnerError
 from service.runners.slotted import SWITCH_S
 from service.runners.torch_cuda.cuda_calls import CudaCalls
-from service.runners.torch_cuda.device import WARM_RUNS, Cuda, Host, HostStream, Program, Stream, has_room
+from service.runners.torch_cuda.device import WARM_RUNS, Cuda, Host, HostStream, Mark, Program, Stream, has_room
 from service.runners.torch_cuda.runner import open_torch_runner
 from tests.bundles import random_images
 from tests.service.slotted import all_free, engine_around
@@ -51,6 +51,12 @@ class BooksStream(HostStream):
 
         return run
 
+    def mark(self) -> Mark:
+        return HostStream()  # passed as soon as it is recorded
+
+    def query(self) -> bool:
+        return not self._device.busy
+
 
 class BooksHost(Host):
     def __init__(self, room_rows: int = 1000) -> None:
@@ -58,7 +64,7 @@ class BooksHost(Host):
         self.prepared: list[tuple[int, int]] = []
         self.ran: list[tuple[int, int]] = []
         self.error: Exception | None = None
-        self.lost = False
+        self.lost = self.busy = False
         self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory\nCompile with\n")
 
     def open_stream(self) -> Stream:
@@ -290,4 +296,33 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, im
     device.error = None
     assert runner.run(0, row).block.n_rows == 1  # the lane was given back each time
     del told, row
+    assert all_free(runner.slots)
+
+
+def test_a_launch_that_fails_holds_its_buffers_and_slots_until_its_turn(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
+    """Else the batch launched next has the buffers of the one that still runs, whose rows get its answers."""
+    device = BooksHost()
+    runner = open_torch_runner(bundle, 4, 8, n_lanes=1, device=device)
+    runner.warm_up()
+    wanted = [runner.run(0, [runner.first_state(image)]).logits for image in images[:3]]
+    first, second, third = ([runner.first_state(image)] for image in images[:3])
+    running = runner.launch(0, first)
+    device.error = RuntimeError("CUDA error: invalid argument")
+    failing = runner.launch(0, second, running)
+    device.error, device.busy = None, True  # with what it has put on the stream
+    assert running.has_run()  # its mark has been passed
+    assert not failing.has_run()
+    n_free = runner.slots.n_free
+    del second
+    assert runner.slots.n_free == n_free
+    assert np.array_equal(running.collect().logits, wanted[0])
+    following = runner.launch(0, third, failing)
+    device.busy = False
+    assert failing.has_run()
+    with pytest.raises(RunnerError, match="stage 1 failed on a batch of 1: CUDA error: invalid argument"):
+        failing.collect()
+    assert np.array_equal(following.collect().logits, wanted[2])
+    del first, third, running, failing, following
     assert all_free(runner.slots)

@@ -56,8 +56,12 @@ class Stream(Protocol):
         """A point behind all that was put on the stream so far."""
         ...
 
+    def query(self) -> bool:
+        """Whether all that was put on the stream has run."""
+        ...
+
     def wait(self) -> None:
-        """Wait until all that was put on the stream has run."""
+        """Wait for that."""
         ...
 
 
@@ -188,6 +192,9 @@ class CudaStream:
 
     def mark(self) -> Mark:
         return CudaMark(self._device.calls, self._stream)
+
+    def query(self) -> bool:
+        return self._stream.query()
 
     def wait(self) -> None:
         self._stream.synchronize()

@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -94,26 +95,32 @@ class Lane:
     def launch(
         self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
     ) -> Running:
-        """See `slotted.Lane`."""
+        """See `slotted.Lane`. What fails on the way is told as it is collected, in its turn: what is on the stream by
+        then still reads the buffers of that turn, and writes to the slots of its rows."""
         n_rows, of, turn = len(slots), self._buckets[bucket], self._turn
         self._turn = 1 - turn
-        of.fill(turn, slots)
-        places = places_of(begin)
-        as_canvases = self._canvas_px > 0 and NOWHERE in places
-        with_logits = with_logits or self._score is None
-        self._slots.send[turn](0, 0, bucket)
-        if as_canvases:
-            self._lay_out(turn, begin)
-            self._canvases.send[turn](0, 0, n_rows)
-            self._cuts.send[turn](0, 0, n_rows)
-            self._resizers[bucket]()
-        elif begin:
-            self._send(places)
-        self.programs[stage, bucket]()
-        self.told.bring[turn](0, 0, of.told_bytes[with_logits])
-        mark = self._marks[turn]
-        mark.record()
+        with_logits, mark = with_logits or self._score is None, self._marks[turn]
+        try:
+            of.fill(turn, slots)
+            places = places_of(begin)
+            self._slots.send[turn](0, 0, bucket)
+            if self._canvas_px > 0 and NOWHERE in places:
+                self._lay_out(turn, begin)
+                self._canvases.send[turn](0, 0, n_rows)
+                self._cuts.send[turn](0, 0, n_rows)
+                self._resizers[bucket]()
+            elif begin:
+                self._send(places)
+            self.programs[stage, bucket]()
+            self.told.bring[turn](0, 0, of.told_bytes[with_logits])
+            mark.record()
+        except Exception as error:  # of torch, or CUDA
+            return Running(partial(self._fail, error), self.stream.query)
         return Running(partial(self._collect, n_rows, of, turn, mark, with_logits), mark.query)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        self.stream.wait()
+        raise error
 
     def _collect(
         self, n_rows: int, of: "_Bucket", turn: int, mark: Mark, with_logits: bool
