@@ -202,7 +202,13 @@ class SlotRunner(ABC, Generic[L]):
     def launch(
         self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None, with_logits: bool = True
     ) -> "Launched":
-        """Have a batch run: on an idle lane, or on that of a batch launched before, `behind` which it waits there."""
+        """Have a batch run: on an idle lane, or on that of a batch launched before, `behind` which it waits there.
+
+        Raises:
+            RunnerError: it is too large, or cannot be launched.
+        """
+        if len(rows) > self.max_rows:
+            raise RunnerError(f"stage {stage + 1} was given {len(rows)} images at once and takes {self.max_rows}")
         states = list(cast(Sequence[SlotState], rows))  # of `first_state`, as the contract has it
         begin = states if stage == 0 else []
         if begin:

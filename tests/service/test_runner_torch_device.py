@@ -326,3 +326,10 @@ def test_a_launch_that_fails_holds_its_buffers_and_slots_until_its_turn(
     assert np.array_equal(following.collect().logits, wanted[2])
     del first, third, running, failing, following
     assert all_free(runner.slots)
+
+
+def test_a_batch_too_large_for_every_bucket_is_refused(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    runner = open_torch_runner(bundle, 4, 8, device=Host())
+    with pytest.raises(RunnerError, match="stage 1 was given 5 images at once and takes 4"):
+        runner.run(0, [runner.first_state(image) for image in images[:5]])
+    assert all_free(runner.slots)
