@@ -333,3 +333,21 @@ def test_a_batch_too_large_for_every_bucket_is_refused(bundle: Bundle, images: N
     with pytest.raises(RunnerError, match="stage 1 was given 5 images at once and takes 4"):
         runner.run(0, [runner.first_state(image) for image in images[:5]])
     assert all_free(runner.slots)
+
+
+@pytest.mark.parametrize("says", [True, False, RuntimeError("CUDA error: an illegal memory access was encountered")])
+def test_whether_the_device_is_lost_is_told_without_waiting_for_it(
+    monkeypatch: pytest.MonkeyPatch, says: bool | Exception
+) -> None:
+    def query() -> bool:  # what has all run, or not, or an error that sticks
+        if isinstance(says, Exception):
+            raise says
+        return says
+
+    def wait(device: object) -> None:
+        raise AssertionError("a batch may hang there")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=query))
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    device = Cuda(calls=cast(CudaCalls, SimpleNamespace()))
+    assert device.is_lost() == isinstance(says, Exception)

@@ -83,7 +83,8 @@ class Device(Protocol):
         ...
 
     def is_lost(self) -> bool:
-        """After an error: can nothing run on the device any more, in this process?"""
+        """After an error: can nothing run on the device any more, in this process? Told without waiting for it: the
+        engine's thread asks, and another lane's batch may hang."""
         ...
 
 
@@ -266,7 +267,7 @@ class Cuda:
 
     def is_lost(self) -> bool:
         try:
-            torch.cuda.synchronize(self.kind)  # an error that sticks comes back with every call
+            torch.cuda.current_stream(self.kind).query()  # an error that sticks comes back with every call
         except RuntimeError:
             return True
         return False
