@@ -105,7 +105,7 @@ class Engine:
         scheduler = self._core.scheduler
         self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
         scheduler.costs = CostTable(self.stage_seconds, HOST_BATCH_S)
-        scheduler.max_rows = min(scheduler.max_rows, self._runner.max_rows)  # the memory may hold fewer than was asked
+        scheduler.limit_rows(self._runner.max_rows)  # the memory may hold fewer than was asked
         self._loop.start(self.stage_seconds, scheduler.max_rows)
 
     @property

@@ -43,6 +43,11 @@ class RowLimits:
         self.rows = [max_rows] * n_stages
         self._full_batches = [0] * n_stages  # since the limit was changed
 
+    def limit(self, max_rows: int) -> None:
+        """No batch is to be larger than `max_rows` from now on."""
+        self.max_rows = min(self.max_rows, max_rows)
+        self.rows = [min(n_rows, max_rows) for n_rows in self.rows]
+
     def ran(self, stage: int, n_rows: int) -> None:
         """A batch has run."""
         if self.rows[stage] == self.max_rows or n_rows < self.rows[stage]:

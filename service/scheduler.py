@@ -37,10 +37,11 @@ class _Group(Generic[Row]):
         """That wait."""
         return len(self._rows) - self._first
 
-    @property
-    def n_due(self) -> int:
-        """Of these, with a deadline."""
-        return 0 if self.due_s is None else sum(due_s < inf for due_s in self.due_s[self._first :])
+    def n_due(self, n_rows: int) -> int:
+        """How many of the first so many have a deadline."""
+        if self.due_s is None:
+            return 0
+        return sum(due_s < inf for due_s in self.due_s[self._first : self._first + n_rows])
 
     def waiting_due_s(self) -> Sequence[float]:
         return () if self.due_s is None else self.due_s[self._first :]
@@ -54,11 +55,11 @@ class _Group(Generic[Row]):
     def waiting(self) -> Sequence[Row]:
         return self._rows[self._first :]
 
-    def drop(self, row: Row) -> None:
+    def drop(self, row: Row) -> bool:
+        """Take a row out; returns whether it had a deadline."""
         i = self._rows.index(row, self._first)
         del self._rows[i]
-        if self.due_s is not None:
-            del self.due_s[i]
+        return self.due_s is not None and self.due_s.pop(i) < inf
 
 
 class _Queue(Generic[Row]):
@@ -135,7 +136,6 @@ class Scheduler(Generic[Row]):
             raise ValueError(f"unknown scheduling policy {policy!r}: give one of {', '.join(POLICIES)}")
         if n_stages < 1 or max_rows < 1 or max_wait_s < 0:
             raise ValueError("n_stages and max_rows must be at least 1, max_wait_s at least 0")
-        self.max_rows = max_rows
         self.limits = RowLimits(n_stages, max_rows)
         self.max_wait_s = max_wait_s
         self.costs = costs or CostTable([{1: 0.0}] * n_stages)
@@ -147,6 +147,15 @@ class Scheduler(Generic[Row]):
 
     def __len__(self) -> int:
         return self._n_rows
+
+    @property
+    def max_rows(self) -> int:
+        """The largest batch, where memory is not short for a stage."""
+        return self.limits.max_rows
+
+    def limit_rows(self, max_rows: int) -> None:
+        """Pick no batch larger than `max_rows` from now on."""
+        self.limits.limit(max_rows)
 
     def queued_rows(self, stage: int) -> int:
         return self._queues[stage].n_rows
@@ -175,7 +184,7 @@ class Scheduler(Generic[Row]):
         self._n_rows += len(rows)
         self._groups = None
         if due_s is not None:
-            queue.n_due += group.n_due
+            queue.n_due += group.n_due(len(rows))
 
     def drop(self, row: Row) -> int | None:
         """Take a row out of its queue; returns the stage that it waited for, None if it waits for none (it runs, or is
@@ -191,11 +200,10 @@ class Scheduler(Generic[Row]):
         if found is None:
             return None
         stage, group = found
-        queue, n_due = self._queues[stage], group.n_due
-        group.drop(row)
+        queue = self._queues[stage]
+        queue.n_due -= group.drop(row)
         queue.n_rows -= 1
         self._n_rows -= 1
-        queue.n_due -= n_due - group.n_due
         return stage
 
     def drop_all(self) -> list[tuple[int, Row]]:
@@ -263,9 +271,9 @@ class Scheduler(Generic[Row]):
             if stage and rows and not self._merges(stage, len(rows), uncopied_rows, group):
                 break
             uncopied_rows = group.n_rows if group.joined and not rows else 0
-            n_due = group.n_due
-            rows += group.take(max_rows - len(rows))
-            queue.n_due -= n_due - group.n_due
+            n_more = max_rows - len(rows)
+            queue.n_due -= group.n_due(n_more)
+            rows += group.take(n_more)
         queue.n_rows -= len(rows)
         self._n_rows -= len(rows)
         self._groups = None

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -47,9 +47,13 @@ class TroubledRunner(OnnxRunner):
 
 
 def troubled(
-    bundle: Bundle, hang_s: float = 600.0, max_rows: int = 8, **options: float
+    bundle: Bundle,
+    hang_s: float = 600.0,
+    max_rows: int = 8,
+    runner_class: type[TroubledRunner] = TroubledRunner,
+    **options: float,
 ) -> tuple[Engine, TroubledRunner]:
-    runner = TroubledRunner(bundle, max_rows, n_lanes=2, device="cpu")
+    runner = runner_class(bundle, max_rows, n_lanes=2, device="cpu")
     budget = BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1], burst_images=1000)
     scheduler = Scheduler(runner.n_stages, max_rows)
     names = bundle.manifest.class_names
@@ -101,6 +105,26 @@ def test_where_memory_is_short_for_a_batch_those_of_its_stage_become_smaller(
         assert stats.failed_batches <= 8  # four with the lanes at a time: once of 8 rows, once of 4
         assert engine.trouble is None
         assert stats.answered == 4 * len(images)
+
+
+def test_where_memory_holds_fewer_than_was_asked_no_batch_is_larger(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    class Short(TroubledRunner):
+        def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
+            self.max_rows = 3
+            return super().warm_up(limit_s)
+
+    def too_many(stage: int, rows: Sequence[RowState]) -> None:
+        if len(rows) > 3:
+            raise RuntimeError("there is no bucket for so many")
+
+    engine, runner = troubled(bundle, runner_class=Short)
+    runner.befall = too_many
+    with running(engine):
+        assert engine.max_rows == 3
+        for future in [engine.submit(image) for image in images]:
+            assert isinstance(future.result(LIMIT_S), Answer)
+        stats = engine.stats()
+    assert (stats.failed_batches, stats.max_batch_rows) == (0, (3,) * 4)
 
 
 def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundle, images: NDArray[np.uint8]) -> None:

@@ -65,3 +65,15 @@ def test_a_batch_too_large_halves_those_of_its_stage_and_time_brings_them_back()
     for _ in range(RAISE_AFTER_BATCHES):
         limits.ran(0, 20)
     assert limits.rows == [32, 32]
+
+
+def test_what_memory_holds_in_all_is_a_limit_for_good() -> None:
+    limits = RowLimits(n_stages=2, max_rows=32)
+    limits.failed(0, 8, MemoryError())
+    limits.limit(6)
+    assert (limits.rows, limits.max_rows) == ([4, 6], 6)
+    for _ in range(RAISE_AFTER_BATCHES):
+        limits.ran(0, 4)
+    assert limits.rows == [6, 6]
+    limits.limit(16)  # no more than was asked for
+    assert (limits.rows, limits.max_rows) == ([6, 6], 6)

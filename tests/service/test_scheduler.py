@@ -237,6 +237,55 @@ def test_all_that_wait_can_be_taken_out_at_once_with_the_stages_they_wait_for():
     assert (len(scheduler), scheduler.pick(0.0), scheduler.drop_all()) == (0, None, [])
 
 
+def test_batches_can_be_made_smaller():
+    scheduler: Scheduler[int] = Scheduler(2, max_rows=8)
+    scheduler.limit_rows(3)
+    scheduler.add(range(8), 0, 0.0)
+    assert scheduler.max_rows == 3
+    assert [scheduler.pick(0.0) for _ in range(3)] == [(0, [0, 1, 2]), (0, [3, 4, 5]), (0, [6, 7])]
+
+
+def test_whether_rows_have_deadlines_is_known_whichever_of_them_leave():
+    scheduler: Scheduler[int] = Scheduler(3, max_rows=2, costs=table(1, 1, n_stages=3))
+
+    def hurries() -> bool:
+        scheduler.add([99], 2, 0.0)
+        picked = scheduler.pick(0.0)
+        assert picked
+        if picked[0] == 1:
+            scheduler.pick(0.0)
+        return picked[0] == 1
+
+    scheduler.add(range(6), 1, 0.0, due_s=[inf, 3.0, 3.0, inf, 3.0, inf])  # a batch of two takes 3 s
+    assert scheduler.drop(2) == 1
+    assert scheduler.drop(0) == 1
+    assert hurries()  # takes 1 and 3
+    assert scheduler._queues[1].n_due == 1
+    assert scheduler.drop(4) == 1
+    assert not hurries()
+    assert scheduler._queues[1].n_due == 0
+
+
+class Compared(float):
+    """A deadline that counts how often it is looked at."""
+
+    n = 0
+
+    def __lt__(self, other: float) -> bool:
+        Compared.n += 1
+        return float(self) < other
+
+
+def test_rows_with_deadlines_are_dropped_without_looking_at_all_others():
+    n_rows = 500
+    scheduler: Scheduler[int] = Scheduler(2)
+    scheduler.add(range(n_rows), 0, 0.0, due_s=[Compared(1.0)] * n_rows)
+    for row in range(n_rows):
+        assert scheduler.drop(row) == 0
+    assert Compared.n <= 2 * n_rows
+    assert (len(scheduler), scheduler._queues[0].n_due) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
