@@ -59,7 +59,8 @@ class Ledger:
         self.settled = self.cap
         self.reserved = 0
         self.answered = 0
-        self.abandoned = 0
+        self.abandoned = 0  # given up, failed, or too late
+        self.abandoned_unspent = 0  # of these, such as had spent nothing
         self.spent_answered = 0
         self.spent_abandoned = 0
         self._spent: Trail = Trail(ROLLING_ANSWERS, 0)  # `spent_answered`
@@ -119,6 +120,8 @@ class Ledger:
             self.spent_answered += n_images * spent
         else:
             self.abandoned += n_images
+            if not spent:
+                self.abandoned_unspent += n_images
             self.spent_abandoned += n_images * spent
 
     def work_at(self, allowance: int) -> None:

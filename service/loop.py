@@ -82,8 +82,10 @@ class Loop:
         self._told_unsound: str | None = None
         self.trouble: str | None = None  # the same, once admission follows it: read by any thread
         self.broken: Future[EngineError] = Future()
+        self._arrivals: list[Request] = []  # taken from admission, and not the core's yet
         self._messages: deque[Message] = deque()  # taken from the inbox
         self._ran: deque[Batch] = deque()  # posted by lanes
+        self._n_paced = 0  # of those that have ended, such as the pace knows of
         self._n_out = 0  # batches dispatched and not taken back, those given up among them
         self._is_behind = False  # by the batch; read by lanes
         self._handing_over = threading.Lock()  # of what the thread owns, to it and back
@@ -216,12 +218,14 @@ class Loop:
         self._n_out -= 1
         if isinstance(batch.error, FatalRunnerError):
             raise batch.error  # nothing that still runs or waits can be run any more
-        now_s = self._clock()
+        core, now_s = self.core, self._clock()
         if not self.guard.ended(batch, now_s):
             return
-        n_ended = self.core.n_ended
-        self.core.finish(batch, now_s)
-        self.pace.ran(batch.ended_s - batch.started_s, self.core.n_ended - n_ended)
+        core.finish(batch, now_s)
+        # Of those too that left between two batches, if they had run: what they took is in the seconds.
+        n_ended = core.n_ended - core.budget.ledger.abandoned_unspent
+        self.pace.ran(batch.ended_s - batch.started_s, n_ended - self._n_paced, len(batch.rows))
+        self._n_paced = n_ended
 
     def _follow_soundness(self) -> None:
         """Nobody is to wait for lanes that run nothing; and as soon as they run again, images are taken again."""

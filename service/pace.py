@@ -5,7 +5,7 @@ from typing import Final
 
 
 class Pace:
-    """Lane seconds an image takes, averaged over the last few hundred images, whatever exits they took.
+    """Lane seconds an image takes, averaged over the last few hundred images, however they ended.
 
     Plain Python over numbers. A new image waits for those in flight: `in flight x row_s`. That is too long while
     batches are small, for full ones cost less an image, and right when it matters.
@@ -17,6 +17,7 @@ class Pace:
 
     PRIOR_IMAGES: Final = 64
     MEMORY_IMAGES: Final = 512
+    MOST_AT_ONCE: Final = 0.125  # of the images remembered: as they, or as two for each of its rows, one batch counts
 
     def __init__(self, n_lanes: int, image_s: float) -> None:
         self.n_lanes = n_lanes
@@ -28,8 +29,16 @@ class Pace:
         """Predicted wait for each image in flight."""
         return self._seconds / self._images / self.n_lanes
 
-    def ran(self, seconds: float, n_ended: int) -> None:
-        """Take note of a batch that took `seconds` and after which `n_ended` images left."""
+    def ran(self, seconds: float, n_ended: int, n_rows: int = 1) -> None:
+        """Take note of a batch of `n_rows` that took `seconds`, and of `n_ended` images that have ended since the one
+        before.
+
+        However long it took, one batch counts for so much at most: a machine that was suspended is no slower than it
+        was, and one that is slower shows it in the next batches, too.
+        """
+        if self._seconds > 0.0:
+            most_images = max(self.MOST_AT_ONCE * self._images, 2.0 * n_rows)
+            seconds = min(seconds, most_images * self._seconds / self._images)
         self._seconds += seconds
         self._images += n_ended
         if self._images > 2 * self.MEMORY_IMAGES:

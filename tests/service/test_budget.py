@@ -179,7 +179,9 @@ def test_abandoned_images_earn_nothing_but_owe_their_excess():
     ledger = Ledger(100, 4)
     ledger.settled = 200
     ledger.close(ledger.open(50), 1, 50, 50, answered=False)
+    ledger.close(ledger.open(50, 2), 2, 50, 0, answered=False)  # before they ran
     assert ledger.settled == 200
+    assert (ledger.abandoned, ledger.abandoned_unspent) == (3, 2)
     dear = ledger.open(50)
     assert ledger.commit(dear, 1, 50, 180) == 1
     ledger.close(dear, 1, 180, 180, answered=False)

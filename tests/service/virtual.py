@@ -43,6 +43,11 @@ class World:
         return batch
 
     def finish(self, batch: Batch) -> None:
+        self.ran(batch)
+        self.core.finish(batch, self.now_s)
+        self.deliver()
+
+    def ran(self, batch: Batch) -> None:
         n_rows = len(batch.rows)
         logits = np.zeros((n_rows, len(CLASS_NAMES)), np.float32)
         logits[:, 1] = 1.0 + batch.stage  # sureness: softmax maximum .58, .79, .91, .96, .99, .995
@@ -50,8 +55,6 @@ class World:
         block = Block({"state": np.zeros((n_rows, 1))}, n_rows)
         batch.result = BatchResult(logits, block, 0.0, [1] * n_rows, [float(batch.stage)] * n_rows, sure)
         batch.ended_s = self.now_s
-        self.core.finish(batch, self.now_s)
-        self.deliver()
 
     def run(self) -> None:
         """Run until nothing waits; deadlines are met to the moment."""
