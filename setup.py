@@ -30,6 +30,7 @@ COMPILED = [
         "ledger",
         "limits",
         "loop",
+        "outbox",
         "pace",
         "policies",
         "rows",

@@ -1,7 +1,8 @@
 """The engine: takes images, runs them stage by stage, and answers each at the exit where it leaves.
 
 One thread owns the scheduler, the budget and every row (`service.core`); all others send it messages through one
-inbox, so there is no lock to forget: one guards admission alone. Lanes run the batches; `service.loop` is that thread.
+inbox, so there is no lock to forget but that of admission, and one for the moments when the thread begins and ends.
+Lanes run the batches; `service.loop` is that thread.
 
 Every request ends in exactly one way: submitted = answered + refused + abandoned + failed + in flight.
 """
@@ -25,12 +26,13 @@ from service.costs import HOST_BATCH_S, CostTable
 from service.degrade import Degrade
 from service.errors import EngineDraining, EngineError
 from service.guard import HANG_S
-from service.inbox import Abandon, Wake
+from service.inbox import Abandon, Message, Wake
 from service.lanes import Score
-from service.loop import Loop, Message
+from service.loop import Loop
 from service.observer import EngineStats, Observer
-from service.rows import Answer, Options, Request, Sink, Step, Told, requests_for
-from service.runners.base import Runner, canvas_px_of, first_states_of
+from service.outbox import resolve
+from service.rows import Answer, Options, Request, Sink, requests_for
+from service.runners.base import Runner, RunnerError, canvas_px_of, first_states_of
 from service.scheduler import Scheduler
 
 T = TypeVar("T")
@@ -173,7 +175,7 @@ class Engine:
             EngineError: it has broken down.
         """
         future: Future[Answer] = Future()
-        request = self.submit_to(_resolve, future, image, options)
+        request = self.submit_to(resolve, future, image, options)
         future.add_done_callback(lambda done: self.abandon(request) if done.cancelled() else None)
         return future
 
@@ -301,14 +303,3 @@ class Engine:
             idle_mflops=core.idle_mflops,
             latency_limited_s=self._degrade.limited_total_s,
         )
-
-
-def _resolve(outcomes: list[tuple[Any, Told]]) -> None:
-    """The sink behind `submit`: tokens are futures, which have no use for steps."""
-    for future, outcome in outcomes:
-        if isinstance(outcome, Step) or not future.set_running_or_notify_cancel():
-            continue
-        if isinstance(outcome, Answer):
-            future.set_result(outcome)
-        else:
-            future.set_exception(outcome)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -13,12 +14,14 @@ T = TypeVar("T")
 
 
 def next_message(inbox: SimpleQueue[T], timeout_s: float) -> T | None:
-    """The next message, None if none comes in time; for the one thread that takes any.
+    """The next message, None if none comes in time, which may be infinite; for the one thread that takes any.
 
     `SimpleQueue.get` may wait for ever whatever its timeout (Python 3.11): where a message was put while somebody
     waited, and taken without a wait, the next call begins anew, with the time that is left, and takes a negative one
     for no limit. A look without waiting mends that.
     """
+    if timeout_s == inf:
+        return inbox.get()
     with suppress(Empty):
         return inbox.get_nowait()
     with suppress(Empty):
@@ -51,8 +54,11 @@ class Call:
 
 
 class Wake:
-    """Images have arrived, and lanes are free."""
+    """There is something to do: images have arrived and lanes are free, or a batch has run."""
 
 
 class Stop:
     """Take nothing more after the work at hand."""
+
+
+Message = Abandon | Call | Wake | Stop

@@ -19,15 +19,16 @@ from service.core import Core
 from service.degrade import Degrade
 from service.errors import EngineError, EngineLost, EngineUnsound
 from service.guard import Guard
-from service.inbox import Abandon, Call, Stop, Wake, next_message
+from service.inbox import Abandon, Call, Message, Stop, Wake, next_message
 from service.lanes import Batch, Lanes, Score, ThreadLanes
 from service.launching import AT_ONCE, LaunchingLanes
+from service.outbox import deliver, turn_away
 from service.pace import Pace
+from service.rows import Request
 from service.runners.base import FatalRunnerError, LaunchingRunner, Runner
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-Message = Abandon | Call | Wake | Stop
 NAP_S: Final = 50e-6  # between two looks at a device, at least: a kernel may make 200 us of it
 LOST_NAP_S: Final = 0.01  # where all that runs there was given up
 MANY_ROWS: Final = 128  # in batches that run
@@ -48,8 +49,7 @@ class Loop:
         core: owned by the thread from `start` to its end.
         runner, score: for its lanes.
         inbox: anybody may put messages.
-        lookahead_batches: see `Engine`.
-        max_queue_s, hang_s: see `Engine`.
+        lookahead_batches, max_queue_s, hang_s: see `Engine`.
         clock: seconds.
     """
 
@@ -111,7 +111,7 @@ class Loop:
             if self.owns:
                 self._inbox.put(call)
                 return call.future
-        call.run()  # not started yet, or ended: nobody else owns what it reads
+        call.run()  # not started yet, ended, or winding up: here, and perhaps beside others who ask
         return call.future
 
     def stop(self) -> None:
@@ -144,7 +144,10 @@ class Loop:
         except Exception as error:
             logger.exception("the engine broke down")
             broken = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
-        self._wind_up(broken or EngineError("the engine stopped before this image was answered"))
+        try:
+            self._wind_up(broken or EngineError("the engine stopped before this image was answered"))
+        except Exception:
+            logger.exception("not every request could be told")
         if broken is not None:
             self.broken.set_result(broken)
 
@@ -189,9 +192,6 @@ class Loop:
         due_s = self._due_s
         if self._lanes.is_driven and self._n_out:
             return self._drive(due_s)
-        if due_s == inf:
-            self._messages.append(self._inbox.get())
-            return
         message = next_message(self._inbox, due_s - self._clock())
         if message is not None:
             self._messages.append(message)
@@ -244,10 +244,12 @@ class Loop:
         self.guard.give_up_all()
 
     def _take_arrivals(self) -> None:
-        arrivals, now_s = self.admission.take(), self._clock()
+        self._arrivals += self.admission.take()
+        now_s = self._clock()
         self.degrade.follow(now_s, self.admission.in_flight, self.pace.row_s)
-        if arrivals:
-            self.core.admit(arrivals, now_s)
+        if self._arrivals:
+            self.core.admit(self._arrivals, now_s)
+            self._arrivals = []
 
     def _dispatch(self) -> None:
         while len(self.guard.running) < self._max_running:
@@ -275,12 +277,7 @@ class Loop:
         if n_new:  # first: who has an answer may send the next image at once
             room_rows = self.pace.room_rows(self.degrade.bearable_wait_s(self._max_queue_s), self._max_rows)
             self.admission.leave(n_new, room_rows, self.pace.row_s)
-        for sink, outcomes in self.core.outbox.items():
-            try:
-                sink(outcomes)
-            except Exception:  # a client's trouble is not the engine's
-                logger.exception("%d outcomes could not be delivered", len(outcomes))
-        self.core.outbox.clear()
+        deliver(self.core.outbox)
 
     def _wind_up(self, error: EngineError) -> None:
         """Whatever happened, nobody is left waiting: end every request, then hand over what the thread owned."""
@@ -288,10 +285,15 @@ class Loop:
             self.admission.close(error)
             self.owns = False
         # Nothing comes from here on but abandonments and batches, which end below all the same.
-        self._take_arrivals()
+        self._arrivals += self.admission.take()
         self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
         for message in self._messages:
             if isinstance(message, Call):
                 message.run()
-        self.core.fail_all(error)
-        self._deliver()
+        try:
+            self.core.fail_all(error)
+        finally:  # without what may have broken, the books or the pace
+            self.core.n_failed += turn_away(self.core.outbox, self._arrivals, error)
+            self.admission.leave(self.core.n_ended - self.n_delivered, self.admission.room_rows, self.admission.row_s)
+            self.n_delivered = self.core.n_ended
+            deliver(self.core.outbox)

@@ -374,6 +374,50 @@ def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
     assert engine.drain(5)
 
 
+class Broken:
+    """A sink that nobody can look up."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, outcomes: Any) -> None: ...
+
+
+def test_whoever_nobody_has_taken_on_when_it_breaks_is_told_as_well(bundle, images):
+    engine = faulty_engine(bundle)
+
+    def follow(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    told: list[tuple[Any, Any]] = []
+
+    def sink(outcomes: list[tuple[Any, Any]]) -> None:
+        told.extend(outcomes)
+
+    engine.start()
+    engine._degrade.follow = follow  # type: ignore[method-assign]
+    for token in range(3):
+        engine.submit_to(sink, token, images[token], flush=False)
+    engine.flush()
+    why = engine.broken.result(LIMIT_S)
+    assert "a bug" in str(why)
+    assert told == [(0, why), (1, why), (2, why)]
+    assert balanced(engine.stats())
+    assert engine.stats().in_flight_rows == 0
+    assert engine.drain(5)
+
+
+def test_an_engine_that_cannot_even_end_its_requests_is_known_to_be_broken(bundle, images):
+    engine = faulty_engine(bundle, max_rows=1)
+    engine.start()
+    gate = hold(engine)
+    for image in images[:3]:  # the first is the end of it, the others cannot be told
+        engine.submit_to(Broken(), None, image)
+    gate.set()
+    assert "unhashable" in str(engine.broken.result(LIMIT_S))
+    assert not engine.is_alive
+    engine.drain(0.0)
+
+
 # --- what callers rely on ---------------------------------------------------------------------------------------
 
 

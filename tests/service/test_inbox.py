@@ -1,6 +1,7 @@
 """Waiting for messages: never longer than asked for, in whatever state the queue was left."""
 
 import threading
+from math import inf
 from queue import Empty, SimpleQueue
 from typing import cast
 
@@ -29,10 +30,11 @@ def test_nobody_waits_longer_than_asked_for(timeout_s: float) -> None:
     assert not waiting.is_alive()
 
 
-def test_a_message_that_comes_meanwhile_ends_the_wait() -> None:
+@pytest.mark.parametrize("timeout_s", [LIMIT_S, inf])
+def test_a_message_that_comes_meanwhile_ends_the_wait(timeout_s: float) -> None:
     inbox = left_open()
     threading.Timer(0.05, inbox.put, ["at last"]).start()
-    assert next_message(inbox, LIMIT_S) == "at last"
+    assert next_message(inbox, timeout_s) == "at last"
     inbox.put("at once")
     assert next_message(inbox, 0.0) == "at once"
 
