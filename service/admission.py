@@ -31,9 +31,9 @@ class Admission:
         return self.in_flight >= self.room_rows
 
     @property
-    def has_arrivals(self) -> bool:
-        """Whether `take` would take any."""
-        return bool(self._arrivals)
+    def n_free(self) -> int:
+        """How many requests there is room for."""
+        return max(0, self.room_rows - self.in_flight)
 
     def overload(self) -> EngineOverloaded:
         return EngineOverloaded(self.in_flight, self.in_flight * self.row_s)
@@ -55,17 +55,23 @@ class Admission:
                 self._in_haste = True
 
     def enter_all(self, requests: Sequence[Request]) -> int:
-        """Let requests with the same options in, the first ones of them as far as there is room; returns how many."""
+        """Let requests with the same options in, the first ones of them as far as there is room; returns how many. The
+        others are not counted yet: see `refuse`."""
         with self._lock:
-            room_rows = 0 if self.closed is not None else max(0, self.room_rows - self.in_flight)
-            n_rows = min(len(requests), room_rows)
-            self.submitted += len(requests)
-            self.refused += len(requests) - n_rows
+            n_rows = min(len(requests), self.n_free) if self.closed is None else 0
+            self.submitted += n_rows
             self.in_flight += n_rows
             self._arrivals += requests[:n_rows]
             if n_rows and not requests[0].options.is_plain:
                 self._in_haste = True
         return n_rows
+
+    def refuse(self) -> EngineError:
+        """Count a request that is not let in; returns why."""
+        with self._lock:
+            self.submitted += 1
+            self.refused += 1
+            return self.refusal()
 
     def refusal(self) -> EngineError:
         """Why a request was not let in."""

@@ -191,7 +191,11 @@ class Engine:
             flush: False where more images follow at once, and then a call of `flush`: so the engine's thread is woken
                 once for all of them, and they may run together.
         """
-        request = Request(token, sink, options or PLAIN, self._runner.first_state(image))
+        try:
+            state = self._runner.first_state(image)
+        except RunnerError:  # no place is left for its picture
+            raise self._admission.refuse() from None
+        request = Request(token, sink, options or PLAIN, state)
         self._admission.enter(request)
         if flush:
             self.flush()
@@ -218,12 +222,14 @@ class Engine:
         Raises:
             ValueError: the images are not what the network takes.
         """
-        states = self._first_states(images, which)
+        n_free = self._admission.n_free  # whoever finds no room is to take no picture's place either
+        try:
+            states = self._first_states(images, which[:n_free]) if n_free else ()
+        except RunnerError:  # no places are left for so many
+            states = ()
         requests = requests_for(tokens, sink, options, states)
         n_in = self._admission.enter_all(requests)
-        if n_in == len(requests):
-            return list(requests)
-        return [*requests[:n_in], *(self._admission.refusal() for _ in requests[n_in:])]
+        return [*requests[:n_in], *(self._admission.refuse() for _ in tokens[n_in:])]
 
     def flush(self) -> None:
         """Wake the engine's thread for what was submitted, if it waits for that."""

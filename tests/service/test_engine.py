@@ -23,7 +23,7 @@ from service.lanes import Batch
 from service.observer import EngineStats
 from service.policies import POLICIES
 from service.rows import Answer, Options
-from service.runners.base import StageOutput
+from service.runners.base import RunnerError, StageOutput
 from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner
 from service.scheduler import Scheduler
@@ -131,6 +131,39 @@ def test_a_block_of_images_is_answered_as_each_alone_and_what_finds_no_room_is_r
     assert {token: answer.class_id for token, answer in told.items()} == {k: alone[k].class_id for k in range(1, 6)}
     [late] = engine.submit_all(lambda outcomes: None, [0], images, [0])
     assert isinstance(late, EngineDraining)
+
+
+def test_who_finds_no_room_or_no_place_for_his_picture_is_refused_as_by_a_full_engine(bundle, images):
+    engine = faulty_engine(bundle, max_in_flight_rows=4)
+    runner, made, has_places = engine._runner, [], True
+    first_state = runner.first_state
+
+    def first_state_of_few(image: NDArray[np.uint8]) -> RowState:
+        if not has_places:
+            raise RunnerError("all picture places are taken")
+        made.append(image)
+        return first_state(image)
+
+    def submit_frame(n_images: int) -> list[bool]:
+        entries = engine.submit_all(lambda outcomes: None, range(n_images), images, range(n_images))  # type: ignore
+        engine.flush()
+        return [isinstance(entry, EngineOverloaded) for entry in entries]
+
+    with running(engine):
+        runner.first_state = first_state_of_few
+        has_places = False
+        with pytest.raises(EngineOverloaded):
+            engine.submit(images[0])
+        assert submit_frame(3) == [True] * 3
+        has_places = True
+        gate = hold(engine)
+        assert submit_frame(6) == [False] * 4 + [True] * 2
+        assert submit_frame(2) == [True] * 2
+        assert len(made) == 4
+        gate.set()
+    stats = engine.stats()
+    assert (stats.submitted, stats.refused) == (12, 8)
+    assert balanced(stats)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
