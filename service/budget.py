@@ -59,17 +59,16 @@ class BudgetController:
     def thresholds(self) -> tuple[float, ...]:
         return self._held.thresholds if self._held else self.steering.thresholds
 
-    @property
-    def total_spent_mflops(self) -> float:
-        return (self.ledger.spent_answered + self.ledger.spent_abandoned) / MEGA
-
     def set(self, budget_mflops: float) -> None:
         """Give images admitted from now on another budget (average mflops per image).
 
         Raises:
             ValueError: it lies outside the cost of the first exit to that of the last.
         """
-        self.budget = self._checked(budget_mflops)
+        budget = self._checked(budget_mflops)
+        if budget == self.budget == self.ledger.allowance:
+            return  # else whoever sets it again and again has the last answers' average begin anew each time
+        self.budget = budget
         self.ledger.set_allowance(self.budget)
         self.steering.set_budget(self.budget)
         self._hold()

@@ -30,6 +30,7 @@ class Degrade:
         self._budget = budget
         self._full_rows = self.FULL * max_rows
         self._control: LatencyControl | None = None
+        self._asked: tuple[float, float | None] = (0.0, None)
         self._reports: deque[float] = deque(maxlen=LatencyControl.MANY)
         self._limited_from_s: float | None = None
         self._noted_s = 0.0
@@ -48,8 +49,11 @@ class Degrade:
         if target_s is not None and not 0 < target_s < inf:
             raise ValueError(f"a latency target is a positive time, not {target_s:g} s")
         working_mflops = self._budget.working_mflops if self._limited_from_s is not None else inf
+        if self._control is not None and (budget_mflops, target_s) == self._asked:
+            return  # what was measured for it holds
         self._budget.set(budget_mflops)
-        self._control = None
+        self._asked, self._control = (budget_mflops, target_s), None
+        self._reports.clear()  # they are no news of this target
         if target_s is not None:  # the load stays as it was, so that it begins where another one stood
             self._control = LatencyControl(target_s, *self._budget.useful_mflops, working_mflops, now_s)
             self._budget.work_at(working_mflops)

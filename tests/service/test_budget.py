@@ -345,6 +345,18 @@ def test_a_new_budget_is_reached_within_two_thousand_images(before, after):
     assert 0.99 <= run.rolling[-1] <= 1.0
 
 
+def test_the_same_budget_set_again_and_again_changes_nothing():
+    images = tuple(np.concatenate(parts) for parts in zip(population(1_500, 1), population(500, 101, 1.5), strict=True))
+    left_alone, set_again = controller(0.4), controller(0.4)
+    expected = simulate(left_alone, images)
+    run = simulate(set_again, images, at_answer=lambda n: set_again.set(0.4 * FULL_MFLOPS) if n % 100 == 0 else None)
+    assert run.rolling[-1] <= 1.0
+    assert run.spent == expected.spent
+    set_again.work_at(0.3 * FULL_MFLOPS)
+    set_again.set(0.4 * FULL_MFLOPS)  # the same, but not what is worked at
+    assert set_again.working_mflops == pytest.approx(0.4 * FULL_MFLOPS)
+
+
 def test_a_working_budget_that_moves_all_the_time_is_kept_as_exactly():
     images = population(6_000, 8)
     budget = controller(0.8)

@@ -215,6 +215,21 @@ def test_a_new_budget_goes_on_from_where_the_load_had_brought_it_and_no_target_e
     assert isinf(degrade.bearable_wait_s(float("inf")))
 
 
+def test_what_was_measured_holds_for_the_same_target_and_for_no_other():
+    budget, degrade = limited()
+    working, before = budget.working_mflops, degrade.state(2.0)
+    assert before is not None
+    assert before.n_answers
+    degrade.set(FULL_MFLOPS, TARGET_S, 2.0)
+    assert (budget.working_mflops, degrade.state(2.0)) == (working, before)
+    degrade.took(9.0)
+    degrade.set(FULL_MFLOPS, 2 * TARGET_S, 2.0)
+    degrade.follow(2.1, 0, 0.001)
+    after = degrade.state(2.1)
+    assert after is not None
+    assert after.n_answers == 0
+
+
 @pytest.mark.parametrize(("budget_mflops", "target_s"), [(1.0, 0.05), (30.0, 0.0), (30.0, -1.0), (30.0, float("nan"))])
 def test_what_cannot_be_kept_is_refused_and_changes_nothing(budget_mflops, target_s):
     budget, degrade = limited()
