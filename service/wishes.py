@@ -47,7 +47,7 @@ def _own_reason(budget: BudgetController, options: Options, head: Head, now_s: f
     if head.exit < len(budget.costs) and not _own_score(options, head) >= budget.thresholds[head.exit - 1]:
         if now_s >= options.deadline_s:
             return "deadline"
-        if budget.costs[head.exit] > options.max_mflops * MEGA:
+        if budget.costs[head.exit] / MEGA > options.max_mflops:  # as answers tell it, who may be where it comes from
             return "budget"
     return None
 

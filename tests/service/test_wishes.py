@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.budget import BudgetController
+from service.core import Core
 from service.errors import EngineTooLate
 from service.rows import ENDED, Options
+from service.scheduler import Scheduler
 from service.wishes import Deadlines
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS
-from tests.service.virtual import N_EXITS, World, spent_is_what_answers_say, world
+from tests.service.virtual import CLASS_NAMES, N_EXITS, World, curve, spent_is_what_answers_say, world
 
 NEVER = 2.0  # no softmax output reaches it: such an image goes on as long as it may
 
@@ -53,6 +56,18 @@ def test_an_image_goes_no_deeper_than_its_own_cap_pays_for(cap: float, exit_: in
     here.run()
     assert (here.answer("a").exit, here.answer("a").reason) == (exit_, "budget")
     assert here.answer("a").mflops <= cap
+
+
+def test_what_an_answer_has_cost_pays_for_its_exit() -> None:
+    dear = 16_258_069
+    assert dear > dear / 1e6 * 1e6  # as one number in ninety is
+    costs = (COSTS_MFLOPS[0], dear / 1e6, *COSTS_MFLOPS[2:])
+    here = World(Core(BudgetController(curve(), costs, FULL_MFLOPS, steer=False), Scheduler(N_EXITS), CLASS_NAMES))
+    here.admit("a", Options(exit=2))
+    here.run()
+    here.admit("b", Options(max_mflops=here.answer("a").mflops, min_confidence=NEVER))
+    here.run()
+    assert here.answer("b").exit == 2
 
 
 def test_a_cap_that_pays_for_everything_changes_nothing() -> None:
