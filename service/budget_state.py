@@ -23,7 +23,7 @@ class BudgetState:
     settled_mflops: float
     reserved_mflops: float
     answered: int
-    abandoned: int
+    abandoned: int  # given up by their clients, failed, or refused as their deadline had passed
     spent_answered_mflops: float
     spent_abandoned_mflops: float
     latency: LatencyState | None = None  # where a latency target may lower the budget
