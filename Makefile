@@ -21,7 +21,7 @@ SIDE_BY_SIDE := -m "not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loads
 # Tests that run the engine, in parts, whole or in a server.
 OF_ENGINE   := access_log api api_batch api_budget api_options api_stream budget budget_real compiled costs delivery \
   device_lost direct engine engine_trouble front front_engine front_outbox front_trouble guard inbox lanes latency \
-  launching limits metrics plan_simulation retries runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
+  launching limits metrics pace plan_simulation retries runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
   shutdown slots start two_ways wishes
 
 .PHONY: help serve setup compile pure test test-compiled test-gpu check format bench league train secrets configuration dashboard check-containers clean
