@@ -129,6 +129,7 @@ class Hub:
         on_serving: called, on a thread of this process, with a worker's number once it serves.
         on_gone: likewise, with that and the requests it had in flight, when it has died and the engine has let go of
             them.
+        on_broken: called if the hub itself breaks down: no worker is heard any more.
     """
 
     def __init__(
@@ -139,9 +140,10 @@ class Hub:
         memory: SharedMemory,
         on_serving: Callable[[int], object],
         on_gone: Callable[[int, int], object],
+        on_broken: Callable[[Exception], object],
     ) -> None:
         self._engine, self._metrics, self._keeper, self._memory = engine, metrics, keeper, memory
-        self._on_serving, self._on_gone = on_serving, on_gone
+        self._on_serving, self._on_gone, self._on_broken = on_serving, on_gone, on_broken
         self._links: dict[int, Link] = {}
         self._tasks: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._waker, self._woken = socket.socketpair()
@@ -202,6 +204,13 @@ class Hub:
     # --- the hub's thread ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._serve_links()
+        except Exception as error:  # it serves all workers: without it none is heard, and nobody would notice
+            logger.exception("the front's hub broke down")
+            self._on_broken(error)
+
+    def _serve_links(self) -> None:
         while not self._stopping:
             for key, events in self._selector.select(PUBLISH_EVERY_S):
                 link: Link | None = key.data

@@ -94,7 +94,7 @@ class Front:
         self._backoff_s = [BEGIN_BACKOFF_S] * self._n_workers
         self._restarts: dict[int, float] = {}  # when, by worker
         self._serving: set[int] = set()
-        self._is_ending = False
+        self._is_ending = self._is_signalled = False
         self._n_failed = 0  # workers that did not end well, once told to
 
     @property
@@ -117,13 +117,17 @@ class Front:
             self._memory,
             on_serving=lambda worker: self._events.put(Serving(worker)),
             on_gone=lambda worker, n_lost: self._events.put(Gone(worker, n_lost)),
+            on_broken=lambda error: self._events.put(Broken(error)),
         )
         for number in STOPS:
             signal.signal(number, self._on_signal)
         hub.start()
         try:
             for worker in range(self._n_workers):
-                self._start(worker, hub)
+                try:
+                    self._start(worker, hub)
+                except OSError as error:
+                    raise ServerFailed(f"no HTTP worker can be started ({error})") from error
             self._start_engine(engine, hub)
             self._supervise(hub, say_ready)
         finally:
@@ -147,16 +151,18 @@ class Front:
             hub.tell(worker, Kind.STARTED)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._is_ending and number == signal.SIGHUP:  # see `service.server`
+        if self._is_signalled and number == signal.SIGHUP:  # see `service.server`
             return
-        if self._is_ending:
+        if self._is_signalled:
             logger.warning("second signal: stopping at once, %d unanswered", self._memory.in_flight_rows)
             for process in self._processes.values():
                 process.kill()
             logging.shutdown()
             os._exit(128 + number)
-        self._is_ending = True
-        self._events.put(Signal(number))
+        self._is_signalled = True
+        if not self._is_ending:  # else it has broken down, and ends sooner than it would now
+            self._is_ending = True
+            self._events.put(Signal(number))
 
     def _start(self, worker: int, hub: Hub) -> None:
         ours, theirs = socket.socketpair()
@@ -170,6 +176,9 @@ class Front:
                     pass_fds=descriptors,
                     stdin=subprocess.DEVNULL,
                 )
+            except OSError:
+                ours.close()
+                raise
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._began_s[worker] = monotonic()
@@ -198,10 +207,25 @@ class Front:
                 logger.error("%d workers did not end in time", len(self._processes))
                 self._n_failed += len(self._processes)
                 return
-            for worker in [worker for worker, due_s in self._restarts.items() if due_s <= monotonic()]:
-                del self._restarts[worker]
+            self._restart_due(hub)
+
+    def _restart_due(self, hub: Hub) -> None:
+        for worker in [worker for worker, due_s in self._restarts.items() if due_s <= monotonic()]:
+            del self._restarts[worker]
+            try:
                 self._start(worker, hub)
-                hub.tell(worker, Kind.STARTED)
+            except OSError as error:  # no memory, or no process: the others serve meanwhile
+                backoff_s = self._back_off(worker)
+                logger.error("HTTP worker %d cannot be started (%s): again in %g s", worker + 1, error, backoff_s)
+                continue
+            hub.tell(worker, Kind.STARTED)
+
+    def _back_off(self, worker: int) -> float:
+        """Have a worker start in a while; returns the seconds until then, twice as many each time."""
+        backoff_s = self._backoff_s[worker]
+        self._backoff_s[worker] = min(MAX_BACKOFF_S, 2 * backoff_s)
+        self._restarts[worker] = monotonic() + backoff_s
+        return backoff_s
 
     def _end(self, hub: Hub, within_s: float, kind: Kind, text: str = "") -> float:
         """Have the workers end; returns until when they may."""
@@ -234,9 +258,6 @@ class Front:
             return
         if monotonic() - self._began_s[worker] > SOUND_S:
             self._backoff_s[worker] = BEGIN_BACKOFF_S
-        backoff_s = self._backoff_s[worker]
-        self._backoff_s[worker] = min(MAX_BACKOFF_S, 2 * backoff_s)
-        self._restarts[worker] = monotonic() + backoff_s
         level = logging.ERROR if code else logging.WARNING
         logger.log(
             level,
@@ -245,5 +266,5 @@ class Front:
             process.pid,
             code,
             gone.n_lost,
-            backoff_s,
+            self._back_off(worker),
         )

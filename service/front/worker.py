@@ -89,6 +89,9 @@ def main(arguments: Sequence[str]) -> int:
     )
 
     def on_started(error: Exception | None) -> None:
+        if error is not None:  # then it only says so, and is no worker to wait for
+            server.fail(error)
+            return
         settle_memory(settings.max_in_flight)
         engine.say_serving()
 

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,16 @@ class Front:
         self.gone: list[tuple[int, int]] = []
         self.someone_has_gone = threading.Event()
         self.keeper = Keeper(self.engine, Target("fraction", budget_mflops))
-        self.hub = Hub(self.engine, metrics, self.keeper, self.memory, lambda worker: None, self._on_gone)
+        self.broken: Future[Exception] = Future()
+        self.hub = Hub(
+            self.engine,
+            metrics,
+            self.keeper,
+            self.memory,
+            on_serving=lambda worker: None,
+            on_gone=self._on_gone,
+            on_broken=self.broken.set_result,
+        )
         self.hub.start()
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)

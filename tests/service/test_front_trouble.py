@@ -143,3 +143,11 @@ def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None
     with pytest.raises(EngineDraining):
         RemoteKeeper(front.proxies[0].calls).read()
     assert np.all(front.memory.images(0)[0] == IMAGES[0])
+
+
+def test_a_hub_that_breaks_down_says_so(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down() -> None:
+        raise MemoryError("no room for a board")
+
+    monkeypatch.setattr(front.hub, "publish", break_down)
+    assert str(front.broken.result(LIMIT_S)) == "no room for a board"
