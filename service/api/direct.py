@@ -149,15 +149,18 @@ class Desk:
     def _work(self) -> None:
         """Decode what has come in this turn of the event loop, and wake the engine once for all of it."""
         until_s = perf_counter() + TURN_S
-        while self._bodies:
-            visit, body = self._bodies.popleft()
-            if not visit.ended:
-                self._step(visit, self._decode, body)
-            if self._bodies and perf_counter() >= until_s:
+        try:
+            while self._bodies:
+                visit, body = self._bodies.popleft()
+                if not visit.ended:
+                    self._step(visit, self._decode, body)
+                if self._bodies and perf_counter() >= until_s:
+                    break
+        finally:  # also where a visit could not even be told that it has failed: nobody else looks at those behind it
+            if self._bodies:
                 assert self._loop is not None
                 self._loop.call_soon(self._work)
-                break
-        self._engine.flush()
+            self._engine.flush()
 
     def _step(self, visit: Visit, step: Callable[[Visit, Any], None], argument: Any) -> None:
         try:

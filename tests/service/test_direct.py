@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import threading
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -258,6 +259,26 @@ def test_a_bug_is_a_problem_and_the_next_request_an_answer(
     line.send(request())
     assert line.receive()[0] == 200
     assert here.app.lifecycle.requests_in_flight == 0
+
+
+def test_a_visit_that_cannot_even_be_told_holds_up_nobody_behind_it(
+    here: Here, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise OSError("its connection is in no state to be written to")
+
+    with contextlib.closing(here.connect()) as other:
+        for each in (line, other):  # so that both have been accepted
+            each.send(request())
+            assert each.receive()[0] == 200
+        n_submitted = here.engine.stats().submitted
+        monkeypatch.setattr(Desk, "_end", broken)
+        go_on = threading.Event()
+        here.loop.call_soon_threadsafe(go_on.wait, LIMIT_S)  # both come in one turn of the event loop
+        line.send(request(b"no image"))
+        other.send(request())
+        go_on.set()
+        wait_until("the one behind it is submitted", lambda: here.engine.stats().submitted > n_submitted)
 
 
 def test_each_leaves_a_line_in_the_log(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
