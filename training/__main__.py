@@ -157,8 +157,8 @@ def evaluate(run: RunArgument) -> None:
     record = CalibrationRecord.load(folder)
     outputs = ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test)
     evaluation = evaluate_outputs(*outputs, cost_of(folder, record), GateRecord.load(folder))
-    evaluation.save(folder, record)
     tables, plots = write_tables(folder, evaluation), plot_run(folder, evaluation, record)
+    evaluation.save(folder, record)  # last: with it the run is evaluated, and can be exported
     print_evaluation(evaluation, Console())
     typer.echo(
         f"{run}: wrote results.json, {', '.join([*tables, *plots])}; next: {typed('export', run)} --output FOLDER"

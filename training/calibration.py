@@ -128,6 +128,7 @@ def calibrate(
 ) -> CalibrationRecord:
     """Run a trained network over its stored held-out images and over the test images, and keep what each exit says.
 
+    calibration.json is written last, and with it the run is calibrated; results of an evaluation before are removed.
     Both are read with the test transform. The published code reads the held-out images through random crops and flips
     instead, which makes them look harder than the test images are.
 
@@ -159,6 +160,7 @@ def calibrate(
     if gates is not None:
         heldout = heldout.scored(SCORE, gates.heldout_scores([x.numpy() for x in logits]))
         test = test.scored(SCORE, score_exits(gates.score(), [x.numpy() for x in test_logits]))
+    folder.forget_calibration()
     heldout.save(folder.heldout)
     test.save(folder.test)
     steps_per_epoch = folder.read_recipe().optimisation.steps_per_epoch(len(split.train))

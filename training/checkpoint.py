@@ -73,6 +73,11 @@ class RunFolder:
     def test(self) -> Path:
         return self.path / "test.npz"
 
+    # gate
+    @property
+    def head_inputs(self) -> Path:
+        return self.path / "head_inputs.pt"
+
     # evaluate
     @property
     def results(self) -> Path:
@@ -104,6 +109,14 @@ class RunFolder:
             return Recipe.model_validate(self.read_description()["recipe"])
         except ValueError as error:
             raise RunError(f"{self.description}: damaged, or of another version; train into another folder") from error
+
+    def forget_calibration(self) -> None:
+        """Remove what says that the run is calibrated and evaluated, before either is done anew.
+
+        A step that is cut short then leaves a run that asks for it again, never one of two networks' files.
+        """
+        for path in (self.results, self.calibration):
+            path.unlink(missing_ok=True)
 
     def append_log(self, record: dict[str, Any]) -> None:
         with self.log.open("a") as log:

@@ -124,6 +124,8 @@ class Trainer:
                 description["from"] = identity_of(self.start)
                 description["before"] = training_of(self.start)
             self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.folder.forget_calibration()  # of a run here whose checkpoint somebody has removed
+            self.folder.head_inputs.unlink(missing_ok=True)
             self.folder.trim_log(0)
             split.save(self.folder.split)
             self.folder.description.write_text(json.dumps(description, indent=2) + "\n")

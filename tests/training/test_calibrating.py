@@ -10,6 +10,7 @@ from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate, load_trained, outputs_of
 from training.checkpoint import RunError, RunFolder
+from training.evaluation import Evaluation
 from training.image_set import DataError, ImageSet, Split
 from training.loop import Trainer
 from training.processes import Processes
@@ -126,6 +127,32 @@ def test_a_network_trained_on_since_must_be_calibrated_again(folder: RunFolder, 
     state["progress"]["step"] += 1
     folder.save_checkpoint(state)
     with pytest.raises(RunError, match="calibrated at step 8, but trained on to step 9 since"):
+        CalibrationRecord.load(folder)
+
+
+def test_a_second_calibration_wants_another_evaluation(folder: RunFolder, images: ImageSet) -> None:
+    """Its answers may be others at the same step, with `refit` or `half_weights`: old results are not theirs."""
+    record = calibrate(folder, images, CPU)
+    folder.results.write_text("of the calibration before")
+    calibrate(folder, images, CPU, refit=False)
+    with pytest.raises(RunError, match="not evaluated yet"):
+        Evaluation.load(folder, record)
+
+
+def test_a_calibration_that_is_cut_short_leaves_a_run_that_is_not_calibrated(
+    folder: RunFolder, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate(folder, images, CPU)
+    save = ExitOutputs.save
+
+    def cut_short(self: ExitOutputs, path: Path) -> None:
+        save(self, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExitOutputs, "save", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(folder, images, CPU, refit=False)
+    with pytest.raises(RunError, match="not calibrated yet"):
         CalibrationRecord.load(folder)
 
 

@@ -91,7 +91,11 @@ def test_far_too_high_a_rate_is_told(tmp_path: Path, images: ImageSet) -> None:
 def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "run", images).train()
     (tmp_path / "run" / "checkpoint.pt").unlink()
+    of_the_run_before = [tmp_path / "run" / name for name in ("calibration.json", "results.json", "head_inputs.pt")]
+    for path in of_the_run_before:
+        path.touch()
     trainer(tmp_path / "run", images, seed=1).train()
+    assert not any(path.exists() for path in of_the_run_before)
     assert [record["epoch"] for record in numbers(tmp_path / "run")] == [1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 1
 

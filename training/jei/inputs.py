@@ -18,8 +18,6 @@ from training.checkpoint import RunFolder
 from training.gates import HeadInputs
 from training.image_set import ImageSet
 
-CACHE = "head_inputs.pt"
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -53,7 +51,7 @@ def head_rows(
     """
     split = checked_split(folder, folder.read_description()["data"], images)
     key = {"step": record.step, "half_weights": record.half_weights, "passes": passes, "seed": seed}
-    cache = folder.path / CACHE
+    cache = folder.head_inputs
     if (kept := _read(cache, key)) is not None:
         return kept
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
