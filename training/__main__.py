@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -75,8 +76,9 @@ def train(
         raise typer.Exit(launch(processes, sys.argv[1:]))
     from training.checkpoint import RunFolder
     from training.data import load_image_set
+    from training.locking import alone_in
     from training.loop import Trainer
-    from training.processes import Processes
+    from training.processes import Processes, end_if_lost
     from training.recipe import Recipe
     from training.telling import summary
 
@@ -85,21 +87,25 @@ def train(
     command = f"python -m training train RUN --recipe {Path(recipe).name} --data DATA --seed {seed}"
     command += "".join(f" --set {shlex.quote(setting)}" for setting in settings or [])
     command += f" --from {start.resolve().name}" if start else ""
-    group = Processes.join(torch_device.type)
-    try:
-        command += f" --processes {group.count}" if group.count > 1 else ""
-        images = load_image_set(data, image_size_px)
-        trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
-        if group.is_first:
-            about = trainer.train_images, len(trainer.held_out), loaded.optimisation
-            for note in (*images.notes, summary(*about, trainer.steps_per_epoch, trainer.precision)):
-                typer.echo(f"{run}: {note}")
-        del images  # those to train on are the trainer's own by now
-        ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
-        reached = f"step {trainer.progress.step} of {trainer.total_steps}"
-        del trainer  # before the group ends, see `leave`
-    finally:
-        group.leave()
+    with alone_in(run) if _tells() else nullcontext():
+        group = Processes.join(torch_device.type)
+        try:
+            command += f" --processes {group.count}" if group.count > 1 else ""
+            images = load_image_set(data, image_size_px)
+            trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
+            if group.is_first:
+                about = trainer.train_images, len(trainer.held_out), loaded.optimisation
+                for note in (*images.notes, summary(*about, trainer.steps_per_epoch, trainer.precision)):
+                    typer.echo(f"{run}: {note}")
+            del images  # those to train on are the trainer's own by now
+            ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
+            reached = f"step {trainer.progress.step} of {trainer.total_steps}"
+            del trainer  # before the group ends, see `leave`
+        except RuntimeError as error:
+            end_if_lost(error)
+            raise
+        finally:
+            group.leave()
     if not group.is_first:
         return
     if ended == "finished":
@@ -184,6 +190,11 @@ def export(
 app.add_typer(tools)
 
 
+def _tells() -> bool:
+    """Whether this is the first of the processes that train together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_command() -> None:
     """Run the command line; bad input is told in a sentence, with status 2."""
     try:
@@ -195,7 +206,7 @@ def run_command() -> None:
             raise  # not about a file that somebody named
         else:
             told = error if isinstance(error, TrainingError) else f"{error.filename}: {error.strerror}"
-        if os.environ.get("RANK", "0") == "0":
+        if _tells():
             typer.echo(f"error: {told}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -6,26 +6,31 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from types import FrameType
 from typing import Any
 
+import typer
+
 BAD_INPUT = 2  # the exit status of a process that was given some
+LOST_ANOTHER = 3  # that of a process whose group lost another one: not the cause, so it is silent
 TELLING_S = 30.0
+LAUNCHER = "EXITSERVE_LAUNCHER"  # the variable by which processes know who started them
+GO_ON = "give the same command again to go on"
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
 
-    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop. When one fails, so do the others.
-    Bad input all of them find, and the first tells it, for which it has `TELLING_S`. Both signals are the caller's
-    again afterwards.
+    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop, as they do when this process is
+    gone. When one fails, the others are ended. Bad input all of them find, and the first tells it, for which it has
+    `TELLING_S`; what a process can't tell of its own end is told here. Both signals are the caller's again afterwards.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), LAUNCHER: str(os.getpid())}
     command = [sys.executable, "-m", "training", *arguments]
     workers = [
         subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -39,7 +44,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: end}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    status = 0  # of the first that failed
+    failed: dict[int, int] = {}  # statuses by rank, in the order in which they came
     ends_s = inf  # when the others are ended
     running = True
     try:
@@ -47,13 +52,37 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             time.sleep(0.1)
             statuses = [worker.poll() for worker in workers]
             running = None in statuses
-            if not status and any(statuses):
-                status = next(s for s in statuses if s)
-                ends_s = time.monotonic() + (TELLING_S if status == BAD_INPUT else 0.0)
+            if not failed and any(statuses):
+                first_tells = BAD_INPUT in statuses and statuses[0] is None
+                ends_s = time.monotonic() + (TELLING_S if first_tells else 0.0)
+            failed |= {rank: status for rank, status in enumerate(statuses) if status and rank not in failed}
             if time.monotonic() >= ends_s:
                 end()
                 ends_s = inf
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return abs(status)
+    if not failed:
+        return 0
+    rank = next((rank for rank, status in failed.items() if status != LOST_ANOTHER), min(failed))
+    if untold := _untold(rank, failed):
+        typer.echo(f"error: {untold}", err=True)
+    return abs(failed[rank])
+
+
+def orphaned() -> bool:
+    """Whether this process was started by a launcher that is gone."""
+    return os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid())
+
+
+def _untold(rank: int, failed: Mapping[int, int]) -> str | None:
+    """Why a group ended in which process `rank` failed first, where that process did not tell."""
+    status = failed[rank]
+    if status < 0:
+        memory = " (out of memory?)" if -status == signal.SIGKILL else ""
+        return f"process {rank} was killed by signal {-status}{memory}; {GO_ON}"
+    if status == LOST_ANOTHER:
+        return f"the processes lost each other; {GO_ON}"
+    if status == BAD_INPUT and failed.get(0, 0) != BAD_INPUT:  # the first alone tells it
+        return f"process {rank} found something wrong that the first did not; --processes 1 tells what"
+    return None

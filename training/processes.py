@@ -7,6 +7,7 @@ C-batch-4, bf16, two cores).
 import gc
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from types import FrameType
 
@@ -15,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.checkpoint import RunError
+from training.launching import LAUNCHER, LOST_ANOTHER, orphaned
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,34 @@ class Processes:
             distributed.destroy_process_group()
 
 
+def end_if_lost(error: RuntimeError) -> None:
+    """End this process in silence if the error says that another one of its group has ended: the launcher tells that.
+
+    At once: a group that has lost one may abort the process as it is cleared away. Where nobody would tell (torchrun
+    started it), nothing is done.
+    """
+    if LAUNCHER in os.environ and ("gloo" in str(error) or isinstance(error, distributed.DistError)):
+        sys.stdout.flush()
+        os._exit(LOST_ANOTHER)
+
+
 class StopRequest:
     """Notes SIGINT (Ctrl-C) and SIGTERM while entered, so that the loop can save first; a second Ctrl-C interrupts."""
 
     def __init__(self) -> None:
-        self.received = False
+        self._noted = False
+
+    @property
+    def received(self) -> bool:
+        """A signal has come; or whoever started this process is gone, and nobody could send one any more."""
+        return self._noted or orphaned()
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, _: int, __: FrameType | None) -> None:
-        self.received = True
+        self._noted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,7 @@
 """Training in two processes, started as a person starts them."""
 
+import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,9 +15,9 @@ from training.averaging import Averaging
 from training.checkpoint import RunError, RunFolder
 from training.data import load_image_set
 from training.image_set import ImageSet
-from training.launching import launch
+from training.launching import LAUNCHER, LOST_ANOTHER, TELLING_S, launch
 from training.loop import Trainer
-from training.processes import Processes
+from training.processes import Processes, end_if_lost
 from training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -132,10 +134,62 @@ def test_the_first_tells_what_others_find_before_it(
 
 def test_when_one_crashes_the_others_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\n[ $RANK = 0 ] || exit 3\nexec sleep 600\n")
+    python.write_text("#!/bin/sh\n[ $RANK = 0 ] || exit 1\nexec sleep 600\n")
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
-    assert launch(2, ["train"]) == 3
+    assert launch(2, ["train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "told"),
+    [
+        ("[ $RANK = 0 ] || kill -9 $$; exec sleep 600", 9, r"process 1 was killed by signal 9 \(out of memory"),
+        ("[ $RANK = 0 ] || kill -9 $$; trap 'exit 3' TERM; sleep 600 & wait", 9, "process 1 was killed by signal 9"),
+        ("exit 3", 3, "the processes lost each other"),
+        ("[ $RANK = 0 ] && exit 3; exit 2", 2, "process 1 found something wrong .*--processes 1"),
+        ("[ $RANK = 0 ] || exec sleep 600; echo 'error: told' >&2; exit 2", 2, None),
+        ('[ "$EXITSERVE_LAUNCHER" = $PPID ]', 0, None),
+    ],
+)
+def test_the_launcher_tells_what_the_processes_can_not(
+    script: str,
+    status: int,
+    told: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    began = time.monotonic()
+    assert launch(2, ["train"]) == status
+    assert time.monotonic() - began < TELLING_S / 2  # whoever has told is not waited for
+    errors = [line for line in capfd.readouterr().err.splitlines() if line != "error: told"]
+    assert len(errors) == (told is not None)
+    assert told is None or re.match(f"error: {told}", errors[0])
+
+
+def test_a_process_that_lost_another_ends_in_silence_where_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    end_if_lost(lost)
+    monkeypatch.setenv(LAUNCHER, "1")
+    end_if_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert ended == []
+    end_if_lost(lost)
+    assert ended == [LOST_ANOTHER]
+
+
+def test_processes_whose_launcher_is_gone_save_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_image_set(tiny.write_folder(tmp_path / "cifar"))
+    run = RunFolder(tmp_path / "run")
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # which is not the one that started this process
+    assert Trainer(tiny.recipe(), images, run, 0, Processes(0, 1, CPU)).train() == "signal"
+    assert run.load_checkpoint()["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
