@@ -1,12 +1,44 @@
 """The parts that MSDNet and RANet are both made of: convolutions, the first map, the head, the initial weights."""
 
 import math
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
 StemKind = Literal["cifar", "imagenet"]
 Initialisation = Literal["torch", "he"]
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """See that the value is one of a Literal's.
+
+    Raises:
+        ValueError: it is not; a misspelt one would silently be another.
+    """
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, and not {value!r}")
+
+
+def check_fields(config: object) -> None:
+    """See that every field of a configuration, a dataclass, is of its kind: a number above 0, numbers, or a choice.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal:
+            check_choice(name, value, kind)
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, and not {value!r}")
+        elif kind is float:
+            if not isinstance(value, (int, float)) or not 0 < value <= 1:  # every one is a share
+                raise ValueError(f"{name} must be above 0 and at most 1, and not {value!r}")
+        else:  # an int, or a tuple of them
+            if any(type(number) is not int or number < 1 for number in (value if get_origin(kind) else [value])):
+                what = "whole numbers" if get_origin(kind) else "a whole number"
+                raise ValueError(f"{name} must be {what} of at least 1, and not {value!r}")
 
 
 def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Sequential:
@@ -52,7 +84,11 @@ def initialise(part: nn.Module, initialisation: Initialisation) -> None:
     Args:
         initialisation: `torch` leaves torch's defaults; `he` draws a k x k convolution with n outputs from
             N(0, 2 / (k k n)) and sets the biases of linear layers to 0.
+
+    Raises:
+        ValueError: it is neither.
     """
+    check_choice("initialisation", initialisation, Initialisation)
     if initialisation == "torch":
         return
     for module in part.modules():

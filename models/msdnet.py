@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from models.boosting import Boosting, Rescaling, rescale_gradient, temperatures_per_exit
-from models.layers import Head, Initialisation, StemKind, branch, conv_bn_relu, first_map, initialise
+from models.layers import (
+    Head,
+    Initialisation,
+    StemKind,
+    branch,
+    check_choice,
+    check_fields,
+    conv_bn_relu,
+    first_map,
+    initialise,
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,13 @@ class MSDNetConfig:
         # JSON and TOML give lists; a frozen configuration holds tuples.
         object.__setattr__(self, "growth_factors", tuple(self.growth_factors))
         object.__setattr__(self, "bottleneck_factors", tuple(self.bottleneck_factors))
+        check_fields(self)
         if len(self.growth_factors) != len(self.bottleneck_factors):
             raise ValueError("growth_factors and bottleneck_factors must have one entry per scale each")
-        if self.n_blocks < 1 or self.base < 1 or self.step < 1:
-            raise ValueError("n_blocks, base and step must be at least 1")
+        if any(self.growth_rate * factor % 2 for factor in self.growth_factors[1:]):
+            raise ValueError("growth_rate times each of growth_factors but the first must be even: half is of each map")
+        if any(plan.units_reduced == 0 for plan in layer_plans(self)):
+            raise ValueError("reduction must leave at least one channel: raise it, n_channels or growth_rate")
 
     @property
     def n_scales(self) -> int:
@@ -170,6 +183,7 @@ class MSDNet(nn.Module):
         head_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_choice("gradient_rescaling", gradient_rescaling, Rescaling)
         self.config = config
         self.gradient_rescaling = gradient_rescaling
         self.stem = Stem(config)

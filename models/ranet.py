@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.boosting import Boosting, Rescaling, rescale_gradient, temperatures_per_exit
-from models.layers import Head, Initialisation, StemKind, branch, conv_bn_relu, first_map, initialise
+from models.layers import (
+    Head,
+    Initialisation,
+    StemKind,
+    branch,
+    check_choice,
+    check_fields,
+    conv_bn_relu,
+    first_map,
+    initialise,
+)
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,13 @@ class RANetConfig:
         # JSON and TOML give lists; a frozen configuration holds tuples.
         for name in ("scales", "growth_factors", "bottleneck_factors"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self)
         if not len(self.scales) == len(self.growth_factors) == len(self.bottleneck_factors):
             raise ValueError("scales, growth_factors and bottleneck_factors must have one entry per sub-network each")
         if self.scales[:1] != (1,) or any(b - a not in (0, 1) for a, b in pairwise(self.scales)):
             raise ValueError("scales must start at 1 and rise by 0 or 1 from each sub-network to the next")
-        if self.step < 1 or not 1 <= self.block_step <= self.n_blocks:
-            raise ValueError("step and block_step must be at least 1, and block_step no more than n_blocks")
+        if self.block_step > self.n_blocks:
+            raise ValueError("block_step must be no more than n_blocks")
         if any(math.floor(self.compression * self.growth_rate * f) < 1 for f in self.growth_factors[1:]):
             raise ValueError("compression must leave at least one channel of every layer's growth: raise growth_rate")
 
@@ -199,6 +210,7 @@ class RANet(nn.Module):
         head_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_choice("gradient_rescaling", gradient_rescaling, Rescaling)
         self.config = config
         self.gradient_rescaling = gradient_rescaling
         self.stem = Stem(config)

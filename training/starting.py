@@ -38,13 +38,15 @@ def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split)
         RunError: the bundle's network is another one, or was trained on images that this run is to hold out.
     """
     manifest = _manifest_of(bundle)
-    listed = manifest.training.get("images_sha256") or images.sha256
-    if manifest.data.name == images.name and (manifest.data.split_sha256, listed) != (split.sha256, images.sha256):
+    listed = manifest.training.get("images_sha256")  # older bundles don't tell
+    is_same_set = images.sha256 == (listed or images.sha256)
+    may_be_same = manifest.data.name == images.name or listed == images.sha256  # a folder may have got another name
+    if may_be_same and not (is_same_set and manifest.data.split_sha256 == split.sha256):
         raise RunError(
             f"--from {bundle}: its network was trained on images that this run would hold out; train with the bundle's "
             f"own images and split: --seed {manifest.training.get('seed')} --set "
             f"held_out_images={manifest.data.heldout_images}. If {images.name!r} are other images than those it was "
-            "trained on, give their folder another name"
+            f"trained on, give {'the files other names' if is_same_set else 'their folder another name'}"
         )
     wanted = network.state_dict()
     given = read_weights(bundle / WEIGHTS)

@@ -126,6 +126,32 @@ def test_an_unknown_name_or_argument_is_told(architecture: str, arguments: dict[
         build_network(architecture, arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"initialisation": "Torch"}, "initialisation must be one of 'torch', 'he', and not 'Torch'"),
+        ({"gradient_rescaling": "none"}, "gradient_rescaling must be one of 'off'"),
+        ({"step_mode": "evne"}, "step_mode must be one of 'even', 'lin_grow', and not 'evne'"),
+        ({"stem": "Cifar"}, "stem must be one of 'cifar', 'imagenet'"),
+        ({"n_channels": 0}, "n_channels must be a whole number of at least 1, and not 0"),
+        ({"growth_rate": "6"}, "growth_rate must be a whole number"),
+        ({"growth_factors": [1, 2.5, 4]}, "growth_factors must be whole numbers"),
+        ({"reduction": 1.5}, "reduction must be above 0 and at most 1, and not 1.5"),
+        ({"reduction": float("nan")}, "reduction must be above 0"),
+        ({"prune": "foo"}, "prune must be one of 'max', 'min', and not 'foo'"),
+        ({"bottleneck": "no"}, "bottleneck must be true or false, and not 'no'"),
+        ({"growth_rate": 3, "growth_factors": [1, 1, 2]}, "must be even"),
+        ({"reduction": 0.001}, "reduction must leave at least one channel"),
+        ({"growth_factors": [1, 2]}, "one entry per scale"),
+    ],
+)
+def test_an_argument_that_would_silently_make_another_network_is_told(
+    arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_network("msdnet", {"config": "C-any", **arguments})
+
+
 @pytest.mark.parametrize("manifest_path", sorted(ZOO.glob("*/manifest.json")), ids=lambda path: path.parent.name)
 def test_a_bundle_that_ships_rebuilds_its_network(manifest_path: Path) -> None:
     """Names of weights are a promise: what was trained before a change of the code loads after it."""

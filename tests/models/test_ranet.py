@@ -231,6 +231,19 @@ def test_a_network_is_built_from_plain_json() -> None:
         ({"config": "C-any", "scales": [1, 2]}, "one entry per sub-network"),
         ({"config": "C-any", "growth_rate": 3}, "compression must leave at least one channel"),
         ({"config": "C-any", "block_step": 3}, "no more than n_blocks"),
+        (
+            {"config": "C-any", "initialisation": "Torch"},
+            "initialisation must be one of 'torch', 'he', and not 'Torch'",
+        ),
+        ({"config": "C-any", "gradient_rescaling": "none"}, "gradient_rescaling must be one of 'off'"),
+        ({"config": "C-any", "step_mode": "evne"}, "step_mode must be one of 'even', 'lin_grow', and not 'evne'"),
+        ({"config": "C-any", "stem": "Cifar"}, "stem must be one of 'cifar', 'imagenet'"),
+        ({"config": "C-any", "n_channels": 0}, "n_channels must be a whole number of at least 1, and not 0"),
+        ({"config": "C-any", "growth_rate": "6"}, "growth_rate must be a whole number"),
+        ({"config": "C-any", "growth_factors": [1, 2.5, 4]}, "growth_factors must be whole numbers"),
+        ({"config": "C-any", "reduction": 1.5}, "reduction must be above 0 and at most 1, and not 1.5"),
+        ({"config": "C-any", "reduction": float("nan")}, "reduction must be above 0"),
+        ({"config": "C-any", "compression": 0}, "compression must be above 0"),
     ],
 )
 def test_an_argument_that_cannot_be_is_told(arguments: dict[str, object], message: str) -> None:

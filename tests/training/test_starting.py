@@ -94,11 +94,17 @@ def test_images_that_a_network_was_trained_on_are_not_held_out(tmp_path: Path, i
     renamed = ImageSet(**{**vars(images), "listing": "other.png"})
     with pytest.raises(RunError, match=r"give their folder another name"):
         started(tmp_path / "run", renamed, bundle)
+    moved = ImageSet(**{**vars(images), "name": "the same in another folder"})
+    with pytest.raises(
+        RunError, match=r"would hold out.*--seed 0 --set held_out_images=40.*give the files other names"
+    ):
+        started(tmp_path / "run", moved, bundle, seed=1)
     assert not (tmp_path / "run").exists()
+    assert started(tmp_path / "moved", moved, bundle).progress.step == 0  # the split is the bundle's
 
 
 def test_other_classes_get_a_fresh_last_layer(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
-    five = {"name": "others", "class_names": ["a", "b", "c", "d", "e"]}
+    five = {"name": "others", "listing": "other.png", "class_names": ["a", "b", "c", "d", "e"]}
     others = ImageSet(**{**vars(images), **five})
     plain = started(tmp_path / "plain", others, None, seed=1).network.state_dict()
     network = started(tmp_path / "from", others, bundle, seed=1).network.state_dict()
