@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.own_network import SHAPES, ResidualNetwork, draw_shapes, load_network, main
+from examples.own_network import ResidualNetwork, load_network, main
+from examples.shapes import SHAPES, draw_shapes
 from models.bundle import load_bundle
 from models.cost import measure_cost
 from tests.service.process import running_server
@@ -83,6 +84,30 @@ def load(n_classes):
 
 def nothing(n_classes):
     return None
+
+
+def one_tensor(n_classes):
+    return parts.Answering(n_classes, lambda logits: logits)
+
+
+def named(n_classes):
+    return parts.Answering(n_classes, lambda logits: {"early": logits})
+
+
+def of_three(n_classes):
+    return parts.TwoExits(3)
+
+
+def of_seven(n_classes):
+    return parts.TwoExits(7)
+
+
+def of_another_size(n_classes):
+    return parts.torch.nn.Sequential(parts.torch.nn.Flatten(), parts.torch.nn.Linear(7, n_classes))
+
+
+def that_branches(n_classes):
+    return parts.Answering(n_classes, lambda logits: [logits] if logits.sum() > 0 else [-logits])
 """
 PARTS = """
 import torch
@@ -97,6 +122,15 @@ class TwoExits(torch.nn.Module):
     def forward(self, images):
         x = self.first(images).relu()
         return self.early(x.mean((2, 3))), self.late(self.second(x).relu().mean((2, 3)))
+
+
+class Answering(torch.nn.Module):
+    def __init__(self, n_classes, answer):
+        super().__init__()
+        self.head, self.answer = torch.nn.Linear(3, n_classes), answer
+
+    def forward(self, images):
+        return self.answer(self.head(images.mean((2, 3))))
 """
 
 
@@ -134,6 +168,52 @@ def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch,
     assert told.startswith(f"error: --network {place}: ")
     assert reason in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("one_tensor", "answered with a tensor [2, 6]; what is wanted is a list with a tensor of logits [2, 6]"),
+        ("named", "answered with a dict; what is wanted"),
+        ("of_three", "answered with a list of a tensor [2, 3], a tensor [2, 3]; what is wanted"),
+        ("of_seven", "a tensor [2, 7]; what is wanted is a list with a tensor of logits [2, 6]"),
+        ("of_another_size", "fails on images [2, 3, 32, 32] (mat1 and mat2 shapes"),
+        ("that_branches", "branch"),
+    ],
+)
+def test_a_network_that_cannot_be_packed_is_told_before_it_is_trained(own_file, capsys, monkeypatch, name, reason):
+    monkeypatch.setattr("examples.own_network.train", lambda *_: pytest.fail("trained"))
+    assert main(["--network", f"{own_file}:{name}", "--images", "60", "--output", str(own_file.parent / "bundle")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert reason in told
+    assert told.count("\n") == 1
+
+
+def test_a_place_that_is_taken_is_told_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("examples.own_network.train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "letter.txt").touch()
+    (tmp_path / "file").touch()
+    for output, reason in ((tmp_path, "holds something that is no bundle"), (tmp_path / "file" / "bundle", "file")):
+        assert main(["--output", str(output), "--images", "60"]) == 2
+        assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--epochs=-1", "--images=9", "--image-size=0", "--epochs=many"])
+def test_a_number_that_cannot_be_is_told(option, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(tmp_path / "bundle"), option])
+    assert option.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_of_few_images_is_told_and_what_was_passed_over(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "few" / name / f"{i}.png")
+    output = str(tmp_path / "bundle")
+    assert main(["--data", str(tmp_path / "few"), "--output", output]) == 2
+    assert "8 training images; give 10 or more" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from training.errors import TrainingError
-from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped, typed
+from training.options import MAX_SEED, DataOption, Device, DeviceOption, RunArgument, images_of, shipped, typed
 from training.tools import tools
 
 HELP = """Train a network with exits and make a bundle that the service serves. Four steps, each reading what the one
@@ -57,7 +57,9 @@ def train(
         Path | None,
         typer.Option("--from", help="Start from the weights of this bundle; other classes get a fresh last layer."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the first weights, the order and the augmentation.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the split, the first weights, the order and the augmentation.")
+    ] = 0,
     device: DeviceOption = Device.auto,
     processes: Annotated[
         int, typer.Option(min=1, help="Processes to train with: as many as GPUs, or as CPU cores.")
@@ -80,7 +82,7 @@ def train(
     from training.loop import Trainer
     from training.processes import Processes, end_if_lost
     from training.recipe import Recipe
-    from training.telling import summary
+    from training.telling import classes_without, summary
 
     loaded = Recipe.load(recipe, settings or [])
     torch_device = device.resolve()
@@ -95,7 +97,8 @@ def train(
             trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
             if group.is_first:
                 about = trainer.train_images, len(trainer.held_out), loaded.optimisation
-                for note in (*images.notes, summary(*about, trainer.steps_per_epoch, trainer.precision)):
+                notes = *images.notes, *classes_without(images, trainer.split)
+                for note in (*notes, summary(*about, trainer.steps_per_epoch, trainer.precision)):
                     typer.echo(f"{run}: {note}")
             del images  # those to train on are the trainer's own by now
             ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)

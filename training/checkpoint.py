@@ -145,9 +145,10 @@ class RunFolder:
         except RuntimeError as error:  # as torch says that the disk is full
             partial.unlink(missing_ok=True)
             reason = str(error).partition("\n")[0]
+            kept = ", which goes on from the checkpoint before" if self.checkpoint.is_file() else ""
             raise RunError(
                 f"{partial}: can't be written whole ({reason}): if the disk is full, make room and give the same "
-                "command again, which goes on from the checkpoint before"
+                f"command again{kept}"
             ) from error
         partial.replace(self.checkpoint)
 

@@ -48,12 +48,20 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
         ]
     named = {label for _, label in train}
     if absent := [name for label, name in enumerate(class_names) if label not in named]:
-        raise DataError(f"{folder}: no images in {_some(absent)}; add some, or remove the folder")
+        raise DataError(f"{folder}: no images in {some(absent)}; add some, or remove the folder")
     read = {path for path, _ in (*train, *test)}
-    if others := [path for path in root.rglob("*") if path.is_file() and _is_visible(path, root) and path not in read]:
-        kinds = sorted({path.suffix or path.name for path in others})
-        notes.append(f"{len(others):,} files that are no pictures in a class folder were passed over ({_some(kinds)})")
-    images = [_read(part, image_size_px, name) for part, name in ((train, "train"), (test, "test"))]
+    others = [path for path in root.rglob("*") if path.is_file() and _is_visible(path, root) and path not in read]
+    if kinds := sorted({path.suffix or path.name for path in others if not _is_picture(path)}):
+        n_files = sum(not _is_picture(path) for path in others)
+        notes.append(f"files passed over, which are no JPEG, PNG, WebP or BMP: {n_files:,} ({some(kinds)})")
+    if strays := sorted(path.relative_to(root).as_posix() for path in others if _is_picture(path)):
+        notes.append(f"images passed over, which are not directly in a class folder: {len(strays):,} ({some(strays)})")
+    damaged: dict[Path, Exception] = {}
+    images = [_read(part, image_size_px, name, damaged) for part, name in ((train, "train"), (test, "test"))]
+    if damaged:
+        path = min(damaged)
+        more = f"; so are {some([str(p) for p in sorted(damaged)[1:]])}" if len(damaged) > 1 else ""
+        raise DataError(f"{path}: not a readable image ({damaged[path]}){more}; remove or replace it")
     labels = [np.asarray([label for _, label in part], np.int64) for part in (train, test)]
     return ImageSet(
         root.resolve().name,
@@ -86,7 +94,7 @@ def _class_names(folder: Path) -> list[str]:
     if len(names) < 2:
         raise DataError(f"{folder}: {len(names)} class folders; there must be at least 2")
     if strange := [ascii(name) for name in names if not name.isprintable()]:  # as bytes that are no UTF-8 come out
-        raise DataError(f"{folder}: names of class folders that can't be printed: {_some(strange)}; rename them")
+        raise DataError(f"{folder}: names of class folders that can't be printed: {some(strange)}; rename them")
     return names
 
 
@@ -111,7 +119,7 @@ def _test_folder(root: Path) -> Path:
 
 def _test_pictures(folder: Path, class_names: Sequence[str]) -> Labelled:
     if strange := sorted({entry.name for entry in _folders_in(folder)} - set(class_names)):
-        raise DataError(f"{folder}: {_some(strange)}: no such class in train/; add images there, or remove it")
+        raise DataError(f"{folder}: {some(strange)}: no such class in train/; add images there, or remove it")
     return _pictures_in(folder, class_names)
 
 
@@ -128,8 +136,8 @@ def _set_apart(found: Labelled, root: Path) -> tuple[Labelled, Labelled]:
     return [pair for pair in found if pair[0] not in test], [pair for pair in found if pair[0] in test]
 
 
-def _read(files: Labelled, image_size_px: int, part: str) -> np.ndarray:
-    """The pictures, uint8 [images, size, size, 3], decoded on all cores."""
+def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Exception]) -> np.ndarray:
+    """The pictures, uint8 [images, size, size, 3], decoded on all cores; what can't be read is noted in `damaged`."""
     try:
         images = np.empty((len(files), image_size_px, image_size_px, 3), np.uint8)
     except MemoryError:
@@ -138,7 +146,6 @@ def _read(files: Labelled, image_size_px: int, part: str) -> np.ndarray:
             f"{len(files):,} images of {image_size_px} x {image_size_px} px take {gigabytes:.0f} GB of memory, which "
             "is not there: read them smaller (--image-size), or give fewer"
         ) from None
-    damaged: dict[Path, Exception] = {}
 
     def read(row: int) -> None:
         path, _ = files[row]
@@ -156,13 +163,10 @@ def _read(files: Labelled, image_size_px: int, part: str) -> np.ndarray:
         except BaseException:
             pool.shutdown(cancel_futures=True)  # Ctrl-C ends it now, not when all is read
             raise
-    if damaged:
-        path = min(damaged)
-        others = f"; so are {_some([str(p) for p in sorted(damaged)[1:]])}" if len(damaged) > 1 else ""
-        raise DataError(f"{path}: not a readable image ({damaged[path]}){others}; remove or replace it")
     return images
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - MOST_TOLD:,} more" if len(names) > MOST_TOLD else ""
     return ", ".join(names[:MOST_TOLD]) + more

@@ -37,6 +37,7 @@ class Device(StrEnum):
         return torch.device("cuda" if found and self is not Device.cpu else "cpu")
 
 
+MAX_SEED = 2**31 - 1  # which every generator takes
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 DataOption = Annotated[
     Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")

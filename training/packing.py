@@ -18,7 +18,7 @@ from training.export import export_stages
 from training.jei.record import SCORE, GateRecord, published_decision
 from training.model_card import model_card
 from training.objectives import network_arguments
-from training.recipe import Recipe
+from training.recipe import RECIPE_FOLDER, Recipe
 
 
 def bundle_name(name: str | None, output: Path) -> str:
@@ -40,7 +40,8 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
     """Write the bundle of a run; a bundle that stands at `output` is replaced once the new one is complete.
 
     Args:
-        description: one line for the manifest and the model card; the recipe's own by default.
+        description: one line for the manifest and the model card; by default the recipe's own, or where that is of
+            other images network, images and classes.
         images: what the images are and their terms, for the model card.
 
     Returns:
@@ -50,8 +51,8 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
         RunError: a step before is missing, or the network can't be bundled.
     """
     made_by, recipe = folder.read_description(), folder.read_recipe()
-    about = description or recipe.description
     record = CalibrationRecord.load(folder)
+    about = description or describe(recipe, record.data_name, len(record.class_names))
     evaluation = Evaluation.load(folder, record)
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     training = _training_info(made_by, record)
@@ -80,6 +81,15 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
             return write_bundle(output, manifest, calibration, contents, replace=True).manifest.version
     except (BundleError, StagingError) as error:
         raise RunError(str(error)) from error
+
+
+def describe(recipe: Recipe, images: str, n_classes: int) -> str:
+    """One line: the recipe's own description; but those of recipes that ship tell of other images than a folder's."""
+    shipped = {Recipe.load(file.stem).description for file in RECIPE_FOLDER.glob("*.toml")}
+    if images == "cifar100" or recipe.description not in shipped:
+        return recipe.description
+    network = " ".join(filter(None, (recipe.network.architecture, recipe.network.arguments.get("config"))))
+    return f"{network} on {images}, {n_classes} classes"
 
 
 def _arguments(recipe: Recipe, record: CalibrationRecord) -> dict[str, Any]:

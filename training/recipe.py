@@ -19,7 +19,7 @@ class RecipeError(TrainingError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Network(_Section):
@@ -83,12 +83,18 @@ class Optimisation(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the peak
     schedule: Literal["multistep", "cosine", "one_cycle"] = "multistep"
     milestones: list[int] = [150, 225]  # multistep: after these epochs ...
-    decay: float = 0.1  # ... the rate is multiplied by this
+    decay: Annotated[float, Field(gt=0)] = 0.1  # ... the rate is multiplied by this
     warmup_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # one_cycle: share of the run in which the rate rises
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # > 0: a running average of the weights is evaluated, shipped
+
+    @model_validator(mode="after")
+    def _nesterov_looks_ahead(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead by the momentum: set momentum above 0, or nesterov = false")
+        return self
 
     def steps_per_epoch(self, n_images: int) -> int:
         """Steps an epoch; a last batch of less than a quarter is left out, as too few rows for batch statistics."""

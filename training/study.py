@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from training.data import load_image_set
 from training.errors import TrainingError
 from training.launching import launch
 from training.named import find_toml
+from training.options import MAX_SEED
 from training.recipe import Recipe
 
 STUDY_FOLDER = Path(__file__).parent / "studies"
@@ -43,7 +44,7 @@ class Study(BaseModel):
     recipe: str
     set: list[str] = []
     baseline: str  # the variant that the others are compared with
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0], min_length=1)
     variants: dict[str, Variant]
 
     @classmethod

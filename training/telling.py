@@ -5,6 +5,8 @@ from itertools import pairwise
 
 from training.augment import DeviceImages
 from training.checkpoint import RunError, RunFolder
+from training.image_folder import some
+from training.image_set import ImageSet, Split
 from training.recipe import Augmentation, Optimisation
 
 
@@ -14,6 +16,19 @@ def summary(images: DeviceImages, n_held_out: int, o: Optimisation, steps_per_ep
         f"{len(images):,} training and {n_held_out:,} held-out images of {images.n_classes} classes at "
         f"{images.height_px} px; {o.epochs} epochs of {steps_per_epoch} steps of {o.batch_rows} rows in {precision}"
     )
+
+
+def classes_without(images: ImageSet, split: Split) -> list[str]:
+    """A line on the classes that no image is left to train on, and one on those that no image tests."""
+    notes = []
+    for part, labels, what in (
+        ("training", images.train_labels[split.train], "all are held out: add some, or hold out fewer"),
+        ("test", images.test_labels, "so how well these are told apart is not measured"),
+    ):
+        present = set(labels.tolist())
+        if absent := [name for label, name in enumerate(images.class_names) if label not in present]:
+            notes.append(f"no {part} image in: {some(absent)} ({what})")
+    return notes
 
 
 def epoch_line(epoch: int, epochs: int, losses: Sequence[float], accuracy: Sequence[float], rest: str) -> str:

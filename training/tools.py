@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from training.options import DataOption, Device, DeviceOption, RunArgument, images_of, shipped, side_px, typed
+from training.options import (
+    MAX_SEED,
+    DataOption,
+    Device,
+    DeviceOption,
+    RunArgument,
+    images_of,
+    shipped,
+    side_px,
+    typed,
+)
 
 tools = typer.Typer()
 HeadsStart = Literal["kept", "trained", "fresh"]
@@ -113,7 +123,9 @@ def gate(
     undetached: Annotated[
         bool, typer.Option("--undetached", help="The heads' loss as published, in which gates cancel out.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the order, the augmentation, the folds and fresh layers.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the order, the augmentation, the folds and fresh layers.")
+    ] = 0,
     device: DeviceOption = Device.auto,
 ) -> None:
     """Train gates, and the last layers of the heads with them, on a finished network: the rival method JEI-DNN.

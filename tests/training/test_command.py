@@ -214,6 +214,8 @@ def test_bad_input_is_one_sentence_with_status_2(
         (("train", run, "--recipe", recipe), "--data"),
         (("train", run, "--data", data, "--recipe", recipe, "--processes", 0), "greater than or equal to 1"),
         (("train", run, "--data", data, "--recipe", recipe, "--device", "tpu"), "'auto', 'cpu', 'cuda'"),
+        (("train", run, "--data", data, "--recipe", recipe, "--seed", -1), "greater than or equal to 0"),
+        (("train", run, "--data", data, "--recipe", recipe, "--seed", 2**63), "less than or equal to 2147483647"),
         (("retrain",), "No such command"),
     ]
     for arguments, expected in cases:
@@ -245,17 +247,20 @@ def test_a_full_disk_is_told(
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
     folder.save_checkpoint({"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(RunError, match="if the disk is full, make room and give the same command again"):
+        with pytest.raises(RunError, match="make room and give the same command again, which goes on from the check"):
             folder.save_checkpoint({"step": torch.zeros(100_000)})
+        with pytest.raises(RunError, match=r"if the disk is full, make room and give the same command again$"):
+            RunFolder(tmp_path).save_checkpoint({"step": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert folder.load_checkpoint() == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert [path.name for path in folder.path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_the_checkpoint_of_a_run_holds_no_code(tmp_path: Path, data: Path, recipe: Path, monkeypatch) -> None:

@@ -79,8 +79,10 @@ def test_strays_are_passed_over_and_told(classes: Path) -> None:
     images = read(classes)
     assert images.class_names == NAMES
     assert len(images.train_images) + len(images.test_images) == 28
-    told = "4 files that are no pictures in a class folder were passed over (.csv, .png, .tif, LICENSE)"
-    assert images.notes[1] == told
+    assert images.notes[1:] == (
+        "files passed over, which are no JPEG, PNG, WebP or BMP: 3 (.csv, .tif, LICENSE)",
+        "images passed over, which are not directly in a class folder: 1 (two words/deeper/lost.png)",
+    )
 
 
 def test_links_are_followed(classes: Path, tmp_path: Path) -> None:
@@ -96,11 +98,20 @@ def test_links_are_followed(classes: Path, tmp_path: Path) -> None:
 def test_every_damaged_picture_is_named_at_once(classes: Path) -> None:
     for i in range(15):
         (classes / NAMES[1] / f"picture {i}.png").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"png: not a readable image .*; so are .*\.png.* and 6 more; remove"):
+    with pytest.raises(DataError, match=r"png: not a readable image .*; so are .*\.png.* and 9 more; remove"):
         read(classes)
     (classes / NAMES[0] / "gone.png").symlink_to(classes / "nowhere")
     with pytest.raises(DataError, match=r"gone\.png: not a readable image .*No such file"):
         read(classes)
+
+
+def test_damaged_pictures_of_both_parts_are_told_together(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            save(tmp_path / "set" / part / name / "whole.png")
+        (tmp_path / "set" / part / "a" / "damaged.png").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"train/a/damaged\.png: not a readable image .*; so are .*val/a/damaged\.png;"):
+        read(tmp_path / "set")
 
 
 def test_pictures_of_any_size_become_one(classes: Path) -> None:

@@ -66,6 +66,27 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: tuple[str, str], message
     assert str(path) in str(told.value)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "optimisation.learning_rate=inf",
+        "optimisation.decay=nan",
+        "optimisation.decay=0.0",
+        "optimisation.momentum=-0.1",
+        "optimisation.weight_decay=-1e-4",
+        "objective.temperatures=[nan]",
+    ],
+)
+def test_a_number_that_training_can_not_take_is_told_by_its_field(setting: str) -> None:
+    with pytest.raises(RecipeError, match=setting.partition("=")[0]):
+        Recipe.load("cifar100-fast", [setting])
+
+
+def test_nesterov_wants_momentum() -> None:
+    with pytest.raises(RecipeError, match="set momentum above 0, or nesterov = false"):
+        Recipe.load("cifar100-fast", ["optimisation.momentum=0", "optimisation.nesterov=true"])
+
+
 def test_every_field_of_a_recipe_is_explained() -> None:
     told = (REPOSITORY / "docs" / "training.md").read_text()
     for section, field in Recipe.model_fields.items():

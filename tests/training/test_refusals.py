@@ -11,6 +11,7 @@ from tests.training.test_loop import STEPS_PER_EPOCH, numbers, trainer
 from training.checkpoint import RunError, RunFolder
 from training.image_set import DataError, ImageSet
 from training.loop import Trainer
+from training.objectives import check_image_size, network_of
 from training.recipe import Recipe, RecipeError
 
 
@@ -113,5 +114,7 @@ def test_what_does_not_go_together_is_told_before_training(tmp_path: Path, image
         trainer(tmp_path / "a", images, Recipe.model_validate({**tiny.recipe().model_dump(), "held_out_images": 104}))
     with pytest.raises(DataError, match="don't go together"):
         trainer(tmp_path / "b", images, tiny.recipe(optimisation={"batch_rows": 1000}))
-    with pytest.raises(RecipeError, match=r"but 160, 192, .*, 384 \(--image-size.*--recipe image-fold"):
+    with pytest.raises(RecipeError, match=r"but 160, 192, .*, 384 \(--image-size.*--recipe cifar100-f"):
         trainer(tmp_path / "c", images, Recipe.load("image-folder"))
+    with pytest.raises(RecipeError, match=r"64 x 64 px, but 32 \(--image-size\).*--recipe image-folder is for photo"):
+        check_image_size(network_of(tiny.recipe(), 4), 64)

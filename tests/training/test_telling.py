@@ -1,9 +1,11 @@
 """What a run says of the time it needs."""
 
+import numpy as np
 import pytest
 
+from training.image_set import ImageSet, Split
 from training.recipe import Augmentation
-from training.telling import images_left, speed
+from training.telling import classes_without, images_left, speed
 
 GROWING = Augmentation(crop_padding_px=0, crop_area=(0.3, 1.0), sizes_px=[100, 100, 200])
 
@@ -24,3 +26,13 @@ def test_larger_images_to_come_count_as_many_as_their_pixels(step: int, steps_wo
 
 def test_speed_and_time_left() -> None:
     assert speed(50.0, 9000.0) == "50 images/s, 3 min left"
+
+
+def test_classes_without_an_image_to_train_on_or_to_test_are_named() -> None:
+    blank = np.zeros((4, 8, 8, 3), np.uint8)
+    labels = np.array([0, 0, 1, 2])
+    images = ImageSet("mine", blank, labels, blank, np.array([0, 2, 2, 2]), ["a", "b", "c"], (0, 0, 0), (1, 1, 1))
+    assert classes_without(images, Split(np.array([0, 2]), np.array([1, 3]))) == [
+        "no training image in: c (all are held out: add some, or hold out fewer)",
+        "no test image in: b (so how well these are told apart is not measured)",
+    ]

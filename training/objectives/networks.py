@@ -92,9 +92,11 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
         _see(network, image_size_px)
     except RuntimeError as error:
         taken = ", ".join(str(size_px) for size_px in SIZES_PX if _takes(network, size_px))
+        is_for_small = network.config.stem == "cifar"  # type: ignore[union-attr]
+        other = "image-folder is for photographs" if is_for_small else "cifar100-fast is for images of 32 px"
         raise RecipeError(
             f"network: it does not take images of {image_size_px} x {image_size_px} px, but {taken or 'others'} "
-            "(--image-size); or choose another network: --recipe image-folder is for photographs"
+            f"(--image-size); or choose another network: --recipe {other}"
         ) from error
     network.train(was_training)
 

@@ -1,0 +1,1 @@
+"""Networks of one's own, from a PyTorch module to a running server."""
