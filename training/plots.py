@@ -123,7 +123,7 @@ def plot_policies(path: Path, title: str, evaluation: Evaluation) -> None:
     costs = evaluation.comparison.costs_mflops
     scores = list(dict.fromkeys(compared.policy.score for compared in evaluation.comparison.policies))
     lines = dict(zip(FAMILIES, ("-", "--", ":"), strict=True))
-    with figure_axes(path, title, n_columns=2) as (accuracies, leads):
+    with figure_axes(path, title, n_columns=2, width=7.4) as (accuracies, leads):
         _draw_bounds(accuracies, evaluation)
         for compared in evaluation.comparison.policies:
             policy, is_chosen = compared.policy, compared.policy == evaluation.policy
@@ -146,7 +146,7 @@ def plot_policies(path: Path, title: str, evaluation: Evaluation) -> None:
         leads.set(xlabel="mean million multiply-adds an image (executed)", ylabel=f"points over {name_of(PAPER)}")
         for family, line in list(lines.items())[1:]:
             leads.plot([], [], color="0.4", linestyle=line, linewidth=0.9, label=f"... with {family} thresholds")
-        leads.legend(loc="lower right", ncols=2)
+        leads.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside: curves may lie anywhere
 
 
 def _draw_bounds(axes: Axes, evaluation: Evaluation) -> None:

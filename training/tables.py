@@ -87,8 +87,10 @@ def _policies(evaluation: Evaluation) -> Table:
         f"{_percent_of(evaluation.comparison.steady_headroom)}",
         caption_justify="left",
     )
-    for heading in ("score", "thresholds", "held out", "test", "test, worst"):
-        table.add_column(heading, justify="left" if heading in ("score", "thresholds") else "right", no_wrap=True)
+    for heading in ("score", "thresholds"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("held out", "test", "test, worst"):
+        table.add_column(heading, justify="right")  # folded where it must be, never cut
     for result in evaluation.policies:
         compared = evaluation.comparison.of(result.policy)
         lead, worst = compared.mean_lead, min(compared.lead, key=lambda difference: difference.mean)

@@ -1,4 +1,5 @@
 import csv
+import io
 import itertools
 import json
 from dataclasses import astuple, replace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from models.cost import NetworkCost, measure_cost
 from models.frontier import FAMILIES
@@ -18,10 +20,10 @@ from training.calibration import CalibrationRecord, ExitOutputs
 from training.checkpoint import RunError, RunFolder
 from training.evaluation import Evaluation, calibration_of, evaluate
 from training.plots import plot_anytime, plot_budgeted, plot_frontier, plot_policies, plot_training
-from training.policies import PAPER
+from training.policies import PAPER, Policy
 from training.predicting import FITTED
 from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED
-from training.tables import write_tables
+from training.tables import print_evaluation, write_tables
 
 EXECUTED = (10_000_000, 20_000_000, 40_000_000)
 PUBLISHED = (12_000_000, 21_000_000, 40_000_000)
@@ -212,6 +214,25 @@ def test_plots_are_drawn(tmp_path: Path, evaluation: Evaluation) -> None:
             assert min(image.size) > 400
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 20
     assert (tmp_path / "own.png").read_bytes() != (tmp_path / "budgeted.png").read_bytes()
+
+
+def test_a_narrow_terminal_cuts_no_number(evaluation: Evaluation) -> None:
+    compared = evaluation.comparison.policies[0]
+    wide = replace(compared.mean_lead, mean=0.1234, error=0.5678)
+    policies = tuple(
+        replace(policy, policy=Policy("probability_margin", policy.policy.family), crossfit_lead=0.4321)
+        for policy in evaluation.policies[:3]
+    )
+    rows = tuple(replace(compared, policy=result.policy, mean_lead=wide) for result in policies)
+    comparison = replace(evaluation.comparison, policies=rows)
+    shown = io.StringIO()
+    print_evaluation(
+        replace(evaluation, policy=policies[0].policy, policies=policies, comparison=comparison),
+        Console(file=shown, width=80),
+    )
+    table = shown.getvalue().partition("worst of")[2]
+    assert "…" not in shown.getvalue()
+    assert table.count("56.78") == table.count("+43.21") == 3
 
 
 def test_published_costs_are_those_of_the_published_network() -> None:
