@@ -13,8 +13,8 @@ must be images that it was NOT trained on (on those it was, it is surer than it 
 
     python -m examples.own_network --network my_network.py:load --epochs 0 --data IMAGES --image-size 224 --output ...
 
-What is wanted of a network is checked before anything is trained: see `check_network`. Training is kept short here: it
-can't be stopped and gone on with, as `python -m training train` can.
+What is wanted of a network is checked before anything is trained, see `training.checking`. Training is kept short here:
+it can't be stopped and gone on with, as `python -m training train` can.
 """
 
 import argparse
@@ -32,20 +32,20 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.shapes import synthetic_shapes
 from models.bundle import BundleError
 from models.bundle_writing import check_target, write_bundle
 from models.cost import measure_cost
-from models.normalise import Normalise
-from models.staging import StagingError, split
+from models.staging import StagingError
 from training.augment import DeviceImages
 from training.calibration import run_exits
+from training.checking import NetworkError, check_network
 from training.data import load_image_set
 from training.evaluation import Evaluation, calibration_of, evaluate
 from training.export import export_stages
 from training.image_set import DataError, ImageSet, Split
 from training.telling import classes_without
 
+SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
 LEAST_IMAGES = 10  # to train with: a fifth is held out, and thresholds want two
 
 
@@ -87,6 +87,43 @@ class ResidualNetwork(nn.Module):
         return logits
 
 
+def draw_shapes(n_images: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Draw turned, moved, noisy shapes: images [n_images, 32, 32, 3] and their labels. Some are hard to see."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(SHAPES), n_images)
+    angle, size = rng.uniform(0, 2 * np.pi, (n_images, 1, 1)), rng.uniform(7, 13, (n_images, 1, 1))
+    centre = rng.uniform(12, 20, (2, n_images, 1, 1))
+    down, right = np.mgrid[0:32, 0:32]
+    x, y = (right - centre[0]) / size, (down - centre[1]) / size
+    x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+    radius, square = np.hypot(x, y), np.maximum(np.abs(x), np.abs(y))
+    inside = np.stack(
+        [
+            radius < 0.9,
+            (radius < 1.0) & (radius > 0.6),
+            square < 0.8,
+            np.maximum(-y, np.abs(x) * 0.87 + y * 0.5) < 0.55,
+            (square < 1.0) & (np.minimum(np.abs(x), np.abs(y)) < 0.28),
+            (square < 0.9) & (np.abs(np.abs(x) - 0.6) < 0.28),
+        ]
+    )[labels, np.arange(n_images)]
+    ground = rng.uniform(60, 195, (n_images, 1, 1, 3))
+    contrast = rng.uniform(15, 90, (n_images, 1, 1, 1)) * rng.choice([-1, 1], (n_images, 1, 1, 3))
+    noise = rng.uniform(5, 35, (n_images, 1, 1, 1)) * rng.normal(size=(n_images, 32, 32, 3))
+    return np.clip(ground + contrast * inside[..., None] + noise, 0, 255).astype(np.uint8), labels
+
+
+def synthetic_shapes(n_images: int) -> ImageSet:
+    return ImageSet(
+        "synthetic shapes",
+        *draw_shapes(n_images, seed=1),
+        *draw_shapes(max(100, n_images // 5), seed=2),
+        class_names=SHAPES,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+    )
+
+
 def on_cpu(images: ImageSet, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> DeviceImages:
     return DeviceImages(pixels, labels, images.mean, images.std, torch.device("cpu"), padding_px=2)
 
@@ -111,48 +148,10 @@ def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int
         print(f"epoch {epoch} of {epochs}: loss {np.mean(losses):.3f}")
 
 
-class NetworkError(Exception):
-    """A network that can't be packed; the message says what came, and what is wanted."""
-
-
-def check_network(network: nn.Module, images: ImageSet) -> None:
-    """See that a network answers two blank images with a list of logits [2, classes], and can be cut into stages.
-
-    Raises:
-        NetworkError: it answers otherwise, or not at all.
-        StagingError: it can't be cut.
-    """
-    height_px, width_px = images.train_images.shape[1:3]
-    n_classes = len(images.class_names)
-    network.eval()
-    try:
-        with torch.no_grad():
-            answer: Any = network(torch.zeros(2, 3, height_px, width_px))
-    except Exception as error:  # whatever a module of somebody's trips over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise NetworkError(
-            f"the network fails on images [2, 3, {height_px}, {width_px}] ({reason}); is it made for another size "
-            "(--image-size)?"
-        ) from error
-    exits = answer if isinstance(answer, (list, tuple)) else []
-    if not exits or any(not isinstance(x, Tensor) or x.shape != (2, n_classes) for x in exits):
-        parts = answer if exits else [answer]
-        came = [f"a tensor {[*x.shape]}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in parts]
-        raise NetworkError(
-            f"two images are answered with {'a list of ' if exits else ''}{', '.join(came)}; what is wanted is a list "
-            f"with a tensor of logits [2, {n_classes}] for each exit, as there are {n_classes} classes"
-        )
-    split(
-        network,
-        torch.randint(0, 256, (2, height_px, width_px, 3), dtype=torch.uint8),
-        Normalise(images.mean, images.std),
-    )
-
-
-def make_bundle(network: nn.Module, images: ImageSet, parts: Split, training: dict[str, Any], output: Path) -> None:
+def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: dict[str, Any], output: Path) -> None:
     """Run the exits over held-out and test images, cut the network into stages, and pack what a server needs."""
     height_px, width_px = images.train_images.shape[1:3]
-    held_out_pixels, held_out_labels = images.train_images[parts.held_out], images.train_labels[parts.held_out]
+    held_out_pixels, held_out_labels = images.train_images[split.held_out], images.train_labels[split.held_out]
     held_out = run_exits(network, on_cpu(images, held_out_pixels, held_out_labels), "held out")
     test = run_exits(network, on_cpu(images, images.test_images, images.test_labels), "test")
     evaluation = evaluate(held_out, test, measure_cost(network, images.image_size_px))
@@ -173,9 +172,9 @@ def make_bundle(network: nn.Module, images: ImageSet, parts: Split, training: di
             "training": training,
             "data": {
                 "name": images.name,
-                "split_sha256": parts.sha256,
-                "train_images": len(parts.train),
-                "heldout_images": len(parts.held_out),
+                "split_sha256": split.sha256,
+                "train_images": len(split.train),
+                "heldout_images": len(split.held_out),
                 "test_images": len(images.test_labels),
             },
         }
@@ -258,17 +257,17 @@ def main(arguments: Sequence[str]) -> int:
         else:
             network = ResidualNetwork(n_classes, images.image_size_px)
         check_network(network, images)
-        parts = Split(train=np.arange(0), held_out=np.arange(n_images))
+        split = Split(train=np.arange(0), held_out=np.arange(n_images))
         if options.epochs:
-            parts = Split.make(n_images, n_images // 5, seed=0)
-        for note in (*images.notes, *(classes_without(images, parts) if options.epochs else ())):
+            split = Split.make(n_images, n_images // 5, seed=0)
+        for note in (*images.notes, *(classes_without(images, split) if options.epochs else ())):
             print(f"note: {note}")
         if options.epochs:
-            trained_on = on_cpu(images, images.train_images[parts.train], images.train_labels[parts.train])
+            trained_on = on_cpu(images, images.train_images[split.train], images.train_labels[split.train])
             train(network, trained_on, options.epochs)
         network.eval()
         training = {"network": options.network or "examples/own_network.py", "epochs": options.epochs, "seed": 0}
-        make_bundle(network, images, parts, training, options.output)
+        make_bundle(network, images, split, training, options.output)
     except (DataError, NetworkError, StagingError, BundleError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.own_network import ResidualNetwork, load_network, main
-from examples.shapes import SHAPES, draw_shapes
+from examples.own_network import SHAPES, ResidualNetwork, draw_shapes, load_network, main
 from models.bundle import load_bundle
 from models.cost import measure_cost
 from tests.service.process import running_server
