@@ -25,7 +25,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop, as they do when this process is
     gone. When one fails, the others are ended. Bad input all of them find, and the first tells it, for which it has
-    `TELLING_S`; what a process can't tell of its own end is told here. Both signals are the caller's again afterwards.
+    `TELLING_S`, as has whichever another one lost; what a process can't tell of its own end is told here. Both signals
+    are the caller's again afterwards.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -45,7 +46,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: end}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     failed: dict[int, int] = {}  # statuses by rank, in the order in which they came
-    ends_s = inf  # when the others are ended
+    ends_s = inf  # when the others are ended at the latest
     running = True
     try:
         while running:
@@ -53,10 +54,10 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             statuses = [worker.poll() for worker in workers]
             running = None in statuses
             if not failed and any(statuses):
-                first_tells = BAD_INPUT in statuses and statuses[0] is None
-                ends_s = time.monotonic() + (TELLING_S if first_tells else 0.0)
+                ends_s = time.monotonic() + TELLING_S
             failed |= {rank: status for rank, status in enumerate(statuses) if status and rank not in failed}
-            if time.monotonic() >= ends_s:
+            is_told = failed.get(0) == BAD_INPUT or set(failed.values()) - {BAD_INPUT, LOST_ANOTHER}
+            if ends_s < inf and (is_told or time.monotonic() >= ends_s):
                 end()
                 ends_s = inf
     finally:
