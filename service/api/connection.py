@@ -52,6 +52,7 @@ class Connection(HttpToolsProtocol):
         self._head_s = self.gate.desk.state.settings.body_timeout_s  # for a head to come; as for a body
         self._patience_s = self._head_s  # from `quiet_since_s` on
         self._unread_bytes = 0  # since the parser last had a whole head, a part of a body, or the end of one
+        self._before_bytes = 0  # that came with the last of those: what is unread may have begun among them
         self._most_bytes = 0  # that a head can have whose end is in what came last
         self._body_fields = b""  # of a head that wishes to upgrade
         self._is_repeated = False  # such a head, to a parser that is to go on with its body
@@ -78,13 +79,15 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         self._unread_bytes += len(data)
-        self._most_bytes = self._unread_bytes
+        self._most_bytes = self._before_bytes + self._unread_bytes
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
             is_too_long = isinstance(error.__context__, _TooLong)
             self._turn_away(head_too_large(MOST_HEAD_BYTES) if is_too_long else broken_request())
             return
+        if not self._unread_bytes:
+            self._before_bytes = len(data)
         if self._unread_bytes > MOST_HEAD_BYTES:
             self._turn_away(head_too_large(MOST_HEAD_BYTES))
         elif self.timeout_keep_alive_task is None and not self.transport.is_closing():
