@@ -224,7 +224,7 @@ class Loop:
         core.finish(batch, now_s)
         # Of those too that left between two batches, if they had run: what they took is in the seconds.
         n_ended = core.n_ended - core.budget.ledger.abandoned_unspent
-        self.pace.ran(batch.ended_s - batch.started_s, n_ended - self._n_paced, len(batch.rows))
+        self.pace.ran(batch.ended_s - batch.started_s, n_ended - self._n_paced)
         self._n_paced = n_ended
 
     def _follow_soundness(self) -> None:

@@ -17,7 +17,6 @@ class Pace:
 
     PRIOR_IMAGES: Final = 64
     MEMORY_IMAGES: Final = 512
-    MOST_AT_ONCE: Final = 0.125  # of the images remembered: as they, or as two for each of its rows, one batch counts
 
     def __init__(self, n_lanes: int, image_s: float) -> None:
         self.n_lanes = n_lanes
@@ -29,16 +28,8 @@ class Pace:
         """Predicted wait for each image in flight."""
         return self._seconds / self._images / self.n_lanes
 
-    def ran(self, seconds: float, n_ended: int, n_rows: int = 1) -> None:
-        """Take note of a batch of `n_rows` that took `seconds`, and of `n_ended` images that have ended since the one
-        before.
-
-        However long it took, one batch counts for so much at most: a machine that was suspended is no slower than it
-        was, and one that is slower shows it in the next batches, too.
-        """
-        if self._seconds > 0.0:
-            most_images = max(self.MOST_AT_ONCE * self._images, 2.0 * n_rows)
-            seconds = min(seconds, most_images * self._seconds / self._images)
+    def ran(self, seconds: float, n_ended: int) -> None:
+        """Take note of a batch that took `seconds`, and of `n_ended` images that have ended since the one before."""
         self._seconds += seconds
         self._images += n_ended
         if self._images > 2 * self.MEMORY_IMAGES:

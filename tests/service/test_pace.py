@@ -1,4 +1,4 @@
-"""How fast images leave, whatever they leave for, and what one batch may change about it."""
+"""How fast images leave, whatever they leave for."""
 
 from math import inf
 from queue import SimpleQueue
@@ -100,22 +100,11 @@ def test_a_latency_target_is_not_misled_by_images_that_end_early(leave: str) -> 
     assert here.core.budget.working_mflops == pytest.approx(FULL_MFLOPS)
 
 
-@pytest.mark.parametrize(("n_lanes", "n_rows", "slower"), [(2, 1, 1.3), (2, 32, 1.3), (8, 32, 2.6)])
-def test_a_machine_that_was_suspended_is_no_slower(n_lanes: int, n_rows: int, slower: float) -> None:
-    pace = Pace(n_lanes, IMAGE_S)
-    for _ in range(1000):
-        pace.ran(n_rows * IMAGE_S, n_rows, n_rows)
-    before_s = pace.row_s
-    for _ in range(n_lanes):
-        pace.ran(5.0, n_rows, n_rows)
-    assert before_s < pace.row_s < slower * before_s
-
-
 @pytest.mark.parametrize("n_rows", [1, 32, 1024])
 def test_one_that_has_become_slower_is_believed(n_rows: int) -> None:
     pace = Pace(2, IMAGE_S)
     for _ in range(20 + 1500 // n_rows):
-        pace.ran(n_rows * 20 * IMAGE_S, n_rows, n_rows)
+        pace.ran(n_rows * 20 * IMAGE_S, n_rows)
     assert pace.row_s == pytest.approx(10 * IMAGE_S, rel=0.1)
 
 
