@@ -13,6 +13,7 @@ SCAN = b"\xff\xda"
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, no restart, no filling
 MOST_PIECES = 1000  # a colour profile has up to 255, a hundred passes a few each
 MOST_FILLING_BYTES = 1000  # before a piece of the header
+COUNTED_BYTES = 1 << 20
 END = 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
@@ -50,8 +51,11 @@ def is_endless(body: bytes) -> bool:
     return not n_scans and at + MOST_FILLING_BYTES < len(body)
 
 
-def frame_size(body: bytes) -> tuple[int, int]:
-    """Width and height of a JPEG, (0, 0) where they do not stand where they do in all but odd files."""
+def frame(body: bytes) -> tuple[int, int, int]:
+    """Width and height of a JPEG and how often it goes over them, zeros where they stand where they do in odd files.
+
+    Passes are counted in the first megabyte: longer files weigh more for their bytes, and counting takes 1 ns each.
+    """
     at = 2
     for _ in range(MOST_PIECES):
         marker = MARKER.search(body, at, at + MOST_FILLING_BYTES)
@@ -59,10 +63,11 @@ def frame_size(body: bytes) -> tuple[int, int]:
             break
         kind, at = body[marker.end() - 1], marker.end()
         if kind in FRAMES:
-            return _number(body, at + 5, 2), _number(body, at + 3, 2)
+            n_passes = body.count(SCAN, at, at + COUNTED_BYTES) if kind in PROGRESSIVE else 1
+            return _number(body, at + 5, 2), _number(body, at + 3, 2), n_passes
         if kind not in WITHOUT_LENGTH:
             at += _number(body, at, 2)
-    return 0, 0
+    return 0, 0, 0
 
 
 def _number(body: bytes, at: int, n_bytes: int) -> int:

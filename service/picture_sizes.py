@@ -7,9 +7,10 @@ RFC 6386, section 9.1, and WebP lossless specification, section 3; BMP's BITMAPI
 import struct
 
 from service.jpeg_scans import BEGINNING as JPEG
-from service.jpeg_scans import frame_size
+from service.jpeg_scans import frame
 
-# To decode a pixel takes about as long as to unpack a byte; of a large JPEG few are made, as it is decoded smaller.
+# To decode a pixel takes about as long as to unpack a byte; of a large JPEG few are made, as it is decoded smaller,
+# but each pass goes over all.
 PIXELS_A_BYTE_OF_JPEG = 16
 
 
@@ -19,15 +20,17 @@ def weight_of(body: bytes, most_pixels: int) -> int:
     Args:
         most_pixels: of those that are decoded; larger ones are refused, whatever they say.
     """
+    if body.startswith(JPEG):
+        width_px, height_px, n_passes = frame(body)
+        return len(body) + n_passes * (min(width_px * height_px, most_pixels) // PIXELS_A_BYTE_OF_JPEG)
     width_px, height_px = size_of(body)
-    n_pixels = min(width_px * height_px, most_pixels)
-    return len(body) + (n_pixels // PIXELS_A_BYTE_OF_JPEG if body.startswith(JPEG) else n_pixels)
+    return len(body) + min(width_px * height_px, most_pixels)
 
 
 def size_of(body: bytes) -> tuple[int, int]:
     """Width and height as the header says, (0, 0) where it does not."""
     if body.startswith(JPEG):
-        return frame_size(body)
+        return frame(body)[:2]
     if body.startswith(b"\x89PNG") and len(body) >= 24:
         width_px, height_px = struct.unpack_from(">II", body, 16)
     elif body.startswith(b"GIF8") and len(body) >= 10:

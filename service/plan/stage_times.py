@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -19,8 +20,8 @@ class StageTimesError(ValueError):
 class StageTimes(BaseModel):
     """Times of a network's stages on one machine, and what serving an image takes beside them.
 
-    Between the sizes that were measured times are interpolated; beyond the largest they grow as they did before it, and
-    a batch smaller than the smallest takes as long as that.
+    Between the sizes that were measured times are interpolated; beyond the largest a row adds what it did on average
+    from the smallest to the largest, and a batch smaller than the smallest takes as long as that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,16 +67,24 @@ class StageTimes(BaseModel):
 
     @cached_property
     def _points(self) -> list[list[tuple[int, float]]]:
-        return [sorted(by_rows.items()) for by_rows in self.stage_seconds]
+        """By rows, ever more seconds: where fewer rows were measured to take longer, a busy machine made them."""
+        return [
+            list(zip(rows, accumulate((by_rows[n] for n in rows), max), strict=True))
+            for by_rows in self.stage_seconds
+            for rows in [sorted(by_rows)]
+        ]
 
     def seconds(self, stage: int, n_rows: int) -> float:
         """What a batch takes while all lanes run, its rows side by side; stages from 0."""
         points = self._points[stage]
-        if n_rows <= points[0][0]:
-            return points[0][1]  # fewer rows take no longer, and how much less is not known
-        above = min(bisect_left(points, (n_rows, 0.0)), len(points) - 1)
-        (rows, seconds), (more_rows, more_seconds) = points[above - 1 : above + 1] if above else ((0, 0.0), points[0])
-        return seconds + (n_rows - rows) * max(0.0, more_seconds - seconds) / (more_rows - rows)
+        least, most = points[0], points[-1]
+        if n_rows <= least[0]:
+            return least[1]  # fewer rows take no longer, and how much less is not known
+        if n_rows > most[0]:
+            # Between the last two alone, an error in one of them would be doubled with every doubling of the rows.
+            return _on_line(least if len(points) > 1 else (0, 0.0), most, n_rows)
+        above = bisect_left(points, (n_rows, 0.0))
+        return _on_line(points[above - 1], points[above], n_rows)
 
     def save(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -95,6 +104,11 @@ class StageTimes(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise StageTimesError(f"{path}: {where}: {first['msg']}; --save-stage-times writes such a file") from None
+
+
+def _on_line(start: tuple[int, float], end: tuple[int, float], at: int) -> float:
+    (x, y), (more_x, more_y) = start, end
+    return y + (at - x) * (more_y - y) / (more_x - x)
 
 
 def require_stages(times: StageTimes, stages: Sequence[object], path: Path) -> None:

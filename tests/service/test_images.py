@@ -1,7 +1,6 @@
 """Real image files in, the network's pixels out; and every kind of file that has to be refused."""
 
 import asyncio
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,16 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.images import SMALL_PIXELS, ImageDecoder, ImageError
+from tests.service.pictures import encoded, in_more_passes
 
 SIZE_PX = 32
 REFUSED_WITHIN_S = 0.1  # of processor time; to decode it would take ten times as long
 DECODER = ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=32_000_000)
-
-
-def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def noise(height_px: int = SIZE_PX, width_px: int = SIZE_PX, seed: int = 0) -> NDArray[np.uint8]:
@@ -41,8 +35,7 @@ def photo(height_px: int, width_px: int) -> NDArray[np.uint8]:
 
 def many_scans(side_px: int, n_more: int) -> bytes:
     """A progressive JPEG whose last scan comes `n_more` times more, in a few bytes each."""
-    body = encoded(Image.new("RGB", (side_px, side_px), "teal"), "JPEG", progressive=True)
-    return body[:-2] + n_more * body[body.rindex(b"\xff\xda") : -2] + body[-2:]
+    return in_more_passes(encoded(Image.new("RGB", (side_px, side_px), "teal"), "JPEG", progressive=True), n_more)
 
 
 def kind_of_error(body: bytes, decoder: ImageDecoder = DECODER) -> str:

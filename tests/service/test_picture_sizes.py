@@ -2,7 +2,6 @@
 
 import io
 from time import thread_time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +9,9 @@ from PIL import Image
 
 from service.images import ImageDecoder
 from service.picture_sizes import size_of, weight_of
+from tests.service.pictures import encoded, in_more_passes
 
 MOST_PIXELS = 32_000_000
-
-
-def encoded(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
 
 
 def segment(kind: int, data: bytes) -> bytes:
@@ -83,6 +77,8 @@ def test_pictures_take_about_as_long_as_they_weigh() -> None:
     paces = []
     for body in (
         encoded(photo(1500, 2000), "JPEG", quality=85),
+        encoded(photo(1500, 2000), "JPEG", quality=85, progressive=True),
+        in_more_passes(encoded(Image.new("RGB", (2480, 3224), "white"), "JPEG", progressive=True), 80),
         encoded(photo(1500, 2000), "PNG", compress_level=1),
         encoded(Image.new("L", (2480, 3224), 255), "PNG"),
         encoded(Image.new("RGB", (2480, 3224), "white"), "PNG"),

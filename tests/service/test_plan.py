@@ -136,6 +136,13 @@ def test_times_are_interpolated(shipped_times):
     assert [only_one.seconds(0, n) for n in (1, 8, 16)] == pytest.approx([0.004, 0.004, 0.008])
 
 
+def test_more_rows_never_take_less_where_a_busy_machine_measured_so(shipped_times):
+    measured_s = {1: 0.001, 8: 0.009, 16: 0.008}
+    times = StageTimes(**{**StageTimes.load(shipped_times).model_dump(), "stage_seconds": [measured_s] * 6})
+    assert [times.seconds(0, n) for n in (8, 12, 16)] == pytest.approx([0.009, 0.009, 0.009])
+    assert times.seconds(0, 31) == pytest.approx(0.017)  # not as long as 16 rows, for all that the last two say
+
+
 def test_a_plot_is_drawn(tmp_path, capsys, shipped_times, monkeypatch, short_runs):
     monkeypatch.setattr(plot, "LOADS", (0.4, 0.8))
     picture = tmp_path / "plan.png"

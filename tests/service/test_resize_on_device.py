@@ -1,7 +1,6 @@
 """Pictures that the device scales, over HTTP: what is decoded arrives there as it is, and answers as if it had been
 scaled on the host. The device is the processor: the very programs that a GPU would run."""
 
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.resize import cut, resize
 from service.runners.torch_cuda.runner import TorchCudaRunner, open_torch_runner
 from tests.service.apps import Http, build_app, serving
+from tests.service.pictures import encoded
 from tests.service.process import running_server
 from tests.service.test_runner_torch_resize import picture
 
@@ -68,12 +68,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
 def pictures() -> list[Image.Image]:
     rng = np.random.default_rng(5)
     return [picture(*rng.integers(8, CANVAS_PX + 1, 2).tolist()) for _ in range(N_PICTURES)]
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **more: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **more)
-    return file.getvalue()
 
 
 BODIES = [encoded(image) for image in pictures()]
