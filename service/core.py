@@ -245,7 +245,9 @@ class Core:
             indices = [i for i, reason in enumerate(reasons) if reason is None]
             if batch.places is not None:
                 indices = [batch.places[i] for i in indices]
-            states = keep(block, indices) if self.scheduler.policy.compact else block.states(indices)
+            # In slots each row is by itself, whatever the policy: `keep` hands it what it carries beside its slot.
+            apart = self.scheduler.policy.compact or block.slots is not None
+            states = keep(block, indices) if apart else block.states(indices)
             for i, row in enumerate(rows):
                 row.state = states[i]
             joined = lie_side_by_side(states)

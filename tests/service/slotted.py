@@ -84,10 +84,12 @@ def run_side_by_side(runner: SlotRunner[Any], images: NDArray[np.uint8], check: 
     assert all_free(runner.slots)
 
 
-def engine_around(runner: Runner, bundle: Bundle, **options: Any) -> Engine:
+def engine_around(
+    runner: Runner, bundle: Bundle, policy: str = "default", steer: bool = True, **options: Any
+) -> Engine:
     """An engine that keeps 60 % of the full network's cost."""
-    budget = BudgetController(bundle.frontier(), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000)
-    scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows)
+    budget = BudgetController(bundle.frontier(), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000, steer)
+    scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
     return Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names, **options)
 
 

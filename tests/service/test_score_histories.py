@@ -15,7 +15,10 @@ from models.manifest import PredictorInfo
 from models.predictor import FEATURES
 from models.scores import score_exits
 from service.assembly import build_engine
+from service.policies import POLICIES
+from service.runners.onnx_device.runner import OnnxDeviceRunner
 from tests.bundles import MEAN, STD, random_images, tiny_network
+from tests.service.slotted import engine_around
 from training.export import Normalise
 
 N_IMAGES = 60
@@ -77,3 +80,24 @@ def test_images_leave_where_the_score_over_all_heads_says(
     assert len(set(expected.tolist())) >= 3
     assert tied.mean() < 0.2
     assert [answer.exit for answer, tie in zip(answers, tied, strict=True) if not tie] == (expected[~tied] + 1).tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_in_slots_histories_go_along_whatever_the_policy(
+    bundle: Bundle, whole: list[NDArray[np.float32]], policy: str
+) -> None:
+    """Policies that do not compact left a row's history behind: from stage 2 on every batch failed."""
+    served = scored_by(bundle, "vote")
+    runner = OnnxDeviceRunner(served, "cpu", max_rows=4, max_in_flight_rows=N_IMAGES, n_lanes=1)
+    engine = engine_around(runner, served, policy=policy, steer=False)
+    engine.start()
+    try:
+        thresholds = engine.budget_state().thresholds
+        answers = [future.result(60) for future in [engine.submit(image) for image in random_images(N_IMAGES, seed=7)]]
+    finally:
+        engine.drain(60)
+    scores = score_exits(served.score(), whole)
+    tied = (np.abs(scores - np.array(thresholds)) < TIE).any(axis=1)
+    expected = take_exits(scores, thresholds) + 1
+    assert len(set(expected.tolist())) >= 3
+    assert [answer.exit for answer, tie in zip(answers, tied, strict=True) if not tie] == expected[~tied].tolist()
