@@ -69,7 +69,13 @@ def open_runner(
                 "the runner torch-cuda needs a CUDA build of torch, which is not installed: pip install torch, or "
                 "choose the runner onnx or auto"
             )
-        from service.runners.torch_cuda.runner import open_torch_runner
+        try:
+            from service.runners.torch_cuda.runner import open_torch_runner
+        except (ImportError, OSError) as error:  # one of its libraries is missing, or another than it was built for
+            raise RunnerError(
+                f"the runner torch-cuda needs torch, which is installed and cannot be loaded ({error}): install it "
+                "anew, or choose the runner onnx or auto"
+            ) from error
 
         size = bundle.manifest.input
         return open_torch_runner(
@@ -123,8 +129,9 @@ def fastest(candidates: Candidates) -> Runner:
             image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in runner.warm_up())
         except FatalRunnerError:
             raise
-        except (RunnerError, StageLoadError) as error:
-            logger.warning("the runner %s is left out: %s", name, error)
+        except Exception as error:  # libraries' errors are of many kinds, and none is a reason not to serve with others
+            is_known = isinstance(error, (RunnerError, StageLoadError))
+            logger.warning("the runner %s is left out: %s", name, error, exc_info=not is_known)
             failures.append(f"{name}: {error}")
             continue
         logger.info("the runner %s takes %.3f ms an image in full batches", name, 1e3 * image_s)

@@ -1,6 +1,7 @@
 """Which runner runs a bundle: as asked, else onnx at once without a GPU, else the faster of those that can run."""
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def test_what_cannot_run_is_left_out_with_a_warning(bundle: Bundle, caplog: pyte
     assert "the runner onnx takes 4.000 ms an image in full batches" in caplog.messages
     with pytest.raises(RunnerError, match="no runner can run on this machine; torch-cuda: this GPU has no room"):
         choice.fastest({"torch-cuda": refuse})
+
+
+def test_a_library_that_fails_in_its_own_words_keeps_no_other_from_serving(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> Runner:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    slow = timed(bundle, 0.004)
+    assert choice.fastest({"torch-cuda": fail, "onnx": lambda: slow}) is slow
+    assert "the runner torch-cuda is left out: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED" in caplog.messages
+    with pytest.raises(RunnerError, match="no runner can run on this machine; torch-cuda: cuDNN error"):
+        choice.fastest({"torch-cuda": fail})
+
+
+def test_torch_that_is_installed_and_cannot_be_loaded_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_a_gpu(monkeypatch, None)
+    monkeypatch.setitem(sys.modules, "service.runners.torch_cuda.runner", None)  # importing it is an ImportError
+    with pytest.raises(RunnerError, match=r"torch, which is installed and cannot be loaded \(.*\): install it anew"):
+        choice.open_runner(bundle, "torch-cuda")
 
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")

@@ -154,6 +154,23 @@ def test_no_room_for_the_state_is_told_whoever_says_it(bundle: Bundle, monkeypat
         open_torch_runner(bundle, 4, 8, device=Host())
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_device_that_torch_cannot_use_is_told_in_one_line(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """It was torch's own error, for which a server with `--runner auto` did not start, whatever else could run."""
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with\n")
+
+    monkeypatch.setattr("service.runners.torch_cuda.runner.Values", refuse)
+    device = BooksHost()
+    device.lost = lost
+    with pytest.raises(RunnerError, match=r"torch .* cannot run the stages on this device: .* on the device$") as told:
+        open_torch_runner(bundle, 4, 8, device=device)
+    assert isinstance(told.value, FatalRunnerError) == lost
+
+
 def test_threads_that_wait_for_a_copy_take_no_core() -> None:
     program = "import os, sys, service.runners.torch_cuda; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
     variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

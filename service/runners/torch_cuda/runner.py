@@ -61,7 +61,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         ways: which are taken; by default all in float16 on a GPU, else that alone which needs none.
 
     Raises:
-        RunnerError: the device has no room for the slots, or a number is out of range.
+        RunnerError: the device has no room for the slots or cannot run the stages, or a number is out of range.
         StagingError: the network cannot be cut into stages.
     """
 
@@ -90,21 +90,24 @@ class TorchCudaRunner(SlotRunner[Lane]):
         self.score, self.canvas_px, self._compilers = score, canvas_px, compilers or {}
         self.compiled: dict[int, str] = {}  # stages of full batches that were replaced, and by what
         stages = cut(network, image_shape, mean, std)
-        super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
         try:
+            super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
             with torch.inference_mode():
                 self.stages = self._lower(stages, dtype, ways)
                 blank = torch.zeros((2, *image_shape), dtype=torch.uint8, device=self.device.kind)
                 examples, self._n_classes = _run_once(self.stages, blank)
                 self.values = Values(examples, self.slots.n_slots, self.kernels, rooms(self.stages))
                 self._open_lanes()
+        except RunnerError:
+            raise
         except RuntimeError as error:  # torch's allocator, or a library of CUDA's
-            if not self._is_out_of_memory(error):
-                raise
-            raise RunnerError(
-                f"the device has no room for the state of {max_in_flight_rows} images in work: lower --max-in-flight "
-                f"or --max-batch-rows ({words_of(error)})"
-            ) from error
+            if self._is_out_of_memory(error):
+                raise RunnerError(
+                    f"the device has no room for the state of {max_in_flight_rows} images in work: lower "
+                    f"--max-in-flight or --max-batch-rows ({words_of(error)})"
+                ) from error
+            kind = FatalRunnerError if self._is_lost(error) else RunnerError
+            raise kind(f"torch {torch.__version__} cannot run the stages on this device: {words_of(error)}") from error
 
     def _allocate(self, shape: Sequence[int]) -> Array:
         pictures: Array = torch.zeros(tuple(shape), dtype=torch.uint8, pin_memory=self.device.pins).numpy()
