@@ -142,6 +142,9 @@ def _fit(seconds_by_rows: Mapping[int, float]) -> tuple[float, float]:
         squares += w * n_rows * n_rows
         products += w * n_rows * took_s
     spread = weight * squares - rows * rows
-    per_row_s = (weight * products - rows * seconds) / spread if len(seconds_by_rows) > 1 else products / squares
-    per_row_s = min(max(per_row_s, 0.0), products / squares)  # the latter: through the origin
+    through_origin_s = products / squares
+    # Where one weighs as good as nothing beside another, rounding leaves no spread, as with one alone.
+    has_spread = len(seconds_by_rows) > 1 and spread > 0
+    per_row_s = (weight * products - rows * seconds) / spread if has_spread else through_origin_s
+    per_row_s = min(max(per_row_s, 0.0), through_origin_s)
     return max(0.0, (seconds - per_row_s * rows) / weight), per_row_s

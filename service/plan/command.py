@@ -13,6 +13,7 @@ from pathlib import Path
 
 from models.bundle import Bundle, BundleError, load_bundle
 from models.onnx_weights import StageLoadError
+from service.ledger import MANY_IN_FLIGHT
 from service.plan import plot
 from service.plan.measuring import measure
 from service.plan.neighbours import Neighbours
@@ -57,11 +58,11 @@ def command_line() -> argparse.ArgumentParser:
     load.add_argument("--rate", type=_positive, required=True, metavar="N", help="images a second, over all replicas")
     load.add_argument("--replicas", type=_count, default=1, metavar="N", help="servers that share it (1)")
     load.add_argument(
-        "--bursts", type=_count, default=1, metavar="N", help="images come N at once, at each replica (1)"
+        "--bursts", type=_burst, default=1, metavar="N", help="images come N at once, at each replica (1)"
     )
     load.add_argument("--p99-ms", type=_positive, metavar="MS", help="find the replicas that keep this latency")
     load.add_argument("--seconds", type=_positive, metavar="S", help=f"of load to simulate (as {IMAGES:,} images take)")
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="of arrivals and images (0)")
+    load.add_argument("--seed", type=_seed, default=0, metavar="N", help="of arrivals and images (0)")
     server = parser.add_argument_group("server")
     server.add_argument(
         "--model", default="cifar100-msdnet", metavar="NAME", help=f"of {ZOO}, or a folder (%(default)s)"
@@ -184,12 +185,12 @@ def _budget(given: argparse.Namespace, targets: Targets) -> float:
 def _n_images(given: argparse.Namespace) -> int:
     if given.seconds is None:
         return IMAGES
-    n_images: int = round(given.seconds * given.rate / given.replicas)
+    n_images: float = given.seconds * given.rate / given.replicas  # too many to count, perhaps
     if not 1_000 <= n_images <= MOST_IMAGES:
         raise PlanError(
-            f"--seconds {given.seconds:g}: {n_images:,} images on a replica; simulate 1,000 to {MOST_IMAGES:,}"
+            f"--seconds {given.seconds:g}: {n_images:,.0f} images on a replica; simulate 1,000 to {MOST_IMAGES:,}"
         )
-    return n_images
+    return round(n_images)
 
 
 def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> StageTimes:
@@ -235,8 +236,19 @@ def _not_negative(text: str) -> float:
     return 0.0 if _number(text) == 0 else _positive(text)
 
 
-def _count(text: str) -> int:
+def _count(text: str, most: int = MOST) -> int:
     value = _number(text)
-    if not 1 <= value <= MOST or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {MOST:,}")
+    if not 1 <= value <= most or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {most:,}")
     return int(value)
+
+
+def _burst(text: str) -> int:
+    """Of a larger one a server refuses the rest; and of those that are simulated there would be too few to tell."""
+    return _count(text, MANY_IN_FLIGHT)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)

@@ -137,7 +137,7 @@ class Plan:
 
 
 def _line(name: str, text: str) -> str:
-    return f"{name:<28}{text}"
+    return f"{name:<27} {text}"
 
 
 def _count(n: int, noun: str) -> str:

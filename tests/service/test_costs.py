@@ -26,7 +26,8 @@ def test_it_starts_with_the_line_through_the_warm_up(sizes):
 
 
 def test_neither_part_is_negative_whatever_was_measured():
-    for seconds in ({1: 1.0, 16: 1.0, 32: 0.5}, {1: 0.001, 4: 0.024, 16: 0.040}, {1: 0.0, 32: 0.0}):
+    measured = {1: 1.0, 16: 1.0, 32: 0.5}, {1: 0.001, 4: 0.024, 16: 0.040}, {1: 0.0, 32: 0.0}, {1: 1e-4, 2: 1e5}
+    for seconds in measured:
         costs = CostTable([seconds])
         assert costs.fixed_s(0) >= 0
         assert costs.row_s(0) >= 0

@@ -91,12 +91,12 @@ def test_int8_stages_have_answers_of_their_own(capsys, shipped_times, short_runs
 
 
 def test_more_than_a_replica_can_do_is_said_plainly_and_has_no_latency(capsys, shipped_times, short_runs):
-    asked = ["--model", SHIPPED, "--stage-times", shipped_times, "--rate", "9000", "--budget", "24", "--p99-ms", "40"]
-    code, out, _ = plan(capsys, *asked)
+    asked = ["--model", SHIPPED, "--stage-times", shipped_times, "--rate", "9000", "--budget", "24"]
+    code, out, _ = plan(capsys, *asked, "--p99-ms", "40.125")
     assert code == 1
     assert "OVERLOAD: every replica's queue grows by" in out
     assert "p50" not in out
-    assert "replicas for p99 <= 40 ms" in out
+    assert "replicas for p99 <= 40.125 ms " in out  # the number after it apart
 
 
 def test_it_measures_what_it_is_not_given_and_reads_what_it_has_written(tmp_path, capsys, short_runs):
@@ -204,6 +204,7 @@ def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
         (["--model", "resnet"], "--model resnet: neither a folder nor a network of models/zoo"),
         (["--model", str(REPOSITORY / "docs")], "manifest.json: missing: not a bundle"),
         (["--seconds", "1e9"], "simulate 1,000 to 2,000,000"),
+        (["--seconds", "1e308"], "simulate 1,000 to 2,000,000"),
         (["--seconds", "0.1"], "simulate 1,000 to 2,000,000"),
         (["--stage-times", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--save-stage-times", "x.json"], "give one of them"),
@@ -227,6 +228,8 @@ def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times
         (["--rate", "nan"], "nan is not a number above 0"),
         (["--rate", "9", "--replicas", "1.5"], "1.5 is not a whole number from 1"),
         (["--rate", "9", "--host-us", "-1"], "-1 is not a number above 0"),
+        (["--rate", "9", "--seed", "-1"], "'-1' is not a whole number from 0 on"),
+        (["--rate", "9", "--bursts", "5000"], "5000 is not a whole number from 1 to 1,024"),
         (["--rate", "9", "--policy", "wild"], "invalid choice"),
         (["--replicas", "2"], "--rate"),
     ],
