@@ -131,11 +131,10 @@ class Ledger:
         self.allowance = allowance
 
     def set_allowance(self, allowance: int) -> None:
-        """Give later admissions another allowance. A lower one shrinks the balance in proportion, a higher one grows
-        only the cap: a balance is earned, else changing to and fro would mint it."""
+        """Give later admissions another allowance. A lower one cuts the balance off at its cap, a higher one grows only
+        the cap: so changing to and fro neither mints a balance nor wears one down."""
         cap = int(self.burst_images * allowance)
-        if cap < self.cap:
-            self.settled = max(self.reserved, self.settled * cap // self.cap)
+        self.settled = max(self.reserved, min(self.settled, cap))
         self.allowance, self.cap = allowance, cap
         self._begin_average()
 

@@ -196,6 +196,16 @@ def test_changing_the_budget_to_and_fro_mints_nothing():
     assert ledger.settled <= 1000
 
 
+def test_changing_the_budget_to_and_fro_wears_no_balance_down():
+    """It shrank with every lower budget: one that a program moved all the time cut a quarter of the images short."""
+    ledger = Ledger(400, 10)
+    ledger.close(ledger.open(400), 1, 400, 3400, answered=True)  # half of the burst is left, and a little more
+    for _ in range(100):
+        ledger.set_allowance(360)
+        ledger.set_allowance(400)
+    assert ledger.settled == 1000
+
+
 # --- the controller ---------------------------------------------------------------------------------------------
 
 
@@ -355,6 +365,17 @@ def test_the_same_budget_set_again_and_again_changes_nothing():
     set_again.work_at(0.3 * FULL_MFLOPS)
     set_again.set(0.4 * FULL_MFLOPS)  # the same, but not what is worked at
     assert set_again.working_mflops == pytest.approx(0.4 * FULL_MFLOPS)
+
+
+def test_a_budget_set_at_every_answer_cuts_nobody_short():
+    budget = controller(0.4, 32.0)
+
+    def change(n_answers: int) -> None:
+        budget.set((0.36, 0.44)[n_answers % 2] * FULL_MFLOPS)
+
+    run = simulate(budget, population(4_000, seed=11), n_clients=64, at_answer=change)
+    assert run.reasons[1_000:].count("budget") < 30
+    assert sum(run.spent[1_000:]) > 0.93 * sum(run.allowances[1_000:])
 
 
 def test_a_working_budget_that_moves_all_the_time_is_kept_as_exactly():
