@@ -15,6 +15,7 @@ from service.budget import BudgetController, Reason
 from service.errors import EngineError, EngineTooLate
 from service.lanes import Batch, BatchResult
 from service.observer import Observer
+from service.outbox import turn_away
 from service.rows import ENDED, Answer, Head, Request, Sink, Told
 from service.runners.blocks import Block, keep, lie_side_by_side
 from service.scheduler import Scheduler
@@ -194,13 +195,16 @@ class Core:
         waiting = self.scheduler.drop_all()
         self._retries.clear()
         self._out.clear()
-        for stage, row in waiting:
-            self._end(row, stage, False, error)
-        for stage, row in ran:
-            if row.abandoned:
-                self._end_abandoned(row, stage)
-            elif row.state is not ENDED:
-                self._end(row, stage, True, error)
+        try:
+            for stage, row in waiting:
+                self._end(row, stage, False, error)
+            for stage, row in ran:
+                if row.abandoned:
+                    self._end_abandoned(row, stage)
+                elif row.state is not ENDED:
+                    self._end(row, stage, True, error)
+        finally:  # without the books, which may be what broke: nobody else knows of these rows any more
+            self.n_failed += turn_away(self.outbox, [row for _, row in waiting + ran], error)
 
     def _queue(self, rows: list[Request], stage: int, now_s: float, joined: bool = False) -> None:
         for row in rows:

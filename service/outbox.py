@@ -23,11 +23,13 @@ def deliver(outbox: Outbox) -> None:
 
 
 def turn_away(outbox: Outbox, requests: Sequence[Request], error: EngineError) -> int:
-    """Have an error for those of the requests that have not ended; returns how many these are."""
+    """Have an error for those of the requests that have not ended; returns how many these are. Who was given up hears
+    nothing."""
     waiting = [request for request in requests if request.state is not ENDED]
     for request in waiting:
         request.state = ENDED
-        outbox.setdefault(request.sink, []).append((request.token, error))
+        if not request.abandoned:
+            outbox.setdefault(request.sink, []).append((request.token, error))
     return len(waiting)
 
 

@@ -407,6 +407,26 @@ def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
     assert engine.drain(5)
 
 
+def test_where_the_books_are_what_broke_everybody_hears_of_it(bundle, images):
+    """The first of them that could not be settled kept all others from being told: they waited for ever."""
+
+    class BreaksTheBooks(BrokenObserver):
+        def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
+            engine._core.budget.costs = ()
+
+    engine = faulty_engine(bundle, observer=BreaksTheBooks())
+    engine.start()
+    gate = hold(engine)
+    futures = [engine.submit(image) for image in images[:40]]
+    gate.set()
+    for future in futures:
+        with pytest.raises(EngineError, match=r"broke down \(IndexError"):
+            future.result(LIMIT_S)
+    assert engine.stats().in_flight_rows == 0
+    assert balanced(engine.stats())
+    assert engine.drain(5)
+
+
 class Broken:
     """A sink that nobody can look up."""
 
