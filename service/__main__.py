@@ -99,7 +99,8 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
 
     admin_token = settings.read_admin_token()
     try:
-        bundle = at_precision(load_bundle(settings.bundle), settings.precision, settings.device)
+        loaded = load_bundle(settings.bundle)
+        bundle = at_precision(loaded, settings.precision, settings.runner, settings.device)
     except (StageLoadError, RunnerError) as error:
         return _refuse(error)
     manifest = bundle.manifest

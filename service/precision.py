@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 
 from models.bundle import Bundle
+from service.runners.choice import RunnerName, wants_gpu
 from service.runners.onnx import OnnxRunner
-from service.runners.providers import Device, uses_cuda
+from service.runners.providers import Device
 
 Asked = Literal["auto", "fp32", "int8"]
 N_ROWS = 8
@@ -18,10 +19,11 @@ LEAST_GAIN = 1.1  # below it, the noise of a busy machine would decide
 logger = logging.getLogger(__name__)
 
 
-def at_precision(bundle: Bundle, asked: Asked, device: Device) -> Bundle:
+def at_precision(bundle: Bundle, asked: Asked, runner: RunnerName, device: Device) -> Bundle:
     """Return the bundle as it is to be served.
 
-    `auto` measures, which takes a second or two: int8 is taken where the bundle has it and it is surely faster here.
+    `auto` measures, which takes a second or two: int8 is taken where the bundle has it and it is surely faster here. It
+    is for CPUs: where `runner` and `device` want a GPU, or one is there that they may take, fp32 is.
     Only that asks for it: int8 answers a few images in a hundred differently, so servers on different machines may.
 
     Raises:
@@ -30,7 +32,7 @@ def at_precision(bundle: Bundle, asked: Asked, device: Device) -> Bundle:
     """
     if asked != "auto":
         return bundle.at(asked)
-    if bundle.int8 is None or uses_cuda(device):
+    if bundle.int8 is None or wants_gpu(runner, device):
         logger.info("precision fp32: %s", "the bundle has no other" if bundle.int8 is None else "int8 is for CPUs")
         return bundle
     fp32_s, int8_s = _seconds(bundle, bundle.int8)

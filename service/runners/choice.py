@@ -27,6 +27,11 @@ def canvas_px(height_px: int, width_px: int) -> int:
     return CANVAS_STEP_PX * ceil(CANVAS * max(height_px, width_px) / CANVAS_STEP_PX)
 
 
+def wants_gpu(name: RunnerName, device: Device) -> bool:
+    """Whether a GPU is asked for, there or not, or is there and may be taken."""
+    return name == "torch-cuda" or device in ("cuda", "tensorrt") or (device == "auto" and cuda_device_count() > 0)
+
+
 def open_runner(
     bundle: Bundle,
     name: RunnerName = "auto",

@@ -39,7 +39,7 @@ def build_app(
 ) -> Gate:
     """The application as `python -m service` makes it, on two lanes and the CPU; `keep` is given its engine."""
     chosen = Settings(**{"bundle": folder, "lanes": 2, "device": "cpu", "budget_fraction": 0.6, **settings})
-    bundle = at_precision(load_bundle(folder), chosen.precision, chosen.device)
+    bundle = at_precision(load_bundle(folder), chosen.precision, chosen.runner, chosen.device)
     targets = Targets(bundle.frontier(), bundle.costs_mflops)
     target = targets.resolve("fraction", chosen.budget_fraction or 1.0)
     metrics = Metrics(bundle.manifest)

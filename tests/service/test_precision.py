@@ -10,6 +10,7 @@ from models.bundle import BundleError, load_bundle
 from service import precision
 from service.command_line import load_settings
 from service.precision import at_precision
+from service.runners import choice
 from service.runners.base import RunnerError
 from service.runners.onnx import OnnxRunner
 from tests.bundles import random_images, tiny_int8_bundle
@@ -30,12 +31,12 @@ def http(path: Path) -> Iterator[Http]:
 
 def test_no_answer_changes_unasked(path):
     assert load_settings([]).precision == "fp32"
-    assert at_precision(load_bundle(path), "fp32", "cpu").precision == "fp32"
+    assert at_precision(load_bundle(path), "fp32", "auto", "cpu").precision == "fp32"
 
 
 def test_int8_where_there_is_none_is_refused(bundle_path):
     with pytest.raises(BundleError, match="it has no int8 stages; make them with `python -m training quantize`"):
-        at_precision(load_bundle(bundle_path), "int8", "cpu")
+        at_precision(load_bundle(bundle_path), "int8", "auto", "cpu")
 
 
 def test_int8_is_for_cpus(path):
@@ -48,15 +49,31 @@ def test_int8_is_for_cpus(path):
 @pytest.mark.parametrize(("fp32_s", "int8_s", "taken"), [(2.0, 1.0, "int8"), (1.05, 1.0, "fp32"), (1.0, 2.0, "fp32")])
 def test_auto_takes_what_is_surely_faster(path, monkeypatch, fp32_s, int8_s, taken):
     monkeypatch.setattr(precision, "_seconds", lambda *bundles: [fp32_s, int8_s])
-    assert at_precision(load_bundle(path), "auto", "cpu").precision == taken
+    assert at_precision(load_bundle(path), "auto", "auto", "cpu").precision == taken
+
+
+@pytest.mark.parametrize(
+    ("runner", "device", "n_gpus", "taken"),
+    [
+        ("auto", "auto", 0, "int8"),
+        ("auto", "cpu", 1, "int8"),
+        ("auto", "auto", 1, "fp32"),  # for torch, even where ONNX Runtime has no CUDA
+        ("torch-cuda", "auto", 0, "fp32"),  # that there is none is told by who opens it: it is asked for
+        ("onnx", "cuda", 0, "fp32"),
+    ],
+)
+def test_auto_takes_int8_on_processors_alone(path, monkeypatch, runner, device, n_gpus, taken):
+    monkeypatch.setattr(precision, "_seconds", lambda *bundles: [2.0, 1.0])
+    monkeypatch.setattr(choice, "cuda_device_count", lambda: n_gpus)
+    assert at_precision(load_bundle(path), "auto", runner, device).precision == taken
 
 
 def test_auto_measures_both_and_does_without_int8(path, bundle_path):
     bundle = load_bundle(path)
     assert bundle.int8 is not None
     assert all(0 < seconds < 60 for seconds in precision._seconds(bundle, bundle.int8))
-    assert at_precision(bundle, "auto", "cpu").precision in ("fp32", "int8")
-    assert at_precision(load_bundle(bundle_path), "auto", "cpu").precision == "fp32"
+    assert at_precision(bundle, "auto", "auto", "cpu").precision in ("fp32", "int8")
+    assert at_precision(load_bundle(bundle_path), "auto", "auto", "cpu").precision == "fp32"
 
 
 def test_rows_carry_a_quarter_and_regrouping_changes_no_answer(path):
