@@ -1,6 +1,10 @@
 """ONNX Runtime with state in slots, on the processor: the graphs, bindings and books that a GPU would run."""
 
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,13 +19,14 @@ from service.runners.base import FatalRunnerError, RunnerError, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.runners.onnx_device import staging
 from service.runners.onnx_device.graph import STORE_OPERATORS, with_slots
-from service.runners.onnx_device.lane import OnnxLane
+from service.runners.onnx_device.lane import OnnxLane, _OwnThread
 from service.runners.onnx_device.runner import OnnxDeviceRunner
 from service.runners.onnx_device.staging import Staging
 from service.runners.providers import cuda_device_count
 from service.runners.slots import SCRATCH, SlotState
 from tests.bundles import REPOSITORY, random_images
 from tests.service.slotted import MAX_ROWS, all_free, answer_all, logits_of, regroup_at_random, run_side_by_side
+from tests.waiting import LIMIT_S
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +149,51 @@ def test_with_graphs_every_lane_runs_on_a_thread_of_its_own(
     assert all(len(idents) == 1 for idents in threads.values())
     assert len(set.union(*threads.values())) == runner.n_lanes
     assert threading.get_ident() not in set.union(*threads.values())
+
+
+HANGS = """
+import threading
+from service.runners.onnx_device.lane import _OwnThread
+
+own, hangs = _OwnThread(), threading.Event()
+
+def hang():
+    hangs.set()
+    threading.Event().wait()
+
+threading.Thread(target=own.run, args=(hang,), daemon=True).start()
+assert hangs.wait(60)
+"""
+
+
+def test_a_lane_that_hangs_on_its_own_thread_does_not_keep_the_process_from_ending() -> None:
+    """A pool's thread is waited for."""
+    subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=LIMIT_S)
+
+
+def test_the_thread_of_a_lane_ends_with_it_and_holds_on_to_nothing() -> None:
+    own = _OwnThread()
+    thread = own.run(threading.current_thread)
+    assert thread is not threading.current_thread()
+
+    class Large:
+        def fail(self) -> None:
+            raise RuntimeError("out of memory")
+
+    large = Large()
+    gone = weakref.ref(large)
+    gc.disable()  # what is in no circle goes at once: memory is tried for again right after
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            own.run(large.fail)
+        del large
+        own.run(threading.get_ident)
+        assert gone() is None
+    finally:
+        gc.enable()
+    del own
+    thread.join(LIMIT_S)
+    assert not thread.is_alive()
 
 
 class Noting:

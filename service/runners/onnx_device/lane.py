@@ -5,10 +5,13 @@ bucket, and its logits are read from there.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +26,7 @@ from service.runners.slots import SCRATCH, SlotState, places_of, stretches
 from service.runners.slotted import Running
 
 Stores = Mapping[str, ort.OrtValue]
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +54,7 @@ class OnnxLane:
         pictures: Array,
         own_thread: bool = False,
     ) -> None:
-        self._thread = ThreadPoolExecutor(1, "exitserve-onnx-lane") if own_thread else None
+        self._own_thread = _OwnThread() if own_thread else None
         self.sessions, self._stages, self._stores, self._kind = sessions, stages, stores, kind
         self._image, self._pictures = stages[0].inputs[0], pictures
         self._staging = Staging(kind)
@@ -60,9 +64,9 @@ class OnnxLane:
         self._told: dict[tuple[int, int], Any] = {}  # by the same: logits on the host, where they can be copied there
 
     def prepare(self, stage: int, bucket: int) -> None:
-        if self._thread is None:
+        if self._own_thread is None:
             return self._prepare(stage, bucket)
-        return self._thread.submit(self._prepare, stage, bucket).result()
+        return self._own_thread.run(partial(self._prepare, stage, bucket))
 
     def launch(
         self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
@@ -70,8 +74,7 @@ class OnnxLane:
         """See `slotted.Lane`. ONNX Runtime's copies wait, so all is done when it is collected. Logits are all it tells,
         so they always come."""
         run = partial(self._run, stage, bucket, slots, begin)
-        thread = self._thread
-        return Running(run if thread is None else lambda: thread.submit(run).result())
+        return Running(run if self._own_thread is None else partial(self._own_thread.run, run))
 
     def _prepare(self, stage: int, bucket: int) -> None:
         if bucket not in self._slots:
@@ -138,3 +141,34 @@ class OnnxLane:
 
     def _tensor(self, shape: Sequence[int], dtype: str) -> Any:
         return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype), self._kind)
+
+
+class _OwnThread:
+    """A thread that runs what it is told, one after the other, until nobody refers to this any more.
+
+    A daemon, unlike a pool's: where the device hangs under it, the process is to end all the same.
+    """
+
+    def __init__(self) -> None:
+        self._told: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        threading.Thread(target=_work, args=(self._told,), name="exitserve-onnx-lane", daemon=True).start()
+        weakref.finalize(self, self._told.put, None)
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Run a function there, and wait for it; returns or raises what it does."""
+        future: Future[T] = Future()
+        self._told.put((function, future))
+        try:
+            return future.result()
+        finally:
+            del future  # else an error would hold it by its traceback, and it the error with all that its call has had
+
+
+def _work(told: "SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]") -> None:
+    while (one := told.get()) is not None:
+        function, future = one
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+        del one, function, future  # what it waits with would keep its lane alive
