@@ -18,7 +18,7 @@ from service.plan.stage_times import StageTimes
 from service.rows import Options, Request, Told
 from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner, default_lanes
-from service.runners.providers import Device
+from service.runners.providers import Device, uses_cuda
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 30
@@ -37,6 +37,9 @@ def measure(
 ) -> StageTimes:
     """Measure a bundle's stages and the engine's own work; nothing else should run meanwhile.
 
+    On the processor no more lanes run than there are cores: those beyond wait for a core, as a simulation has it too,
+    and what a batch takes would count that wait twice.
+
     Args:
         bundle: as loaded.
         device, n_lanes, max_rows: as the server's settings.
@@ -47,7 +50,9 @@ def measure(
     Raises:
         StageLoadError, RunnerError: the stages cannot be run.
     """
-    runner = OnnxRunner(bundle, max_rows, n_lanes, device)
+    n_cores = default_lanes()
+    at_once = n_lanes if n_lanes is None or uses_cuda(device) else min(n_lanes, n_cores)
+    runner = OnnxRunner(bundle, max_rows, at_once, device)
     tell(f"measuring {runner.n_stages} stages on {runner.n_lanes} lanes")
     with _LanesAtWork(runner, bundle.score()) as lanes:
         stages = _Stages(runner, lanes, _reaching(bundle, budget_mflops)).measure(limit_s)
@@ -57,8 +62,8 @@ def measure(
     return StageTimes(
         network=f"{manifest.name} {manifest.version} in {bundle.precision}",
         machine=f"{platform.machine()}, {runner.provider}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        n_lanes=runner.n_lanes,
-        n_cores=default_lanes(),
+        n_lanes=n_lanes or runner.n_lanes,
+        n_cores=n_cores,
         lanes_take_cores=runner.provider == "CPUExecutionProvider",
         alone_speed=stages.alone_speed,
         stage_seconds=tuple(stages.seconds),

@@ -169,14 +169,15 @@ class Simulation:
     @property
     def _speed(self) -> float:
         """Of every piece of work in progress."""
-        n_lanes, n_cores, n_pieces = self._setup.n_lanes, self._setup.n_cores, len(self._progress)
+        n_cores, n_pieces = self._setup.n_cores, len(self._progress)
         if not self._times.lanes_take_cores or not n_pieces:
             return 1.0
         if n_pieces > n_cores:
             return n_cores / n_pieces
-        if n_pieces >= n_lanes:
+        n_most = min(self._setup.n_lanes, n_cores)  # lanes that run while none waits for a core: as it was measured
+        if n_pieces >= n_most:
             return 1.0
-        return 1.0 + (self._times.alone_speed - 1.0) * (n_lanes - n_pieces) / (n_lanes - 1)
+        return 1.0 + (self._times.alone_speed - 1.0) * (n_most - n_pieces) / (n_most - 1)
 
     def _begin(self, seconds: float, done: Callable[[], None]) -> None:
         self._n_begun += 1  # ties go to the older

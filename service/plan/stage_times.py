@@ -28,12 +28,13 @@ class StageTimes(BaseModel):
 
     network: str = Field(description="name and version of the bundle")
     machine: str = Field(description="where and when it was measured")
-    n_lanes: int = Field(ge=1, le=4096, description="batches at once while it was measured")
+    n_lanes: int = Field(ge=1, le=4096, description="batches at once")
     n_cores: int = Field(ge=1, le=4096, description="processor cores that lanes and host share")
     lanes_take_cores: bool = Field(description="stages run on the processor: lanes and host slow each other")
     alone_speed: float = Field(1.0, ge=1, le=16, description="of a batch while all other lanes rest; 1 while all run")
     stage_seconds: tuple[dict[Annotated[int, Field(ge=1)], Positive], ...] = Field(
-        min_length=1, description="per stage, by rows of a batch: seconds while all lanes run"
+        min_length=1,
+        description="per stage, by rows of a batch: seconds while all lanes run, no two on a core",
     )
     spread: tuple[Positive, ...] = Field(
         (1.0,),
@@ -75,7 +76,7 @@ class StageTimes(BaseModel):
         ]
 
     def seconds(self, stage: int, n_rows: int) -> float:
-        """What a batch takes while all lanes run, its rows side by side; stages from 0."""
+        """What a batch takes while all lanes run that have a core, its rows side by side; stages from 0."""
         points = self._points[stage]
         least, most = points[0], points[-1]
         if n_rows <= least[0]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import null_bundle
 from models.bundle import load_bundle
 from service.__main__ import main
-from service.plan import command, host_times, neighbours, planning, plot
+from service.plan import command, host_times, measuring, neighbours, planning, plot
 from service.plan.measuring import measure
 from service.plan.stage_times import StageTimes, StageTimesError
 from tests.bundles import tiny_bundle
@@ -124,6 +124,18 @@ def test_where_images_never_share_a_batch_all_of_the_hosts_work_is_the_images(tm
     times = measure(null_bundle.write_null_bundle(tmp_path / "null"), "cpu", 1, max_rows=1, limit_s=0.1)
     assert times.host_batch_seconds == 0.0
     assert times.host_image_seconds > 0.0
+
+
+def test_lanes_that_would_share_a_core_are_not_measured_together(tmp_path, monkeypatch, short_runs):
+    """Their wait for it counted twice, as the simulation has them wait too: 8 lanes on 2 cores were planned a quarter
+    of what 2 do."""
+    monkeypatch.setattr(measuring, "default_lanes", lambda: 1)
+    said: list[str] = []
+    times = measure(
+        null_bundle.write_null_bundle(tmp_path / "null"), "cpu", 4, max_rows=2, limit_s=0.1, tell=said.append
+    )
+    assert (times.n_lanes, times.n_cores) == (4, 1)
+    assert said[0].endswith("on 1 lanes")
 
 
 def test_times_are_interpolated(shipped_times):

@@ -80,6 +80,7 @@ def test_the_host_is_a_queue_of_its_own():
         (1, 1, True, 0.0, 1_000),
         (2, 2, True, 0.0, 2_000),
         (2, 1, True, 0.0, 1_000),  # two lanes share a core
+        (8, 2, True, 0.0, 2_000),
         (1, 1, True, 0.25, 800),  # 1.25 ms an image on one core
         (1, 2, True, 0.25, 1_000),  # the host has a core to itself
         (1, 1, False, 0.25, 1_000),  # or the stages have a device
@@ -140,6 +141,12 @@ def test_a_batch_alone_is_as_fast_as_was_measured():
     record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 1.0, 1.0, 2.0])
     latencies = np.array(record.answered_s) - record.came_s
     assert latencies == pytest.approx([2 * MS, 3 * MS, 3 * MS, 2 * MS])
+
+
+def test_two_batches_on_two_cores_are_not_alone_however_many_lanes_rest():
+    table = times({1: 3 * MS}, n_lanes=8, n_cores=2, alone_speed=1.5)
+    record = Simulation(one_exit(), table, Setup(10.0, 8, 2, max_rows=1)).run([0.0, 1.0, 1.0])
+    assert np.array(record.answered_s) - record.came_s == pytest.approx([2 * MS, 3 * MS, 3 * MS])
 
 
 def test_full_batches_answer_as_many_as_their_stage_times_allow():
