@@ -251,6 +251,18 @@ def test_in_half_precision_labels_and_exits_stay(
     assert (exits[0] == exits[1]).mean() > 0.9
 
 
+def test_a_network_whose_maps_half_precision_cannot_hold_is_refused() -> None:
+    """It answered whatever comes of infinities, every image at the full cost, and said nothing."""
+    network = tiny_network()
+    last = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)][-1]
+    with torch.no_grad():
+        last.weight.mul_(1e6)
+    options = {"max_rows": 2, "max_in_flight_rows": 2, "device": Host(), "n_lanes": 1}
+    with pytest.raises(RunnerError, match=r"stage 4 gives logits .* float16, which ends at 65,504: choose the runner"):
+        TorchCudaRunner(network, SHAPE, MEAN, STD, "logit_margin", dtype=torch.float16, **options)
+    TorchCudaRunner(network, SHAPE, MEAN, STD, "logit_margin", dtype=torch.float32, **options)
+
+
 def test_a_slot_is_held_by_its_own_row_alone(runner: TorchCudaRunner, images: NDArray[np.uint8]) -> None:
     output = runner.run(0, [runner.first_state(image) for image in images[:MAX_ROWS]])
     assert runner.slots.n_free == runner.slots.n_slots - MAX_ROWS

@@ -61,7 +61,8 @@ class TorchCudaRunner(SlotRunner[Lane]):
         ways: which are taken; by default all in float16 on a GPU, else that alone which needs none.
 
     Raises:
-        RunnerError: the device has no room for the slots or cannot run the stages, or a number is out of range.
+        RunnerError: the device has no room for the slots, or cannot run the stages; half precision is too narrow for
+            them; or a number is out of range.
         StagingError: the network cannot be cut into stages.
     """
 
@@ -94,8 +95,9 @@ class TorchCudaRunner(SlotRunner[Lane]):
             super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
             with torch.inference_mode():
                 self.stages = self._lower(stages, dtype, ways)
-                blank = torch.zeros((2, *image_shape), dtype=torch.uint8, device=self.device.kind)
-                examples, self._n_classes = _run_once(self.stages, blank)
+                noise = torch.randint(0, 256, (2, *image_shape), generator=torch.Generator().manual_seed(0))
+                images = noise.to(self.device.kind, torch.uint8)
+                examples, self._n_classes = _run_once(self.stages, images, dtype)
                 self.values = Values(examples, self.slots.n_slots, self.kernels, rooms(self.stages))
                 self._open_lanes()
         except RunnerError:
@@ -290,12 +292,22 @@ def _require_same(call: StageCall, stage: Stage, inputs: Sequence[Tensor]) -> No
             raise RunnerError("what it computes is not the same")
 
 
-def _run_once(stages: Sequence[Stage], images: Tensor) -> tuple[dict[str, Tensor], int]:
-    """Run all stages; returns what they make that a later one reads, by name, and the number of classes."""
+def _run_once(stages: Sequence[Stage], images: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+    """Run all stages; returns what they make that a later one reads, by name, and the number of classes.
+
+    Raises:
+        RunnerError: a later stage reads the images, or logits are no finite numbers: float16 ends at 65,504, and every
+            image would be answered by whatever comes of that, at the full cost.
+    """
     state = {IMAGES: images}
     for i, stage in enumerate(stages):
         if i and IMAGES in stage.inputs:
             raise RunnerError(f"stage {i + 1} reads the images, which only the first one can: choose the runner onnx")
         state.update(zip(stage.outputs, stage(*(state[name] for name in stage.inputs)), strict=True))
+        if not bool(state[stage.outputs[0]].isfinite().all()):  # waits for the device, once a stage
+            raise RunnerError(
+                f"stage {i + 1} gives logits that are no finite numbers where maps are {str(dtype)[6:]}, which ends at "
+                f"{torch.finfo(dtype).max:,.6g}: choose the runner onnx"
+            )
     read = {name for stage in stages for name in stage.inputs} - {IMAGES}
     return {name: state[name] for name in sorted(read)}, state[stages[0].outputs[0]].shape[1]
