@@ -60,12 +60,16 @@ class StagedNetwork:
 
     def run(self, images: Tensor) -> list[Tensor]:
         """Run every stage; the logits [rows, classes] of every exit."""
-        state, logits = {IMAGES: images}, []
+        values = self.run_values(images)
+        return [values[stage.outputs[0]] for stage in self.stages]
+
+    def run_values(self, images: Tensor) -> dict[str, Tensor]:
+        """Run every stage; all that they give, by name, and the images."""
+        values = {IMAGES: images}
         for stage in self.stages:
-            outputs = stage(*(state[name] for name in stage.inputs))
-            state.update(zip(stage.outputs, outputs, strict=True))
-            logits.append(outputs[0])
-        return logits
+            outputs = stage(*(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, outputs, strict=True))
+        return values
 
 
 @torch.no_grad()
@@ -128,11 +132,15 @@ def _name_values(traced: TracedNetwork) -> dict[fx.Node, str]:
 def _spec(name: str, value: Any) -> ValueSpec:
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != 2:  # traced with two rows
         what = f"a tensor of shape {tuple(value.shape)} for two images" if isinstance(value, Tensor) else f"{value!r}"
-        raise StagingError(
-            f"a later exit reads {name!r}, which is {what}: what passes from one exit to the next must be tensors "
-            "whose first axis is the images'"
-        )
+        raise _no_rows(name, what)
     return ValueSpec(name, tuple(value.shape[1:]), value.dtype)
+
+
+def _no_rows(name: str, what: str) -> StagingError:
+    return StagingError(
+        f"a later exit reads {name!r}, which is {what}: what passes from one exit to the next must be tensors whose "
+        "first axis is the images' (move it there, as with .transpose(0, 1), and back where it is read)"
+    )
 
 
 def _build_stage(
@@ -181,7 +189,9 @@ def _check(network: nn.Module, staged: StagedNetwork, example: Tensor, preproces
                 f"exit {number} answers otherwise in stages than in the whole network: look for operations that change "
                 "a tensor in place which is read elsewhere, or for randomness in evaluation mode"
             )
-    for number, (expected, logits) in enumerate(zip(whole, staged.run(example[:1]), strict=True), start=1):
+    alone = staged.run_values(example[:1])
+    for number, (expected, stage) in enumerate(zip(whole, staged.stages, strict=True), start=1):
+        logits = alone[stage.outputs[0]]
         if logits.shape != expected[:1].shape:
             raise StagingError(
                 f"exit {number} gives {tuple(logits.shape)} for one image, and not {tuple(expected[:1].shape)}: look "
@@ -192,6 +202,9 @@ def _check(network: nn.Module, staged: StagedNetwork, example: Tensor, preproces
                 f"exit {number} answers one image otherwise alone than beside others: rows of a batch must not "
                 "influence each other in evaluation mode (look for statistics taken over the batch)"
             )
+    for name, value in alone.items():
+        if value.shape != (1, *staged.values[name].shape):  # its first axis was as long as that of two images
+            raise _no_rows(name, f"a tensor of shape {tuple(value.shape)} for one image")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

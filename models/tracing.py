@@ -7,7 +7,6 @@ import copy
 import inspect
 import logging
 import operator
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.fx.node import map_arg
 
 from models.shapes import without_data
 
+NETWORK = "network."  # the names of its parts in a graph begin so, and no others
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -56,13 +56,24 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
+class _Held(nn.Module):
+    """A network under one name, so that no part of it has the name of one of a graph module's: graph, code, inputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+
 @dataclass(frozen=True)
 class TracedNetwork:
     """A snapshot of a network in evaluation mode, as a graph over its images.
 
     Attributes:
-        module: the graph and the weights it uses. Every operation is out of place, so it may run in a later stage than
-            the operation after it in the program.
+        module: the graph and the weights it uses, the network's own names after `NETWORK`. Every operation is out of
+            place, so it may run in a later stage than the operation after it in the program.
         images: the input.
         anchored: the number of rows and the device, which may be read from any value that depends on the images.
         exits: the logits of exits 1..N.
@@ -111,9 +122,9 @@ def trace(network: nn.Module, images: Tensor, preprocess: nn.Module | None = Non
     Raises:
         StagingError: the network is none of that.
     """
-    network = copy.deepcopy(network).eval()
-    graph = _trace(network)
-    module = fx.GraphModule(network, graph)
+    held = _Held(copy.deepcopy(network)).eval()
+    graph = _trace(held)
+    module = fx.GraphModule(held, graph)
     image_node = next(node for node in graph.nodes if node.op == "placeholder")
     if preprocess is not None:
         module.add_submodule("preprocess", copy.deepcopy(preprocess).eval())
@@ -138,29 +149,18 @@ def trace(network: nn.Module, images: Tensor, preprocess: nn.Module | None = Non
     return TracedNetwork(module, image_node, frozenset(devices | {rows}), exits, values)
 
 
-def _trace(network: nn.Module) -> fx.Graph:
-    _, *others = inspect.signature(network.forward).parameters.values()
-    defaults = {p.name: p.default for p in others if p.default is not p.empty}
+def _trace(held: _Held) -> fx.Graph:
+    name = type(held.network).__name__
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Was not able to add assertion")
-            graph = _Tracer().trace(network, defaults)
+        return _Tracer().trace(held)
     except StagingError as error:
-        raise StagingError(f"{type(network).__name__} cannot be staged: {error}") from None
+        raise StagingError(f"{name} cannot be staged: {error}") from None
     except Exception as error:  # torch.fx runs the network's own code: anything may come out
         raise StagingError(
-            f"torch.fx cannot trace {type(network).__name__}: {error}. A network with exits must not branch or loop on "
-            "the values of tensors: compute every exit and return the list (the server does the leaving), and mark "
-            "helper functions that torch.fx should not look into with torch.fx.wrap"
+            f"torch.fx cannot trace {name}: {error}. A network with exits must not branch or loop on the values of "
+            "tensors: compute every exit and return the list (the server does the leaving), and mark helper functions "
+            "that torch.fx should not look into with torch.fx.wrap"
         ) from error
-    _, *fixed = (node for node in graph.nodes if node.op == "placeholder")
-    for node in fixed:  # arguments left at their defaults, which torch.fx only asserts
-        for user in list(node.users):
-            for assertion in [*user.users]:
-                graph.erase_node(assertion)
-            graph.erase_node(user)
-        graph.erase_node(node)
-    return graph
 
 
 def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.Node, Any]:

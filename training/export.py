@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models.normalise import Normalise
 from models.staging import Stage, ValueSpec, split
+from models.tracing import NETWORK
 
 OPSET = 20
 
@@ -58,8 +59,8 @@ def export_stages(
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     weights = {name: _as_stored(value.detach()) for name, value in network.state_dict().items()}
     (folder / weights_name).write_bytes(save(weights))
-    half = {name for name, value in weights.items() if value.dtype == torch.float16}
-    offsets = _read_offsets(folder / weights_name)
+    half = {f"{NETWORK}{name}" for name, value in weights.items() if value.dtype == torch.float16}
+    offsets = {f"{NETWORK}{name}": place for name, place in _read_offsets(folder / weights_name).items()}
     descriptions, state = [], {"images": images}
     for number, stage in enumerate(staged.stages, start=1):
         file = f"stages/stage_{number}.onnx"

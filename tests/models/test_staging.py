@@ -149,6 +149,25 @@ def test_preprocess_is_part_of_stage_one():
             assert torch.equal(whole, part)
 
 
+@pytest.mark.parametrize("name", ["inputs", "outputs", "graph", "code", "preprocess", "images", "network"])
+def test_a_network_may_call_its_parts_what_it_likes(name):
+    """Even as a stage or torch.fx calls its own."""
+
+    class Named(TwoExits):
+        def __init__(self) -> None:
+            super().__init__()
+            setattr(self, name, nn.ModuleList([self.head_1, self.head_2]))
+
+        def forward(self, images: Tensor) -> list[Tensor]:
+            head_1, head_2 = getattr(self, name)
+            x = self.first(images)
+            return [head_1(x), head_2(self.second(x))]
+
+    assert_same_answers(randomise_statistics(Named()), torch.randn(2, 3, 8, 8))
+    split(Named(), torch.randn(2, 3, 8, 8), nn.Identity())
+    assert measure_cost(Named(), 8) == measure_cost(TwoExits(), 8)
+
+
 def test_code_no_exit_needs_is_gone():
     class Wasteful(TwoExits):
         def forward(self, images: Tensor) -> list[Tensor]:

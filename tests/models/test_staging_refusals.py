@@ -69,6 +69,15 @@ class MeanCrosses(TwoExits):
         return [self.head_1(x - mean), self.head_2(self.second(x * mean))]
 
 
+class TwoStreams(TwoExits):
+    """Two maps, one behind the other, are as long as two images: gathered by rows, they would be others."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.first(images)
+        both = torch.stack([x, x.sigmoid()])
+        return [self.head_1(both.amax(0)), self.head_2(self.second(both.sum(0)))]
+
+
 class Assigns(TwoExits):
     def __init__(self) -> None:
         super().__init__(self.zero_left)
@@ -97,6 +106,7 @@ class Noisy(TwoExits):
         (WholeBatch, "exit 2 answers one image otherwise alone"),
         (Squeezes, r"exit 1 gives \(5,\) for one image, and not \(1, 5\).*flatten"),
         (MeanCrosses, r"a later exit reads 'mean'.*\(4, 8, 8\)"),
+        (TwoStreams, r"a later exit reads 'stack'.*\(2, 1, 4, 8, 8\) for one image"),
         (Assigns, "Assigns cannot be staged: it assigns into a tensor.*torch.cat"),
         (Noisy, "exit 2 answers otherwise in stages|fails on images"),
     ],

@@ -155,7 +155,18 @@ def test_an_export_can_be_repeated(exported, tmp_path):
         assert (tmp_path / path.relative_to(exported.folder)).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("network", [InPlace, Chunks, TwoExits], ids=lambda kind: kind.__name__)
+class Preprocesses(TwoExits):
+    """Has a part of the name that normalisation has in a stage, and in it weights of the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.preprocess = Normalise([0.4, 0.5, 0.6], [1.0, 2.0, 3.0])
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return super().forward(images * self.preprocess.scale + self.preprocess.shift)
+
+
+@pytest.mark.parametrize("network", [InPlace, Chunks, TwoExits, Preprocesses], ids=lambda kind: kind.__name__)
 def test_networks_of_others_are_exported(network, tmp_path):
     torch.manual_seed(1)
     exported = Exported(network(), (8, 12), tmp_path)
