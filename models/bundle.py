@@ -73,6 +73,17 @@ class Bundle:
             raise BundleError(self.path, "", f"it has no {precision} stages", fix)
         return found
 
+    def check_unchanged(self) -> None:
+        """See that its folder still holds this very bundle, whole: for whoever has opened its files since.
+
+        Stages of one bundle with the thresholds of another would answer all the same.
+
+        Raises:
+            BundleError: it was replaced or damaged meanwhile.
+        """
+        if load_bundle(self.path).at(self.precision).manifest != self.manifest:
+            raise BundleError(self.path, "", "another bundle was put there while this one was opened", "start again")
+
     @property
     def costs_mflops(self) -> tuple[float, ...]:
         """What stopping at each exit costs [N], as executed and cumulative: what a server charges."""

@@ -129,6 +129,7 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
         _end_without_clean_up(error)
     except (StageLoadError, RunnerError) as error:
         return _refuse(error)
+    bundle.check_unchanged()  # its stages and weights were read after its digests
     logger.info(compiled.state())
     metrics.watch(engine.stats, engine.budget_state, bundle)
     keeper = Keeper(engine, target)

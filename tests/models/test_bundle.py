@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from models.bundle import load_bundle
+from models.bundle import BundleError, load_bundle
 from models.calibration import Calibration
 from models.exits import logit_margin
 from models.gates import GATE_FEATURES
@@ -236,6 +236,20 @@ def test_a_manifest_that_makes_no_sense_is_refused(
     error = refusal(bundle_path)
     assert error.file in ("manifest.json", "calibration.npz")
     assert reason in error.reason
+
+
+def test_one_that_was_put_in_its_place_is_told_from_it(bundle_path: Path) -> None:
+    """Both are whole: only that they are two says that stages of one would go with thresholds of the other."""
+    bundle = load_bundle(bundle_path)
+    bundle.check_unchanged()
+    manifest = read_manifest(bundle_path)
+    (bundle_path / "README.md").write_text("another")
+    seal(bundle_path, manifest)
+    with pytest.raises(BundleError, match="another bundle was put there while this one was opened; start again"):
+        bundle.check_unchanged()
+    (bundle_path / "weights.safetensors").write_bytes(b"cut short")
+    with pytest.raises(BundleError, match="cut short or changed"):
+        bundle.check_unchanged()
 
 
 def test_a_fitted_score_is_served_with_its_weights(bundle_path: Path) -> None:

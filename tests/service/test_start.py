@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.bundles import random_images
+from tests.bundles import random_images, seal
 from tests.service.apps import PNG, png
 from tests.service.process import REPOSITORY, command, environment, running_server
 from tests.waiting import LIMIT_S
@@ -93,6 +94,38 @@ def test_an_unusable_bundle_is_told_in_one_line(bundle_path: Path, damage: str) 
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert str(bundle_path) in result.stderr
+
+
+REPLACING = """
+import os, sys
+from service import __main__, assembly
+old, new, *arguments = sys.argv[1:]
+build = assembly.build_engine
+
+def build_and_replace(*args, **kwargs):
+    engine = build(*args, **kwargs)
+    os.rename(old, old + "-old")
+    os.rename(new, old)
+    return engine
+
+assembly.build_engine = build_and_replace
+sys.exit(__main__.main(["--bundle", old, *arguments]))
+"""
+
+
+def test_one_that_is_replaced_while_it_is_opened_is_not_served(bundle_path: Path, tmp_path: Path) -> None:
+    """Nobody could tell by its answers: the stages of one bundle, with the thresholds of another."""
+    new = Path(shutil.copytree(bundle_path, tmp_path / "new"))
+    (new / "README.md").write_text("trained on")
+    seal(new)
+    arguments = [sys.executable, "-c", REPLACING, str(bundle_path), str(new), "--port", "0"]
+    result = subprocess.run(
+        arguments, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=LIMIT_S
+    )
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {bundle_path}: another bundle was put there while this one was opened; start again\n"
+    )
 
 
 @contextmanager
