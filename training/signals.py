@@ -13,11 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from models.frontier import build_frontier
 from training.augment import DeviceImages
-from training.calibration import BATCH_ROWS, CalibrationRecord, ExitOutputs, load_trained, outputs_of, parts_of
+from training.calibration import (
+    BATCH_ROWS,
+    CalibrationRecord,
+    ExitOutputs,
+    checked_split,
+    load_trained,
+    outputs_of,
+    parts_of,
+)
 from training.checkpoint import RunFolder
 from training.comparison import Behaviour, Estimate, behaviour, mean_leads
 from training.evaluation import N_BUDGETS, cost_of
@@ -36,7 +45,7 @@ class Seen:
     """What a network shows of M images at N exits."""
 
     outputs: ExitOutputs
-    inputs: NDArray[np.float32]  # [M, N, width]: what the last layer of every head reads
+    inputs: NDArray[np.float32]  # [M, N, width]: what the last layer of every head reads; 0 beyond a narrower one's
 
     @property
     def mends(self) -> NDArray[np.bool_]:
@@ -70,6 +79,9 @@ def judge(folder: RunFolder, images: ImageSet, device: torch.device, n_train: in
 
     Args:
         n_train: training images to fit gates on; by default all.
+
+    Raises:
+        RunError, DataError: the run is not calibrated, or `images` is not the set it was trained on.
     """
     record = CalibrationRecord.load(folder)
     train, heldout, test = look(folder, record, images, device, n_train)
@@ -83,7 +95,7 @@ def look(
     folder: RunFolder, record: CalibrationRecord, images: ImageSet, device: torch.device, n_train: int | None
 ) -> tuple[Seen, Seen, Seen]:
     """Run the network over training images, each augmented once, and over held-out and test images as they are."""
-    split = Split.load(folder.split, len(images.train_labels))
+    split = checked_split(folder, folder.read_description()["data"], images)
     split = Split(split.train[:n_train], split.held_out)
     network, _ = load_trained(folder, len(record.class_names), record.half_weights, record.ensemble)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,9 +113,15 @@ def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tens
     kept, logits, inputs = HeadInputs(network), [], []
     for rows in tqdm(torch.arange(len(images)).split(BATCH_ROWS), desc=description, disable=None):
         logits.append(torch.stack(network(read(rows))).float().cpu())
-        inputs.append(torch.stack(kept.take(), 1).float().cpu())
+        inputs.append(_side_by_side(kept.take()).float().cpu())
     kept.remove()
     return Seen(outputs_of(list(torch.cat(logits, 1)), images.labels.cpu()), torch.cat(inputs).numpy())
+
+
+def _side_by_side(inputs: Sequence[Tensor]) -> Tensor:
+    """What N heads read, [rows, N, width] of the widest: on photographs' networks they differ."""
+    width = max(x.shape[1] for x in inputs)
+    return torch.stack([functional.pad(x, (0, width - x.shape[1])) for x in inputs], 1)
 
 
 def plain_signals(heldout: Seen, test: Seen) -> list[Signal]:
@@ -146,7 +164,8 @@ def trained_gate(folder: RunFolder, heldout: Seen, test: Seen) -> list[Signal]:
     n_exits, width = heldout.inputs.shape[1:]
     weights = np.zeros((n_exits, width + 1))
     for i in range(n_exits - 1):
-        weights[i, :-1] = state[f"gates.outputs.{i}.weight"].numpy()[0]
+        weight = state[f"gates.outputs.{i}.weight"].numpy()[0]
+        weights[i, : len(weight)] = weight
         weights[i, -1] = state[f"gates.outputs.{i}.bias"].item()
     said = (apply(weights, part.inputs) for part in (heldout, test))
     return _gate_signals("gates trained with the network", heldout, test, *said)

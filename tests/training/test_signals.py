@@ -2,7 +2,9 @@
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from models.predictor import FEATURES
 from tests.training import tiny
 from training.calibration import ExitOutputs, calibrate
 from training.checkpoint import RunFolder
+from training.image_set import DataError
 from training.loop import Trainer
 from training.predicting import fit_exits
 from training.processes import Processes
@@ -69,10 +72,15 @@ def test_what_heads_read_is_found_where_it_tells_and_only_there() -> None:
             assert abs(result.over_margin[0]) < max(0.01, 4 * result.over_margin[1])
 
 
-@pytest.mark.parametrize("gates", [0.0, 0.3])
-def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float) -> None:
+# One whose heads are as wide as the maps they read, as those for photographs are.
+WIDENING = {"config": "I-4", "n_blocks": 3, "base": 1, "step": 1, "n_channels": 8, "growth_rate": 4}
+WIDENING |= {"growth_factors": [1], "bottleneck_factors": [1]}
+
+
+@pytest.mark.parametrize(("gates", "network"), [(0.0, {}), (0.3, {"arguments": WIDENING})])
+def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float, network: dict[str, Any]) -> None:
     images, folder = tiny.image_set(tmp_path / "cifar"), RunFolder(tmp_path / "run")
-    recipe = tiny.recipe(objective={"gates": gates})
+    recipe = tiny.recipe(objective={"gates": gates}, network=network)
     Trainer(recipe, images, folder, 0, Processes(0, 1, CPU)).train()
     calibrate(folder, images, CPU)
     results = judge(folder, images, CPU)
@@ -89,3 +97,5 @@ def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float) -> 
     console = Console(record=True, width=200, file=io.StringIO())
     print_signals(results, console)
     assert f"{100 * results[-1].over_margin[0]:+.2f}" in console.export_text()
+    with pytest.raises(DataError, match="came, went or were renamed"):  # held-out images can't be told any more
+        judge(folder, replace(images, train_labels=images.train_labels[::-1].copy()), CPU)
