@@ -12,11 +12,12 @@ from models.bundle import BundleError, load_bundle
 from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder
 from training.image_set import DataError, ImageSet, Split
-from training.objectives import network_of, trainable
+from training.objectives import build_objective, network_of, trainable
 from training.optimiser import optimiser_of
 from training.recipe import Recipe
 
 WEIGHTS = "weights.safetensors"
+TOLD = ("seed", "processes", "commit", "command", "torch", "python", "machine")  # of how a run was made
 
 
 def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
@@ -38,10 +39,12 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     made_by: dict[str, Any] = dict(manifest.training)
     try:
         recipe, seed = Recipe.model_validate(made_by["recipe"]), int(made_by["seed"])
-    except (KeyError, ValueError) as error:
+        epochs, seconds = float(made_by["epochs"]), float(made_by["seconds"])
+        told = {key: made_by[key] for key in TOLD}
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"{bundle_path}: its manifest holds no recipe that `python -m training` knows ({error}); "
-            "only bundles made by `python -m training export` can be unpacked"
+            f"{bundle_path}: its manifest does not tell how `python -m training` made it ({error}); only bundles made "
+            "by `python -m training export` can be unpacked"
         ) from error
     data = manifest.data
     if images.name != data.name:
@@ -63,8 +66,8 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     temperatures = list(made_by.get("temperatures", ()))  # older bundles tell none, and theirs did not move
     if recipe.objective.temperatures_move:
         trainable(network, recipe.objective).boosting.temperatures = temperatures  # type: ignore[union-attr]
-    step = round(made_by["epochs"] * recipe.optimisation.steps_per_epoch(len(split.train)))
-    progress = Progress(step=step, seconds=made_by["seconds"])
+    step = round(epochs * recipe.optimisation.steps_per_epoch(len(split.train)))
+    progress = Progress(step=step, seconds=seconds)
     if recipe.objective.final_temperatures is not None:
         progress.temperatures = temperatures
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -72,12 +75,13 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     folder.save_checkpoint(
         {
             **Averaging(network, recipe.optimisation.ema_decay).state(),
+            **build_objective(recipe.objective, network).state(),
             "optimiser": optimiser_of(network, recipe.optimisation).state_dict(),
             "progress": vars(progress),
         }
     )
     description: dict[str, Any] = {
-        **{key: made_by[key] for key in ("seed", "processes", "commit", "command", "torch", "python", "machine")},
+        **told,
         "recipe": recipe.model_dump(),
         "data": images.described(split),
         **{name: made_by[name] for name in ("precision", "from", "before") if name in made_by},

@@ -1,13 +1,14 @@
 """A run made again from its bundle is calibrated and evaluated to the same numbers as the run that made it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.bundles import tiny_bundle
+from tests.bundles import read_manifest, tiny_bundle, write_manifest
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
@@ -89,5 +90,34 @@ def test_other_images_are_refused(made: tuple[RunFolder, Path], images: ImageSet
 def test_a_bundle_that_was_not_trained_here_is_refused(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(RunError, match=r"manifest\.json"):
         unpack(tmp_path, RunFolder(tmp_path / "again"), images)
-    with pytest.raises(RunError, match="holds no recipe that"):
+    with pytest.raises(RunError, match="does not tell how `python -m training` made it"):
         unpack(tiny_bundle(tmp_path / "random"), RunFolder(tmp_path / "again"), images)
+
+
+@pytest.mark.parametrize(("field", "value"), [("processes", None), ("seed", None), ("epochs", "two")])
+def test_a_manifest_that_tells_half_of_how_it_was_made_is_refused(
+    made: tuple[RunFolder, Path], images: ImageSet, tmp_path: Path, field: str, value: str | None
+) -> None:
+    bundle = Path(shutil.copytree(made[1], tmp_path / "bundle"))
+    manifest = read_manifest(bundle)
+    manifest["training"][field] = value
+    if field == "processes":
+        del manifest["training"][field]
+    write_manifest(bundle, manifest)
+    with pytest.raises(RunError, match="does not tell how"):
+        unpack(bundle, RunFolder(tmp_path / "again"), images)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_made_again_is_at_its_end_whatever_it_minimised(
+    made: tuple[RunFolder, Path], images: ImageSet, tmp_path: Path
+) -> None:
+    """The predictor of `weighted` is in no bundle: it would begin anew."""
+    bundle, again = Path(shutil.copytree(made[1], tmp_path / "bundle")), RunFolder(tmp_path / "again")
+    manifest = read_manifest(bundle)
+    manifest["training"]["recipe"]["objective"]["name"] = "weighted"
+    write_manifest(bundle, manifest)
+    unpack(bundle, again, images)
+    trainer = Trainer(again.read_recipe(), images, again, 0, ALONE)
+    assert trainer.progress.step == trainer.total_steps
+    assert trainer.train() == "finished"
