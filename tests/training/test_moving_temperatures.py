@@ -129,3 +129,11 @@ def test_learning_from_zero_is_refused(tmp_path: Path, images: ImageSet) -> None
     recipe = tiny.recipe(objective={"learned_temperatures": True, "temperatures": [0.0]})
     with pytest.raises(RecipeError, match=r"objective\.temperatures: .* between 0 and 1"):
         trainer(tmp_path / "run", images, recipe)
+
+
+def test_as_many_final_temperatures_as_exits_are_wanted_before_anything_is_trained(
+    tmp_path: Path, images: ImageSet
+) -> None:
+    recipe = tiny.recipe(objective={"final_temperatures": [0.1, 0.2, 0.3, 0.4]})
+    with pytest.raises(RecipeError, match=r"objective\.final_temperatures: 4 temperatures for 3 exits"):
+        trainer(tmp_path / "run", images, recipe)

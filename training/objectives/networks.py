@@ -42,8 +42,12 @@ def trainable(network: nn.Module, objective: Objective) -> nn.Module:
     """Give a network what is trained with it and not served: temperatures that are learned, gates.
 
     Raises:
-        RecipeError: its temperatures can't be learned from where they start.
+        RecipeError: its temperatures can't be learned from where they start, or can't move to where they are to end.
     """
+    try:
+        temperatures_at(objective, len(boosting_of(network).temperatures), 1.0)
+    except ValueError as error:
+        raise RecipeError(f"objective.final_temperatures: {error}") from error
     if objective.learned_temperatures:
         boosting = boosting_of(network)
         try:
