@@ -16,6 +16,8 @@ from training.image_set import DataError, ImageSet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
+# Whatever a file is called: those that are served. Pillow's reader of PostScript, for one, runs what is in the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SET_APART = 5  # where nobody has put test images apart, one of so many of every class is one
 MOST_TOLD = 5  # names in one message
 Labelled = list[tuple[Path, int]]
@@ -34,7 +36,7 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
     Raises:
         DataError: classes or pictures are missing, or pictures can't be read.
     """
-    folder, notes = root / "train", []
+    name, folder, notes = printable(root.resolve().name), root / "train", []
     if folder.is_dir():
         test_folder = _test_folder(root)
         class_names = _class_names(folder)
@@ -43,11 +45,11 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
         folder, class_names = root, _class_names(root)
         train, test = _set_apart(_pictures_in(root, class_names), root)
         notes = [
-            f"{root.name} has no train/ and val/: {len(test):,} of its {len(train) + len(test):,} images, a fifth of "
+            f"{name} has no train/ and val/: {len(test):,} of its {len(train) + len(test):,} images, a fifth of "
             "every class, are kept for the test"
         ]
     named = {label for _, label in train}
-    if absent := [name for label, name in enumerate(class_names) if label not in named]:
+    if absent := [class_names[label] for label in range(len(class_names)) if label not in named]:
         raise DataError(f"{folder}: no images in {some(absent)}; add some, or remove the folder")
     read = {path for path, _ in (*train, *test)}
     others = [path for path in root.rglob("*") if path.is_file() and _is_visible(path, root) and path not in read]
@@ -57,14 +59,14 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
     if strays := sorted(path.relative_to(root).as_posix() for path in others if _is_picture(path)):
         notes.append(f"images passed over, which are not directly in a class folder: {len(strays):,} ({some(strays)})")
     damaged: dict[Path, Exception] = {}
-    images = [_read(part, image_size_px, name, damaged) for part, name in ((train, "train"), (test, "test"))]
+    images = [_read(files, image_size_px, part, damaged) for files, part in ((train, "train"), (test, "test"))]
     if damaged:
         path = min(damaged)
         more = f"; so are {some([str(p) for p in sorted(damaged)[1:]])}" if len(damaged) > 1 else ""
         raise DataError(f"{path}: not a readable image ({damaged[path]}){more}; remove or replace it")
     labels = [np.asarray([label for _, label in part], np.int64) for part in (train, test)]
     return ImageSet(
-        root.resolve().name,
+        name,
         images[0],
         labels[0],
         images[1],
@@ -150,7 +152,7 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
     def read(row: int) -> None:
         path, _ = files[row]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 images[row] = np.asarray(fitted(image, (image_size_px, image_size_px), orientation_of(image)))
         except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
@@ -169,4 +171,9 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - MOST_TOLD:,} more" if len(names) > MOST_TOLD else ""
-    return ", ".join(names[:MOST_TOLD]) + more
+    return printable(", ".join(names[:MOST_TOLD])) + more
+
+
+def printable(name: str) -> str:
+    """A file's name as a terminal takes it: bytes that are no UTF-8 as their numbers."""
+    return name.encode(errors="backslashreplace").decode()

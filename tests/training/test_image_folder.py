@@ -114,6 +114,29 @@ def test_damaged_pictures_of_both_parts_are_told_together(tmp_path: Path) -> Non
         read(tmp_path / "set")
 
 
+def test_what_a_file_is_counts_and_not_what_it_is_called(classes: Path) -> None:
+    """Pillow reads dozens of formats, by programs of others or by running what is in the file: these are not asked."""
+    target = classes / NAMES[2] / "odd.png"
+    Image.new("RGB", (8, 8), (250, 0, 0)).save(target, "GIF")  # which is served, too
+    assert 250 in colours(read(classes).train_images)
+    Image.new("RGB", (8, 8)).save(target, "TIFF")
+    with pytest.raises(DataError, match=r"odd\.png: not a readable image \(cannot identify"):
+        read(classes)
+    target.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(DataError, match=r"odd\.png: not a readable image \(cannot identify"):
+        read(classes)
+
+
+def test_names_that_are_no_utf_8_are_told_all_the_same(classes: Path) -> None:
+    (classes / NAMES[0] / "deeper").mkdir()
+    save(classes / NAMES[0] / "deeper" / os.fsdecode(b"caf\xe9.png"))
+    root = classes.rename(classes.with_name(os.fsdecode(b"mes images \xe9t\xe9")))
+    images = read(root)
+    assert images.name == r"mes images \udce9t\udce9"
+    assert any(r"crème brûlée/deeper/caf\udce9.png" in note for note in images.notes)
+    "\n".join([images.name, *images.notes]).encode()
+
+
 def test_pictures_of_any_size_become_one(classes: Path) -> None:
     save(classes / NAMES[2] / "tiny.png", 250, (1, 1))
     save(classes / NAMES[2] / "line.png", 251, (1, 4000))
