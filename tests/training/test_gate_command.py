@@ -1,6 +1,8 @@
 """`python -m training gate`: from a run to a run with gates, and on to a bundle that is served by them."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tests.training.test_command import command
 from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunFolder
 from training.data import load_image_set
+from training.jei.inputs import head_rows
 from training.jei.record import SCORE, GateRecord, published_decision
 from training.quantising import quantise
 
@@ -151,6 +154,18 @@ def test_a_damaged_cache_is_made_again_and_one_of_other_passes_too(made: Path, m
     assert command(monkeypatch, *gate, made / "plain-again", "--passes", 0) == 0
     first, second = (json.loads((made / name / "gates.json").read_text()) for name in ("plain", "plain-again"))
     assert first["gates"] == second["gates"]
+
+
+def test_other_test_images_are_read_and_not_those_that_were_kept(made: Path, tmp_path: Path) -> None:
+    """A folder's test images may come and go, after which it is calibrated again."""
+    folder = RunFolder(Path(shutil.copytree(made / "run", tmp_path / "run")))
+    images, record = load_image_set(made / "cifar-100-python"), CalibrationRecord.load(folder)
+    kept = head_rows(folder, record, images, torch.device("cpu"), 1, 0)
+    last = slice(-20, None)
+    other = replace(images, test_images=images.test_images[last], test_labels=images.test_labels[last])
+    rows = head_rows(folder, record, other, torch.device("cpu"), 1, 0)
+    assert rows.test.labels.tolist() == other.test_labels.tolist()
+    assert torch.allclose(rows.test.inputs[0], kept.test.inputs[0][last], atol=1e-5)
 
 
 def test_what_cannot_be_gated_is_told(

@@ -3,11 +3,13 @@
 Kept beside the run, so that another trade-off starts in seconds.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -51,6 +53,10 @@ def head_rows(
     """
     split = checked_split(folder, folder.read_description()["data"], images)
     key = {"step": record.step, "half_weights": record.half_weights, "passes": passes, "seed": seed}
+    # The split tells other training images; test images may come and go.
+    tested = hashlib.sha256(np.ascontiguousarray(images.test_images))
+    tested.update(np.ascontiguousarray(images.test_labels))
+    key["test_images_sha256"] = tested.hexdigest()
     cache = folder.head_inputs
     if (kept := _read(cache, key)) is not None:
         return kept
@@ -89,7 +95,7 @@ def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tens
 
 
 def _read(cache: Path, key: dict[str, Any]) -> HeadRows | None:
-    """What was kept, if it is of the same network and the same passes."""
+    """What was kept, if it is of the same network, the same passes and the same test images."""
     try:
         state = torch.load(cache, weights_only=True)
         if state.pop("key") != key:
