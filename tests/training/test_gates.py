@@ -13,6 +13,7 @@ from training.gates import Gates, HeadInputs, mended
 from training.loop import Trainer
 from training.objectives import build_objective, network_of, served, trainable
 from training.processes import Processes
+from training.recipe import RecipeError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 GATED = tiny.recipe(objective={"gates": 0.3})
@@ -63,6 +64,12 @@ def test_their_loss_is_added_with_its_weight_and_reaches_the_network() -> None:
     expected.backward()
     assert any(torch.any(p.grad != 0) for p in network.stem.parameters() if p.grad is not None)
     assert all(head.classifier.weight.grad is None for head in network.heads)  # answers are not taught by gates
+
+
+def test_a_network_of_one_exit_has_none() -> None:
+    arguments = {**GATED.network.arguments, "n_blocks": 1}
+    with pytest.raises(RecipeError, match=r"objective\.gates: the network has one exit"):
+        gated(tiny.recipe(objective={"gates": 0.3}, network={"arguments": arguments}))
 
 
 def test_the_network_that_is_served_has_none_and_answers_the_same() -> None:

@@ -42,7 +42,8 @@ def trainable(network: nn.Module, objective: Objective) -> nn.Module:
     """Give a network what is trained with it and not served: temperatures that are learned, gates.
 
     Raises:
-        RecipeError: its temperatures can't be learned from where they start, or can't move to where they are to end.
+        RecipeError: its temperatures can't be learned from where they start, or can't move to where they are to end;
+            or it has one exit, and gates are for those before the last.
     """
     try:
         temperatures_at(objective, len(boosting_of(network).temperatures), 1.0)
@@ -55,6 +56,8 @@ def trainable(network: nn.Module, objective: Objective) -> nn.Module:
         except ValueError as error:
             raise RecipeError(f"objective.temperatures: {error}") from error
     if objective.gates:
+        if len(boosting_of(network).temperatures) == 1:
+            raise RecipeError("objective.gates: the network has one exit, and gates are for those before the last")
         network.gates = Gates(network)
     return network
 
