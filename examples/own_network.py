@@ -19,6 +19,7 @@ it can't be stopped and gone on with, as `python -m training train` can.
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ from training.data import load_image_set
 from training.evaluation import Evaluation, calibration_of, evaluate
 from training.export import export_stages
 from training.image_set import DataError, ImageSet, Split
+from training.packing import bundle_name
 from training.telling import classes_without
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
@@ -155,12 +157,13 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
     held_out = run_exits(network, on_cpu(images, held_out_pixels, held_out_labels), "held out")
     test = run_exits(network, on_cpu(images, images.test_images, images.test_labels), "test")
     evaluation = evaluate(held_out, test, measure_cost(network, images.image_size_px))
+    name = bundle_name(None, output)
     with TemporaryDirectory() as folder:
         contents = Path(folder)
         stages = export_stages(network, (height_px, width_px), images.mean, images.std, contents)
-        (contents / "README.md").write_text(f"# {output.name}\n\n{describe(network, images)}\n\n{table(evaluation)}\n")
+        (contents / "README.md").write_text(f"# {name}\n\n{describe(network, images)}\n\n{table(evaluation)}\n")
         manifest = {
-            "name": output.name,
+            "name": name,
             "description": describe(network, images),
             "architecture": "onnx",  # a network that ExitServe has no code of: its stages are all there is
             "arguments": {},
@@ -274,8 +277,9 @@ def main(arguments: Sequence[str]) -> int:
     sample = options.output.with_name(f"{options.output.name}-sample.png")
     Image.fromarray(images.test_images[0]).save(sample)
     print(f"\na sample, {images.class_names[images.test_labels[0]]!r}: {sample}. Now serve, and ask:")
-    print(f"  python -m service --bundle {options.output}")
-    print(f"  curl --data-binary @{sample} -H 'Content-Type: image/png' http://127.0.0.1:8000/classify")
+    print(f"  python -m service --bundle {shlex.quote(str(options.output))}")
+    body = shlex.quote(f"@{sample}")
+    print(f"  curl --data-binary {body} -H 'Content-Type: image/png' http://127.0.0.1:8000/classify")
     return 0
 
 

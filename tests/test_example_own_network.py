@@ -107,6 +107,10 @@ def of_another_size(n_classes):
 
 def that_branches(n_classes):
     return parts.Answering(n_classes, lambda logits: [logits] if logits.sum() > 0 else [-logits])
+
+
+def at_no_cost(n_classes):
+    return parts.Answering(n_classes, lambda logits: [logits, logits - logits.mean(1, keepdim=True)])
 """
 PARTS = """
 import torch
@@ -140,11 +144,13 @@ def own_file(tmp_path: Path) -> Path:
     return tmp_path / "my_network.py"
 
 
-def test_a_network_that_is_trained_already_is_packed_as_it_is(tmp_path, own_file):
-    output = tmp_path / "bundle"
+def test_a_network_that_is_trained_already_is_packed_as_it_is(tmp_path, own_file, capsys):
+    output = tmp_path / "my réseau"
     assert main(["--network", f"{own_file}:load", "--epochs", "0", "--images", "300", "--output", str(output)]) == 0
     manifest = load_bundle(output).manifest
     assert (manifest.data.train_images, manifest.data.heldout_images) == (0, 300)
+    assert manifest.name == "my-r-seau"
+    assert f"--bundle '{output}'\n" in capsys.readouterr().out
     network = load_network(f"{own_file}:load", len(SHAPES))
     weights = load_file(output / "weights.safetensors")
     assert len(manifest.exits) == 2
@@ -178,6 +184,7 @@ def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch,
         ("of_seven", "a tensor [2, 7]; what is wanted is a list with a tensor of logits [2, 6]"),
         ("of_another_size", "fails on images [2, 3, 32, 32] (mat1 and mat2 shapes"),
         ("that_branches", "branch"),
+        ("at_no_cost", "exit 2 costs no more than exit 1, by what is counted"),
     ],
 )
 def test_a_network_that_cannot_be_packed_is_told_before_it_is_trained(own_file, capsys, monkeypatch, name, reason):

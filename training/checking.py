@@ -1,10 +1,12 @@
 """Sees whether a module of anybody's is what can be packed: before it is trained, which takes long."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.cost import measure_cost
 from models.normalise import Normalise
 from models.staging import split
 from training.errors import TrainingError
@@ -18,8 +20,10 @@ class NetworkError(TrainingError):
 def check_network(network: nn.Module, images: ImageSet) -> None:
     """See that a network answers two blank images with a list of logits [2, classes], and can be cut into stages.
 
+    Every exit must cost more than the one before it: else there were no reason to leave there, nor a frontier.
+
     Raises:
-        NetworkError: it answers otherwise, or not at all.
+        NetworkError: it answers otherwise, or not at all; or an exit costs no more than the one before it.
         StagingError: it can't be cut.
     """
     height_px, width_px = images.train_images.shape[1:3]
@@ -47,3 +51,11 @@ def check_network(network: nn.Module, images: ImageSet) -> None:
         torch.randint(0, 256, (2, height_px, width_px, 3), dtype=torch.uint8),
         Normalise(images.mean, images.std),
     )
+    costs = measure_cost(network, images.image_size_px).executed
+    for number, (before, cost) in enumerate(pairwise((0, *costs)), start=1):
+        if cost <= before:
+            than = f"exit {number - 1}" if number > 1 else "nothing"
+            raise NetworkError(
+                f"exit {number} costs no more than {than}, by what is counted (convolutions, linear layers and other "
+                "matrix products, ReLU, pooling): let it run more of the network, or leave it out"
+            )
