@@ -37,7 +37,7 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
         DataError: classes or pictures are missing, or pictures can't be read.
     """
     name, folder, notes = printable(root.resolve().name), root / "train", []
-    if folder.is_dir():
+    if folder.is_dir() and not _is_class(folder):
         test_folder = _test_folder(root)
         class_names = _class_names(folder)
         train, test = _pictures_in(folder, class_names), _test_pictures(test_folder, class_names)
@@ -81,6 +81,11 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
 
 def _folders_in(path: Path) -> list[Path]:
     return [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _is_class(folder: Path) -> bool:
+    """Whether pictures lie in it and no folders: trains may be a class, too."""
+    return not _folders_in(folder) and any(map(_is_picture, folder.iterdir()))
 
 
 def _is_picture(path: Path) -> bool:

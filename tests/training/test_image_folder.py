@@ -85,6 +85,14 @@ def test_strays_are_passed_over_and_told(classes: Path) -> None:
     )
 
 
+def test_trains_may_be_a_class(classes: Path) -> None:
+    (classes / NAMES[0]).rename(classes / "train")
+    (classes / NAMES[1]).rename(classes / "test")
+    images = read(classes)
+    assert images.class_names == ["test", "train", NAMES[2]]
+    assert len(images.train_labels) + len(images.test_labels) == 28
+
+
 def test_links_are_followed(classes: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     for name in NAMES[:2]:
