@@ -167,11 +167,11 @@ class Recipe(_Section):
         """
         path = find_toml(name_or_path, RECIPE_FOLDER, "recipe", RecipeError)
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
             for setting in settings:
                 _change(values, setting)
             return cls.model_validate(values)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
             lines = (f"  {'.'.join(map(str, e['loc']))}: {_what_is_wrong(e['loc'], e['msg'])}" for e in error.errors())

@@ -57,8 +57,8 @@ class Study(BaseModel):
         """
         path = find_toml(name_or_path, STUDY_FOLDER, "study", StudyError)
         try:
-            study = cls.model_validate(tomllib.loads(path.read_text()))
-        except (tomllib.TOMLDecodeError, ValidationError) as error:
+            study = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise StudyError(f"{path}: {error}") from error
         if study.baseline not in study.variants:
             raise StudyError(f"{path}: the baseline {study.baseline!r} is none of {', '.join(study.variants)}")

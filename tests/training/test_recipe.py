@@ -1,4 +1,5 @@
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,10 @@ import torch
 
 from tests.data import REPOSITORY
 from tests.training import tiny
+from training.errors import TrainingError
 from training.objectives import network_of
 from training.recipe import RECIPE_FOLDER, Augmentation, Recipe, RecipeError, Weighting
+from training.study import Study, StudyError
 
 SHIPPED = sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
 
@@ -64,6 +67,16 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: tuple[str, str], message
     with pytest.raises(RecipeError, match=message) as told:
         Recipe.load(str(path))
     assert str(path) in str(told.value)
+
+
+@pytest.mark.parametrize(("load", "error"), [(Recipe.load, RecipeError), (Study.load, StudyError)])
+def test_a_file_in_another_encoding_is_told(
+    tmp_path: Path, load: Callable[[str], object], error: type[TrainingError]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes('description = "café"'.encode("latin-1"))
+    with pytest.raises(error, match=r"mine\.toml: .*utf-8"):
+        load(str(path))
 
 
 @pytest.mark.parametrize(
