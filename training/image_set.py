@@ -43,6 +43,13 @@ class ImageSet:
         """Of the training images' labels and names: a split of a set to which images came or went is another one."""
         return hashlib.sha256(self.train_labels.tobytes() + self.listing.encode(errors="surrogateescape")).hexdigest()
 
+    @property
+    def test_sha256(self) -> str:
+        """Of the test images, pixel by pixel, and their labels."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.test_images).data)
+        digest.update(np.ascontiguousarray(self.test_labels).data)
+        return digest.hexdigest()
+
     def described(self, split: "Split") -> dict[str, Any]:
         """What a run keeps of its images, to know them again."""
         named = {"name": self.name, "image_size_px": self.image_size_px}
