@@ -172,8 +172,30 @@ def _open_all(bundle: Bundle, providers: Sequence[str]) -> list[ort.InferenceSes
                     f"{bundle.path / stage.file}: the graph {what} {in_graph} where the manifest says {names}; "
                     "export the bundle again"
                 )
+            for value, in_it in zip(declared, found, strict=True):
+                if not _fits(value, in_it):
+                    kind = f"{_dtype(in_it)} {in_it.shape[1:]}"
+                    raise StageLoadError(
+                        f"{bundle.path / stage.file}: the graph {what} {value.name!r} as {kind} where the manifest "
+                        f"says {value.dtype} {value.shape}; export the bundle again"
+                    )
         sessions.append(session)
     return sessions
+
+
+def _fits(value: ValueInfo, in_graph: Any) -> bool:
+    """Whether a graph's input or output is what the manifest says; a size that the graph leaves open may be any."""
+    sizes = in_graph.shape[1:] if in_graph.shape else value.shape  # a graph may tell of no shape at all
+    return (
+        _dtype(in_graph) == value.dtype
+        and len(sizes) == len(value.shape)
+        and all(not isinstance(size, int) or size == said for size, said in zip(sizes, value.shape, strict=True))
+    )
+
+
+def _dtype(in_graph: Any) -> str:
+    name = str(in_graph.type).removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _bytes(value: ValueInfo, n_rows: int) -> int:

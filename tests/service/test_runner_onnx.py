@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from models.bundle import load_bundle
+from models.onnx_weights import StageLoadError
 from service.runners.base import RunnerError
 from service.runners.blocks import Block, Gathering, RowState, keep
 from service.runners.onnx import OnnxRunner
 from service.runners.providers import cuda_device_count
-from tests.bundles import MEAN, REPOSITORY, STD, random_images, tiny_network
+from tests.bundles import MEAN, REPOSITORY, STD, random_images, read_manifest, seal, tiny_network
 from training.export import Normalise
 
 MAX_ROWS = 16
@@ -129,6 +130,22 @@ def test_few_survivors_do_not_keep_a_large_block_alive():
 def test_an_image_of_another_kind_is_refused(runner, image):
     with pytest.raises(ValueError, match=r"where the network takes uint8 \(32, 32, 3\)"):
         runner.first_state(image)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("shape", [3]), ("shape", [10, 1]), ("dtype", "float16")])
+def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle_path, kind, value):
+    """Answers of more classes than have names would break the engine at the first image."""
+    manifest = read_manifest(bundle_path)
+    name = "logits_1" if value == [3] else manifest["stages"][0]["outputs"][1]["name"]
+    if value == [3]:
+        manifest["class_names"] = manifest["class_names"][:3]
+    for stage in manifest["stages"]:
+        for described in (*stage["inputs"], *stage["outputs"]):
+            if described["name"] == name or (value == [3] and described["name"].startswith("logits")):
+                described[kind] = value
+    seal(bundle_path, manifest)
+    with pytest.raises(StageLoadError, match=rf"stage_1\.onnx: the graph gives '{name}' as float32 .* manifest says"):
+        OnnxRunner(load_bundle(bundle_path), MAX_ROWS, n_lanes=1, device="cpu")
 
 
 def test_a_failing_stage_says_which_and_leaves_the_runner_well(runner, images, alone):
