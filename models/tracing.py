@@ -55,6 +55,10 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Not the network itself, which may be one of PyTorch's own, such as DataParallel."""
+        return f"{module_qualified_name}." != NETWORK and super().is_leaf_module(m, module_qualified_name)
+
 
 class _Held(nn.Module):
     """A network under one name, so that no part of it has the name of one of a graph module's: graph, code, inputs."""

@@ -168,6 +168,15 @@ def test_a_network_may_call_its_parts_what_it_likes(name):
     assert measure_cost(Named(), 8) == measure_cost(TwoExits(), 8)
 
 
+def test_a_network_may_be_of_a_class_of_pytorchs_own():
+    """As one that is wrapped in DataParallel: torch.fx does not look into such a class."""
+
+    class Wrapped(TwoExits):
+        __module__ = nn.DataParallel.__module__
+
+    assert len(assert_same_answers(randomise_statistics(Wrapped()), torch.randn(2, 3, 8, 8)).stages) == 2
+
+
 def test_code_no_exit_needs_is_gone():
     class Wasteful(TwoExits):
         def forward(self, images: Tensor) -> list[Tensor]:
