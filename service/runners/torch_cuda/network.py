@@ -50,6 +50,9 @@ def load_network(bundle: Bundle) -> nn.Module:
     try:
         network = build_network(manifest.architecture, manifest.arguments)
         network.load_state_dict(load_file(bundle.path / WEIGHTS))  # what is stored in half precision is widened
+        built: Any = network.n_exits, network.config.n_classes  # type: ignore[union-attr]
+        if built != (len(manifest.exits), len(manifest.class_names)):
+            raise ValueError(f"{built[0]} exits and {built[1]} classes, of which the manifest has others")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunnerError(
             f"{bundle.path}: the weights do not fit the network of the manifest ({error}): export the bundle again, or "
