@@ -16,7 +16,8 @@ imports this.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -112,11 +113,13 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
             bundle that was verified before, on a slow disk.
 
     Raises:
-        BundleError: it is missing, damaged, foreign, or of a newer format.
+        BundleError: it is missing, damaged, foreign, of a newer format, or not for this user to read.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        kind = "not a folder" if folder.exists() else "there is no such folder"
+    with _reading(folder, ""):
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    if not is_folder:
+        kind = "not a folder" if is_there else "there is no such folder"
         fix = "give the folder of a bundle, the one that holds manifest.json"
         if folder.name and (shipped := ZOO / folder.name).is_dir():  # a model card names its bundle alone
             fix = f"the bundle of that name that ships is {shipped}"
@@ -150,11 +153,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _reading(folder: Path, file: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        fix = "let whoever runs this read it (chmod -R a+rX)" if isinstance(error, PermissionError) else COPY_AGAIN
+        raise BundleError(folder, file, f"it cannot be read ({error.strerror})", fix) from error
+
+
 def _read_manifest(folder: Path) -> Manifest:
     path = _inside(folder, MANIFEST, "not a bundle, or an incomplete one")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(folder, MANIFEST, f"larger than {MAX_MANIFEST_BYTES} bytes", "not a bundle's manifest")
-    text = path.read_bytes()
+    with _reading(folder, MANIFEST):
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(folder, MANIFEST, f"larger than {MAX_MANIFEST_BYTES} bytes", "not a bundle's manifest")
+        text = path.read_bytes()
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -178,10 +191,13 @@ def _read_manifest(folder: Path) -> Manifest:
 def _inside(folder: Path, file: str, if_missing: str) -> Path:
     """Return the path of a bundle's file, having made sure that it is a plain file that lies in the bundle."""
     path = folder / file
-    try:
-        real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise BundleError(folder, file, f"missing: {if_missing}", COPY_AGAIN) from error
+    with _reading(folder, file):
+        try:
+            real = path.resolve(strict=True)
+        except PermissionError:  # there or not, nobody here can tell
+            raise
+        except (OSError, RuntimeError) as error:
+            raise BundleError(folder, file, f"missing: {if_missing}", COPY_AGAIN) from error
     if not real.is_relative_to(folder.resolve()):
         raise BundleError(folder, file, "a link that leads out of the bundle", "put the file itself there")
     if not real.is_file():
@@ -191,12 +207,13 @@ def _inside(folder: Path, file: str, if_missing: str) -> Path:
 
 def _check_file(folder: Path, file: str, info: FileInfo, verify: bool) -> None:
     path = _inside(folder, file, "the manifest lists it")
-    size = path.stat().st_size
-    if size != info.bytes:
-        reason = f"{size} bytes where the manifest says {info.bytes}"
-        raise BundleError(folder, file, reason, f"it was cut short or changed: {COPY_AGAIN}")
-    if verify and sha256_of(path) != info.sha256:
-        raise BundleError(folder, file, "its sha256 is not the manifest's", f"it was changed: {COPY_AGAIN}")
+    with _reading(folder, file):
+        size = path.stat().st_size
+        if size != info.bytes:
+            reason = f"{size} bytes where the manifest says {info.bytes}"
+            raise BundleError(folder, file, reason, f"it was cut short or changed: {COPY_AGAIN}")
+        if verify and sha256_of(path) != info.sha256:
+            raise BundleError(folder, file, "its sha256 is not the manifest's", f"it was changed: {COPY_AGAIN}")
 
 
 def _refuse_undeclared(folder: Path, manifest: Manifest) -> None:

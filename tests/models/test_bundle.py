@@ -1,7 +1,10 @@
 """Bundles: a good one loads; a damaged or foreign one is refused by name, reason and fix."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,25 @@ def test_a_missing_file_is_named(bundle_path: Path) -> None:
     error = refusal(bundle_path)
     assert error.file == "stages/stage_3.onnx"
     assert "missing" in error.reason
+
+
+@pytest.mark.parametrize("shut", ["manifest.json", "stages/stage_2.onnx", "stages"])
+def test_what_may_not_be_read_is_told_and_not_taken_for_missing(bundle_path: Path, shut: str) -> None:
+    """As where a bundle was exported under a strict umask, and is served by a user of its own."""
+    with tempfile.TemporaryDirectory() as open_to_all:
+        Path(open_to_all).chmod(0o755)
+        path = Path(shutil.copytree(bundle_path, Path(open_to_all, "bundle")))
+        (path / shut).chmod(0)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # to root nothing is shut
+        try:
+            error = refusal(path)
+        finally:
+            os.seteuid(user)
+            (path / shut).chmod(0o700)
+    assert error.file.startswith(shut)
+    assert error.reason == "it cannot be read (Permission denied)"
+    assert "chmod" in error.fix
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(bundle_path: Path) -> None:
