@@ -1,9 +1,10 @@
 """One connection as uvicorn has it, made fit for clients that mean no good, and for some that do.
 
-uvicorn bounds neither how long a head is nor how long it takes; it answers what is no request as text, and before the
-requests that came first; it takes what follows a body for a part of its head; it tells of a client that has left to the
-request alone that came last; it drops a body that comes with a wish to upgrade, which Java's own client and curl's
-`--http2` send with every first request; and it sends chunks to clients that know none.
+uvicorn bounds neither how long a head is nor how long it takes, nor how many requests are sent ahead; it answers what
+is no request as text, and before the requests that came first; it takes what follows a body for a part of its head; it
+tells of a client that has left to the request alone that came last; it drops a body that comes with a wish to upgrade,
+which Java's own client and curl's `--http2` send with every first request; and it sends chunks to clients that know
+none.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from typing import Any
 import httptools
 from starlette.types import Message, Send
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -23,6 +25,10 @@ from service.api.problems import Problem, broken_request, head_too_large
 
 # Of a head, of what a chunk says beside its length, of what follows the last: the parser gathers as much as comes.
 MOST_HEAD_BYTES = 64 * 1024
+# Requests sent ahead: while more than so many wait for the one before them, nothing more is read. What has been read is
+# parsed a piece at a time: it may hold thousands, of 20 us and 3 KB each.
+MOST_AHEAD = 64
+PIECE_BYTES = 4096
 SHOWN_BYTES = 200  # of a path that may have no end
 BODY_FIELDS = (b"content-length", b"transfer-encoding")
 
@@ -31,10 +37,21 @@ class _TooLong(Exception):  # noqa: N818
     """What the parser has read of a head; it passes on what is raised as it tells."""
 
 
+class _Flow(FlowControl):
+    """Reads nothing more, whoever would like to, while there is enough to do."""
+
+    is_full = False
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
+
+
 class Connection(HttpToolsProtocol):
     """`config.app` is a `Gate`."""
 
     cycle: Any  # the latest request
+    flow: _Flow
 
     def __init__(
         self,
@@ -47,6 +64,7 @@ class Connection(HttpToolsProtocol):
         assert isinstance(config.app, Gate)
         self.gate = config.app
         self._answering: Any = None  # what the application works on, as long as that may be another than `cycle`
+        self._ahead = b""  # what has come and waits to be parsed
         self.in_message = False  # the parser is
         self.quiet_since_s = 0.0
         self._head_s = self.gate.desk.state.settings.body_timeout_s  # for a head to come; as for a body
@@ -66,31 +84,29 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport)
         self.quiet_since_s = self.loop.time()
         self.timeout_keep_alive_handler()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # its timer would keep this connection's memory
+        self._ahead = b""
         if self._answering is not None:
             self._answering.disconnected = True
             self._answering.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
-        self._unread_bytes += len(data)
-        self._most_bytes = self._before_bytes + self._unread_bytes
-        try:
-            self._parse(data)
-        except httptools.HttpParserError as error:
-            is_too_long = isinstance(error.__context__, _TooLong)
-            self._turn_away(head_too_large(MOST_HEAD_BYTES) if is_too_long else broken_request())
-            return
-        if not self._unread_bytes:
-            self._before_bytes = len(data)
-        if self._unread_bytes > MOST_HEAD_BYTES:
-            self._turn_away(head_too_large(MOST_HEAD_BYTES))
-        elif self.timeout_keep_alive_task is None and not self.transport.is_closing():
+        for start in range(0, len(data), PIECE_BYTES):
+            if len(self.pipeline) > MOST_AHEAD:
+                self._ahead = data[start:]
+                self.flow.is_full = True
+                self.flow.pause_reading()
+                return
+            if not self._take(data[start : start + PIECE_BYTES]):
+                return
+        if self.timeout_keep_alive_task is None and not self.transport.is_closing():
             self.timeout_keep_alive_handler()  # the clock goes on, if no request has come of it
 
     def on_message_begin(self) -> None:
@@ -129,6 +145,8 @@ class Connection(HttpToolsProtocol):
         self.quiet_since_s, self._patience_s = self.loop.time(), self.timeout_keep_alive
         self._answering = self.pipeline[-1][0] if self.pipeline else None  # the next
         super().on_response_complete()
+        if self._ahead and len(self.pipeline) <= MOST_AHEAD:
+            self.loop.call_soon(self._go_on)
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection if its time is over: to begin a request, or to come to the end of its head.
@@ -184,6 +202,32 @@ class Connection(HttpToolsProtocol):
         self.transport.write(b"".join(parts))
         if not keep_alive:
             self.transport.close()
+
+    def _go_on(self) -> None:
+        """Parse what waits for that, as far as it goes now."""
+        if self.transport.is_closing():
+            return
+        data, self._ahead = self._ahead, b""
+        self.flow.is_full = False
+        self.flow.resume_reading()
+        self.data_received(data)
+
+    def _take(self, data: bytes) -> bool:
+        """Parse a piece; False where that was the last."""
+        self._unread_bytes += len(data)
+        self._most_bytes = self._before_bytes + self._unread_bytes
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            is_too_long = isinstance(error.__context__, _TooLong)
+            self._turn_away(head_too_large(MOST_HEAD_BYTES) if is_too_long else broken_request())
+            return False
+        if not self._unread_bytes:
+            self._before_bytes = len(data)
+        if self._unread_bytes > MOST_HEAD_BYTES:
+            self._turn_away(head_too_large(MOST_HEAD_BYTES))
+            return False
+        return True
 
     def _bound_head(self, n_bytes: int) -> None:
         """Raise where a head is too long that came together with its end, so that `data_received` never saw it unread.

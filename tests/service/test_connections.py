@@ -175,6 +175,28 @@ def test_a_client_that_sends_ahead_and_leaves_is_given_up(here: Here, caplog: py
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+def test_what_is_sent_ahead_without_end_waits_unread(here: Here, line: Line) -> None:
+    """uvicorn read on with every answer: one connection took 50 MB a second, and the time of all others."""
+    go_on = keep_busy(here.engine)
+    try:
+        line.send(CHUNKED + CHUNK + b"0\r\n\r\n")
+        wait_until("the first is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+        [connection] = [c for c in here.server.server_state.connections if not c.is_idle]
+        names = [str(number) for number in range(600)]
+        line.send(b"".join(b"GET /healthz HTTP/1.1\r\nX-Request-ID: %b\r\n\r\n" % name.encode() for name in names))
+        line.send(b"GET /healthz HTTP/1.1\r\nX-Request-")  # and its end only once all are answered
+        wait_until("enough have been read", lambda: len(connection.pipeline) >= 64)
+        here.loop.call_soon_threadsafe(connection.flow.resume_reading)  # as when the first looks for its client's end
+        wait_until("that changes nothing", lambda: connection.flow.read_paused)
+        assert len(connection.pipeline) < 200
+    finally:
+        go_on.set()
+    assert line.receive()[0] == 200
+    assert [line.receive()[1]["x-request-id"] for _ in names] == names
+    line.send(b"ID: last\r\n\r\n")
+    assert line.receive()[1]["x-request-id"] == "last"
+
+
 @pytest.mark.parametrize(
     ("begun", "path"),
     [
