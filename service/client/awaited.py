@@ -18,6 +18,7 @@ from service.client.calls import (
     BudgetKind,
     Calls,
     M,
+    Steps,
     Wishes,
     items,
 )
@@ -48,11 +49,12 @@ class AsyncClient(Calls):
         call = self._one("/classify/stream", image, wishes)
         with self._explained():
             async with aclosing(await self._patiently(lambda: self._open(call), self._patience())) as response:
-                step = None
-                async for line in response.aiter_lines():
-                    step = self._line(line)
+                steps = Steps(self)
+                async for data in response.aiter_bytes():
+                    for step in steps.read(data):
+                        yield step
+                for step in steps.end():
                     yield step
-                self._require_last(step)
 
     async def batch(self, images: Sequence[Image], **wishes: Unpack[Wishes]) -> list[Classification | Refused]:
         return items(await self._ask(self._several(images, wishes), BatchAnswer)) if len(images) else []

@@ -74,7 +74,7 @@ class Calls:
         except ValidationError as error:
             raise self._stranger(f"its answer is no {shape.__name__} ({error.error_count()} differences)") from None
 
-    def _line(self, line: str) -> Step | LastStep:
+    def _line(self, line: bytes) -> Step | LastStep:
         try:
             document = json.loads(line)
             if "detail" in document:
@@ -112,10 +112,42 @@ class Calls:
             told = f"{self.url} {what} ({type(error).__name__}: {error}): is a server running there?"
             raise Unreachable(told) from None
 
-    def _require_last(self, step: Step | LastStep | None) -> None:
-        """Raise where a stream ended with another line than the answer, though the connection ended in order."""
-        if not isinstance(step, LastStep):
-            raise Unreachable(f"{self.url} ended the stream before the answer, as when a server dies: ask again.")
+
+class Steps:
+    """What the lines of a stream say, as they arrive; of `calls`, whose errors it raises.
+
+    Lines end at line feeds alone: httpx cuts at U+2028 and others too, which a label may have.
+    """
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self._rest = b""  # what came after the last line feed
+        self._last: Step | LastStep | None = None
+
+    def read(self, data: bytes) -> Iterator[Step | LastStep]:
+        """What the lines say whose ends these bytes bring."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._last = self._calls._line(line)
+            yield self._last
+
+    def end(self) -> Iterator[Step | LastStep]:
+        """What is left, where the connection has ended in order.
+
+        Raises:
+            Unreachable: the answer is missing: the last line is another, or was cut.
+        """
+        try:
+            if self._rest:
+                yield from self.read(b"\n")
+        except Refused:
+            raise
+        except ServerError:
+            if self._last is None:  # else what came before is as it should be
+                raise
+        if not isinstance(self._last, LastStep):
+            told = f"{self._calls.url} ended the stream before the answer, as when a server dies: ask again."
+            raise Unreachable(told)
 
 
 def items(batch: BatchAnswer) -> list[Classification | Refused]:

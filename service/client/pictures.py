@@ -50,7 +50,9 @@ def contents(image: Image) -> bytes:
 def name(image: Image, number: int) -> str:
     """What an image is called in a batch: as its file, or by its number from 0."""
     path = image if isinstance(image, str | os.PathLike) else getattr(image, "name", None)  # an open file may have one
-    return Path(path).name if isinstance(path, str | os.PathLike) else f"image-{number + 1}"
+    if not isinstance(path, str | os.PathLike):
+        return f"image-{number + 1}"
+    return Path(path).name.encode(errors="replace").decode()  # not every file's is UTF-8, as a form's has to be
 
 
 def _png(pixels: Any) -> bytes:

@@ -18,6 +18,7 @@ from service.client.calls import (
     BudgetKind,
     Calls,
     M,
+    Steps,
     Wishes,
     items,
 )
@@ -74,11 +75,10 @@ class Client(Calls):
         """
         call = self._one("/classify/stream", image, wishes)
         with self._explained(), closing(self._patiently(lambda: self._open(call), self._patience())) as response:
-            step = None
-            for line in response.iter_lines():
-                step = self._line(line)
-                yield step
-            self._require_last(step)
+            steps = Steps(self)
+            for data in response.iter_bytes():
+                yield from steps.read(data)
+            yield from steps.end()
 
     def batch(self, images: Sequence[Image], **wishes: Unpack[Wishes]) -> list[Classification | Refused]:
         """Classify several images in one request; an answer or the refusal of each, in order."""

@@ -3,6 +3,7 @@
 import asyncio
 import http.server
 import io
+import os
 import select
 import socket
 import threading
@@ -185,7 +186,7 @@ def test_what_is_refused_is_an_exception_that_says_why(url: str, tmp_path: Path)
         nobody.budget()
 
 
-def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures: list[Path]) -> None:
+def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures: list[Path], tmp_path: Path) -> None:
     pixels = Image.fromarray(PIXELS[0])
     with Client(url) as client, pictures[0].open("rb") as file:
         answer = client.classify(BODIES[0], exit=3)
@@ -200,6 +201,9 @@ def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures
         file.seek(0)
         named = client.batch([file, PIXELS[0], pixels], exit=3)
         assert [item.confidence for item in named if isinstance(item, Classification)] == [answer.confidence] * 3
+        latin = Path(os.fsdecode(b"%b/caf\xe9.png" % os.fsencode(tmp_path)))  # a name that is no UTF-8
+        latin.write_bytes(BODIES[0])
+        assert [type(item) for item in client.batch([latin])] == [Classification]
         assert len(client.batch(PIXELS, exit=3)) == len(PIXELS)  # type: ignore[arg-type]  # an array of several
         with pictures[0].open(encoding="latin-1") as text, pytest.raises(TypeError, match="a file opened as binary"):
             client.classify(text)  # type: ignore[arg-type]

@@ -197,10 +197,17 @@ def test_a_stream_that_ends_before_its_answer_is_a_lost_connection(scripted: Scr
     step, last = (json.dumps(line).encode() + b"\n" for line in (STEP, LAST))
     scripted.script = [(200, {}, step + last)]
     assert [line.final for line in ask(scripted.url, lambda client: client.stream(b"x"))] == [False, True]
-    for cut in (b"", step, step + step):
+    for cut in (b"", step, step + step, step + last[:20]):
         scripted.script = [(200, {}, cut)]
         with pytest.raises(Unreachable, match="ended the stream before the answer"):
             ask(scripted.url, lambda client: client.stream(b"x"))
+
+
+@both
+def test_a_label_may_have_what_is_a_lines_end_elsewhere(scripted: Scripted, ask: Callable[..., Any]) -> None:
+    label = "sea\u2028lion\u0085"
+    scripted.script = [(200, {}, json.dumps(LAST | {"label": label}, ensure_ascii=False).encode() + b"\n")]
+    assert [line.label for line in ask(scripted.url, lambda client: client.stream(b"x"))] == [label]
 
 
 @both
