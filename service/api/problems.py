@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from service.errors import EngineError
 from service.logs import NOTES
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,11 @@ async def _on_leaving(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_LEFT)
 
 
+async def _on_silent_engine(request: Request, error: Exception) -> Response:
+    """Of calls that ask the engine about itself; what became of an image is told otherwise (`documents.py`)."""
+    return respond(request, not_ready(f"This cannot be told now, {error}: ask again, or another server."))
+
+
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this answer, so the server's log has the trace: none here.
     request_id = request.scope.get("request_id", "")
@@ -172,4 +178,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_leaving)
+    app.add_exception_handler(EngineError, _on_silent_engine)
     app.add_exception_handler(Exception, _on_bug)

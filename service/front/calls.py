@@ -15,7 +15,7 @@ from typing import Any
 
 from service.api.ports import KeeperPort, MetricsPort
 from service.budget_state import BudgetState
-from service.errors import EngineDraining
+from service.errors import EngineDraining, EngineError
 from service.front import wire
 from service.front.wire import Kind
 from service.tally import Tally
@@ -36,7 +36,7 @@ class Calls:
         self._closed = False
 
     def ask(self, name: str, **arguments: Any) -> Any:
-        """Return what the call `name` of the hub returns, or raise what it raises."""
+        """Return what the call `name` of the hub returns, or raise what it raises; EngineError where nobody answers."""
         number, future = next(self._numbers), Future[Any]()
         self._waiting[number] = future
         try:
@@ -44,6 +44,8 @@ class Calls:
                 raise gone()
             self._send(Kind.CALL, wire.CALL_NUMBER.pack(number) + json.dumps([name, arguments]).encode())
             return future.result(CALL_S)
+        except TimeoutError:
+            raise EngineError(f"the engine's process has not answered for {CALL_S:g} s") from None
         finally:
             self._waiting.pop(number, None)
 

@@ -240,11 +240,22 @@ def test_a_client_that_never_finishes_cannot_hold_it(folder: Path, tmp_path: Pat
     assert "1 requests were not answered" in (tmp_path / "log").read_text()
 
 
-def test_workers_do_not_outlive_the_engines_process(folder: Path, tmp_path: Path) -> None:
-    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server:
+def test_when_the_engines_process_dies_its_workers_say_so_and_end(folder: Path, tmp_path: Path) -> None:
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server, ThreadPoolExecutor() as clients:
         workers = workers_of(server)
         assert all(map(is_running, workers))
-        server.process.kill()
-        server.process.wait()
+        with httpx.Client(base_url=server.url, timeout=LIMIT_S) as client:
+            server.process.send_signal(signal.SIGSTOP)  # so that it answers nobody before it dies
+            asked = [
+                clients.submit(client.get, "/budget"),
+                clients.submit(client.get, "/metrics"),
+                clients.submit(client.put, "/budget", json={"fraction": 0.5}),
+                clients.submit(client.post, "/classify", content=BODIES[0], headers=PNG),
+            ]
+            time.sleep(0.3)  # so that they ask: if one does not yet, the test is only less of one
+            server.process.kill()
+            server.process.wait()
+            for response in asked:
+                assert "the engine's process has ended" in problem(response.result(), 503, "not-ready")["detail"]
         wait_until("they end", lambda: not any(map(is_running, workers)))
     assert "Traceback" not in (tmp_path / "log").read_text()

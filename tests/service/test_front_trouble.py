@@ -145,6 +145,15 @@ def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None
     assert np.all(front.memory.images(0)[0] == IMAGES[0])
 
 
+def test_a_call_that_nobody_answers_ends(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.front.calls.CALL_S", 0.05)
+    done = threading.Event()
+    front.engine.ask(lambda: done.wait(LIMIT_S))  # between batches it would answer
+    with pytest.raises(EngineError, match=r"has not answered for 0\.05 s"):
+        RemoteKeeper(front.proxies[0].calls).read()
+    done.set()
+
+
 def test_a_hub_that_breaks_down_says_so(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down() -> None:
         raise MemoryError("no room for a board")
