@@ -9,6 +9,9 @@ from service.logs import FIELDS
 
 logger = logging.getLogger("service.access")
 
+# Of a path. Workers write to one pipe, and what is longer than its 4,096 bytes ends up in the midst of others' lines.
+SHOWN_CHARACTERS = 200
+
 
 def log_request(
     request_id: str,
@@ -29,6 +32,8 @@ def log_request(
     level = logging.DEBUG if path in ALWAYS_OPEN and status == 200 else logging.INFO
     if not logger.isEnabledFor(level):
         return
+    if len(path) > SHOWN_CHARACTERS:
+        path = path[:SHOWN_CHARACTERS] + "..."
     fields = {
         "request_id": request_id,
         "traceparent": traceparent,

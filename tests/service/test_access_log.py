@@ -2,6 +2,7 @@
 
 import json
 import logging
+import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_a_request_leaves_one_line_that_says_what_became_of_it(http: Http, caplo
     assert {"path": "/classify/stream", "exit": 3}.items() <= line_of(caplog).items()
     http.get("/nowhere%0A")
     assert {"path": "/nowhere\n", "status": 404}.items() <= line_of(caplog).items()
+
+
+def test_a_line_fits_into_a_pipe_whatever_the_path(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "service.access")
+    http.get("/" + "%01" * 10_000)  # what takes the most room as JSON
+    [record] = [record for record in caplog.records if record.name == "service.access"]
+    assert len(JsonFormatter().format(record).encode()) < select.PIPE_BUF
+    assert line_of(caplog)["path"] == "/" + "\x01" * 199 + "..."
 
 
 def test_probes_that_find_all_well_are_for_debugging(http: Http, caplog: pytest.LogCaptureFixture) -> None:
