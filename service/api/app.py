@@ -56,7 +56,8 @@ def create_app(
         metrics: of the requests here, and of `engine`.
         targets, keeper: what budgets may be asked for, and who keeps the one that was.
         admin_token: that changes need; without one, clients of this machine may.
-        on_started: called on the event loop once the engine is ready, or with the error that kept it from starting.
+        on_started: called on the event loop once the engine is ready, or with the error that kept it from starting; not
+            where the server was told to stop meanwhile.
     """
     lifecycle = Lifecycle()
     manifest = bundle.manifest
@@ -90,7 +91,8 @@ def create_app(
             on_started(error)
             return
         lifecycle.become_ready()
-        on_started(None)
+        if lifecycle.is_ready:
+            on_started(None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

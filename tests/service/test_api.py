@@ -166,6 +166,15 @@ def test_an_engine_that_cannot_start_is_told(folder: Path, monkeypatch: pytest.M
         problem(client.post("/classify", content=BODIES[0], headers=PNG), 503, "not-ready")
 
 
+def test_a_server_that_is_told_to_stop_as_it_starts_is_never_ready(folder: Path) -> None:
+    told: list[Exception | None] = []
+    app = build_app(folder, on_started=told.append)
+    app.lifecycle.drain()
+    with serving(app, ready=False):
+        pass  # to its end it waits for its engine, which is ready then
+    assert not told
+
+
 def test_a_server_whose_engine_is_gone_is_not_ready(folder: Path) -> None:
     engines: list[Engine] = []
     with serving(build_app(folder, keep=engines.append)) as client:
