@@ -26,9 +26,9 @@ from service.api.problems import Problem, broken_request, head_too_large
 # Of a head, of what a chunk says beside its length, of what follows the last: the parser gathers as much as comes.
 MOST_HEAD_BYTES = 64 * 1024
 # Requests sent ahead: while more than so many wait for the one before them, nothing more is read. What has been read is
-# parsed a piece at a time: it may hold thousands, of 20 us and 3 KB each.
+# parsed a piece at a time: it may hold thousands, of 20 us and 3 KB each. Smaller pieces cost large pictures more.
 MOST_AHEAD = 64
-PIECE_BYTES = 4096
+PIECE_BYTES = 16 * 1024
 SHOWN_BYTES = 200  # of a path that may have no end
 BODY_FIELDS = (b"content-length", b"transfer-encoding")
 
