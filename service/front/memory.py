@@ -110,6 +110,7 @@ class SharedMemory:
         return min((n - 1 for n in others if n), default=None)
 
     def tally(self, worker: int) -> Tally:
+        """How a worker's requests ended. Written as `set_in_flight`."""
         end = COUNTS_BYTES + tally_bytes(self.layout.n_exits)
         return Tally(self.layout.n_exits, self._region(worker)[COUNTS_BYTES:end])
 

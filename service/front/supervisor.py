@@ -256,6 +256,9 @@ class Front:
         if self._is_ending:
             self._n_failed += code != 0
             return
+        tally = self._memory.tally(worker)
+        for _ in range(gone.n_lost):
+            tally.count("failed")  # it cannot any more, and an alert asks how many do
         if monotonic() - self._began_s[worker] > SOUND_S:
             self._backoff_s[worker] = BEGIN_BACKOFF_S
         level = logging.ERROR if code else logging.WARNING

@@ -13,9 +13,10 @@ import pytest
 
 from models.bundle import load_bundle
 from service.front.hub import Hub
-from service.front.supervisor import BEGIN_BACKOFF_S, Front
+from service.front.supervisor import BEGIN_BACKOFF_S, Front, Gone
 from service.front.wire import Kind
 from service.settings import Settings
+from service.tally import OUTCOME_AT
 from service.target import Targets
 
 
@@ -52,6 +53,16 @@ def test_a_worker_that_cannot_be_started_again_is_tried_later(
         told = f"worker 2 cannot be started ([Errno 12] Cannot allocate memory): again in {times * BEGIN_BACKOFF_S:g} s"
         assert told in caplog.text
     assert hub.told == []
+
+
+def test_what_dies_with_a_worker_is_counted(supervisor: Front) -> None:
+    for process in (subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])):
+        supervisor._processes[1] = process
+        process.kill()
+        supervisor._bury(Gone(1, 3))
+        supervisor._is_ending = True  # the second was told to end: it has told its requests, too
+    failed = [tally.read()[OUTCOME_AT["failed"]] for tally in supervisor.tallies]
+    assert failed == [0, 3]
 
 
 def test_the_first_signal_after_a_breakdown_is_not_the_second(
