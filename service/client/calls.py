@@ -107,6 +107,9 @@ class Calls:
             yield
         except httpx.DecodingError as error:
             raise self._stranger(f"its answer cannot be unpacked ({error})") from None
+        except httpx.PoolTimeout:
+            told = f"{self.url} was not asked: other calls and streams that have not ended hold all connections."
+            raise Unreachable(told) from None
         except httpx.RequestError as error:
             what = "took too long" if isinstance(error, httpx.TimeoutException) else "cannot be reached"
             told = f"{self.url} {what} ({type(error).__name__}: {error}): is a server running there?"

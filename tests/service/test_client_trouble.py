@@ -218,6 +218,37 @@ def test_an_answer_that_cannot_be_unpacked_is_a_strangers(scripted: Scripted, as
             ask(scripted.url, call)
 
 
+def test_calls_without_number_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in httpx, where most of a thousand end as too late."""
+    monkeypatch.setattr("service.client.awaited.MOST_AT_ONCE", 2)
+    n_asked = 0
+
+    async def ask() -> list[float]:
+        go_on = asyncio.Event()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal n_asked
+            await reader.readuntil(b"\r\n\r\n")
+            n_asked += 1
+            await go_on.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + ANSWER[2])
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with AsyncClient(f"http://127.0.0.1:{port}") as client:
+                calls = [asyncio.create_task(client.classify(b"x")) for _ in range(5)]
+                while n_asked < 2:
+                    await asyncio.sleep(0.001)
+                await asyncio.sleep(0.05)  # whoever does not wait asks meanwhile
+                assert n_asked == 2
+                go_on.set()
+                return [answer.confidence for answer in await asyncio.gather(*calls)]
+
+    assert asyncio.run(ask()) == [LAST["confidence"]] * 5
+    assert n_asked == 5
+
+
 # --- again --------------------------------------------------------------------------------------------------------
 
 
