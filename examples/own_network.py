@@ -134,12 +134,13 @@ def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int
     """Train with the plain joint objective: the sum of every exit's cross-entropy."""
     generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
-    n_steps = epochs * -(-len(images) // batch_rows)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=n_steps)
+    n_batches = -(-len(images) // batch_rows)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=4e-3, total_steps=epochs * n_batches)
     network.train()
     for epoch in range(1, epochs + 1):
         losses = []
-        for rows in torch.randperm(len(images), generator=generator).split(batch_rows):
+        # Of about the same size: in a last one of a single image BatchNorm1d would have no statistics to take.
+        for rows in torch.randperm(len(images), generator=generator).tensor_split(n_batches):
             pixels, labels = images.augmented(rows, generator)
             loss = torch.stack([functional.cross_entropy(logits, labels) for logits in network(pixels)]).sum()
             optimiser.zero_grad()

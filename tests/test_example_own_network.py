@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples.own_network import SHAPES, ResidualNetwork, draw_shapes, load_network, main
+from examples.own_network import SHAPES, ResidualNetwork, draw_shapes, load_network, main, train
 from models.bundle import load_bundle
 from models.cost import measure_cost
 from tests.service.process import running_server
+from training.augment import DeviceImages
 from training.export import Normalise
 
 
@@ -66,6 +67,26 @@ def test_an_image_folder_of_ones_own(tmp_path):
     assert main(options) == 0
     manifest = load_bundle(output).manifest
     assert (manifest.input.height_px, manifest.class_names) == (64, sorted(SHAPES))
+
+
+def test_no_batch_is_of_one_image_alone():
+    """Which a normalisation over the batch refuses, in the midst of the training."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8), torch.nn.BatchNorm1d(8))
+    images, labels = draw_shapes(65, seed=1)
+    pixels = DeviceImages(images, labels, (0.5,) * 3, (0.25,) * 3, torch.device("cpu"), padding_px=2)
+    train(Heads(network), pixels, epochs=1, batch_rows=64)
+    assert network[2].num_batches_tracked == 2
+
+
+class Heads(torch.nn.Module):
+    """One exit, as a list."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return [self.network(images)]
 
 
 NETWORK_OF_ONES_OWN = """
