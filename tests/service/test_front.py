@@ -43,6 +43,10 @@ def workers_of(server: ServerProcess) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+def n_open_files(workers: list[int]) -> int:
+    return sum(len(list(Path(f"/proc/{worker}/fd").iterdir())) for worker in workers)
+
+
 def is_running(pid: int) -> bool:
     """Not ended; not a zombie either."""
     try:
@@ -247,12 +251,14 @@ def test_when_the_engines_process_dies_its_workers_say_so_and_end(folder: Path, 
         assert all(map(is_running, workers))
         with httpx.Client(base_url=server.url, timeout=LIMIT_S) as client:
             server.process.send_signal(signal.SIGSTOP)  # so that it answers nobody before it dies
+            n_open = n_open_files(workers)
             asked = [
                 clients.submit(client.get, "/budget"),
                 clients.submit(client.get, "/metrics"),
                 clients.submit(client.put, "/budget", json={"fraction": 0.5}),
                 clients.submit(client.post, "/classify", content=BODIES[0], headers=PNG),
             ]
+            wait_until("all are connected", lambda: n_open_files(workers) >= n_open + len(asked))
             time.sleep(0.3)  # so that they ask: if one does not yet, the test is only less of one
             server.process.kill()
             server.process.wait()
