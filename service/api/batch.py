@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
 
+import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from service.api.answers import BatchAnswer, ProblemDocument
@@ -111,14 +113,10 @@ class Batcher:
         return siblings.n_in_work < share and self.state.engine.has_room
 
     async def _result(self, upload: Upload, form: _Form) -> Result:
-        deadline_s = form.options.deadline_s
         try:
-            if perf_counter() >= deadline_s:  # it has waited for its siblings until then
+            if perf_counter() >= form.options.deadline_s:  # it has waited for its siblings until then
                 raise EngineTooLate
-            async with form.turns:
-                decoding = perf_counter()
-                image = await self._once_there_is_room(form, self.state.decoder.decode, upload.body, deadline_s)
-                decoded = perf_counter()
+            image, decode_s = await self._once_there_is_room(form, self._decode, upload.body, form)
             answer = await self._once_there_is_room(form, self.state.delivery.answer, image, form.options)
         except ImageError as error:
             return image_problem(error)
@@ -128,7 +126,17 @@ class Batcher:
             form.siblings.end_one()
         total_s = perf_counter() - form.started_s
         self.state.responded(answer.exit, total_s)
-        return self.classifier.documents.answer(answer, decoded - decoding, total_s, form.request_id)
+        return self.classifier.documents.answer(answer, decode_s, total_s, form.request_id)
+
+    async def _decode(self, body: bytes, form: _Form) -> tuple[NDArray[np.uint8], float]:
+        """The pixels of an image, and the seconds that they took, once it is its turn.
+
+        Where there is no room, the turn is over: its siblings may be waiting for that, and it is to wait for them.
+        """
+        async with form.turns:
+            began_s = perf_counter()
+            image = await self.state.decoder.decode(body, form.options.deadline_s)
+            return image, perf_counter() - began_s
 
     async def _once_there_is_room(
         self, form: _Form, step: Callable[..., Coroutine[Any, Any, T]], *arguments: object

@@ -181,6 +181,32 @@ def narrow(folder: Path) -> Iterator[tuple[Http, Engine]]:
         yield client, engines[0]
 
 
+def test_images_that_cannot_be_decoded_yet_do_not_keep_their_siblings_from_it(
+    narrow: tuple[Http, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kept its turn as it waited; those behind waited for a turn, and nobody was left to end."""
+    http, engine = narrow
+    n_asked = 0
+    decode = ImageDecoder.decode
+    go_on = keep_busy(engine)
+
+    async def refuses(decoder: ImageDecoder, body: bytes, deadline_s: float) -> NDArray[np.uint8]:
+        nonlocal n_asked
+        n_asked += 1
+        if 2 <= n_asked <= 2 + decoder.n_threads:  # while the first is in work
+            raise EngineOverloaded(8, 2.0)
+        if n_asked > 2:
+            go_on.set()
+        return await decode(decoder, body, deadline_s)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDecoder, "decode", refuses)
+        try:
+            assert batch(http, "?deadline_ms=3000", *BODIES)["answered"] == len(BODIES)
+        finally:
+            go_on.set()
+
+
 @contextmanager
 def busy(engine: Engine) -> Iterator[None]:
     go_on = keep_busy(engine)
