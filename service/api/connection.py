@@ -261,7 +261,11 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False  # its answer is the last
             self.flow.pause_reading()
             return
-        if self.pipeline or (not self.is_idle and self.cycle.response_started):
+        if self.pipeline:  # its body is broken: those before it are answered first
+            self.pipeline[0] = self.cycle, partial(self._turn_away_now, problem)
+            self.flow.pause_reading()
+            return
+        if not self.is_idle and self.cycle.response_started:
             self.transport.close()
             return
         if self.transport.is_closing():
@@ -274,6 +278,11 @@ class Connection(HttpToolsProtocol):
             client = self.client[0] if self.client else None
             notes = {"problem": problem.kind}
             log_request(request_id, None, client, None, path, problem.status, len(body), perf_counter(), notes)
+
+    async def _turn_away_now(self, problem: Problem, *_: object) -> None:
+        """In the application's place, for a request that had to wait for this."""
+        self.cycle.disconnected = self.cycle.response_complete = True  # uvicorn has nothing to say to it
+        self._turn_away(problem)
 
 
 async def _send_unchunked(cycle: Any, send: Send, message: Message) -> None:

@@ -119,6 +119,25 @@ def test_a_broken_body_is_told_at_once(here: Here, line: Line) -> None:
     wait_until("it is given up", lambda: here.app.lifecycle.requests_in_flight == 0)
 
 
+def test_requests_before_a_broken_body_get_their_own_answers(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+    """They were dropped where it had come while the first of them was in work."""
+    caplog.set_level(logging.INFO, "service.access")
+    for first in (request(BODY), request(BODY, Expect="nothing")):
+        go_on = keep_busy(here.engine)
+        with contextlib.closing(here.connect()) as line:
+            line.send(first + request(BODY) + CHUNKED + b"what is this?\r\n" + request(BODY))
+            wait_until("the first is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+            go_on.set()
+            assert [line.receive()[0] for _ in range(2)] == [200, 200]
+            status, headers, document = line.receive()
+            assert (status, document["type"]) == (400, "urn:exitserve:problem:broken-request")
+            assert headers["connection"] == "close"
+            assert line.ended()
+        wait_until("nothing of it is left", lambda: here.app.lifecycle.requests_in_flight == 0)
+    wait_until("all are logged", lambda: sum(record.name == "service.access" for record in caplog.records) == 6)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_client_that_asks_before_it_sends_is_not_kept_where_it_is_refused(here: Here, line: Line) -> None:
     line.send(head(len(BODY), Expect="100-continue"))
     assert line.socket.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
