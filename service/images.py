@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 # The plugins are named here because Pillow would else search and import all of its own at the first WebP.
 from PIL import (
     BmpImagePlugin,
-    GifImagePlugin,
     Image,
     JpegImagePlugin,
     UnidentifiedImageError,
@@ -39,19 +38,15 @@ from service.jpeg_scans import MOST_PIECES, MOST_SCANS, is_endless
 from service.mistaken import name_of
 from service.picture_sizes import webp_canvas, weight_of
 from service.plain_images import PlainJpeg, PlainPng
+from service.still_gif import StillGif
 from service.whole_png import WholePng, has_too_many_chunks, unpacks_much
 
 FORMATS = (
     WholePng.__name__,
-    *(
-        plugin.format
-        for plugin in (
-            JpegImagePlugin.JpegImageFile,
-            WebPImagePlugin.WebPImageFile,
-            BmpImagePlugin.BmpImageFile,
-            GifImagePlugin.GifImageFile,
-        )
-    ),
+    JpegImagePlugin.JpegImageFile.format,
+    WebPImagePlugin.WebPImageFile.format,
+    BmpImagePlugin.BmpImageFile.format,
+    StillGif.__name__,
 )
 FORMAT_NAMES = "PNG, JPEG, WebP, BMP or GIF"
 BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8")

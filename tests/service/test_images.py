@@ -348,6 +348,20 @@ def test_a_webp_bomb_is_refused_before_its_canvas_exists() -> None:
         assert thread_time() - started_s < REFUSED_WITHIN_S
 
 
+@pytest.mark.parametrize("disposal", [2, 3])
+def test_a_gif_is_opened_without_what_would_follow_its_frame(disposal: int) -> None:
+    """Pillow fills the place of the frame, as large as that says it is, before its size can be asked for."""
+    frame = Image.fromarray(noise(40, 50)).quantize(4)
+    small = encoded(frame, "GIF", disposal=disposal, transparency=3)
+    np.testing.assert_array_equal(DECODER.decode_now(small), DECODER.decode_now(encoded(frame, "GIF", transparency=3)))
+    assert DECODER.open(small).dispose is None  # type: ignore[attr-defined]
+    at = small.index(b",\0\0\0\0") + 5  # its frame's width and height; the screen's stay as they are
+    large = small[:at] + struct.pack("<HH", 13_300, 13_300) + small[at + 4 :]
+    started_s = thread_time()
+    assert kind_of_error(large) == "image-too-large"
+    assert thread_time() - started_s < REFUSED_WITHIN_S / 2
+
+
 def test_the_pixel_limit_is_inclusive() -> None:
     body = encoded(Image.fromarray(noise(40, 50)), "PNG")
     assert ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=2000).decode_now(body).shape == (SIZE_PX, SIZE_PX, 3)
