@@ -18,7 +18,23 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # of 255, between one value of few bits and the next
 SWAPS_SIDES = frozenset({5, 6, 7, 8})
+
+
+def correct_transparency(image: Image.Image) -> None:
+    """Have what a PNG names as transparent be as its pixels will be; to be called before they are loaded.
+
+    Pillow leaves the value as it is in the file, but makes 8 bits of pixels that have 2, 4, or 3 x 16.
+    """
+    named = image.info.get("transparency")
+    if image.format != "PNG" or named is None or not image.tile:  # type: ignore[attr-defined]
+        return
+    packed = image.tile[0].args  # type: ignore[attr-defined]
+    if packed in GREY_STEPS:
+        image.info["transparency"] = named * GREY_STEPS[packed]
+    elif packed == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in named)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -239,6 +239,34 @@ def test_transparent_parts_become_white(mode: str, side_px: int) -> None:
     assert decoded[:, SIZE_PX // 2 + 1 :].min() == 255
 
 
+@pytest.mark.parametrize("side_px", [SIZE_PX, 96])
+@pytest.mark.parametrize(
+    ("bits", "colour_type", "value"),
+    [(1, 0, 1), (2, 0, 1), (4, 0, 5), (8, 0, 7), (16, 0, 0x1234), (8, 2, 0x07), (16, 2, 0x1234)],
+)
+def test_a_colour_that_is_transparent_becomes_white_at_any_depth(
+    bits: int, colour_type: int, value: int, side_px: int
+) -> None:
+    """Where pixels become 8 bits of fewer or of more, Pillow names the colour as it is in the file."""
+    n_channels = 3 if colour_type == 2 else 1
+    samples = np.zeros((side_px, side_px, n_channels), np.uint16)
+    samples[:, side_px // 2 :] = value
+    if bits == 16:
+        rows = [row.astype(">u2").tobytes() for row in samples]
+    elif bits == 8:
+        rows = [row.astype(np.uint8).tobytes() for row in samples]
+    else:
+        as_bits = samples >> np.arange(bits - 1, -1, -1, dtype=np.uint16) & 1
+        rows = [np.packbits(row.astype(np.uint8)).tobytes() for row in as_bits]
+    header = struct.pack(">IIBBBBB", side_px, side_px, bits, colour_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    named = chunk(b"tRNS", struct.pack(">H", value) * n_channels)
+    parts = [chunk(b"IHDR", header), named, chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    decoded = DECODER.decode_now(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert decoded[:, : SIZE_PX // 2 - 1].max() == 0
+    assert decoded[:, SIZE_PX // 2 + 1 :].min() == 255
+
+
 def test_what_is_no_image_is_refused() -> None:
     assert kind_of_error(b"") == "empty-image"
     assert kind_of_error(b"just a text in a file named cat.png") == "not-an-image"
