@@ -40,15 +40,17 @@ TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", 
 
 
 class PageFiles(StaticFiles):
-    """`StaticFiles` with the page's headers."""
+    """`StaticFiles` with the page's headers, and always whole: what it says to ranges that are none is no problem."""
 
     def file_response(
         self, full_path: str | PathLike[str], stat_result: stat_result, scope: Scope, status_code: int = 200
     ) -> Response:
+        scope["headers"] = [field for field in scope["headers"] if field[0] != b"range"]  # read when it is sent
         response = super().file_response(full_path, stat_result, scope, status_code)
         vendored = "vendor" in Path(full_path).relative_to(WEB).parts
         headers = DOCS_HEADERS if Path(full_path) == WEB / "docs.html" else HEADERS
-        response.headers.update(headers | {"Cache-Control": IMMUTABLE if vendored else REVALIDATED})
+        caching = IMMUTABLE if vendored else REVALIDATED
+        response.headers.update(headers | {"Cache-Control": caching, "Accept-Ranges": "none"})
         return response
 
 

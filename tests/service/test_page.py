@@ -79,6 +79,15 @@ def test_every_file_is_served_as_what_it_is_and_asked_for_again_only_where_it_ma
     assert again.headers["cache-control"] == response.headers["cache-control"]
 
 
+@pytest.mark.parametrize("asked", ["bytes=0-3", "bytes=zz", "bytes=5-3", "bytes=99999999-", "lines=1-2"])
+def test_files_are_sent_whole_whatever_part_is_asked_for(http: Http, asked: str) -> None:
+    """Starlette answers ranges that are none as text, which is no problem document."""
+    for path in ("/", "/web/index.html"):
+        response = http.get(path, headers={"Range": asked})
+        assert (response.status_code, response.headers["accept-ranges"]) == (200, "none")
+        assert response.content == (WEB / "index.html").read_bytes()
+
+
 @pytest.mark.parametrize("path", ["/", "/web/main.js"])
 def test_head_answers_as_get_without_a_body(http: Http, path: str) -> None:
     got, head = http.get(path), http.request("HEAD", path)
