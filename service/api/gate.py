@@ -148,7 +148,7 @@ class LoggedGate(Gate):
             nonlocal status, n_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
-            else:
+            elif scope["method"] != "HEAD":  # whose body the protocol leaves out
                 n_bytes += len(message.get("body", b""))
             await send(message)
 

@@ -60,6 +60,8 @@ def test_a_request_leaves_one_line_that_says_what_became_of_it(http: Http, caplo
     assert {"path": "/classify/batch", "images": 2, "answered": 1}.items() <= line_of(caplog).items()
     http.post("/classify/stream?exit=3", content=BODY, headers=PNG)
     assert {"path": "/classify/stream", "exit": 3}.items() <= line_of(caplog).items()
+    http.request("HEAD", "/model")
+    assert {"method": "HEAD", "status": 200, "response_bytes": 0}.items() <= line_of(caplog).items()
     http.get("/nowhere%0A")
     assert {"path": "/nowhere\n", "status": 404}.items() <= line_of(caplog).items()
 
