@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
     Image,
-    JpegImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,
 )
@@ -38,12 +37,12 @@ from service.jpeg_scans import MOST_PIECES, MOST_SCANS, is_endless
 from service.mistaken import name_of
 from service.picture_sizes import webp_canvas, weight_of
 from service.plain_images import PlainJpeg, PlainPng
-from service.still_gif import StillGif
+from service.still_pictures import StillGif, StillJpeg
 from service.whole_png import WholePng, has_too_many_chunks, unpacks_much
 
 FORMATS = (
     WholePng.__name__,
-    JpegImagePlugin.JpegImageFile.format,
+    StillJpeg.__name__,
     WebPImagePlugin.WebPImageFile.format,
     BmpImagePlugin.BmpImageFile.format,
     StillGif.__name__,

@@ -1,6 +1,6 @@
-"""Pillow's reader of GIFs, which does not make ready what comes after the first frame."""
+"""Pillow's readers of GIFs and JPEGs, without what they do as a file is opened and a still picture has no use for."""
 
-from PIL import GifImagePlugin, Image
+from PIL import GifImagePlugin, Image, JpegImagePlugin
 
 
 class StillGif(GifImagePlugin.GifImageFile):
@@ -20,4 +20,12 @@ class StillGif(GifImagePlugin.GifImageFile):
         """As the frame says."""
 
 
+class StillJpeg(JpegImagePlugin.JpegImageFile):
+    """A JPEG whose notes nobody reads as it is opened: not how large to print it, nor what other pictures follow."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """Pillow takes 10 us a note, of which a file may have 65,535; `models.pixels` looks how many there are."""
+
+
 Image.register_open(StillGif.__name__, StillGif, lambda beginning: beginning.startswith((b"GIF87a", b"GIF89a")))
+Image.register_open(StillJpeg.__name__, StillJpeg, lambda beginning: beginning.startswith(b"\xff\xd8\xff"))
