@@ -201,6 +201,8 @@ class ImageDecoder:
             image.draft(image.mode, (side, side))  # JPEG alone can; it takes the scale that leaves `side` at least
         correct_transparency(image)
         image.load()
+        if isinstance(image, StillGif):
+            image = image.on_white()
         if image.mode == "RGB" and image.size == (self.width_px, self.height_px) and not image.info:
             return np.asarray(image)
         orientation = orientation_of(image)

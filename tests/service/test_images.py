@@ -376,6 +376,17 @@ def test_a_webp_bomb_is_refused_before_its_canvas_exists() -> None:
         assert thread_time() - started_s < REFUSED_WITHIN_S
 
 
+def test_what_the_frame_of_a_gif_leaves_bare_is_white() -> None:
+    frame = Image.fromarray(noise(10, 10)).quantize(4)
+    body = encoded(frame, "GIF")
+    at = body.index(b",\0\0\0\0")
+    moved = struct.pack("<HH", 4, 2)  # on a larger screen
+    placed = body[:6] + struct.pack("<HH", 16, 16) + body[10 : at + 1] + moved + body[at + 5 :]
+    expected = np.full((16, 16, 3), 255, np.uint8)
+    expected[2:12, 4:14] = np.asarray(frame.convert("RGB"))
+    np.testing.assert_array_equal(ImageDecoder(16, 16, max_pixels=1000).decode_now(placed), expected)
+
+
 @pytest.mark.parametrize("disposal", [2, 3])
 def test_a_gif_is_opened_without_what_would_follow_its_frame(disposal: int) -> None:
     """Pillow fills the place of the frame, as large as that says it is, before its size can be asked for."""
