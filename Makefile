@@ -47,8 +47,8 @@ test: $(VENV)/.dev     ## run the tests: a file a core and one more at a time, t
 	$(BIN)/python -m pytest tests/alone
 
 test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is compiled
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/benchmarks/test_host_benchmark.py $(OF_ENGINE:%=tests/service/test_%.py) \
-	  tests/promises
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(OF_ENGINE:%=tests/service/test_%.py) tests/promises
+	$(BIN)/python -m pytest tests/alone/test_host_benchmark.py
 
 test-gpu: $(VENV)/.dev  ## on a GPU: run the tests that need one, some minutes
 	$(BIN)/python -m pytest -m gpu
