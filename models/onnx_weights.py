@@ -33,11 +33,15 @@ def load_stage_session(
         graph: what to open in the place of the file's contents; its weights are the bundle's.
 
     Raises:
-        StageLoadError: a file is missing, or ONNX Runtime refuses the graph.
+        StageLoadError: a file is missing, or ONNX Runtime refuses the graph or the folder's name.
     """
     options = session_options if session_options is not None else ort.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle_path.resolve()))
-    path = bundle_path / stage_file
+    folder, path = str(bundle_path.resolve()), bundle_path / stage_file
+    try:
+        folder.encode()
+    except UnicodeEncodeError:  # the runtime would say no more than that it takes no such argument
+        raise StageLoadError(f"{path}: ONNX Runtime opens no folder whose name is not UTF-8; rename it") from None
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
         # As bytes: given a path, the runtime would look for the weights beside the stage, in no folder above.
         return ort.InferenceSession(graph or path.read_bytes(), options, providers=list(providers))

@@ -1,9 +1,11 @@
 """The ONNX runner: the network's own answers, whoever shares a batch, and no more copies than it says."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,3 +198,9 @@ def test_serving_on_the_cpu_loads_no_torch(folder):
     )
     done = subprocess.run([sys.executable, "-c", program, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_folder_whose_name_the_runtime_does_not_take_is_told(bundle_path: Path) -> None:
+    renamed = bundle_path.rename(bundle_path.with_name(os.fsdecode(b"caf\xe9")))
+    with pytest.raises(StageLoadError, match="whose name is not UTF-8; rename it"):
+        OnnxRunner(load_bundle(renamed), max_rows=4)
