@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _printing(command: Callable[[Sequence[str]], T], arguments: Sequence[str]) -> T:
     """Run what may print, and end with 1 where that cannot be written: quietly where nobody reads on (`| head`)."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may have what it cannot encode
     try:
         try:
             return command(arguments)

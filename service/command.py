@@ -1,6 +1,6 @@
 """`python -m service classify IMAGE...`: what is on these pictures? Asked of a running server, or of a bundle here.
 
-Exit codes: 0 every image was answered, 1 some were not, 2 the command cannot be carried out.
+Exit codes: 0 every image was answered, 1 some were not, 2 the command cannot be carried out, or not to its end.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             rows = _ask(given.url, given.images, wishes)
         else:
             rows = _classify_here(given.bundle, given.budget_fraction, given.images, wishes)
-        failed = _print_lines(rows) if given.json else _print_table(list(_counted(rows, len(given.images))))
+        failed = _print_lines(rows) if given.json else _print_table(_counted(rows, len(given.images)))
     except CommandError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -182,10 +182,14 @@ def _unreadable(error: OSError) -> str:
 def _counted(rows: Iterable[Row], n_rows: int) -> Iterator[Row]:
     """Say on a terminal how many are done: a table is printed whole, when its columns are known."""
     told = sys.stderr.isatty()
-    for done, row in enumerate(rows, start=1):
+    try:
+        for done, row in enumerate(rows, start=1):
+            if told and done < n_rows:
+                sys.stderr.write(f"\r{done} of {n_rows} images")
+            yield row
+    finally:
         if told:
-            sys.stderr.write(f"\r{done} of {n_rows} images" if done < n_rows else "\r\033[K")
-        yield row
+            sys.stderr.write("\r\033[K")
 
 
 def _print_lines(rows: Iterable[Row]) -> int:
@@ -196,14 +200,27 @@ def _print_lines(rows: Iterable[Row]) -> int:
     for row in rows:
         failed += row.answer is None
         answer = row.answer.model_dump() if row.answer else None
-        document = {"image": row.path, "answer": answer, "error": row.why_not or None}
+        path = row.path.encode(errors="backslashreplace").decode()  # not every file's name is UTF-8, as JSON has to be
+        document = {"image": path, "answer": answer, "error": row.why_not or None}
         sys.stdout.write(orjson.dumps(document).decode() + "\n")
         sys.stdout.flush()
     return failed
 
 
-def _print_table(rows: Sequence[Row]) -> int:
-    """Print a table, what the images cost on average, and what failed; returns how many have no answer."""
+def _print_table(rows: Iterable[Row]) -> int:
+    """Print a table, what the images cost on average, and what failed; returns how many have no answer.
+
+    Where the rows break off, what has been answered is printed all the same.
+    """
+    found: list[Row] = []
+    try:
+        found.extend(rows)  # one after the other: those before an error stay
+    finally:
+        failed = _print_found(found)
+    return failed
+
+
+def _print_found(rows: Sequence[Row]) -> int:
     answered = [(row.path, row.answer) for row in rows if row.answer is not None]
     lines = [("image", "label", "confidence", "exit", "reason", "MFLOPs", "ms")]
     for path, answer in answered:

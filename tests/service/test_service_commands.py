@@ -3,17 +3,20 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service import command
 from service.command_line import load_settings
 from tests.bundles import random_images
-from tests.service.apps import png
+from tests.service.apps import PNG, png
 from tests.service.process import REPOSITORY, environment
 from tests.service.process import command as program
 from tests.service.sockets import Here
@@ -117,6 +120,34 @@ def test_one_picture_may_come_from_standard_input(
         assert (line["image"], line["error"]) == ("-", None)
 
 
+def test_what_was_answered_before_the_server_is_lost_is_printed(
+    here: Here, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = httpx.post(here.url + "/classify", content=BODIES[0], headers=PNG).content
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(answer)}\r\n\r\n"
+
+    def answer_once() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        with connection:
+            received = b""
+            while not received.endswith(BODIES[0]):
+                received += connection.recv(65536)
+            connection.sendall(head.encode() + answer)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = threading.Thread(target=answer_once)
+        server.start()
+        assert command.main([*map(str, pictures), "--url", url]) == 2
+        server.join(LIMIT_S)
+    told = capsys.readouterr()
+    assert str(pictures[0]) in told.out
+    assert "1 image by tiny-random" in told.out
+    assert told.err.startswith("\r1 of 3 images\r\033[Kerror: http://127.0.0.1:")
+
+
 # --- what all commands share --------------------------------------------------------------------------------------
 
 
@@ -140,6 +171,23 @@ def test_a_command_that_cannot_print_says_so_in_one_line(
     for arguments in (["classify", str(pictures[0]), "--bundle", str(folder)], ["--version"])[: 1 if unbuffered else 2]:
         done = shell(line, *arguments, PYTHONUNBUFFERED=unbuffered)
         assert (done.returncode, done.stderr) == (1, f"error: standard output cannot be written: {why}\n")
+
+
+@pytest.mark.parametrize(("encoding", "form"), [("latin-1", []), ("utf-8", ["--json"])])
+def test_a_files_name_may_be_what_cannot_be_printed(
+    folder: Path, tmp_path: Path, encoding: str, form: list[str]
+) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/f\xff\xe9\x9b\xaa.png")
+    Path(path).write_bytes(BODIES[0])
+    done = subprocess.run(
+        program("classify", path, "--bundle", str(folder), *form),
+        cwd=REPOSITORY,
+        env=environment(PYTHONIOENCODING=encoding),
+        capture_output=True,
+        timeout=LIMIT_S,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"udcff" in done.stdout
 
 
 def test_closed_standard_input_is_told_of(folder: Path) -> None:
