@@ -83,7 +83,7 @@ def _cost_bounds(costs_mflops: Sequence[float]) -> list[float]:
     """Bounds that tell the exits apart, as every answer costs what its exit does; of many exits, every other one."""
     step = -(-len(costs_mflops) // MAX_BOUNDS)
     kept = costs_mflops[::-1][::step][::-1]
-    return [float(f"{cost * 1.0005:.4g}") for cost in kept]
+    return sorted({float(f"{cost * 1.0005:.4g}") for cost in kept})  # those of exits as good as alike are the same
 
 
 class _Observed(Collector):

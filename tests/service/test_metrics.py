@@ -140,6 +140,10 @@ def test_cost_bounds_are_few_and_end_at_the_last_exit(n_exits: int) -> None:
             assert cost <= bound < cost + 10
 
 
+def test_exits_that_cost_nearly_the_same_share_a_bucket() -> None:
+    assert _cost_bounds([100.02, 100.06, 200.0]) == [100.1, 200.1]
+
+
 def test_it_can_be_read_before_the_engine_is_there(tmp_path: Path) -> None:
     with serving(build_app(tiny_bundle(tmp_path / "bundle")), ready=False) as http:
         text = http.get("/metrics").text
