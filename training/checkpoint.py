@@ -189,7 +189,7 @@ def describe_run(recipe: Recipe, seed: int, data: dict[str, Any], n_processes: i
         "seed": seed,
         "data": data,
         "processes": n_processes,
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -197,11 +197,12 @@ def describe_run(recipe: Recipe, seed: int, data: dict[str, Any], n_processes: i
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The state of these sources; None where that cannot be told."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + (" (with uncommitted changes)" if changed.stdout.strip() else "")
+    return head + (" (with uncommitted changes)" if changed.stdout.strip() else "")

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,10 +25,12 @@ from benchmarks.league.tables import markdown
 from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.runners.onnx import default_lanes
+from training.checkpoint import commit
 from training.image_set import DataError
 
 ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
 BUNDLES = [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]
+INT8 = {"exitserve-int8": ["--precision", "int8"]}  # one more row, of bundles that have such stages
 QUICK = {"rounds": 2, "seconds": 3.0, "points": 5}
 THOROUGH = {"rounds": 5, "seconds": 10.0, "points": 8}
 
@@ -35,9 +38,9 @@ THOROUGH = {"rounds": 5, "seconds": 10.0, "points": 8}
 class Network:
     """A bundle, ready to be served by all."""
 
-    def __init__(self, bundle: Bundle, pictures: Pictures, places: Places, peers: list[Peer]) -> None:
-        self.bundle, self.pictures, self.places, self.peers = bundle, pictures, places, peers
-        self.name = bundle.manifest.name
+    def __init__(self, bundle: Bundle, pictures: Pictures, places: Places, variants: dict[str, list[str]]) -> None:
+        self.bundle, self.pictures, self.places, self.variants = bundle, pictures, places, variants
+        self.name, self.peers = bundle.manifest.name, roster(places.n_exits, variants)
 
 
 def prepare(
@@ -63,8 +66,8 @@ def prepare(
     )
     n_exits = len(bundle.manifest.exits)
     if bundle.manifest.int8 is not None:
-        variants = {"exitserve-int8": ["--precision", "int8"], **variants}
-    return Network(bundle, read_pictures(bundle, data, 1000), Places(python, setup, n_exits), roster(n_exits, variants))
+        variants = {**INT8, **variants}
+    return Network(bundle, read_pictures(bundle, data, 1000), Places(python, setup, n_exits), variants)
 
 
 def why_not(peer: Peer, python: Path) -> str | None:
@@ -92,7 +95,9 @@ def read_variants(given: list[str]) -> dict[str, list[str]]:
     return variants
 
 
-def one_round(network: Network, peer: Peer, round_: int, records: Records, plan: Plan, logs: Path) -> None:
+def one_round(
+    network: Network, peer: Peer, round_: int, records: Records, plan: Plan, how: dict[str, Any], logs: Path
+) -> None:
     """Measure one server once and append what was found."""
     reason = why_not(peer, network.places.python)
     finding = None
@@ -106,7 +111,8 @@ def one_round(network: Network, peer: Peer, round_: int, records: Records, plan:
         except PeerError as error:
             reason = str(error)
     images = network.pictures.description
-    records.add(Record(network.name, images, peer.name, peer.title, round_, finding, reason))
+    how = {**how, "version": network.bundle.manifest.version, "settings": network.variants.get(peer.name)}
+    records.add(Record(network.name, images, peer.name, peer.title, round_, finding, reason, how))
     told = f"{finding['max_rate_per_s']:.0f} images/s" if finding is not None else f"skipped: {reason}"
     print(f"{network.name} round {round_} {peer.name}: {told} [{time.monotonic() - started_s:.0f} s]", flush=True)
 
@@ -138,7 +144,7 @@ def main(
     """Measure this service and the servers people use today, in turns, on the same network, images and cores.
 
     Everything found is appended to FOLDER/results.jsonl, server by server: the same command goes on where it was cut
-    short; another folder starts anew. Keep the machine idle meanwhile.
+    short; another plan, network or commit wants another folder. Keep the machine idle meanwhile.
     """
     preset = QUICK if quick else THOROUGH
     plan = Plan(
@@ -149,13 +155,15 @@ def main(
         resolution=1.04,
     )
     variants = read_variants(variant or [])
-    for path in bundle or BUNDLES:  # before minutes of installing
-        load_bundle(path, verify=False)
+    manifests = [load_bundle(path, verify=False).manifest for path in bundle or BUNDLES]  # before minutes of installing
     for path in data or []:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; give CIFAR-100's tar.gz or folder, or an image folder")
     folder.mkdir(parents=True, exist_ok=True)
     records = Records(folder / "results.jsonl")
+    how = {**asdict(plan), "fraction": fraction, "data": [path.name for path in data or []], "cores": default_lanes()}
+    how["commit"] = commit()
+    records.require(how, {manifest.name: manifest.version for manifest in manifests}, {**INT8, **variants})
     # Absolute but not resolved: a virtual environment's Python is a link to another.
     peers_python = python.absolute() if python is not None else environment.make(venv.absolute())
     with tempfile.TemporaryDirectory(prefix="league-") as scratch:
@@ -170,7 +178,7 @@ def main(
             for network in networks:
                 for peer in network.peers:
                     if (not only or peer.name in only) and not records.has(network.name, peer.name, round_):
-                        one_round(network, peer, round_, records, plan, folder)
+                        one_round(network, peer, round_, records, plan, how, folder)
                         write_tables(records, folder, output)
     plot(records, folder / "league.png")
     print(write_tables(records, folder, output))

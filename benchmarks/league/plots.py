@@ -1,4 +1,4 @@
-"""The league as a picture: images/s at p99 <= 100 ms, the accuracy beside each bar."""
+"""The league as a picture: images/s within the limit, the accuracy beside each bar."""
 
 from pathlib import Path
 from statistics import median
@@ -42,7 +42,8 @@ def plot(records: Records, path: Path) -> None:
             axis.text(max(found) + 0.02 * widest, row, f"{middle:.0f}/s, {accuracy}", va="center", fontsize=8)
         axis.set_yticks(range(len(order)), [title.replace("**", "") for _, title in order])
         axis.set_xlim(0, 1.35 * widest)
-        axis.set_xlabel("images/s at p99 <= 100 ms, 2 cores; top-1 of the answers beside each")
+        limit_ms, n_cores = records.how(network, "limit_ms"), records.how(network, "cores")
+        axis.set_xlabel(f"images/s at p99 <= {limit_ms:g} ms, {n_cores} cores; top-1 of the answers beside each")
         images = next(r.images for r in records.all if r.network == network)
         axis.set_title(f"{network}: {images}", fontsize=10)
     figure.savefig(path, dpi=130)

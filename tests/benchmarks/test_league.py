@@ -18,7 +18,7 @@ from benchmarks.league.graph import write_whole_graph
 from benchmarks.league.measurement import Measurement, PeerError, Plan
 from benchmarks.league.peers.serving import Setup
 from benchmarks.league.pictures import Pictures, read_pictures
-from benchmarks.league.records import Record, Records
+from benchmarks.league.records import MixedError, Record, Records
 from benchmarks.league.roster import Answer, Peer, Places, read_triton
 from benchmarks.league.tables import markdown
 from models.bundle import BundleError, load_bundle
@@ -71,6 +71,10 @@ def test_this_service_and_one_peer_are_measured_and_not_again(tmp_path: Path, po
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert len(Records(tmp_path / "league" / "results.jsonl").all) == 2
+    assert "images/s at p99 <= 20000 ms" in again.output
+    other = CliRunner().invoke(app, [*arguments, "--limit-ms", "100"])
+    assert isinstance(other.exception, MixedError)
+    assert "limit_ms 20000.0 and not 100.0" in str(other.exception)
 
 
 def test_what_is_not_there_is_told_before_anything_is_installed(tmp_path: Path) -> None:
@@ -135,19 +139,54 @@ def test_the_table_has_the_bad_rows_too(tmp_path: Path) -> None:
         "start_s": 1.0,
     }
     records = Records(tmp_path / "results.jsonl")
-    first = Record("net", "images", "exitserve", "ExitServe", 1, {**finding, "max_rate_per_s": 300.0}, None)
+    first = Record(
+        "net", "images", "exitserve", "ExitServe", 1, {**finding, "max_rate_per_s": 300.0}, None, {"limit_ms": 80.0}
+    )
     records.add(first)
     records.add(replace(first, round=2, finding={**finding, "max_rate_per_s": 200.0}))
     records.add(replace(first, peer="slow", title="Slow", finding=finding))
     records.add(replace(first, peer="none", title="None", finding=None, skipped="it has\nno wheel"))
     text = markdown(Records(records.path))
     assert "| ExitServe | 250 (200 to 300) | 70.0 |" in text
+    assert "| server | images/s at p99 <= 80 ms | top-1, % |" in text
     assert "Slow | 100 |" in text
     assert "(3 failed)" in text
     assert "2 (1 told 503), did not end" in text
     assert "None could not be measured: it has no wheel" in text
     assert "Slow 3.00" in text
     assert json.loads(records.path.read_text().splitlines()[0])["peer"] == "exitserve"
+
+
+def test_rounds_of_another_plan_version_or_settings_are_not_gone_on_with(tmp_path: Path) -> None:
+    how = {"seconds": 3.0, "commit": "abc", "version": "1", "settings": None}
+    path = tmp_path / "results.jsonl"
+    first = Record("net", "images", "exitserve", "ExitServe", 1, None, "not found", how)
+    Records(path).add(first)
+    Records(path).add(replace(first, peer="small", how={**how, "settings": ["--lanes", "1"]}))
+    records, plan = Records(path), {"seconds": 3.0, "commit": "abc"}
+    records.require(plan, {"net": "1", "another": "2"}, {"small": ["--lanes", "1"], "one-more": ["--lanes", "2"]})
+    records.require(plan, {}, {})
+    for wrong, told in (
+        (({"seconds": 9.0, "commit": "abc"}, {"net": "1"}, {}), r"exitserve on net .* \(seconds 3\.0 and not 9\.0\)"),
+        (({"seconds": 3.0, "commit": "def"}, {"net": "1"}, {}), "commit abc and not def"),
+        ((plan, {"net": "2"}, {}), "version 1 and not 2"),
+        ((plan, {"net": "1"}, {"small": ["--lanes", "2"]}), "small on net .*settings"),
+    ):
+        with pytest.raises(MixedError, match=told):
+            records.require(*wrong)
+    path.write_text(path.read_text().replace(json.dumps(how), "{}"))
+    with pytest.raises(MixedError, match=r"seconds None and not 3\.0"):
+        Records(path).require(plan, {}, {})
+
+
+def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    record = Record("net", "images", "exitserve", "ExitServe", 1, None, "not found")
+    Records(path).add(record)
+    with path.open("a") as file:
+        file.write('{"network": "net", "im')
+    Records(path).add(replace(record, round=2))
+    assert [found.round for found in Records(path).all] == [1, 2]
 
 
 def test_tritons_answer_is_read_by_its_head() -> None:
