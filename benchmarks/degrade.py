@@ -24,7 +24,8 @@ from rich.table import Table
 
 from benchmarks.closed_loop import Load
 from benchmarks.engine import read_images
-from benchmarks.running import run
+from benchmarks.options import JsonPath, writable
+from benchmarks.running import budget_of, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.budget_state import BudgetState
@@ -163,7 +164,7 @@ def measure(
     seed: int = 0,
 ) -> Report:
     """Measure the capacity at the ceiling, `fraction` of the full cost, then send the phases."""
-    budget_mflops = fraction * bundle.costs_mflops[-1]
+    budget_mflops = budget_of(bundle, fraction)
     latency_s = None if target_ms is None else target_ms / 1e3
     engine = build_engine(bundle, budget_mflops, n_lanes=n_lanes)  # refuses for the target alone, or 1,024 in flight
     try:
@@ -271,16 +272,18 @@ def main(
     data: Annotated[
         Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
     ] = None,
-    target_ms: Annotated[float, typer.Option(help="95 % are to be answered in that time; 0: no target.")] = 50.0,
+    target_ms: Annotated[float, typer.Option(min=0.0, help="95 % are to be answered within it; 0: no target.")] = 50.0,
     phases: Annotated[
         str, typer.Option(help="Seconds x multiple of the capacity, one after the other.")
     ] = "8x0.4,20x1.5,12x0.4",
-    slice_s: Annotated[float, typer.Option(help="A row of the table, in seconds.")] = 1.0,
+    slice_s: Annotated[float, typer.Option(min=0.01, help="A row of the table, in seconds.")] = 1.0,
     fraction: Annotated[float, typer.Option(help="The ceiling, of the full network's cost.")] = 1.0,
-    images: Annotated[int, typer.Option(help="Different images, sent again and again.")] = 2_000,
-    lanes: Annotated[int | None, typer.Option(help="Batches at once; by default one per core.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Save a plot there, e.g. docs/figures/degrade.svg.")] = None,
+    images: Annotated[int, typer.Option(min=4, help="Different images, sent again and again.")] = 2_000,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
+    json_path: JsonPath = None,
+    figure: Annotated[
+        Path | None, typer.Option(callback=writable, help="Save a plot there, e.g. docs/figures/degrade.svg.")
+    ] = None,
 ) -> None:
     """Show how the budget follows a latency target under load, and returns."""
     when = read_phases(phases)

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.closed_loop import Load, Round, ideal_rate
-from benchmarks.running import images_for, run
+from benchmarks.options import JsonPath
+from benchmarks.running import budget_of, images_for, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.plan.measuring import full_row_seconds
@@ -108,7 +109,7 @@ def measure(
     **options: Any,
 ) -> list[Report]:
     """Serve the images `rounds` times by each policy with exits, and as often without, all in turns; a report each."""
-    budget_mflops = fraction * bundle.costs_mflops[-1]
+    budget_mflops = budget_of(bundle, fraction)
     engines = [build_engine(bundle, budget_mflops, policy=policy, **options) for policy in policies]
     engines.append(build_engine(bundle, budget_mflops, exits=False, **options))
     results: list[list[Round]] = [[] for _ in engines]
@@ -194,22 +195,30 @@ def show(report: Report, console: Console) -> None:
     console.print(f"stage times a row, ms: {times}; matrix product {report.matrix_product_gmacs_per_s:.0f} G MAC/s")
 
 
+def known_policy(name: str) -> str:
+    if name not in (*POLICIES, "all"):
+        raise typer.BadParameter(f"there are {', '.join(POLICIES)}, and 'all'")
+    return name
+
+
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
     data: Annotated[
         Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.4,
-    images: Annotated[int, typer.Option(help="Images a round.")] = 2_000,
-    rounds: Annotated[int, typer.Option(help="Rounds of each engine.")] = 7,
-    in_flight: Annotated[int, typer.Option(help="Images kept in the engine.")] = 256,
-    lanes: Annotated[int | None, typer.Option(help="Batches at once; by default one per core.")] = None,
-    max_rows: Annotated[int, typer.Option(help="The largest batch.")] = 32,
+    images: Annotated[int, typer.Option(min=4, help="Images a round.")] = 2_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each engine.")] = 7,
+    in_flight: Annotated[int, typer.Option(min=1, help="Images kept in the engine.")] = 256,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 32,
     lookahead: Annotated[
-        int | None, typer.Option(help="Batches handed to the lanes ahead; by default one each.")
+        int | None, typer.Option(min=1, help="Batches handed to the lanes ahead; by default one each.")
     ] = None,
-    policy: Annotated[str, typer.Option(help=f"One of {', '.join(POLICIES)}, or 'all', in turns.")] = "default",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    policy: Annotated[
+        str, typer.Option(callback=known_policy, help=f"One of {', '.join(POLICIES)}, or 'all', in turns.")
+    ] = "default",
+    json_path: JsonPath = None,
 ) -> None:
     """Measure the engine at a budget against the same engine with exits off."""
     loaded = load_bundle(bundle)

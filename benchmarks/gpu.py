@@ -57,7 +57,7 @@ def run_apart(network: str, seconds: float, arguments: Sequence[str], out: Path)
     """Measure a network in a process of its own, `seconds` at most; returns its report, as far as it has come."""
     part = out / f"{network}.json"
     part.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--seconds", f"{seconds:.0f}"]
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--seconds", f"{seconds:.0f}"]  # the last one counts
     try:
         done = subprocess.run([*command, "--network", network, "--part-of", str(part)], timeout=seconds + SPARE_S)
         ended = "" if done.returncode == 0 else f"its process ended with {done.returncode}"
@@ -87,12 +87,11 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     started = time.perf_counter()
     given.out.mkdir(parents=True, exist_ok=True)
-    own = [option for option in arguments if option not in ("--network", *NETWORKS)]  # each process has one of them
     report: dict[str, Any] = {"dry": given.device == "cpu" or given.quick, "networks": []}
     for i, network in enumerate(given.network):
         left_s = given.seconds - (time.perf_counter() - started)
         share_s = left_s / (len(given.network) - i) - SPARE_S
-        report["networks"].append(run_apart(network, share_s, own, given.out))
+        report["networks"].append(run_apart(network, share_s, arguments, given.out))
         report["seconds"] = time.perf_counter() - started
         page = write_up(report)
         save(given.out / "gpu.json", report)

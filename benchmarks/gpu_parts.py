@@ -100,11 +100,11 @@ def measure_network(given: argparse.Namespace) -> None:
     on_gpu = given.device == "cuda"
     device: Cuda | Host = Cuda(search_s=given.seconds / 6) if on_gpu else Host()
     dtype = getattr(torch, given.dtype or ("float16" if on_gpu else "float32"))
-    network = NETWORKS[given.network[0]]
+    network = NETWORKS[given.network[-1]]
     plan = Plan(device, dtype, **network.amounts, n_lanes=given.lanes, tensorrt=given.tensorrt, until_s=until_s)
     plan = replace(plan, images=given.images)
     report: Report = {
-        "network": given.network[0],
+        "network": given.network[-1],
         "torch": f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
         "device": clocks() if on_gpu else "the processor, without graphs or streams",
         "dtype": str(dtype),

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.options import JsonPath
 from benchmarks.processes import REPOSITORY
 from service.compiled import compiled_sources
 
@@ -81,11 +82,11 @@ def measure_apart(what: str, **amounts: int) -> Measured:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Processes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each.")] = 5,
     n_images: Annotated[int, typer.Option(min=1, help="Images that are sent again and again.")] = N_IMAGES,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Of a batch; else as `benchmarks.gpu`.")] = None,
     in_flight: Annotated[int | None, typer.Option(min=1, help="Images in work at once; else as there.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    json_path: JsonPath = None,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure the engine without a network, as Python and compiled."""

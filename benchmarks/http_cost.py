@@ -31,6 +31,7 @@ from benchmarks.league.pictures import read_pictures
 from benchmarks.load.arrivals import poisson
 from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
+from benchmarks.options import JsonPath
 from benchmarks.processes import cpu_s
 from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
@@ -269,7 +270,7 @@ def main(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each run.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Measure what HTTP and decoding cost a request, and how long the event loop is kept from its work."""
     bundles = bundle or [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]

@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.null_bundle import write_null_bundle
+from benchmarks.options import JsonPath, numbers
 from benchmarks.processes import children, cpu_s, on_cores, served
 
 
@@ -168,20 +169,21 @@ def cores_of(text: str | None) -> Set[int] | None:
 
 def main(
     workers: Annotated[str, typer.Option(help="Numbers of workers to compare with none, after commas.")] = "1,2",
-    rounds: Annotated[int, typer.Option(help="Rounds of each server.")] = 5,
-    seconds: Annotated[int, typer.Option(help="Seconds a round.")] = 5,
-    connections: Annotated[int, typer.Option(help="Requests at once, a connection each.")] = 64,
-    size_px: Annotated[int, typer.Option(help="Height and width of the pictures, and of the network's input.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each server.")] = 5,
+    seconds: Annotated[int, typer.Option(min=1, help="Seconds a round.")] = 5,
+    connections: Annotated[int, typer.Option(min=1, help="Requests at once, a connection each.")] = 64,
+    size_px: Annotated[int, typer.Option(min=1, help="Height and width of the pictures, and of the input.")] = 32,
     server_cores: Annotated[
         str | None, typer.Option(help="Cores for each server, all its processes; any by default.")
     ] = None,
     client_cores: Annotated[str | None, typer.Option(help="Cores for the client; any by default.")] = None,
-    client_threads: Annotated[int, typer.Option(help="Threads of the client.")] = 1,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    client_threads: Annotated[int, typer.Option(min=1, help="Threads of the client.")] = 1,
+    json_path: JsonPath = None,
 ) -> None:
     """Measure a server with worker processes against one without."""
     if shutil.which("wrk") is None:
         raise SystemExit("error: the load client wrk is missing: apt-get install wrk")
+    n_with = [int(number) for number in numbers(workers, "1,2", lowest=1)]
     ours, theirs = cores_of(server_cores), cores_of(client_cores)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
@@ -189,7 +191,7 @@ def main(
         client = Client(load_script(folder, size_px), connections, client_threads, theirs)
         options = ["--bundle", str(folder / "null"), "--device", "cpu", "--lanes", "1", "--log-level", "error"]
         servers = []
-        for n_workers in (0, *map(int, workers.split(","))):
+        for n_workers in (0, *n_with):
             url, pid = stack.enter_context(served([*options, "--http-workers", str(n_workers)], ours))
             servers.append(Measured(n_workers, pid, url))
         for measured in servers:

@@ -18,6 +18,7 @@ from benchmarks.load.arrivals import poisson
 from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
 from benchmarks.load.result import Result
+from benchmarks.options import JsonPath
 from benchmarks.processes import REPOSITORY, cpu_with_children_s, served
 
 SAMPLES = REPOSITORY / "service" / "web" / "samples"
@@ -100,7 +101,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Times each rate is tried, in turns.")] = 3,
     http_workers: Annotated[int, typer.Option(min=0, help="The server's --http-workers.")] = 0,
     share_cores: Annotated[bool, typer.Option(help="Let client and server share all cores.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Ask a server for 0.9, 1, 1.5, 2 and 3 times what it can do, at times fixed beforehand (open loop).
 

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from benchmarks.closed_loop import Load
 from benchmarks.engine import Images, read_images
-from benchmarks.running import run
+from benchmarks.options import JsonPath
+from benchmarks.running import budget_of, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
 from service.engine import Engine
@@ -173,18 +174,18 @@ def main(
         Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.4,
-    images: Annotated[int, typer.Option(help="Images at saturation.")] = 4_000,
-    seconds: Annotated[float, typer.Option(help="Of every stream, after a second of settling.")] = 8.0,
-    rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
-    lanes: Annotated[int | None, typer.Option(help="Batches at once; by default one per core.")] = None,
-    max_rows: Annotated[int, typer.Option(help="The largest batch.")] = 32,
+    images: Annotated[int, typer.Option(min=2, help="Images at saturation.")] = 4_000,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of every stream, after a second of settling.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 32,
     int8: Annotated[bool, typer.Option(help="The bundle's int8 stages.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all rounds there.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Compare the planner's prediction with the engine on this machine."""
     loaded = load_bundle(bundle).at("int8" if int8 else "fp32")
     description, pixels = read_images(data, loaded, images)
-    budget_mflops = fraction * loaded.costs_mflops[-1]
+    budget_mflops = budget_of(loaded, fraction)
     engine = build_engine(loaded, budget_mflops, device="cpu", n_lanes=lanes, max_rows=max_rows)
     engine.start()
     try:

@@ -7,18 +7,28 @@ from pathlib import Path
 import typer
 
 from models.bundle import Bundle, BundleError
+from service.target import TargetError, Targets
 from training.data import load_image_set
 from training.errors import TrainingError
 from training.image_set import DataError, ImageSet
 
 
 def run(main: Callable[..., object]) -> None:
-    """Run `main` on the command line's arguments; a bad bundle or image set ends with status 2."""
+    """Run `main` on the command line's arguments; a bad bundle, image set or budget ends with status 2."""
     try:
         typer.run(main)
-    except (BundleError, TrainingError) as error:
+    except (BundleError, TargetError, TrainingError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+
+
+def budget_of(bundle: Bundle, fraction: float) -> float:
+    """A fraction of a network's full cost, in millions of multiply-adds.
+
+    Raises:
+        TargetError: it is less than the first exit costs, or more than all.
+    """
+    return Targets(bundle.frontier(), bundle.costs_mflops).resolve("fraction", fraction).average_mflops
 
 
 def images_for(bundle: Bundle, data: Path) -> ImageSet:

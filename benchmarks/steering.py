@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from tqdm import tqdm
 
-from benchmarks.running import images_for, run
+from benchmarks.options import numbers
+from benchmarks.running import budget_of, images_for, run
 from models.bundle import Bundle, load_bundle
 from models.exits import outcome
 from models.frontier import Frontier
@@ -200,14 +201,13 @@ def main(
 ) -> None:
     """Tell how steering keeps budgets, and what accuracy that costs, under a virtual clock."""
     loaded = load_bundle(bundle)
+    budgets = {fraction: budget_of(loaded, fraction) for fraction in numbers(fractions, "0.25,0.4")}
     network, name = network_of(loaded, data)
-    cases = [(float(fraction), traffic) for fraction in fractions.split(",") for traffic in TRAFFICS]
+    cases = [(fraction, traffic) for fraction in budgets for traffic in TRAFFICS]
     found = []
     for fraction, traffic in tqdm(cases, disable=None):
-        budget_mflops = fraction * network.costs_mflops[-1]
-        found.append(
-            (fraction, traffic, [simulate(network, traffic, budget_mflops, images, seed) for seed in range(orders)])
-        )
+        done = [simulate(network, traffic, budgets[fraction], images, seed) for seed in range(orders)]
+        found.append((fraction, traffic, done))
     title = f"{loaded.manifest.name} {loaded.manifest.version}: {orders} orders of {images:,} of {name}"
     show(f"{title}, averages over the budget", found, Console())
 

@@ -26,12 +26,13 @@ from rich.table import Table
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.options import JsonPath
 from benchmarks.running import run
 from models.cost import measure_cost
 from training.checkpoint import RunFolder
 from training.cifar100 import CIFAR100_MEAN, CIFAR100_STD
 from training.data import load_image_set
-from training.image_set import Split
+from training.image_set import DataError, Split
 from training.launching import launch
 from training.numerics import precision_of
 from training.objectives import network_of
@@ -39,6 +40,8 @@ from training.recipe import Recipe
 
 FORWARD_AND_BACKWARD = 3
 N_CLASSES = 100
+HELD_OUT = 128  # images that are not trained on
+WARM_UP_BATCHES = 3  # of the plain loop, not counted
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -85,7 +88,7 @@ class UsualDataset(Dataset[tuple[torch.Tensor, int]]):
 
 
 def plain_rate(recipe: Recipe, images: np.ndarray, labels: np.ndarray, device: torch.device, workers: int) -> float:
-    """Images/s of the plain loop over all images once, after a warm-up of three batches."""
+    """Images/s of the plain loop over all images once, after its first batches."""
     o = recipe.optimisation
     network = network_of(recipe, N_CLASSES).to(device).train()
     optimiser = torch.optim.SGD(network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay)
@@ -95,7 +98,7 @@ def plain_rate(recipe: Recipe, images: np.ndarray, labels: np.ndarray, device: t
     )
     began, n_images = 0.0, 0
     for step, (batch, targets) in enumerate(loader):
-        if step == 3:
+        if step == WARM_UP_BATCHES:
             _synchronise(device)
             began, n_images = time.perf_counter(), 0
         outputs = network(batch.to(device, non_blocking=True))
@@ -113,7 +116,7 @@ def our_rate(recipe_name: str, settings: list[str], data: Path, device: torch.de
     """Images/s of the project's own command: its second epoch over the same images, evaluation left out."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        changes = [f"--set={s}" for s in (*settings, "optimisation.epochs=2", "held_out_images=128")]
+        changes = [f"--set={s}" for s in (*settings, "optimisation.epochs=2", f"held_out_images={HELD_OUT}")]
         options = ["--recipe", recipe_name, "--data", str(data), "--device", device.type, *changes]
         if launch(processes, ["train", str(run), *options]):
             raise typer.Exit(1)
@@ -163,11 +166,14 @@ def measure(
 ) -> Report:
     """Train in turns: ours, plain, ours, ..."""
     recipe = Recipe.load(recipe_name, settings)
+    fewest = HELD_OUT + (WARM_UP_BATCHES + 1) * recipe.optimisation.batch_rows
+    if n_images < fewest:
+        raise DataError(f"{n_images} images: give {fewest} or more, or the plain loop has none to count")
     ours, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = write_noise(Path(folder) / "noise", n_images)
         images = load_image_set(data)
-        train = Split.make(n_images, 128, seed=0).train
+        train = Split.make(n_images, HELD_OUT, seed=0).train
         for _ in range(rounds):
             ours.append(our_rate(recipe_name, settings, data, device, processes))
             plain.append(plain_rate(recipe, images.train_images[train], images.train_labels[train], device, workers))
@@ -208,11 +214,11 @@ def show(report: Report, console: Console) -> None:
 def main(
     recipe: Annotated[str, typer.Option(help="A recipe of 32-px images.")] = "cifar100-fast",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the recipe.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Of this project; by default one per core or GPU.")] = None,
-    workers: Annotated[int, typer.Option(help="Of the plain loop's DataLoader.")] = 2,
-    images: Annotated[int, typer.Option(help="Images an epoch.")] = 4_096,
-    rounds: Annotated[int, typer.Option(help="Rounds of each.")] = 3,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the measurement there.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Of this project; one per core or GPU.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Of the plain loop's DataLoader.")] = 2,
+    images: Annotated[int, typer.Option(min=1, help="Images an epoch.")] = 4_096,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each.")] = 3,
+    json_path: JsonPath = None,
 ) -> None:
     """Measure how fast a recipe trains, beside a plain PyTorch loop of the same network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,6 +14,7 @@ from benchmarks.load.arrivals import bursts, poisson
 from benchmarks.load.connection import http_request
 from benchmarks.load.loops import open_loop
 from benchmarks.load.result import Result
+from benchmarks.options import JsonPath
 
 SAMPLES = Path(__file__).resolve().parents[2] / "service" / "web" / "samples"
 CONTENT_TYPES = {
@@ -62,7 +63,7 @@ def main(
     connections: Annotated[int, typer.Option(min=1, help="Most connections at once.")] = 1024,
     drain: Annotated[float, typer.Option(help="Seconds to wait for the last answers.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the arrival times.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers there.")] = None,
+    json_path: JsonPath = None,
 ) -> None:
     """Send images to a server at times fixed beforehand, and tell how long its answers took.
 

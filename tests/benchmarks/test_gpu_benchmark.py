@@ -108,8 +108,10 @@ def test_after_a_lost_device_nothing_is_begun(tmp_path: Path, monkeypatch: pytes
 def test_a_part_can_be_asked_for_alone(tmp_path: Path) -> None:
     told = tmp_path / "tiny.json"
     half = ["--dtype", "float16", "--only", "answers", "--only", "answer"]
-    assert main(["--device", "cpu", "--quick", "--part-of", str(told), *half]) == 0
+    both = ["--network=cifar", "--network", "tiny"]  # what was asked for, and then the one of this process
+    assert main(["--device", "cpu", "--quick", "--part-of", str(told), *half, *both]) == 0
     case = json.loads(told.read_text())
+    assert case["network"] == "tiny"
     assert set(case["found"]) == {"answers"}
     assert case["failed"] == {"answer": "no part has this name"}
     assert case["dtype"] == "torch.float16"

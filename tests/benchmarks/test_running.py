@@ -1,15 +1,19 @@
 """Every benchmark that loads a bundle or images itself tells in a sentence what is wrong with them."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from benchmarks.running import images_for
 from models.bundle import load_bundle
+from service.target import TargetError
 from tests.bundles import CLASS_NAMES
 from tests.service.process import REPOSITORY
 from tests.training import tiny
@@ -23,6 +27,40 @@ def test_a_wrong_bundle_is_no_stack_trace(name: str) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: nowhere: there is no such folder; give the folder of a bundle")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("engine", ["--images", "3"]),  # a quarter of them settles steering: none was waited for, for ever
+        ("engine", ["--policy", "any"]),
+        ("engine", ["--rounds", "0"]),
+        ("engine", ["--json", "nowhere/there.json"]),
+        ("degrade", ["--slice-s", "0"]),  # for ever
+        ("degrade", ["--figure", "tests"]),
+        ("plan_check", ["--seconds", "0"]),
+        ("precision", ["--runs", "0"]),
+        ("steering", ["--fractions", "0.4;0.6"]),
+        ("http_workers", ["--workers", "0"]),
+        ("http_workers", ["--workers", "one"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_the_option(name: str, arguments: list[str]) -> None:
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"benchmarks.{name}").main)
+    done = CliRunner(env={"EXITSERVE_DATA": ""}).invoke(app, arguments)
+    assert done.exit_code == 2, done.output
+    assert "Invalid value" in done.output
+
+
+@pytest.mark.parametrize("name", ["engine", "degrade", "plan_check"])
+def test_a_budget_out_of_reach_is_refused_with_the_range(name: str, bundle_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"benchmarks.{name}").main)
+    arguments = ["--bundle", str(bundle_path), "--images", "4", "--fraction", "1.5"]
+    done = CliRunner(env={"EXITSERVE_DATA": ""}).invoke(app, arguments)
+    assert isinstance(done.exception, TargetError)
+    assert "give a value from" in str(done.exception)
 
 
 def write_pictures(folder: Path, class_names: list[str]) -> Path:

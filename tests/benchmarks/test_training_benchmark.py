@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks.training import FORWARD_AND_BACKWARD, main
+from benchmarks.training import FORWARD_AND_BACKWARD, main, measure
 from tests.training import tiny
+from training.image_set import DataError
 
 
 def test_both_loops_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -26,3 +28,9 @@ def test_both_loops_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert report["precision"] == "fp32"
     assert report["peak_gmacs_per_s"]["fp32"] > 0
     assert "epoch 2 of 2" in capfd.readouterr().out  # the project's own command really trained
+
+
+def test_too_few_images_to_time_are_refused(tmp_path: Path) -> None:
+    recipe = tiny.write_recipe(tmp_path / "tiny.toml")
+    with pytest.raises(DataError, match="191 images: give 192 or more"):
+        measure(str(recipe), [], torch.device("cpu"), 1, 0, n_images=191, rounds=1)
