@@ -144,7 +144,7 @@ export class Hundred {
         `${percent(1 - mean / full)} less than the full network.`,
     ];
     if (SAMPLES.every((name) => this.known.has(name))) told.push(` ${right} were answered right.`);
-    const above = budget && mean > budget.average_mflops;
+    const above = budget && mean > budget.average_mflops * (1 + 1e-6); // less is rounding
     const why = above
       ? `That is above the budget of ${millions(budget.average_mflops)}, and may be for a while: the server lets hard ` +
         `images use what easy ones have saved, up to ${budget.ledger.burst_images.toFixed(0)} images' budgets. Keep it ` +

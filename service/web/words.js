@@ -1,12 +1,13 @@
 // Numbers and reasons as people read them.
 
-export const percent = (share, digits = 0) => `${(share * 100).toFixed(digits)} %`;
+const fixed = (number, digits) => number.toFixed(digits).replace(/^-(?=[0.]+$)/, ""); // -0 is 0
+export const percent = (share, digits = 0) => `${fixed(share * 100, digits)} %`;
 export const millions = (mflops) => {
   const digits = mflops < 0.1 ? 4 : mflops < 1 ? 2 : mflops < 1000 ? 1 : 0;
   return `${mflops.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits })} M`;
 };
 export const className = (label) => label.replaceAll("_", " ");
-export const score = (value) => (Number.isFinite(value) ? value.toFixed(2).replace(/^-(0\.00)$/, "$1") : "none");
+export const score = (value) => (Number.isFinite(value) ? fixed(value, 2) : "none");
 export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
 
 // A threshold by itself; null stands for two things, told apart by whether any image leaves there.

@@ -186,7 +186,7 @@ def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser)
 
 def test_numbers_are_written_as_people_write_them(page: Browser) -> None:
     told = page.driver.execute_async_script(
-        "import('/web/words.js').then(({ score, millions }) => arguments[0]("
-        "[score(-0.001), score(-0.01), millions(0.0012), millions(12345.6)]))"
+        "import('/web/words.js').then(({ score, millions, percent }) => arguments[0]("
+        "[score(-0.001), score(-0.01), millions(0.0012), millions(12345.6), percent(-2e-16), percent(-0.1, 1)]))"
     )
-    assert told == ["0.00", "-0.01", "0.0012 M", "12,346 M"]
+    assert told == ["0.00", "-0.01", "0.0012 M", "12,346 M", "0 %", "-10.0 %"]
