@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     given = command_line().parse_args(arguments)
     try:
         if given.plot is not None:
-            plot.require_matplotlib()
+            plot.require_drawable(given.plot)
         plan, planner = _plan(given)
         if given.plot is not None:
             capacity = plan.saturated.images_per_s
@@ -200,6 +200,10 @@ def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> S
         times = StageTimes.load(given.stage_times)
         require_stages(times, bundle.manifest.stages, given.stage_times)
         return times
+    if given.save_stage_times is not None and not given.save_stage_times.absolute().parent.is_dir():
+        raise PlanError(
+            f"--save-stage-times {given.save_stage_times}: there is no folder {given.save_stage_times.parent}"
+        )
     with Neighbours() as neighbours:
         times = measure(bundle, given.device, given.lanes, given.max_batch_rows, budget_mflops, tell=_tell)
     if neighbours.share is not None and neighbours.share > BUSY:

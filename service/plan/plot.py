@@ -14,16 +14,21 @@ class PlotError(RuntimeError):
     """A plot cannot be drawn; the message says what to do."""
 
 
-def require_matplotlib() -> None:
-    """Refuse early what cannot be drawn later: serving does not need matplotlib, so it may be missing.
+def require_drawable(path: Path) -> None:
+    """Refuse early what cannot be drawn later: the whole plan would be lost with it.
 
     Raises:
-        PlotError: it is.
+        PlotError: there is no folder for the file, its name ends as no picture's does, or matplotlib is missing, which
+            serving does not need.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise PlotError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib, or use --json") from None
+    if path.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+        raise PlotError(f"--plot {path}: its name has to end in .png, .svg or .pdf")
+    if not path.absolute().parent.is_dir():
+        raise PlotError(f"--plot {path}: there is no folder {path.parent}")
 
 
 def draw(plan: Plan, by_rate: Sequence[tuple[float, Outcome]], path: Path) -> None:

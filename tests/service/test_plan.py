@@ -162,9 +162,9 @@ def test_a_plot_is_drawn(tmp_path, capsys, shipped_times, monkeypatch, short_run
     code, _, err = plan(capsys, *asked, "--plot", picture)
     assert code == 0, err
     assert picture.read_bytes().startswith(b"\x89PNG")
-    code, _, err = plan(capsys, *asked, "--plot", tmp_path / "plan.nonsense")
-    assert code == 2
-    assert "plan.nonsense" in err
+    code, out, err = plan(capsys, *asked, "--plot", tmp_path / "plan.png" / "below.png")
+    assert (code, out) == (2, "")
+    assert "there is no folder" in err
 
 
 def test_times_that_were_measured_beside_other_work_say_so(capsys, shipped_times, tmp_path, monkeypatch, short_runs):
@@ -198,6 +198,12 @@ def test_what_others_have_of_the_cores_is_read():
     assert seen.share is not None
 
 
+def test_times_that_could_not_be_saved_are_not_measured(capsys):
+    code, out, err = plan(capsys, "--model", str(SHIPPED), "--rate", "10", "--save-stage-times", "nowhere/here.json")
+    assert (code, out) == (2, "")
+    assert err == "error: --save-stage-times nowhere/here.json: there is no folder nowhere\n"
+
+
 def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, _, err = plan(capsys, "--rate", "10", "--plot", "plan.png")
@@ -220,6 +226,8 @@ def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
         (["--seconds", "0.1"], "simulate 1,000 to 2,000,000"),
         (["--stage-times", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--save-stage-times", "x.json"], "give one of them"),
+        (["--plot", "plan.nonsense"], "--plot plan.nonsense: its name has to end in .png, .svg or .pdf"),
+        (["--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: there is no folder nowhere"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times, arguments, told):
@@ -229,6 +237,7 @@ def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times
     assert code == 2
     assert told in err
     assert not out
+    assert "simulating" not in err
     assert "Traceback" not in err
 
 
