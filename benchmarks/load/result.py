@@ -22,7 +22,7 @@ class Result:
     statuses: NDArray[np.int16]  # [R] of HTTP; 0: its connection ended first, -1: no answer by the end
     image_index: NDArray[np.int64]  # [R] which of the images
     bodies: list[bytes]  # [R] of the answers
-    seconds: float  # from the start until the last answer, or until sending stopped in a closed loop
+    seconds: float  # from the start until sending stopped, in an open loop until the last answer where that is later
     client_cpu_s: float
     stopped_early: bool  # too many were late: see `open_loop`
 

@@ -144,6 +144,20 @@ def test_a_server_that_never_answers_does_not_hold_the_client() -> None:
     assert result.failures == {"unanswered": 5}
 
 
+def test_a_rate_is_not_spread_over_the_wait_for_an_answer_that_never_comes() -> None:
+    async def all_but_one(number: int) -> bytes:
+        if number == 3:
+            await asyncio.Event().wait()
+        return OK
+
+    with http_server(all_but_one) as url:
+        result = asyncio.run(open_loop(url, requests(url), np.arange(20) / 200.0, drain_s=0.5))
+    assert result.failures == {"unanswered": 1}
+    last_s = max(result.sent_s.max(), np.nanmax(result.done_s))
+    assert last_s <= result.seconds < last_s + 0.25
+    assert result.achieved_rate == pytest.approx(19 / result.seconds)
+
+
 def test_sending_ends_once_too_many_are_late_to_change_the_verdict() -> None:
     async def slow(number: int) -> bytes:
         await asyncio.sleep(0.05)
