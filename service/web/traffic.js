@@ -17,7 +17,9 @@ export class Traffic {
       if (exit >= 1 && exit <= this.exits) counts[exit - 1] += Number(value);
     }
     const now = { counts, total: counts.reduce((sum, n) => sum + n, 0) };
-    if (now.total < (this.seen.at(-1)?.total ?? 0)) this.seen = []; // the server has been started anew
+    const last = this.seen.at(-1)?.total;
+    if (now.total === last) return; // a page may be open for weeks
+    if (now.total < last) this.seen = []; // the server has been started anew
     this.seen.push(now);
     // The newest reading that is a window old stays as the one to count from; older ones go.
     const enough = this.seen.findLastIndex((then) => now.total - then.total >= WINDOW);

@@ -35,9 +35,11 @@ def test_the_rules_do_what_they_say() -> None:
 
 def test_every_rule_has_a_unit_test() -> None:
     tested = (FOLDER / "rules_test.yml").read_text()
+    told = [case for test in yaml.safe_load(tested)["tests"] for case in test.get("alert_rule_test", ())]
     for alert in ALERTS:
-        assert f"alertname: {alert['alert']}" in tested
-        assert f"exp_labels: {{severity: {alert['labels']['severity']}" in tested
+        expected = [case["exp_alerts"] for case in told if case["alertname"] == alert["alert"]]
+        assert [] in expected, f"{alert['alert']}: no test of when it does not fire"
+        assert any(expected), f"{alert['alert']}: no test of when it fires"
     for name in re.findall(r"- record: (\S+)", (FOLDER / "recording.yml").read_text()):
         assert name in tested
 

@@ -184,6 +184,22 @@ def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser)
     assert taken == [[False, False], [True, True]]
 
 
+def test_a_page_that_stays_open_keeps_no_more_readings_than_it_counts_from(page: Browser) -> None:
+    kept = page.driver.execute_async_script(
+        "import('/web/traffic.js').then(({ Traffic }) => { const traffic = new Traffic(1), done = arguments[0];"
+        'const read = (n) => traffic.read(`exitserve_exits_total{exit="1",reason="final"} ${n}.0\\n`);'
+        "const kept = [];"
+        "for (let i = 0; i < 500; i++) read(7);"
+        "kept.push(traffic.seen.length, traffic.live.answers);"
+        "for (let i = 8; i < 1000; i++) { read(i); read(i); }"
+        "kept.push(traffic.seen.length, traffic.live.answers);"
+        "read(3);"
+        "kept.push(traffic.seen.length, traffic.live.answers);"
+        "done(kept); })"
+    )
+    assert kept == [1, 0, 301, 300, 1, 0]
+
+
 def test_numbers_are_written_as_people_write_them(page: Browser) -> None:
     told = page.driver.execute_async_script(
         "import('/web/words.js').then(({ score, millions, percent }) => arguments[0]("
