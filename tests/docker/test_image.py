@@ -15,6 +15,17 @@ def test_hadolint_finds_nothing() -> None:
     assert (told.returncode, told.stdout + told.stderr) == (0, "")
 
 
+def test_a_gpu_has_minutes_to_warm_up_before_it_is_unhealthy() -> None:
+    stages = re.split(r"(?m)^FROM .* AS (\S+)$", DOCKERFILE.read_text())
+    texts = dict(zip(stages[1::2], stages[2::2], strict=True))
+    checks = {name: re.search(r"HEALTHCHECK .*--start-period=(\d+)s.* CMD (.*)", text) for name, text in texts.items()}
+    own, gpu = checks["runtime"], checks["runtime-gpu"]
+    assert own is not None
+    assert gpu is not None
+    assert own[2] == gpu[2] == '["python", "-m", "service.health"]'
+    assert int(gpu[1]) >= 300 > int(own[1])
+
+
 def test_cuda_packages_are_pinned_and_fit_the_runtime() -> None:
     text = (REPOSITORY / "docker/requirements-cuda.txt").read_text()
     pins = [line for line in text.splitlines() if line and not line.startswith("#")]
