@@ -94,17 +94,11 @@ async function start() {
   const hundred = new Hundred(model, look);
   let served; // as the metrics told it first
 
-  // Who serves others may keep the metrics to themselves: then there are no live shares.
-  const readMetrics = () =>
-    readText("metrics").catch((error) => {
-      if (passes(error)) throw error;
-      return null;
-    });
-
   async function look() {
     try {
       const { changes } = budget;
-      const [state, metrics] = await Promise.all([readJson("budget"), readMetrics()]);
+      // Who serves others may keep the metrics to themselves, whatever they answer: then there are no live shares.
+      const [state, metrics] = await Promise.all([readJson("budget"), readText("metrics").catch(() => null)]);
       if (look.ended) return;
       const serves = /^exitserve_model_info\{.*$/m.exec(metrics ?? "")?.[0];
       if (serves && serves !== (served ??= serves)) return replaced();

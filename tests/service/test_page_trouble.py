@@ -105,10 +105,10 @@ def test_a_picture_that_takes_too_long_to_send_is_sent_smaller(page: Browser, tm
 
 
 def test_without_the_metrics_all_but_the_live_shares_works(browser: Browser, server: ServerProcess) -> None:
-    """As behind a proxy that keeps /metrics inside, which docs/operations.md advises."""
+    """As behind a proxy that keeps /metrics inside, which docs/operations.md advises, however it says so."""
     refuse = (
         "const real = fetch; window.fetch = (path, options) => "
-        "path === 'metrics' ? Promise.resolve(new Response('', { status: 403 })) : real(path, options)"
+        "path === 'metrics' ? Promise.resolve(new Response('', { status: 503 })) : real(path, options)"
     )
     script = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
     try:
