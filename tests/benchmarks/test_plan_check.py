@@ -7,7 +7,8 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks import plan_check
-from benchmarks.plan_check import Pair, main, mean_of
+from benchmarks.plan_check import Pair, Stream, main, mean_of
+from service.errors import EngineError
 from service.plan import host_times, planning
 from service.plan.stage_times import StageTimes
 from tests.bundles import tiny_bundle
@@ -35,6 +36,20 @@ def test_the_command_predicts_and_serves(tmp_path, monkeypatch):
         "p99 at 20% load, ms",
     ]
     assert all(pair["predicted"] > 0 and pair["live"] > 0 for pair in pairs)
+
+
+def test_an_image_that_is_not_answered_ends_the_stream():
+    class Failing:
+        """An engine that answers nothing."""
+
+        def submit_to(self, sink, token, image):
+            try:
+                sink([(token, EngineError("the device is lost"))])
+            except EngineError:
+                pytest.fail("on the engine's thread it would end that, and nobody would hear of it")
+
+    with pytest.raises(EngineError, match="the device is lost"):
+        Stream(Failing(), [None]).run([0.0, 0.0, 0.001])
 
 
 def test_an_error_is_relative_to_what_was_seen():
