@@ -1,5 +1,6 @@
 """Logs as JSON, one object a line, or as text for people."""
 
+import json
 import logging
 import sys
 import warnings
@@ -25,7 +26,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             document["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(document, default=str).decode()
+        try:
+            return orjson.dumps(document, default=str).decode()
+        except TypeError:  # a name of a file that is no UTF-8, say: the line is not to be lost for it
+            return json.dumps(document, default=str, separators=(",", ":"))
 
 
 def set_up_logs(level: str, as_json: bool) -> None:

@@ -1,8 +1,11 @@
 """What a server prints: its log, and nothing beside it."""
 
+import json
+import logging
 import subprocess
 import sys
 
+from service.logs import JsonFormatter
 from tests.service.process import REPOSITORY, environment
 
 # An EXIF note whose entries lie: Pillow warns of each, in words that are new each time.
@@ -31,3 +34,11 @@ def test_odd_pictures_leave_nothing_beside_the_log_and_nothing_in_memory() -> No
     )
     assert done.stderr == ""
     assert int(done.stdout) <= 1  # its version, which Python keeps there
+
+
+def test_a_line_is_not_lost_for_a_name_that_is_no_utf_8() -> None:
+    record = logging.LogRecord("service", logging.ERROR, __file__, 1, "not read: %s", ("b\udcff",), None)
+    line = JsonFormatter().format(record)
+    assert line.isascii()
+    assert '"level":"error"' in line
+    assert json.loads(line)["message"] == "not read: b\udcff"
