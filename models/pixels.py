@@ -25,7 +25,27 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}  # of 255, between one value of few bits and
 SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
-def correct_transparency(image: Image.Image) -> None:
+def loaded(image: Image.Image) -> Image.Image:
+    """Decode an opened picture; returns it, with what is transparent as it is meant, or one that is white there."""
+    _correct_transparency(image)
+    image.load()
+    return _on_white(image) if image.format == "GIF" else image
+
+
+def _on_white(gif: Image.Image) -> Image.Image:
+    """A decoded GIF, white where its frame leaves the screen bare.
+
+    That is transparent for browsers; Pillow gives it the first colour of the palette, if none is transparent.
+    """
+    box = gif.dispose_extent  # type: ignore[attr-defined]  # of the frame
+    if box is None or box == (0, 0, *gif.size) or "transparency" in gif.info:
+        return gif
+    white = Image.new("RGB", gif.size, "white")
+    white.paste(gif.crop(box).convert("RGB"), box)
+    return white
+
+
+def _correct_transparency(image: Image.Image) -> None:
     """Have what a PNG names as transparent be as its pixels will be; to be called before they are loaded.
 
     Pillow leaves the value as it is in the file, but makes 8 bits of pixels that have 2, 4, or 3 x 16.

@@ -31,7 +31,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from models.pixels import TURNS, as_rgb, correct_transparency, fitted, orientation_of
+from models.pixels import TURNS, as_rgb, fitted, loaded, orientation_of
 from service.decoding import Decoding
 from service.jpeg_scans import MOST_PIECES, MOST_SCANS, is_endless
 from service.mistaken import name_of
@@ -199,10 +199,7 @@ class ImageDecoder:
         if image.size != (self.width_px, self.height_px):
             side = DRAFT_FACTOR * max(self.width_px, self.height_px)
             image.draft(image.mode, (side, side))  # JPEG alone can; it takes the scale that leaves `side` at least
-        correct_transparency(image)
-        image.load()
-        if isinstance(image, StillGif):
-            image = image.on_white()
+        image = loaded(image)
         if image.mode == "RGB" and image.size == (self.width_px, self.height_px) and not image.info:
             return np.asarray(image)
         orientation = orientation_of(image)

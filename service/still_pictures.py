@@ -19,18 +19,6 @@ class StillGif(GifImagePlugin.GifImageFile):
     def disposal_method(self, method: int) -> None:
         """As the frame says."""
 
-    def on_white(self) -> Image.Image:
-        """The picture, loaded, white where its frame leaves the screen bare.
-
-        That is transparent for browsers; Pillow gives it the first colour of the palette, if none is transparent.
-        """
-        box = self.dispose_extent  # of the frame
-        if box is None or box == (0, 0, *self.size) or "transparency" in self.info:
-            return self
-        white = Image.new("RGB", self.size, "white")
-        white.paste(self.crop(box).convert("RGB"), box)
-        return white
-
 
 class StillJpeg(JpegImagePlugin.JpegImageFile):
     """A JPEG whose notes nobody reads as it is opened: not how large to print it, nor what other pictures follow."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from models.pixels import correct_transparency, fitted, orientation_of
+from models.pixels import fitted, loaded, orientation_of
 from training.image_set import DataError, ImageSet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -157,9 +157,8 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
     def read(row: int) -> None:
         path, _ = files[row]
         try:
-            with Image.open(path, formats=FORMATS) as image:
-                correct_transparency(image)
-                image.load()
+            with Image.open(path, formats=FORMATS) as opened:
+                image = loaded(opened)
                 images[row] = np.asarray(fitted(image, (image_size_px, image_size_px), orientation_of(image)))
         except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
             damaged[path] = error
