@@ -390,15 +390,20 @@ class BrokenObserver:
     def answered(self, answers: Sequence[Answer]) -> None: ...
 
 
-def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
-    engine = faulty_engine(bundle, observer=BrokenObserver())
+def require_told(engine, images, what):
+    """Have an engine break down over forty images: all hear of it."""
     engine.start()
     gate = hold(engine)
     futures = [engine.submit(image) for image in images[:40]]
     gate.set()
     for future in futures:
-        with pytest.raises(EngineError, match=r"broke down \(ZeroDivisionError: a bug\)"):
+        with pytest.raises(EngineError, match=what):
             future.result(LIMIT_S)
+
+
+def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
+    engine = faulty_engine(bundle, observer=BrokenObserver())
+    require_told(engine, images, r"broke down \(ZeroDivisionError: a bug\)")
     with pytest.raises(EngineError, match="broke down"):
         engine.submit(images[0])
     assert not engine.is_alive
@@ -415,13 +420,7 @@ def test_where_the_books_are_what_broke_everybody_hears_of_it(bundle, images):
             engine._core.budget.costs = ()
 
     engine = faulty_engine(bundle, observer=BreaksTheBooks())
-    engine.start()
-    gate = hold(engine)
-    futures = [engine.submit(image) for image in images[:40]]
-    gate.set()
-    for future in futures:
-        with pytest.raises(EngineError, match=r"broke down \(IndexError"):
-            future.result(LIMIT_S)
+    require_told(engine, images, r"broke down \(IndexError")
     assert engine.stats().in_flight_rows == 0
     assert balanced(engine.stats())
     assert engine.drain(5)
