@@ -18,11 +18,11 @@ C_COMPILER  := import os, sysconfig as s; print(os.environ.get("CC") or s.get_co
 NO_COMPILER := error: no C compiler that finds Python.h. Install both (Debian, Ubuntu: apt-get install gcc libc6-dev \
   python3-dev), or serve as it is: nothing has to be compiled.
 SIDE_BY_SIDE := -m "not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-# Tests that run the engine, in parts, whole or in a server.
-OF_ENGINE   := access_log api api_batch api_budget api_options api_stream budget budget_real compiled costs delivery \
-  device_lost direct engine engine_trouble front front_engine front_outbox front_trouble guard inbox lanes latency \
-  launching limits metrics pace plan_simulation retries runner_onnx runner_onnx_device runner_torch scheduler score_histories serving_real \
-  shutdown slots start two_ways wishes
+# Tests of what is compiled: the engine and its budget, in parts, whole, and in a server.
+COMPILED    := tests/service/engine tests/service/budget tests/service/runners/test_slots.py \
+  tests/service/runners/test_limits.py tests/service/runners/test_runner_onnx.py tests/service/plan/test_plan_simulation.py \
+  tests/service/front/test_front_engine.py tests/service/api/test_direct.py tests/service/test_compiled.py \
+  tests/service/test_serving_real.py tests/promises
 
 .PHONY: help serve setup compile pure test test-compiled test-gpu check format bench league train secrets configuration dashboard check-containers clean
 
@@ -47,7 +47,7 @@ test: $(VENV)/.dev     ## run the tests: a file a core and one more at a time, t
 	$(BIN)/python -m pytest tests/alone
 
 test-compiled: $(VENV)/.dev compile  ## compile, then run the tests of what is compiled
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(OF_ENGINE:%=tests/service/test_%.py) tests/promises
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(COMPILED)
 	$(BIN)/python -m pytest tests/alone/test_host_benchmark.py
 
 test-gpu: $(VENV)/.dev  ## on a GPU: run the tests that need one, some minutes

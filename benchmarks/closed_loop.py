@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.engine.rows import Answer, Told
 from service.errors import EngineError
-from service.rows import Answer, Told
 
 Images = NDArray[np.uint8]
 SAMPLED = 8  # one answer in so many is looked at, as that takes time of the engine's thread

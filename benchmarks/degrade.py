@@ -28,10 +28,10 @@ from benchmarks.options import JsonPath, writable
 from benchmarks.running import budget_of, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
-from service.budget_state import BudgetState
-from service.engine import Engine
+from service.budget.state import BudgetState
+from service.engine.engine import Engine
+from service.engine.rows import Answer, Told
 from service.errors import EngineOverloaded
-from service.rows import Answer, Told
 from service.settled_memory import settle_memory
 
 

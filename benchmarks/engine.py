@@ -27,8 +27,8 @@ from benchmarks.options import JsonPath
 from benchmarks.running import budget_of, images_for, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
+from service.engine.policies import POLICIES
 from service.plan.measuring import full_row_seconds
-from service.policies import POLICIES
 from service.runners.onnx import OnnxRunner
 from service.settled_memory import settle_memory
 

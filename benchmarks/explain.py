@@ -10,10 +10,10 @@ import matplotlib as mpl
 import numpy as np
 
 from models.bundle import Bundle, load_bundle
-from service.budget import BudgetController
-from service.costs import CostTable
-from service.ledger import Account
-from service.scheduler import Scheduler
+from service.budget.controller import BudgetController
+from service.budget.ledger import Account
+from service.engine.costs import CostTable
+from service.engine.scheduler import Scheduler
 from training.figures import figure_axes
 
 BUNDLE = Path("models/zoo/cifar100-msdnet")

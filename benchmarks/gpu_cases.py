@@ -18,16 +18,16 @@ from models.exits import SCORES, take_exits
 from models.frontier import Frontier, build_frontier
 from models.registry import build_network
 from models.scores import HeadScore, score_exits
-from service.budget import BudgetController
-from service.engine import Engine
-from service.ledger import window_for
-from service.observer import Observer
+from service.budget.controller import BudgetController
+from service.budget.ledger import window_for
+from service.engine.engine import Engine
+from service.engine.observer import Observer
+from service.engine.scheduler import Scheduler
 from service.runners.blocks import RowState
 from service.runners.slotted import SlotRunner
 from service.runners.torch_cuda.device import Device
 from service.runners.torch_cuda.network import cut, load_network
 from service.runners.torch_cuda.runner import TorchCudaRunner
-from service.scheduler import Scheduler
 
 ZOO = Path(__file__).resolve().parents[1] / "models" / "zoo"
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -15,8 +15,8 @@ from benchmarks.closed_loop import Load, Round, ideal_rate
 from benchmarks.gpu_cases import Case, Plan
 from models.exits import SCORES
 from models.scores import HeadScore, score_exits
+from service.engine.rows import Answer, Options
 from service.errors import EngineError
-from service.rows import Answer, Options
 from service.runners.slotted import SlotRunner
 from service.runners.torch_cuda.device import Copier, Device, Mark, Program, Stream
 from service.runners.torch_cuda.kernels import Ways

@@ -37,18 +37,18 @@ from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.api.app import create_app
 from service.assembly import default_burst_images
-from service.budget import BudgetController
+from service.budget.controller import BudgetController
+from service.budget.target import Keeper, Targets
 from service.command_line import load_settings
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.engine.observer import Observer
+from service.engine.rows import Told
+from service.engine.scheduler import Scheduler
 from service.metrics import Metrics
-from service.observer import Observer
-from service.rows import Told
 from service.runners.base import StageOutput
 from service.runners.blocks import Block, RowState
-from service.scheduler import Scheduler
 from service.server import Server, listen
 from service.settled_memory import settle_memory
-from service.target import Keeper, Targets
 
 ZOO = Path("models/zoo")
 MAX_ROWS = 32

@@ -29,14 +29,14 @@ from benchmarks.options import JsonPath
 from benchmarks.running import budget_of, run
 from models.bundle import Bundle, load_bundle
 from service.assembly import build_engine
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.engine.rows import Told
 from service.errors import EngineError, EngineOverloaded
 from service.plan.arrivals import poisson
 from service.plan.measuring import measure
 from service.plan.planning import Planner
 from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes
-from service.rows import Told
 from service.settled_memory import settle_memory
 
 LOADS = (0.5, 0.8)  # of the rate reached at saturation

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from models.bundle import Bundle, BundleError
-from service.target import TargetError, Targets
+from service.budget.target import TargetError, Targets
 from training.data import load_image_set
 from training.errors import TrainingError
 from training.image_set import DataError, ImageSet

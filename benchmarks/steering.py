@@ -27,7 +27,7 @@ from models.bundle import Bundle, load_bundle
 from models.exits import outcome
 from models.frontier import Frontier
 from models.scores import score_exits
-from service.ledger import MANY_IN_FLIGHT, ROLLING_ANSWERS, window_for
+from service.budget.ledger import MANY_IN_FLIGHT, ROLLING_ANSWERS, window_for
 from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes

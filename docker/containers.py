@@ -160,7 +160,7 @@ def build(machine: Machine) -> None:
         )
         size_bytes = int(machine.run("podman", "inspect", f"{IMAGE}:{target}", "--format", "{{.Size}}"))
         say(f"  ok: docker/Dockerfile, target {target}: {size_bytes / 1e6:.0f} MB")
-        asked = "import service.core; from service.compiled import state; print(state())"
+        asked = "import service.engine.core; from service.compiled import state; print(state())"
         told = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", asked)
         expect(told.startswith("the engine runs compiled"), "its engine is compiled, and can be loaded", told)
         if target != "cpu":

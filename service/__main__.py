@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 # All else is imported once it is needed: `--help`, a wrong setting and Ctrl-C are answered at once.
 if TYPE_CHECKING:
+    from service.budget.target import Target, Targets
     from service.settings import Settings
-    from service.target import Target, Targets
 
 logger = logging.getLogger("service")
 T = TypeVar("T")
@@ -92,13 +92,13 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
     from models.onnx_weights import StageLoadError
     from service import compiled
     from service.assembly import build_engine
+    from service.budget.target import Keeper, Targets
     from service.front.supervisor import Front
     from service.metrics import Metrics
-    from service.precision import at_precision
     from service.runners.base import FatalRunnerError, RunnerError
+    from service.runners.precision import at_precision
     from service.server import ServerFailed
     from service.single import serve
-    from service.target import Keeper, Targets
 
     admin_token = settings.read_admin_token()
     try:
@@ -170,8 +170,8 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
 
 def _target(settings: "Settings", targets: "Targets") -> "Target":
     """The budget that was asked for; the whole network's where none was, of which the frontier uses what pays."""
+    from service.budget.target import Kind, TargetError
     from service.settings import SettingsError
-    from service.target import Kind, TargetError
 
     asked: tuple[tuple[Kind, float | None], ...] = (
         ("average_mflops", settings.budget_mflops),

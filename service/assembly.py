@@ -3,14 +3,14 @@
 from math import inf
 
 from models.bundle import Bundle
-from service.budget import BudgetController
-from service.engine import Engine
-from service.ledger import window_for
-from service.observer import Observer
+from service.budget.controller import BudgetController
+from service.budget.ledger import window_for
+from service.engine.engine import Engine
+from service.engine.observer import Observer
+from service.engine.scheduler import Scheduler
 from service.runners.base import RunnerError, canvas_px_of
 from service.runners.choice import Resize, RunnerName, open_runner
 from service.runners.providers import Device
-from service.scheduler import Scheduler
 
 
 def default_burst_images(n_lanes: int, max_rows: int) -> float:

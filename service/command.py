@@ -110,11 +110,11 @@ def _classify_here(
     from service.api.options import OptionReader
     from service.api.problems import Problem
     from service.assembly import build_engine
+    from service.budget.target import TargetError, Targets
     from service.errors import EngineError
-    from service.images import ImageDecoder, ImageError
+    from service.images.decoder import ImageDecoder, ImageError
     from service.runners.base import RunnerError
     from service.settings import Settings
-    from service.target import TargetError, Targets
 
     try:
         bundle = load_bundle(bundle_path)

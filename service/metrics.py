@@ -22,10 +22,10 @@ from prometheus_client.registry import Collector
 
 from models.bundle import Bundle
 from models.manifest import Manifest
-from service.budget import Reason
-from service.budget_state import BudgetState
-from service.observer import EngineStats
-from service.rows import Answer
+from service.budget.controller import Reason
+from service.budget.state import BudgetState
+from service.engine.observer import EngineStats
+from service.engine.rows import Answer
 from service.tally import SECONDS, Tally, add_histogram, families
 
 REASONS: tuple[Reason, ...] = get_args(Reason)

@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.latency import MAX_LATENCY_MS
+from service.budget.latency import MAX_LATENCY_MS
 
 ENV_PREFIX = "EXITSERVE_"
 NOT_ON_THE_COMMAND_LINE = frozenset({"admin_token"})

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from models.bundle import Bundle
 from service.api.app import create_app
 from service.api.ports import KeeperPort, MetricsPort
-from service.engine import Engine
+from service.budget.target import Targets
+from service.engine.engine import Engine
 from service.server import Server, ServerFailed
 from service.settings import Settings
 from service.settled_memory import settle_memory
-from service.target import Targets
 
 
 def serve(

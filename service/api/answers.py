@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.latency import MAX_LATENCY_MS
+from service.budget.latency import MAX_LATENCY_MS
 
 
 class Ranked(BaseModel):

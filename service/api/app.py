@@ -23,9 +23,9 @@ from service.api.room import Room
 from service.api.state import State
 from service.api.status import status_routes
 from service.api.stream import stream_routes
-from service.images import ImageDecoder
+from service.budget.target import Targets
+from service.images.decoder import ImageDecoder
 from service.settings import Settings
-from service.target import Targets
 
 logger = logging.getLogger(__name__)
 

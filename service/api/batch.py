@@ -21,10 +21,10 @@ from service.api.options import Asked
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem
 from service.api.siblings import Siblings
+from service.engine.rows import Options
 from service.errors import EngineError, EngineOverloaded, EngineTooLate
-from service.images import ImageError
+from service.images.decoder import ImageError
 from service.logs import NOTES
-from service.rows import Options
 
 T = TypeVar("T")
 Result = dict[str, Any] | Problem

@@ -18,10 +18,10 @@ from service.api.bodies import read_body
 from service.api.problems import Problem
 from service.api.queries import read_query
 from service.api.state import State
-from service.budget_state import BudgetState as EngineBudget
-from service.latency import LatencyState as EngineLatency
-from service.ledger import ROLLING_ANSWERS
-from service.target import KINDS, Target, TargetError, Targets
+from service.budget.latency import LatencyState as EngineLatency
+from service.budget.ledger import ROLLING_ANSWERS
+from service.budget.state import BudgetState as EngineBudget
+from service.budget.target import KINDS, Target, TargetError, Targets
 
 MAX_BYTES = 64 * 1024
 EXAMPLES = '{"average_mflops": 40}, {"fraction": 0.4} or {"accuracy": 0.74}, and {"latency_ms": 50} alone or with one'

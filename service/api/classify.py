@@ -14,10 +14,10 @@ from service.api.documents import Documents, engine_problem, image_problem, outc
 from service.api.options import Asked, OptionReader
 from service.api.plain_route import PlainRoute
 from service.api.state import State
+from service.engine.rows import Answer
 from service.errors import EngineError
-from service.images import ImageError
+from service.images.decoder import ImageError
 from service.logs import NOTES
-from service.rows import Answer
 
 STATUSES = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 IMAGE_PARTS = {FIELD: {"contentType": ", ".join(IMAGE_TYPES)}}  # of a form, as OpenAPI describes them

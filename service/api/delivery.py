@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from service.api.ports import EnginePort
-from service.rows import Answer, Options, Sink, Step, Told
+from service.engine.rows import Answer, Options, Sink, Step, Told
 
 # A client that waits this long is watched for hanging up; sooner, the watching would cost more than the work.
 PATIENCE_S = 0.05

@@ -25,9 +25,9 @@ from service.api.lifecycle import Names
 from service.api.options import Asked
 from service.api.problems import CLIENT_LEFT, Problem, internal_error, not_ready
 from service.api.room import Room
+from service.engine.rows import Answer, Told
 from service.errors import EngineError
-from service.images import ImageError
-from service.rows import Answer, Told
+from service.images.decoder import ImageError
 
 logger = logging.getLogger(__name__)
 

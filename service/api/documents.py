@@ -7,9 +7,9 @@ from starlette.requests import ClientDisconnect
 
 from models.manifest import Manifest
 from service.api.problems import Problem, not_ready
+from service.engine.rows import Answer, Step
 from service.errors import EngineDraining, EngineError, EngineLost, EngineOverloaded, EngineTooLate, EngineUnsound
-from service.images import ImageError
-from service.rows import Answer, Step
+from service.images.decoder import ImageError
 from service.tally import Outcome
 
 TITLES = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from service.api.queries import bad_parameter, integer, number, read_query
-from service.rows import Options
+from service.engine.rows import Options
 
 KNOWN = ("top_k", "exit", "min_confidence", "max_mflops", "deadline_ms")
 DEFAULT_TOP_K = 5

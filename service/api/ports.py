@@ -5,14 +5,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.budget_state import BudgetState
-from service.rows import Options, Sink
+from service.budget.state import BudgetState
+from service.budget.target import Target
+from service.engine.rows import Options, Sink
 from service.tally import Outcome
-from service.target import Target
 
 
 class EnginePort(Protocol):
-    """As `service.engine.Engine`, which says more."""
+    """As `service.engine.engine.Engine`, which says more."""
 
     def start(self) -> None:
         """Wait until images are taken; raises what keeps the engine from it."""
@@ -87,7 +87,7 @@ class MetricsPort(Protocol):
 
 
 class KeeperPort(Protocol):
-    """As `service.target.Keeper`. Both wait: not for the event loop."""
+    """As `service.budget.target.Keeper`. Both wait: not for the event loop."""
 
     def read(self) -> tuple[Target, BudgetState]: ...
     def set(self, target: Target) -> BudgetState: ...

@@ -7,9 +7,9 @@ from service.api.delivery import Delivery
 from service.api.lifecycle import Lifecycle
 from service.api.ports import EnginePort, KeeperPort, MetricsPort
 from service.api.problems import not_ready
-from service.images import ImageDecoder
+from service.budget.target import Targets
+from service.images.decoder import ImageDecoder
 from service.settings import Settings
-from service.target import Targets
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from service.api.classify import ABOUT_IMAGES, STATUSES, Classifier, one_image
 from service.api.documents import engine_problem, finite, outcome
 from service.api.plain_route import PlainRoute
 from service.api.problems import Problem, internal_error, not_ready
+from service.engine.rows import Answer
+from service.engine.rows import Step as HeadStep
 from service.errors import EngineError
 from service.logs import NOTES
-from service.rows import Answer
-from service.rows import Step as HeadStep
 from service.tally import Outcome
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from itertools import count
 from typing import Any
 
 from service.api.ports import KeeperPort, MetricsPort
-from service.budget_state import BudgetState
+from service.budget.state import BudgetState
+from service.budget.target import Target
 from service.errors import EngineDraining, EngineError
 from service.front import wire
 from service.front.wire import Kind
 from service.tally import Tally
-from service.target import Target
 
 logger = logging.getLogger(__name__)
 

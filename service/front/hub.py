@@ -15,7 +15,9 @@ from queue import SimpleQueue
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from typing import Any
 
-from service.engine import Engine
+from service.budget.target import Keeper
+from service.engine.engine import Engine
+from service.engine.rows import Request, Told
 from service.errors import EngineError
 from service.front import wire
 from service.front.calls import reply_to
@@ -23,8 +25,6 @@ from service.front.channel import Channel
 from service.front.memory import SharedMemory, picture_in
 from service.front.wire import Kind
 from service.metrics import Metrics
-from service.rows import Request, Told
-from service.target import Keeper
 
 logger = logging.getLogger(__name__)
 

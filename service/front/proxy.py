@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.rows import Options, Sink, Told
 from service.errors import EngineError, EngineOverloaded
 from service.front import wire
 from service.front.calls import Calls, gone
@@ -16,7 +17,6 @@ from service.front.channel import Channel
 from service.front.memory import SharedMemory, picture_in
 from service.front.outbox import Outbox
 from service.front.wire import Kind
-from service.rows import Options, Sink, Told
 
 TOOK_S = 0.02  # how late the engine hears, at most, what answers took: nothing is sent for that alone
 PLAIN = Options()

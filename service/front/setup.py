@@ -5,9 +5,9 @@ import pickle
 from dataclasses import dataclass
 
 from models.bundle import Bundle
+from service.budget.target import Targets
 from service.front.memory import Layout
 from service.settings import Settings
-from service.target import Targets
 
 
 @dataclass(frozen=True, slots=True)

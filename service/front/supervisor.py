@@ -14,18 +14,18 @@ from time import monotonic
 from types import FrameType
 
 from models.bundle import Bundle
-from service.engine import Engine
+from service.budget.target import Keeper, Targets
+from service.engine.engine import Engine
+from service.engine.inbox import next_message
 from service.front.hub import Hub
 from service.front.memory import Layout, SharedMemory
 from service.front.setup import Setup
 from service.front.wire import Kind
-from service.inbox import next_message
 from service.metrics import Metrics
 from service.server import FAILED_S, STOPS, ServerFailed
 from service.settings import Settings
 from service.settled_memory import settle_memory
 from service.tally import Tally
-from service.target import Keeper, Targets
 
 logger = logging.getLogger(__name__)
 

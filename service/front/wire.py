@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from math import isnan, nan
 
+from service.engine.rows import Answer, Options, Step, Told
 from service.errors import EngineDraining, EngineError, EngineLost, EngineOverloaded, EngineTooLate, EngineUnsound
-from service.rows import Answer, Options, Step, Told
 
 
 class Kind(IntEnum):

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from models.bundle import Bundle, BundleError, load_bundle
 from models.onnx_weights import StageLoadError
-from service.ledger import MANY_IN_FLIGHT
+from service.budget.ledger import MANY_IN_FLIGHT
+from service.budget.target import TargetError, Targets
+from service.engine.policies import POLICIES
 from service.plan import plot
 from service.plan.measuring import measure
 from service.plan.neighbours import Neighbours
@@ -21,9 +23,7 @@ from service.plan.planning import Planner
 from service.plan.report import Plan
 from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes, StageTimesError, require_stages
-from service.policies import POLICIES
 from service.runners.base import RunnerError
-from service.target import TargetError, Targets
 
 ZOO = Path("models/zoo")
 IMAGES = 8_000

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from service.assembly import default_burst_images
-from service.budget import BudgetController
-from service.engine import Engine
-from service.observer import Observer
-from service.rows import Answer, Told
+from service.budget.controller import BudgetController
+from service.engine.engine import Engine
+from service.engine.observer import Observer
+from service.engine.rows import Answer, Told
+from service.engine.scheduler import Scheduler
 from service.runners.onnx import OnnxRunner
-from service.scheduler import Scheduler
 
 HOST_S = 0.7  # of a run, where the network is quick enough
 FEWEST_IMAGES, MOST_IMAGES = 16, 1_200

@@ -12,10 +12,10 @@ import numpy as np
 
 from models.bundle import Bundle
 from models.scores import Score
-from service.lanes import Batch, BatchResult, ThreadLanes
+from service.engine.lanes import Batch, BatchResult, ThreadLanes
+from service.engine.rows import Options, Request, Told
 from service.plan.host_times import measure_host
 from service.plan.stage_times import StageTimes
-from service.rows import Options, Request, Told
 from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner, default_lanes
 from service.runners.providers import Device, uses_cuda

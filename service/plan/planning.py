@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.ledger import ROLLING_ANSWERS
+from service.budget.ledger import ROLLING_ANSWERS
+from service.budget.steering import MEGA
 from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
-from service.steering import MEGA
 
 SETTLING_IMAGES = 2_000  # before anything is counted: steering finds its place
 SATURATED_IMAGES = 4_000

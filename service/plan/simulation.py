@@ -1,7 +1,7 @@
 """The engine under a virtual clock: the real core, scheduler and budget; stages and host are times from a table.
 
-What `service.loop` does with threads happens here one event after the other: arrivals, batches that end, and the host's
-work for both. Runs are the same for the same seed.
+What `service.engine.loop` does with threads happens here one event after the other: arrivals, batches that end, and
+the host's work for both. Runs are the same for the same seed.
 """
 
 from collections import deque
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 
 from models.frontier import Frontier
 from service.assembly import default_burst_images
-from service.budget import BudgetController
-from service.core import Core
-from service.costs import HOST_BATCH_S, CostTable
-from service.lanes import Batch, BatchResult
-from service.ledger import MANY_IN_FLIGHT, window_for
+from service.budget.controller import BudgetController
+from service.budget.ledger import MANY_IN_FLIGHT, window_for
+from service.engine.core import Core
+from service.engine.costs import HOST_BATCH_S, CostTable
+from service.engine.lanes import Batch, BatchResult
+from service.engine.rows import Answer, Options, Request, Told
+from service.engine.scheduler import Scheduler
 from service.plan.stage_times import StageTimes
-from service.rows import Answer, Options, Request, Told
 from service.runners.base import NO_LOGITS
 from service.runners.blocks import Block, RowState, lie_side_by_side
-from service.scheduler import Scheduler
 
 NOTHING = Block({}, 1)
 
@@ -225,7 +225,7 @@ class Simulation:
         if self._host:
             self._begin_host()
 
-    # --- the engine's thread, as `service.loop` -----------------------------------------------------------------
+    # --- the engine's thread, as `service.engine.loop` ----------------------------------------------------------
 
     def _take_arrivals(self) -> None:
         arrived, self._arrived = self._arrived, []

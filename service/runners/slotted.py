@@ -12,9 +12,9 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from service.limits import is_out_of_memory, words_of
 from service.runners.base import FatalRunnerError, Heads, RunnerError, StageOutput
 from service.runners.blocks import Array, Block, RowState
+from service.runners.limits import is_out_of_memory, words_of
 from service.runners.slots import Slots, SlotState, buckets_for, places_of, slots_of, stretches
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,6 @@ def test_it_measures_python_and_what_is_compiled_of_it(tmp_path: Path) -> None:
 
 
 def test_sources_are_loaded_where_they_are_compiled_too() -> None:
-    code = "from benchmarks.host import load_sources; load_sources(); import service.core; print(service.core.__file__)"
+    code = "from benchmarks import host; host.load_sources(); from service.engine import core; print(core.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()) == REPOSITORY / "service/core.py"
+    assert Path(done.stdout.strip()) == REPOSITORY / "service/engine/core.py"

@@ -9,13 +9,13 @@ import pytest
 
 from benchmarks.engine import Load
 from service.assembly import default_burst_images
-from service.budget import BudgetController
-from service.engine import Engine
+from service.budget.controller import BudgetController
+from service.engine.engine import Engine
+from service.engine.scheduler import Scheduler
 from service.plan.simulation import Network, Setup, Simulation
 from service.plan.stage_times import StageTimes
 from service.runners.base import StageOutput
 from service.runners.blocks import Block, Gathering, RowState
-from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier, population
 
 N_LANES, MAX_ROWS, N_IN_FLIGHT, N_IMAGES = 2, 16, 128, 700

@@ -8,7 +8,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from benchmarks.degrade import arrivals, main, slices
-from service.budget_state import BudgetState
+from service.budget.state import BudgetState
 from tests.bundles import tiny_bundle
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from benchmarks.running import images_for
 from models.bundle import load_bundle
-from service.target import TargetError
+from service.budget.target import TargetError
 from tests.bundles import CLASS_NAMES
 from tests.service.process import REPOSITORY
 from tests.training import tiny

@@ -30,9 +30,9 @@ from service.runners.torch_cuda.runner import open_torch_runner
 from service.runners.torch_cuda.small_conv import make_small_conv
 from tests.bundles import REPOSITORY
 from tests.service.apps import PNG, png
+from tests.service.engine.test_engine import balanced, running
 from tests.service.process import environment, running_server
 from tests.service.slotted import all_free, close, engine_around, logits_of, run_side_by_side
-from tests.service.test_engine import balanced, running
 from tests.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]

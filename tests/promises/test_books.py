@@ -13,15 +13,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from service.budget import BudgetController
-from service.core import Core
-from service.costs import CostTable
+from service.budget.controller import BudgetController
+from service.budget.steering import MEGA
+from service.engine.core import Core
+from service.engine.costs import CostTable
+from service.engine.lanes import Batch, BatchResult
+from service.engine.rows import ENDED, Answer, Options, Request, Step, Told
+from service.engine.scheduler import POLICIES, Scheduler
 from service.errors import EngineDraining, EngineError, EngineTooLate
-from service.lanes import Batch, BatchResult
-from service.rows import ENDED, Answer, Options, Request, Step, Told
 from service.runners.blocks import Block, RowState
-from service.scheduler import POLICIES, Scheduler
-from service.steering import MEGA
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS
 from tests.service.virtual import CLASS_NAMES, N_EXITS, curve
 

@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from service.budget import BudgetController
-from service.degrade import Degrade
+from service.budget.controller import BudgetController
+from service.budget.degrade import Degrade
 from tests.service.open_loop import Record, capacity, simulate_open_loop
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier
 

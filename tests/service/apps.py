@@ -19,11 +19,11 @@ from service.api import problems
 from service.api.app import create_app
 from service.api.gate import Gate
 from service.assembly import build_engine
-from service.engine import Engine
+from service.budget.target import Keeper, Targets
+from service.engine.engine import Engine
 from service.metrics import Metrics
-from service.precision import at_precision
+from service.runners.precision import at_precision
 from service.settings import Settings
-from service.target import Keeper, Targets
 from tests.waiting import wait_until
 
 T = TypeVar("T")

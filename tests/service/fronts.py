@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from models.bundle import load_bundle
 from service.assembly import build_engine
-from service.engine import Engine
+from service.budget.target import Keeper, Target
+from service.engine.engine import Engine
+from service.engine.rows import Told
 from service.front.channel import Channel
 from service.front.hub import Hub
 from service.front.memory import Layout, SharedMemory
 from service.front.proxy import RemoteEngine
 from service.metrics import Metrics
-from service.rows import Told
-from service.target import Keeper, Target
 from tests.bundles import CLASS_NAMES, random_images
 
 N_SLOTS = 32

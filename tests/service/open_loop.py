@@ -8,15 +8,15 @@ from math import inf, nan
 import numpy as np
 
 from models.frontier import Frontier
-from service.admission import Admission
-from service.budget import BudgetController
-from service.costs import CostTable
-from service.degrade import Degrade
+from service.budget.controller import BudgetController
+from service.budget.degrade import Degrade
+from service.budget.ledger import Account
+from service.engine.admission import Admission
+from service.engine.costs import CostTable
+from service.engine.pace import Pace
+from service.engine.rows import ENDED, Options, Request
+from service.engine.scheduler import Scheduler
 from service.errors import EngineOverloaded
-from service.ledger import Account
-from service.pace import Pace
-from service.rows import ENDED, Options, Request
-from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, Image, population
 
 N_EXITS = len(COSTS_MFLOPS)

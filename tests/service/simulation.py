@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.frontier import Frontier, build_frontier
-from service.budget import BudgetController
-from service.costs import CostTable
-from service.ledger import ROLLING_ANSWERS, Account
-from service.scheduler import Scheduler
+from service.budget.controller import BudgetController
+from service.budget.ledger import ROLLING_ANSWERS, Account
+from service.engine.costs import CostTable
+from service.engine.scheduler import Scheduler
 
 COSTS_MFLOPS = (13.392, 22.937, 32.593, 42.123, 51.822, 60.308)  # of C-batch-4, as executed
 FULL_MFLOPS = COSTS_MFLOPS[-1]

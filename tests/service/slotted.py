@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.exits import confidence
-from service.budget import BudgetController
-from service.engine import Engine
-from service.rows import Answer, Options
+from service.budget.controller import BudgetController
+from service.engine.engine import Engine
+from service.engine.rows import Answer, Options
+from service.engine.scheduler import Scheduler
 from service.runners.base import Runner, StageOutput
 from service.runners.blocks import RowState, keep
 from service.runners.slots import Slots
 from service.runners.slotted import SlotRunner
-from service.scheduler import Scheduler
-from tests.service.test_engine import balanced, running
+from tests.service.engine.test_engine import balanced, running
 
 MAX_ROWS = 16
 Check = Callable[[int, Sequence[int], StageOutput], None]

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from service.api.gate import Gate
-from service.engine import Engine
+from service.engine.engine import Engine
 from service.server import Server, listen
 from service.settings import Settings
 from tests.service.apps import build_app

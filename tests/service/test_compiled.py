@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.compiled import LIBRARY, PACKAGE, compiled_sources, stale_sources, staleness, state
-from service.scheduler import Scheduler
+from service.engine.scheduler import Scheduler
 from tests.service.process import REPOSITORY, environment, running_server
 
 SUFFIX = EXTENSION_SUFFIXES[0]

@@ -12,7 +12,7 @@ from tests.service.process import REPOSITORY, environment
 PROGRAM = """
 import io, struct, sys
 from PIL import Image
-from service.images import ImageDecoder
+from service.images.decoder import ImageDecoder
 from service.logs import set_up_logs
 
 set_up_logs("debug", as_json=True)

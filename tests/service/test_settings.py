@@ -6,7 +6,7 @@ import pytest
 
 from service import reference
 from service.command_line import GROUPS, command_line, load_settings, mistaken_variables
-from service.policies import POLICIES
+from service.engine.policies import POLICIES
 from service.settings import NOT_ON_THE_COMMAND_LINE, Settings, SettingsError, flag, variable
 from tests.service.process import REPOSITORY
 

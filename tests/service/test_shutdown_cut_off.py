@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from service.api.delivery import Delivery
-from service.rows import Step
+from service.engine.rows import Step
 from tests.bundles import random_images, tiny_bundle
+from tests.service.api.test_delivery import keep_busy
 from tests.service.apps import png
 from tests.service.process import running_server
 from tests.service.sockets import Here, Line, request, serving
-from tests.service.test_delivery import keep_busy
 from tests.waiting import LIMIT_S, wait_until
 
 BODY = png(random_images(1, seed=43)[0])

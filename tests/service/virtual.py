@@ -9,13 +9,13 @@ import numpy as np
 
 from models.exits import confidence
 from models.frontier import Frontier
-from service.budget import BudgetController
-from service.core import Core
+from service.budget.controller import BudgetController
+from service.engine.core import Core
+from service.engine.lanes import Batch, BatchResult
+from service.engine.rows import Answer, Options, Request, Step, Told
+from service.engine.scheduler import Scheduler
 from service.errors import EngineError
-from service.lanes import Batch, BatchResult
-from service.rows import Answer, Options, Request, Step, Told
 from service.runners.blocks import Block, RowState
-from service.scheduler import Scheduler
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier
 
 CLASS_NAMES = ["ant", "bee", "cat"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.images import ImageDecoder
-from tests.service.test_images import png_bomb
+from service.images.decoder import ImageDecoder
+from tests.service.images.test_images import png_bomb
 from tests.training import tiny
 from training.data import load_image_set
 from training.image_set import DataError, ImageSet, Split

@@ -10,8 +10,8 @@ import onnxruntime as ort
 
 from models.bundle import Bundle
 from models.onnx_weights import StageLoadError, load_stage_session
-from service.limits import is_out_of_memory
 from service.runners.base import RunnerError
+from service.runners.limits import is_out_of_memory
 from service.runners.onnx import session_options
 from service.runners.onnx_device.graph import STORE_OPERATORS, with_slots
 from service.runners.onnx_device.lane import OnnxLane

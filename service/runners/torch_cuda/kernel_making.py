@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.limits import is_out_of_memory
+from service.runners.limits import is_out_of_memory
 from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
 from service.runners.torch_cuda.kernels import Compile, Kernels, Launch, Ways, centred
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch

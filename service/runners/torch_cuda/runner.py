@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle
 from models.staging import Stage
-from service.limits import is_out_of_memory, words_of
 from service.runners.base import FatalRunnerError, RunnerError
 from service.runners.blocks import Array, Block
+from service.runners.limits import is_out_of_memory, words_of
 from service.runners.slots import SlotState, stretches
 from service.runners.slotted import IMAGES, MANY_NUMBERS, SlotRunner
 from service.runners.torch_cuda.device import Cuda, Device, Host

@@ -1,0 +1,29 @@
+"""What the budget is at one moment, and what it has done: for the routes, the metrics and the page."""
+
+from dataclasses import dataclass
+
+from service.budget.latency import LatencyState
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """A snapshot, for any process. Costs are mflops (millions of multiply-adds), averages per image."""
+
+    budget_mflops: float  # as it was set
+    fraction: float  # the same, of the full network
+    working_mflops: float  # what is kept at the moment: the budget, or less (`BudgetController.work_at`)
+    burst_images: float
+    position: float  # on the frontier, 0 to 1, without the swing of the moment
+    thresholds: tuple[float, ...]  # of this moment, one per exit, finite or +-inf
+    expected_mflops: float  # these three are what held-out images do at `position`
+    expected_accuracy: float
+    expected_shares: tuple[float, ...]
+    frontier_limited: bool  # the frontier ends below the budget: going deeper brought nothing on held-out images
+    rolling_mflops: float | None  # mean over the last 1,000 answers; None before the first
+    settled_mflops: float
+    reserved_mflops: float
+    answered: int
+    abandoned: int  # given up by their clients, failed, or refused as their deadline had passed
+    spent_answered_mflops: float
+    spent_abandoned_mflops: float
+    latency: LatencyState | None = None  # where a latency target may lower the budget

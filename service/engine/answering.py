@@ -1,0 +1,97 @@
+"""Answers from what a batch has said of its rows."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from service.budget.controller import Reason
+from service.engine import wishes
+from service.engine.lanes import Batch, BatchResult
+from service.engine.rows import Answer, Head, Request
+
+Verdict = Reason | Literal[""] | None
+"""Why a row leaves; None where it goes on, "" where it has ended before."""
+
+
+def answers_of(
+    batch: Batch,
+    result: BatchResult,
+    reasons: list[Verdict],
+    mflops: float,
+    class_names: list[str],
+    now_s: float,
+    with_steps: bool,
+) -> tuple[list[Request], list[Answer]]:
+    """The rows of a batch that leave, in their order, and their answers.
+
+    Args:
+        reasons: of each row of the batch.
+        mflops: that each is charged.
+        with_steps: some of them may have asked for steps, and are told score and threshold of the exit once more.
+    """
+    ranked = _ranked(batch, result, reasons)
+    rows: list[Request] = []
+    answers: list[Answer] = []
+    exit_number, n_rows = batch.stage + 1, len(batch.rows)
+    classes, confidences = result.classes, result.confidences
+    for i, row in enumerate(batch.rows):
+        reason = reasons[i]
+        if reason is None or reason == "":
+            continue
+        class_id, compute_s = classes[i], row.compute_s
+        head = row.head if with_steps and row.options.steps else None
+        answer = Answer(
+            class_id,
+            class_names[class_id],
+            confidences[i],
+            _others(ranked[i], class_id, row.options.top_k) if ranked else (),
+            exit_number,
+            reason,
+            mflops,
+            (now_s - row.admitted_s - compute_s) * 1e3,
+            compute_s * 1e3,
+            n_rows,
+            None if head is None else head.score,
+            None if head is None else head.threshold,
+        )
+        rows.append(row)
+        answers.append(answer)
+    return rows, answers
+
+
+def _ranked(batch: Batch, result: BatchResult, reasons: list[Verdict]) -> dict[int, tuple[tuple[int, float], ...]]:
+    """The best classes of the rows of a batch that leave, as many as one of these asks for; none if that is one."""
+    most = 1
+    for i, row in enumerate(batch.rows):  # compiled, a loop in C; `max` is not
+        if reasons[i] and row.options.top_k > most:
+            most = row.options.top_k
+    if most == 1:
+        return {}
+    leaving = [i for i, reason in enumerate(reasons) if reason]
+    best = wishes.rank(result.logits[leaving], [result.confidences[i] for i in leaving], most)
+    return dict(zip(leaving, best, strict=True))
+
+
+def _others(ranked: tuple[tuple[int, float], ...], class_id: int, k: int) -> tuple[tuple[int, float], ...]:
+    """The k - 1 best classes but `class_id`, which is the first of them unless two were equal."""
+    if ranked[0][0] == class_id:
+        return ranked[1:k]
+    return tuple([one for one in ranked if one[0] != class_id][: k - 1])
+
+
+def late_answer(row: Request, head: Head, mflops: float, class_names: Sequence[str], now_s: float) -> Answer:
+    """A row's answer from a head that it has passed, its deadline having come."""
+    step = wishes.step(row, head, class_names)
+    return Answer(
+        class_id=step.class_id,
+        label=step.label,
+        confidence=step.confidence,
+        others=step.top_k[1:],
+        exit=step.exit,
+        reason="deadline",
+        mflops=mflops,
+        queue_ms=(now_s - row.admitted_s - row.compute_s) * 1e3,
+        compute_ms=row.compute_s * 1e3,
+        batch_rows=head.batch_rows,
+        score=step.score if row.options.steps else None,
+        threshold=step.threshold if row.options.steps else None,
+    )

@@ -1,0 +1,311 @@
+"""The engine: takes images, runs them stage by stage, and answers each at the exit where it leaves.
+
+One thread owns the scheduler, the budget and every row (`service.engine.core`); all others send it messages through one
+inbox, so there is no lock to forget but that of admission, and one for the moments when the thread begins and ends.
+Lanes run the batches; `service.engine.loop` is that thread.
+
+Every request ends in exactly one way: submitted = answered + refused + abandoned + failed + in flight.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from math import inf
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.budget.controller import BudgetController
+from service.budget.degrade import Degrade
+from service.budget.state import BudgetState
+from service.engine.admission import Admission
+from service.engine.core import Core
+from service.engine.costs import HOST_BATCH_S, CostTable
+from service.engine.guard import HANG_S
+from service.engine.inbox import Abandon, Message, Wake
+from service.engine.lanes import Score
+from service.engine.loop import Loop
+from service.engine.observer import EngineStats, Observer
+from service.engine.outbox import resolve
+from service.engine.rows import Answer, Options, Request, Sink, requests_for
+from service.engine.scheduler import Scheduler
+from service.errors import EngineDraining, EngineError
+from service.runners.base import Runner, RunnerError, canvas_px_of, first_states_of
+
+T = TypeVar("T")
+PLAIN = Options()
+
+
+class Engine:
+    """See the module; `service.assembly.build_engine` makes one from a bundle.
+
+    Args:
+        runner: runs the stages.
+        budget: decides who goes on; owned by the engine from now on.
+        scheduler: of as many stages; owned by the engine from now on.
+        score: the exit score that the budget's frontier was made with.
+        class_names: by class id.
+        max_in_flight_rows: images held at once; beyond it `submit` refuses.
+        lookahead_batches: batches handed to the lanes beyond those running, so that no lane waits for a decision; by
+            default one a lane, and, where lanes have threads, half as many more while images wait by the batch.
+        exits: False runs every image to the last exit, as a network without exits would (for comparison).
+        observer: told of batches and answers.
+        max_queue_s: predicted wait beyond which `submit` refuses as well.
+        latency_s: that 95 % of the answers are to take at most, for which the budget falls under load; see `Degrade`.
+        hang_s: how long a batch may run before its images run again elsewhere; see `Guard`.
+        clock: seconds, of deadlines too; `time.perf_counter` unless a test has its own.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        budget: BudgetController,
+        scheduler: Scheduler[Request],
+        score: Score,
+        class_names: Sequence[str],
+        max_in_flight_rows: int = 1024,
+        lookahead_batches: int | None = None,
+        exits: bool = True,
+        observer: Observer | None = None,
+        max_queue_s: float = inf,
+        latency_s: float | None = None,
+        hang_s: float = HANG_S,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.clock = clock
+        self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
+        self._runner, self._first_states = runner, first_states_of(runner)
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._admission = Admission(max_in_flight_rows)
+        self._core = Core(budget, scheduler, class_names, exits, observer)
+        self._degrade = Degrade(budget, max_in_flight_rows)
+        self._degrade.set(budget.working_mflops, latency_s, clock())
+        self._loop = Loop(
+            self._core,
+            runner,
+            score,
+            self._inbox,
+            self._admission,
+            self._degrade,
+            lookahead_batches,
+            max_queue_s,
+            hang_s,
+            clock,
+        )
+
+    # --- any thread ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Warm up every stage, then take requests. Takes about a second; call it once.
+
+        Raises:
+            RunnerError: a stage cannot run.
+        """
+        scheduler = self._core.scheduler
+        self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
+        scheduler.costs = CostTable(self.stage_seconds, HOST_BATCH_S)
+        scheduler.limit_rows(self._runner.max_rows)  # the memory may hold fewer than was asked
+        self._loop.start(self.stage_seconds, scheduler.max_rows)
+
+    @property
+    def n_lanes(self) -> int:
+        return self._runner.n_lanes
+
+    @property
+    def max_rows(self) -> int:
+        """The largest batch."""
+        return self._core.scheduler.max_rows
+
+    @property
+    def canvas_px(self) -> int:
+        """Up to which side pictures of other sizes than the network's are taken; 0: none are."""
+        return canvas_px_of(self._runner)
+
+    @property
+    def is_alive(self) -> bool:
+        """True from `start` until the engine has stopped or broken down."""
+        return self._loop.owns
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no image can be answered at the moment, None while they can."""
+        return self._loop.trouble
+
+    @property
+    def broken(self) -> "Future[EngineError]":
+        """Done once the engine has ended without being told to, with what every request in flight was told."""
+        return self._loop.broken
+
+    @property
+    def room(self) -> tuple[int, float]:
+        """How many images may be in flight at the moment, and by how many seconds each of them makes a new one wait."""
+        return self._admission.room_rows, self._admission.row_s
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `require_room` refuses nothing."""
+        return not self._admission.is_full
+
+    def require_room(self) -> None:
+        """Refuse early what `submit` would refuse, uncounted.
+
+        Raises:
+            EngineOverloaded: too many images are in flight.
+        """
+        if self._admission.is_full:
+            raise self._admission.overload()
+
+    def submit(self, image: NDArray[np.uint8], options: Options | None = None) -> "Future[Answer]":
+        """Classify one image; cancelling the future abandons it.
+
+        Args:
+            image: uint8 [H, W, 3] of the network's size; it must not be changed until the answer is there.
+            options: see `Options`.
+
+        Returns:
+            a future of the answer, or of an EngineError where it failed.
+
+        Raises:
+            ValueError: the image is not what the network takes.
+            EngineOverloaded: too many images are in flight.
+            EngineDraining: the engine is not taking any.
+            EngineError: it has broken down.
+        """
+        future: Future[Answer] = Future()
+        request = self.submit_to(resolve, future, image, options)
+        future.add_done_callback(lambda done: self.abandon(request) if done.cancelled() else None)
+        return future
+
+    def submit_to(
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+    ) -> Request:
+        """Classify one image and have (token, outcome) delivered to `sink`, with the others that its batch has ended.
+
+        For an event loop, which is so woken once a batch, not once an image. Raises as `submit` does. The request
+        returned is for `abandon` alone.
+
+        Args:
+            flush: False where more images follow at once, and then a call of `flush`: so the engine's thread is woken
+                once for all of them, and they may run together.
+        """
+        try:
+            state = self._runner.first_state(image)
+        except RunnerError:  # no place is left for its picture
+            raise self._admission.refuse() from None
+        request = Request(token, sink, options or PLAIN, state)
+        self._admission.enter(request)
+        if flush:
+            self.flush()
+        return request
+
+    def submit_all(
+        self,
+        sink: Sink,
+        tokens: Sequence[Any],
+        images: NDArray[np.uint8],
+        which: Sequence[int],
+        options: Options = PLAIN,
+    ) -> list[Request | EngineError]:
+        """Classify many images that lie in one array, as `submit_to` does one, for a fraction of the time each.
+
+        Args:
+            tokens: an entry each.
+            images: uint8 [any, H, W, 3] of the network's size; not to be changed until the answers are there.
+            which: of these, an entry each.
+
+        Returns:
+            for each its request, or why it was refused. A call of `flush` is to follow.
+
+        Raises:
+            ValueError: the images are not what the network takes.
+        """
+        n_free = self._admission.n_free  # whoever finds no room is to take no picture's place either
+        try:
+            states = self._first_states(images, which[:n_free]) if n_free else ()
+        except RunnerError:  # no places are left for so many
+            states = ()
+        requests = requests_for(tokens, sink, options, states)
+        n_in = self._admission.enter_all(requests)
+        return [*requests[:n_in], *(self._admission.refuse() for _ in tokens[n_in:])]
+
+    def flush(self) -> None:
+        """Wake the engine's thread for what was submitted, if it waits for that."""
+        if self._admission.is_to_wake():
+            self._inbox.put(Wake())
+
+    def abandon(self, request: Request) -> None:
+        """Give a request up: it runs no further stage, and nothing is delivered unless that has happened already."""
+        self._inbox.put(Abandon(request))
+
+    def ask(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a function on the engine's thread, between batches. Waiting for it on that thread would take for ever."""
+        return self._loop.ask(function)
+
+    def took(self, seconds: float) -> None:
+        """Report what an answer took as its client saw it, from the last byte of its request on; for `latency_s`."""
+        self._degrade.took(seconds)
+
+    def set_budget(self, budget_mflops: float, latency_s: float | None = None) -> BudgetState:
+        """Set the average mflops per image for images admitted from now on; returns the new state.
+
+        Args:
+            latency_s: see `Engine`; None ends it.
+
+        Raises:
+            ValueError: the budget is out of the network's reach; the message gives its range.
+        """
+
+        def change() -> BudgetState:
+            self._degrade.set(budget_mflops, latency_s, self.clock())
+            return self._budget_state()
+
+        return self.ask(change).result()
+
+    def budget_state(self) -> BudgetState:
+        """What the budget is, what it does and what was spent: exact, taken between batches (well under 1 ms)."""
+        return self.ask(self._budget_state).result()
+
+    def stats(self) -> EngineStats:
+        """Counts: exact, taken between batches (well under 1 ms)."""
+        return self.ask(self._stats).result()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests, answer those accepted, and stop. What is not answered in time fails.
+
+        May be called again, and from any thread but the engine's own.
+
+        Returns:
+            True if every accepted request got its outcome in time.
+        """
+        why = EngineDraining("the engine is stopping and takes no new requests")
+        in_time = self._admission.close_and_wait(why, timeout_s)
+        self._loop.stop()
+        return in_time
+
+    def _budget_state(self) -> BudgetState:
+        return replace(self._core.budget.state(), latency=self._degrade.state(self.clock()))
+
+    def _stats(self) -> EngineStats:
+        core = self._core
+        submitted, refused, in_flight = self._admission.counts()
+        return EngineStats(
+            submitted=submitted,
+            answered=core.n_answered,
+            refused=refused + core.n_late,
+            abandoned=core.n_abandoned,
+            failed=core.n_failed,
+            in_flight_rows=in_flight - (core.n_ended - self._loop.n_delivered),
+            queued_rows=tuple(core.scheduler.queued_rows(stage) for stage in range(self._runner.n_stages)),
+            running_batches=len(self._loop.guard.running),
+            failed_batches=self._loop.guard.n_failed,
+            hung_batches=self._loop.guard.n_hung,
+            max_batch_rows=tuple(core.scheduler.limits.rows),
+            room_rows=self._admission.room_rows,
+            predicted_wait_s=in_flight * self._loop.pace.row_s,
+            exits=dict(core.exits),
+            idle_mflops=core.idle_mflops,
+            latency_limited_s=self._degrade.limited_total_s,
+        )

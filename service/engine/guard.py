@@ -1,0 +1,139 @@
+"""Watches over batches: which fail, which never come back, and whether the runner can be trusted.
+
+Plain Python: the engine's thread tells the time and does what it is told. A batch that does not come back is given up,
+and its lane counted lost until it does. Where several images in a row fail alone, a trial (blank images, every stage)
+tells images that no runner could run from a runner that can run nothing; the latter is unsound until a trial succeeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import ceil, inf
+
+from service.engine.lanes import TRIAL, Batch
+
+LOOK_EVERY_S = 0.2
+# Looks at a batch that runs before it is given up. Looks are counted, not seconds: a machine that was suspended, or has
+# had no time for us, has not looked either.
+HANG_S = 0.8  # and so many times longer than at warm-up: that is no slowness any more
+SLOWDOWN = 20.0
+TRIAL_LOOKS = 25
+FAILURES_BEFORE_TRIAL = 3
+TRIAL_EVERY_S = 1.0
+
+
+class Guard:
+    """See the module.
+
+    Args:
+        n_lanes: batches at once.
+        hang_s: a batch may run so long, and longer where `SLOWDOWN` times its time at warm-up is longer.
+
+    Attributes:
+        running: batches with the lanes, and how often each was seen to run.
+        lanes_lost: lanes whose batch was given up and has not come back.
+        unsound: why no stage can be run, None while they can.
+        n_failed, n_hung: batches, since the start.
+    """
+
+    def __init__(self, n_lanes: int, hang_s: float = HANG_S) -> None:
+        self.n_lanes = n_lanes
+        self.hang_s = hang_s
+        self.running: dict[Batch, int] = {}
+        self.lanes_lost = 0
+        self.unsound: str | None = None
+        self.n_failed = self.n_hung = 0
+        self._looks: list[int] = []  # allowed, by stage
+        self._failures = 0  # in a row
+        self._trial: Batch | None = None
+        self._next_look_s = inf
+        self._next_trial_s = inf
+
+    @property
+    def lanes_left(self) -> int:
+        return self.n_lanes - self.lanes_lost
+
+    @property
+    def next_s(self) -> float:
+        """When to come back, if nothing happens before."""
+        look_s = self._next_look_s if self.running else inf
+        return look_s if look_s < self._next_trial_s else self._next_trial_s
+
+    def expect(self, stage_seconds: Sequence[Mapping[int, float]], max_rows: int) -> None:
+        """Learn how long a full batch of each stage takes, from seconds by batch rows."""
+        slowest = [max(seconds * max_rows / rows for rows, seconds in by_rows.items()) for by_rows in stage_seconds]
+        # A batch seen n times has run for n - 1 intervals at least.
+        self._looks = [1 + ceil(max(self.hang_s, seconds * SLOWDOWN) / LOOK_EVERY_S) for seconds in slowest]
+
+    def began(self, batch: Batch, now_s: float) -> None:
+        if not self.running:
+            self._next_look_s = now_s + LOOK_EVERY_S
+        self.running[batch] = 0
+
+    def ended(self, batch: Batch, now_s: float) -> bool:
+        """A batch has come back. False if it is none of the engine's any more: given up, or a trial."""
+        self.running.pop(batch, None)
+        if batch.hung:
+            self.lanes_lost -= 1
+            if self._trial is None:  # else the one that runs will tell
+                self._next_trial_s = now_s if self.unsound else inf
+        if batch is self._trial:
+            self._trial = None
+            if batch.error is None:
+                self._failures, self.unsound, self._next_trial_s = 0, None, inf
+            else:
+                self.unsound = self.unsound or f"every batch fails ({batch.error})"
+                self._next_trial_s = now_s + TRIAL_EVERY_S
+        if batch.given_up or batch.stage == TRIAL:
+            return False
+        if batch.error is None:
+            self._failures = 0
+        else:
+            self.n_failed += 1
+            self._failures += len(batch.rows) <= 1  # of larger ones the rows are tried alone first
+        return True
+
+    def trial(self, now_s: float) -> Batch | None:
+        """A trial to run now, if one is due."""
+        wanted = now_s >= self._next_trial_s or (self.unsound is None and self._failures >= FAILURES_BEFORE_TRIAL)
+        if not wanted or self._trial is not None or not self.lanes_left:
+            return None
+        self._trial = Batch(TRIAL, [])
+        self._next_trial_s = inf
+        return self._trial
+
+    def look(self, now_s: float) -> list[Batch]:
+        """Return the batches that are given up now, their lanes lost, and those that wait behind them there.
+
+        To be called when `next_s` has come.
+        """
+        if now_s < self._next_look_s:
+            return []
+        self._next_look_s = now_s + LOOK_EVERY_S
+        hung = []
+        for batch, seen in list(self.running.items()):
+            if not batch.started_s:
+                continue  # behind another one
+            self.running[batch] = seen + 1
+            if seen + 1 >= (TRIAL_LOOKS if batch.stage == TRIAL else self._looks[batch.stage]):
+                hung.append(batch)
+        for batch in hung:
+            del self.running[batch]
+            batch.given_up = batch.hung = True
+            self.lanes_lost += 1
+            self.n_hung += 1
+            if batch is self._trial:
+                self._trial = None
+                self._next_trial_s = now_s + TRIAL_EVERY_S
+        for batch in [batch for batch in self.running if batch.behind in hung]:
+            del self.running[batch]  # nothing runs on that lane any more
+            batch.given_up = True
+            hung.append(batch)
+        if hung and not self.lanes_left:
+            self.unsound = f"all {self.n_lanes} lanes hang"
+            self._next_trial_s = inf  # on the first lane that comes back
+        return hung
+
+    def give_up_all(self) -> None:
+        """Have nothing to do any more with the batches that run."""
+        for batch in self.running:
+            batch.given_up = batch.stage != TRIAL
+        self.running = {batch: seen for batch, seen in self.running.items() if batch.stage == TRIAL}

@@ -1,0 +1,64 @@
+"""What the engine's thread is told, besides the images that arrive and the batches that have run."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from service.engine.rows import Request
+
+T = TypeVar("T")
+
+
+def next_message(inbox: SimpleQueue[T], timeout_s: float) -> T | None:
+    """The next message, None if none comes in time, which may be infinite; for the one thread that takes any.
+
+    `SimpleQueue.get` may wait for ever whatever its timeout (Python 3.11): where a message was put while somebody
+    waited, and taken without a wait, the next call begins anew, with the time that is left, and takes a negative one
+    for no limit. A look without waiting mends that.
+    """
+    if timeout_s == inf:
+        return inbox.get()
+    with suppress(Empty):
+        return inbox.get_nowait()
+    with suppress(Empty):
+        return inbox.get(timeout=max(0.0, timeout_s))
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Abandon:
+    """A request's client has left."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A function that reads or changes what the thread owns."""
+
+    function: Callable[[], Any]
+    future: "Future[Any]" = field(default_factory=Future)
+
+    def run(self) -> None:
+        """Run it here and now; its future gets what it returns or raises."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.function())
+        except Exception as error:
+            self.future.set_exception(error)
+
+
+class Wake:
+    """There is something to do: images have arrived and lanes are free, or a batch has run."""
+
+
+class Stop:
+    """Take nothing more after the work at hand."""
+
+
+Message = Abandon | Call | Wake | Stop

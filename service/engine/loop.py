@@ -1,0 +1,299 @@
+"""The engine's thread: the one that owns the scheduler, the budget and every row. See `service.engine.engine`.
+
+take arrivals and finished batches -> who leaves, who goes on -> dispatch to free lanes -> deliver the answers
+"""
+
+import logging
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from math import inf
+from queue import SimpleQueue
+from typing import Final, TypeVar
+
+from service.budget.degrade import Degrade
+from service.engine.admission import Admission
+from service.engine.core import Core
+from service.engine.guard import Guard
+from service.engine.inbox import Abandon, Call, Message, Stop, Wake, next_message
+from service.engine.lanes import Batch, Lanes, Score, ThreadLanes
+from service.engine.launching import AT_ONCE, LaunchingLanes
+from service.engine.outbox import deliver, turn_away
+from service.engine.pace import Pace
+from service.engine.rows import Request
+from service.errors import EngineError, EngineLost, EngineUnsound
+from service.runners.base import FatalRunnerError, LaunchingRunner, Runner
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+NAP_S: Final = 50e-6  # between two looks at a device, at least: a kernel may make 200 us of it
+LOST_NAP_S: Final = 0.01  # where all that runs there was given up
+MANY_ROWS: Final = 128  # in batches that run
+SPIN_S: Final = 0.5e-3  # without a nap, where one batch is all there is: it takes less
+
+
+def lanes_for(runner: Runner, score: Score, post: Callable[[Batch], None]) -> Lanes:
+    """Lanes as a runner is best driven."""
+    if isinstance(runner, LaunchingRunner) and runner.runs_ahead:
+        return LaunchingLanes(runner, score, post)
+    return ThreadLanes(runner, score, post)
+
+
+class Loop:
+    """Runs the core on lanes, from messages.
+
+    Args:
+        core: owned by the thread from `start` to its end.
+        runner, score: for its lanes.
+        inbox: anybody may put messages.
+        lookahead_batches, max_queue_s, hang_s: see `Engine`.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        runner: Runner,
+        score: Score,
+        inbox: SimpleQueue[Message],
+        admission: Admission,
+        degrade: Degrade,
+        lookahead_batches: int | None,
+        max_queue_s: float,
+        hang_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.core = core
+        self.admission = admission
+        self.degrade = degrade
+        self.guard = Guard(runner.n_lanes, hang_s)
+        self.pace = Pace(runner.n_lanes, 0.0)
+        self.owns = False  # the thread is there and takes messages
+        self.n_delivered = 0  # of those that the core has ended
+        self._lanes = lanes_for(runner, score, self._post)
+        self._inbox = inbox
+        self._lookahead_batches = lookahead_batches
+        self._max_queue_s = max_queue_s
+        self._max_rows = admission.room_rows
+        self._clock = clock
+        self._told_unsound: str | None = None
+        self.trouble: str | None = None  # the same, once admission follows it: read by any thread
+        self.broken: Future[EngineError] = Future()
+        self._arrivals: list[Request] = []  # taken from admission, and not the core's yet
+        self._messages: deque[Message] = deque()  # taken from the inbox
+        self._ran: deque[Batch] = deque()  # posted by lanes
+        self._n_paced = 0  # of those that have ended, such as the pace knows of
+        self._n_out = 0  # batches dispatched and not taken back, those given up among them
+        self._is_behind = False  # by the batch; read by lanes
+        self._handing_over = threading.Lock()  # of what the thread owns, to it and back
+        self._owner = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
+
+    # --- any thread ---------------------------------------------------------------------------------------------
+
+    def start(self, stage_seconds: Sequence[Mapping[int, float]], max_rows: int) -> None:
+        """Take requests from now on; `stage_seconds` by rows of a batch, which has `max_rows` at most."""
+        self.guard.expect(stage_seconds, max_rows)
+        image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in stage_seconds)
+        self.pace = Pace(len(self._lanes), image_s)
+        self._lanes.start()
+        with self._handing_over:
+            self.admission.open()
+            self.owns = True
+            self._owner.start()
+
+    def ask(self, function: Callable[[], T]) -> "Future[T]":
+        """Run a function between batches. Waiting for it on the engine's thread would take for ever."""
+        call = Call(function)
+        with self._handing_over:
+            if self.owns:
+                self._inbox.put(call)
+                return call.future
+        call.run()  # not started yet, ended, or winding up: here, and perhaps beside others who ask
+        return call.future
+
+    def stop(self) -> None:
+        """Take nothing more after the work at hand, and wait for that."""
+        self._inbox.put(Stop())
+        if self._owner.is_alive():
+            self._owner.join()
+        self._lanes.stop(timeout_s=1.0)
+
+    # --- lanes --------------------------------------------------------------------------------------------------
+
+    def _post(self, batch: Batch) -> None:
+        """A batch has run. While images wait by the batch, the engine's thread is woken only once no batch is left that
+        a lane could take: each time it wakes its code is out of the cache, and that takes longer than a batch does."""
+        self._ran.append(batch)
+        if not (self._is_behind and self._lanes.n_waiting):
+            self._inbox.put(Wake())
+
+    # --- the engine's thread ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        broken: EngineError | None = None
+        try:
+            while self._take_messages():
+                self._dispatch()
+                self._deliver()
+        except FatalRunnerError as error:
+            logger.critical("the device is lost: %s", error)
+            broken = EngineLost(f"the device is lost ({error})")
+        except Exception as error:
+            logger.exception("the engine broke down")
+            broken = EngineError(f"the engine broke down ({type(error).__name__}: {error}): restart the server")
+        try:
+            self._wind_up(broken or EngineError("the engine stopped before this image was answered"))
+        except Exception:
+            logger.exception("not every request could be told")
+        if broken is not None:
+            self.broken.set_result(broken)
+
+    def _take_messages(self) -> bool:
+        """Wait for a message, then take all there are, and all images before them; False once told to stop.
+
+        While all lanes are busy, arrivals do not wake the engine: it could do nothing for them, and a wake-up for each
+        image costs as much as all that the engine does for it. The next batch that has run brings it here.
+        """
+        lanes_are_free = len(self.guard.running) < self._max_running
+        if self.admission.wait_for_one(lanes_are_free) or not lanes_are_free:
+            self._wait()
+        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        self._take_arrivals()
+        self._ran.extend(self._lanes.poll())
+        while self._ran:
+            self._take_back(self._ran.popleft())
+        goes_on = True
+        while self._messages:
+            message = self._messages.popleft()
+            if isinstance(message, Abandon):
+                self.core.abandon(message.request)
+            elif isinstance(message, Call):
+                message.run()
+            elif isinstance(message, Stop):
+                goes_on = False
+        due_s = self._due_s
+        if due_s < inf and (now_s := self._clock()) >= due_s:
+            self.core.expire(now_s)
+            for batch in self.guard.look(now_s):
+                self.core.fail(batch, "has not come back", now_s)
+        if self.guard.unsound is not self._told_unsound:
+            self._follow_soundness()
+        return goes_on
+
+    @property
+    def _due_s(self) -> float:
+        return min(self.core.deadlines.next_s, self.guard.next_s)
+
+    def _wait(self) -> None:
+        """Wait for a message, or for the next deadline, or to look after the lanes."""
+        due_s = self._due_s
+        if self._lanes.is_driven and self._n_out:
+            return self._drive(due_s)
+        message = next_message(self._inbox, due_s - self._clock())
+        if message is not None:
+            self._messages.append(message)
+
+    def _drive(self, due_s: float) -> None:
+        """The same while this thread looks after the lanes: until a batch has run."""
+        running = len(self.guard.running)
+        is_alone = running == 1 and self._n_out == 1 and not len(self.core.scheduler)
+        now_s = self._clock()
+        spin_s = now_s + SPIN_S if is_alone else 0.0
+        if sum([len(batch.rows) for batch in self.guard.running]) >= MANY_ROWS:
+            time.sleep(0)  # whoever submits images gets the interpreter, and so large batches run on meanwhile
+        while self._inbox.empty() and now_s < due_s:
+            if ran := self._lanes.poll():
+                self._ran.extend(ran)
+                return
+            if now_s < spin_s:
+                select.select((), (), (), 0)  # whoever waits for the interpreter may have it, but nobody sleeps
+            else:
+                time.sleep(NAP_S if running else LOST_NAP_S)
+            now_s = self._clock()
+
+    def _take_back(self, batch: Batch) -> None:
+        self._n_out -= 1
+        if isinstance(batch.error, FatalRunnerError):
+            raise batch.error  # nothing that still runs or waits can be run any more
+        core, now_s = self.core, self._clock()
+        if not self.guard.ended(batch, now_s):
+            return
+        core.finish(batch, now_s)
+        # Of those too that left between two batches, if they had run: what they took is in the seconds.
+        n_ended = core.n_ended - core.budget.ledger.abandoned_unspent
+        self.pace.ran(batch.ended_s - batch.started_s, n_ended - self._n_paced)
+        self._n_paced = n_ended
+
+    def _follow_soundness(self) -> None:
+        """Nobody is to wait for lanes that run nothing; and as soon as they run again, images are taken again."""
+        self._told_unsound = why = self.guard.unsound
+        if why is None:
+            logger.warning("the stages can be run again")
+            self.admission.reopen()
+            self.trouble = None
+            return
+        logger.critical("no stage can be run: %s", why)
+        error = EngineUnsound(f"no stage can be run: {why}")
+        self.admission.close(error)
+        self.trouble = why
+        self._take_arrivals()
+        self.core.fail_all(error)
+        self.guard.give_up_all()
+
+    def _take_arrivals(self) -> None:
+        self._arrivals += self.admission.take()
+        now_s = self._clock()
+        self.degrade.follow(now_s, self.admission.in_flight, self.pace.row_s)
+        if self._arrivals:
+            self.core.admit(self._arrivals, now_s)
+            self._arrivals = []
+
+    def _dispatch(self) -> None:
+        while len(self.guard.running) < self._max_running:
+            now_s = self._clock()
+            batch = self.guard.trial(now_s) or self.core.next_batch(now_s)
+            if batch is None:
+                break
+            self.guard.began(batch, now_s)
+            self._n_out += 1
+            self._lanes.put(batch)
+        self._is_behind = self.core.is_behind(self.guard.n_lanes)
+
+    @property
+    def _max_running(self) -> int:
+        lanes, ahead = self.guard.lanes_left, self._lookahead_batches
+        if ahead is None:
+            return AT_ONCE * lanes if self._lanes.is_driven else self.core.batches_out(lanes)
+        return lanes + ahead if lanes else 0
+
+    def _deliver(self) -> None:
+        n_new = self.core.n_ended - self.n_delivered
+        if not n_new and not self.core.outbox:
+            return
+        self.n_delivered += n_new
+        if n_new:  # first: who has an answer may send the next image at once
+            room_rows = self.pace.room_rows(self.degrade.bearable_wait_s(self._max_queue_s), self._max_rows)
+            self.admission.leave(n_new, room_rows, self.pace.row_s)
+        deliver(self.core.outbox)
+
+    def _wind_up(self, error: EngineError) -> None:
+        """Whatever happened, nobody is left waiting: end every request, then hand over what the thread owned."""
+        with self._handing_over:
+            self.admission.close(error)
+            self.owns = False
+        # Nothing comes from here on but abandonments and batches, which end below all the same.
+        self._arrivals += self.admission.take()
+        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        for message in self._messages:
+            if isinstance(message, Call):
+                message.run()
+        try:
+            self.core.fail_all(error)
+        finally:  # without what may have broken, the books or the pace
+            self.core.n_failed += turn_away(self.core.outbox, self._arrivals, error)
+            self.admission.leave(self.core.n_ended - self.n_delivered, self.admission.room_rows, self.admission.row_s)
+            self.n_delivered = self.core.n_ended
+            deliver(self.core.outbox)

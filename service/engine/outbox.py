@@ -1,0 +1,44 @@
+"""What leaves the engine's thread: steps and outcomes, by the sink that each is for."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from service.engine.rows import ENDED, Answer, Request, Sink, Step, Told
+from service.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+Outbox = dict[Sink, list[tuple[Any, Told]]]
+
+
+def deliver(outbox: Outbox) -> None:
+    """Tell every sink what is there for it, and empty the outbox."""
+    for sink, told in outbox.items():
+        try:
+            sink(told)
+        except Exception:  # a client's trouble is not the engine's
+            logger.exception("%d outcomes could not be delivered", len(told))
+    outbox.clear()
+
+
+def turn_away(outbox: Outbox, requests: Sequence[Request], error: EngineError) -> int:
+    """Have an error for those of the requests that have not ended; returns how many these are. Who was given up hears
+    nothing."""
+    waiting = [request for request in requests if request.state is not ENDED]
+    for request in waiting:
+        request.state = ENDED
+        if not request.abandoned:
+            outbox.setdefault(request.sink, []).append((request.token, error))
+    return len(waiting)
+
+
+def resolve(told: list[tuple[Any, Told]]) -> None:
+    """The sink whose tokens are futures, which have no use for steps."""
+    for future, outcome in told:
+        if isinstance(outcome, Step) or not future.set_running_or_notify_cancel():
+            continue
+        if isinstance(outcome, Answer):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)

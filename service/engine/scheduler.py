@@ -1,0 +1,288 @@
+"""Decides which rows run next, and together: one queue per stage, rows regrouped at every exit.
+
+Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any hashable
+object and is to wait in one queue at most: nobody looks whether it does.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from math import inf
+from typing import Generic, TypeVar
+
+from service.engine.costs import CostTable
+from service.engine.policies import POLICIES
+from service.runners.limits import RowLimits
+
+Row = TypeVar("Row", bound=Hashable)
+
+
+class _Group(Generic[Row]):
+    """Rows added together: arrivals, or those of one batch that go on. Rows leave it at the front, or are dropped.
+
+    Attributes:
+        joined: they lie side by side, and as a batch of their own need no copy.
+        due_s: their deadlines, infinite where a row has none; None where none has.
+    """
+
+    __slots__ = ("_first", "_rows", "added_s", "due_s", "joined")
+
+    def __init__(self, rows: Sequence[Row], added_s: float, joined: bool, due_s: Sequence[float] | None) -> None:
+        self.added_s, self.joined = added_s, joined
+        self.due_s = None if due_s is None else list(due_s)
+        self._rows = list(rows)
+        self._first = 0  # those before it were taken
+
+    @property
+    def n_rows(self) -> int:
+        """That wait."""
+        return len(self._rows) - self._first
+
+    def n_due(self, n_rows: int) -> int:
+        """How many of the first so many have a deadline."""
+        if self.due_s is None:
+            return 0
+        return sum(due_s < inf for due_s in self.due_s[self._first : self._first + n_rows])
+
+    def waiting_due_s(self) -> Sequence[float]:
+        return () if self.due_s is None else self.due_s[self._first :]
+
+    def take(self, n_rows: int) -> list[Row]:
+        """Take the first rows, `n_rows` at most."""
+        rows = self._rows[self._first : self._first + n_rows]
+        self._first += len(rows)
+        return rows
+
+    def waiting(self) -> Sequence[Row]:
+        return self._rows[self._first :]
+
+    def drop(self, row: Row) -> bool:
+        """Take a row out; returns whether it had a deadline."""
+        i = self._rows.index(row, self._first)
+        del self._rows[i]
+        return self.due_s is not None and self.due_s.pop(i) < inf
+
+
+class _Queue(Generic[Row]):
+    """Groups of rows, oldest first.
+
+    Attributes:
+        n_rows: that wait.
+        n_due: of these, with a deadline.
+    """
+
+    __slots__ = ("groups", "n_due", "n_rows")
+
+    def __init__(self) -> None:
+        self.groups: deque[_Group[Row]] = deque()
+        self.n_rows = self.n_due = 0
+
+    def head(self) -> _Group[Row] | None:
+        while self.groups and not self.groups[0].n_rows:
+            self.groups.popleft()
+        return self.groups[0] if self.groups else None
+
+    def due_s(self, n_rows: int) -> Iterator[float]:
+        """Deadlines of the first rows, those that have none left out."""
+        for group in self.groups:
+            yield from group.waiting_due_s()[:n_rows]
+            n_rows -= group.n_rows
+            if n_rows <= 0:
+                return
+
+
+class Scheduler(Generic[Row]):
+    """One queue per stage; `pick` takes the next batch from one of them.
+
+    Work is conserved: `pick` returns None only when every queue is empty. In this order, it runs
+    1. a queue in which a row's deadline comes too close for another batch before it (every other time at most);
+    2. the deepest queue that is full, or whose head has waited for `max_wait_s`, or that is ripe: to wait for company
+       would cost its rows more than a larger batch saves (`Policy.is_ripe`). Deep rows have cost the most, and their
+       answers free memory and clients soonest;
+    3. the longest queue.
+    A batch is taken from the queue's front, oldest first; it grows by further groups of rows while merging them saves
+    more than it copies (`Policy.merges`).
+
+    No row starves. Once it has waited `max_wait_s`, nothing is picked before it but older rows of its queue, rows of
+    deeper queues, and, every other time at most, rows with a deadline. What is deeper was let there by picks of older
+    rows; rows picked from shallower queues come to wait behind it. So with W rows in the scheduler, each of which can
+    go deeper `n_stages` times at most, it is picked at the latest `2 x W x n_stages` picks later; without deadlines
+    `W x n_stages`. Where batches are full it is about `W / max_rows x n_stages`.
+
+    Args:
+        n_stages: stages, one queue each.
+        max_rows: the largest batch.
+        max_wait_s: how long a queue may wait to become a larger batch while others run.
+        costs: what batches take, followed by the caller; without it, nothing costs anything, and no queue waits.
+        policy: a key of `POLICIES`.
+
+    Attributes:
+        costs: may be replaced, once they have been measured.
+        limits: of batches, by stage; told by the caller of those that ran and failed.
+        policy: what the key stands for.
+
+    Raises:
+        ValueError: the policy is unknown, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        n_stages: int,
+        max_rows: int = 32,
+        max_wait_s: float = 0.05,
+        costs: CostTable | None = None,
+        policy: str = "default",
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"unknown scheduling policy {policy!r}: give one of {', '.join(POLICIES)}")
+        if n_stages < 1 or max_rows < 1 or max_wait_s < 0:
+            raise ValueError("n_stages and max_rows must be at least 1, max_wait_s at least 0")
+        self.limits = RowLimits(n_stages, max_rows)
+        self.max_wait_s = max_wait_s
+        self.costs = costs or CostTable([{1: 0.0}] * n_stages)
+        self.policy = POLICIES[policy]
+        self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
+        self._n_rows = 0
+        self._groups: dict[Row, tuple[int, _Group[Row]]] | None = None  # by row; None: not up to date
+        self._hurried = False  # the last batch was picked for a deadline
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    @property
+    def max_rows(self) -> int:
+        """The largest batch, where memory is not short for a stage."""
+        return self.limits.max_rows
+
+    def limit_rows(self, max_rows: int) -> None:
+        """Pick no batch larger than `max_rows` from now on."""
+        self.limits.limit(max_rows)
+
+    def queued_rows(self, stage: int) -> int:
+        return self._queues[stage].n_rows
+
+    def add(
+        self,
+        rows: Sequence[Row],
+        stage: int,
+        now_s: float,
+        joined: bool = False,
+        due_s: Sequence[float] | None = None,
+    ) -> None:
+        """Queue rows for a stage: arrivals for stage 0, or those of one batch that go on to the stage after it.
+
+        Args:
+            rows: in the order in which they lie in memory.
+            stage: from 0.
+            now_s: the time.
+            joined: they lie side by side, so that they can run together without being copied.
+            due_s: the rows' deadlines, infinite where a row has none; None where none has.
+        """
+        group = _Group(rows, now_s, joined, due_s)
+        queue = self._queues[stage]
+        queue.groups.append(group)
+        queue.n_rows += len(rows)
+        self._n_rows += len(rows)
+        self._groups = None
+        if due_s is not None:
+            queue.n_due += group.n_due(len(rows))
+
+    def drop(self, row: Row) -> int | None:
+        """Take a row out of its queue; returns the stage that it waited for, None if it waits for none (it runs, or is
+        gone).
+
+        Rows are dropped far more seldom than they are added and picked: so where each waits is noted when the first of
+        several is.
+        """
+        if self._groups is None:
+            waiting = [(stage, group) for stage, queue in enumerate(self._queues) for group in queue.groups]
+            self._groups = {row: (stage, group) for stage, group in waiting for row in group.waiting()}
+        found = self._groups.pop(row, None)
+        if found is None:
+            return None
+        stage, group = found
+        queue = self._queues[stage]
+        queue.n_due -= group.drop(row)
+        queue.n_rows -= 1
+        self._n_rows -= 1
+        return stage
+
+    def drop_all(self) -> list[tuple[int, Row]]:
+        """Take out all rows; returns them with the stages that they waited for."""
+        waiting = [
+            (stage, row)
+            for stage, queue in enumerate(self._queues)
+            for group in queue.groups
+            for row in group.take(group.n_rows)
+        ]
+        self._queues = [_Queue() for _ in self._queues]
+        self._n_rows, self._groups = 0, None
+        return waiting
+
+    def pick(self, now_s: float) -> tuple[int, list[Row]] | None:
+        """Take the next batch: its stage and its rows, oldest first; None if nothing waits."""
+        if not self._n_rows:
+            return None
+        stage = self._choose(now_s)
+        return stage, self._take(stage)
+
+    def _choose(self, now_s: float) -> int:
+        queues, costs = self._queues, self.costs
+        longest = max(range(len(queues)), key=lambda stage: (queues[stage].n_rows, stage))
+        other_s = costs.seconds(longest, min(queues[longest].n_rows, self.limits.rows[longest]))
+        hurried = None if self._hurried else self._hurrying(now_s, other_s)
+        self._hurried = hurried is not None
+        if hurried is not None:
+            return hurried
+        for stage in range(len(queues) - 1, -1, -1):
+            n_rows = queues[stage].n_rows
+            if n_rows and (
+                n_rows >= self.limits.rows[stage]
+                or self._is_overdue(stage, now_s)
+                or self.policy.is_ripe(costs, stage, n_rows, self._n_rows, other_s)
+            ):
+                return stage
+        return longest
+
+    def _is_overdue(self, stage: int, now_s: float) -> bool:
+        head = self._queues[stage].head()
+        return head is not None and now_s - head.added_s >= self.max_wait_s
+
+    def _hurrying(self, now_s: float, other_s: float) -> int | None:
+        """The deepest stage of which a row at the front has just the time left to run it, but for no batch before it.
+
+        A deadline too near even for that is met with the answer at hand. A row that has none, before stage 0, hurries
+        until the last moment: what has begun is answered.
+        """
+        for stage in range(len(self._queues) - 1, -1, -1):
+            queue = self._queues[stage]
+            if not queue.n_due:
+                continue
+            run_s = self.costs.seconds(stage, min(queue.n_rows, self.limits.rows[stage]))
+            soonest_s = now_s + run_s if stage else now_s
+            if any(soonest_s <= due_s < now_s + other_s + run_s for due_s in queue.due_s(self.limits.rows[stage])):
+                return stage
+        return None
+
+    def _take(self, stage: int) -> list[Row]:
+        queue, max_rows = self._queues[stage], self.limits.rows[stage]
+        rows: list[Row] = []
+        uncopied_rows = 0  # of this batch, were it not to grow
+        while len(rows) < max_rows and (group := queue.head()):
+            if stage and rows and not self._merges(stage, len(rows), uncopied_rows, group):
+                break
+            uncopied_rows = group.n_rows if group.joined and not rows else 0
+            n_more = max_rows - len(rows)
+            queue.n_due -= group.n_due(n_more)
+            rows += group.take(n_more)
+        queue.n_rows -= len(rows)
+        self._n_rows -= len(rows)
+        self._groups = None
+        return rows
+
+    def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group[Row]) -> bool:
+        """Whether a batch of `n_rows` takes in (the first of) another group as well."""
+        n_more = min(group.n_rows, self.limits.rows[stage] - n_rows)
+        if n_more < group.n_rows and not self.policy.compact:
+            return False  # a part of a group could not run as the whole lies
+        copied_rows = uncopied_rows + (n_more if group.joined else 0)
+        return self.policy.merges(self.costs, stage, n_more / group.n_rows, copied_rows)

@@ -1,0 +1,168 @@
+"""`/classify/stream`: a line for every exit, the last one the answer; and what happens where it cannot be had."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from starlette.requests import ClientDisconnect
+
+from service.api import answers
+from service.api.stream import MEDIA_TYPE
+from service.engine.engine import Engine
+from service.engine.rows import Answer, Options, Step
+from service.errors import EngineError
+from tests.bundles import random_images
+from tests.service.api.test_delivery import keep_busy, stays
+from tests.service.apps import PNG, Http, build_app, png, problem, serving
+
+IMAGES = random_images(8, seed=13)
+BODIES = [png(image) for image in IMAGES]
+
+
+@pytest.fixture(scope="module")
+def engines() -> list[Engine]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def http(folder: Path, engines: list[Engine]) -> Iterator[Http]:
+    with serving(build_app(folder, keep=engines.append, budget_fraction=1.0, burst_images=1000)) as client:
+        yield client
+
+
+def lines(http: Http, query: str = "", body: bytes = BODIES[0]) -> list[dict[str, Any]]:
+    response = http.post(f"/classify/stream{query}", content=body, headers=PNG)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == MEDIA_TYPE
+    assert "content-length" not in response.headers
+    assert response.text.endswith("\n")
+    return [orjson.loads(line) for line in response.text.splitlines()]
+
+
+def test_there_is_a_line_for_every_exit_and_the_last_is_the_answer(http: Http) -> None:
+    *steps, last = lines(http, "?exit=4&top_k=3")
+    assert [step["exit"] for step in steps] == [1, 2, 3]
+    model = http.get("/model").json()
+    for step in steps:
+        assert set(step) == set(answers.Step.model_fields)
+        answers.Step.model_validate(step, strict=True)
+        assert step["final"] is False
+        assert step["label"] == model["class_names"][step["class_id"]]
+        assert step["top_k"][0] == {key: step[key] for key in ("label", "class_id", "confidence")}
+        assert len(step["top_k"]) == 3
+        assert step["mflops"] == pytest.approx(model["exits"][step["exit"] - 1]["executed_mflops"])
+    assert set(last) == set(answers.LastStep.model_fields)
+    answers.LastStep.model_validate(last, strict=True)
+    assert (last["final"], last["exit"], last["reason"], last["threshold"]) == (True, 4, "pinned", None)
+    assert len(last["top_k"]) == 3
+
+
+def test_the_lines_lead_to_the_answer_that_classify_gives(http: Http) -> None:
+    for body in BODIES:
+        *steps, last = lines(http, "?min_confidence=0.5", body)
+        plain = http.post("/classify?min_confidence=0.5", content=body, headers=PNG).json()
+        for key in ("label", "confidence", "top_k", "exit", "reason", "mflops"):
+            assert last[key] == plain[key]
+        assert [step["exit"] for step in steps] == list(range(1, last["exit"]))
+        assert all(step["confidence"] < 0.5 for step in steps)
+        assert last["confidence"] >= 0.5 or last["reason"] == "final"
+
+
+@pytest.mark.parametrize(
+    ("query", "body", "status", "kind"),
+    [
+        ("", b"no image", 400, "not-an-image"),
+        ("?exit=9", BODIES[0], 422, "bad-parameter"),
+        ("", b"", 400, "empty-image"),
+    ],
+)
+def test_what_is_wrong_from_the_start_has_a_status(http: Http, query: str, body: bytes, status: int, kind: str) -> None:
+    problem(http.post(f"/classify/stream{query}", content=body, headers=PNG), status, kind)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (EngineError("stage 2 failed: no memory"), "engine-error", "no memory"),
+        (KeyError("a fault of the server's own"), "internal-error", "Report it with request id"),
+    ],
+)
+def test_what_fails_on_the_way_is_the_last_line(
+    http: Http, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, told: str
+) -> None:
+    async def breaks(*args: Any) -> Any:
+        yield Step(1, "noise 1", 0.3, ((1, 0.3),), 1, 0.5, 0.1, 0.2)
+        raise error
+
+    monkeypatch.setattr("service.api.delivery.Delivery.follow", breaks)
+    before = failed(http)
+    first, last = lines(http)
+    assert first["exit"] == 1
+    assert last["type"] == f"urn:exitserve:problem:{kind}"
+    assert (last["status"], last["final"], last["instance"]) == (500, True, "/classify/stream")
+    assert told in last["detail"]
+    assert failed(http) == before + 1
+
+
+def failed(http: Http) -> float:
+    [line] = [
+        line
+        for line in http.get("/metrics").text.splitlines()
+        if line.startswith('exitserve_requests_total{outcome="f')
+    ]
+    return float(line.split()[-1])
+
+
+def test_a_line_leaves_as_soon_as_its_exit_has_spoken(http: Http, engines: list[Engine]) -> None:
+    """The engine's thread is held after exit 1; the line of exit 1 comes all the same."""
+    engine = engines[0]
+
+    async def follow() -> None:
+        from service.api.delivery import Delivery
+
+        told = Delivery(engine).follow(IMAGES[0], Options(exit=4, steps=True), stays)
+        first = await anext(told)
+        assert isinstance(first, Step)
+        assert first.exit == 1
+        go_on = keep_busy(engine)
+        rest = asyncio.create_task(_all(told))
+        await asyncio.sleep(0)
+        go_on.set()
+        *steps, answer = await rest
+        assert [step.exit for step in steps if isinstance(step, Step)] == [2, 3]
+        assert isinstance(answer, Answer)
+
+    http.run(follow())
+
+
+async def _all(told: Any) -> list[Step | Answer]:
+    return [item async for item in told]
+
+
+def test_a_client_that_leaves_in_the_middle_is_given_up(http: Http, engines: list[Engine]) -> None:
+    engine = engines[0]
+    before = engine.stats().abandoned
+
+    async def leave() -> None:
+        from service.api.delivery import Delivery
+
+        gone = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        go_on = keep_busy(engine)
+        told = Delivery(engine).follow(IMAGES[0], Options(exit=4, steps=True), receive)  # type: ignore[arg-type]
+        gone.set()
+        with pytest.raises(ClientDisconnect):
+            await anext(told)
+        go_on.set()
+
+    http.run(leave())
+    stats = engine.stats()
+    assert stats.abandoned == before + 1
+    assert stats.in_flight_rows == 0

@@ -1,0 +1,78 @@
+"""What the supervisor of HTTP workers does when a worker cannot be started, or a signal comes at a bad moment."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.bundle import load_bundle
+from service.budget.target import Targets
+from service.front.hub import Hub
+from service.front.supervisor import BEGIN_BACKOFF_S, Front, Gone
+from service.front.wire import Kind
+from service.settings import Settings
+from service.tally import OUTCOME_AT
+
+
+class NoHub(Hub):
+    """It has no worker to speak with."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, Kind]] = []
+
+    def tell(self, worker: int, kind: Kind, text: str = "") -> None:
+        self.told.append((worker, kind))
+
+
+@pytest.fixture
+def supervisor(bundle_path: Path) -> Iterator[Front]:
+    bundle = load_bundle(bundle_path)
+    settings = Settings(bundle=bundle_path, http_workers=2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield Front(bundle, Targets(bundle.frontier(), bundle.costs_mflops), settings, None, listener)
+
+
+def test_a_worker_that_cannot_be_started_again_is_tried_later(
+    supervisor: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(subprocess, "Popen", no_memory)
+    hub = NoHub()
+    for times in (1, 2):
+        supervisor._restarts = {1: 0.0}
+        supervisor._restart_due(hub)
+        assert list(supervisor._restarts) == [1]
+        told = f"worker 2 cannot be started ([Errno 12] Cannot allocate memory): again in {times * BEGIN_BACKOFF_S:g} s"
+        assert told in caplog.text
+    assert hub.told == []
+
+
+def test_what_dies_with_a_worker_is_counted(supervisor: Front) -> None:
+    for process in (subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])):
+        supervisor._processes[1] = process
+        process.kill()
+        supervisor._bury(Gone(1, 3))
+        supervisor._is_ending = True  # the second was told to end: it has told its requests, too
+    failed = [tally.read()[OUTCOME_AT["failed"]] for tally in supervisor.tallies]
+    assert failed == [0, 3]
+
+
+def test_the_first_signal_after_a_breakdown_is_not_the_second(
+    supervisor: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    supervisor._end(NoHub(), 1.0, Kind.BROKEN, "the engine broke down")
+    supervisor._on_signal(signal.SIGTERM, None)
+    assert ends == []
+    supervisor._on_signal(signal.SIGTERM, None)
+    assert ends == [128 + signal.SIGTERM]

@@ -1,0 +1,162 @@
+"""Two proxies in front of one real engine, and something goes wrong: an end dies, reads nothing, or talks nonsense."""
+
+import asyncio
+import socket
+import threading
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.engine.rows import Answer, Options, Told
+from service.errors import EngineDraining, EngineError
+from service.front import wire
+from service.front.calls import RemoteKeeper
+from service.front.channel import Channel
+from service.front.wire import Kind
+from tests.service.fronts import IMAGES, N_SLOTS, Front, answer_of, settled
+from tests.waiting import LIMIT_S, wait_until
+
+
+def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Front) -> None:
+    before = front.engine.stats()
+
+    async def die() -> None:
+        for image in IMAGES[:20]:
+            front.proxies[0].submit_to(lambda told: None, 1, image, Options(exit=front.n_exits))
+        await asyncio.sleep(0)
+        front.loop.remove_reader(front.channels[0])
+        front.channels[0].close()
+
+    began, done = threading.Event(), threading.Event()
+    front.engine.ask(lambda: (began.set(), done.wait(LIMIT_S)))  # it answers none of them before it hears of the death
+    assert began.wait(LIMIT_S)  # what comes now stays in its inbox
+    front.run(die())
+    wait_until("the hub has given its requests up", lambda: front.engine._inbox.qsize() > 20)
+    done.set()
+    assert front.someone_has_gone.wait(LIMIT_S)
+    assert front.gone == [(0, 20)]
+    wait_until("the engine has let go of them", lambda: front.engine.stats().in_flight_rows == 0)
+    stats = front.engine.stats()
+    assert (stats.submitted - before.submitted, stats.abandoned, front.memory.in_flight_rows) == (20, 20, 0)
+
+    proxy = front.connect(0)
+
+    assert isinstance(front.run(answer_of(proxy, IMAGES[0])), Answer)
+
+
+def narrow(channel: Channel) -> None:
+    """Have a channel's socket hold a few kilobytes, as little as the kernel allows."""
+    channel._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+
+
+def test_answers_that_a_worker_does_not_read_wait_for_it(front: Front) -> None:
+    channel = front.hub._links[0].channel
+    narrow(channel)
+    told: list[tuple[Any, Told]] = []
+
+    async def ask() -> None:
+        for i, image in enumerate(IMAGES[:N_SLOTS]):
+            options = Options(top_k=10, exit=front.n_exits, steps=True)
+            front.proxies[0].submit_to(told.extend, i, image, options, flush=False)
+        front.proxies[0].flush()
+        wait_until("the socket is full", lambda: channel._unsent)  # meanwhile this event loop reads nothing
+        assert isinstance(front.engine.submit(IMAGES[0]).result(LIMIT_S), Answer)  # and the engine goes on
+        await settled(front.proxies[0])
+
+    front.run(ask())
+    assert Counter(i for i, _ in told) == dict.fromkeys(range(N_SLOTS), front.n_exits)
+    assert sum(isinstance(outcome, Answer) for _, outcome in told) == N_SLOTS
+
+
+def test_what_the_hub_does_not_read_waits_for_it(front: Front) -> None:
+    proxy, channel, go_on = front.proxies[0], front.channels[0], threading.Event()
+    narrow(channel)
+    seconds: list[float] = []
+    front.engine.took = seconds.append  # type: ignore[method-assign]
+    front.hub._do(lambda: go_on.wait(LIMIT_S))
+
+    async def ask() -> Told:
+        for _ in range(10_000):
+            proxy.took(0.5)
+        proxy.flush()
+        assert channel._unsent
+        answer = asyncio.create_task(answer_of(proxy, IMAGES[0]))
+        await asyncio.sleep(0)
+        go_on.set()
+        return await answer
+
+    assert isinstance(front.run(ask()), Answer)
+    assert seconds == [0.5] * 10_000
+
+
+@pytest.mark.parametrize(
+    "payload", [b"\0", wire.pack_submissions([(0, Options(), (9, 9_999))])], ids=["no frame", "no picture"]
+)
+def test_a_worker_that_talks_nonsense_is_let_go_and_the_others_are_served(front: Front, payload: bytes) -> None:
+    front.channels[0].send(Kind.SUBMIT, payload)
+    assert front.someone_has_gone.wait(LIMIT_S)
+    assert front.gone == [(0, 0)]
+    wait_until("its end is closed too", lambda: not front.proxies[0].is_connected)
+    assert isinstance(front.run(answer_of(front.proxies[1], IMAGES[0])), Answer)
+
+
+def test_an_image_that_the_network_does_not_take_is_its_own_fault_alone(front: Front) -> None:
+    told = front.run(answer_of(front.proxies[0], IMAGES[0][:16]))
+    assert type(told) is EngineError
+    assert "where the network takes" in str(told)
+    assert isinstance(front.run(answer_of(front.proxies[0], IMAGES[0])), Answer)
+    assert front.memory.in_flight_rows == 0
+
+
+def test_a_picture_that_no_slot_holds_takes_none(front: Front) -> None:
+    proxy = front.proxies[0]
+
+    async def ask() -> int:
+        with pytest.raises(ValueError, match="reshape"):
+            proxy.submit_to(lambda told: None, 1, np.zeros((64, 64, 3), np.uint8))
+        return len(proxy._free)
+
+    assert front.run(ask()) == N_SLOTS
+
+
+def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None:
+    outcomes: list[Any] = []
+
+    async def ask() -> None:
+        proxy = front.proxies[0]
+        front.engine.ask(lambda: done.wait(LIMIT_S))
+        proxy.submit_to(outcomes.extend, 1, IMAGES[0])
+        await asyncio.sleep(0)
+        front.hub.stop()
+        while not outcomes:
+            await asyncio.sleep(0.001)
+        assert not proxy.is_alive
+        with pytest.raises(EngineDraining):
+            proxy.submit_to(outcomes.extend, 2, IMAGES[0])
+
+    done = threading.Event()
+    front.run(ask())
+    done.set()
+    assert isinstance(outcomes[0][1], EngineDraining)
+    with pytest.raises(EngineDraining):
+        RemoteKeeper(front.proxies[0].calls).read()
+    assert np.all(front.memory.images(0)[0] == IMAGES[0])
+
+
+def test_a_call_that_nobody_answers_ends(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.front.calls.CALL_S", 0.05)
+    done = threading.Event()
+    front.engine.ask(lambda: done.wait(LIMIT_S))  # between batches it would answer
+    with pytest.raises(EngineError, match=r"has not answered for 0\.05 s"):
+        RemoteKeeper(front.proxies[0].calls).read()
+    done.set()
+
+
+def test_a_hub_that_breaks_down_says_so(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down() -> None:
+        raise MemoryError("no room for a board")
+
+    monkeypatch.setattr(front.hub, "publish", break_down)
+    assert str(front.broken.result(LIMIT_S)) == "no room for a board"

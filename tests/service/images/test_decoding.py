@@ -1,0 +1,123 @@
+"""The threads that decode large images: who waits, for how long, and what is held meanwhile."""
+
+import weakref
+from collections.abc import Iterator
+from threading import Event
+from time import perf_counter, sleep
+
+import pytest
+
+from service.errors import EngineOverloaded, EngineTooLate
+from service.images.threads import Decoding
+from tests.waiting import LIMIT_S, wait_until
+
+
+class Body(bytearray):
+    """Of which a test can see that nobody holds it."""
+
+
+@pytest.fixture
+def stop() -> Iterator[Event]:
+    event = Event()
+    yield event
+    event.set()
+
+
+def test_who_would_wait_too_long_is_refused_and_others_are_not(stop: Event) -> None:
+    def decode(body: bytes) -> int:
+        if body.startswith(b"slow"):
+            assert stop.wait(LIMIT_S)
+        return len(body)
+
+    decoding = Decoding(decode, 2, max_wait_s=0.5)
+    decoding._seconds, decoding._weight = 1.0, 1000.0  # as if a second a thousand bytes were its pace
+    slow = [decoding.submit(b"slow".ljust(450)) for _ in range(2)]
+    waiting = [decoding.submit(b"x" * n_bytes) for n_bytes in (100, 100)]  # 900 and 1,000 bytes are before these
+    with pytest.raises(EngineOverloaded, match="4 images are in flight, which will take about") as caught:
+        decoding.submit(b"x")
+    assert caught.value.wait_s == pytest.approx(0.55)
+    stop.set()
+    assert [future.result(LIMIT_S) for future in (*slow, *waiting)] == [450, 450, 100, 100]
+    wait_until("all are forgotten", lambda: decoding._n_submitted == decoding._submitted_weight == 0)
+    assert decoding.submit(b"x").result(LIMIT_S) == 1
+    decoding.close()
+
+
+def test_an_idle_thread_takes_whatever_comes(stop: Event) -> None:
+    decoding = Decoding(len, 2, max_wait_s=0.0)
+    decoding._seconds, decoding._weight = 1.0, 1.0
+    for _ in range(3):
+        assert decoding.submit(b"x" * 1000).result(LIMIT_S) == 1000
+        wait_until("it is forgotten", lambda: decoding._n_submitted == 0)
+    decoding.close()
+
+
+def test_the_pace_is_that_of_the_latest() -> None:
+    decoding = Decoding(len, 1)
+    for _ in range(50):
+        decoding.submit(bytes(2_000_000)).result(LIMIT_S)
+    assert 0 < decoding._seconds / decoding._weight < 1e-9
+    assert decoding._weight == pytest.approx(2e7, rel=0.01)
+    decoding.close()
+
+
+def test_an_odd_one_says_little_of_those_after_it_and_many_do() -> None:
+    """A picture may take a hundred times what others of its weight do: a JPEG in a hundred passes."""
+    decoding = Decoding(lambda body: sleep(0.2) if body.startswith(b"odd") else None, 1)
+    ordinary_s = decoding._predicted_s(1)
+    odd = b"odd".ljust(100_000)
+    decoding.submit(odd).result(LIMIT_S)
+    assert ordinary_s < decoding._predicted_s(1) < 1.1 * ordinary_s
+    decoding._weight, decoding._seconds = 1e5, 1e5 * ordinary_s  # as after others as light as it
+    for _ in range(8):
+        decoding.submit(odd).result(LIMIT_S)
+    assert decoding._predicted_s(len(odd)) > 0.1
+    decoding.close()
+
+
+def test_what_is_damaged_says_nothing_of_the_pace() -> None:
+    """Its header may promise anything, and a thread be done with it at once."""
+
+    def refuse(body: bytes) -> None:
+        raise ZeroDivisionError
+
+    decoding = Decoding(refuse, 1, weigh=lambda body: 10**9)
+    known = decoding._seconds, decoding._weight
+    with pytest.raises(ZeroDivisionError):
+        decoding.submit(b"x").result(LIMIT_S)
+    assert (decoding._seconds, decoding._weight) == known
+    decoding.close()
+
+
+def test_one_whose_deadline_passes_meanwhile_is_not_decoded(stop: Event) -> None:
+    decoded: list[bytes] = []
+
+    def decode(body: bytes) -> None:
+        assert stop.wait(LIMIT_S)
+        decoded.append(body)
+
+    decoding = Decoding(decode, 1)
+    first = decoding.submit(b"first")
+    late = decoding.submit(b"late", perf_counter())
+    stop.set()
+    first.result(LIMIT_S)
+    with pytest.raises(EngineTooLate):
+        late.result(LIMIT_S)
+    assert decoded == [b"first"]
+    decoding.close()
+
+
+def test_what_is_given_up_is_let_go_of_at_once(stop: Event) -> None:
+    decoding = Decoding(lambda body: stop.wait(LIMIT_S), 1)
+    first = decoding.submit(b"first")
+    body = Body(1000)
+    held = weakref.ref(body)
+    given_up = decoding.submit(body)  # type: ignore[arg-type]
+    del body
+    assert held() is not None
+    assert given_up.cancel()
+    assert held() is None
+    assert (decoding._n_submitted, decoding._submitted_weight) == (1, 5)
+    stop.set()
+    assert first.result(LIMIT_S)
+    decoding.close()
