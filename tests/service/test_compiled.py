@@ -31,9 +31,9 @@ def write(path: Path, at_s: float) -> Path:
 def package(tmp_path: Path) -> Path:
     """Two modules, one of them compiled, and a third that another Python's compiler has seen."""
     package = tmp_path / "service"
-    for name in ("budget.py", "runners/slots.py", "core.py"):
+    for name in ("budget/ledger.py", "runners/slots.py", "engine/core.py"):
         write(package / name, EARLIER_S)
-    for name in (f"runners/slots{SUFFIX}", f"{LIBRARY}{SUFFIX}", "core.cpython-30-x.so"):
+    for name in (f"runners/slots{SUFFIX}", f"{LIBRARY}{SUFFIX}", "engine/core.cpython-30-x.so"):
         write(package / name, COMPILED_S)
     return package
 
@@ -47,7 +47,7 @@ def test_what_this_python_would_load_is_found(package: Path) -> None:
 
 
 def test_a_source_that_has_changed_since_is_named(package: Path) -> None:
-    write(package / "budget.py", LATER_S)
+    write(package / "budget/ledger.py", LATER_S)
     assert stale_sources(package) == []
     write(package / "runners/slots.py", LATER_S)
     assert stale_sources(package) == [package / "runners/slots.py"]
@@ -70,11 +70,11 @@ def test_compiled_code_whose_source_has_gone_is_named(package: Path) -> None:
 def test_what_is_said_of_this_installation_is_so() -> None:
     """True of an engine compiled or not: CI runs it both ways."""
     compiled = compiled_sources()
-    for source in (PACKAGE / f"{name}.py" for name in ("budget", "core", "runners/slots", "settings")):
+    for source in (PACKAGE / f"{name}.py" for name in ("budget/ledger", "engine/core", "runners/slots", "settings")):
         found = PathFinder.find_spec(source.stem, [str(source.parent)])
         assert found is not None
         assert found.origin == str(compiled.get(source, source))
-    assert isfunction(Scheduler.pick) == (PACKAGE / "scheduler.py" not in compiled)
+    assert isfunction(Scheduler.pick) == (PACKAGE / "engine/scheduler.py" not in compiled)
     assert bool(compiled) == bool(list(PACKAGE.glob(f"{LIBRARY}*")))
 
 
@@ -130,7 +130,7 @@ def test_make_compile_without_a_compiler_says_so_and_leaves_what_there_is(packag
 def test_make_pure_leaves_the_sources(package: Path) -> None:
     done = make("pure", package.parent)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in package.rglob("*.*")) == ["budget.py", "core.py", "slots.py"]
+    assert sorted(path.name for path in package.rglob("*.*")) == ["core.py", "ledger.py", "slots.py"]
 
 
 def test_setup_names_the_library_as_it_is_looked_for() -> None:
