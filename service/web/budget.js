@@ -5,6 +5,10 @@ import { Curve } from "./curve.js";
 import { readAccess, setBudget } from "./server.js";
 import { aboutLatency, count, millions, needs, percent } from "./words.js";
 
+const FINGER_PX = 8; // less is a tap
+// What no token can be; a header could not even hold some of it.
+const UNFIT = /[^\x21-\x7e]/;
+
 export class BudgetPanel {
   // changed(state) is called with every new GET /budget document.
   constructor(model, frontier, { changed }) {
@@ -19,6 +23,7 @@ export class BudgetPanel {
     this.slider.addEventListener("input", () => this.#choose(Number(this.slider.value) / 100));
     this.slider.addEventListener("change", () => this.#chosen());
     this.slider.addEventListener("keydown", (event) => this.#step(event));
+    for (const place of [byId("curve"), byId("slider")]) this.#mindFingers(place);
     byId("unlock").addEventListener("submit", (event) => this.#unlock(event));
   }
 
@@ -78,9 +83,10 @@ export class BudgetPanel {
 
   async #unlock(event) {
     event.preventDefault();
-    this.token = byId("token").value.trim();
+    const token = byId("token").value.trim();
     byId("token-note").textContent = "";
     try {
+      this.token = UNFIT.test(token) ? "" : token;
       if (await this.readAccess()) this.slider.focus();
       else byId("token-note").textContent = "That is not this server's token.";
     } catch (error) {
@@ -102,7 +108,7 @@ export class BudgetPanel {
   }
 
   #choose(fraction) {
-    if (!this.editable) return;
+    if (!this.editable || !this.state) return;
     const { lowest, highest } = this.state.allowed.fraction;
     this.wanted = Math.min(highest, Math.max(lowest, fraction));
     this.changes++;
@@ -114,12 +120,34 @@ export class BudgetPanel {
     this.#send();
   }
 
+  // A finger that comes down may be about to scroll the page: nothing is set before it has gone along, or is lifted.
+  #mindFingers(place) {
+    const on = (name, act) => place.addEventListener(name, act, { capture: true }); // before what chart and slider do
+    const gone = ({ clientX, clientY }) => [clientX - this.finger.clientX, clientY - this.finger.clientY].map(Math.abs);
+    const end = (meant) => {
+      this.finger = null;
+      if (meant) return this.#send();
+      this.wanted = undefined;
+      this.setState(this.state);
+    };
+    on("pointerdown", (event) => {
+      if (event.pointerType === "touch" && this.state) this.finger = event;
+    });
+    on("pointermove", (event) => {
+      if (!this.finger) return;
+      const [along, across] = gone(event);
+      if (along > FINGER_PX && along > across) end(true);
+    });
+    on("pointerup", (event) => this.finger && end(Math.max(...gone(event)) <= FINGER_PX));
+    on("pointercancel", () => this.finger && end(false));
+  }
+
   // One request at a time, the newest wish next: the server sees what the hand settles on, and no storm.
   async #send() {
     if (this.sending) return;
     this.sending = true;
     try {
-      while (this.wanted !== undefined) {
+      while (this.wanted !== undefined && !this.finger) {
         const asked = this.wanted;
         const state = await setBudget(asked, this.state.latency?.target_ms, this.token);
         if (this.wanted === asked) this.wanted = undefined;

@@ -4,6 +4,8 @@ import { byId, element } from "./element.js";
 import { percent } from "./words.js";
 
 const HEIGHT_PX = 290;
+const COST = "average cost, %";
+const ROOM_PX = 280; // in less the whole label would leave the chart
 const colour = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name);
 
 export class Curve {
@@ -31,7 +33,7 @@ export class Curve {
         padding: [12, 16, 0, 0],
         scales: { x: { time: false, range: [this.low, 100] }, y: { range: [bottom - pad, top + pad] } },
         axes: [
-          { ...axis, label: "average cost, % of the full network", labelSize: 22, size: 34 },
+          { ...axis, label: (plot) => (plot.width < ROOM_PX ? COST : `${COST} of the full network`), labelSize: 22, size: 34 },
           { ...axis, label: "images right, %", labelSize: 22, size: 38, incrs: [0.5, 1, 2, 5, 10, 20] },
         ],
         series: [
@@ -65,7 +67,7 @@ export class Curve {
       choose((this.low + share * (100 - this.low)) / 100);
     };
     over.addEventListener("pointerdown", (event) => {
-      if (!this.editable) return;
+      if (!this.editable || event.button !== 0) return; // another button asks for a menu
       over.setPointerCapture(event.pointerId);
       at(event);
     });

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,21 @@ class Browser:
     def resize(self, width_px: int, height_px: int) -> None:
         size = {"width": width_px, "height": height_px, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def touch(self, element: WebElement, path_px: Sequence[tuple[int, int]]) -> float:
+        """Put a finger on an element's middle, move it through these offsets from there, and lift it.
+
+        Returns how far the page was scrolled as the finger came down, in pixels.
+        """
+        self.script("arguments[0].scrollIntoView({ block: 'center', behavior: 'instant' })", element)
+        scrolled_px: float = self.script("return scrollY")
+        box = self.script("return arguments[0].getBoundingClientRect()", element)
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        for i, (dx, dy) in enumerate(path_px):
+            finger = {"type": "touchMove" if i else "touchStart", "touchPoints": [{"x": x + dx, "y": y + dy}]}
+            self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", finger)
+        self.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        return scrolled_px
 
     def emulate(self, **media: str) -> None:
         media = {"prefers_color_scheme": "light", "prefers_reduced_motion": "reduce", **media}

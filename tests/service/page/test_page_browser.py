@@ -126,6 +126,21 @@ def test_the_budget_moves_by_keyboard_and_by_dragging_the_point(page: Browser, s
     page.until(lambda: page.find("#budget-limit").is_displayed(), "it says where going deeper stops paying")
 
 
+def test_no_finger_that_scrolls_and_no_button_for_a_menu_sets_the_budget(page: Browser, server: ServerProcess) -> None:
+    set_fraction(server, 0.4)
+    page.until(lambda: page.text("#budget-share") == "40 %", "the page follows the server")
+    ActionChains(page.driver).move_to_element_with_offset(page.find(".u-over"), 60, 0).context_click().perform()
+    for place in (".u-over", "#budget"):
+        from_px = page.touch(page.find(place), [(i // 2, -12 * i) for i in range(12)])
+        page.until(lambda from_px=from_px: page.script("return scrollY") > from_px, "the page is scrolled")
+    page.until(lambda: page.text("#budget-share") == "40 %", "what was begun is taken back")
+    assert fraction(server) == pytest.approx(0.4)
+    page.touch(page.find(".u-over"), [(8 * i, i) for i in range(12)])
+    page.until(lambda: fraction(server) > 0.7, "a finger that goes along drags the point")
+    page.touch(page.find(".u-over"), [(0, 0)])
+    page.until(lambda: 0.55 < fraction(server) < 0.65, "and one that is lifted sets it")
+
+
 def fraction(server: ServerProcess) -> float:
     return httpx.get(server.url + "/budget").json()["fraction"]
 
@@ -151,10 +166,18 @@ def test_a_stream_of_pictures_runs_until_it_is_stopped(page: Browser, server: Se
     page.until(lambda: len(page.all("#tiles .tile")) == 100, "they come")
     page.find("#hundred").click()  # waits for the stream's end: nothing happens
     assert page.text("#stream") == "Stop"
+    page.script(
+        "const real = fetch; window.fetch = async (path, ...rest) => {"
+        "if (path === 'budget') await new Promise((go) => (window.go = go)); return real(path, ...rest); }"
+    )
     page.find("#stream").click()
-    page.until(lambda: "left early" in page.text("#hundred-result"), "they stop")
+    page.until(lambda: "left early" in page.text("#hundred-result"), "they stop, also of a server that is slow to tell")
     assert page.text("#stream") == "Keep sending"
     assert len(page.all("#tiles .tile")) == 100
+    page.find("#stream").click()
+    page.until(lambda: page.script("const { go } = window; go?.(); return !!go"), "it has told")
+    page.until(lambda: page.all("#tiles .tile"), "others come")
+    assert page.text("#hundred-result") == "Sending …"
 
 
 def draw_figure(page: Browser, path: Path) -> None:
@@ -202,6 +225,9 @@ def test_a_token_unlocks_the_budget_and_a_lost_server_is_told(browser: Browser, 
         assert "Read-only" in browser.text("#budget-note")
         browser.find("#token").send_keys("not-the-token", Keys.ENTER)
         browser.until(lambda: browser.text("#token-note"), "a wrong token is told")
+        browser.find("#token").clear()
+        browser.find("#token").send_keys("a–token", Keys.ENTER)
+        browser.until(lambda: browser.text("#token-note") == "That is not this server's token.", "so is what is none")
         browser.find("#token").clear()
         browser.find("#token").send_keys(TOKEN, Keys.ENTER)
         browser.until(slider.is_enabled, "the right token unlocks the slider")
