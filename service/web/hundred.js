@@ -75,8 +75,8 @@ export class Hundred {
     }
     this.stop = null;
     this.#busy(false);
-    await this.sent();
     byId("hundred-result").replaceChildren(...(failed ? [problem(failed)] : []), ...this.#summary());
+    await this.sent();
   }
 
   // The buttons stay enabled, or a keyboard would lose its place: one waits, the other stops what runs.
