@@ -4,7 +4,7 @@ import { BudgetPanel } from "./budget.js";
 import { byId, calm, element, pause, problem, say } from "./element.js";
 import { Hundred } from "./hundred.js";
 import { Journey } from "./journey.js";
-import { copyOf, mayBeCopied, showAsSeen, watchPictures, whyNot } from "./picture.js";
+import { copyOf, mayBeCopied, readable, showAsSeen, watchPictures, whyNot } from "./picture.js";
 import { SAMPLES, sampleBlob, sampleUrl } from "./samples.js";
 import { passes, readJson, readText } from "./server.js";
 import { Traffic } from "./traffic.js";
@@ -136,12 +136,13 @@ async function start() {
   }
 
   // What the server does not take as it is, this browser may have read: then the server gets a copy.
-  async function classify(file, picture, truth) {
+  async function classify(file, picture, truth, wanted) {
     try {
       await journey.run(file, truth);
     } catch (error) {
       if (!picture || !mayBeCopied(error, file)) throw error;
       const { blob, size } = await copyOf(picture, model.input);
+      if (!wanted()) return;
       byId("seen-note").append(`. Sent: a still JPEG of ${size} made by this page, as the file ${whyNot(error)}.`);
       await journey.run(blob, truth);
     }
@@ -159,7 +160,7 @@ async function start() {
       picture = await createImageBitmap(file).catch(() => null);
       if (mine !== newest) return;
       show(picture, name);
-      await classify(file, picture, truth);
+      await classify(file, picture, truth, () => mine === newest);
       await look();
     } catch (error) {
       if (mine === newest) byId("answer").replaceChildren(problem(error));
@@ -175,7 +176,7 @@ async function start() {
   watchPictures(
     (file) => {
       press(null);
-      send(() => file, null, file.name || "your picture");
+      send(() => readable(file), null, file.name || "your picture");
     },
     (why) => byId("answer").replaceChildren(element("p", { class: "problem" }, why)),
   );
@@ -189,4 +190,7 @@ async function start() {
   }
 }
 
-start().catch(showProblem);
+start().catch((error) => {
+  showState(trouble(error));
+  showProblem(error);
+});

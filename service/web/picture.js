@@ -36,6 +36,17 @@ export function watchPictures(take, refuse) {
   });
 }
 
+// A file that can be sent. Sending one that cannot be read fails as if the server were lost.
+export async function readable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+    return file;
+  } catch {
+    const why = "It is a folder, or this browser may not read it: choose one picture.";
+    throw Object.assign(new Error(why), { title: "The file cannot be read" });
+  }
+}
+
 // Draws a picture as the server cuts it: around its centre, to the network's size; nothing where there is none.
 export function showAsSeen(picture, { width_px: width, height_px: height }) {
   const canvas = byId("seen");

@@ -14,10 +14,17 @@ const SEND_MS = 15_000; // less than the server gives a body: browsers send agai
 const unreachable = (detail, type = "unreachable") =>
   new ServerProblem({ type, title: "The server does not answer", detail });
 
+const stranger = () =>
+  new ServerProblem({
+    title: "Something else answers in the server's place",
+    detail: "It may be a proxy in front that wants you to sign in again: load this page anew.",
+  });
+
 // What fetch throws is no more than a name.
 function told(error) {
   if (error.name === "TimeoutError")
     return unreachable("It has said nothing for a while: it hangs, or the network is slow.", "silent");
+  if (error instanceof SyntaxError) return stranger(); // not the JSON that it sends
   if (error instanceof TypeError)
     return unreachable("It may have been stopped, or the network is down. This page goes on by itself once it is back.");
   return error;
@@ -31,8 +38,9 @@ function limit(ms, signal) {
 }
 
 async function send(path, options) {
-  const response = await fetch(path, { cache: "no-store", ...options });
+  const response = await fetch(path, { cache: "no-store", redirect: "manual", ...options });
   if (response.ok) return response;
+  if (response.type === "opaqueredirect") throw stranger(); // the server sends nobody elsewhere
   const problem = await response.json().catch(() => ({}));
   const title = `The server answered ${response.status}`;
   const detail = "It gave no reason: the answer may be of a proxy in front of it.";
