@@ -67,6 +67,22 @@ def test_the_picture_chosen_last_is_the_one_that_is_shown(page: Browser, tmp_pat
     assert f"it shows: {last}" in page.text("#answer") or "right" in page.text("#answer")
 
 
+def test_a_copy_that_is_ready_late_does_not_take_the_place_of_another_picture(page: Browser, tmp_path: Path) -> None:
+    page.script(
+        "const made = HTMLCanvasElement.prototype.toBlob; HTMLCanvasElement.prototype.toBlob = function (take, ...how) {"
+        "made.call(this, (blob) => (window.finish = () => take(blob)), ...how); }"
+    )
+    sample().save(tmp_path / "a.avif")
+    give(page, "pick", tmp_path / "a.avif")
+    page.until(lambda: page.script("return !!window.finish"), "a copy is made")
+    choose_sample(page, "fox")
+    answer = page.text("#answer")
+    page.script("window.finish()")
+    page.driver.execute_async_script("setTimeout(arguments[0], 200)")
+    assert page.text("#answer") == answer
+    assert "made by this page" not in page.text("#seen-note")
+
+
 @pytest.mark.parametrize("kind", ["animated", "many pixels", "unknown format"])
 def test_what_the_server_refuses_but_the_browser_reads_is_sent_as_a_copy(
     page: Browser, tmp_path: Path, kind: str
@@ -121,6 +137,18 @@ def test_without_the_metrics_all_but_the_live_shares_works(browser: Browser, ser
         assert browser.messages() == []
     finally:
         browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_what_answers_in_the_servers_place_is_told(page: Browser) -> None:
+    """As a proxy does that wants a person to sign in again."""
+    page.script(
+        "window.real = fetch; const form = () => Promise.resolve(new Response('<p>Sign in</p>'));"
+        "window.fetch = (path, ...rest) => (path === 'budget' ? form() : real(path, ...rest))"
+    )
+    page.until(lambda: "Something else answers" in page.text("#banner"), "a form to sign in is no budget")
+    page.script("window.fetch = window.real")
+    page.until(lambda: "is ready" in page.text("#state"), "it goes on")
+    assert not page.find("#banner").is_displayed()
 
 
 def test_a_network_of_two_classes_with_long_names(
@@ -184,20 +212,44 @@ def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser)
     assert taken == [[False, False], [True, True]]
 
 
+def test_a_folder_is_no_picture_and_no_lost_server(page: Browser, tmp_path: Path) -> None:
+    data = {"items": [], "files": [str(tmp_path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
+    page.until(lambda: "The file cannot be read. It is a folder" in page.text("#answer"), "it is told")
+    assert page.messages() == []
+
+
 def test_a_page_that_stays_open_keeps_no_more_readings_than_it_counts_from(page: Browser) -> None:
     kept = page.driver.execute_async_script(
         "import('/web/traffic.js').then(({ Traffic }) => { const traffic = new Traffic(1), done = arguments[0];"
         'const read = (n) => traffic.read(`exitserve_exits_total{exit="1",reason="final"} ${n}.0\\n`);'
-        "const kept = [];"
+        "const kept = [], keep = () => kept.push(traffic.servers.get(undefined).length, traffic.live.answers);"
         "for (let i = 0; i < 500; i++) read(7);"
-        "kept.push(traffic.seen.length, traffic.live.answers);"
+        "keep();"
         "for (let i = 8; i < 1000; i++) { read(i); read(i); }"
-        "kept.push(traffic.seen.length, traffic.live.answers);"
+        "keep();"
         "read(3);"
-        "kept.push(traffic.seen.length, traffic.live.answers);"
+        "keep();"
         "done(kept); })"
     )
     assert kept == [1, 0, 301, 300, 1, 0]
+
+
+def test_servers_behind_a_balancer_are_counted_each_by_itself(page: Browser) -> None:
+    told = page.driver.execute_async_script(
+        "import('/web/traffic.js').then(({ Traffic }) => { const traffic = new Traffic(2), done = arguments[0];"
+        "const read = (server, ...counts) => traffic.read(counts.map((n, i) =>"
+        '`exitserve_exits_total{exit="${i + 1}",reason="final"} ${n}\\n`).join("") +'
+        "`process_start_time_seconds ${server}\\n`);"
+        "read('1.5e+09', 900, 100); read('1.6e+09', 10, 10); const told = [traffic.live];"
+        "read('1.5e+09', 904, 102); read('1.6e+09', 12, 12); told.push(traffic.live);"
+        "traffic.restart(); told.push(traffic.live);"
+        "for (let i = 0; i < 100; i++) read(i, 1, 1);"
+        "done([...told, traffic.servers.size]); })"
+    )
+    assert told[:3] == [{"answers": 0, "shares": None}, {"answers": 10, "shares": [0.6, 0.4]}, told[0]]
+    assert told[3] < 100, "servers that are gone are forgotten"
 
 
 def test_numbers_are_written_as_people_write_them(page: Browser) -> None:
