@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from urllib.parse import urlencode
 
 from service.api.answers import Classification
@@ -80,16 +81,28 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _ask(url: str, paths: Sequence[str], wishes: dict[str, str]) -> Iterator[Row]:
-    """Ask a server about one image after the other."""
+    """Ask a server about one image after the other, and again where it says later."""
     try:
         from service import client
+        from service.client.patience import Patience
     except ImportError as error:
         raise CommandError(f"{error}, or leave --url out to classify here.") from None
+
+    def answer(server: client.Client, contents: bytes, patience: Patience) -> Classification:
+        while True:
+            try:
+                return server.classify(contents, **wishes)  # type: ignore[arg-type]
+            except client.Later as refused:
+                sleep(patience.wait_s(refused))
+
     try:
         with client.Client(url) as server:
+            patience = Patience(inf, client.DEFAULT_TIMEOUT_S)
             for path in paths:
                 try:
-                    yield Row(path, server.classify(_contents(path), **wishes))  # type: ignore[arg-type]
+                    yield Row(path, answer(server, _contents(path), patience))
+                    # From each answer anew: where there is none, not every image is to wait as long again.
+                    patience = Patience(inf, client.DEFAULT_TIMEOUT_S)
                 except OSError as error:
                     yield Row(path, None, _unreadable(error))
                 except client.Refused as refused:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from math import inf, nan
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service import command
 from service.client import (
     AsyncClient,
     Client,
@@ -277,6 +279,22 @@ def test_a_call_is_made_again_as_often_as_allowed(scripted: Scripted, ask: Calla
     assert ask(scripted.url, classify, retries=1).label == "fox"
     scripted.script = [busy, ANSWER]
     assert len(ask(scripted.url, lambda client: client.stream(b"x"), retries=1)) == 1
+
+
+def test_the_command_asks_again_when_the_server_says(
+    scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (picture := tmp_path / "a.png").write_bytes(b"x")
+    arguments = ["--url", scripted.url, "--json", str(picture), str(picture)]
+    scripted.script = [problem(429, retry_after_s=0.001), ANSWER]
+    assert command.main(arguments) == 0
+    assert [json.loads(line)["answer"]["label"] for line in capsys.readouterr().out.splitlines()] == ["fox", "fox"]
+    assert len(scripted.asked) == 3
+    monkeypatch.setattr("service.client.DEFAULT_TIMEOUT_S", 0.1)
+    scripted.script = [problem(503, retry_after_s=0.06)]
+    assert command.main(arguments) == 1
+    assert [json.loads(line)["error"] for line in capsys.readouterr().out.splitlines()] == ["why", "why"]
+    assert len(scripted.asked) <= 3 + 2 + 1, "images waited for a server that another had waited for in vain"
 
 
 @both

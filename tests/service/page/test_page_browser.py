@@ -226,7 +226,7 @@ def test_a_token_unlocks_the_budget_and_a_lost_server_is_told(browser: Browser, 
         browser.find("#token").send_keys("not-the-token", Keys.ENTER)
         browser.until(lambda: browser.text("#token-note"), "a wrong token is told")
         browser.find("#token").clear()
-        browser.find("#token").send_keys("a–token", Keys.ENTER)
+        browser.find("#token").send_keys("a\u200btoken", Keys.ENTER)
         browser.until(lambda: browser.text("#token-note") == "That is not this server's token.", "so is what is none")
         browser.find("#token").clear()
         browser.find("#token").send_keys(TOKEN, Keys.ENTER)

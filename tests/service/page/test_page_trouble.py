@@ -69,7 +69,7 @@ def test_the_picture_chosen_last_is_the_one_that_is_shown(page: Browser, tmp_pat
 
 def test_a_copy_that_is_ready_late_does_not_take_the_place_of_another_picture(page: Browser, tmp_path: Path) -> None:
     page.script(
-        "const made = HTMLCanvasElement.prototype.toBlob; HTMLCanvasElement.prototype.toBlob = function (take, ...how) {"
+        "const all = HTMLCanvasElement.prototype, made = all.toBlob; all.toBlob = function (take, ...how) {"
         "made.call(this, (blob) => (window.finish = () => take(blob)), ...how); }"
     )
     sample().save(tmp_path / "a.avif")
