@@ -106,7 +106,7 @@ def _ask(url: str, paths: Sequence[str], wishes: dict[str, str]) -> Iterator[Row
                 except OSError as error:
                     yield Row(path, None, _unreadable(error))
                 except client.Refused as refused:
-                    if refused.kind == "bad-parameter":
+                    if refused.kind in ("bad-parameter", "not-found"):  # as it will be for every image
                         raise CommandError(str(refused)) from None
                     yield Row(path, None, str(refused))
     except client.ServerError as error:
