@@ -77,6 +77,7 @@ export class BudgetPanel {
       : kind === "token-required"
         ? "Read-only: who sets the budget needs this server's admin token."
         : `Read-only from here. ${detail}`;
+    if (editable) this.#tell(null);
     if (this.state) this.setState(this.state);
     return editable;
   }
@@ -157,7 +158,9 @@ export class BudgetPanel {
       }
     } catch (error) {
       this.wanted = undefined;
-      if (error.kind === "token-required" || error.kind === "not-local") await this.readAccess().catch(() => {});
+      const refused = error.kind === "token-required" || error.kind === "not-local";
+      if (refused) await this.readAccess().catch(() => {});
+      if (error.kind === "token-required") error.message = "The budget stays as it is. Unlock it by the token, below.";
       this.#tell(error);
     } finally {
       this.sending = false;

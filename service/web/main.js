@@ -106,7 +106,10 @@ async function start() {
       if (metrics !== null) traffic.read(metrics);
       budget.setLive(metrics === null ? null : traffic.live);
       showState(`${model.name} is ready`, true);
-      if (look.failed) clearProblem();
+      if (look.failed) {
+        await budget.readAccess(); // it may be another server's process, which asks for a token, or for none
+        clearProblem();
+      }
       look.failed = false;
     } catch (error) {
       look.failed = true;

@@ -16,6 +16,7 @@ from tests.service.pages import ZOO_BUNDLE, choose_sample, give, open_page, samp
 from tests.service.process import ServerProcess, running_server
 
 MAX_PIXELS = 1_000_000
+TOKEN = "token-of-the-test"
 WIDEST = "return Math.max(...[...document.querySelectorAll('body *')].map((e) => e.getBoundingClientRect().right))"
 
 
@@ -188,11 +189,12 @@ def test_a_server_that_hangs_stops_and_is_replaced(
     browser.until(lambda: "does not answer" in browser.text("#budget-problem"), "a budget that is not set is told")
     assert [text for text in browser.messages() if "Failed to load resource" not in text] == []
 
-    with running_server(ZOO_BUNDLE, tmp_path / "log", "--lanes", "1", *port):
-        browser.until(lambda: "is ready" in browser.text("#state"), "it finds the server again")
+    with running_server(ZOO_BUNDLE, tmp_path / "log", "--lanes", "1", *port, EXITSERVE_ADMIN_TOKEN=TOKEN):
+        browser.until(lambda: browser.find("#unlock").is_displayed(), "it finds a server again, which asks for a token")
+        browser.find("#token").send_keys(TOKEN, Keys.ENTER)
+        browser.until(lambda: browser.text("#budget-problem") == "", "what was wrong is gone")
         browser.find("#budget").send_keys(Keys.ARROW_LEFT)
-        browser.until(lambda: browser.text("#budget-share") == "99 %", "the budget is set")
-        browser.until(lambda: browser.text("#budget-problem") == "", "and what was wrong is gone")
+        browser.until(lambda: browser.text("#budget-share") == "99 %", "and the budget is set")
     with running_server(two_class_bundle(tmp_path / "bundle", monkeypatch), tmp_path / "log", *port):
         browser.until(lambda: browser.text("#state") == "another network", "it notices another network")
         assert "Load the page anew" in browser.text("#banner")
