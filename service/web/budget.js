@@ -45,7 +45,8 @@ export class BudgetPanel {
     return row;
   }
 
-  // Takes what GET /budget said, where nothing has been set (`changes`) since it was asked; while a hand is on the slider, the hand is right.
+  // Takes what GET /budget said, where nothing has been set (`changes`) since it was asked; while a hand is on the
+  // slider, the hand is right.
   setState(state) {
     this.state = state;
     if (this.wanted === undefined && !this.sending) this.#show(state.fraction, state.expected, state.thresholds);
@@ -121,7 +122,8 @@ export class BudgetPanel {
     this.#send();
   }
 
-  // A finger that comes down may be about to scroll the page: nothing is set before it has gone along, or is lifted.
+  // A finger, or a pen, that comes down may be about to scroll the page: nothing is set before it has gone along, or is
+  // lifted.
   #mindFingers(place) {
     const on = (name, act) => place.addEventListener(name, act, { capture: true }); // before what chart and slider do
     const gone = ({ clientX, clientY }) => [clientX - this.finger.clientX, clientY - this.finger.clientY].map(Math.abs);
@@ -132,7 +134,7 @@ export class BudgetPanel {
       this.setState(this.state);
     };
     on("pointerdown", (event) => {
-      if (event.pointerType === "touch" && this.state) this.finger = event;
+      if (event.pointerType !== "mouse" && this.state) this.finger = event;
     });
     on("pointermove", (event) => {
       if (!this.finger) return;

@@ -107,7 +107,9 @@ async function start() {
       budget.setLive(metrics === null ? null : traffic.live);
       showState(`${model.name} is ready`, true);
       if (look.failed) {
-        await budget.readAccess(); // it may be another server's process, which asks for a token, or for none
+        // It may be another process, of another network, that asks for a token, or for none.
+        if (JSON.stringify(await readJson("model")) !== JSON.stringify(model)) return replaced();
+        await budget.readAccess();
         clearProblem();
       }
       look.failed = false;

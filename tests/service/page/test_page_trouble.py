@@ -201,6 +201,13 @@ def test_a_server_that_hangs_stops_and_is_replaced(
         browser.find("#banner a").click()
         browser.until(lambda: "named-after" in browser.text("#state"), "and shows it when loaded anew")
         assert len(browser.all("#exits tr")) == 2
+        browser.script(
+            "const real = fetch; window.fetch = (path, ...rest) => "
+            "path === 'metrics' ? Promise.resolve(new Response('', { status: 404 })) : real(path, ...rest)"
+        )
+    browser.until(lambda: browser.text("#state") == "no connection", "the server is gone")
+    with running_server(ZOO_BUNDLE, tmp_path / "log", "--lanes", "1", *port):
+        browser.until(lambda: browser.text("#state") == "another network", "it notices without the metrics, too")
 
 
 def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser) -> None:
