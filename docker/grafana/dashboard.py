@@ -27,7 +27,7 @@ DASHBOARD = HERE / "dashboards/exitserve.json"
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="prometheus")
 WIDTH = 24
 NUMBER_HEIGHT, GRAPH_HEIGHT, ABOUT_HEIGHT = 4, 9, 5
-STACKING = {"lines": "NONE", "stacked": "NORMAL", "shares": "PERCENT"}
+STACKING = {"lines": "NONE", "stacked": "NORMAL"}
 
 
 class _Strict(BaseModel):
@@ -43,7 +43,7 @@ class Panel(_Strict):
     title: str
     description: str
     queries: list[Query]
-    kind: Literal["number", "lines", "stacked", "shares"] = "lines"
+    kind: Literal["number", "lines", "stacked"] = "lines"
     unit: str = "short"
     width: int = 12
     row: str | None = None
