@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
+from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.budget.controller import BudgetController
 from service.budget.ledger import Account
@@ -110,6 +111,7 @@ def _colours(n: int) -> list[tuple[float, float, float, float]]:
 
 
 def main() -> None:
+    """Draw the pictures of docs/how-it-works.md anew, into docs/figures."""
     bundle = load_bundle(BUNDLE)
     draw_shares(bundle, FOLDER / "how-shares.png")
     draw_batches(bundle, FOLDER / "how-batches.png")
@@ -117,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
