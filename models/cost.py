@@ -64,9 +64,10 @@ def measure_cost(network: nn.Module, image_size_px: int) -> NetworkCost:
     # ensemble, may stand anywhere in the program and costs nothing.
     counted = [(node, first) for node, first in first_exits.items() if counts[node].ops]
     order = list(traced.module.graph.nodes)
+    positions = {node: i for i, node in enumerate(order)}
     program, executed = [], []
     for number in exit_numbers:
-        last = max((order.index(node) for node, first in counted if first <= number), default=-1)
+        last = max((positions[node] for node, first in counted if first <= number), default=-1)
         program.append(order[: last + 1])
         executed.append([node for node, first in first_exits.items() if first <= number])
 
