@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the images, an evaluated run, and the run that was gated with fresh heads."""
     folder = tmp_path_factory.mktemp("gated")
     data = tiny.write_folder(folder / "cifar-100-python")
-    recipe = tiny.write_recipe(folder / "tiny.toml", epochs=6)
+    recipe = tiny.write_recipe(folder / "tiny.toml", epochs=6, n_exits=3)
     with pytest.MonkeyPatch.context() as patch:
         assert command(patch, "train", folder / "run", "--recipe", recipe, "--data", data, "--device", "cpu") == 0
         assert command(patch, "calibrate", folder / "run", "--data", data, "--device", "cpu") == 0

@@ -16,7 +16,7 @@ from training.processes import Processes
 from training.recipe import RecipeError
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-GATED = tiny.recipe(objective={"gates": 0.3})
+GATED = tiny.recipe(n_exits=3, objective={"gates": 0.3})
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,9 +67,8 @@ def test_their_loss_is_added_with_its_weight_and_reaches_the_network() -> None:
 
 
 def test_a_network_of_one_exit_has_none() -> None:
-    arguments = {**GATED.network.arguments, "n_blocks": 1}
     with pytest.raises(RecipeError, match=r"objective\.gates: the network has one exit"):
-        gated(tiny.recipe(objective={"gates": 0.3}, network={"arguments": arguments}))
+        gated(tiny.recipe(n_exits=1, objective={"gates": 0.3}))
 
 
 def test_the_network_that_is_served_has_none_and_answers_the_same() -> None:
@@ -80,7 +79,7 @@ def test_the_network_that_is_served_has_none_and_answers_the_same() -> None:
     assert not any(head.classifier._forward_pre_hooks for head in after.heads)
     assert all(torch.equal(a, b) for a, b in zip(before, after(images), strict=True))
     assert {name for name, _ in after.named_parameters()} == {
-        name for name, _ in network_of(tiny.recipe(), 4).named_parameters()
+        name for name, _ in network_of(GATED, 4).named_parameters()
     }
 
 

@@ -14,7 +14,7 @@ def batch(n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 def trained_network(objective: dict, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return network_of(tiny.recipe(objective=objective), n_classes=4).train()
+    return network_of(tiny.recipe(n_exits=3, objective=objective), n_classes=4).train()
 
 
 def gradients(network: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def test_what_is_learned_beside_the_network_starts_as_its_recipe_says(
 ) -> None:
     recipe = tiny.recipe(objective={"learned_temperatures": True, "temperatures": [0.3], "gates": 0.1})
     trainer = started(tmp_path / "run", images, bundle, recipe)
-    assert trainer.network.boosting.temperatures == pytest.approx((0.3, 0.3, 0.3))
+    assert trainer.network.boosting.temperatures == pytest.approx((0.3, 0.3))
     assert trainer.train() == "finished"
 
 

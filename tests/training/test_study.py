@@ -80,9 +80,9 @@ def test_what_is_missing_is_trained_and_every_variant_is_compared_seed_by_seed(t
     write_table(list(results.values()), tmp_path / "study.csv")
     with (tmp_path / "study.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 2
     assert float(rows[0]["test_accuracy"]) == pytest.approx(results["joint"].test_accuracy[0, 0], abs=1e-4)
-    assert results["joint"].valid_shares.shape == (2, 1, 3)
+    assert results["joint"].valid_shares.shape == (2, 1, 2)
     for seed, shares in zip((0, 1), results["joint"].valid_shares, strict=True):
         assert shares.tolist() == [r["valid_shares"] for r in RunFolder(folder / f"joint-seed{seed}").read_log()]
     for draw, name in ((plot_study, "study.png"), (plot_valid_shares, "valid.png")):

@@ -262,6 +262,7 @@ def test_forward_mode_agrees_with_a_backward_pass_of_a_backward_pass_in_a_real_n
         {"config": "C-m1", "n_channels": 4, "growth_rate": 4} if architecture == "ranet" else {}
     )
     recipe = tiny.recipe(
+        n_exits=3,
         objective={"name": "weighted", "gradient_rescaling": rescaling},
         **({"network": {"architecture": "ranet", "arguments": arguments}} if arguments else {}),
     )
