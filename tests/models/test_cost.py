@@ -1,6 +1,7 @@
 """Costs equal the published integers exactly, and follow from the rules on any layer, however it is called."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ LIN_GROW_M = {
 }
 
 
+@cache
 def cost_of(name: str, **overrides: object) -> NetworkCost:
     with torch.device("meta"):
         return measure_cost(build_network("msdnet", {"config": name, **overrides}), CONFIGS[name].image_size_px)
@@ -83,7 +85,8 @@ def test_msdnet_costs_are_the_published_ones(name):
         assert [round(ops / 1e6, places) for ops in cost.executed] == EXECUTED_M[name]
     # At the last exit nothing is left out, and all parameters are counted once.
     assert cost.executed[-1] == cost.published[-1]
-    network = build_network("msdnet", {"config": name})
+    with torch.device("meta"):
+        network = build_network("msdnet", {"config": name})
     assert cost.parameters[-1] == sum(p.numel() for p in network.parameters())
 
 
@@ -95,9 +98,12 @@ def test_lin_grow_costs_are_the_published_ones(name):
     assert round(cost.parameters[-1] / 1e6, 3) == parameters_m
 
 
-def test_pure_multiply_adds_of_the_first_exit():
-    cost = cost_of("C-any")
-    assert (cost.published_macs[0], cost.executed_macs[0]) == (14_967_296, 13_256_192)
+@pytest.mark.parametrize(
+    ("name", "published", "executed"), [("C-any", 14_967_296, 13_256_192), ("I-5", 419_718_656, 327_394_816)]
+)
+def test_pure_multiply_adds_of_the_first_exit(name, published, executed):
+    cost = cost_of(name)
+    assert (cost.published_macs[0], cost.executed_macs[0]) == (published, executed)
 
 
 def test_ten_classes_cost_a_smaller_classifier_at_every_exit():
@@ -106,7 +112,7 @@ def test_ten_classes_cost_a_smaller_classifier_at_every_exit():
         assert a - b == number * 90 * 129
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_boosting_costs_nothing(temperature):
     assert cost_of("C-lin-5", temperatures=temperature) == cost_of("C-lin-5", temperatures=0.5)
 

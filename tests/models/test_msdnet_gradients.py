@@ -16,6 +16,7 @@ from models.msdnet import CONFIGS, MSDLayer, MSDNet
 
 N_EXITS = 4
 CONFIG = replace(CONFIGS["C-batch-4"], n_classes=7, n_blocks=N_EXITS, base=2, step=1, n_channels=4, growth_rate=4)
+COMPILED = replace(CONFIG, n_blocks=3, base=1, bottleneck=False)  # each operation of it takes long to compile
 Gradients = dict[str, Tensor]
 
 
@@ -117,7 +118,8 @@ def test_without_temperature_and_rescaling_it_is_a_plain_network(batch):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch.compile
 def test_a_compiled_network_has_the_same_gradients(rescaling, batch):
     images, labels = batch
-    eager = network(rescaling)
+    torch.manual_seed(0)
+    eager = MSDNet(COMPILED, 0.5, rescaling).train()
     compiled = copy.deepcopy(eager)
     run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
     wanted = gradients(eager, torch.stack(losses(eager(images), labels)).sum())

@@ -87,14 +87,6 @@ def test_stages_run_what_cost_charges(staged_msdnet):
         assert run_macs == executed_macs
 
 
-def test_stage_one_of_c_any_and_i_5_is_lighter_than_published():
-    for name, published, executed in (("C-any", 14.97, 13.26), ("I-5", 419.7, 327.4)):
-        with torch.device("meta"):
-            cost = measure_cost(build_network("msdnet", {"config": name}), CONFIGS[name].image_size_px)
-        assert cost.published_macs[0] / 1e6 == pytest.approx(published, abs=0.05)
-        assert cost.executed_macs[0] / 1e6 == pytest.approx(executed, abs=0.05)
-
-
 def test_a_later_snapshot_is_not_touched_by_training():
     network = TwoExits()
     images = torch.randn(2, 3, 8, 8)
