@@ -107,7 +107,7 @@ def test_from_images_to_a_bundle(
     assert [e.test_accuracy for e in manifest.exits] == [e["test_accuracy"] for e in results["exits"]]
     assert manifest.training["command"] == "python -m training train RUN --recipe tiny.toml --data DATA --seed 0"
     assert manifest.training["epochs"] == 2
-    assert manifest.temperatures == manifest.arguments["temperatures"] != [0.5] * 3  # fitted to the held-out images
+    assert manifest.temperatures == manifest.arguments["temperatures"] != [0.5] * 2  # fitted to the held-out images
     split = Split.load(run / "split.npz", tiny.N_TRAIN)
     assert manifest.data.split_sha256 == split.sha256
 
@@ -140,6 +140,7 @@ def test_from_images_to_a_bundle(
     assert command(monkeypatch, "export", run, "--output", output, *texts) == 0
     again = load_bundle(output).manifest
     assert again.description == "Colours"
+    assert again.stages == manifest.stages
     assert {file for file in again.files if again.files[file] != manifest.files[file]} == {"README.md"}
     card = (output / "README.md").read_text()
     assert "\nColours.\n" in card
