@@ -21,7 +21,7 @@ from training.export import Normalise
 @pytest.fixture(scope="module")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("example") / "own-network"
-    assert main(["--output", str(path), "--images", "1500", "--epochs", "10"]) == 0
+    assert main(["--output", str(path), "--images", "1000", "--epochs", "10"]) == 0
     return path
 
 
@@ -55,18 +55,11 @@ def test_a_server_answers_as_the_network_does(bundle_path, tmp_path):
         assert server.stop() == 0
 
 
-def test_an_image_folder_of_ones_own(tmp_path):
-    images, labels = draw_shapes(300, seed=4)
-    for part, rows in (("train", range(240)), ("val", range(240, 300))):
-        for row in rows:
-            folder = tmp_path / "images" / part / SHAPES[labels[row]]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(images[row])).save(folder / f"{row}.png")
-    output = tmp_path / "bundle"
-    options = ["--data", str(tmp_path / "images"), "--output", str(output), "--image-size", "64", "--epochs", "1"]
-    assert main(options) == 0
-    manifest = load_bundle(output).manifest
-    assert (manifest.input.height_px, manifest.class_names) == (64, sorted(SHAPES))
+def test_larger_images_are_made_small_at_once():
+    """So that they cost what small ones do from the first block on."""
+    network = ResidualNetwork(5, 64)
+    assert network.stem(torch.zeros(2, 3, 64, 64)).shape == (2, 16, 32, 32)
+    assert [logits.shape for logits in network(torch.zeros(2, 3, 64, 64))] == [(2, 5)] * 3
 
 
 def test_no_batch_is_of_one_image_alone():
@@ -165,11 +158,21 @@ def own_file(tmp_path: Path) -> Path:
     return tmp_path / "my_network.py"
 
 
-def test_a_network_that_is_trained_already_is_packed_as_it_is(tmp_path, own_file, capsys):
+def test_a_network_that_is_trained_already_is_packed_as_it_is_with_an_image_folder_of_ones_own(
+    tmp_path, own_file, capsys
+):
+    images, labels = draw_shapes(300, seed=4)
+    for part, rows in (("train", range(240)), ("val", range(240, 300))):
+        for row in rows:
+            folder = tmp_path / "images" / part / SHAPES[labels[row]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(images[row])).save(folder / f"{row}.png")
     output = tmp_path / "my réseau"
-    assert main(["--network", f"{own_file}:load", "--epochs", "0", "--images", "300", "--output", str(output)]) == 0
+    options = ["--network", f"{own_file}:load", "--epochs", "0", "--data", str(tmp_path / "images")]
+    assert main([*options, "--image-size", "64", "--output", str(output)]) == 0
     manifest = load_bundle(output).manifest
-    assert (manifest.data.train_images, manifest.data.heldout_images) == (0, 300)
+    assert (manifest.input.height_px, manifest.class_names) == (64, sorted(SHAPES))
+    assert (manifest.data.train_images, manifest.data.heldout_images) == (0, 240)
     assert manifest.name == "my-r-seau"
     assert f"--bundle '{output}'\n" in capsys.readouterr().out
     network = load_network(f"{own_file}:load", len(SHAPES))
