@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from training.errors import TrainingError
 from training.recipe import Recipe
+from training.sources import commit
 
 DESCRIBED = frozenset({"recipe", "seed", "data", "processes"})  # what the steps after training read of run.json
 
@@ -195,14 +195,3 @@ def describe_run(recipe: Recipe, seed: int, data: dict[str, Any], n_processes: i
         "python": platform.python_version(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores",
     }
-
-
-def commit() -> str | None:
-    """The state of these sources; None where that cannot be told."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + (" (with uncommitted changes)" if changed.stdout.strip() else "")

@@ -25,8 +25,8 @@ from benchmarks.league.tables import markdown
 from benchmarks.running import run
 from models.bundle import Bundle, load_bundle
 from service.runners.onnx import default_lanes
-from training.checkpoint import commit
 from training.image_set import DataError
+from training.sources import commit
 
 ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
 BUNDLES = [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]
@@ -82,7 +82,7 @@ def known_settings() -> str:
 
 def read_variants(given: list[str]) -> dict[str, list[str]]:
     """From NAME=SETTINGS to settings by name, and those left out that this version does not know."""
-    variants, known = {}, known_settings()
+    variants, known = {}, known_settings() if given else ""
     for text in given:
         name, separator, settings = text.partition("=")
         words = shlex.split(settings)
