@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bundles import REPOSITORY
-
-BENCHMARK = [sys.executable, "-m", "benchmarks.gpu_processes"]
+from benchmarks.gpu_processes import main
+from tests.data import REPOSITORY
 
 
 def test_engines_side_by_side_answer_and_keep_their_budget(tmp_path: Path) -> None:
-    command = [*BENCHMARK, "--device", "cpu", "--quick", "--processes", "1,2", "--json", str(tmp_path / "told.json")]
+    command = [sys.executable, "-m", "benchmarks.gpu_processes", "--device", "cpu", "--quick", "--processes", "1,2"]
+    command += ["--json", str(tmp_path / "told.json")]
     told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
     found = json.loads((tmp_path / "told.json").read_text())
     assert [one["processes"] for one in found] == [1, 2]
@@ -28,7 +28,6 @@ def test_engines_side_by_side_answer_and_keep_their_budget(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run(BENCHMARK, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2
-    assert "sees no GPU; --device cpu --quick is a dry run without one" in done.stderr
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "sees no GPU; --device cpu --quick is a dry run without one" in capsys.readouterr().err
