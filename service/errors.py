@@ -24,9 +24,15 @@ class EngineOverloaded(EngineError):  # noqa: N818
         super().__init__(f"{in_flight_rows} images are in flight, which will take about {wait_s:.1f} s")
         self.in_flight_rows, self.wait_s = in_flight_rows, wait_s
 
+    def __reduce__(self) -> tuple[type[EngineError], tuple[object, ...]]:
+        return EngineOverloaded, (self.in_flight_rows, self.wait_s)
+
 
 class EngineTooLate(EngineError):  # noqa: N818 (the clock's fault)
     """A request's deadline passed before its first stage could run."""
 
     def __init__(self) -> None:
         super().__init__("its deadline passed before a first stage could run")
+
+    def __reduce__(self) -> tuple[type[EngineError], tuple[object, ...]]:
+        return EngineTooLate, ()

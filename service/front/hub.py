@@ -53,10 +53,7 @@ class Link:
         self._sink = self._deliver  # one object: the engine groups outcomes by it
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
-        self._send_all([(kind, payload)])
-
-    def _send_all(self, frames: list[tuple[int, bytes]]) -> None:
-        if not self.channel.send_all(frames):
+        if not self.channel.send(kind, payload):
             self._on_unsent(self)
 
     # --- the hub's thread ---------------------------------------------------------------------------------------
@@ -112,11 +109,8 @@ class Link:
         for number, outcome in outcomes:
             if wire.is_last(outcome):
                 requests[number % len(requests)] = None  # so that nothing of it is kept
-        if self.channel.is_closed:
-            return
-        told, failed = wire.pack_outcomes(outcomes)
-        frames = ((Kind.TOLD, told), (Kind.FAILED, failed))
-        self._send_all([(kind, payload) for kind, payload in frames if payload])
+        if not self.channel.is_closed:
+            self.send(Kind.TOLD, wire.pack_told(outcomes))
 
 
 class Hub:

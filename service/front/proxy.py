@@ -215,8 +215,6 @@ class RemoteEngine:
         for kind, payload in self._channel.receive():
             if kind == Kind.TOLD:
                 self._deliver(wire.told(payload, self._class_names))
-            elif kind == Kind.FAILED:
-                self._deliver(wire.failures(payload))
             elif kind == Kind.RELEASED:
                 for number in wire.numbers(payload):
                     self._release(number)

@@ -1,7 +1,7 @@
 """What workers and the engine's process tell each other, as bytes: what is said of the images of a batch is one frame.
 
 To the engine's process go structures: it unpickles nothing from processes that have decoded pictures from anywhere. To
-workers, who trust it, tuples of numbers are pickled: three fifths of the time of structures.
+workers, who trust it, tuples of numbers are pickled, three fifths of the time of structures, and errors as they are.
 
 A request is known by a number that no other of its worker ever has; modulo the number of slots it is the slot that the
 image lies in.
@@ -16,7 +16,6 @@ from enum import IntEnum
 from math import isnan, nan
 
 from service.engine.rows import Answer, Options, Step, Told
-from service.errors import EngineDraining, EngineError, EngineLost, EngineOverloaded, EngineTooLate, EngineUnsound
 
 
 class Kind(IntEnum):
@@ -26,16 +25,15 @@ class Kind(IntEnum):
     STARTED = 1  # the engine takes images
     DRAIN = 2  # answer what was accepted, and end
     BROKEN = 3  # the engine has broken down, and why: end
-    TOLD = 4  # answers and steps, in the order in which they came about
-    FAILED = 5  # requests that ended without an answer
-    RELEASED = 6  # abandoned requests: the engine has let go of their slots
-    REPLY = 7  # to a call: its number, and a pickled value or exception
+    TOLD = 4  # answers, steps and errors, in the order in which they came about
+    RELEASED = 5  # abandoned requests: the engine has let go of their slots
+    REPLY = 6  # to a call: its number, and a pickled value or exception
     # from a worker
-    SERVING = 8  # it listens, and has heard that the engine takes images
-    SUBMIT = 9
-    ABANDON = 10
-    TOOK = 11  # seconds that answers took, see `Engine.took`
-    CALL = 12  # its number, and JSON: what worked on pictures from anywhere is never unpickled by the engine's process
+    SERVING = 7  # it listens, and has heard that the engine takes images
+    SUBMIT = 8
+    ABANDON = 9
+    TOOK = 10  # seconds that answers took, see `Engine.took`
+    CALL = 11  # its number, and JSON: what worked on pictures from anywhere is never unpickled by the engine's process
 
 
 NUMBER = struct.Struct("<Q")
@@ -43,19 +41,7 @@ SECONDS = struct.Struct("<d")
 CALL_NUMBER = struct.Struct("<I")
 WISHES = struct.Struct("<IHHIHBxddd")  # how many requests have them, and what `pack_submissions` says
 OWN_SIZE = (0, 0)  # a picture's height and width where they are the network's
-FAILURE = struct.Struct("<QBxHId")  # number, class of the error, bytes of its message, in_flight_rows, wait_s
-
-ERRORS: tuple[type[EngineError], ...] = (
-    EngineError,
-    EngineOverloaded,
-    EngineTooLate,
-    EngineUnsound,
-    EngineLost,
-    EngineDraining,
-)
-ERROR_CODES = {error: code for code, error in enumerate(ERRORS)}
-MESSAGE_BYTES = 4096
-STEP_FIELDS = 8  # of a step in TOLD; an answer has more
+STEP_FIELDS = 8  # of a step in TOLD; an answer has more, and an error two
 
 
 def pack_submissions(submitted: Sequence[tuple[int, Options, tuple[int, int]]]) -> bytes:
@@ -121,82 +107,52 @@ def seconds(payload: bytes) -> tuple[float, ...]:
     return struct.unpack(f"<{len(payload) // SECONDS.size}d", payload)
 
 
-def pack_told(told: Iterable[tuple[int, Answer | Step]]) -> bytes:
-    """The payload of a frame TOLD: the fields of each in their order, but for the label; of a step fewer."""
+def pack_told(told: Iterable[tuple[int, Told]]) -> bytes:
+    """The payload of a frame TOLD: of an answer its fields in their order, but for the label; of a step fewer."""
     return pickle.dumps([_fields(number, said) for number, said in told], pickle.HIGHEST_PROTOCOL)
 
 
-def _fields(number: int, said: Answer | Step) -> tuple[object, ...]:
+def _fields(number: int, said: Told) -> tuple[object, ...]:
+    if isinstance(said, Answer):
+        return (
+            number,
+            said.class_id,
+            said.confidence,
+            said.others,
+            said.exit,
+            said.reason,
+            said.mflops,
+            said.queue_ms,
+            said.compute_ms,
+            said.batch_rows,
+            said.score,
+            said.threshold,
+        )
     if isinstance(said, Step):
         return number, said.class_id, said.confidence, said.top_k, said.exit, said.mflops, said.score, said.threshold
-    return (
-        number,
-        said.class_id,
-        said.confidence,
-        said.others,
-        said.exit,
-        said.reason,
-        said.mflops,
-        said.queue_ms,
-        said.compute_ms,
-        said.batch_rows,
-        said.score,
-        said.threshold,
-    )
+    return number, said
 
 
-def told(payload: bytes, class_names: Sequence[str]) -> list[tuple[int, Answer | Step]]:
+def told(payload: bytes, class_names: Sequence[str]) -> list[tuple[int, Told]]:
     """The numbers, and what is said of them, of a frame TOLD."""
-    arrived: list[tuple[int, Answer | Step]] = []
+    arrived: list[tuple[int, Told]] = []
     for fields in pickle.loads(payload):
-        if len(fields) == STEP_FIELDS:
+        if len(fields) > STEP_FIELDS:
+            # Named one by one, for they come by the thousand: to pass them on as a tuple takes a fifth longer.
+            number, class_id, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold = (
+                fields
+            )
+            label = class_names[class_id]
+            answer = Answer(
+                class_id, label, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold
+            )
+            arrived.append((number, answer))
+        elif len(fields) == STEP_FIELDS:
             number, class_id, *rest = fields
             arrived.append((number, Step(class_id, class_names[class_id], *rest)))
-            continue
-        # Named one by one, for they come by the thousand: to pass them on as a tuple takes a fifth longer.
-        number, class_id, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold = fields
-        label = class_names[class_id]
-        answer = Answer(
-            class_id, label, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold
-        )
-        arrived.append((number, answer))
+        else:
+            arrived.append(fields)
     return arrived
-
-
-def pack_failure(number: int, error: EngineError) -> bytes:
-    message = str(error).encode()[:MESSAGE_BYTES]
-    in_flight_rows, wait_s = 0, 0.0
-    if isinstance(error, EngineOverloaded):
-        in_flight_rows, wait_s = error.in_flight_rows, error.wait_s
-    return FAILURE.pack(number, ERROR_CODES.get(type(error), 0), len(message), in_flight_rows, wait_s) + message
-
-
-def failures(payload: bytes) -> Iterator[tuple[int, EngineError]]:
-    """The numbers and errors of a frame FAILED."""
-    at = 0
-    while at < len(payload):
-        number, code, length, in_flight_rows, wait_s = FAILURE.unpack_from(payload, at)
-        at += FAILURE.size
-        message = payload[at : at + length].decode(errors="replace")
-        at += length
-        kind = ERRORS[code]
-        if kind is EngineOverloaded:
-            yield number, EngineOverloaded(in_flight_rows, wait_s)
-        elif kind is EngineTooLate:
-            yield number, EngineTooLate()
-        else:
-            yield number, kind(message)
-
-
-def pack_outcomes(outcomes: Iterable[tuple[int, Told]]) -> tuple[bytes, bytes]:
-    """What one batch of the engine's has brought: the payloads of TOLD and FAILED, which is to follow it."""
-    answered, failed = [], []
-    for number, outcome in outcomes:
-        if isinstance(outcome, EngineError):
-            failed.append(pack_failure(number, outcome))
-        else:
-            answered.append((number, outcome))
-    return pack_told(answered) if answered else b"", b"".join(failed)
 
 
 def is_last(told: Told) -> bool:

@@ -78,9 +78,7 @@ def test_options_arrive_as_they_were(wishes: list[Options], asked: list[tuple[in
 
 @given(st.lists(st.tuples(NUMBERS, ANSWERS | STEPS), max_size=5))
 def test_answers_arrive_to_the_last_bit(sent: list[tuple[int, Answer | Step]]) -> None:
-    answered, failed = wire.pack_outcomes(sent)
-    assert (wire.told(answered, NAMES) if answered else []) == sent
-    assert failed == b""
+    assert wire.told(wire.pack_told(sent), NAMES) == sent
 
 
 def test_an_answer_with_steps_keeps_its_score() -> None:
@@ -89,23 +87,21 @@ def test_an_answer_with_steps_keeps_its_score() -> None:
 
 
 def test_errors_arrive_as_what_they_were() -> None:
-    answered, failed = wire.pack_outcomes(enumerate(ERRORS))
-    assert answered == b""
-    for (number, arrived), (i, sent) in zip(wire.failures(failed), enumerate(ERRORS), strict=True):
+    for (number, arrived), (i, sent) in zip(
+        wire.told(wire.pack_told(enumerate(ERRORS)), NAMES), enumerate(ERRORS), strict=True
+    ):
         assert number == i
         assert type(arrived) is type(sent)
         assert str(arrived) == str(sent)
+        assert isinstance(arrived, EngineError)
         assert arrived.__dict__ == sent.__dict__
 
 
-class OddError(EngineError):
-    pass
-
-
-def test_an_error_of_a_kind_unknown_here_is_an_error_all_the_same() -> None:
-    [(_, arrived)] = wire.failures(wire.pack_failure(1, OddError("odd")))
-    assert type(arrived) is EngineError
-    assert str(arrived) == "odd"
+def test_errors_travel_with_answers_in_their_order() -> None:
+    answer = Answer(3, NAMES[3], 0.5, (), 2, "final", 12.5, 0.1, 0.2, 4)
+    [first, (number, error)] = wire.told(wire.pack_told([(7, answer), (5, ERRORS[0])]), NAMES)
+    assert first == (7, answer)
+    assert (number, str(error)) == (5, str(ERRORS[0]))
 
 
 def channels() -> tuple[Channel, Channel]:
