@@ -115,7 +115,7 @@ def measure(
     results: list[list[Round]] = [[] for _ in engines]
     # What a row of a full batch takes while all lanes run, stages in turns as often as at the budget: where they wait
     # for memory it matters which of them share it. Before and after every round, as machines change their speed.
-    runner = OnnxRunner(bundle, engines[0].max_rows, engines[0].n_lanes, "cpu")
+    runner = OnnxRunner(bundle, engines[0].max_rows, engines[0].n_lanes)
     row_seconds: list[list[float]] = []
     off_row_seconds: list[list[float]] = []
 

@@ -50,7 +50,7 @@ def labels(runner: OnnxRunner, images: Pixels) -> NDArray[np.int64]:
 
 
 def compare(photos: Sequence[Image.Image]) -> None:
-    runner = OnnxRunner(load_bundle(BUNDLE), 32, 1, "cpu")
+    runner = OnnxRunner(load_bundle(BUNDLE), 32, 1)
     shape = runner.stages[0].inputs[0].shape
     rng = np.random.default_rng(0)
     pictures = [photo.resize(tuple(rng.integers(SMALLEST_PX, CANVAS_PX + 1, 2).tolist())) for photo in photos]

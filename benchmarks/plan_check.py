@@ -133,7 +133,7 @@ def check(
 ) -> tuple[list[Pair], int]:
     """One round; returns the pairs, and how many images the live engine refused."""
     n_lanes, max_rows = engine.n_lanes, engine.max_rows
-    before = measure(bundle, "cpu", n_lanes, max_rows, budget_mflops)
+    before = measure(bundle, n_lanes, max_rows, budget_mflops)
     sender_before_s = time.thread_time()
     reached = Load(engine, images, 4 * n_lanes * max_rows).run().images_per_s
     sender_s = (time.thread_time() - sender_before_s) / len(images)
@@ -145,7 +145,7 @@ def check(
         live.append(stream.run(poisson(rate, n_images, seed).tolist()))
         extra_s.append(max(0.0, stream.sender_s - sender_s))  # it sleeps and wakes for every image
         n_refused += stream.n_refused
-    times = mean_of([before, measure(bundle, "cpu", n_lanes, max_rows, budget_mflops)])
+    times = mean_of([before, measure(bundle, n_lanes, max_rows, budget_mflops)])
     calibration = bundle.calibration
     network = Network(
         calibration.scores[bundle.manifest.score], calibration.correct, bundle.costs_mflops, bundle.frontier()

@@ -22,7 +22,7 @@ from service.runners.onnx import OnnxRunner
 
 def stage_seconds(bundles: list[Bundle], n_rows: int, n_runs: int) -> list[list[float]]:
     """The best time of every stage [bundle][stage] at a batch of `n_rows`, measured in turns."""
-    runners = [OnnxRunner(bundle, n_rows, n_lanes=1, device="cpu") for bundle in bundles]
+    runners = [OnnxRunner(bundle, n_rows, n_lanes=1) for bundle in bundles]
     best = [[float("inf")] * runner.n_stages for runner in runners]
     shape = bundles[0].manifest.stages[0].inputs[0].shape
     images = np.random.default_rng(0).integers(0, 256, (n_rows, *shape), dtype=np.uint8)

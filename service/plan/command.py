@@ -41,8 +41,8 @@ def command_line() -> argparse.ArgumentParser:
         prog="python -m service plan",
         description=(
             "Plan for a load: the server's own scheduler and budget under a virtual clock, with stage times measured\n"
-            "here (or --stage-times) and the scores of held-out images. One replica at its share of the rate stands\n"
-            "for all of them. docs/planning.md says what this leaves out."
+            "on this processor (or --stage-times) and the scores of held-out images. One replica at its share of\n"
+            "the rate stands for all of them. docs/planning.md says what this leaves out."
         ),
         epilog=(
             "Examples:\n"
@@ -73,7 +73,7 @@ def command_line() -> argparse.ArgumentParser:
         "--accuracy", type=_positive, metavar="SHARE", help="the budget that reaches it on held-out images"
     )
     server.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the stages (%(default)s)")
-    server.add_argument("--lanes", type=_count, metavar="N", help="batches at once (one per core, on CUDA one)")
+    server.add_argument("--lanes", type=_count, metavar="N", help="batches at once (one per core)")
     server.add_argument("--max-batch-rows", type=_count, default=32, metavar="N", help="(%(default)s)")
     server.add_argument("--policy", choices=POLICIES, default="default", help="of scheduling (%(default)s)")
     times = parser.add_argument_group("times")
@@ -81,7 +81,6 @@ def command_line() -> argparse.ArgumentParser:
         "--stage-times", type=Path, metavar="FILE", help="take them from there instead of measuring here"
     )
     times.add_argument("--save-stage-times", type=Path, metavar="FILE", help="write what was measured here")
-    times.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to measure on (%(default)s)")
     times.add_argument("--cores", type=_count, metavar="N", help="that lanes and host share (as measured)")
     times.add_argument(
         "--host-us",
@@ -205,7 +204,7 @@ def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> S
             f"--save-stage-times {given.save_stage_times}: there is no folder {given.save_stage_times.parent}"
         )
     with Neighbours() as neighbours:
-        times = measure(bundle, given.device, given.lanes, given.max_batch_rows, budget_mflops, tell=_tell)
+        times = measure(bundle, given.lanes, given.max_batch_rows, budget_mflops, tell=_tell)
     if neighbours.share is not None and neighbours.share > BUSY:
         beside = f"beside other work that had {neighbours.share:.0%} of the cores"
         times = times.model_copy(update={"machine": f"{times.machine}, {beside}"})

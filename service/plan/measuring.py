@@ -18,7 +18,6 @@ from service.plan.host_times import measure_host
 from service.plan.stage_times import StageTimes
 from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner, default_lanes
-from service.runners.providers import Device, uses_cuda
 
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 30
@@ -28,21 +27,20 @@ BATCHES_A_LANE = 3  # put at once, so that all lanes run for most of the time
 
 def measure(
     bundle: Bundle,
-    device: Device = "auto",
     n_lanes: int | None = None,
     max_rows: int = 32,
     budget_mflops: float | None = None,
     limit_s: float = 3.0,
     tell: Callable[[str], object] = lambda text: None,
 ) -> StageTimes:
-    """Measure a bundle's stages and the engine's own work; nothing else should run meanwhile.
+    """Measure a bundle's stages on the processor, and the engine's own work; nothing else should run meanwhile.
 
-    On the processor no more lanes run than there are cores: those beyond wait for a core, as a simulation has it too,
-    and what a batch takes would count that wait twice.
+    No more lanes run than there are cores: those beyond wait for a core, as a simulation has it too, and what a batch
+    takes would count that wait twice.
 
     Args:
         bundle: as loaded.
-        device, n_lanes, max_rows: as the server's settings.
+        n_lanes, max_rows: as the server's settings.
         budget_mflops: of an image, which tells how often each stage runs; by default the whole network.
         limit_s: for the stages; three rounds are made in any case.
         tell: told what is being measured.
@@ -51,8 +49,7 @@ def measure(
         StageLoadError, RunnerError: the stages cannot be run.
     """
     n_cores = default_lanes()
-    at_once = n_lanes if n_lanes is None or uses_cuda(device) else min(n_lanes, n_cores)
-    runner = OnnxRunner(bundle, max_rows, at_once, device)
+    runner = OnnxRunner(bundle, max_rows, min(n_lanes or n_cores, n_cores))
     tell(f"measuring {runner.n_stages} stages on {runner.n_lanes} lanes")
     with _LanesAtWork(runner, bundle.score()) as lanes:
         stages = _Stages(runner, lanes, _reaching(bundle, budget_mflops)).measure(limit_s)
@@ -61,10 +58,10 @@ def measure(
     manifest = bundle.manifest
     return StageTimes(
         network=f"{manifest.name} {manifest.version} in {bundle.precision}",
-        machine=f"{platform.machine()}, {runner.provider}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        n_lanes=n_lanes or runner.n_lanes,
+        machine=f"{platform.machine()}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        n_lanes=n_lanes or n_cores,
         n_cores=n_cores,
-        lanes_take_cores=runner.provider == "CPUExecutionProvider",
+        lanes_take_cores=True,
         alone_speed=stages.alone_speed,
         stage_seconds=tuple(stages.seconds),
         copy_row_seconds=tuple(stages.copy_row_seconds),

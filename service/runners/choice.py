@@ -62,11 +62,11 @@ def open_runner(
             raise RunnerError("the runner torch-cuda runs on CUDA: choose the device auto or cuda, or the runner onnx")
         if bundle.precision != "fp32":
             raise RunnerError("the runner torch-cuda has no int8 stages: choose the precision fp32, or the runner onnx")
-    if name != "torch-cuda" and (device == "cpu" or bundle.precision != "fp32"):
-        return OnnxRunner(bundle, max_rows, n_lanes, device)
+    elif bundle.precision != "fp32" and device not in ("auto", "cpu"):
+        raise RunnerError("int8 stages run on the CPU: choose the device cpu or auto, or the precision fp32")
     check_device(device)
-    if name != "torch-cuda" and not cuda_device_count():
-        return OnnxRunner(bundle, max_rows, n_lanes, "cpu")
+    if name != "torch-cuda" and (device == "cpu" or bundle.precision != "fp32" or not cuda_device_count()):
+        return OnnxRunner(bundle, max_rows, n_lanes)
 
     def open_torch() -> Runner:
         if importlib.util.find_spec("torch") is None:
@@ -114,7 +114,7 @@ def open_runner(
         if device != "auto" or isinstance(error, FatalRunnerError):
             raise
         logger.warning("stages run on the processor, although there is a GPU: %s", error)
-        return OnnxRunner(bundle, max_rows, n_lanes, "cpu")
+        return OnnxRunner(bundle, max_rows, n_lanes)
 
 
 def fastest(candidates: Candidates) -> Runner:

@@ -1,4 +1,4 @@
-"""ONNX Runtime with the state of rows in the host's memory: the fastest engine measured on CPUs. Needs no torch.
+"""ONNX Runtime on the processor: the fastest engine measured there. Needs no torch; on GPUs see `onnx_device`.
 
 One session per stage with a single thread each, called from one lane per core: pools of several threads per session
 spin against each other and fall behind a single one.
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from models.bundle import Bundle
 from models.manifest import ValueInfo
 from models.onnx_weights import StageLoadError, load_stage_session
-from service.runners.base import FatalRunnerError, RunnerError, StageOutput
+from service.runners.base import RunnerError, StageOutput
 from service.runners.blocks import Array, Block, Gathering, RowState
-from service.runners.providers import CPU, CUDA, Device, check_device, check_loaded, is_lost, load_libraries, uses_cuda
+from service.runners.providers import CPU
 
 ALIGNMENT_BYTES = 64
 
@@ -36,22 +36,20 @@ class OnnxRunner:
     Args:
         bundle: with ONNX stages.
         max_rows: the largest batch.
-        n_lanes: batches at once; by default one per core, on CUDA one.
-        device: "auto" takes CUDA if a device is there and ONNX Runtime can use it. State crosses the bus at every stage
-            then; `onnx_device` keeps it there.
+        n_lanes: batches at once; by default one per core.
 
     Raises:
         StageLoadError: a stage cannot be opened.
-        RunnerError: CUDA was asked for and cannot be had, or a number is out of range.
+        RunnerError: a number is out of range.
     """
 
-    def __init__(self, bundle: Bundle, max_rows: int = 32, n_lanes: int | None = None, device: Device = "auto") -> None:
+    def __init__(self, bundle: Bundle, max_rows: int = 32, n_lanes: int | None = None) -> None:
         if max_rows < 1 or (n_lanes is not None and n_lanes < 1):
             raise RunnerError(f"max_rows ({max_rows}) and n_lanes ({n_lanes}) must be at least 1")
         self.stages = bundle.manifest.stages
         self.max_rows = max_rows
-        self._sessions, self.provider = _open_sessions(bundle, device)
-        self.n_lanes = n_lanes or (1 if self.provider == CUDA else default_lanes())
+        self.n_lanes = n_lanes or default_lanes()
+        self._sessions = _open_sessions(bundle)
         self._image = self.stages[0].inputs[0]
         self._image_shape, self._image_dtype = tuple(self._image.shape), np.dtype(self._image.dtype)
         # What a row carries on from stage k: everything made up to it that a later stage reads.
@@ -92,8 +90,7 @@ class OnnxRunner:
             try:
                 outputs = self._sessions[stage].run(None, feed)
             except Exception as error:  # ONNX Runtime raises one type per status, with no common base but Exception
-                kind = FatalRunnerError if is_lost(error) else RunnerError
-                raise kind(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
+                raise RunnerError(f"stage {stage + 1} failed on a batch of {n_rows}: {error}") from error
             names = [value.name for value in self.stages[stage].outputs]
             by_name = dict(zip(names, outputs, strict=True))
             values = {name: by_name[name] for name in self._kept[stage]}
@@ -131,23 +128,6 @@ class OnnxRunner:
         return buffers
 
 
-def _open_sessions(bundle: Bundle, device: Device) -> tuple[list[ort.InferenceSession], str]:
-    """Open every stage on one provider; returns them and the provider's name."""
-    if bundle.precision == "int8":
-        if device not in ("auto", "cpu"):
-            raise RunnerError("int8 stages run on the CPU: choose the device cpu or auto, or the precision fp32")
-        device = "cpu"
-    check_device(device)
-    if uses_cuda(device):
-        load_libraries()
-        sessions = _open_all(bundle, [CUDA, CPU])
-        if device != "auto":
-            check_loaded(sessions[0], CUDA)
-        if all(CUDA in session.get_providers() for session in sessions):
-            return sessions, CUDA
-    return _open_all(bundle, [CPU]), CPU
-
-
 def session_options() -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -158,10 +138,10 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def _open_all(bundle: Bundle, providers: Sequence[str]) -> list[ort.InferenceSession]:
+def _open_sessions(bundle: Bundle) -> list[ort.InferenceSession]:
     sessions = []
     for stage in bundle.manifest.stages:
-        session = load_stage_session(bundle.path, stage.file, providers, session_options())
+        session = load_stage_session(bundle.path, stage.file, [CPU], session_options())
         for what, declared, found in (
             ("reads", stage.inputs, session.get_inputs()),
             ("gives", stage.outputs, session.get_outputs()),

@@ -43,7 +43,7 @@ def at_precision(bundle: Bundle, asked: Asked, runner: RunnerName, device: Devic
 
 def _seconds(*bundles: Bundle) -> list[float]:
     """Seconds that a small batch takes through all stages of each; measured in turns, so that load hits all alike."""
-    runners = [OnnxRunner(bundle, N_ROWS, n_lanes=1, device="cpu") for bundle in bundles]
+    runners = [OnnxRunner(bundle, N_ROWS, n_lanes=1) for bundle in bundles]
     best = [float("inf")] * len(runners)
     for _ in range(N_ROUNDS):
         for i, runner in enumerate(runners):

@@ -53,11 +53,6 @@ def cuda_device_name() -> str:
     return name.value.decode(errors="replace")
 
 
-def uses_cuda(device: Device) -> bool:
-    """Whether stages for `device` would go to a CUDA device, if ONNX Runtime can load its provider."""
-    return device != "cpu" and CUDA in ort.get_available_providers() and cuda_device_count() > 0
-
-
 @functools.cache
 def tensorrt_version() -> int | None:
     """The version of the TensorRT library that can be loaded, as it tells it; None where there is none."""

@@ -12,7 +12,7 @@ from tests.bundles import tiny_bundle
 
 def test_what_a_stage_takes_grows_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_times, "HOST_S", 0.1)  # which is not looked at
-    times = measure(load_bundle(tiny_bundle(tmp_path / "tiny")), "cpu", 1, 16, limit_s=0.5)
+    times = measure(load_bundle(tiny_bundle(tmp_path / "tiny")), 1, 16, limit_s=0.5)
     assert times.alone_speed == 1.0
     for stage in range(4):
         assert 0 < times.seconds(stage, 1) < times.seconds(stage, 16) < times.seconds(stage, 64)

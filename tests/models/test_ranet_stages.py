@@ -111,7 +111,7 @@ def test_a_trained_run_is_served_with_the_networks_own_answers(tmp_path: Path, m
     images, _ = images_of_16_px(9, 3)
     with torch.no_grad():
         whole = network(Normalise(manifest.input.mean, manifest.input.std)(torch.from_numpy(images)))
-    runner = OnnxRunner(bundle, n_lanes=1, device="cpu")
+    runner = OnnxRunner(bundle, n_lanes=1)
     rows = [runner.first_state(image) for image in images]
     alone = [runner.first_state(images[3])]
     for stage, expected in enumerate(whole):

@@ -68,7 +68,7 @@ class FaultyRunner(OnnxRunner):
 
 
 def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0, **options: Any) -> Engine:
-    runner = FaultyRunner(bundle, max_rows, n_lanes=2, device="cpu")
+    runner = FaultyRunner(bundle, max_rows, n_lanes=2)
     return Engine(
         runner,
         BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1] * 0.6, burst_images),

@@ -53,7 +53,7 @@ def troubled(
     runner_class: type[TroubledRunner] = TroubledRunner,
     **options: float,
 ) -> tuple[Engine, TroubledRunner]:
-    runner = runner_class(bundle, max_rows, n_lanes=2, device="cpu")
+    runner = runner_class(bundle, max_rows, n_lanes=2)
     budget = BudgetController(bundle.frontier(), bundle.costs_mflops, bundle.costs_mflops[-1], burst_images=1000)
     scheduler = Scheduler(runner.n_stages, max_rows)
     names = bundle.manifest.class_names

@@ -121,7 +121,7 @@ def test_it_measures_what_it_is_not_given_and_reads_what_it_has_written(tmp_path
 def test_where_images_never_share_a_batch_all_of_the_hosts_work_is_the_images(tmp_path, monkeypatch, short_runs):
     """With one exit, too: then every image is one batch, and nothing tells a batch's work from an image's."""
     monkeypatch.setattr(null_bundle, "EXITS", null_bundle.EXITS[:1])
-    times = measure(null_bundle.write_null_bundle(tmp_path / "null"), "cpu", 1, max_rows=1, limit_s=0.1)
+    times = measure(null_bundle.write_null_bundle(tmp_path / "null"), 1, max_rows=1, limit_s=0.1)
     assert times.host_batch_seconds == 0.0
     assert times.host_image_seconds > 0.0
 
@@ -131,9 +131,7 @@ def test_lanes_that_would_share_a_core_are_not_measured_together(tmp_path, monke
     of what 2 do."""
     monkeypatch.setattr(measuring, "default_lanes", lambda: 1)
     said: list[str] = []
-    times = measure(
-        null_bundle.write_null_bundle(tmp_path / "null"), "cpu", 4, max_rows=2, limit_s=0.1, tell=said.append
-    )
+    times = measure(null_bundle.write_null_bundle(tmp_path / "null"), 4, max_rows=2, limit_s=0.1, tell=said.append)
     assert (times.n_lanes, times.n_cores) == (4, 1)
     assert said[0].endswith("on 1 lanes")
 

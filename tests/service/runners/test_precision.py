@@ -41,8 +41,8 @@ def test_int8_where_there_is_none_is_refused(bundle_path):
 def test_int8_is_for_cpus(path):
     bundle = load_bundle(path).at("int8")
     with pytest.raises(RunnerError, match="choose the device cpu or auto, or the precision fp32"):
-        OnnxRunner(bundle, device="cuda")
-    assert OnnxRunner(bundle).provider == "CPUExecutionProvider"
+        choice.open_runner(bundle, device="cuda")
+    assert isinstance(choice.open_runner(bundle), OnnxRunner)
 
 
 @pytest.mark.parametrize(("fp32_s", "int8_s", "taken"), [(2.0, 1.0, "int8"), (1.05, 1.0, "fp32"), (1.0, 2.0, "fp32")])
@@ -76,7 +76,7 @@ def test_auto_measures_both_and_does_without_int8(path, bundle_path):
 
 
 def test_rows_carry_a_quarter_and_regrouping_changes_no_answer(path):
-    runner = OnnxRunner(load_bundle(path).at("int8"), max_rows=16, n_lanes=1, device="cpu")
+    runner = OnnxRunner(load_bundle(path).at("int8"), max_rows=16, n_lanes=1)
     images = random_images(16, seed=3)
     together = [runner.first_state(image) for image in images]
     alone = [[state] for state in together]

@@ -36,7 +36,7 @@ class Timed(OnnxRunner):
 
 
 def timed(bundle: Bundle, image_s: float) -> Timed:
-    runner = Timed(bundle, 8, 1, "cpu")
+    runner = Timed(bundle, 8, 1)
     runner.image_s = image_s
     return runner
 
@@ -100,6 +100,8 @@ def test_where_the_device_is_lost_nothing_else_is_tried_in_this_process(
 
 def test_without_a_gpu_auto_is_onnx_at_once(bundle: Bundle) -> None:
     assert isinstance(choice.open_runner(bundle, max_rows=4), OnnxRunner)
+    with pytest.raises(RunnerError, match="choose the device cpu or auto"):
+        choice.open_runner(bundle, device="cuda")
     with pytest.raises(RunnerError, match=r"torch-cuda was asked for, but torch .* sees no GPU"):
         choice.open_runner(bundle, "torch-cuda")
     with pytest.raises(RunnerError, match="torch-cuda runs on CUDA: choose the device auto or cuda"):

@@ -17,7 +17,6 @@ from models.onnx_weights import StageLoadError
 from service.runners.base import RunnerError
 from service.runners.blocks import Block, Gathering, RowState, keep
 from service.runners.onnx import OnnxRunner
-from service.runners.providers import cuda_device_count
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, read_manifest, seal, tiny_network
 from training.export import Normalise
 
@@ -26,7 +25,7 @@ MAX_ROWS = 16
 
 @pytest.fixture(scope="module")
 def runner(folder) -> OnnxRunner:
-    return OnnxRunner(load_bundle(folder), MAX_ROWS, n_lanes=2, device="cpu")
+    return OnnxRunner(load_bundle(folder), MAX_ROWS, n_lanes=2)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle
                 described[kind] = value
     seal(bundle_path, manifest)
     with pytest.raises(StageLoadError, match=rf"stage_1\.onnx: the graph gives '{name}' as float32 .* manifest says"):
-        OnnxRunner(load_bundle(bundle_path), MAX_ROWS, n_lanes=1, device="cpu")
+        OnnxRunner(load_bundle(bundle_path), MAX_ROWS, n_lanes=1)
 
 
 def test_a_failing_stage_says_which_and_leaves_the_runner_well(runner, images, alone):
@@ -164,26 +163,6 @@ def test_warm_up_runs_every_stage_at_both_ends(runner):
     for seconds_by_rows in times:
         assert {1, MAX_ROWS} <= set(seconds_by_rows)
         assert all(seconds > 0 for seconds in seconds_by_rows.values())
-
-
-@pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
-def test_without_a_device_auto_is_the_cpu_and_cuda_is_refused(folder):
-    bundle = load_bundle(folder)
-    assert OnnxRunner(bundle).provider == "CPUExecutionProvider"
-    with pytest.raises(RunnerError, match="choose the device cpu or auto"):
-        OnnxRunner(bundle, device="cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(cuda_device_count() == 0, reason="no CUDA device here")
-def test_on_a_device_the_answers_are_the_cpus(folder, images, alone):
-    runner = OnnxRunner(load_bundle(folder), MAX_ROWS, device="cuda")
-    rows: Sequence[RowState] = [runner.first_state(image) for image in images[:MAX_ROWS]]
-    for stage in range(runner.n_stages):
-        output = runner.run(stage, rows)
-        expected = alone[stage][:MAX_ROWS]
-        np.testing.assert_allclose(output.logits, expected, rtol=0, atol=2e-3 * np.abs(expected).max())
-        rows = output.states
 
 
 def test_serving_on_the_cpu_loads_no_torch(folder):

@@ -44,7 +44,7 @@ def images() -> NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def expected(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     """The logits [200, classes] of every exit, of the runner that keeps state in the host's memory."""
-    return logits_of(OnnxRunner(bundle, 200, 1, "cpu"), images)
+    return logits_of(OnnxRunner(bundle, 200, 1), images)
 
 
 def test_logits_are_read_anew_where_they_cannot_be_copied_to_what_stays(
@@ -224,7 +224,7 @@ def test_the_bundles_that_ship_answer_as_with_the_plain_runner_to_the_bit(name: 
     on_device = OnnxDeviceRunner(shipped, "cpu", 4, 4, 1)
     on_device.warm_up()
     pixels = np.random.default_rng(3).integers(0, 256, (3, *on_device.image_shape), dtype=np.uint8)
-    plain = logits_of(OnnxRunner(shipped, 4, 1, "cpu"), pixels)
+    plain = logits_of(OnnxRunner(shipped, 4, 1), pixels)
     for ours, theirs in zip(logits_of(on_device, pixels), plain, strict=True):
         assert np.array_equal(ours, theirs)
 

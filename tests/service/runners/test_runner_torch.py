@@ -224,7 +224,7 @@ def test_where_all_lanes_hang_nobody_waits_and_a_trial_brings_them_back(
 
 def test_the_bundle_that_ships_answers_as_with_onnx() -> None:
     shipped = load_bundle(REPOSITORY / "models/zoo/cifar100-msdnet")
-    onnx = OnnxRunner(shipped, 8, 1, "cpu")
+    onnx = OnnxRunner(shipped, 8, 1)
     torch_runner = open_torch_runner(shipped, 8, 8, device=Host())
     torch_runner.warm_up()
     pixels = random_images(8, seed=3)
