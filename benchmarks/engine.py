@@ -212,9 +212,6 @@ def main(
     in_flight: Annotated[int, typer.Option(min=1, help="Images kept in the engine.")] = 256,
     lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 32,
-    lookahead: Annotated[
-        int | None, typer.Option(min=1, help="Batches handed to the lanes ahead; by default one each.")
-    ] = None,
     policy: Annotated[
         str, typer.Option(callback=known_policy, help=f"One of {', '.join(POLICIES)}, or 'all', in turns.")
     ] = "default",
@@ -223,12 +220,7 @@ def main(
     """Measure the engine at a budget against the same engine with exits off."""
     loaded = load_bundle(bundle)
     description, pixels = read_images(data, loaded, images)
-    options = {
-        "n_lanes": lanes,
-        "max_rows": max_rows,
-        "lookahead_batches": lookahead,
-        "max_in_flight_rows": in_flight,
-    }
+    options = {"n_lanes": lanes, "max_rows": max_rows, "max_in_flight_rows": in_flight}
     policies = list(POLICIES) if policy == "all" else [policy]
     reports = measure(loaded, pixels, description, fraction, rounds, in_flight, policies, **options)
     for report in reports:

@@ -33,13 +33,11 @@ def build_engine(
     compile_stages: bool = False,
     resize: Resize = "auto",
     max_rows: int = 32,
-    max_wait_s: float = 0.05,
     policy: str = "default",
     burst_images: float | None = None,
     max_in_flight_rows: int = 1024,
     max_queue_s: float = inf,
     latency_s: float | None = None,
-    lookahead_batches: int | None = None,
     steer: bool = True,
     exits: bool = True,
     observer: Observer | None = None,
@@ -50,10 +48,9 @@ def build_engine(
         bundle: as loaded.
         budget_mflops: average per image, millions of multiply-adds as executed.
         runner_name, device, n_lanes, compile_stages, resize, max_rows: see `open_runner`.
-        max_wait_s: see `Scheduler`.
         policy: a key of `policies.POLICIES`.
         burst_images, steer: see `BudgetController`; by default `default_burst_images`.
-        max_in_flight_rows, lookahead_batches, observer: see `Engine`.
+        max_in_flight_rows, observer: see `Engine`.
         max_queue_s: predicted wait beyond which images are refused.
         latency_s: for which the budget falls under load; see `Engine`.
         exits: False runs every image to the last exit, whatever the budget.
@@ -87,11 +84,10 @@ def build_engine(
             steer and exits,
             window_for(max_in_flight_rows),
         ),
-        Scheduler(runner.n_stages, max_rows, max_wait_s, policy=policy),
+        Scheduler(runner.n_stages, max_rows, policy=policy),
         bundle.score(),
         bundle.manifest.class_names,
         max_in_flight_rows,
-        lookahead_batches,
         exits,
         observer,
         max_queue_s,

@@ -49,8 +49,6 @@ class Engine:
         score: the exit score that the budget's frontier was made with.
         class_names: by class id.
         max_in_flight_rows: images held at once; beyond it `submit` refuses.
-        lookahead_batches: batches handed to the lanes beyond those running, so that no lane waits for a decision; by
-            default one a lane, and, where lanes have threads, half as many more while images wait by the batch.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
         observer: told of batches and answers.
         max_queue_s: predicted wait beyond which `submit` refuses as well.
@@ -67,7 +65,6 @@ class Engine:
         score: Score,
         class_names: Sequence[str],
         max_in_flight_rows: int = 1024,
-        lookahead_batches: int | None = None,
         exits: bool = True,
         observer: Observer | None = None,
         max_queue_s: float = inf,
@@ -84,16 +81,7 @@ class Engine:
         self._degrade = Degrade(budget, max_in_flight_rows)
         self._degrade.set(budget.working_mflops, latency_s, clock())
         self._loop = Loop(
-            self._core,
-            runner,
-            score,
-            self._inbox,
-            self._admission,
-            self._degrade,
-            lookahead_batches,
-            max_queue_s,
-            hang_s,
-            clock,
+            self._core, runner, score, self._inbox, self._admission, self._degrade, max_queue_s, hang_s, clock
         )
 
     # --- any thread ---------------------------------------------------------------------------------------------

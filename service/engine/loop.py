@@ -49,7 +49,7 @@ class Loop:
         core: owned by the thread from `start` to its end.
         runner, score: for its lanes.
         inbox: anybody may put messages.
-        lookahead_batches, max_queue_s, hang_s: see `Engine`.
+        max_queue_s, hang_s: see `Engine`.
         clock: seconds.
     """
 
@@ -61,7 +61,6 @@ class Loop:
         inbox: SimpleQueue[Message],
         admission: Admission,
         degrade: Degrade,
-        lookahead_batches: int | None,
         max_queue_s: float,
         hang_s: float,
         clock: Callable[[], float],
@@ -75,7 +74,6 @@ class Loop:
         self.n_delivered = 0  # of those that the core has ended
         self._lanes = lanes_for(runner, score, self._post)
         self._inbox = inbox
-        self._lookahead_batches = lookahead_batches
         self._max_queue_s = max_queue_s
         self._max_rows = admission.room_rows
         self._clock = clock
@@ -264,10 +262,8 @@ class Loop:
 
     @property
     def _max_running(self) -> int:
-        lanes, ahead = self.guard.lanes_left, self._lookahead_batches
-        if ahead is None:
-            return AT_ONCE * lanes if self._lanes.is_driven else self.core.batches_out(lanes)
-        return lanes + ahead if lanes else 0
+        lanes = self.guard.lanes_left
+        return AT_ONCE * lanes if self._lanes.is_driven else self.core.batches_out(lanes)
 
     def _deliver(self) -> None:
         n_new = self.core.n_ended - self.n_delivered
