@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -17,14 +18,12 @@ PATIENCE_S = 0.05
 
 
 class Delivery:
-    """Submits images from the event loop and resolves its futures there."""
+    """Submits images from the event loop, and has each told there what becomes of it: tokens are what is called."""
 
     def __init__(self, engine: EnginePort) -> None:
         self.engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
-        # One object for all requests of a kind: the engine groups outcomes by it.
-        self._sink: Sink = self._hand_over
-        self._sink_of_steps: Sink = self._hand_over_steps
+        self._sink: Sink = self._hand_over  # one object: the engine groups outcomes by it
 
     async def classify(self, image: NDArray[np.uint8], options: Options, receive: Receive) -> Answer:
         """Return the engine's answer for an image, uint8 [H, W, 3].
@@ -51,7 +50,7 @@ class Delivery:
         """The same without a watch over the client; cancelling gives the image up."""
         loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
-        request = self.engine.submit_to(self._sink, future, image, options)
+        request = self.engine.submit_to(self._sink, partial(_resolve, future), image, options)
         try:
             return await future
         except asyncio.CancelledError:
@@ -68,7 +67,7 @@ class Delivery:
         """
         self._loop = asyncio.get_running_loop()
         told: asyncio.Queue[Told | None] = asyncio.Queue()  # None: the client has left
-        request = self.engine.submit_to(self._sink_of_steps, told, image, options)
+        request = self.engine.submit_to(self._sink, told.put_nowait, image, options)
         ended = False
         try:
             with Watch(receive, lambda: told.put_nowait(None)):
@@ -87,26 +86,21 @@ class Delivery:
     def _hand_over(self, outcomes: list[tuple[Any, Told]]) -> None:
         """On the engine's thread: wake the event loop, once for all of them."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(_resolve, outcomes)
-
-    def _hand_over_steps(self, told: list[tuple[Any, Told]]) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(_enqueue, told)
+            self._loop.call_soon_threadsafe(_tell, outcomes)
 
 
-def _resolve(outcomes: list[tuple[Any, Told]]) -> None:
-    for future, outcome in outcomes:
-        if future.done():  # its client has left
-            continue
-        if isinstance(outcome, Answer):
-            future.set_result(outcome)
-        elif not isinstance(outcome, Step):
-            future.set_exception(outcome)
+def _tell(outcomes: list[tuple[Callable[[Told], object], Told]]) -> None:
+    for tell, outcome in outcomes:
+        tell(outcome)
 
 
-def _enqueue(told: list[tuple[Any, Told]]) -> None:
-    for queue, item in told:
-        queue.put_nowait(item)
+def _resolve(future: "asyncio.Future[Answer]", outcome: Told) -> None:
+    if future.done():  # its client has left
+        return
+    if isinstance(outcome, Answer):
+        future.set_result(outcome)
+    elif not isinstance(outcome, Step):
+        future.set_exception(outcome)
 
 
 class Watch:
