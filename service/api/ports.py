@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from service.budget.state import BudgetState
 from service.budget.target import Target
 from service.engine.rows import Options, Sink
+from service.errors import EngineOverloaded
 from service.tally import Outcome
 
 
@@ -40,11 +41,11 @@ class EnginePort(Protocol):
 
     @property
     def has_room(self) -> bool:
-        """Whether `require_room` refuses nothing; for less."""
+        """False where `submit_to` would refuse, as things are."""
         ...
 
-    def require_room(self) -> None:
-        """Refuse early what `submit_to` would refuse; raises EngineOverloaded."""
+    def overload(self) -> EngineOverloaded:
+        """Why, for whoever is refused early."""
         ...
 
     def submit_to(

@@ -8,7 +8,6 @@ from starlette.types import Scope
 from service.api.documents import engine_problem, outcome, overloaded
 from service.api.problems import Problem
 from service.api.state import State
-from service.errors import EngineError
 from service.logs import NOTES
 
 SAME_FOR_S = 0.02
@@ -51,17 +50,10 @@ class Room:
             return None
         now_s = monotonic()
         if self._last is None or now_s >= self._last_until_s:
-            self._last, self._last_until_s = self._why(is_full), now_s + SAME_FOR_S
+            why = f"{state.settings.max_in_flight} requests are in work"
+            self._last = overloaded(why) if is_full else engine_problem(state.engine.overload())
+            self._last_until_s = now_s + SAME_FOR_S
         return self._last
-
-    def _why(self, is_full: bool) -> Problem | None:
-        if is_full:
-            return overloaded(f"{self.state.settings.max_in_flight} requests are in work")
-        try:
-            self.state.engine.require_room()
-        except EngineError as error:
-            return engine_problem(error)
-        return None  # there is room again by now
 
 
 def _has_images(scope: Scope) -> bool:

@@ -32,7 +32,7 @@ from service.engine.observer import EngineStats, Observer
 from service.engine.outbox import resolve
 from service.engine.rows import Answer, Options, Request, Sink, requests_for
 from service.engine.scheduler import Scheduler
-from service.errors import EngineDraining, EngineError
+from service.errors import EngineDraining, EngineError, EngineOverloaded
 from service.runners.base import Runner, RunnerError, canvas_px_of, first_states_of
 
 T = TypeVar("T")
@@ -134,17 +134,12 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """Whether `require_room` refuses nothing."""
+        """False where `submit` would refuse, as too many images are in flight."""
         return not self._admission.is_full
 
-    def require_room(self) -> None:
-        """Refuse early what `submit` would refuse, uncounted.
-
-        Raises:
-            EngineOverloaded: too many images are in flight.
-        """
-        if self._admission.is_full:
-            raise self._admission.overload()
+    def overload(self) -> EngineOverloaded:
+        """Why, for whoever is refused early, and uncounted."""
+        return self._admission.overload()
 
     def submit(self, image: NDArray[np.uint8], options: Options | None = None) -> "Future[Answer]":
         """Classify one image; cancelling the future abandons it.

@@ -110,9 +110,9 @@ class RemoteEngine:
     def has_room(self) -> bool:
         return self._memory.in_flight_rows < self._board.room_rows and bool(self._free)
 
-    def require_room(self) -> None:
-        if not self.has_room:
-            raise self._overload()
+    def overload(self) -> EngineOverloaded:
+        in_flight = self._memory.in_flight_rows
+        return EngineOverloaded(in_flight, in_flight * self._board.row_s)
 
     def submit_to(
         self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
@@ -120,7 +120,7 @@ class RemoteEngine:
         if self._channel.is_closed:
             raise gone()
         if not self._free:
-            raise self._overload()
+            raise self.overload()
         number = self._free[-1]
         slot = number % len(self._slots)
         if image.shape == self._image_shape:
@@ -170,10 +170,6 @@ class RemoteEngine:
 
     def _note_in_flight(self) -> None:
         self._memory.set_in_flight(self._worker, len(self._tickets))
-
-    def _overload(self) -> EngineOverloaded:
-        in_flight = self._memory.in_flight_rows
-        return EngineOverloaded(in_flight, in_flight * self._board.row_s)
 
     def _flush_soon(self) -> None:
         if not self._flush_is_due:

@@ -113,13 +113,13 @@ def test_room_is_known_without_asking(front: Front) -> None:
         for image in IMAGES[:N_SLOTS]:
             near.submit_to(lambda told: outcomes.extend(told), 0, image)
         front.memory.board.publish(True, None, N_SLOTS, 0.125)
-        with pytest.raises(EngineOverloaded) as refused:
-            far.require_room()
-        assert refused.value.in_flight_rows == N_SLOTS
-        assert refused.value.wait_s == N_SLOTS * 0.125
+        assert not far.has_room
+        refused = far.overload()
+        assert refused.in_flight_rows == N_SLOTS
+        assert refused.wait_s == N_SLOTS * 0.125
         done.set()
         await settled(near)
-        far.require_room()
+        assert far.has_room
 
     done = threading.Event()
     front.run(fill())
