@@ -145,7 +145,7 @@ extern "C" __global__ void centre(
 }
 """
 
-# A warp a row; see `scoring.judge`, whose arithmetic it is. As there, what is no number leads all that are.
+# A warp a row; see `scoring.judge_by_torch`, whose arithmetic it is. As there, what is no number leads all that are.
 _JUDGE = r"""
 __device__ __forceinline__ bool leads(double a, int index_a, double b, int index_b) {
     bool none_a = a != a, none_b = b != b;

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from service.runners.torch_cuda.kernel_sources import JUDGED
+from service.runners.torch_cuda.scoring import judge_by_torch
 
 Launch = Callable[..., None]
 """Called with (grid, block, arguments), as what `torch.cuda._compile_kernel` makes."""
@@ -168,7 +169,16 @@ class Kernels:
             self._over(len(slots) * total, "move", slots, len(slots), int(out), *arguments, *nothing)
 
     def judge(self, logits: Tensor, score: str, told: Tensor) -> None:
-        """See `scoring.judge`; logits float32 [rows, classes] and `told` float64 [rows, 3] are one run each."""
+        """Write class, `models.exits.confidence` and score of logits [rows, classes] to `told`, float64 [rows, 3].
+
+        Of classes that lead together, the kernel names the first, torch any.
+
+        Args:
+            score: a key of `scoring.SCORES`.
+        """
+        lies = logits.is_contiguous() and told.is_contiguous()
+        if "judge" not in self or logits.dtype != torch.float32 or not lies:
+            return judge_by_torch(logits, score, told)
         arguments = told, logits, logits.shape[1], JUDGED.index(score)
         self._launches["judge"]((len(logits), 1, 1), (WARP, 1, 1), arguments)
 

@@ -22,9 +22,10 @@ from service.runners.base import NO_LOGITS, Heads
 from service.runners.slots import NOWHERE, SCRATCH, SlotState, places_of, stretches
 from service.runners.slotted import IMAGES, Running
 from service.runners.torch_cuda.device import Device, Mark, Program, Stream
+from service.runners.torch_cuda.kernels import Kernels
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.resize import cut, resize
-from service.runners.torch_cuda.scoring import N_NUMBERS, judge
+from service.runners.torch_cuda.scoring import N_NUMBERS
 
 StageCall = Callable[..., tuple[Tensor, ...]]
 """A stage, or what computes the same."""
@@ -35,7 +36,7 @@ class Lane:
 
     Args:
         device: where it runs; a stream is opened there.
-        stages: lowered, on the device; shared by all lanes, as are `values`.
+        stages: lowered, on the device; shared by all lanes, as are `values` and `kernels`.
         image_shape: (height, width, 3).
         n_classes: of the network.
         score: a key of `scoring.SCORES`; None leaves scores, classes and confidences to the caller.
@@ -49,6 +50,7 @@ class Lane:
         device: Device,
         stages: Sequence[Stage],
         values: Values,
+        kernels: Kernels,
         image_shape: Sequence[int],
         n_classes: int,
         score: str | None,
@@ -58,7 +60,7 @@ class Lane:
     ) -> None:
         self.stream = device.open_stream()
         self.programs: dict[tuple[int, int], Program] = {}  # by stage and bucket
-        self._stages, self._values = stages, values
+        self._stages, self._values, self._kernels = stages, values, kernels
         self._n_classes, self._score = n_classes, score
         row_bytes = 8 * N_NUMBERS + 4 * n_classes
         self._image_shape, self._canvas_px = tuple(image_shape), canvas_px
@@ -162,7 +164,7 @@ class Lane:
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
         told, logits = _parts(self.told.there, bucket, self._n_classes)
         if self._score is not None:
-            judge(outputs[0], self._score, out=told)
+            self._kernels.judge(outputs[0], self._score, told)
         logits.copy_(outputs[0])
 
     def _lay_out(self, turn: int, begin: Sequence[SlotState]) -> None:

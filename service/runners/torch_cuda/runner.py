@@ -22,7 +22,7 @@ from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.lane import Lane, StageCall
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
-from service.runners.torch_cuda.scoring import SCORES, kernels
+from service.runners.torch_cuda.scoring import SCORES
 
 Compiler = Callable[[Stage], StageCall]
 Compilers = Mapping[str, Compiler]
@@ -119,7 +119,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         kind = self.device.kind
         if ways is None or dtype != torch.float16:
             ways = Ways() if self.is_on_gpu and dtype == torch.float16 else Ways.exact_alone()
-        self.kernels = kernels[kind] = make_kernels(kind, ways)
+        self.kernels = make_kernels(kind, ways)
         bias_relu = self.kernels.bias_relu if "bias_relu" in self.kernels else make_bias_relu(kind, dtype)
         return lower(stages, kind, dtype, bias_relu, self.kernels, ways)
 
@@ -154,7 +154,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
     @torch.inference_mode()
     def _open_lane(self) -> Lane:
         told = (self._n_classes, self.score, self.max_rows, torch.from_numpy(self.pictures), self.canvas_px)
-        return Lane(self.device, self.stages, self.values, self.image_shape, *told)
+        return Lane(self.device, self.stages, self.values, self.kernels, self.image_shape, *told)
 
     def _prepare(self) -> None:
         super()._prepare()

@@ -9,35 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from service.runners.torch_cuda.kernels import Kernels
-
 N_NUMBERS = 3
 """Class, confidence and score: what is told of a row."""
 
-kernels: dict[torch.device, Kernels] = {}
-"""What `judge` runs on a device, if that has a kernel for it: the last runner's that was opened there."""
-
-
-def judge(logits: Tensor, score: str, out: Tensor | None = None) -> Tensor:
-    """Return class, `models.exits.confidence` and score of logits [rows, classes], float64 [rows, N_NUMBERS].
-
-    By the device's kernel if there is one, else by torch; of classes that lead together, the kernel names the first.
-
-    Args:
-        score: a key of `SCORES`.
-        out: where to; a new tensor if it is None.
-    """
-    told = logits.new_empty((len(logits), N_NUMBERS), dtype=torch.float64) if out is None else out
-    made = kernels.get(logits.device)
-    if made and "judge" in made and logits.dtype == torch.float32 and told.is_contiguous() and logits.is_contiguous():
-        made.judge(logits, score, told)
-    else:
-        judge_by_torch(logits, score, told)
-    return told
-
 
 def judge_by_torch(logits: Tensor, score: str, told: Tensor) -> None:
-    """What `judge` does, in torch.
+    """What `Kernels.judge` does, in torch.
 
     In few kernels, since each takes as long as the next however small it is: columns [rows, 1] and no branches; what
     comes of a margin that is no finite number is no number either, and is replaced once, at the end.

@@ -26,10 +26,11 @@ from service.runners.onnx import OnnxRunner
 from service.runners.slotted import Running
 from service.runners.torch_cuda.device import Host
 from service.runners.torch_cuda.joined import ConvRelu, by_cudnn
+from service.runners.torch_cuda.kernels import Kernels
 from service.runners.torch_cuda.network import cut, lower
 from service.runners.torch_cuda.runner import TorchCudaRunner, open_torch_runner
+from service.runners.torch_cuda.scoring import N_NUMBERS
 from service.runners.torch_cuda.scoring import SCORES as DEVICE_SCORES
-from service.runners.torch_cuda.scoring import judge
 from tests.bundles import IMAGE_SIZE_PX, MEAN, REPOSITORY, STD, random_images, tiny_network
 from tests.service.engine.test_engine import running
 from tests.service.slotted import (
@@ -330,7 +331,9 @@ def test_scores_of_the_device_are_those_of_the_calibration(score: str, n_classes
     logits = (scale * rng.normal(size=(300, n_classes))).astype(np.float32)
     logits[0, 0], logits[1], logits[2, 1] = np.inf, np.nan, -np.inf
     logits[3] = 0.0
-    told = judge(torch.from_numpy(logits), score).numpy()
+    judged = torch.empty((300, N_NUMBERS), dtype=torch.float64)
+    Kernels().judge(torch.from_numpy(logits), score, judged)
+    told = judged.numpy()
     finite = np.isfinite(logits).all(axis=1)
     np.testing.assert_array_equal(told[4:, 0], logits.argmax(axis=1)[4:])
     np.testing.assert_allclose(told[finite, 1], confidence(logits)[finite], rtol=1e-12)

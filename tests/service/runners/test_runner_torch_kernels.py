@@ -26,7 +26,7 @@ from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
 from service.runners.torch_cuda.replaced import N_CHANNELS, Concat
 from service.runners.torch_cuda.runner import TorchCudaRunner
-from service.runners.torch_cuda.scoring import N_NUMBERS, judge, judge_by_torch, kernels
+from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch
 from service.runners.torch_cuda.small_conv import SmallConv, is_small, make_small_conv
 from service.runners.torch_cuda.widening import widen
 from tests.bundles import IMAGE_SIZE_PX, MEAN, REPOSITORY, STD, random_images, tiny_network
@@ -53,7 +53,6 @@ def made(compiled: Callable[[str, str], Any]) -> Kernels:
 def on_host(compiled: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The processor is a device that has kernels."""
     monkeypatch.setattr(kernel_making, "compiler_for", lambda device: compiled)
-    monkeypatch.setitem(kernels, CPU, Kernels())  # and is none afterwards
 
 
 def shipped() -> nn.Module:
@@ -183,16 +182,14 @@ def test_without_a_compiler_there_are_none_and_torch_does_their_work(caplog: pyt
     assert not any(name in made for name in SOURCES)
     assert caplog.text.count("Could not find any NVRTC library") == len(SOURCES)
     torch.manual_seed(0)
-    for name in sorted(set(SOURCES) - {"judge", "move"}):  # which are asked for by name alone
+    for name in sorted(set(SOURCES) - {"move"}):  # which is asked for by name alone
         CHECKS[name](made, CPU)
 
 
 @needs_compiler
 @pytest.mark.parametrize("score", JUDGED)
 @pytest.mark.parametrize("n_classes", [2, 3, 33, 100])
-def test_rows_are_judged_as_by_torch_and_of_equals_the_first_leads(
-    score: str, n_classes: int, made: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_judged_as_by_torch_and_of_equals_the_first_leads(score: str, n_classes: int, made: Kernels) -> None:
     rng = np.random.default_rng(n_classes)
     scale = 10.0 ** rng.uniform(-3, 3, size=(60, 1))
     logits = torch.from_numpy((scale * rng.normal(size=(60, n_classes))).astype(np.float32))
@@ -203,8 +200,8 @@ def test_rows_are_judged_as_by_torch_and_of_equals_the_first_leads(
     logits[0], logits[1], logits[2] = 0.0, -torch.inf, torch.nan
     expected = torch.empty((60, N_NUMBERS), dtype=torch.float64)
     judge_by_torch(logits, score, expected)
-    monkeypatch.setitem(kernels, CPU, made)
-    told = judge(logits, score)
+    told = torch.empty_like(expected)
+    made.judge(logits, score, told)
     torch.testing.assert_close(told[:, 1:], expected[:, 1:], rtol=1e-12, atol=1e-300)
     np.testing.assert_array_equal(told[:, 0].numpy(), logits.numpy().argmax(axis=1))
     np.testing.assert_allclose(told[:, 2].numpy(), SCORES[score](logits.numpy()), rtol=1e-9, atol=1e-300)
