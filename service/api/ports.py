@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from service.budget.state import BudgetState
 from service.budget.target import Target
-from service.engine.rows import Options, Sink
+from service.engine.rows import PLAIN, Options, Sink
 from service.errors import EngineOverloaded
 from service.tally import Outcome
 
@@ -49,7 +49,7 @@ class EnginePort(Protocol):
         ...
 
     def submit_to(
-        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options = PLAIN, flush: bool = True
     ) -> Any:
         """Classify an image; (token, outcome) goes to `sink`. Returns what `abandon` takes; raises EngineError.
 

@@ -30,13 +30,12 @@ from service.engine.lanes import Score
 from service.engine.loop import Loop
 from service.engine.observer import EngineStats, Observer
 from service.engine.outbox import resolve
-from service.engine.rows import Answer, Options, Request, Sink, requests_for
+from service.engine.rows import PLAIN, Answer, Options, Request, Sink, requests_for
 from service.engine.scheduler import Scheduler
 from service.errors import EngineDraining, EngineError, EngineOverloaded
 from service.runners.base import Runner, RunnerError, canvas_px_of, first_states_of
 
 T = TypeVar("T")
-PLAIN = Options()
 
 
 class Engine:
@@ -141,7 +140,7 @@ class Engine:
         """Why, for whoever is refused early, and uncounted."""
         return self._admission.overload()
 
-    def submit(self, image: NDArray[np.uint8], options: Options | None = None) -> "Future[Answer]":
+    def submit(self, image: NDArray[np.uint8], options: Options = PLAIN) -> "Future[Answer]":
         """Classify one image; cancelling the future abandons it.
 
         Args:
@@ -163,7 +162,7 @@ class Engine:
         return future
 
     def submit_to(
-        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options = PLAIN, flush: bool = True
     ) -> Request:
         """Classify one image and have (token, outcome) delivered to `sink`, with the others that its batch has ended.
 
@@ -178,7 +177,7 @@ class Engine:
             state = self._runner.first_state(image)
         except RunnerError:  # no place is left for its picture
             raise self._admission.refuse() from None
-        request = Request(token, sink, options or PLAIN, state)
+        request = Request(token, sink, options, state)
         self._admission.enter(request)
         if flush:
             self.flush()

@@ -38,6 +38,9 @@ class Options:
         object.__setattr__(self, "is_plain", asks_nothing and self.max_mflops == self.deadline_s == inf)
 
 
+PLAIN: Final = Options()
+
+
 @dataclass(init=False, slots=True)
 class Answer:
     """One image's answer. `exit` counts from 1; times are milliseconds, summed over the stages the image ran.
@@ -119,8 +122,7 @@ class Head:
     mflops: float  # to have come here
 
 
-Outcome = Answer | EngineError
-Told = Step | Outcome
+Told = Step | Answer | EngineError
 Sink = Callable[[list[tuple[Any, Told]]], None]
 """Takes (token, step or outcome) of all requests that one batch has moved or ended, on the engine's thread: it must be
 quick, must not raise, and typically hands the list to an event loop with one `call_soon_threadsafe`. A request's steps

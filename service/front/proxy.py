@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.rows import Options, Sink, Told
+from service.engine.rows import PLAIN, Options, Sink, Told
 from service.errors import EngineError, EngineOverloaded
 from service.front import wire
 from service.front.calls import Calls, gone
@@ -19,7 +19,6 @@ from service.front.outbox import Outbox
 from service.front.wire import Kind
 
 TOOK_S = 0.02  # how late the engine hears, at most, what answers took: nothing is sent for that alone
-PLAIN = Options()
 # Sent at once, before the turn of the event loop has ended: else worker and engine wait for each other, all images
 # being with one of them at any time. Measured with one worker, 64 connections: 32 leave more of the cores idle, 8 take
 # more of the engine's time.
@@ -115,7 +114,7 @@ class RemoteEngine:
         return EngineOverloaded(in_flight, in_flight * self._board.row_s)
 
     def submit_to(
-        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options | None = None, flush: bool = True
+        self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options = PLAIN, flush: bool = True
     ) -> Ticket:
         if self._channel.is_closed:
             raise gone()
@@ -131,7 +130,7 @@ class RemoteEngine:
             picture_in(self._slots[slot], *size)[:] = image
         self._free.pop()  # only now: one that does not fit takes no slot
         ticket = self._tickets[number] = Ticket(number, sink, token)
-        self._submissions.append((number, options or PLAIN, size))
+        self._submissions.append((number, options, size))
         self._note_in_flight()
         if len(self._submissions) >= FRAME_IMAGES:
             self.flush()

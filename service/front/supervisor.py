@@ -46,9 +46,8 @@ class Gone:
     n_lost: int  # requests that it had in flight
 
 
-@dataclass(frozen=True, slots=True)
 class Signal:
-    number: int
+    """To stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,7 @@ class Front:
         self._is_signalled = True
         if not self._is_ending:  # else it has broken down, and ends sooner than it would now
             self._is_ending = True
-            self._events.put(Signal(number))
+            self._events.put(Signal())
 
     def _start(self, worker: int, hub: Hub) -> None:
         ours, theirs = socket.socketpair()
