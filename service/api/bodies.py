@@ -1,6 +1,7 @@
 """Reads request bodies within a limit of bytes and time, and takes the image out of them."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -79,16 +80,13 @@ async def read_image(request: Request, limit_bytes: int, timeout_s: float) -> by
     Raises:
         Problem: as `read_body`; 415 for other content types, 400 for a broken form, 422 for one without one image.
     """
-    content_type, media_type = _content_type(request)
-    if media_type in RAW_TYPES:
+    sent = media_type(request)
+    if sent in RAW_TYPES:
         return await read_body(request, limit_bytes, timeout_s)
-    if media_type != FORM_TYPE:
-        raise _unsupported(
-            media_type,
-            f"one of {', '.join(IMAGE_TYPES)} as the body, or {FORM_TYPE} with a field",
-            (*IMAGE_TYPES, FORM_TYPE),
-        )
-    boundary = _boundary(content_type)
+    if sent != FORM_TYPE:
+        wanted = f"one of {', '.join(IMAGE_TYPES)} as the body, or {FORM_TYPE} with a field"
+        raise _not_taken(sent, wanted, (*IMAGE_TYPES, FORM_TYPE))
+    boundary = _boundary(request)
     return image_field(await read_body(request, limit_bytes, timeout_s), boundary)
 
 
@@ -98,10 +96,9 @@ async def read_images(request: Request, limit_bytes: int, timeout_s: float, most
     Raises:
         Problem: as `read_image`; 413 where there are more than `most`, 422 where there is none.
     """
-    content_type, media_type = _content_type(request)
-    if media_type != FORM_TYPE:
-        raise _unsupported(media_type, f"{FORM_TYPE} with several fields", (FORM_TYPE,))
-    boundary = _boundary(content_type)
+    if (sent := media_type(request)) != FORM_TYPE:
+        raise _not_taken(sent, f"{FORM_TYPE} with several fields", (FORM_TYPE,))
+    boundary = _boundary(request)
     images = _parse(await read_body(request, limit_bytes, timeout_s), boundary, most).images
     if not images:
         raise _not_one("no field", f"one for each image (curl -F {FIELD}=@cat.png -F {FIELD}=@dog.png)")
@@ -122,13 +119,18 @@ def image_field(body: bytes, boundary: bytes) -> bytes:
     return images[0].body
 
 
-def _content_type(request: Request) -> tuple[str, str]:
-    content_type = request.headers.get("content-type", "")
-    return content_type, content_type.partition(";")[0].strip().lower()
+def media_type(request: Request) -> str:
+    """What the body calls itself, in small letters; nothing where it has no name."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _boundary(content_type: str) -> bytes:
-    boundary = parse_options_header(content_type)[1].get(b"boundary")
+def unsupported(detail: str, headers: Mapping[str, str] | None = None) -> Problem:
+    """415, for a body that calls itself something else than what is taken."""
+    return Problem(415, "unsupported-media-type", "Unsupported media type", detail, headers)
+
+
+def _boundary(request: Request) -> bytes:
+    boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary")
     if not boundary:
         raise _broken_form("its content type names no boundary")
     return boundary
@@ -147,17 +149,11 @@ def _parse(body: bytes, boundary: bytes, most: int) -> "_Form":
     return form
 
 
-def _unsupported(media_type: str, wanted: str, accepted: tuple[str, ...]) -> Problem:
-    what = media_type or "A body without a content type"
-    if media_type == "application/x-www-form-urlencoded":
+def _not_taken(sent: str, wanted: str, accepted: tuple[str, ...]) -> Problem:
+    what = sent or "A body without a content type"
+    if sent == "application/x-www-form-urlencoded":
         what += f" (curl's own, unless told -H 'Content-Type: {accepted[0]}')"
-    return Problem(
-        415,
-        "unsupported-media-type",
-        "Unsupported media type",
-        f"{what} is not taken: send {wanted} {FIELD!r}.",
-        headers={"Accept-Post": ", ".join(accepted)},
-    )
+    return unsupported(f"{what} is not taken: send {wanted} {FIELD!r}.", {"Accept-Post": ", ".join(accepted)})
 
 
 def _not_one(found: str, wanted: str) -> Problem:

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -14,7 +12,8 @@ from pydantic import ValidationError
 
 from service.api.answers import BudgetRequest, BudgetState, FrontierCurve, ProblemDocument
 from service.api.authority import require_authority
-from service.api.bodies import read_body
+from service.api.bodies import media_type, read_body, unsupported
+from service.api.documents import finite
 from service.api.problems import Problem
 from service.api.queries import read_query
 from service.api.state import State
@@ -54,7 +53,7 @@ class Budget:
                     "exit_shares": [round(share, 5) for share in expected.shares],
                 },
                 "frontier_ends_below_budget": now.frontier_limited,
-                "thresholds": _finite(now.thresholds),
+                "thresholds": [finite(threshold) for threshold in now.thresholds],
                 "rolling": {
                     "images": min(now.answered, ROLLING_ANSWERS),
                     "average_mflops": now.rolling_mflops,
@@ -133,14 +132,10 @@ def budget_routes(state: State) -> APIRouter:
         require_authority(request, state.admin_token)
         state.require_open()
         read_query(request.scope["query_string"], ())
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":
-            raise Problem(
-                415,
-                "unsupported-media-type",
-                "Unsupported media type",
-                f"A budget is JSON, not {media_type or 'untyped'}: send {EXAMPLES} with the content type "
-                "application/json (curl -H 'Content-Type: application/json').",
+        if (sent := media_type(request)) != "application/json":
+            raise unsupported(
+                f"A budget is JSON, not {sent or 'untyped'}: send {EXAMPLES} with the content type application/json "
+                "(curl -H 'Content-Type: application/json')."
             )
         body = await read_body(request, MAX_BYTES, state.settings.body_timeout_s, f"send {EXAMPLES}")
         return Response(await budget.set(_resolve(state, body)), media_type="application/json")
@@ -228,10 +223,6 @@ def _curve(state: State) -> bytes:
             "fraction": [cost / state.targets.full_mflops for cost in frontier.cost],
             "accuracy": frontier.accuracy,
             "exit_shares": frontier.shares,
-            "thresholds": [_finite(thresholds) for thresholds in frontier.thresholds],
+            "thresholds": [[finite(threshold) for threshold in thresholds] for thresholds in frontier.thresholds],
         }
     )
-
-
-def _finite(thresholds: Sequence[float]) -> list[float | None]:
-    return [threshold if math.isfinite(threshold) else None for threshold in thresholds]

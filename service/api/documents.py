@@ -113,26 +113,25 @@ def engine_problem(error: EngineError) -> Problem:
 
 def overloaded(why: str, wait_s: float = 1.0) -> Problem:
     """429, to come back when what is in work now will be done."""
-    return Problem(
-        429,
-        "overloaded",
-        "Overloaded",
-        f"Nothing is wrong with the request, but {why}: send it again then, or raise --max-queue-s or --max-in-flight.",
-        headers={"Retry-After": str(max(1, math.ceil(wait_s)))},
-        retry_after_s=round(max(wait_s, 0.01), 3),
-    )
+    return _again_later(f"{why}: send it again then, or raise --max-queue-s or --max-in-flight.", wait_s)
 
 
 def too_many_bytes(limit_bytes: int) -> Problem:
     """429, as `overloaded`: what is asked for is memory."""
+    return _again_later(
+        f"there is no room for its body: {limit_bytes:,} bytes of bodies are held at most. Send it again, or raise "
+        "--max-held-bytes."
+    )
+
+
+def _again_later(why: str, wait_s: float = 1.0) -> Problem:
     return Problem(
         429,
         "overloaded",
         "Overloaded",
-        f"Nothing is wrong with the request, but there is no room for its body: {limit_bytes:,} bytes of bodies are "
-        "held at most. Send it again, or raise --max-held-bytes.",
-        headers={"Retry-After": "1"},
-        retry_after_s=1.0,
+        f"Nothing is wrong with the request, but {why}",
+        headers={"Retry-After": str(max(1, math.ceil(wait_s)))},
+        retry_after_s=round(max(wait_s, 0.01), 3),
     )
 
 

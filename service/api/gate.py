@@ -119,7 +119,7 @@ class Gate:
             await self._refuse(not_ready(self.lifecycle.detail), scope, receive, send)
             return
         if (refusal := self.room.refusal(scope)) is not None:
-            await refusal.response(scope["path"], scope["request_id"])(scope, receive, send)
+            await self._refuse(refusal, scope, receive, send)
             return
         self.lifecycle.requests_in_flight += 1
         try:

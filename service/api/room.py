@@ -24,12 +24,7 @@ class Room:
 
     def refusal(self, scope: Scope) -> Problem | None:
         """Why a request is refused at the gate; None where it is not (another call, or one the server cannot take)."""
-        if not _has_images(scope) or not self.state.is_open:
-            return None
-        problem = self.problem()
-        if problem is not None:
-            self.note(scope, problem)
-        return problem
+        return self.problem() if _has_images(scope) and self.state.is_open else None
 
     def note(self, scope: Scope, problem: Problem) -> None:
         """Count a request that is refused at the gate, and have its line in the log say why."""

@@ -27,7 +27,7 @@ class State:
 
     @property
     def is_ready(self) -> bool:
-        return self.lifecycle.is_ready and self.engine.is_alive and self.engine.trouble is None
+        return self.lifecycle.is_ready and self.is_open
 
     @property
     def is_open(self) -> bool:
