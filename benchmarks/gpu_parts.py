@@ -22,9 +22,10 @@ from benchmarks.gpu_page import AS_TORCH
 from benchmarks.gpu_stages import measure_compilers, measure_peaks, measure_stages, program_seconds
 from service import compiled
 from service.runners.base import FatalRunnerError
+from service.runners.torch_cuda.compiling import COMPILERS
 from service.runners.torch_cuda.device import Cuda, Host
 from service.runners.torch_cuda.kernels import Ways
-from service.runners.torch_cuda.runner import COMPILERS, TorchCudaRunner
+from service.runners.torch_cuda.runner import TorchCudaRunner
 
 T = TypeVar("T")
 OPTIONAL_S = 60.0  # left at least, for a part that may take long and that nobody has asked for

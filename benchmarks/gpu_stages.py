@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_cases import Case, Plan
+from service.runners.torch_cuda.compiling import COMPILERS, try_compiler
 from service.runners.torch_cuda.lane import Lane
-from service.runners.torch_cuda.runner import COMPILERS, TorchCudaRunner
+from service.runners.torch_cuda.runner import TorchCudaRunner
 
 
 def program_seconds(lane: Lane, stage: int, bucket: int, plan: Plan) -> float:
@@ -96,7 +97,7 @@ def measure_compilers(runner: TorchCudaRunner, name: str, plan: Plan) -> list[di
         row: dict[str, Any] = {"stage": stage + 1, "plain_ms": 1e3 * program_seconds(lane, stage, bucket, plan)}
         plain, started = lane.programs[stage, bucket], time.perf_counter()
         try:
-            runner.try_compiler(stage, compiler)
+            try_compiler(runner, stage, compiler)
             row["ms"] = 1e3 * program_seconds(lane, stage, bucket, plan)
         except Exception as error:  # of many kinds
             if plan.device.is_lost():

@@ -12,6 +12,7 @@ scoring.py   what an exit says of a row, worked out on the device
 resize.py    pictures of many sizes to the network's
 device.py    streams: CUDA's with graphs, and the host's, on which the same programs run as they are
 lane.py      one batch at a time: buffers, and a program a stage and bucket
+compiling.py stages as compilers make them, where they are faster
 runner.py    the runner
 """
 

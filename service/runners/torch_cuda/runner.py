@@ -1,7 +1,6 @@
 """The runner: a network's stages as programs of a device, and the values that rows keep there."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,23 +13,17 @@ from service.runners.blocks import Array, Block
 from service.runners.limits import is_out_of_memory, words_of
 from service.runners.slots import SlotState, stretches
 from service.runners.slotted import IMAGES, MANY_NUMBERS, SlotRunner
+from service.runners.torch_cuda.compiling import COMPILERS, Compilers, try_compilers
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.growing import rooms
-from service.runners.torch_cuda.joined import by_cudnn, make_bias_relu
+from service.runners.torch_cuda.joined import make_bias_relu
 from service.runners.torch_cuda.kernel_making import make_kernels
 from service.runners.torch_cuda.kernels import Ways
-from service.runners.torch_cuda.lane import Lane, StageCall
+from service.runners.torch_cuda.lane import Lane
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
 from service.runners.torch_cuda.scoring import SCORES
 
-Compiler = Callable[[Stage], StageCall]
-Compilers = Mapping[str, Compiler]
-logger = logging.getLogger(__name__)
-
-COMPILED_GAIN = 1.03  # below it, noise would decide
-COMPILED_REPEATS = 20
-SAME = 0.02  # of the largest value: half precision, summed up in another order
 BROKEN_OFF = "previous error during capture"
 MANY_BYTES = 1 << 20  # of pictures
 MANY_RUNS = 4
@@ -159,49 +152,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
     def _prepare(self) -> None:
         super()._prepare()
         for stage in range(self.n_stages if self._compilers else 0):
-            self._try_compilers(stage)
-
-    @torch.inference_mode()
-    def try_compiler(self, stage: int, compiler: Compiler) -> StageCall:
-        """Compile a stage, check what comes of it, and have the first lane run it in full batches.
-
-        Raises:
-            RunnerError: it computes something else; or errors of the compiler's own.
-        """
-        call = compiler(self.stages[stage])
-        _require_same(call, self.stages[stage], self._random_inputs(stage))
-        self.lanes[0].prepare(stage, self.max_rows, call)
-        return call
-
-    def _try_compilers(self, stage: int) -> None:
-        """Have a stage compiled for full batches; the fastest on the first lane goes on all of them."""
-        first, *others = self.lanes
-        bucket = self.max_rows
-        best, best_s = first.programs[stage, bucket], first.seconds(stage, bucket, COMPILED_REPEATS)
-        for name, compiler in self._compilers.items():
-            try:
-                call = self.try_compiler(stage, compiler)
-                seconds = first.seconds(stage, bucket, COMPILED_REPEATS)
-                if taken := seconds * COMPILED_GAIN < best_s:
-                    for lane in others:
-                        lane.prepare(stage, bucket, call)
-                    best, self.compiled[stage] = first.programs[stage, bucket], name
-            except Exception as error:  # a compiler's errors are of many kinds, and none is a reason not to serve
-                if self._is_lost(error):
-                    raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error
-                logger.warning("stage %d stays as it is, %s cannot compile it: %s", stage + 1, name, error)
-            else:
-                times = (1e3 * seconds, bucket, 1e3 * best_s, "taken" if taken else "left")
-                logger.info("stage %d by %s takes %.3f ms for %d images, else %.3f ms: %s", stage + 1, name, *times)
-                best_s = min(best_s, seconds) if taken else best_s
-            first.programs[stage, bucket] = best
-
-    def _random_inputs(self, stage: int) -> list[Tensor]:
-        shape = (self.max_rows, *self.image_shape)
-        state = {IMAGES: torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device.kind)}
-        for earlier in self.stages[:stage]:
-            state.update(zip(earlier.outputs, earlier(*(state[name] for name in earlier.inputs)), strict=True))
-        return [state[name] for name in self.stages[stage].inputs]
+            try_compilers(self, stage, self._compilers)
 
     def _is_lost(self, error: Exception) -> bool:
         return self.device.is_lost()
@@ -265,31 +216,6 @@ def open_torch_runner(
         canvas_px=canvas_px,
         compilers=COMPILERS if compile_stages else None,
     )
-
-
-def compile_stage(stage: Stage) -> StageCall:
-    """`torch.compile` for one shape. Each stage is a program of its own, so that torch's limit of recompilations, after
-    which it silently runs what it was given, is never met."""
-    compiled: StageCall = torch.compile(stage, dynamic=False, fullgraph=True)
-    return compiled
-
-
-COMPILERS: Compilers = {"cuDNN": by_cudnn, "torch.compile": compile_stage}
-
-
-def _require_same(call: StageCall, stage: Stage, inputs: Sequence[Tensor]) -> None:
-    """Check that `call` answers as `stage` does, whatever lay in the memory that it writes to.
-
-    Raises:
-        RunnerError: it does not.
-    """
-    expected = stage(*inputs)
-    # What is allocated next lies where these have lain. cuDNN multiplies what its output held before by 0.
-    poison = [torch.full_like(output, torch.nan) for output in expected for _ in range(2)]
-    del poison
-    for found, wanted in zip(call(*inputs), expected, strict=True):
-        if not torch.allclose(found, wanted, rtol=0.0, atol=SAME * float(wanted.abs().max())):
-            raise RunnerError("what it computes is not the same")
 
 
 def _run_once(stages: Sequence[Stage], images: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:

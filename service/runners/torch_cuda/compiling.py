@@ -1,0 +1,99 @@
+"""Stages as compilers make them, which take the place of those that they beat in full batches (`--compile-stages`)."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.staging import Stage
+from service.runners.base import FatalRunnerError, RunnerError
+from service.runners.slotted import IMAGES
+from service.runners.torch_cuda.joined import by_cudnn
+from service.runners.torch_cuda.lane import StageCall
+
+if TYPE_CHECKING:
+    from service.runners.torch_cuda.runner import TorchCudaRunner
+
+Compiler = Callable[[Stage], StageCall]
+Compilers = Mapping[str, Compiler]
+logger = logging.getLogger(__name__)
+
+COMPILED_GAIN = 1.03  # below it, noise would decide
+COMPILED_REPEATS = 20
+SAME = 0.02  # of the largest value: half precision, summed up in another order
+
+
+def compile_stage(stage: Stage) -> StageCall:
+    """`torch.compile` for one shape. Each stage is a program of its own, so that torch's limit of recompilations, after
+    which it silently runs what it was given, is never met."""
+    compiled: StageCall = torch.compile(stage, dynamic=False, fullgraph=True)
+    return compiled
+
+
+COMPILERS: Compilers = {"cuDNN": by_cudnn, "torch.compile": compile_stage}
+
+
+@torch.inference_mode()
+def try_compiler(runner: "TorchCudaRunner", stage: int, compiler: Compiler) -> StageCall:
+    """Compile a stage, check what comes of it, and have the first lane run it in full batches.
+
+    Raises:
+        RunnerError: it computes something else; or errors of the compiler's own.
+    """
+    call = compiler(runner.stages[stage])
+    _require_same(call, runner.stages[stage], _random_inputs(runner, stage))
+    runner.lanes[0].prepare(stage, runner.max_rows, call)
+    return call
+
+
+def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -> None:
+    """Have a stage compiled for full batches; the fastest on the first lane goes on all of them.
+
+    Raises:
+        FatalRunnerError: the device was lost on the way.
+    """
+    first, *others = runner.lanes
+    bucket = runner.max_rows
+    best, best_s = first.programs[stage, bucket], first.seconds(stage, bucket, COMPILED_REPEATS)
+    for name, compiler in compilers.items():
+        try:
+            call = try_compiler(runner, stage, compiler)
+            seconds = first.seconds(stage, bucket, COMPILED_REPEATS)
+            if taken := seconds * COMPILED_GAIN < best_s:
+                for lane in others:
+                    lane.prepare(stage, bucket, call)
+                best, runner.compiled[stage] = first.programs[stage, bucket], name
+        except Exception as error:  # a compiler's errors are of many kinds, and none is a reason not to serve
+            if runner.device.is_lost():
+                raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error
+            logger.warning("stage %d stays as it is, %s cannot compile it: %s", stage + 1, name, error)
+        else:
+            times = (1e3 * seconds, bucket, 1e3 * best_s, "taken" if taken else "left")
+            logger.info("stage %d by %s takes %.3f ms for %d images, else %.3f ms: %s", stage + 1, name, *times)
+            best_s = min(best_s, seconds) if taken else best_s
+        first.programs[stage, bucket] = best
+
+
+def _random_inputs(runner: "TorchCudaRunner", stage: int) -> list[Tensor]:
+    shape = (runner.max_rows, *runner.image_shape)
+    state = {IMAGES: torch.randint(0, 256, shape, dtype=torch.uint8, device=runner.device.kind)}
+    for earlier in runner.stages[:stage]:
+        state.update(zip(earlier.outputs, earlier(*(state[name] for name in earlier.inputs)), strict=True))
+    return [state[name] for name in runner.stages[stage].inputs]
+
+
+def _require_same(call: StageCall, stage: Stage, inputs: Sequence[Tensor]) -> None:
+    """Check that `call` answers as `stage` does, whatever lay in the memory that it writes to.
+
+    Raises:
+        RunnerError: it does not.
+    """
+    expected = stage(*inputs)
+    # What is allocated next lies where these have lain. cuDNN multiplies what its output held before by 0.
+    poison = [torch.full_like(output, torch.nan) for output in expected for _ in range(2)]
+    del poison
+    for found, wanted in zip(call(*inputs), expected, strict=True):
+        if not torch.allclose(found, wanted, rtol=0.0, atol=SAME * float(wanted.abs().max())):
+            raise RunnerError("what it computes is not the same")
