@@ -13,15 +13,15 @@ from time import perf_counter
 from typing import Any
 
 import httptools
-from starlette.types import Message, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.api.access_log import log_request
 from service.api.gate import Gate
 from service.api.problems import Problem, broken_request, head_too_large
+from service.api.writing import send_unchunked, whole_answer
 
 # Of a head, of what a chunk says beside its length, of what follows the last: the parser gathers as much as comes.
 MOST_HEAD_BYTES = 64 * 1024
@@ -168,7 +168,7 @@ class Connection(HttpToolsProtocol):
         """A head is there: give the request to the application."""
         super().on_headers_complete()
         if self.scope["http_version"] != "1.1":
-            self.cycle.send = partial(_send_unchunked, self.cycle, self.cycle.send)
+            self.cycle.send = partial(send_unchunked, self.cycle, self.cycle.send)
         if not self.pipeline:
             self._answering = self.cycle
 
@@ -188,18 +188,8 @@ class Connection(HttpToolsProtocol):
         Args:
             fields: of its head, those that are not every answer's.
         """
-        parts = [
-            STATUS_LINE[status],
-            fields,
-            b"content-length: %d\r\nx-request-id: %b\r\n" % (len(body), request_id.encode()),
-            _default_fields(self.server_state.default_headers),
-        ]
-        if traceparent is not None:
-            parts += (b"traceparent: ", traceparent.encode(), b"\r\n")
-        if not keep_alive:
-            parts.append(b"connection: close\r\n")
-        parts += (b"\r\n", body)
-        self.transport.write(b"".join(parts))
+        common = self.server_state.default_headers
+        self.transport.write(whole_answer(status, fields, common, body, request_id, traceparent, keep_alive))
         if not keep_alive:
             self.transport.close()
 
@@ -283,26 +273,3 @@ class Connection(HttpToolsProtocol):
         """In the application's place, for a request that had to wait for this."""
         self.cycle.disconnected = self.cycle.response_complete = True  # uvicorn has nothing to say to it
         self._turn_away(problem)
-
-
-async def _send_unchunked(cycle: Any, send: Send, message: Message) -> None:
-    """Send to a client of HTTP/1.0, which knows no chunks: what has no length ends with its connection.
-
-    uvicorn counts the bytes that are not in chunks: these are as many as come. It closes such connections anyway.
-    """
-    if message["type"] == "http.response.body":
-        cycle.expected_content_length = len(message.get("body", b""))
-    elif not any(name == b"content-length" for name, _ in message.get("headers", ())):
-        cycle.chunked_encoding = False
-    await send(message)
-
-
-_default: tuple[list[tuple[bytes, bytes]], bytes] = ([], b"")
-
-
-def _default_fields(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The header fields that every answer has, as bytes; uvicorn makes them anew every second, for the date."""
-    global _default
-    if _default[0] is not headers:
-        _default = headers, b"".join(b"%b: %b\r\n" % field for field in headers)
-    return _default[1]
