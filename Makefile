@@ -21,8 +21,8 @@ SIDE_BY_SIDE := -m "not gpu" -n auto --maxprocesses 8 --dist loadfile --no-loads
 # Tests of what is compiled: the engine and its budget, in parts, whole, and in a server.
 COMPILED    := tests/service/engine tests/service/budget tests/service/runners/test_slots.py \
   tests/service/runners/test_limits.py tests/service/runners/test_runner_onnx.py tests/service/plan/test_plan_simulation.py \
-  tests/service/front/test_front_engine.py tests/service/api/test_direct.py tests/service/test_compiled.py \
-  tests/service/test_serving_real.py tests/promises --ignore tests/service/budget/test_budget_real.py
+  tests/service/front/test_front_engine.py tests/service/test_compiled.py tests/service/test_serving_real.py \
+  tests/promises --ignore tests/promises/test_interface.py --ignore tests/service/budget/test_budget_real.py
 
 .PHONY: help serve setup compile pure test test-compiled test-gpu check format bench league train secrets configuration dashboard check-containers clean
 

@@ -1,17 +1,22 @@
-"""Runs that start from a bundle's weights: its held-out images stay held out, other classes get fresh last layers."""
+"""What is made of a bundle: the run that it was made of, whose numbers come again, and runs from its weights.
+
+Held-out images stay held out, and other classes get fresh last layers.
+"""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.bundles import read_manifest, tiny_bundle, write_manifest
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
 from training.evaluation import cost_of, evaluate
-from training.image_set import ImageSet
+from training.image_set import DataError, ImageSet
 from training.loop import Trainer
 from training.packing import pack
 from training.plots import epochs_of, plot_run
@@ -38,23 +43,108 @@ def exported(folder: RunFolder, images: ImageSet, bundle: Path, half_weights: bo
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, images: ImageSet) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory, images: ImageSet) -> RunFolder:
+    """A run that is trained."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "first")
     Trainer(tiny.recipe(), images, folder, 0, ALONE, "python -m training train RUN").train()
-    return exported(folder, images, folder.path.parent / "first-bundle")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(first: RunFolder, images: ImageSet) -> Path:
+    return exported(first, images, first.path.parent / "first-bundle")
 
 
 def started(path: Path, images: ImageSet, bundle: Path | None, recipe: Recipe | None = None, seed: int = 0) -> Trainer:
     return Trainer(recipe or tiny.recipe(), images, RunFolder(path), seed, ALONE, "train RUN", bundle)
 
 
-def test_training_goes_on_from_the_weights_of_the_bundle(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
-    made = RunFolder(bundle.parent / "first")
+def test_what_is_unpacked_calibrates_to_the_same_numbers(
+    first: RunFolder, images: ImageSet, bundle: Path, tmp_path: Path
+) -> None:
+    again = RunFolder(tmp_path / "again")
+    unpack(bundle, again, images)
+    record, before = calibrate(again, images, CPU), CalibrationRecord.load(first)
+    same = {"ensemble": None, "seconds": 0.0}  # a manifest tells whole seconds
+    assert record.model_copy(update=same) == before.model_copy(update=same)
+    for one, other in ((first.heldout, again.heldout), (first.test, again.test)):
+        made_first, made_again = ExitOutputs.load(one), ExitOutputs.load(other)
+        assert np.array_equal(made_first.predictions, made_again.predictions)
+        for name, scores in made_first.scores.items():  # the fit ends within its own tolerance
+            np.testing.assert_allclose(made_again.scores[name], scores, atol=1e-3)
+
+
+def test_the_bundle_answers_with_the_fitted_ensemble(first: RunFolder, bundle: Path) -> None:
+    ensemble = CalibrationRecord.load(first).ensemble
+    assert ensemble is not None
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["temperatures"] == manifest["arguments"]["temperatures"] == list(ensemble.temperatures)
+    assert manifest["arguments"]["head_scales"] == list(ensemble.head_scales)
+
+
+def test_a_run_is_never_written_over(first: RunFolder, images: ImageSet, bundle: Path) -> None:
+    with pytest.raises(RunError, match="holds a run already"):
+        unpack(bundle, first, images)
+
+
+def test_other_images_are_refused(images: ImageSet, bundle: Path, tmp_path: Path) -> None:
+    fewer = ImageSet(
+        **{**vars(images), "train_images": images.train_images[1:], "train_labels": images.train_labels[1:]}
+    )
+    with pytest.raises(DataError, match="another split"):
+        unpack(bundle, RunFolder(tmp_path / "again"), fewer)
+    with pytest.raises(DataError, match="trained on 'cifar100'"):
+        unpack(bundle, RunFolder(tmp_path / "again"), ImageSet(**{**vars(images), "name": "others"}))
+    with pytest.raises(DataError, match="came, went or were renamed"):
+        unpack(bundle, RunFolder(tmp_path / "again"), ImageSet(**{**vars(images), "listing": "other.png"}))
+    larger = {name: getattr(images, name).repeat(2, 1).repeat(2, 2) for name in ("train_images", "test_images")}
+    with pytest.raises(DataError, match="of 32 px, but --data was read at 64 px"):
+        unpack(bundle, RunFolder(tmp_path / "again"), ImageSet(**{**vars(images), **larger}))
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_bundle_that_was_not_trained_here_is_refused(tmp_path: Path, images: ImageSet) -> None:
+    with pytest.raises(RunError, match=r"manifest\.json"):
+        unpack(tmp_path, RunFolder(tmp_path / "again"), images)
+    with pytest.raises(RunError, match="does not tell how `python -m training` made it"):
+        unpack(tiny_bundle(tmp_path / "random"), RunFolder(tmp_path / "again"), images)
+
+
+@pytest.mark.parametrize(("field", "value"), [("processes", None), ("seed", None), ("epochs", "two")])
+def test_a_manifest_that_tells_half_of_how_it_was_made_is_refused(
+    images: ImageSet, bundle: Path, tmp_path: Path, field: str, value: str | None
+) -> None:
+    changed = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    manifest = read_manifest(changed)
+    manifest["training"][field] = value
+    if field == "processes":
+        del manifest["training"][field]
+    write_manifest(changed, manifest)
+    with pytest.raises(RunError, match="does not tell how"):
+        unpack(changed, RunFolder(tmp_path / "again"), images)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_run_made_again_is_at_its_end_whatever_it_minimised(images: ImageSet, bundle: Path, tmp_path: Path) -> None:
+    """The predictor of `weighted` is in no bundle: it would begin anew."""
+    changed, again = Path(shutil.copytree(bundle, tmp_path / "bundle")), RunFolder(tmp_path / "again")
+    manifest = read_manifest(changed)
+    manifest["training"]["recipe"]["objective"]["name"] = "weighted"
+    write_manifest(changed, manifest)
+    unpack(changed, again, images)
+    trainer = Trainer(again.read_recipe(), images, again, 0, ALONE)
+    assert trainer.progress.step == trainer.total_steps
+    assert trainer.train() == "finished"
+
+
+def test_training_goes_on_from_the_weights_of_the_bundle(
+    tmp_path: Path, first: RunFolder, images: ImageSet, bundle: Path
+) -> None:
     trainer = started(tmp_path / "second", images, bundle)
-    for name, value in made.load_checkpoint()["network"].items():
+    for name, value in first.load_checkpoint()["network"].items():
         assert torch.equal(trainer.network.state_dict()[name], value), name
     assert trainer.progress.step == 0
-    assert trainer.held_out_accuracy() == made.read_log()[-1]["held_out_accuracy"]
+    assert trainer.held_out_accuracy() == first.read_log()[-1]["held_out_accuracy"]
     assert trainer.train() == "finished"
 
     version = json.loads((bundle / "manifest.json").read_text())["version"]
@@ -67,7 +157,7 @@ def test_training_goes_on_from_the_weights_of_the_bundle(tmp_path: Path, images:
     assert training["from"] == f"first-bundle {version}"
     assert training["before"] == json.loads((bundle / "manifest.json").read_text())["training"]
     assert f"went on from the weights of `first-bundle {version}`" in (again / "README.md").read_text()
-    assert CalibrationRecord.load(trainer.folder).split_sha256 == CalibrationRecord.load(made).split_sha256
+    assert CalibrationRecord.load(trainer.folder).split_sha256 == CalibrationRecord.load(first).split_sha256
     unpacked = RunFolder(tmp_path / "unpacked")
     unpack(again, unpacked, images)
     for name in ("from", "before", "precision"):  # its past stays known
@@ -103,12 +193,12 @@ def test_images_that_a_network_was_trained_on_are_not_held_out(tmp_path: Path, i
     assert started(tmp_path / "moved", moved, bundle).progress.step == 0  # the split is the bundle's
 
 
-def test_other_classes_get_a_fresh_last_layer(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
+def test_other_classes_get_a_fresh_last_layer(tmp_path: Path, first: RunFolder, images: ImageSet, bundle: Path) -> None:
     five = {"name": "others", "listing": "other.png", "class_names": ["a", "b", "c", "d", "e"]}
     others = ImageSet(**{**vars(images), **five})
     plain = started(tmp_path / "plain", others, None, seed=1).network.state_dict()
     network = started(tmp_path / "from", others, bundle, seed=1).network.state_dict()
-    given = RunFolder(bundle.parent / "first").load_checkpoint()["network"]
+    given = first.load_checkpoint()["network"]
     for name, value in network.items():
         assert torch.equal(value, plain[name] if ".classifier." in name else given[name]), name
     # Classes may be others where they are as many.
