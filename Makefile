@@ -9,9 +9,9 @@ PHOTOS ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
-# To bytecode, which takes pip longer than to install, since it has one core do it. Packages hold files that are no
-# Python: that is not told.
-TO_BYTECODE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# To bytecode, which takes pip longer than to install, since it has one core do it; but for packages' own tests, which
+# nobody runs here. Packages hold files that are no Python: that is not told.
+TO_BYTECODE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|pip)/' $(VENV)/lib || true
 
 # What setuptools will compile with, which ends in a trace where it or Python's headers are missing.
 C_COMPILER  := import os, sysconfig as s; print(os.environ.get("CC") or s.get_config_var("CC"), "-I" + s.get_path("include"))
