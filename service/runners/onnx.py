@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from models.manifest import ValueInfo
-from models.onnx_weights import StageLoadError, load_stage_session
+from models.onnx_weights import load_stage_session
+from service.runners.agreement import InGraph, check_agreement
 from service.runners.base import RunnerError, StageOutput
 from service.runners.blocks import Array, Block, Gathering, RowState
 from service.runners.providers import CPU
@@ -39,7 +40,7 @@ class OnnxRunner:
         n_lanes: batches at once; by default one per core.
 
     Raises:
-        StageLoadError: a stage cannot be opened.
+        StageLoadError: a stage cannot be opened, or is not what the manifest says.
         RunnerError: a number is out of range.
     """
 
@@ -142,40 +143,13 @@ def _open_sessions(bundle: Bundle) -> list[ort.InferenceSession]:
     sessions = []
     for stage in bundle.manifest.stages:
         session = load_stage_session(bundle.path, stage.file, [CPU], session_options())
-        for what, declared, found in (
-            ("reads", stage.inputs, session.get_inputs()),
-            ("gives", stage.outputs, session.get_outputs()),
-        ):
-            names, in_graph = [value.name for value in declared], [value.name for value in found]
-            if names != in_graph:
-                raise StageLoadError(
-                    f"{bundle.path / stage.file}: the graph {what} {in_graph} where the manifest says {names}; "
-                    "export the bundle again"
-                )
-            for value, in_it in zip(declared, found, strict=True):
-                if not _fits(value, in_it):
-                    kind = f"{_dtype(in_it)} {in_it.shape[1:]}"
-                    raise StageLoadError(
-                        f"{bundle.path / stage.file}: the graph {what} {value.name!r} as {kind} where the manifest "
-                        f"says {value.dtype} {value.shape}; export the bundle again"
-                    )
+        inputs, outputs = (
+            [InGraph(one.name, one.type.removeprefix("tensor(").removesuffix(")"), one.shape or None) for one in told]
+            for told in (session.get_inputs(), session.get_outputs())
+        )
+        check_agreement(bundle.path / stage.file, stage, inputs, outputs)
         sessions.append(session)
     return sessions
-
-
-def _fits(value: ValueInfo, in_graph: Any) -> bool:
-    """Whether a graph's input or output is what the manifest says; a size that the graph leaves open may be any."""
-    sizes = in_graph.shape[1:] if in_graph.shape else value.shape  # a graph may tell of no shape at all
-    return (
-        _dtype(in_graph) == value.dtype
-        and len(sizes) == len(value.shape)
-        and all(not isinstance(size, int) or size == said for size, said in zip(sizes, value.shape, strict=True))
-    )
-
-
-def _dtype(in_graph: Any) -> str:
-    name = str(in_graph.type).removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def _bytes(value: ValueInfo, n_rows: int) -> int:

@@ -13,6 +13,8 @@ import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from models.manifest import StageInfo, ValueInfo
+from models.onnx_weights import StageLoadError
+from service.runners.agreement import InGraph, check_agreement
 
 SLOTS = "exitserve.slots"  # int64 [rows]
 STORE_OPERATORS = ("Gather", "Unsqueeze", "Expand", "ScatterElements")
@@ -37,9 +39,18 @@ def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> by
 
     Args:
         kept: names of values that a later stage reads.
+
+    Raises:
+        StageLoadError: the file cannot be read, or its graph is not what the manifest says.
     """
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # as for sessions: no common base
+        raise StageLoadError(f"{path}: {error}; restore the bundle or export it again") from error
     graph = model.graph
+    constant = {one.name for one in graph.initializer}
+    inputs, outputs = [_told(one) for one in graph.input if one.name not in constant], map(_told, graph.output)
+    check_agreement(path, stage, inputs, list(outputs))
     read = [value for value in stage.inputs if value.name in kept]
     written = [value for value in stage.outputs if value.name in kept]
     gathers = [helper.make_node("Gather", [store(v.name), SLOTS], [v.name], axis=0) for v in read]
@@ -62,6 +73,13 @@ def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> by
     graph.CopyFrom(extended)
     data: bytes = model.SerializeToString()
     return data
+
+
+def _told(value: ValueInfoProto) -> InGraph:
+    tensor = value.type.tensor_type
+    shape = [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
+    dtype = TensorProto.DataType.Name(tensor.elem_type).lower()
+    return InGraph(value.name, dtype, shape if tensor.HasField("shape") else None)
 
 
 def _constants(value: ValueInfo) -> list[TensorProto]:

@@ -47,7 +47,7 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         cuda_graphs: whether stages are captured as CUDA graphs: on "cuda", unless ONNX Runtime refuses.
 
     Raises:
-        StageLoadError: a stage cannot be opened.
+        StageLoadError: a stage cannot be opened, or is not what the manifest says.
         RunnerError: the device cannot be had or has no room, or a number is out of range.
     """
 

@@ -17,6 +17,7 @@ from models.onnx_weights import StageLoadError
 from service.runners.base import RunnerError
 from service.runners.blocks import Block, Gathering, RowState, keep
 from service.runners.onnx import OnnxRunner
+from service.runners.onnx_device.runner import OnnxDeviceRunner
 from tests.bundles import MEAN, REPOSITORY, STD, random_images, read_manifest, seal, tiny_network
 from training.export import Normalise
 
@@ -133,8 +134,9 @@ def test_an_image_of_another_kind_is_refused(runner, image):
         runner.first_state(image)
 
 
+@pytest.mark.parametrize("opened", [lambda b: OnnxRunner(b, MAX_ROWS, 1), lambda b: OnnxDeviceRunner(b, "cpu", 4, 8)])
 @pytest.mark.parametrize(("kind", "value"), [("shape", [3]), ("shape", [10, 1]), ("dtype", "float16")])
-def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle_path, kind, value):
+def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle_path, kind, value, opened):
     """Answers of more classes than have names would break the engine at the first image."""
     manifest = read_manifest(bundle_path)
     name = "logits_1" if value == [3] else manifest["stages"][0]["outputs"][1]["name"]
@@ -146,7 +148,7 @@ def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle
                 described[kind] = value
     seal(bundle_path, manifest)
     with pytest.raises(StageLoadError, match=rf"stage_1\.onnx: the graph gives '{name}' as float32 .* manifest says"):
-        OnnxRunner(load_bundle(bundle_path), MAX_ROWS, n_lanes=1)
+        opened(load_bundle(bundle_path))
 
 
 def test_a_failing_stage_says_which_and_leaves_the_runner_well(runner, images, alone):
