@@ -74,9 +74,9 @@ export class BudgetPanel {
     this.slider.disabled = !editable;
     byId("unlock").hidden = kind !== "token-required";
     byId("budget-note").textContent = editable
-      ? "Drag the point or the slider. It counts from the next image on, for everyone who uses this server."
+      ? "Drag the point or the slider. It takes effect from the next image, for everyone who uses this server."
       : kind === "token-required"
-        ? "Read-only: who sets the budget needs this server's admin token."
+        ? "Read-only: setting the budget needs this server's admin token."
         : `Read-only from here. ${detail}`;
     if (editable) this.#tell(null);
     if (this.state) this.setState(this.state);
@@ -162,7 +162,7 @@ export class BudgetPanel {
       this.wanted = undefined;
       const refused = error.kind === "token-required" || error.kind === "not-local";
       if (refused) await this.readAccess().catch(() => {});
-      if (error.kind === "token-required") error.message = "The budget stays as it is. Unlock it by the token, below.";
+      if (error.kind === "token-required") error.message = "The budget is unchanged. Unlock it with the token, below.";
       this.#tell(error);
     } finally {
       this.sending = false;
@@ -205,7 +205,7 @@ export class BudgetPanel {
     const end = expected.average_mflops / this.full;
     byId("budget-limit").hidden = end > fraction - 0.005;
     byId("budget-limit").textContent =
-      `For this network going deeper stops paying at ${percent(end)}: the rest of the budget is not spent.`;
+      `For this network, going deeper stops paying at ${percent(end)}: the rest of the budget is not spent.`;
     byId("latency-note").hidden = !this.state.latency;
     byId("latency-note").textContent = this.state.latency ? aboutLatency(this.state.latency) : "";
     this.rows.forEach((row, i) => {

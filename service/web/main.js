@@ -120,15 +120,15 @@ async function start() {
     }
   }
 
-  // Exits, costs and the curve are of the network before: this page has to be loaded anew.
+  // Exits, costs and the curve are of the network before: this page has to be reloaded.
   function replaced() {
     look.ended = true;
     showState("another network");
     showProblem({
-      title: "The server serves another network now",
-      message: `What you see is still of ${model.name}, version ${model.version}. `,
+      title: "The server now serves another network",
+      message: `This page still shows ${model.name}, version ${model.version}. `,
     });
-    byId("banner").append(element("a", { href: "" }, "Load the page anew"));
+    byId("banner").append(element("a", { href: "" }, "Reload the page"));
   }
 
   function show(picture, name) {

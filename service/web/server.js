@@ -17,16 +17,16 @@ const unreachable = (detail, type = "unreachable") =>
 const stranger = () =>
   new ServerProblem({
     title: "Something else answers in the server's place",
-    detail: "It may be a proxy in front that wants you to sign in again: load this page anew.",
+    detail: "It may be a proxy in front that wants you to sign in again: reload this page.",
   });
 
 // What fetch throws is no more than a name.
 function told(error) {
   if (error.name === "TimeoutError")
-    return unreachable("It has said nothing for a while: it hangs, or the network is slow.", "silent");
+    return unreachable("It has not responded for a while: it hangs, or the network is slow.", "silent");
   if (error instanceof SyntaxError) return stranger(); // not the JSON that it sends
   if (error instanceof TypeError)
-    return unreachable("It may have been stopped, or the network is down. This page goes on by itself once it is back.");
+    return unreachable("It may have been stopped, or the network is down. This page continues by itself once it is back.");
   return error;
 }
 
@@ -43,7 +43,7 @@ async function send(path, options) {
   if (response.type === "opaqueredirect") throw stranger(); // the server sends nobody elsewhere
   const problem = await response.json().catch(() => ({}));
   const title = `The server answered ${response.status}`;
-  const detail = "It gave no reason: the answer may be of a proxy in front of it.";
+  const detail = "It gave no reason: the answer may come from a proxy in front of it.";
   throw new ServerProblem(
     { title, detail, ...problem, status: response.status },
     Number(response.headers.get("Retry-After")) || 0,

@@ -23,7 +23,7 @@ export class Traffic {
     let seen = this.servers.get(server) ?? [];
     const last = seen.at(-1)?.total;
     if (now.total === last) return; // a page may be open for weeks
-    if (now.total < last) seen = []; // the server has been started anew
+    if (now.total < last) seen = []; // the server has restarted
     seen.push(now);
     // The newest reading that is a window old stays as the one to count from; older ones go.
     const enough = seen.findLastIndex((then) => now.total - then.total >= WINDOW);

@@ -16,13 +16,13 @@ export const needs = (threshold, takesAll) =>
 
 // What a latency target does to the budget at the moment.
 export function aboutLatency({ target_ms: target, p95_ms: p95, limited, limited_since: since, at_lowest: lowest, working }) {
-  const aim = `95 of 100 pictures are to be answered within ${target} ms`;
+  const aim = `95 of 100 pictures should be answered within ${target} ms`;
   const now = p95 === null ? "" : ` (now: ${Math.round(p95)} ms)`;
-  if (!limited) return `${aim}${now}. At present that takes no less than this budget.`;
+  if (!limited) return `${aim}${now}. At present this budget is fast enough.`;
   const from = new Date(since).toLocaleTimeString("en", { hour12: false });
-  const most = lowest ? ", and that is the least: what comes beyond it is refused" : "";
+  const most = lowest ? ", the lowest it can go: further load is refused" : "";
   return (
-    `${aim}${now}. There is more to do than this budget has time for, so since ${from} the server has gone below it: ` +
+    `${aim}${now}. At this budget the load would take longer, so since ${from} the server has gone below it: ` +
     `it works at ${percent(working.fraction)} of the full network, with ${percent(working.accuracy, 1)} expected to be right${most}.`
   );
 }

@@ -197,9 +197,11 @@ def test_a_server_that_hangs_stops_and_is_replaced(
         browser.until(lambda: browser.text("#budget-share") == "99 %", "and the budget is set")
     with running_server(two_class_bundle(tmp_path / "bundle", monkeypatch), tmp_path / "log", *port):
         browser.until(lambda: browser.text("#state") == "another network", "it notices another network")
-        assert "Load the page anew" in browser.text("#banner")
+        assert "Reload the page" in browser.text("#banner")
+        padding = browser.script("return getComputedStyle(document.documentElement).scrollPaddingTop")
+        assert padding == "144px"  # what has the focus scrolls to below the banner
         browser.find("#banner a").click()
-        browser.until(lambda: "named-after" in browser.text("#state"), "and shows it when loaded anew")
+        browser.until(lambda: "named-after" in browser.text("#state"), "and shows it when reloaded")
         assert len(browser.all("#exits tr")) == 2
         browser.script(
             "const real = fetch; window.fetch = (path, ...rest) => "
