@@ -22,7 +22,7 @@ from training.jei.gates import (
 )
 from training.jei.heads import Heads, cross_entropies, gated_loss, leaving
 from training.jei.inputs import HeadRows, Rows
-from training.jei.record import Settings, published_thresholds
+from training.jei.record import Settings, published_decision, published_thresholds
 
 COSTS = (0.25, 0.5, 1.0)
 N_EXITS, WIDTH, N_CLASSES = 3, 6, 4
@@ -67,6 +67,15 @@ def test_an_open_gate_counts_as_many_times_as_the_exit_is_rarely_the_best() -> N
     best = np.array([0] * 6 + [1] * 1 + [3] * 3)
     weights = class_weights(best, 4)
     assert weights == pytest.approx([4 / 6, 5.0, 5.0])  # 9 and infinitely many are cut to 5
+    assert class_weights(np.ones(10, np.intp), 3).tolist() == [5.0, 1.0]  # with no others to count, not 0
+
+
+def test_where_an_exit_is_the_best_of_all_images_they_leave_there() -> None:
+    seen = shown(200)
+    gates = fit_on_heldout(seen, COSTS, 1000.0, seed=0)  # whoever goes on pays more than any loss
+    kept = folded_scores(gates, seen).astype(np.float32)  # as a run keeps them
+    done = published_decision(kept, np.ones((200, N_EXITS), np.bool_), COSTS)
+    assert done.shares[0] == 1.0
 
 
 def test_gates_are_at_the_minimum_of_the_published_loss() -> None:

@@ -44,9 +44,13 @@ def gate_targets(best: NDArray[np.intp], n_exits: int) -> NDArray[np.bool_]:
 
 def class_weights(best: NDArray[np.intp], n_exits: int) -> Floats:
     """What an image at which a gate is to open counts [N - 1]: as many times as other exits are the best of more
-    images than this one, as published; at most `MOST_WEIGHT`."""
+    images than this one, as published; at most `MOST_WEIGHT`.
+
+    An exit that is the best of all has no others to be weighed against, and counts 1: as published it would be 0, so
+    that its gate learned nothing, stayed at one half, and let go on whom it is best to keep."""
     n_best = np.bincount(best, minlength=n_exits)[:-1]
-    return np.minimum(MOST_WEIGHT, (len(best) - n_best) / np.maximum(n_best, 1e-9))
+    n_others = len(best) - n_best
+    return np.where(n_others == 0, 1.0, np.minimum(MOST_WEIGHT, n_others / np.maximum(n_best, 1e-9)))
 
 
 def fit_gates(
