@@ -40,9 +40,9 @@ def gate_run(
             target holds a run.
     """
     record = CalibrationRecord.load(source)
-    Evaluation.load(source, record)  # which policy gates are compared with, asked for before anything is trained
-    if GateRecord.load(source) is not None:
+    if GateRecord.load(source) is not None:  # which evaluating it would not mend
         raise RunError(f"{source.path}: has gates already; give the run that it was made from")
+    Evaluation.load(source, record)  # which policy gates are compared with, asked for before anything is trained
     if target.description.exists():
         raise RunError(f"{target.path}: holds a run already; give another folder")
     costs = cost_of(source, record).executed
