@@ -106,7 +106,9 @@ def gate(
     output: Annotated[Path, typer.Option(help="Folder of the run to make.")],
     trade_off: Annotated[
         float,
-        typer.Option(min=0, help="Nats of cross-entropy that the full network's cost is worth: more leaves earlier."),
+        typer.Option(
+            min=0, max=1e6, help="Nats of cross-entropy that the full network's cost is worth: more leaves earlier."
+        ),
     ] = 0.5,
     heads: Annotated[
         HeadsStart,

@@ -184,6 +184,7 @@ def test_what_cannot_be_gated_is_told(
         ((made / "run", "--data", data, "--output", made / "gated"), "holds a run already"),
         ((made / "run", "--data", other, "--output", output), "80 training images"),
         ((made / "run", "--data", data, "--output", output, "--trade-off", -1), "--trade-off"),
+        ((made / "run", "--data", data, "--output", output, "--trade-off", "inf"), "less than or equal to 1000000"),
     ]
     for arguments, expected in cases:
         assert command(monkeypatch, "gate", *arguments) == 2
