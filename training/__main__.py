@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from training.errors import TrainingError
-from training.options import MAX_SEED, DataOption, Device, DeviceOption, RunArgument, images_of, shipped, typed
+from training.options import (
+    DEFAULT_SIZE_PX,
+    MAX_SEED,
+    DataOption,
+    Device,
+    DeviceOption,
+    RunArgument,
+    images_of,
+    shipped,
+    typed,
+)
 from training.tools import tools
 
 HELP = """Train a network with exits and make a bundle that the service serves. Four steps, each reading what the one
@@ -69,7 +79,7 @@ def train(
     ] = None,
     image_size_px: Annotated[
         int, typer.Option("--image-size", min=8, help="Side in pixels at which an image folder is read.")
-    ] = 224,
+    ] = DEFAULT_SIZE_PX,
 ) -> None:
     """Step 1: train; writes run.json, split.npz, checkpoint.pt and log.jsonl into the run's folder."""
     if processes > 1 and "RANK" not in os.environ:
@@ -86,14 +96,16 @@ def train(
 
     loaded = Recipe.load(recipe, settings or [])
     torch_device = device.resolve()
-    command = f"python -m training train RUN --recipe {Path(recipe).name} --data DATA --seed {seed}"
+    command = f"{typed('train', 'RUN', '--recipe', Path(recipe).name)} --data DATA --seed {seed}"
     command += "".join(f" --set {shlex.quote(setting)}" for setting in settings or [])
-    command += f" --from {start.resolve().name}" if start else ""
+    command += f" --from {shlex.quote(start.resolve().name)}" if start else ""
     with alone_in(run) if _tells() else nullcontext():
         group = Processes.join(torch_device.type)
         try:
             command += f" --processes {group.count}" if group.count > 1 else ""
             images = load_image_set(data, image_size_px)
+            if images.listing and image_size_px != DEFAULT_SIZE_PX:  # of a folder: CIFAR-100 is as large as it is
+                command += f" --image-size {image_size_px}"
             trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
             if group.is_first:
                 about = trainer.train_images, len(trainer.held_out), loaded.optimisation

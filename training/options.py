@@ -38,6 +38,7 @@ class Device(StrEnum):
 
 
 MAX_SEED = 2**31 - 1  # which every generator takes
+DEFAULT_SIZE_PX = 224  # side at which an image folder is read
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 DataOption = Annotated[
     Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")
@@ -54,7 +55,7 @@ def images_of(folder: "RunFolder", data: Path) -> "ImageSet":
     """The images of a run, at the size at which it was trained on them."""
     from training.data import load_image_set
 
-    return load_image_set(data, folder.read_description()["data"].get("image_size_px", 224))
+    return load_image_set(data, folder.read_description()["data"].get("image_size_px", DEFAULT_SIZE_PX))
 
 
 def side_px(bundle: Path) -> int:
