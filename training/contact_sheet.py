@@ -51,7 +51,10 @@ def choose_images(
             chosen = full[:n_classes]
             easy, hard = (np.stack([found[label][end] for label in chosen], axis=1) for end in (0, 1))
             return Sheet(chosen, easy, hard, last + 1)
-    raise RunError(f"no class has {rows_each} right answers at the first and at a later exit: train the network longer")
+    raise RunError(
+        f"no class has {rows_each} right answers at the first and at a later exit: give another budget (--fraction), "
+        "or train the network longer"
+    )
 
 
 def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: int = 10, rows_each: int = 3) -> Path:

@@ -66,7 +66,7 @@ def quantize(
 def sheet(
     run: RunArgument,
     data: DataOption,
-    fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.5,
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="Budget, of the full network's cost.")] = 0.5,
 ) -> None:
     """Draw test images that leave first and last at a budget, once a run is evaluated; writes sheet.png."""
     from training.checkpoint import RunFolder

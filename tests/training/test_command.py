@@ -233,6 +233,7 @@ def test_bad_input_is_one_sentence_with_status_2(
         (("train", run, "--data", data, "--recipe", recipe, "--device", "tpu"), "'auto', 'cpu', 'cuda'"),
         (("train", run, "--data", data, "--recipe", recipe, "--seed", -1), "greater than or equal to 0"),
         (("train", run, "--data", data, "--recipe", recipe, "--seed", 2**63), "less than or equal to 2147483647"),
+        (("sheet", run, "--data", data, "--fraction", 40), "less than or equal to 1"),
         (("retrain",), "No such command"),
     ]
     for arguments, expected in cases:

@@ -36,7 +36,7 @@ def test_where_too_few_go_all_the_way_the_deepest_exit_with_enough_is_shown() ->
     exits = np.where(EXITS == 3, 2, EXITS)
     exits[2] = 3
     assert choose_images(exits, RIGHT, LABELS, n_classes=3, rows_each=3).last_exit == 3
-    with pytest.raises(RunError, match="train the network longer"):
+    with pytest.raises(RunError, match=r"another budget \(--fraction\), or train the network longer"):
         choose_images(np.zeros(24, np.intp), RIGHT, LABELS, n_classes=3, rows_each=2)
 
 
