@@ -53,7 +53,7 @@ over all budgets. On the test images at {n_costs} equal measured costs it is {te
 ## Training
 
 {objective}
-{epochs:.4g} epochs on {n_train:,} images in {hours:.1f} hours on {machine}{processes}; seed {seed}, torch {torch},
+{epochs:.4g} epochs on {n_train:,} images in {duration} on {machine}{processes}; seed {seed}, torch {torch},
 Python {python}, commit `{commit}`.
 
     {command}
@@ -73,7 +73,8 @@ digest is `{split}`. They were read without augmentation.
 * Images of another size are resized to {size} x {size}; images that look unlike the training images (other framing,
   other resolution) are answered worse than the table says, and more of them go deep.
 {confidence}
-* One training run with one seed: the same recipe with another seed differs by some tenths of a point.
+* One training run with one seed: the same recipe with another seed gives somewhat other numbers; by how much was not
+  measured here.
 """
 
 
@@ -131,7 +132,7 @@ def model_card(
         confidence=_confidence(record),
         epochs=record.epochs,
         n_train=record.train_images,
-        hours=training["seconds"] / 3600,
+        duration=_duration(training["seconds"]),
         machine=training["machine"],
         processes=f" ({training['processes']} processes)" if training["processes"] > 1 else "",
         seed=training["seed"],
@@ -144,6 +145,11 @@ def model_card(
         images=images or (CIFAR100 if record.data_name == "cifar100" else OWN_IMAGES),
         split=record.split_sha256,
     )
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _points(mean: float, error: float) -> str:
@@ -199,10 +205,10 @@ def _before(training: dict[str, Any]) -> str:
     text = ""
     while "before" in training:
         start, training = training["from"], training["before"]
-        hours = f"{training['seconds'] / 3600:.1f}"
         text += (
-            f"\nIt went on from the weights of `{start}`: {training['epochs']:.4g} epochs in {hours} hours, "
-            f"seed {training['seed']}, commit\n`{training['commit'] or 'unknown'}`.\n\n    {training['command']}\n"
+            f"\nIt went on from the weights of `{start}`: {training['epochs']:.4g} epochs in "
+            f"{_duration(training['seconds'])}, seed {training['seed']}, commit\n"
+            f"`{training['commit'] or 'unknown'}`.\n\n    {training['command']}\n"
         )
     return text
 

@@ -132,6 +132,8 @@ def test_from_images_to_a_bundle(
         assert f"{100 * result['test_accuracy']:.2f}" in card
     assert "Krizhevsky" in card
     assert "Partly trained" not in card
+    assert "2 epochs on 64 images in 0." in card  # not in 0.0 hours
+    assert " minutes on " in card
     # Nothing that leaves the house tells where things lay on this machine.
     for path in output.rglob("*"):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()
