@@ -17,6 +17,7 @@ from training.options import (
     DataOption,
     Device,
     DeviceOption,
+    ImageSizeOption,
     RunArgument,
     images_of,
     shipped,
@@ -77,9 +78,7 @@ def train(
     time_limit_minutes: Annotated[
         float | None, typer.Option("--time-limit", min=0, help="Minutes after which to save and stop.")
     ] = None,
-    image_size_px: Annotated[
-        int, typer.Option("--image-size", min=8, help="Side in pixels at which an image folder is read.")
-    ] = DEFAULT_SIZE_PX,
+    image_size_px: ImageSizeOption = DEFAULT_SIZE_PX,
 ) -> None:
     """Step 1: train; writes run.json, split.npz, checkpoint.pt and log.jsonl into the run's folder."""
     if processes > 1 and "RANK" not in os.environ:

@@ -43,6 +43,9 @@ RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 DataOption = Annotated[
     Path, typer.Option("--data", envvar="EXITSERVE_DATA", help="CIFAR-100 archive or folder, or an image folder.")
 ]
+ImageSizeOption = Annotated[
+    int, typer.Option("--image-size", min=8, help="Side in pixels at which an image folder is read.")
+]
 DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
 
 

@@ -18,7 +18,7 @@ from training.data import load_image_set
 from training.errors import TrainingError
 from training.launching import launch
 from training.named import find_toml
-from training.options import MAX_SEED
+from training.options import DEFAULT_SIZE_PX, MAX_SEED
 from training.recipe import Recipe
 
 STUDY_FOLDER = Path(__file__).parent / "studies"
@@ -83,11 +83,13 @@ def run_study(
     device: torch.device,
     n_processes: int,
     seeds: Sequence[int] | None = None,
+    image_size_px: int = DEFAULT_SIZE_PX,
 ) -> None:
     """Train and calibrate what is still missing; a study that was stopped goes on where it was.
 
     Args:
         seeds: those of its seeds to train now; by default all. So several machines or cores can share a study.
+        image_size_px: side at which an image folder is read.
 
     Raises:
         StudyError: a run ended early, stopped by a signal or failed; or the study has no such seed.
@@ -100,13 +102,14 @@ def run_study(
         if not is_trained(run, recipe):
             settings = [f"--set={setting}" for setting in (*study.set, *study.variants[name].set)]
             options = ["--recipe", study.recipe, "--data", str(data), "--seed", str(seed), "--device", device.type]
+            options += ["--image-size", str(image_size_px)]
             status = launch(n_processes, ["train", str(run.path), *options, *settings])
             if status or not is_trained(run, recipe):
                 raise StudyError(f"{run.path}: ended early; give the same command again to go on with the study")
         try:
             CalibrationRecord.load(run)
         except RunError:
-            images = images or load_image_set(data)
+            images = images or load_image_set(data, image_size_px)
             calibrate(run, images, device, refit=False)  # what is compared is what training made
 
 

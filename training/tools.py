@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 import typer
 
 from training.options import (
+    DEFAULT_SIZE_PX,
     MAX_SEED,
     DataOption,
     Device,
     DeviceOption,
+    ImageSizeOption,
     RunArgument,
     images_of,
     shipped,
@@ -174,6 +176,7 @@ def study(
         typer.Option("--seed", help="Train this of its seeds alone, as one of several that share a study; may repeat."),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Train nothing: tell of the runs that are there.")] = False,
+    image_size_px: ImageSizeOption = DEFAULT_SIZE_PX,
 ) -> None:
     """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv, .png."""
     from rich.console import Console
@@ -183,7 +186,7 @@ def study(
 
     loaded = Study.load(name)
     if not report:
-        run_study(loaded, folder, data, device.resolve(), processes, seeds)
+        run_study(loaded, folder, data, device.resolve(), processes, seeds, image_size_px)
     results = results_of(loaded, folder)
     write_table(results, folder / "study.csv")
     plot_study(folder / "study.png", loaded.description, results)

@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from PIL import Image
 
 from models.bundle import load_bundle
 from models.onnx_weights import load_stage_session
@@ -153,13 +152,12 @@ def test_from_images_to_a_bundle(
 def test_the_command_that_is_kept_reads_a_folder_at_the_size_it_was_read_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, pixels = tiny.write_recipe(tmp_path / "my tiny.toml"), tiny.coloured(150, 1)
-    for row, (image, label) in enumerate(zip(*pixels, strict=True)):
-        folder = tmp_path / "images" / tiny.CLASS_NAMES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{row}.png")
-    run = tmp_path / "run"
-    train = ("train", run, "--recipe", recipe, "--data", tmp_path / "images", "--time-limit", 0)
+    recipe, data, run = (
+        tiny.write_recipe(tmp_path / "my tiny.toml"),
+        tiny.write_images(tmp_path / "own"),
+        tmp_path / "r",
+    )
+    train = ("train", run, "--recipe", recipe, "--data", data, "--time-limit", 0)
     assert command(monkeypatch, *train, "--image-size", 32) == 0
     kept = json.loads((run / "run.json").read_text())["command"]
     assert kept == "python -m training train RUN --recipe 'my tiny.toml' --data DATA --seed 0 --image-size 32"

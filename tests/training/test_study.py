@@ -117,8 +117,8 @@ def test_a_run_of_another_recipe_is_not_taken_for_the_studys(tmp_path: Path, stu
 
 def test_a_run_that_fails_ends_the_study(tmp_path: Path, study: Study, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StudyError, match="joint-seed0: ended early; give the same command again"):
-        run_study(study, tmp_path / "runs", tmp_path / "nowhere", CPU, n_processes=1)
-    assert "no such file or folder" in capfd.readouterr().err
+        run_study(study, tmp_path / "runs", tiny.write_images(tmp_path / "own"), CPU, 1, image_size_px=64)
+    assert "it does not take images of 64 x 64 px, but 32" in capfd.readouterr().err
 
 
 def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> None:
