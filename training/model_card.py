@@ -73,8 +73,7 @@ digest is `{split}`. They were read without augmentation.
 * Images of another size are resized to {size} x {size}; images that look unlike the training images (other framing,
   other resolution) are answered worse than the table says, and more of them go deep.
 {confidence}
-* One training run with one seed: the same recipe with another seed gives somewhat other numbers; by how much was not
-  measured here.
+* One training run with one seed; how much results vary between seeds was not measured here.
 """
 
 
