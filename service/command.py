@@ -48,13 +48,15 @@ def command_line() -> argparse.ArgumentParser:
     where.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
     where.add_argument("--bundle", type=Path, default=Path("models/zoo/cifar100-msdnet"), help="(default: %(default)s)")
     how = parser.add_argument_group("how (docs/http.md says what each means)")
-    how.add_argument("--top-k", metavar="N", help="classes to show of each image (default: 1)")
+    how.add_argument("--top-k", metavar="N", help="classes to show per image (default: 1)")
     how.add_argument("--exit", metavar="N", help="answer at this exit")
-    how.add_argument("--min-confidence", metavar="SHARE", help="answer at the first exit so confident")
-    how.add_argument("--max-mflops", metavar="MFLOPS", help="go no deeper than this pays for")
-    how.add_argument("--deadline-ms", metavar="MS", help="answer then with the best so far")
-    how.add_argument("--budget-fraction", type=float, metavar="F", help="average compute an image, without --url (1)")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line instead of a table")
+    how.add_argument("--min-confidence", metavar="SHARE", help="answer at the first exit with this confidence")
+    how.add_argument("--max-mflops", metavar="MFLOPS", help="run no stage that would cost more than this in total")
+    how.add_argument("--deadline-ms", metavar="MS", help="answer by then with the best result so far")
+    how.add_argument(
+        "--budget-fraction", type=float, metavar="F", help="average compute per image, as a fraction; without --url (1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     return parser
 
 

@@ -14,8 +14,8 @@ from service.settings import ENV_PREFIX, NOT_ON_THE_COMMAND_LINE, Settings, Sett
 PACKAGE = "exitserve"
 COMMANDS = ("serve", "classify", "plan")
 GROUPS = {  # all of them, in the order of `Settings`, as help and docs/configuration.md show them
-    "What is served, and where": ("bundle", "host", "port"),
-    "The budget at the start": ("budget_fraction", "budget_mflops", "budget_accuracy", "latency_ms", "burst_images"),
+    "Bundle and address": ("bundle", "host", "port"),
+    "Budget at start-up": ("budget_fraction", "budget_mflops", "budget_accuracy", "latency_ms", "burst_images"),
     "Compute and queues": (
         "runner",
         "device",
@@ -118,7 +118,7 @@ def command_line() -> argparse.ArgumentParser:
             "  python -m service classify photo.jpg --url http://127.0.0.1:8000   (classify --help)\n"
             "  python -m service plan --rate 2000 --budget 40%   (plan --help)\n"
             "  curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/classify\n\n"
-            f"Set by the environment alone: {variable('admin_token')}, the "
+            f"Only as an environment variable: {variable('admin_token')}, the "
             f"{Settings.model_fields['admin_token'].description}."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

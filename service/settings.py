@@ -42,77 +42,78 @@ class Settings(BaseSettings):
         None,
         gt=0,
         lt=1,
-        description="average compute per image, as the share of held-out images to get right, e.g. 0.7",
+        description="average compute per image, as the share of held-out images to answer correctly, e.g. 0.7",
     )
     latency_ms: float | None = Field(
         None,
         ge=1,
         le=MAX_LATENCY_MS,
-        description="time in which 95 % of images are to be answered; under load the budget falls as far as that takes",
+        description="time within which 95 % of images are to be answered; under load the budget is lowered to meet it",
     )
     burst_images: float | None = Field(
         None,
         ge=1,
         le=1_000_000,
-        description="budgets that may be saved up in easy traffic, in images; none: a batch a lane, 32 at least",
+        description="budgets that may be saved up in easy traffic, in images; none: one batch per lane, at least 32",
     )
 
     runner: Literal["auto", "onnx", "torch-cuda"] = Field(
-        "auto", description="what runs the stages; auto is onnx without a GPU, else the fastest as measured"
+        "auto", description="what runs the stages; auto: onnx without a GPU, otherwise the one that measures fastest"
     )
     device: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
-        "auto", description="where stages run; auto is a GPU if it is there, with TensorRT if that is there and faster"
+        "auto", description="where stages run; auto: a GPU if there is one, with TensorRT if installed and faster"
     )
     compile_stages: bool = Field(
         False,
-        description="try torch.compile on the stages of torch-cuda and take it where faster; minutes at the start",
+        description="try torch.compile on the stages of torch-cuda and use it where faster; adds minutes to the start",
     )
     resize: Literal["auto", "host", "device"] = Field(
         "auto",
-        description="where pictures that are not of the network's size are scaled; auto is the device with torch-cuda, "
-        "else the host",
+        description="where images that do not have the network's size are scaled; auto: the device with torch-cuda, "
+        "otherwise the host",
     )
     precision: Literal["auto", "fp32", "int8"] = Field(
         "fp32",
-        description="precision of the stages: int8 (on CPUs, if the bundle has it); auto measures which is faster here",
+        description="precision of the stages; int8: on CPUs, if the bundle has it; auto: the faster here, as measured",
     )
-    lanes: int = Field(0, ge=0, le=256, description="batches run at the same time; 0: one a core, on GPUs 2")
-    max_batch_rows: int = Field(32, ge=1, le=4096, description="most images one batch may hold")
+    lanes: int = Field(0, ge=0, le=256, description="batches that run concurrently; 0: one per core, 2 on a GPU")
+    max_batch_rows: int = Field(32, ge=1, le=4096, description="most images in one batch")
     scheduling_policy: Literal["default", "none", "no-compaction", "always-compact", "merge-full"] = Field(
-        "default", description="how images are regrouped between stages: by measured cost, or otherwise to compare"
+        "default",
+        description="how images are regrouped between stages; default: by measured cost; others: for comparison",
     )
-    max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="images in work; more are refused with 429")
+    max_in_flight: int = Field(1024, ge=1, le=1_000_000, description="most images in flight; more are refused with 429")
     max_queue_s: float = Field(
         1.0,
         gt=0,
         le=3600,
-        description="longest wait, as predicted; images that had to wait longer get 429",
+        description="longest predicted wait, in seconds; images that would wait longer get 429",
     )
 
     http_workers: int = Field(
         0,
         ge=0,
         le=64,
-        description="processes for HTTP and decoding, in front of the engine's; 0: the engine's own does both",
+        description="processes for HTTP and decoding, in front of the engine's process; 0: that process does both",
     )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**30, description="largest request body, in bytes")
     max_held_bytes: int = Field(
         256 * 2**20,
         ge=1024,
         le=2**40,
-        description="most bytes of request bodies held at once, by each HTTP process; what comes on top gets 429",
+        description="most bytes of request bodies held at once, by each HTTP process; beyond that, 429",
     )
-    max_batch_images: int = Field(128, ge=1, le=10_000, description="most images one POST /classify/batch may hold")
+    max_batch_images: int = Field(128, ge=1, le=10_000, description="most images in one POST /classify/batch")
     max_pixels: int = Field(32_000_000, ge=1024, le=89_000_000, description="largest image, as width x height")
     body_timeout_s: float = Field(
-        20.0, gt=0, le=3600, description="time a client has to send a head, and then a body, in seconds"
+        20.0, gt=0, le=3600, description="time a client has to send a request's head, and then its body, in seconds"
     )
     keep_alive_s: float = Field(
         75.0,
         gt=0,
         le=86400,
-        description="time after which a connection on which nothing is said is closed, in seconds; longer than a load "
-        "balancer in front keeps it",
+        description="time after which an idle connection is closed, in seconds; set it longer than a load balancer in "
+        "front keeps connections",
     )
     drain_s: float = Field(
         25.0,
@@ -123,16 +124,17 @@ class Settings(BaseSettings):
 
     allow_origins: str | None = Field(
         None,
-        description="origins whose web pages may classify from a browser, as https://shop.example, with blanks between "
-        "them; * for all (none may set the budget)",
+        description="origins whose web pages may classify from a browser, such as https://shop.example, separated by "
+        "blanks; * for all (none may set the budget)",
     )
     admin_token: SecretStr | None = Field(
-        None, description="bearer token that PUT /budget asks for; without one, this machine's own clients may"
+        None, description="bearer token required to set the budget; without one, only clients on this machine may"
     )
-    admin_token_file: Path | None = Field(None, description="file that holds the admin token")
+    admin_token_file: Path | None = Field(None, description="file that contains the admin token")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message logged")
     access_log: Literal["json", "off"] = Field(
-        "json", description="json logs a line for every request, and all else as JSON too; off logs text for people"
+        "json",
+        description="json: one line per request, and all else as JSON too; off: no requests, and all else as text",
     )
 
     @field_validator("admin_token")

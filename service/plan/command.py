@@ -55,43 +55,47 @@ def command_line() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--rate", type=_positive, required=True, metavar="N", help="images a second, over all replicas")
-    load.add_argument("--replicas", type=_count, default=1, metavar="N", help="servers that share it (1)")
+    load.add_argument("--rate", type=_positive, required=True, metavar="N", help="images per second, over all replicas")
+    load.add_argument("--replicas", type=_count, default=1, metavar="N", help="servers that share the rate (1)")
     load.add_argument(
-        "--bursts", type=_burst, default=1, metavar="N", help="images come N at once, at each replica (1)"
+        "--bursts", type=_burst, default=1, metavar="N", help="images arrive N at once, at each replica (1)"
     )
-    load.add_argument("--p99-ms", type=_positive, metavar="MS", help="find the replicas that keep this latency")
-    load.add_argument("--seconds", type=_positive, metavar="S", help=f"of load to simulate (as {IMAGES:,} images take)")
-    load.add_argument("--seed", type=_seed, default=0, metavar="N", help="of arrivals and images (0)")
+    load.add_argument("--p99-ms", type=_positive, metavar="MS", help="find how many replicas keep this p99 latency")
+    load.add_argument("--seconds", type=_positive, metavar="S", help=f"seconds to simulate (as {IMAGES:,} images take)")
+    load.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed of arrivals and images (0)")
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--model", default="cifar100-msdnet", metavar="NAME", help=f"of {ZOO}, or a folder (%(default)s)"
+        "--model", default="cifar100-msdnet", metavar="NAME", help=f"a bundle of {ZOO}, or a folder (%(default)s)"
     )
     budget = server.add_mutually_exclusive_group()
-    budget.add_argument("--budget", default="100%", metavar="B", help="40%%, or 24 (MFLOPs an image) (100%%)")
     budget.add_argument(
-        "--accuracy", type=_positive, metavar="SHARE", help="the budget that reaches it on held-out images"
+        "--budget", default="100%", metavar="B", help="a share such as 40%%, or MFLOPs per image such as 24 (100%%)"
     )
-    server.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of the stages (%(default)s)")
-    server.add_argument("--lanes", type=_count, metavar="N", help="batches at once (one per core)")
-    server.add_argument("--max-batch-rows", type=_count, default=32, metavar="N", help="(%(default)s)")
-    server.add_argument("--policy", choices=POLICIES, default="default", help="of scheduling (%(default)s)")
+    budget.add_argument(
+        "--accuracy", type=_positive, metavar="SHARE", help="use the budget that reaches this on held-out images"
+    )
+    server.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of stages (%(default)s)")
+    server.add_argument("--lanes", type=_count, metavar="N", help="batches that run concurrently (one per core)")
+    server.add_argument(
+        "--max-batch-rows", type=_count, default=32, metavar="N", help="most images in one batch (%(default)s)"
+    )
+    server.add_argument("--policy", choices=POLICIES, default="default", help="scheduling policy (%(default)s)")
     times = parser.add_argument_group("times")
     times.add_argument(
-        "--stage-times", type=Path, metavar="FILE", help="take them from there instead of measuring here"
+        "--stage-times", type=Path, metavar="FILE", help="read stage times from FILE instead of measuring"
     )
-    times.add_argument("--save-stage-times", type=Path, metavar="FILE", help="write what was measured here")
-    times.add_argument("--cores", type=_count, metavar="N", help="that lanes and host share (as measured)")
+    times.add_argument("--save-stage-times", type=Path, metavar="FILE", help="write the stage times measured here")
+    times.add_argument("--cores", type=_count, metavar="N", help="cores that lanes and host share (as measured)")
     times.add_argument(
         "--host-us",
         type=_not_negative,
         default=0.0,
         metavar="US",
-        help="processor time of an image outside the engine: HTTP and decoding take about 110 for a small PNG (0)",
+        help="CPU time per image outside the engine, in us: about 110 for HTTP and decoding of a small PNG (0)",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="a JSON document instead of text")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="also draw latency over load, as PNG or SVG")
+    output.add_argument("--json", action="store_true", help="print a JSON document instead of text")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="also plot latency over load, as PNG or SVG")
     return parser
 
 
