@@ -36,9 +36,9 @@ before left in the run's folder:
 
 DATA is CIFAR-100 (cifar-100-python.tar.gz or its folder) or a folder with train/CLASS/* and val/CLASS/*, or with
 CLASS/* alone.
-A run that is stopped, by --time-limit, Ctrl-C or SIGTERM, goes on where it was when the same command is given again;
-one that is killed, from the end of its last epoch.
-Which recipe is better? `python -m training study` trains variants of one and tells what each change is worth."""
+A run that is stopped by --time-limit, Ctrl-C or SIGTERM resumes where it was when the same command is given again; a
+run that is killed resumes from the end of its last epoch.
+To compare recipes, `python -m training study` trains variants of one and reports the effect of each change."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on a disk: errors of writes, which name no file
 
@@ -50,9 +50,9 @@ def main() -> None:
     pass
 
 
-@app.command(short_help="Step 1: train a recipe on images; the same again resumes.")
+@app.command(short_help="Step 1: train a recipe on images; repeat to resume.")
 def train(
-    run: Annotated[Path, typer.Argument(help="Folder of the run: made if new, resumed if it holds a checkpoint.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the run: created if new, resumed if it holds a checkpoint.")],
     data: DataOption,
     recipe: Annotated[
         str, typer.Option(help=f"A recipe that ships ({shipped('recipes')}), or a .toml file of your own.")
@@ -61,20 +61,20 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="Change a field of the recipe, e.g. optimisation.epochs=5 (docs/training.md lists them); may repeat.",
+            help="Change a field of the recipe, e.g. optimisation.epochs=5 (listed in docs/training.md); repeatable.",
         ),
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option("--from", help="Start from the weights of this bundle; other classes get a fresh last layer."),
+        typer.Option(
+            "--from", help="Start from the weights of this bundle; with other classes, the last layers start afresh."
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the split, the first weights, the order and the augmentation.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split, initial weights, image order and augmentation.")
     ] = 0,
     device: DeviceOption = Device.auto,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes to train with: as many as GPUs, or as CPU cores.")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes: the number of GPUs or of CPU cores.")] = 1,
     time_limit_minutes: Annotated[
         float | None, typer.Option("--time-limit", min=0, help="Minutes after which to save and stop.")
     ] = None,
@@ -134,7 +134,7 @@ def calibrate(
     data: DataOption,
     device: DeviceOption = Device.auto,
     half_weights: Annotated[
-        bool, typer.Option("--half-weights", help="Round weights to half precision: a bundle of half the size.")
+        bool, typer.Option("--half-weights", help="Round weights to half precision, for a bundle of half the size.")
     ] = False,
     as_trained: Annotated[
         bool,
@@ -189,9 +189,11 @@ def evaluate(run: RunArgument) -> None:
 def export(
     run: RunArgument,
     output: Annotated[Path, typer.Option(help="Folder of the bundle: new, or a bundle to replace.")],
-    name: Annotated[str | None, typer.Option(help="Of the bundle; the output folder's by default.")] = None,
-    description: Annotated[str | None, typer.Option(help="One line; the recipe's by default.")] = None,
-    images: Annotated[str | None, typer.Option(help="What the images are and their terms, for the model card.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; by default, that of the output folder.")] = None,
+    description: Annotated[str | None, typer.Option(help="Description in one line; by default, the recipe's.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="What the images are and their licence terms, for the model card.")
+    ] = None,
 ) -> None:
     """Step 4: write the bundle that the service serves: stages, weights, calibration, model card."""
     from training.checkpoint import RunFolder

@@ -46,7 +46,7 @@ DataOption = Annotated[
 ImageSizeOption = Annotated[
     int, typer.Option("--image-size", min=8, help="Side in pixels at which an image folder is read.")
 ]
-DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one.")]
 
 
 def typed(*words: object) -> str:

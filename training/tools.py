@@ -25,7 +25,7 @@ HeadsStart = Literal["kept", "trained", "fresh"]
 GatesOn = Literal["heldout", "training"]
 
 
-@tools.command(short_help="Make the run of a bundle again, from the bundle.")
+@tools.command(short_help="Recreate the run of a bundle from the bundle.")
 def unpack(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle that `export` wrote.")],
     run: Annotated[Path, typer.Argument(help="Folder of the run to make.")],
@@ -44,9 +44,9 @@ def unpack(
 def quantize(
     bundle: Annotated[Path, typer.Argument(help="A bundle that was exported here; no run is needed.")],
     data: DataOption,
-    images: Annotated[int, typer.Option(min=1, help="Training images that show what activations range over.")] = 500,
+    images: Annotated[int, typer.Option(min=1, help="Training images that determine the ranges of activations.")] = 500,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the new bundle; by default it replaces the old.")
+        Path | None, typer.Option(help="Folder of the new bundle; by default the old one is replaced.")
     ] = None,
 ) -> None:
     """Add int8 stages to a bundle, for `python -m service --precision int8`; measures their accuracy beside fp32."""
@@ -64,11 +64,13 @@ def quantize(
     )
 
 
-@tools.command(short_help="Draw images that leave first, and last.")
+@tools.command(short_help="Draw the images that leave first and last.")
 def sheet(
     run: RunArgument,
     data: DataOption,
-    fraction: Annotated[float, typer.Option(min=0, max=1, help="Budget, of the full network's cost.")] = 0.5,
+    fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Budget, as a fraction of the full network's cost.")
+    ] = 0.5,
 ) -> None:
     """Draw test images that leave first and last at a budget, once a run is evaluated; writes sheet.png."""
     from training.checkpoint import RunFolder
@@ -78,13 +80,13 @@ def sheet(
     typer.echo(f"wrote {draw_sheet(folder, images_of(folder, data), fraction)}")
 
 
-@tools.command(short_help="What else could tell whether going on helps?")
+@tools.command(short_help="Test what else could predict whether going on helps.")
 def signals(
     run: RunArgument,
     data: DataOption,
     device: DeviceOption = Device.auto,
     images: Annotated[
-        int | None, typer.Option(min=100, help="Training images to fit gates on; by default all.")
+        int | None, typer.Option(min=100, help="Training images to fit gates on; by default, all.")
     ] = None,
 ) -> None:
     """Try signals of whether going on helps on a run that was calibrated; prints their leads, writes signals.csv."""
@@ -103,32 +105,36 @@ def signals(
 
 @tools.command(short_help="Train gates on a finished network (JEI-DNN).")
 def gate(
-    run: Annotated[Path, typer.Argument(help="Folder of the run, evaluated; it is left as it is, but for a cache.")],
+    run: Annotated[Path, typer.Argument(help="Folder of an evaluated run; it is unchanged, except for a cache.")],
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Folder of the run to make.")],
     trade_off: Annotated[
         float,
         typer.Option(
-            min=0, max=1e6, help="Nats of cross-entropy that the full network's cost is worth: more leaves earlier."
+            min=0,
+            max=1e6,
+            help="Nats of cross-entropy that the full network's cost is worth; larger: images leave earlier.",
         ),
     ] = 0.5,
     heads: Annotated[
         HeadsStart,
-        typer.Option(help="Last layers: trained from what they are, from fresh ones, or kept (gates alone)."),
+        typer.Option(
+            help="Last layers: trained from their weights, trained from fresh ones, or kept (only gates are trained)."
+        ),
     ] = "trained",
     gates_on: Annotated[
         GatesOn,
-        typer.Option(help="Images to fit gates on: heldout are new to the network; training is as published."),
+        typer.Option(help="Images to fit gates on; heldout: new to the network; training: as published."),
     ] = "heldout",
-    epochs: Annotated[int, typer.Option(min=1, help="Of the heads, over the training images.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the heads over the training images.")] = 8,
     passes: Annotated[
-        int, typer.Option(min=0, help="Times that training images are read, augmented; 0: once, as they are.")
+        int, typer.Option(min=0, help="Passes over the training images with augmentation; 0: one without.")
     ] = 1,
     undetached: Annotated[
-        bool, typer.Option("--undetached", help="The heads' loss as published, in which gates cancel out.")
+        bool, typer.Option("--undetached", help="Use the heads' loss as published, in which gates cancel out.")
     ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Of the order, the augmentation, the folds and fresh layers.")
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the order, augmentation, folds and fresh layers.")
     ] = 0,
     device: DeviceOption = Device.auto,
 ) -> None:
@@ -168,14 +174,14 @@ def study(
         str, typer.Argument(help=f"A study that ships ({shipped('studies')}), or a .toml file of your own.")
     ],
     data: DataOption,
-    folder: Annotated[Path, typer.Option("--runs", help="Folder of its runs; goes on with what is there.")],
+    folder: Annotated[Path, typer.Option("--runs", help="Folder of its runs; resumes what is there.")],
     device: DeviceOption = Device.auto,
     processes: Annotated[int, typer.Option(min=1, help="Processes to train with.")] = 1,
     seeds: Annotated[
         list[int] | None,
-        typer.Option("--seed", help="Train this of its seeds alone, as one of several that share a study; may repeat."),
+        typer.Option("--seed", help="Train only this seed, for machines that share a study; repeatable."),
     ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Train nothing: tell of the runs that are there.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Train nothing; report on the runs that are there.")] = False,
     image_size_px: ImageSizeOption = DEFAULT_SIZE_PX,
 ) -> None:
     """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv, .png."""
