@@ -272,17 +272,19 @@ def main(
     data: Annotated[
         Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
     ] = None,
-    target_ms: Annotated[float, typer.Option(min=0.0, help="95 % are to be answered within it; 0: no target.")] = 50.0,
+    target_ms: Annotated[
+        float, typer.Option(min=0.0, help="Latency target for 95 % of images, in ms; 0: none.")
+    ] = 50.0,
     phases: Annotated[
-        str, typer.Option(help="Seconds x multiple of the capacity, one after the other.")
+        str, typer.Option(help="Phases of load, as seconds x multiple of the capacity.")
     ] = "8x0.4,20x1.5,12x0.4",
-    slice_s: Annotated[float, typer.Option(min=0.01, help="A row of the table, in seconds.")] = 1.0,
-    fraction: Annotated[float, typer.Option(help="The ceiling, of the full network's cost.")] = 1.0,
-    images: Annotated[int, typer.Option(min=4, help="Different images, sent again and again.")] = 2_000,
-    lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
+    slice_s: Annotated[float, typer.Option(min=0.01, help="Seconds per row of the table.")] = 1.0,
+    fraction: Annotated[float, typer.Option(help="Highest budget, as a fraction of the full network's cost.")] = 1.0,
+    images: Annotated[int, typer.Option(min=4, help="Distinct images, sent repeatedly.")] = 2_000,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Concurrent batches; by default, one per core.")] = None,
     json_path: JsonPath = None,
     figure: Annotated[
-        Path | None, typer.Option(callback=writable, help="Save a plot there, e.g. docs/figures/degrade.svg.")
+        Path | None, typer.Option(callback=writable, help="Save a plot to this file, e.g. docs/figures/degrade.svg.")
     ] = None,
 ) -> None:
     """Show how the budget follows a latency target under load, and returns."""

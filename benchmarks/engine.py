@@ -206,14 +206,14 @@ def main(
     data: Annotated[
         Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
     ] = None,
-    fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.4,
-    images: Annotated[int, typer.Option(min=4, help="Images a round.")] = 2_000,
+    fraction: Annotated[float, typer.Option(help="Budget, as a fraction of the full network's cost.")] = 0.4,
+    images: Annotated[int, typer.Option(min=4, help="Images per round.")] = 2_000,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each engine.")] = 7,
-    in_flight: Annotated[int, typer.Option(min=1, help="Images kept in the engine.")] = 256,
-    lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
+    in_flight: Annotated[int, typer.Option(min=1, help="Images kept in flight.")] = 256,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Concurrent batches; by default, one per core.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 32,
     policy: Annotated[
-        str, typer.Option(callback=known_policy, help=f"One of {', '.join(POLICIES)}, or 'all', in turns.")
+        str, typer.Option(callback=known_policy, help=f"Scheduling policy: {', '.join(POLICIES)}, or 'all' in turns.")
     ] = "default",
     json_path: JsonPath = None,
 ) -> None:

@@ -35,17 +35,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run (default: cuda)")
-    parser.add_argument("--quick", action="store_true", help="a tiny network and next to no time: to try the script")
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="which (default: all but the tiny one)")
-    parser.add_argument("--seconds", type=float, default=LIMIT_S, help="for all (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="of maps (default: float16)")
-    parser.add_argument("--lanes", type=int, default=2, help="batches at once (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny network and very short runs, to try the script")
     parser.add_argument(
-        "--tensorrt", action="store_true", help="measure TensorRT too, whose engines take minutes to build"
+        "--network", choices=NETWORKS, action="append", help="network to measure (default: all but the tiny one)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=LIMIT_S, help="time limit for everything (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="precision of maps (default: float16)"
+    )
+    parser.add_argument("--lanes", type=int, default=2, help="concurrent batches (default: %(default)s)")
+    parser.add_argument(
+        "--tensorrt", action="store_true", help="also measure TensorRT, whose engines take minutes to build"
     )
     parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
-    parser.add_argument("--skip", action="append", default=[], metavar="PART", help="a part by its name in the page")
-    parser.add_argument("--only", action="append", default=[], metavar="PART", help="that part, and what it needs")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="PART", help="skip this part, named as in the report"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PART", help="run only this part and what it needs"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder for gpu.md and gpu.json")
     parser.add_argument("--part-of", type=Path, help=argparse.SUPPRESS)  # this process measures, and writes there
     given = parser.parse_args(arguments)

@@ -39,11 +39,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run (default: cuda)")
-    parser.add_argument("--quick", action="store_true", help="a tiny network and next to no time: to try the script")
-    parser.add_argument("--network", choices=NETWORKS, help="which (default: cifar)")
-    parser.add_argument("--processes", default="1,2,4", help="how many, one after the other (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a tiny network and very short runs, to try the script")
+    parser.add_argument("--network", choices=NETWORKS, help="network to measure (default: cifar)")
+    parser.add_argument(
+        "--processes", default="1,2,4", help="numbers of processes, measured in turn (default: %(default)s)"
+    )
     parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
-    parser.add_argument("--json", type=Path, help="write the measurement there")
+    parser.add_argument("--json", type=Path, help="write the measurement to this file")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # this process is one of them
     given = parser.parse_args(arguments)
     given.network = given.network or ("tiny" if given.quick else "cifar")

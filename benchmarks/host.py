@@ -83,9 +83,13 @@ def measure_apart(what: str, **amounts: int) -> Measured:
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="Processes of each.")] = 5,
-    n_images: Annotated[int, typer.Option(min=1, help="Images that are sent again and again.")] = N_IMAGES,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Of a batch; else as `benchmarks.gpu`.")] = None,
-    in_flight: Annotated[int | None, typer.Option(min=1, help="Images in work at once; else as there.")] = None,
+    n_images: Annotated[int, typer.Option(min=1, help="Distinct images, sent repeatedly.")] = N_IMAGES,
+    max_rows: Annotated[
+        int | None, typer.Option(min=1, help="Most rows in a batch; by default, as in `benchmarks.gpu`.")
+    ] = None,
+    in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Images in flight; by default, as in `benchmarks.gpu`.")
+    ] = None,
     json_path: JsonPath = None,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:

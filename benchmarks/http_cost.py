@@ -264,11 +264,11 @@ def show(costs: Sequence[Cost], console: Console) -> None:
 
 
 def main(
-    bundle: Annotated[list[Path] | None, typer.Option(help="Bundles; repeat. By default those that ship.")] = None,
+    bundle: Annotated[list[Path] | None, typer.Option(help="Bundle; repeatable. By default, those that ship.")] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Image sets; repeat. Without, the sample pictures that ship, scaled.")
+        list[Path] | None, typer.Option(help="Image set; repeatable. By default, the sample images that ship, scaled.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each run.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds per run.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
     json_path: JsonPath = None,
 ) -> None:

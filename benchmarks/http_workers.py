@@ -168,15 +168,17 @@ def cores_of(text: str | None) -> Set[int] | None:
 
 
 def main(
-    workers: Annotated[str, typer.Option(help="Numbers of workers to compare with none, after commas.")] = "1,2",
+    workers: Annotated[str, typer.Option(help="Numbers of workers to compare with none, comma-separated.")] = "1,2",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each server.")] = 5,
-    seconds: Annotated[int, typer.Option(min=1, help="Seconds a round.")] = 5,
-    connections: Annotated[int, typer.Option(min=1, help="Requests at once, a connection each.")] = 64,
-    size_px: Annotated[int, typer.Option(min=1, help="Height and width of the pictures, and of the input.")] = 32,
+    seconds: Annotated[int, typer.Option(min=1, help="Seconds per round.")] = 5,
+    connections: Annotated[int, typer.Option(min=1, help="Concurrent connections, with one request each.")] = 64,
+    size_px: Annotated[
+        int, typer.Option(min=1, help="Height and width of the images and of the network's input.")
+    ] = 32,
     server_cores: Annotated[
-        str | None, typer.Option(help="Cores for each server, all its processes; any by default.")
+        str | None, typer.Option(help="Cores for all processes of each server; by default, any.")
     ] = None,
-    client_cores: Annotated[str | None, typer.Option(help="Cores for the client; any by default.")] = None,
+    client_cores: Annotated[str | None, typer.Option(help="Cores for the client; by default, any.")] = None,
     client_threads: Annotated[int, typer.Option(min=1, help="Threads of the client.")] = 1,
     json_path: JsonPath = None,
 ) -> None:

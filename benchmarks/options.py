@@ -19,7 +19,9 @@ def writable(path: Path | None) -> Path | None:
     return path
 
 
-JsonPath = Annotated[Path | None, typer.Option("--json", callback=writable, help="Write all that was measured there.")]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", callback=writable, help="Write everything measured to this file.")
+]
 
 
 def numbers(text: str, example: str, lowest: float = 0.0) -> list[float]:

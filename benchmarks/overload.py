@@ -96,9 +96,9 @@ def show(runs: Sequence[Run], capacity: float, console: Console) -> dict[str, An
 def main(
     bundle: Annotated[Path, typer.Option(help="Bundle to serve.")] = REPOSITORY / "models" / "zoo" / "cifar100-msdnet",
     images: Annotated[Path, typer.Option(help="Folder of PNG files, sent in turn.")] = SAMPLES,
-    budget: Annotated[float, typer.Option(help="Fraction of the full cost.")] = 0.4,
-    seconds: Annotated[float, typer.Option(min=1.0, help="For each rate and round.")] = 10.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Times each rate is tried, in turns.")] = 3,
+    budget: Annotated[float, typer.Option(help="Budget, as a fraction of the full cost.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Seconds per rate and round.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the rates take turns.")] = 3,
     http_workers: Annotated[int, typer.Option(min=0, help="The server's --http-workers.")] = 0,
     share_cores: Annotated[bool, typer.Option(help="Let client and server share all cores.")] = False,
     json_path: JsonPath = None,

@@ -180,13 +180,13 @@ def main(
     data: Annotated[
         Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
     ] = None,
-    fraction: Annotated[float, typer.Option(help="Budget, of the full network's cost.")] = 0.4,
+    fraction: Annotated[float, typer.Option(help="Budget, as a fraction of the full network's cost.")] = 0.4,
     images: Annotated[int, typer.Option(min=2, help="Images at saturation.")] = 4_000,
-    seconds: Annotated[float, typer.Option(min=0.5, help="Of every stream, after a second of settling.")] = 8.0,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Seconds per stream, after one second of settling.")] = 8.0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
-    lanes: Annotated[int | None, typer.Option(min=1, help="Batches at once; by default one per core.")] = None,
+    lanes: Annotated[int | None, typer.Option(min=1, help="Concurrent batches; by default, one per core.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 32,
-    int8: Annotated[bool, typer.Option(help="The bundle's int8 stages.")] = False,
+    int8: Annotated[bool, typer.Option(help="Use the bundle's int8 stages.")] = False,
     json_path: JsonPath = None,
 ) -> None:
     """Compare the planner's prediction with the engine on this machine."""

@@ -40,7 +40,9 @@ def main(
     bundle: Annotated[Path, typer.Option(help="Folder of a bundle with int8 stages.")] = Path(
         "models/zoo/cifar100-msdnet"
     ),
-    rows: Annotated[list[int] | None, typer.Option(min=1, help="Batch; repeat. By default 1, 8 and 32.")] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size; repeatable. By default, 1, 8 and 32.")
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 20,
 ) -> None:
     """Measure the stages of both precisions, in milliseconds an image."""

@@ -193,11 +193,16 @@ def main(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
     data: Annotated[
         Path | None,
-        typer.Option(envvar="EXITSERVE_DATA", help="Test images, as training takes them; else the bundle's held-out."),
+        typer.Option(
+            envvar="EXITSERVE_DATA",
+            help="Test images, as training takes them; by default, the bundle's held-out scores.",
+        ),
     ] = None,
-    fractions: Annotated[str, typer.Option(help="Budgets, of the full network's cost, after commas.")] = "0.25,0.4,0.6",
-    orders: Annotated[int, typer.Option(min=2, help="Random orders of each.")] = 12,
-    images: Annotated[int, typer.Option(min=SETTLING_ANSWERS + 1, help="Images an order.")] = 7_000,
+    fractions: Annotated[
+        str, typer.Option(help="Budgets, as fractions of the full network's cost, comma-separated.")
+    ] = "0.25,0.4,0.6",
+    orders: Annotated[int, typer.Option(min=2, help="Random orders per case.")] = 12,
+    images: Annotated[int, typer.Option(min=SETTLING_ANSWERS + 1, help="Images per order.")] = 7_000,
 ) -> None:
     """Tell how steering keeps budgets, and what accuracy that costs, under a virtual clock."""
     loaded = load_bundle(bundle)

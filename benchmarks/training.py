@@ -214,9 +214,11 @@ def show(report: Report, console: Console) -> None:
 def main(
     recipe: Annotated[str, typer.Option(help="A recipe of 32-px images.")] = "cifar100-fast",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the recipe.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Of this project; one per core or GPU.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Of the plain loop's DataLoader.")] = 2,
-    images: Annotated[int, typer.Option(min=1, help="Images an epoch.")] = 4_096,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes of this project; by default, one per core or GPU.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Workers of the plain loop's DataLoader.")] = 2,
+    images: Annotated[int, typer.Option(min=1, help="Images per epoch.")] = 4_096,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each.")] = 3,
     json_path: JsonPath = None,
 ) -> None:

@@ -118,27 +118,31 @@ def one_round(
 
 
 def main(
-    bundle: Annotated[list[Path] | None, typer.Option(help="Bundles; repeat. By default those that ship.")] = None,
+    bundle: Annotated[list[Path] | None, typer.Option(help="Bundle; repeatable. By default, those that ship.")] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Image sets, as training takes them; repeat. Each bundle takes the one with its classes."),
+        typer.Option(help="Image set, as training takes it; repeatable. Each bundle uses the one with its classes."),
     ] = None,
-    quick: Annotated[bool, typer.Option(help="2 rounds of 3 s a rate in place of 5 of 10 s.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; all servers in turns in each.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.2, help="Of one run at one rate.")] = None,
+    quick: Annotated[bool, typer.Option(help="2 rounds of 3 s per rate instead of 5 of 10 s.")] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; in each, all servers take turns.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.2, help="Seconds per run at one rate.")] = None,
     points: Annotated[int | None, typer.Option(min=1, help="Rates tried to find the highest.")] = None,
     warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds of load that are not counted.")] = 2.0,
-    limit_ms: Annotated[float, typer.Option(help="What the 99th percentile may be.")] = 100.0,
-    fraction: Annotated[float, typer.Option(help="This service's budget, of the full network's cost.")] = 0.4,
-    only: Annotated[list[str] | None, typer.Option(help="Measure these servers alone; repeat.")] = None,
+    limit_ms: Annotated[float, typer.Option(help="Limit of the 99th percentile of latency, in ms.")] = 100.0,
+    fraction: Annotated[
+        float, typer.Option(help="This service's budget, as a fraction of the full network's cost.")
+    ] = 0.4,
+    only: Annotated[list[str] | None, typer.Option(help="Measure only this server; repeatable.")] = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="One more row of this service, NAME=SETTINGS, as 'small=--max-batch-rows 8'; repeat."),
+        typer.Option(
+            help="One more row of this service, NAME=SETTINGS, such as 'small=--max-batch-rows 8'; repeatable."
+        ),
     ] = None,
-    python: Annotated[Path | None, typer.Option(help="Python that has the peers' packages.")] = None,
-    venv: Annotated[Path, typer.Option(help="Where to install them otherwise.")] = Path("build/league-venv"),
+    python: Annotated[Path | None, typer.Option(help="Python with the other servers' packages.")] = None,
+    venv: Annotated[Path, typer.Option(help="Where to install these packages otherwise.")] = Path("build/league-venv"),
     folder: Annotated[Path, typer.Option(help="Where results, logs and the plot go.")] = Path("build/league"),
-    output: Annotated[Path | None, typer.Option(help="Write the markdown tables there too.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the Markdown tables to this file.")] = None,
     port: Annotated[int, typer.Option(help="First of the ports used.")] = 8570,
 ) -> None:
     """Measure this service and the servers people use today, in turns, on the same network, images and cores.
