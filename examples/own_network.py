@@ -5,16 +5,16 @@
 
 `ResidualNetwork` below knows nothing of ExitServe: it is a module that returns the list of its logits, cheapest first.
 Everything after it works for any such module: it is trained, run over held-out images, cut into stages, exported and
-packed. Without `--data` the images are SYNTHETIC: simple shapes, drawn here, so that nothing need be downloaded; what
-the network then recognises is of no use but to see it all run. `--data` takes a folder train/CLASS/* and val/CLASS/*.
+packed. Without `--data` the images are SYNTHETIC: simple shapes, drawn here, so that nothing has to be downloaded. The
+network is then of no use except to show the steps. `--data` takes a folder with train/CLASS/* and val/CLASS/*.
 
-A network that you have trained already is packed as it is. Its thresholds are set by the images in train/, so those
-must be images that it was NOT trained on (on those it was, it is surer than it will be), and val/ measures it:
+A network that is already trained is packed as it is. Its thresholds are set by the images in train/, so those must be
+images that it was NOT trained on (it is more confident on training images than on new ones). val/ measures it:
 
     python -m examples.own_network --network my_network.py:load --epochs 0 --data IMAGES --image-size 224 --output ...
 
-What is wanted of a network is checked before anything is trained, see `training.checking`. Training is kept short here:
-it can't be stopped and gone on with, as `python -m training train` can.
+The requirements on a network are checked before any training, see `training.checking`. Training is kept short here: it
+cannot be stopped and resumed, as `python -m training train` can.
 """
 
 import argparse
@@ -232,12 +232,12 @@ def table(evaluation: Evaluation) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.own_network", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="where to put the bundle; replaces one there")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the bundle; an existing one is replaced")
     parser.add_argument("--data", type=Path, help="folder with train/CLASS/* and val/CLASS/*; else synthetic shapes")
     parser.add_argument(
         "--network",
         metavar="FILE.py:NAME",
-        help="in the place of the example's: called with the number of classes, it returns a module that takes images "
+        help="use instead of the example's: called with the number of classes, it returns a module that takes images "
         "normalised as ImageNet's are and returns its logits, classes in the order of their folders' names",
     )
     parser.add_argument(
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--images", type=at_least(LEAST_IMAGES), default=6000, help="synthetic images to draw (default: 6000)"
     )
-    parser.add_argument("--epochs", type=at_least(0), default=8, help="0 leaves the network as it comes (default: 8)")
+    parser.add_argument("--epochs", type=at_least(0), default=8, help="0: leave the network as it is (default: 8)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
