@@ -152,9 +152,11 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _costs_rise(self) -> Self:
         executed = [exit_.executed_mflops for exit_ in self.exits]
-        if not executed[0] > 0 or not all(a < b for a, b in pairwise(executed)):
+        whole = [round(mflops * 1e6) for mflops in executed]  # as the budget counts them
+        if not whole[0] > 0 or not all(a < b for a, b in pairwise(whole)):
             raise ValueError(
-                f"executed_mflops must be cumulative: positive and rising from exit to exit, not {executed}"
+                "executed_mflops must be cumulative: positive and rising from exit to exit, in whole multiply-adds, "
+                f"not {executed}"
             )
         for field in ("published_mflops", "macs_m", "executed_macs_m"):
             costs = [getattr(exit_, field) for exit_ in self.exits]

@@ -213,6 +213,7 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("exits", 0, "executed_mflops", to=-1.0), "exits.0.executed_mflops: Input should be greater"),
         (change("exits", 0, "executed_mflops", to="1.0"), "exits.0.executed_mflops: Input should be a valid number"),
         (change("exits", 0, "executed_mflops", to=99.0), "executed_mflops must be cumulative"),
+        (change("exits", 0, "executed_mflops", to=1e-9), "in whole multiply-adds"),  # it divides by them
         (change("exits", 1, "executed_mflops", to=float("inf")), "exits.1.executed_mflops"),
         (change("exits", 1, "executed_mflops", to=float("nan")), "exits.1.executed_mflops"),
         (change("exits", 0, "published_mflops", to=99.0), "published_mflops must be cumulative"),
