@@ -80,8 +80,8 @@ class Calibration:
         try:
             with zipfile.ZipFile(path) as archive:
                 _check_members(archive)
-            with np.load(path, allow_pickle=False) as arrays:
-                loaded = {name: arrays[name] for name in arrays.files}
+                # Of what was checked: `np.load` goes by how a file begins, and before an archive anything may stand.
+                loaded = {member.filename.removesuffix(".npy"): _read(archive, member) for member in archive.infolist()}
         except ValueError:
             raise
         except Exception as error:  # zipfile, what unpacks for it, and numpy raise a dozen types at what is damaged
@@ -106,6 +106,11 @@ def _check_members(archive: zipfile.ZipFile) -> None:
             n_bytes = math.prod(shape) * dtype.itemsize
             if dtype.hasobject or fortran_order or file.tell() + n_bytes != member.file_size:
                 raise ValueError(f"{member.filename!r}: its header does not describe its {member.file_size} bytes")
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(member) as file:
+        return npy.read_array(file, allow_pickle=False, max_header_size=MAX_HEADER_BYTES)
 
 
 def _read_header(file: Any, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
