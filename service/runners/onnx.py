@@ -47,7 +47,7 @@ class OnnxRunner:
     def __init__(self, bundle: Bundle, max_rows: int = 32, n_lanes: int | None = None) -> None:
         if max_rows < 1 or (n_lanes is not None and n_lanes < 1):
             raise RunnerError(f"max_rows ({max_rows}) and n_lanes ({n_lanes}) must be at least 1")
-        self.stages = bundle.manifest.stages
+        self.stages, self._path = bundle.manifest.stages, bundle.path
         self.max_rows = max_rows
         self.n_lanes = n_lanes or default_lanes()
         self._sessions = _open_sessions(bundle)
@@ -103,7 +103,11 @@ class OnnxRunner:
         return run
 
     def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:
-        """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent."""
+        """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent.
+
+        Raises:
+            RunnerError: a stage cannot run, or gives something else than the manifest says.
+        """
         times: list[dict[int, float]] = [{} for _ in self.stages]
         n_rows, spent_s = 1, 0.0
         while True:
@@ -111,6 +115,7 @@ class OnnxRunner:
             rows: Sequence[RowState] = state
             for stage in range(self.n_stages):
                 runs = [self.run(stage, rows) for _ in range(2)]
+                self._check(stage, n_rows, runs[-1])
                 times[stage][n_rows] = min(run.seconds for run in runs)
                 spent_s += sum(run.seconds for run in runs)
                 rows = runs[-1].states
@@ -118,6 +123,22 @@ class OnnxRunner:
             if n_rows == self.max_rows or (spent_s * 4 > limit_s and n_rows > 1):
                 return times
             n_rows = min(self.max_rows, n_rows * 4)
+
+    def _check(self, stage: int, n_rows: int, output: StageOutput) -> None:
+        """A graph may leave its sizes open: what it then gives to so many rows only a run can tell.
+
+        Raises:
+            RunnerError: it is not what the manifest says.
+        """
+        outputs = self.stages[stage].outputs
+        given = {outputs[0].name: output.logits, **output.block.values}
+        for value in outputs:
+            wanted = (n_rows, *value.shape)
+            if value.name in given and given[value.name].shape != wanted:
+                raise RunnerError(
+                    f"{self._path / self.stages[stage].file}: to {n_rows} rows the graph gives {value.name!r} as "
+                    f"{given[value.name].shape} where the manifest says {wanted}; export the bundle again"
+                )
 
     def _buffers(self, stage: int) -> Mapping[str, Array]:
         """This lane's input batches [max_rows, ...] of a stage, which share memory with those of its other stages."""

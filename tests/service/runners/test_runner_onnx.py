@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -165,6 +166,25 @@ def test_warm_up_runs_every_stage_at_both_ends(runner):
     for seconds_by_rows in times:
         assert {1, MAX_ROWS} <= set(seconds_by_rows)
         assert all(seconds > 0 for seconds in seconds_by_rows.values())
+
+
+def test_a_graph_that_loses_rows_is_told_at_the_start(bundle_path):
+    """Its sizes are open, so that nothing but a run shows it: the engine would break at the first batch of two."""
+    path = bundle_path / "stages/stage_2.onnx"
+    model = onnx.load(path, load_external_data=False)
+    logits = model.graph.output[0].name
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["all rows" if name == logits else name for name in names]
+    for name, place in (("start", 0), ("end", 1)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([place]), name))
+    model.graph.node.append(onnx.helper.make_node("Slice", ["all rows", "start", "end"], [logits]))
+    path.write_bytes(model.SerializeToString())
+    seal(bundle_path)
+    runner = OnnxRunner(load_bundle(bundle_path), max_rows=4, n_lanes=1)
+    told = r"stage_2\.onnx: to 4 rows the graph gives 'logits_2' as \(1, 10\) where the manifest says \(4, 10\)"
+    with pytest.raises(RunnerError, match=told):
+        runner.warm_up()
 
 
 def test_serving_on_the_cpu_loads_no_torch(folder):
