@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 FORMAT_VERSION = 3  # 2 added `family` and `predictor`, 3 `int8`; bundles of formats 1 and 2 have them not
 MAX_EXITS = 256
+MAX_ROW_VALUES = 2**28  # of one value of one row; an image of the largest side has fewer
 
 Text = Annotated[str, Field(max_length=10_000)]
 # One path part that is plain on every system: no separators, no leading dot.
@@ -63,6 +65,12 @@ class ValueInfo(_Strict):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     shape: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(max_length=8)]
     dtype: Dtype
+
+    @model_validator(mode="after")
+    def _fits_in_memory(self) -> Self:
+        if prod(self.shape) > MAX_ROW_VALUES:
+            raise ValueError(f"{self.name!r} has the shape {self.shape}: more than {MAX_ROW_VALUES} numbers a row")
+        return self
 
 
 class StageInfo(_Strict):

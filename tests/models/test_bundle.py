@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +189,13 @@ def change(*keys: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return apply
 
 
-def predictor_of(n_exits: int) -> dict[str, Any]:
-    row = [0.5] * (len(FEATURES) + 1)
-    return {"features": [*FEATURES], "gain": [row] * n_exits, "loss": None}
+def predictor_of(n_exits: int, features: Sequence[str] = FEATURES) -> dict[str, Any]:
+    row = [0.5] * (len(features) + 1)
+    return {"features": [*features], "gain": [row] * n_exits, "loss": None}
 
 
 def gates_of(n_exits: int) -> dict[str, Any]:
-    row = [0.5] * (len(GATE_FEATURES) + 1)
-    return {"features": [*GATE_FEATURES], "gain": [row] * n_exits, "loss": None}
+    return predictor_of(n_exits, GATE_FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +222,7 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("input", "std", to=[0.0, 1.0, 1.0]), "input.std.0: Input should be greater"),
         (change("stages", 1, "inputs", 0, "name", to="nobody"), "stage 2 reads 'nobody', which no earlier stage gives"),
         (change("stages", 1, "inputs", 0, "shape", to=[1]), "stage 2 reads"),
+        (change("stages", 0, "outputs", 1, "shape", to=[10**9] * 8), "more than 268435456 numbers a row"),
         (change("stages", 1, "inputs", 0, "dtype", to="object"), "stages.1.inputs.0.dtype: Input should be"),
         (change("stages", 0, "inputs", 0, "dtype", to="float32"), "stage 1 must take one uint8 image"),
         (change("stages", 1, "outputs", 0, "name", to="logits_1"), "stage 2 gives 'logits_1', which is there already"),
