@@ -187,7 +187,8 @@ class BudgetController:
 
     def _checked(self, budget_mflops: float) -> int:
         # In whole multiply-adds: the full network's cost as others have it may lie off it by a fraction of one.
-        budget = round(budget_mflops * MEGA) if isfinite(budget_mflops) else -1
+        multiply_adds = budget_mflops * MEGA
+        budget = round(multiply_adds) if isfinite(multiply_adds) else -1
         if not self.costs[0] <= budget <= self.costs[-1]:
             low, high = self.costs[0] / MEGA, self.costs[-1] / MEGA
             raise ValueError(

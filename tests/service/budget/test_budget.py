@@ -282,7 +282,7 @@ def test_a_cost_that_is_no_whole_number_of_multiply_adds_is_in_reach():
     assert budget.budget == 144_000
 
 
-@pytest.mark.parametrize("bad", [0.0, 13.3, 60.4, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [0.0, 13.3, 60.4, -1.0, math.nan, math.inf, 1e308])
 def test_a_budget_out_of_reach_is_refused_with_both_ends(bad):
     with pytest.raises(ValueError, match=r"first exit costs 13\.392 and the last 60\.308"):
         BudgetController(FRONTIER, COSTS_MFLOPS, bad)
