@@ -1,4 +1,4 @@
-"""Puts the HTTP face together, around an engine that it warms up, and stops at the end."""
+"""Assembles the HTTP application around an engine, which it starts and, at shutdown, stops."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ average compute per image is one number that you set (`PUT /budget`).
 MFLOPs are millions of multiply-adds, as the early-exit literature counts them. Errors are problem documents
 (RFC 9457): `detail` names cause and remedy, `type` is stable.
 """
-ENGINE_STOP_S = 1.0  # requests have been waited for before; what is left has nobody to hear it
+ENGINE_STOP_S = 1.0  # the drain has already waited for requests; the rest have no client
 
 
 def create_app(
@@ -52,12 +52,12 @@ def create_app(
     """Return the ASGI application that serves `engine`.
 
     Args:
-        engine: not yet started: the application warms it up once it listens, so that `/readyz` can tell.
-        metrics: of the requests here, and of `engine`.
-        targets, keeper: what budgets may be asked for, and who keeps the one that was.
-        admin_token: that changes need; without one, clients of this machine may.
-        on_started: called on the event loop once the engine is ready, or with the error that kept it from starting; not
-            where the server was told to stop meanwhile.
+        engine: not yet started; the application starts it while already listening, so that `/readyz` can report it.
+        metrics: counts requests, and exposes the metrics of `engine`.
+        targets, keeper: resolves requested budgets; holds the current one.
+        admin_token: required to change the budget; without one, only clients on this machine may.
+        on_started: called on the event loop with None once the engine is ready, or with the error that kept it from
+            starting; not called with None if the server began to drain meanwhile.
     """
     lifecycle = Lifecycle()
     manifest = bundle.manifest
@@ -84,7 +84,7 @@ def create_app(
     async def start_engine() -> None:
         try:
             await asyncio.to_thread(engine.start)
-            await asyncio.to_thread(app.openapi)  # once and now: it takes long enough for requests to notice
+            await asyncio.to_thread(app.openapi)  # built and cached now: it would noticeably delay requests
         except Exception as error:
             logger.exception("the engine cannot start")
             lifecycle.fail(f"its engine did not start ({error})")
@@ -97,21 +97,21 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         starting = asyncio.create_task(start_engine())
-        if engine.is_alive:  # it is another process's, and warm: nobody is to hear that it is not
+        if engine.is_alive:  # a worker's: the engine is already warm, so never report it as not ready
             await asyncio.wait([starting])
         yield
         await starting
         await asyncio.to_thread(engine.drain, ENGINE_STOP_S)
         state.decoder.close()
 
-    app = FastAPI(  # its own page for the document asks another host for scripts; `page` has one that does not
+    app = FastAPI(  # FastAPI's docs page loads scripts from another host; `page` serves one that does not
         title="ExitServe",
         version=manifest.version,
         description=ABOUT,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # it would send clients to the host that they named, and never by https
+        redirect_slashes=False,  # redirects would use the client's Host header, and never https
     )
     problems.install(app)
     classifier, room, names = Classifier(state), Room(state), Names()
@@ -133,7 +133,7 @@ def create_app(
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with what it cannot know: errors are problem documents, and the admin token."""
+    """FastAPI's OpenAPI document, plus problem documents as error bodies and the admin token's security scheme."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schema = {"$ref": "#/components/schemas/ProblemDocument"}
@@ -143,9 +143,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 for status, response in operation["responses"].items():
                     if status >= "400" and "application/json" in response.get("content", {}):
                         response["content"][problems.MEDIA_TYPE] = response["content"].pop("application/json")
-                if path not in ALWAYS_OPEN:  # once it is stopping, whatever the call
+                if path not in ALWAYS_OPEN:  # any of these calls can be refused while stopping
                     operation["responses"].setdefault("503", not_ready)
-        document["servers"] = [{"url": "./"}]  # from where the document lies: also behind a proxy, under its path
+        document["servers"] = [{"url": "./"}]  # relative, for proxies that add a path prefix
         document["components"]["securitySchemes"] = {"admin": {"type": "http", "scheme": "bearer"}}
         app.openapi_schema = document
     return app.openapi_schema

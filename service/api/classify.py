@@ -1,4 +1,4 @@
-"""`POST /classify`: one image in, one answer out. What is plain and whole at once has a shorter way, by `direct.py`."""
+"""`POST /classify`: one image in, one answer out. Raw bodies received whole take the fast path in `direct.py`."""
 
 from time import perf_counter
 from typing import Any
@@ -29,7 +29,7 @@ ABOUT_IMAGES = (
 
 
 class Classifier:
-    """Answers one request; counts how it ended."""
+    """Answers classification requests, and counts how each ended."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -46,7 +46,7 @@ class Classifier:
         return response
 
     def begin(self, request: Request) -> Asked:
-        """Refuse what cannot be served, before its body is read; where there is no room, the gate has refused it."""
+        """Check the server's state and read the options, before the body is read. The gate has checked for room."""
         self.state.require_open()
         return self.options.read(request.scope["query_string"])
 
@@ -77,11 +77,10 @@ class Classifier:
     def answered(
         self, answer: Answer, started_s: float, decoded_s: float, request_id: str, notes: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Report an answer to those who measure, and to the request's line in the log, if there is one; returns its
-        document.
+        """Record an answer in the metrics and the access log notes, if any, and return its JSON document.
 
         Args:
-            started_s, decoded_s: when its body, and its pixels, were there.
+            started_s, decoded_s: when its body, and its pixels, were available (`perf_counter`).
         """
         total_s = perf_counter() - started_s
         self.state.responded(answer.exit, total_s)

@@ -1,8 +1,8 @@
-"""`POST /classify` with the image as its body, whole at once: what most requests are, answered without an ASGI task.
+"""The fast path for `POST /classify` with a raw, fully received image as its body, handled without an ASGI task.
 
-Plain callbacks on the event loop: body -> decoded -> submitted -> told -> bytes. A task, its futures and a framework's
-layers cost several times what this does. The protocol (`protocol.py`) decides which requests come here; all others, and
-whatever is unusual about one, go the application's way, whose steps these are as well (`classify.Classifier`).
+Plain callbacks on the event loop: body -> decode -> submit -> outcome -> response bytes. An ASGI task, its futures and
+the framework's layers cost several times as much. The protocol (`protocol.py`) decides which requests take this path;
+all others go through the application, which shares the same steps (`classify.Classifier`).
 """
 
 import asyncio
@@ -32,16 +32,16 @@ from service.images.decoder import ImageError
 logger = logging.getLogger(__name__)
 
 PATH = "/classify"
-# Decoding goes on for so long before sockets have their turn again: the first of a burst are not to wait for its last.
+# Longest stretch of decoding between two turns of the sockets: a burst must not delay its first answers.
 TURN_S = 0.002
 
 JSON = b"content-type: application/json\r\n"
 
-Respond = Callable[["Visit", int, bytes, bytes], None]  # whose, status, fields of the head that belong to it, body
+Respond = Callable[["Visit", int, bytes, bytes], None]  # visit, status, header fields specific to it, body
 
 
 class Visit:
-    """One request, from its head to its end. The desk deals with it, on the event loop alone."""
+    """One request, from its head to its response. Used by the desk only, on the event loop only."""
 
     __slots__ = (
         "asked",
@@ -62,10 +62,10 @@ class Visit:
         self.client, self.respond = client, respond
         self.request_id, self.traceparent = request_id, traceparent
         self.asked: Asked
-        self.entered_s = self.started_s = self.decoded_s = 0.0  # its head, its body, its pixels were there
+        self.entered_s = self.started_s = self.decoded_s = 0.0  # when its head, body and pixels were available
         self.decoding: asyncio.Future[NDArray[np.uint8]] | None = None  # on another thread
         self.request: Any = None  # the engine's, once submitted
-        self.notes: dict[str, object] | None = None  # for its line in the log, where there is one
+        self.notes: dict[str, object] | None = None  # fields for its access log line; None without one
         self.ended = False
 
 
@@ -73,10 +73,10 @@ class Desk:
     """Answers visits; counts and logs how each ended.
 
     Args:
-        classifier: whose steps these are.
-        room: asked before a body is looked at.
-        names: names visits.
-        has_log: a line of the log for each.
+        classifier: reads options and builds answers.
+        room: admission check, made before the body is read.
+        names: assigns request ids.
+        has_log: whether to write an access log line for each visit.
     """
 
     def __init__(self, classifier: Classifier, room: Room, names: Names, has_log: bool) -> None:
@@ -93,11 +93,11 @@ class Desk:
 
     @property
     def is_open(self) -> bool:
-        """False where a request is better told why not by the application."""
+        """False where requests must go through the application, which explains why they are refused."""
         return self.state.is_open
 
     def enter(self, headers: Mapping[bytes, bytes], query: bytes, client: str | None, respond: Respond) -> Visit:
-        """A request's head is there. Its visit may be ended already: then its body is not wanted."""
+        """Begin a visit once the request's head has arrived. It may be refused here; its body is then ignored."""
         visit = Visit(client, respond, *self.names.read(headers))
         if self.has_log:
             visit.entered_s, visit.notes = perf_counter(), {}
@@ -112,7 +112,7 @@ class Desk:
         return visit
 
     def take(self, visit: Visit, body: bytes) -> None:
-        """The body of a visit is there, whole."""
+        """Queue a visit for decoding: its whole body has arrived."""
         self.lifecycle.requests_in_flight += 1
         visit.started_s = perf_counter()
         if not self._bodies:
@@ -122,7 +122,7 @@ class Desk:
         self._bodies.append((visit, body))
 
     def leave(self, visit: Visit) -> None:
-        """The client has hung up: its image runs no further stage."""
+        """The client has disconnected: abandon its image, which runs no further stage."""
         if visit.ended:
             return
         visit.ended = True
@@ -133,7 +133,7 @@ class Desk:
         self._log(visit, CLIENT_LEFT, 0)
 
     def cut_off(self, visit: Visit) -> None:
-        """The server's time for answers is over; the body of this visit was there."""
+        """Answer 503: the drain timeout has passed before this visit, whose body had arrived, was answered."""
         if not visit.ended:
             self._give_up(visit)
             self._end(visit, not_ready(self.lifecycle.detail))
@@ -147,7 +147,7 @@ class Desk:
     # --- its steps ----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        """Decode what has come in this turn of the event loop, and wake the engine once for all of it."""
+        """Decode the bodies received in this turn of the event loop, and wake the engine once for all of them."""
         until_s = perf_counter() + TURN_S
         try:
             while self._bodies:
@@ -156,7 +156,7 @@ class Desk:
                     self._step(visit, self._decode, body)
                 if self._bodies and perf_counter() >= until_s:
                     break
-        finally:  # also where a visit could not even be told that it has failed: nobody else looks at those behind it
+        finally:  # even if reporting a failure raised: nothing else would process the remaining bodies
             if self._bodies:
                 assert self._loop is not None
                 self._loop.call_soon(self._work)
@@ -184,7 +184,7 @@ class Desk:
             self._submit(visit, pixels)
 
     def _decoded_elsewhere(self, visit: Visit, decoding: asyncio.Future[NDArray[np.uint8]]) -> None:
-        visit.decoding = None  # it has the pixels, and the visit may be known for long
+        visit.decoding = None  # it holds the pixels, and the visit may live long
         if not visit.ended:
             self._step(visit, self._take_decoded, decoding)
             self._engine.flush()
@@ -200,7 +200,7 @@ class Desk:
         visit.request = self._engine.submit_to(self._sink, visit, pixels, options, flush=False)
 
     def _hand_over(self, outcomes: list[tuple[Visit, Told]]) -> None:
-        """The engine has ended these; on its thread, or on the event loop where it is another process's."""
+        """The engine's sink. Called on its thread, or on the event loop where the engine runs in another process."""
         if threading.get_ident() == self._loop_thread:
             self._tell(outcomes)
         elif self._loop is not None:
@@ -213,7 +213,7 @@ class Desk:
 
     def _answer(self, visit: Visit, told: Told) -> None:
         if isinstance(told, EngineError):
-            self._end(visit, engine_problem(told))  # not raised: it would keep this frame, which has it
+            self._end(visit, engine_problem(told))  # raising it would create a reference cycle with this frame
             return
         assert isinstance(told, Answer)
         document = self.classifier.answered(told, visit.started_s, visit.decoded_s, visit.request_id, visit.notes)

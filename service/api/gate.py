@@ -1,4 +1,4 @@
-"""The gate that every request passes, but those that the protocol deals with itself (`direct.py`)."""
+"""The outermost ASGI application, for every request that does not take the fast path (`direct.py`)."""
 
 import asyncio
 import logging
@@ -19,19 +19,19 @@ from service.logs import NOTES
 
 
 class Gate:
-    """The outermost application: names every request, counts those in work, and closes when the server drains.
+    """Gives every request an id, counts requests in flight, and refuses new ones while the server drains.
 
-    Requests that had come before are answered to the end, the rest with 503; and every connection is closed with its
+    Requests accepted before the drain are answered normally, later ones with 503; each connection is closed with its
     next answer, so that clients and load balancers go elsewhere.
 
     Args:
-        app: what is behind the gate.
-        lifecycle: when to close.
-        room: why a request is not let in while the gate is open.
-        names: names requests.
-        desk: past which the protocol sends plain classifications, which never come here.
-        most_held_bytes: of bodies, those of all requests in work together.
-        origins: whose web pages may ask from a browser, all but to set the budget; none but this server's own.
+        app: the application behind the gate.
+        lifecycle: the server's phase.
+        room: admission check while the server is ready.
+        names: assigns request ids.
+        desk: the fast path, which the protocol uses directly; its requests never come here.
+        most_held_bytes: limit on the body bytes held by all requests in flight together.
+        origins: web origins allowed by CORS, for all calls but setting the budget; by default only the server's own.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Gate:
         self.most_held_bytes = most_held_bytes
         self.has_origins = bool(origins)
         self._entrance: ASGIApp = self._enter
-        if origins:  # around refusals, too: a page may read no answer that does not name it
+        if origins:  # wraps refusals too: without CORS fields a page cannot read them
             self._entrance = Origins(self._enter, origins)
         self._held_bytes = 0
 
@@ -63,8 +63,8 @@ class Gate:
         if trace is not None:
             scope["traceparent"] = trace
             named.append((b"traceparent", trace.encode()))
-        # A client that asks before it sends its body keeps it where it is refused: what it sends next would be taken
-        # for that body (RFC 9110, section 10.1.1).
+        # A client that sent `Expect: 100-continue` and is refused may withhold its body, so its next request could be
+        # mistaken for that body: close the connection (RFC 9110, section 10.1.1).
         is_body_kept = headers.get(b"expect", b"").lower() == b"100-continue"
         held_bytes = 0
 
@@ -87,7 +87,7 @@ class Gate:
             held_bytes += n_bytes
             return message
 
-        if scope["method"] == "HEAD":  # as GET: the protocol leaves the body out
+        if scope["method"] == "HEAD":  # handled as GET: the protocol drops the body
             scope = {**scope, "method": "GET"}
         try:
             await self._entrance(scope, receive_held, send_named)
@@ -133,7 +133,7 @@ class Gate:
 
 
 class LoggedGate(Gate):
-    """The gate, with a line for every request that has come through."""
+    """A gate that writes an access log line for every request."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not access_log.isEnabledFor(logging.INFO):
@@ -148,7 +148,7 @@ class LoggedGate(Gate):
             nonlocal status, n_bytes
             if message["type"] == "http.response.start":
                 status = message["status"]
-            elif scope["method"] != "HEAD":  # whose body the protocol leaves out
+            elif scope["method"] != "HEAD":  # whose body the protocol drops
                 n_bytes += len(message.get("body", b""))
             await send(message)
 

@@ -1,4 +1,4 @@
-"""What the HTTP face asks of those behind it. They may live in this process or in another: the face doesn't know."""
+"""The interfaces that the HTTP layer depends on. Implementations may live in this process or in another."""
 
 from typing import Any, Protocol
 
@@ -13,15 +13,15 @@ from service.tally import Outcome
 
 
 class EnginePort(Protocol):
-    """As `service.engine.engine.Engine`, which says more."""
+    """The engine, as HTTP uses it; documented in full by `service.engine.engine.Engine`."""
 
     def start(self) -> None:
-        """Wait until images are taken; raises what keeps the engine from it."""
+        """Block until the engine accepts images; raises the error that prevents it."""
         ...
 
     @property
     def canvas_px(self) -> int:
-        """Up to which side images may have other sizes than the network's; 0: none may."""
+        """Largest side of images submitted at a size other than the network's; 0: none are accepted."""
         ...
 
     @property
@@ -36,59 +36,59 @@ class EnginePort(Protocol):
 
     @property
     def room(self) -> tuple[int, float]:
-        """How many images may be in flight at the moment, and by how many seconds each of them makes a new one wait."""
+        """How many images may be in flight at present, and the seconds of wait that each adds for a new one."""
         ...
 
     @property
     def has_room(self) -> bool:
-        """False where `submit_to` would refuse, as things are."""
+        """False where `submit_to` would currently refuse an image."""
         ...
 
     def overload(self) -> EngineOverloaded:
-        """Why, for whoever is refused early."""
+        """The error for a request that is refused before it is submitted, with the predicted wait."""
         ...
 
     def submit_to(
         self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options = PLAIN, flush: bool = True
     ) -> Any:
-        """Classify an image; (token, outcome) goes to `sink`. Returns what `abandon` takes; raises EngineError.
+        """Submit an image; `sink` receives (token, outcome). Returns a handle for `abandon`; raises EngineError.
 
         Args:
-            flush: False where others may follow at once; then the caller calls `flush` soon.
+            flush: False to batch submissions; the caller must then call `flush` soon.
         """
         ...
 
     def flush(self) -> None:
-        """Have the engine look at what was submitted."""
+        """Wake the engine for what was submitted with `flush=False`."""
         ...
 
     def took(self, seconds: float) -> None:
-        """Report how long after the last byte of its request an answer was there."""
+        """Report the seconds from the last byte of a request to its answer."""
         ...
 
     def abandon(self, request: Any) -> None:
-        """Give a request up."""
+        """Cancel a request: its outcome is no longer wanted."""
         ...
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more, and let go of the engine; returns whether all that was accepted had its outcome in time."""
+        """Accept no more images and release the engine; returns whether all accepted ones got their outcome in time."""
         ...
 
 
 class MetricsPort(Protocol):
-    """Counts this event loop's requests, and shows the whole server's."""
+    """Counts the requests of this event loop; exposes the counts of the whole server."""
 
     def count(self, outcome: Outcome) -> None: ...
     def decoded(self, seconds: float) -> None: ...
     def responded(self, exit_number: int, seconds: float) -> None: ...
 
     def exposition(self, is_ready: bool) -> tuple[bytes, str]:
-        """The text that Prometheus reads, and its content type. Waits: not for the event loop."""
+        """The Prometheus exposition and its content type. Blocks: do not call on the event loop."""
         ...
 
 
 class KeeperPort(Protocol):
-    """As `service.budget.target.Keeper`. Both wait: not for the event loop."""
+    """See `service.budget.target.Keeper`. Both methods block: do not call on the event loop."""
 
     def read(self) -> tuple[Target, BudgetState]: ...
     def set(self, target: Target) -> BudgetState: ...

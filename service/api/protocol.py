@@ -1,11 +1,11 @@
-"""uvicorn's HTTP protocol, with a way of its own for the requests of which there are thousands a second.
+"""uvicorn's HTTP protocol with a fast path for the most frequent request.
 
-A `POST /classify` whose body is the image, announced by its length and there with its head, goes to the desk
-(`direct.py`) and is answered by one write. Everything else stays with uvicorn and the application: other calls, forms,
-bodies that arrive in pieces, old clients, and what comes before the request ahead of it is answered (pipelining).
+A `POST /classify` with a raw image body and a Content-Length, received together with its head, goes to the desk
+(`direct.py`) and is answered by a single write. Everything else stays with uvicorn and the application: other calls,
+forms, bodies that arrive in pieces, HTTP/1.0 clients, and pipelined requests.
 
-A client that keeps its connection sends nearly the same head again and again: one that differs from the last in the
-length of its body alone is not parsed again.
+Clients on a kept-alive connection repeat nearly the same head: one that differs from the previous head only in the
+value of Content-Length is not parsed again.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ RAW_TYPE_FIELDS = frozenset(name.encode() for name in RAW_TYPES)
 
 class _Nobody:
     def set(self) -> None:
-        """Wake nobody: no task waits for what becomes of a visit."""
+        """Do nothing: no task waits on a visit."""
 
 
 class Cycle:
-    """A visit, as uvicorn's protocol knows requests: what it reads and writes of its own `RequestResponseCycle`."""
+    """Adapts a visit to uvicorn's protocol: the attributes that it reads and writes on its `RequestResponseCycle`."""
 
     __slots__ = ("body", "disconnected", "headers", "keep_alive", "protocol", "query", "response_complete", "visit")
     message_event = _Nobody()
-    more_body = response_started = False  # its body is there whole, and its answer leaves whole
+    more_body = response_started = False  # body and answer are each handled in one piece
 
     def __init__(self, protocol: "DirectProtocol", headers: dict[bytes, bytes], query: bytes) -> None:
         self.protocol, self.headers, self.query = protocol, headers, query
@@ -53,15 +53,15 @@ class Cycle:
 
 
 class Head(NamedTuple):
-    """A request's head that went to the desk, and what it said."""
+    """The raw and parsed head of a request that went to the desk."""
 
-    before: bytes  # up to the length of its body
-    after: bytes  # from there to its end
+    before: bytes  # up to the value of Content-Length
+    after: bytes  # from after that value to the end of the head
     headers: dict[bytes, bytes]
     query: bytes
 
     def body_at(self, data: bytes, limit_bytes: int) -> int | None:
-        """Where the body begins in `data`, if that is one whole request with this head; None where it is not."""
+        """Return the body's offset in `data` if that is exactly one whole request with this head, else None."""
         if not data.startswith(self.before):
             return None
         start = len(self.before)
@@ -73,7 +73,7 @@ class Head(NamedTuple):
 
 
 class DirectProtocol(Connection):
-    """One connection."""
+    """One connection that sends eligible requests to the desk."""
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class DirectProtocol(Connection):
         super().__init__(config, server_state, app_state, _loop)
         self._lifecycle = self.gate.lifecycle
         self._desk = self.gate.desk
-        self._reading: Cycle | None = None  # whose body is still to come
-        self._last: Cycle | None = None  # the latest whose body was there
-        self._head: Head | None = None  # of the latest request, where that was all the data that came
+        self._reading: Cycle | None = None  # a desk request whose body is incomplete
+        self._last: Cycle | None = None  # the latest one whose body was complete
+        self._head: Head | None = None  # of the latest request, if it arrived as exactly one piece of data
 
     # --- called by the transport and the parser -----------------------------------------------------------------
 
@@ -104,7 +104,7 @@ class DirectProtocol(Connection):
             return
         cycle = self._reading
         if cycle is not None and not cycle.response_complete:
-            # A body that takes its time: the application knows how much of that it may have.
+            # The body is incomplete: hand the request over to the application, which enforces the body timeout.
             self._reading = None
             self.cycle = None
             super().begin_request()
@@ -119,7 +119,7 @@ class DirectProtocol(Connection):
         super().connection_lost(exc)
 
     def cut_off(self) -> None:
-        """The server's time for answers is over. What the application has in work hears of it otherwise."""
+        """The drain timeout has passed: answer the visit. The application's requests are cancelled by the server."""
         if self._last is not None:
             self._desk.cut_off(self._last.visit)
 
@@ -134,7 +134,7 @@ class DirectProtocol(Connection):
     def read_body(self, body: bytes) -> None:
         if self._reading is None:
             super().read_body(body)
-        elif not self._reading.response_complete:  # else it was refused, and nobody wants it
+        elif not self._reading.response_complete:  # else it was refused, and its body is ignored
             self._reading.body.append(body)
 
     def end_request(self) -> None:
@@ -143,23 +143,23 @@ class DirectProtocol(Connection):
             super().end_request()
         elif not cycle.response_complete:
             self._last = cycle
-            parts, cycle.body = cycle.body, []  # the connection may live long, and is to keep no picture
+            parts, cycle.body = cycle.body, []  # a long-lived connection must not keep pictures in memory
             self._desk.take(cycle.visit, parts[0] if len(parts) == 1 else b"".join(parts))
 
     # --- its own ------------------------------------------------------------------------------------------------
 
     def _is_direct(self, query: bytes, headers: dict[bytes, bytes]) -> bool:
-        """Whether the request that begins is one for the desk."""
+        """Whether the request whose head was just parsed can go to the desk."""
         length = headers.get(b"content-length", b"")
         return (
             headers.get(b"content-type") in RAW_TYPE_FIELDS
-            and len(headers) == len(self.headers)  # where one comes twice, the application says which counts
+            and len(headers) == len(self.headers)  # the application resolves duplicate fields
             and length.isdigit()
             and int(length) <= self._desk.limit_bytes
             and b"transfer-encoding" not in headers
             and b"upgrade" not in headers
             and not self.expect_100_continue
-            and not (self.gate.has_origins and b"origin" in headers)  # whose answer has to name the page
+            and not (self.gate.has_origins and b"origin" in headers)  # its answer needs CORS fields
             and b"#" not in query
             and self.parser.get_method() == b"POST"
             and self.parser.get_http_version() == "1.1"
@@ -168,10 +168,10 @@ class DirectProtocol(Connection):
         )
 
     def _is_free(self) -> bool:
-        """Whether the desk can deal with what comes next."""
+        """Whether the next request on this connection can go to the desk."""
         return (
             self.is_idle
-            and not self.flow.write_paused  # its client does not read what it is told
+            and not self.flow.write_paused  # the client is not reading its answers
             and self._desk.is_open
         )
 
@@ -182,14 +182,14 @@ class DirectProtocol(Connection):
         return cycle
 
     def _know_again(self, data: bytes, cycle: Cycle) -> None:
-        """Remember the head of a request, if `data` was that request and nothing else."""
+        """Remember the head of a request if `data` consists of exactly that request."""
         n_bytes = len(data) - int(cycle.headers[b"content-length"])
         found = LENGTH.search(data, 0, n_bytes)
         if found is not None and data.find(HEAD_END) == n_bytes - len(HEAD_END):
             self._head = Head(data[: found.start(1)], data[found.end(1) : n_bytes], cycle.headers, cycle.query)
 
     def _repeat(self, head: Head, body: bytes) -> None:
-        """A whole request is there, whose head is known."""
+        """Handle a whole request whose head equals the remembered one."""
         cycle = self._enter(head.headers, head.query)
         if not cycle.response_complete:
             self._last = cycle
@@ -206,6 +206,6 @@ class DirectProtocol(Connection):
             return
         if self.pipeline or self.timeout_keep_alive_task is None or self.flow.read_paused:
             self.on_response_complete()
-        else:  # the same, but that the clock goes on: to stop and start one for each request takes its time
+        else:  # the same, without cancelling and rescheduling the keep-alive timer for each request
             self.server_state.total_requests += 1
             self.quiet_since_s = self.loop.time()
