@@ -1,8 +1,8 @@
-"""How a worker takes connections from the socket that all workers share: in turns with the others.
+"""How a worker accepts connections from the listening socket shared by all workers, balancing them.
 
-The kernel wakes every worker for a new connection, and whoever comes first takes all that wait: clients that connect
-together and stay, as most do, would all be one worker's. So a worker that has more of them than another stands back
-for a moment; what nobody has taken by then it takes itself.
+The kernel wakes every worker for a new connection, and the first takes all that are pending: clients that connect
+together and keep their connections, as most do, would all go to one worker. So a worker that has more connections than
+another pauses briefly, and then accepts what no other worker has taken.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 STAND_BACK_S = 0.002
 OUT_OF_ORDER_S = 1.0
 MAX_AT_ONCE = 64
-# Taken in others' place each time that these have not come: enough for a thousand a second where one is stuck, and so
-# few that one that waits for a core comes in time for its share.
+# Accepted after each pause that left connections pending: enough for a thousand a second where another worker is stuck,
+# and few enough that a worker merely waiting for a core still gets its share.
 IN_THEIR_PLACE = 2
 
 
 class Acceptor:
-    """Accepts for one worker, on its event loop; stands where uvicorn has an asyncio server.
+    """Accepts for one worker, on its event loop; replaces the asyncio server in uvicorn.
 
     Args:
-        listener: listening; the caller closes it.
-        make_protocol: called for each connection, with what is to be called when it has ended.
-        memory: tells the workers of each other's connections.
-        worker: which one this is, from 0.
+        listener: the listening socket; the caller closes it.
+        make_protocol: makes the protocol of a connection, given a callback to call when the connection ends.
+        memory: holds every worker's number of connections.
+        worker: this worker's index, from 0.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Acceptor:
         self._memory.set_connections(self._worker, None)
 
     async def wait_closed(self) -> None:
-        """As an asyncio server has it."""
+        """Part of the asyncio server's interface; there is nothing to wait for."""
 
     def _lost(self) -> None:
         self._n_open -= 1
@@ -87,7 +87,7 @@ class Acceptor:
             self._timer = self._loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
-        """Some may be left: the others are gone, stuck, or busier than they look."""
+        """Accept a few of the connections that the others left: they may have died, be stuck or be busy."""
         self._timer = None
         self._loop.add_reader(self._listener, self._accept)
         for _ in range(IN_THEIR_PLACE):
@@ -95,12 +95,12 @@ class Acceptor:
                 return
 
     def _take(self) -> bool:
-        """Take one; False where none waits."""
+        """Accept one connection; False if none could be accepted."""
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionError):
             return False
-        except OSError as error:  # out of descriptors, most likely, and still so in a moment
+        except OSError as error:  # most likely out of file descriptors: retry after a while
             logger.error("connections cannot be accepted: %s", error)
             self._rest(OUT_OF_ORDER_S)
             return False

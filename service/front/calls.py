@@ -1,7 +1,7 @@
-"""What a worker asks of the engine's process and waits for: the metrics' text, and the budget. Both ends of it.
+"""Blocking calls from a worker to the engine's process, for metrics and the budget; both ends of them.
 
-A question is JSON, since the engine's process unpickles nothing from processes that have decoded pictures from
-anywhere; what comes back is pickled. It is rare: images go another way (`proxy.py`).
+Requests are JSON, because the engine's process must not unpickle data from processes that decode untrusted images;
+replies are pickled. Calls are rare: images are submitted by other messages (`proxy.py`).
 """
 
 import json
@@ -23,11 +23,11 @@ from service.tally import Tally
 
 logger = logging.getLogger(__name__)
 
-CALL_S = 30.0  # the engine's process answers between batches; one that takes so long has hung
+CALL_S = 30.0  # an engine's process that takes longer has hung
 
 
 class Calls:
-    """Asks the engine's process for what is rare, and waits: for any thread but the event loop's."""
+    """Makes blocking calls to the engine's process, on any thread but the event loop's."""
 
     def __init__(self, send: Callable[[Kind, bytes], None]) -> None:
         self._send = send
@@ -36,7 +36,7 @@ class Calls:
         self._closed = False
 
     def ask(self, name: str, **arguments: Any) -> Any:
-        """Return what the call `name` of the hub returns, or raise what it raises; EngineError where nobody answers."""
+        """Return the result of the call `name`, or raise its exception; EngineError if no reply comes."""
         number, future = next(self._numbers), Future[Any]()
         self._waiting[number] = future
         try:
@@ -61,14 +61,14 @@ class Calls:
             future.set_result(value)
 
     def close(self) -> None:
-        """Nobody answers any more."""
+        """Fail pending and later calls: the engine's process no longer answers."""
         self._closed = True
         while self._waiting:
             self._waiting.popitem()[1].set_exception(gone())
 
 
 class RemoteMetrics:
-    """Counts in shared memory; the engine's process shows it all. See `service.api.ports.MetricsPort`."""
+    """Counts in shared memory; the engine's process writes the exposition. See `service.api.ports.MetricsPort`."""
 
     def __init__(self, tally: Tally, calls: Calls) -> None:
         self.count, self.decoded, self.responded = tally.count, tally.decoded, tally.responded
@@ -95,7 +95,7 @@ class RemoteKeeper:
 
 
 def gone() -> EngineDraining:
-    """What is told to whoever waits for an engine whose process has ended."""
+    """The error for requests and calls whose engine's process has ended."""
     return EngineDraining("the engine's process has ended")
 
 
@@ -103,7 +103,7 @@ def gone() -> EngineDraining:
 
 
 def reply_to(payload: bytes, metrics: MetricsPort, keeper: KeeperPort) -> bytes:
-    """The payload of the frame REPLY to a frame CALL: what the call returns, or raises."""
+    """Return the payload of a REPLY frame for that of a CALL frame: the pickled result or exception."""
     value: Any
     try:
         name, arguments = json.loads(payload[wire.CALL_NUMBER.size :])

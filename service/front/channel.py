@@ -1,8 +1,8 @@
-"""A stream of frames between two processes, over a socket that never makes its sender wait.
+"""A stream of frames between two processes, over a non-blocking socket.
 
-A socket rather than a ring in shared memory: to order what one process writes before what another reads, and never to
-lose a wake-up, takes memory barriers, which Python has not; the kernel does both with the one system call that waking
-takes anyway, and tells when the other end has died.
+A socket rather than a ring buffer in shared memory: a ring needs memory barriers, which Python lacks, to order writes
+before reads and never lose a wake-up. The kernel does both within the one system call that a wake-up takes anyway,
+and reports when the other end has died.
 """
 
 import socket
@@ -21,7 +21,7 @@ class Frame(NamedTuple):
 
 
 class Channel:
-    """One end. `send` is for any thread, `receive` for one.
+    """One end of the stream. `send` may be called on any thread, `receive` on one only.
 
     Args:
         sock: a connected stream socket, owned by this from now on.
@@ -33,17 +33,17 @@ class Channel:
         self._sending = threading.Lock()
         self._unsent = bytearray()
         self._unread = bytearray()
-        self.is_closed = False  # by either end; what is sent from then on is lost
+        self.is_closed = False  # by either end; later sends are discarded
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def send(self, kind: int, payload: bytes = b"") -> bool:
-        """Send a frame; False where some of what was sent is left, and `flush` is to be called when there is room."""
+        """Send a frame; False if part of it is still buffered: call `flush` once the socket is writable."""
         return self.send_all(((kind, payload),))
 
     def send_all(self, frames: Iterable[tuple[int, bytes]]) -> bool:
-        """Send some at once: it is the system call, and waking the other end, that takes time."""
+        """Send frames with one system call and one wake-up of the other end; returns as `send` does."""
         with self._sending:
             for kind, payload in frames:
                 self._unsent += HEAD.pack(len(payload), kind)
@@ -51,7 +51,7 @@ class Channel:
             return self._flush()
 
     def flush(self) -> bool:
-        """Send what is left; returns as `send` does."""
+        """Send what is still buffered; returns as `send` does."""
         with self._sending:
             return self._flush()
 
@@ -61,13 +61,13 @@ class Channel:
                 del self._unsent[: self._socket.send(self._unsent)]
         except BlockingIOError:
             return False
-        except OSError:  # the other end has gone: the reader hears of it too
+        except OSError:  # the other end has gone: `receive` reports it too
             self.is_closed = True
         self._unsent.clear()
         return True
 
     def receive(self) -> list[Frame]:
-        """Take what has come; empty where that is no whole frame. After the last frames `is_closed` is true."""
+        """Return the complete frames received so far, without blocking. Sets `is_closed` at the end of the stream."""
         try:
             data = self._socket.recv(READ_BYTES)
         except BlockingIOError:

@@ -1,7 +1,7 @@
-"""The engine's end of all channels: takes what workers submit, and hands them what the engine tells.
+"""The engine process's end of all worker channels: submits the workers' images and returns the engine's outcomes.
 
-One thread reads; the engine's thread writes answers to the worker that each belongs to. Neither waits for a worker:
-what a socket has no room for stays with its channel, and is bounded by the worker's slots.
+One thread reads; the engine's thread writes outcomes to the worker that submitted the image. Neither blocks on a
+worker: what a socket cannot take yet stays buffered in its channel, bounded by the worker's number of slots.
 """
 
 import logging
@@ -28,16 +28,16 @@ from service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-PUBLISH_EVERY_S = 0.1  # how late workers hear, at most, that the engine is in trouble
+PUBLISH_EVERY_S = 0.1  # longest delay until workers see that the engine is in trouble
 
 
 class Link:
     """One worker process, from its start to its death. Its slots outlive it.
 
     Args:
-        worker: which one, from 0.
-        channel: to it.
-        on_unsent: called, on any thread, where the channel has something left to send.
+        worker: its index, from 0.
+        channel: the channel to it.
+        on_unsent: called, on any thread, when the channel holds data that the socket did not take.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Link:
         self.channel = channel
         self._engine = engine
         self._slots, self._images = list(memory.slots(worker)), memory.images(worker)
-        # By slot, the last one's number and itself. It may have ended: to abandon it then does nothing.
+        # By slot, the latest request with its number. It may have ended: abandoning it then does nothing.
         self._requests: list[tuple[int, Request] | None] = [None] * len(self._slots)
         self._on_unsent = on_unsent
         self._sink = self._deliver  # one object: the engine groups outcomes by it
@@ -79,7 +79,7 @@ class Link:
                     self._requests[slot] = number, request
                 except EngineError as error:
                     refused.append((number, error))
-                except ValueError as error:  # no image that the network takes: this one's fault alone
+                except ValueError as error:  # not a valid image for the network: fail this one only
                     logger.exception("an image of HTTP worker %d cannot be submitted", self.worker + 1)
                     refused.append((number, EngineError(str(error))))
         self._engine.flush()
@@ -91,12 +91,12 @@ class Link:
             entry = self._requests[number % len(self._slots)]
             if entry is not None and entry[0] == number:
                 self._engine.abandon(entry[1])
-        # The engine's thread has read these messages before it comes to this: from then on the slots are not in use,
-        # or by batches alone whose outcome for them is dropped.
+        # The engine's thread handles this after the abandonments: from then on the slots are unused, or read only by
+        # batches whose outcome for these requests is dropped.
         self._engine.ask(partial(self.send, Kind.RELEASED, payload))
 
     def give_up(self, then: Callable[[], object]) -> None:
-        """The worker has died: abandon all it had in flight, and call `then` once the engine has let go of it."""
+        """After the worker's death: abandon all its requests, and call `then` once the engine has released them."""
         for entry in self._requests:
             if entry is not None:
                 self._engine.abandon(entry[1])
@@ -108,22 +108,22 @@ class Link:
         requests = self._requests
         for number, outcome in outcomes:
             if wire.is_last(outcome):
-                requests[number % len(requests)] = None  # so that nothing of it is kept
+                requests[number % len(requests)] = None  # drop the reference
         if not self.channel.is_closed:
             self.send(Kind.TOLD, wire.pack_told(outcomes))
 
 
 class Hub:
-    """All links.
+    """Connects the engine with all HTTP workers, over one `Link` each.
 
     Args:
-        engine: whose images these are; started by somebody else.
-        metrics, keeper: of it, for the calls.
+        engine: started and stopped by the caller.
+        metrics, keeper: answer the workers' calls.
         memory: shared with the workers.
-        on_serving: called, on a thread of this process, with a worker's number once it serves.
-        on_gone: likewise, with that and the requests it had in flight, when it has died and the engine has let go of
-            them.
-        on_broken: called if the hub itself breaks down: no worker is heard any more.
+        on_serving: called with a worker's index once it serves, on any thread of this process.
+        on_gone: likewise, with the index and the number of requests in flight, once a worker has died and the engine
+            has released its requests.
+        on_broken: called if the hub's thread fails: no worker is served any more.
     """
 
     def __init__(
@@ -156,24 +156,24 @@ class Hub:
         self._thread.start()
 
     def attach(self, worker: int, sock: socket.socket) -> None:
-        """Speak with a worker that has been started, over its socket."""
+        """Begin to serve a newly started worker over its socket."""
         link = Link(worker, Channel(sock), self._memory, self._engine, self._watch_for_room)
         self._links[worker] = link
         self._do(partial(self._selector.register, link.channel, EVENT_READ, link))
 
     def tell(self, worker: int, kind: Kind, text: str = "") -> None:
-        """Send a worker, if it lives, a message."""
+        """Send a worker a message; does nothing if it has died."""
         link = self._links.get(worker)
         if link is not None:
             link.send(kind, text.encode())
 
     def publish(self) -> None:
-        """Tell the workers how the engine is doing."""
+        """Write the engine's state to the shared board."""
         engine = self._engine
         self._memory.board.publish(engine.is_alive, engine.trouble, *engine.room)
 
     def stop(self) -> None:
-        """Hang up, once and for all."""
+        """Stop the threads and close all channels; further calls do nothing."""
         if self._stopping:
             return
         self._stopping = True
@@ -189,7 +189,7 @@ class Hub:
     def _do(self, task: Callable[[], object]) -> None:
         """Run something on the hub's thread."""
         self._tasks.put(task)
-        with suppress(BlockingIOError):  # woken often enough
+        with suppress(BlockingIOError):  # wake-ups are already pending
             self._waker.send(b"\0")
 
     def _watch_for_room(self, link: Link) -> None:
@@ -200,7 +200,7 @@ class Hub:
     def _work(self) -> None:
         try:
             self._serve_links()
-        except Exception as error:  # it serves all workers: without it none is heard, and nobody would notice
+        except Exception as error:  # all workers depend on this thread: it must not die silently
             logger.exception("the front's hub broke down")
             self._on_broken(error)
 
@@ -216,7 +216,7 @@ class Hub:
                 if events & EVENT_READ:
                     try:
                         self._read(link)
-                    except Exception:  # a worker that has gone mad must not take the others with it
+                    except Exception:  # one faulty worker must not affect the others
                         logger.exception("HTTP worker %d does not speak as it should: let go", link.worker + 1)
                         self._lose(link)
             self.publish()
@@ -260,7 +260,7 @@ class Hub:
 
         link.give_up(let_go)
 
-    # --- a thread for what may take a while ---------------------------------------------------------------------
+    # --- the thread for calls -----------------------------------------------------------------------------------
 
     def _answer(self, link: Link, payload: bytes) -> None:
         link.send(Kind.REPLY, reply_to(payload, self._metrics, self._keeper))

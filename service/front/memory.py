@@ -1,9 +1,9 @@
-"""What the engine's process and the workers share: the images, and a few numbers.
+"""The memory shared by the engine's process and the workers: images and a few counters.
 
-It is memory without a name (memfd): the kernel frees it with the last process that has it open, however that ends, and
-it does not count against the size of /dev/shm, which is small in containers.
+It is anonymous (memfd): the kernel frees it with the last process that has it open, however that ends, and it does not
+count against the size of /dev/shm, which is small in containers.
 
-    board | a region a worker: images in flight, connections, tally | an arena a worker: slots of an image each
+    board | per worker a region: images in flight, connections, tally | per worker an arena: slots of one image each
 """
 
 import mmap
@@ -19,19 +19,19 @@ from service.tally import Tally, tally_bytes
 PAGE_BYTES = 4096
 TEXT_BYTES = 1024
 TEXT_AT = 256  # within the board
-COUNTS_BYTES = 16  # of a worker
+COUNTS_BYTES = 16  # of a worker's region, before its tally
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How much of what: all that both ends have to agree on."""
+    """The dimensions that all processes must agree on."""
 
     n_workers: int
-    n_slots: int  # a worker
+    n_slots: int  # per worker
     height_px: int
     width_px: int
     n_exits: int
-    canvas_px: int = 0  # up to which side pictures of other sizes have room as well
+    canvas_px: int = 0  # largest side of pictures of other sizes; 0: no room for them
 
     @property
     def slot_bytes(self) -> int:
@@ -51,11 +51,11 @@ class Layout:
 
 
 class SharedMemory:
-    """A mapping of it. Every number has one writer, and is eight bytes, which are read whole.
+    """A process's mapping of the memory. Every counter has one writer, and is eight bytes, read atomically.
 
     Args:
-        layout: the same everywhere.
-        descriptor: of memory that another process has made; owned by this from now on.
+        layout: the same in all processes.
+        descriptor: of the memory, as made by `create`; owned by this from now on.
     """
 
     def __init__(self, layout: Layout, descriptor: int) -> None:
@@ -66,17 +66,17 @@ class SharedMemory:
         self.board = Board(self._view[:PAGE_BYTES])
         counts = [self._region(i)[:COUNTS_BYTES] for i in range(layout.n_workers)]
         self._in_flight = [cells[:8].cast("q") for cells in counts]
-        self._connections = [cells[8:].cast("q") for cells in counts]  # and one more; 0 while none are taken
+        self._connections = [cells[8:].cast("q") for cells in counts]  # plus one; 0 while not accepting
 
     @classmethod
     def create(cls, layout: Layout) -> Self:
-        """Make it, all zero. Pages are taken from the machine when they are first written to."""
+        """Create it, zeroed. Pages are allocated when they are first written to."""
         descriptor = os.memfd_create("exitserve", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, layout.total_bytes)
         return cls(layout, descriptor)
 
     def with_canvas(self, canvas_px: int) -> Self:
-        """The same memory, with room for such pictures in its slots; to be called before these are used."""
+        """Remap the memory with slots that hold pictures of this side; call before any slot is used."""
         layout = replace(self.layout, canvas_px=canvas_px)
         os.ftruncate(self.descriptor, layout.total_bytes)
         return type(self)(layout, self.descriptor)
@@ -87,7 +87,7 @@ class SharedMemory:
 
     @property
     def in_flight_rows(self) -> int:
-        """Images handed to the engine, of all workers."""
+        """Images submitted to the engine and not released, of all workers."""
         n_rows = 0
         for cell in self._in_flight:
             n_rows += cell[0]
@@ -97,20 +97,20 @@ class SharedMemory:
         return self._in_flight[worker][0]
 
     def set_in_flight(self, worker: int, n_rows: int) -> None:
-        """Only the worker itself does, and the engine's process once it has died."""
+        """Called by the worker itself only, and by the engine's process once it has died."""
         self._in_flight[worker][0] = n_rows
 
     def set_connections(self, worker: int, n: int | None) -> None:
-        """Say how many a worker has; None where it takes none. Written as `set_in_flight`."""
+        """Set a worker's number of connections; None if it accepts none. Same writers as `set_in_flight`."""
         self._connections[worker][0] = 0 if n is None else n + 1
 
     def least_connections_beside(self, worker: int) -> int | None:
-        """How many that one of the others has that has the fewest; None where none of them takes any."""
+        """The fewest connections of any other worker that accepts; None if no other does."""
         others = (cell[0] for other, cell in enumerate(self._connections) if other != worker)
         return min((n - 1 for n in others if n), default=None)
 
     def tally(self, worker: int) -> Tally:
-        """How a worker's requests ended. Written as `set_in_flight`."""
+        """Counts of how a worker's requests ended. Same writers as `set_in_flight`."""
         end = COUNTS_BYTES + tally_bytes(self.layout.n_exits)
         return Tally(self.layout.n_exits, self._region(worker)[COUNTS_BYTES:end])
 
@@ -122,19 +122,19 @@ class SharedMemory:
         return np.frombuffer(self._view[start : start + n_bytes], np.uint8).reshape(layout.n_slots, layout.slot_bytes)
 
     def images(self, worker: int) -> NDArray[np.uint8]:
-        """The same as images of the network's own size, uint8 [n_slots, height_px, width_px, 3]."""
+        """The slots, viewed as images of the network's size, uint8 [n_slots, height_px, width_px, 3]."""
         height_px, width_px = self.layout.height_px, self.layout.width_px
         own = self.slots(worker)[:, : 3 * height_px * width_px]
         return own.reshape(self.layout.n_slots, height_px, width_px, 3)
 
 
 def picture_in(slot: NDArray[np.uint8], height_px: int, width_px: int) -> NDArray[np.uint8]:
-    """What lies in a slot, as a picture uint8 [height_px, width_px, 3]."""
+    """A view of a slot as a picture, uint8 [height_px, width_px, 3]."""
     return slot[: 3 * height_px * width_px].reshape(height_px, width_px, 3)
 
 
 class Board:
-    """How the engine is doing, written by its process alone and read by workers without asking."""
+    """The engine's state, written by its process only, and read by workers without a message."""
 
     def __init__(self, memory: memoryview) -> None:
         self._flags = memory[:24].cast("q")  # alive, room_rows, bytes of the trouble or -1
@@ -164,7 +164,7 @@ class Board:
 
     @property
     def row_s(self) -> float:
-        """Predicted wait for each image in flight."""
+        """Predicted seconds of wait per image in flight."""
         return self._row_s[0]
 
 

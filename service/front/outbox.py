@@ -1,8 +1,8 @@
-"""Answers that wait to be written until those told with them are rendered as well.
+"""Holds responses back until the others of the same batch are rendered, then writes them together.
 
-The first one written wakes its client, which takes each of the others as it comes if they come at once. Written as they
-are rendered, each finds the client asleep again: to wake it takes as long as the write does, and where the client
-shares the core it puts the worker's code out of the cache.
+The first write wakes the client, which then reads the others as they arrive. If each were written as it is rendered,
+the client would be asleep again each time: waking it takes as long as the write, and where the client shares the core
+it evicts the worker's code from the cache.
 """
 
 import logging
@@ -11,7 +11,7 @@ from types import TracebackType
 
 logger = logging.getLogger(__name__)
 
-MOST_HELD = 16  # the first of a batch are not to wait for its last
+MOST_HELD = 16  # so that the first of a batch do not wait for its last
 
 
 class Outbox:
@@ -22,7 +22,7 @@ class Outbox:
         self._is_holding = False
 
     def put(self, write: Callable[[], object]) -> None:
-        """Write in a moment, after what was put before; where nothing is held, now."""
+        """Queue a write behind the earlier ones; outside the context, write immediately."""
         if not self._is_holding:
             write()
             return
@@ -44,5 +44,5 @@ class Outbox:
         for write in held:
             try:
                 write()
-            except Exception:  # one client's trouble is not that of the others
+            except Exception:  # a failed write must not affect other clients
                 logger.exception("an answer could not be written")

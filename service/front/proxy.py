@@ -1,4 +1,4 @@
-"""The engine as a worker has it: what `service.api.ports` asks for, by messages, all on the worker's event loop."""
+"""The worker's proxy of the engine: implements `EnginePort` by messages, on the worker's event loop."""
 
 import asyncio
 import threading
@@ -18,10 +18,10 @@ from service.front.memory import SharedMemory, picture_in
 from service.front.outbox import Outbox
 from service.front.wire import Kind
 
-TOOK_S = 0.02  # how late the engine hears, at most, what answers took: nothing is sent for that alone
-# Sent at once, before the turn of the event loop has ended: else worker and engine wait for each other, all images
-# being with one of them at any time. Measured with one worker, 64 connections: 32 leave more of the cores idle, 8 take
-# more of the engine's time.
+TOOK_S = 0.02  # longest delay of reported answer times; they normally travel with other messages
+# A frame of this many images is sent before the turn of the event loop ends: otherwise all images are with either the
+# worker or the engine, and the other idles. Measured with one worker and 64 connections: 32 leave more of the cores
+# idle, 8 take more of the engine's time.
 FRAME_IMAGES = 16
 
 
@@ -35,19 +35,19 @@ class Ticket:
 
 
 class RemoteEngine:
-    """The engine, in another process. See `service.api.ports.EnginePort`. To be used once it is attached to a loop.
+    """The engine, in another process. See `service.api.ports.EnginePort`. Usable once `attach` has been called.
 
-    A submission is a number, and the image in a slot of shared memory. What one turn of the event loop submits leaves
-    in one message, or a few, as what a batch of the engine's has ended comes back in one. The slot is free again
-    with the request's outcome or, where it was abandoned, when the engine has said that it has let go of it.
+    A submission is a request number, plus the image in a slot of shared memory. The submissions of one turn of the
+    event loop are sent in one message or a few; the outcomes of one engine batch come back in one. A slot is free again
+    with the request's last outcome or, if it was abandoned, once the engine reports that it has released it.
 
     Args:
         channel: to the engine's process.
         memory: shared with it.
-        worker: which one this is, from 0.
+        worker: this worker's index, from 0.
         class_names: by class id.
-        on_drain: called when the engine's process says that the server is to stop.
-        on_broken: called when the engine has broken down, or its process has died, with what there is to say.
+        on_drain: called when the engine's process asks the worker to drain.
+        on_broken: called with the error when the engine has broken down or its process has died.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RemoteEngine:
         on_broken: Callable[[Exception], object],
     ) -> None:
         self.calls = Calls(self._send_soon)
-        self.outbox = Outbox()  # holds what is written while answers are told
+        self.outbox = Outbox()  # batches the responses written during one delivery of outcomes
         self._channel = channel
         self._memory = memory
         self._worker = worker
@@ -69,7 +69,7 @@ class RemoteEngine:
         self._on_drain, self._on_broken = on_drain, on_broken
         self._slots, self._images = list(memory.slots(worker)), list(memory.images(worker))
         self._image_shape = self._images[0].shape
-        # The next number of every slot that is free; the lowest slots first, so that few pages are in use.
+        # The next request number of each free slot; the lowest slots are used first, so that few pages are touched.
         self._free = list(range(len(self._slots)))[::-1]
         self._tickets: dict[int, Ticket] = {}  # by number
         self._submissions: list[tuple[int, Options, tuple[int, int]]] = []
@@ -86,7 +86,7 @@ class RemoteEngine:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the engine's process lives."""
+        """Whether the channel to the engine's process is open."""
         return not self._channel.is_closed
 
     @property
@@ -128,7 +128,7 @@ class RemoteEngine:
         else:
             size = image.shape[0], image.shape[1]
             picture_in(self._slots[slot], *size)[:] = image
-        self._free.pop()  # only now: one that does not fit takes no slot
+        self._free.pop()  # only now: an image that does not fit must not take a slot
         ticket = self._tickets[number] = Ticket(number, sink, token)
         self._submissions.append((number, options, size))
         self._note_in_flight()
@@ -151,7 +151,7 @@ class RemoteEngine:
             self._flush_soon()
 
     def drain(self, timeout_s: float) -> bool:
-        """Requests have been waited for before; this lets go."""
+        """Release what waits for the engine, without waiting: the server has already drained."""
         self._started.set()
         self.calls.close()
         return not self._tickets
@@ -159,10 +159,10 @@ class RemoteEngine:
     # --- the event loop -----------------------------------------------------------------------------------------
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Speak with the engine's process from now on, on this loop."""
+        """Exchange messages with the engine's process on this loop from now on."""
         self._loop = loop
         loop.add_reader(self._channel, self._read)
-        self._read()  # what came before
+        self._read()  # messages that arrived earlier
 
     def say_serving(self) -> None:
         self._send(Kind.SERVING)
@@ -185,7 +185,7 @@ class RemoteEngine:
         if self._took:
             frames.append((Kind.TOOK, wire.pack_seconds(self._took)))
             self._took.clear()
-        if self._abandoned:  # after the submissions, which they may be of
+        if self._abandoned:  # after the submissions that they may refer to
             frames.append((Kind.ABANDON, wire.pack_numbers(self._abandoned)))
             self._abandoned.clear()
         if frames:
@@ -220,7 +220,7 @@ class RemoteEngine:
                 self._started.set()
             elif kind == Kind.DRAIN:
                 self._on_drain()
-                self._started.set()  # nobody is to wait for an engine that may never start
+                self._started.set()  # `start` must not block on an engine that may never start
             elif kind == Kind.BROKEN:
                 self._on_broken(EngineError(payload.decode()))
         if self._channel.is_closed:
@@ -232,7 +232,7 @@ class RemoteEngine:
         for number, outcome in items:
             ticket = tickets.get(number)
             if ticket is None or ticket.token is None:
-                continue  # abandoned: its slot comes, or came, back with RELEASED
+                continue  # abandoned: RELEASED frees its slot
             outcomes = by_sink.get(ticket.sink)
             if outcomes is None:
                 outcomes = by_sink[ticket.sink] = []
@@ -249,7 +249,7 @@ class RemoteEngine:
         self._free.append(number + len(self._slots))
 
     def _hang_up(self) -> None:
-        """The engine's process has died: whoever waits hears of it, and this process ends."""
+        """The engine's process has died: fail all pending requests and calls, and end this process."""
         assert self._loop is not None
         self._loop.remove_reader(self._channel)
         self._loop.remove_writer(self._channel)

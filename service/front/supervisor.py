@@ -30,9 +30,9 @@ from service.tally import Tally
 logger = logging.getLogger(__name__)
 
 BEGIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
-SOUND_S = 10.0  # a worker that has served so long starts anew without waiting longer than the first time
-LOOK_S = 1.0  # a signal may reach another thread, and does not end the main one's waiting: it looks so often
-END_S = 5.0  # beyond --drain-s, for workers to end; and for a worker that has hung up to end
+SOUND_S = 10.0  # the backoff of a worker that has run this long is reset
+LOOK_S = 1.0  # poll interval: a signal delivered to another thread does not interrupt the main thread's wait
+END_S = 5.0  # for workers to exit after --drain-s, or after closing their channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Gone:
 
 
 class Signal:
-    """To stop."""
+    """A signal to stop has arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Front:
     """The workers in front of an engine.
 
     Args:
-        bundle, targets, settings, admin_token: what the workers serve, and how.
-        listener: listening; every worker accepts from it.
+        bundle, targets, settings, admin_token: passed on to the workers.
+        listener: the listening socket, from which every worker accepts.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Front:
         manifest, self._n_workers = bundle.manifest, settings.http_workers
         layout = Layout(
             n_workers=self._n_workers,
-            n_slots=settings.max_in_flight,  # one worker may have them all
+            n_slots=settings.max_in_flight,  # one worker may have all images in flight
             height_px=manifest.input.height_px,
             width_px=manifest.input.width_px,
             n_exits=len(manifest.exits),
@@ -91,18 +91,18 @@ class Front:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._began_s = [0.0] * self._n_workers
         self._backoff_s = [BEGIN_BACKOFF_S] * self._n_workers
-        self._restarts: dict[int, float] = {}  # when, by worker
+        self._restarts: dict[int, float] = {}  # due time by worker (monotonic)
         self._serving: set[int] = set()
         self._is_ending = self._is_signalled = False
-        self._n_failed = 0  # workers that did not end well, once told to
+        self._n_failed = 0  # workers that ended with an error, or not in time, during shutdown
 
     @property
     def tallies(self) -> list[Tally]:
-        """How requests ended, by worker; for `Metrics`."""
+        """Counts of request outcomes, one tally per worker; for `Metrics`."""
         return [self._memory.tally(worker) for worker in range(self._n_workers)]
 
     def serve(self, engine: Engine, metrics: Metrics, keeper: Keeper, say_ready: Callable[[], object]) -> int:
-        """Start the engine and the workers, serve until a signal says stop, and return the exit code.
+        """Start the engine and the workers, serve until a stop signal, and return the exit code.
 
         Raises:
             ServerFailed: the engine did not start or broke down, or a worker ended before it had served.
@@ -159,7 +159,7 @@ class Front:
             logging.shutdown()
             os._exit(128 + number)
         self._is_signalled = True
-        if not self._is_ending:  # else it has broken down, and ends sooner than it would now
+        if not self._is_ending:  # else the engine has broken down, whose shutdown has a shorter time limit
             self._is_ending = True
             self._events.put(Signal())
 
@@ -167,7 +167,7 @@ class Front:
         ours, theirs = socket.socketpair()
         descriptors = (self._listener.fileno(), theirs.fileno(), self._memory.descriptor, self._setup)
         with theirs:
-            # Held back until the worker can heed them: one that comes as it loads would end it with a stack trace.
+            # Blocked until the worker has its handlers: a signal while it imports would end it with a stack trace.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
             try:
                 self._processes[worker] = subprocess.Popen(
@@ -185,7 +185,7 @@ class Front:
 
     def _supervise(self, hub: Hub, say_ready: Callable[[], object]) -> None:
         is_ready = False
-        ends_s = 0.0  # once it is to end
+        ends_s = 0.0  # deadline for the workers to exit; 0 until shutdown begins
         while self._processes or self._restarts:
             event = self._next_event(ends_s)
             if isinstance(event, Signal):
@@ -213,30 +213,30 @@ class Front:
             del self._restarts[worker]
             try:
                 self._start(worker, hub)
-            except OSError as error:  # no memory, or no process: the others serve meanwhile
+            except OSError as error:  # out of memory or processes: the other workers go on
                 backoff_s = self._back_off(worker)
                 logger.error("HTTP worker %d cannot be started (%s): again in %g s", worker + 1, error, backoff_s)
                 continue
             hub.tell(worker, Kind.STARTED)
 
     def _back_off(self, worker: int) -> float:
-        """Have a worker start in a while; returns the seconds until then, twice as many each time."""
+        """Schedule a worker's restart; returns the delay in seconds, which doubles each time."""
         backoff_s = self._backoff_s[worker]
         self._backoff_s[worker] = min(MAX_BACKOFF_S, 2 * backoff_s)
         self._restarts[worker] = monotonic() + backoff_s
         return backoff_s
 
     def _end(self, hub: Hub, within_s: float, kind: Kind, text: str = "") -> float:
-        """Have the workers end; returns until when they may."""
+        """Tell the workers to exit; returns their deadline (monotonic)."""
         self._is_ending = True
         self._restarts.clear()
-        self._listener.close()  # the workers have it too, and refuse what comes until they end
+        self._listener.close()  # the workers hold it too, and refuse new requests until they exit
         for worker in self._processes:
             hub.tell(worker, kind, text)
         return monotonic() + within_s + END_S
 
     def _next_event(self, ends_s: float) -> Event | None:
-        """Wait for one; None when a restart, or the end, is due."""
+        """Wait for the next event; None when a restart or the exit deadline is due."""
         due_s = ends_s or min(self._restarts.values(), default=inf)
         while True:
             event = next_message(self._events, min(due_s - monotonic(), LOOK_S))
@@ -257,7 +257,7 @@ class Front:
             return
         tally = self._memory.tally(worker)
         for _ in range(gone.n_lost):
-            tally.count("failed")  # it cannot any more, and an alert asks how many do
+            tally.count("failed")  # the dead worker cannot count them, and an alert depends on this count
         if monotonic() - self._began_s[worker] > SOUND_S:
             self._backoff_s[worker] = BEGIN_BACKOFF_S
         level = logging.ERROR if code else logging.WARNING

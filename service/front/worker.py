@@ -1,4 +1,4 @@
-"""A worker process: the HTTP face around an engine in another process. `supervisor` starts it."""
+"""A worker process: the HTTP application around a proxy of the engine. Started by `supervisor`."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ from service.settled_memory import settle_memory
 
 
 class WorkerProtocol(DirectProtocol):
-    """A connection that says when it ends, and whose answer is written together with those that are told with it."""
+    """A connection that reports when it ends, and writes its answers through the outbox."""
 
     on_lost: Callable[[], object]
     outbox: Outbox
@@ -40,7 +40,7 @@ class WorkerProtocol(DirectProtocol):
 
 
 class WorkerServer(Server):
-    """The server, which hears from the engine's process while it runs, and shares its listening socket."""
+    """The server, attached to the engine's process while it runs, with a listening socket shared by all workers."""
 
     engine: RemoteEngine
     memory: SharedMemory
@@ -66,11 +66,11 @@ class WorkerServer(Server):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until told to stop; returns the exit code, as the server's own.
+    """Serve until told to stop; returns the exit code: 1 if requests went unanswered or the engine's process died.
 
     Args:
-        arguments: the worker's number, and the descriptors of the listening socket, the channel, the shared memory and
-            the setup.
+        arguments: the worker's index, and the file descriptors of the listening socket, the channel, the shared memory
+            and the setup.
     """
     number, listening, speaking, sharing, telling = map(int, arguments)
     setup = Setup.read(telling)
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     )
 
     def on_started(error: Exception | None) -> None:
-        if error is not None:  # then it only says so, and is no worker to wait for
+        if error is not None:  # report it, and never count as serving
             server.fail(error)
             return
         settle_memory(settings.max_in_flight)
