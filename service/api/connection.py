@@ -1,10 +1,9 @@
-"""One connection as uvicorn has it, made fit for clients that mean no good, and for some that do.
+"""uvicorn's HTTP connection, hardened against hostile clients and corrected for some legitimate ones.
 
-uvicorn bounds neither how long a head is nor how long it takes, nor how many requests are sent ahead; it answers what
-is no request as text, and before the requests that came first; it takes what follows a body for a part of its head; it
-tells of a client that has left to the request alone that came last; it drops a body that comes with a wish to upgrade,
-which Java's own client and curl's `--http2` send with every first request; and it sends chunks to clients that know
-none.
+uvicorn limits neither the size of a head, nor the time it takes, nor the number of pipelined requests. It answers a
+malformed request with plain text, ahead of pending answers; it adds trailer fields to the request's header fields; it
+reports a disconnect to the latest request only; it drops the body of a request with an Upgrade field, which Java's own
+client and curl's `--http2` send with every first request; and it sends chunked bodies to HTTP/1.0 clients.
 """
 
 import asyncio
@@ -23,22 +22,22 @@ from service.api.gate import Gate
 from service.api.problems import Problem, broken_request, head_too_large
 from service.api.writing import send_unchunked, whole_answer
 
-# Of a head, of what a chunk says beside its length, of what follows the last: the parser gathers as much as comes.
+# Limit on a head, on chunk extensions and on trailers, which the parser would otherwise buffer without bound.
 MOST_HEAD_BYTES = 64 * 1024
-# Requests sent ahead: while more than so many wait for the one before them, nothing more is read. What has been read is
-# parsed a piece at a time: it may hold thousands, of 20 us and 3 KB each. Smaller pieces cost large pictures more.
+# Reading pauses while more pipelined requests than this are pending. Data is parsed in pieces, because one read may
+# hold thousands of requests, of 20 us and 3 KB each. Smaller pieces cost large pictures more.
 MOST_AHEAD = 64
 PIECE_BYTES = 16 * 1024
-SHOWN_BYTES = 200  # of a path that may have no end
+SHOWN_BYTES = 200  # of a path, which may be very long
 BODY_FIELDS = (b"content-length", b"transfer-encoding")
 
 
 class _TooLong(Exception):  # noqa: N818
-    """What the parser has read of a head; it passes on what is raised as it tells."""
+    """A head is too long. Raised in a parser callback; the parser chains it to its own error."""
 
 
 class _Flow(FlowControl):
-    """Reads nothing more, whoever would like to, while there is enough to do."""
+    """Flow control that does not resume reading while too many pipelined requests are pending."""
 
     is_full = False
 
@@ -48,7 +47,7 @@ class _Flow(FlowControl):
 
 
 class Connection(HttpToolsProtocol):
-    """`config.app` is a `Gate`."""
+    """One connection; `config.app` must be a `Gate`."""
 
     cycle: Any  # the latest request
     flow: _Flow
@@ -63,21 +62,21 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         assert isinstance(config.app, Gate)
         self.gate = config.app
-        self._answering: Any = None  # what the application works on, as long as that may be another than `cycle`
-        self._ahead = b""  # what has come and waits to be parsed
-        self.in_message = False  # the parser is
+        self._answering: Any = None  # the request that the application is handling, which may precede `cycle`
+        self._ahead = b""  # received, not yet parsed
+        self.in_message = False  # whether the parser is inside a request
         self.quiet_since_s = 0.0
-        self._head_s = self.gate.desk.state.settings.body_timeout_s  # for a head to come; as for a body
+        self._head_s = self.gate.desk.state.settings.body_timeout_s  # time limit for a head; the same as for a body
         self._patience_s = self._head_s  # from `quiet_since_s` on
         self._unread_bytes = 0  # since the parser last had a whole head, a part of a body, or the end of one
         self._before_bytes = 0  # that came with the last of those: what is unread may have begun among them
         self._most_bytes = 0  # that a head can have whose end is in what came last
-        self._body_fields = b""  # of a head that wishes to upgrade
+        self._body_fields = b""  # of a head with an Upgrade field
         self._is_repeated = False  # such a head, to a parser that is to go on with its body
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits for an answer."""
+        """Whether no request awaits its answer."""
         return self.cycle is None or self.cycle.response_complete
 
     # --- called by the transport and the parser -----------------------------------------------------------------
@@ -90,7 +89,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()  # its timer would keep this connection's memory
+        self._unset_keepalive_if_required()  # its timer would keep this connection alive in memory
         self._ahead = b""
         if self._answering is not None:
             self._answering.disconnected = True
@@ -107,7 +106,7 @@ class Connection(HttpToolsProtocol):
             if not self._take(data[start : start + PIECE_BYTES]):
                 return
         if self.timeout_keep_alive_task is None and not self.transport.is_closing():
-            self.timeout_keep_alive_handler()  # the clock goes on, if no request has come of it
+            self.timeout_keep_alive_handler()  # the timeout goes on unless the data completed a request
 
     def on_message_begin(self) -> None:
         if self._is_repeated:
@@ -128,14 +127,14 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._body_fields = b"".join(b"%b: %b\r\n" % field for field in self.headers if field[0] in BODY_FIELDS)
         self.begin_request()
-        self.headers = []  # what follows the last chunk is nothing that a request's head says
+        self.headers = []  # trailer fields must not be added to the header fields
 
     def on_body(self, body: bytes) -> None:
         self._unread_bytes = 0
         self.read_body(body)
 
     def on_message_complete(self) -> None:
-        self._bound_head(0)  # here what follows the last chunk
+        self._bound_head(0)  # counts the trailer fields
         self._unread_bytes = 0
         if not self._body_fields:  # else its body is still to come
             self.in_message = False
@@ -149,9 +148,9 @@ class Connection(HttpToolsProtocol):
             self.loop.call_soon(self._go_on)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if its time is over: to begin a request, or to come to the end of its head.
+        """Close the connection if the time to begin a request, or to complete its head, is over.
 
-        Requests in work do not stop this clock, which an answer starts anew.
+        The timer keeps running while requests are in flight; an answer restarts its period.
         """
         self.timeout_keep_alive_task = None
         if not self.is_idle:
@@ -165,7 +164,7 @@ class Connection(HttpToolsProtocol):
     # --- its own ------------------------------------------------------------------------------------------------
 
     def begin_request(self) -> None:
-        """A head is there: give the request to the application."""
+        """Pass a request whose head is complete to the application."""
         super().on_headers_complete()
         if self.scope["http_version"] != "1.1":
             self.cycle.send = partial(send_unchunked, self.cycle, self.cycle.send)
@@ -173,11 +172,11 @@ class Connection(HttpToolsProtocol):
             self._answering = self.cycle
 
     def read_body(self, body: bytes) -> None:
-        """A part of its body is there."""
+        """Pass a part of the body to the application."""
         super().on_body(body)
 
     def end_request(self) -> None:
-        """All of it is there."""
+        """Tell the application that the body is complete."""
         super().on_message_complete()
 
     def write_answer(
@@ -186,7 +185,7 @@ class Connection(HttpToolsProtocol):
         """Send a whole answer.
 
         Args:
-            fields: of its head, those that are not every answer's.
+            fields: its own header fields, in wire format, without those common to all answers.
         """
         common = self.server_state.default_headers
         self.transport.write(whole_answer(status, fields, common, body, request_id, traceparent, keep_alive))
@@ -194,7 +193,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _go_on(self) -> None:
-        """Parse what waits for that, as far as it goes now."""
+        """Resume parsing the data that was held back."""
         if self.transport.is_closing():
             return
         data, self._ahead = self._ahead, b""
@@ -203,7 +202,7 @@ class Connection(HttpToolsProtocol):
         self.data_received(data)
 
     def _take(self, data: bytes) -> bool:
-        """Parse a piece; False where that was the last."""
+        """Parse a piece of data; False if the connection accepts no more."""
         self._unread_bytes += len(data)
         self._most_bytes = self._before_bytes + self._unread_bytes
         try:
@@ -220,18 +219,18 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _bound_head(self, n_bytes: int) -> None:
-        """Raise where a head is too long that came together with its end, so that `data_received` never saw it unread.
+        """Raise _TooLong for an oversized head whose end came in the same piece, which `_take` cannot detect.
 
         Args:
-            n_bytes: of what there is beside the fields.
+            n_bytes: size of the head besides its fields.
         """
-        if self._most_bytes > MOST_HEAD_BYTES:  # else there is no need to count, which takes its time
+        if self._most_bytes > MOST_HEAD_BYTES:  # counting the fields is slow: only when needed
             n_bytes += sum(len(name) + len(value) + 4 for name, value in self.headers)
             if n_bytes > MOST_HEAD_BYTES:
                 raise _TooLong
 
     def _parse(self, data: bytes) -> None:
-        """Have the parser read on; raises HttpParserError."""
+        """Feed the parser; raises HttpParserError."""
         while data:
             try:
                 self.parser.feed_data(data)
@@ -239,19 +238,19 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]
             fields, self._body_fields = self._body_fields, b""
-            if fields:  # nobody upgrades here (RFC 9110, section 7.8): another parser goes on with the body
+            if fields:  # the upgrade is ignored (RFC 9110, section 7.8): a new parser reads the body
                 self.parser = httptools.HttpRequestParser(self)
                 self._is_repeated = True
                 self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % fields)
                 self._is_repeated = False
 
     def _turn_away(self, problem: Problem) -> None:
-        """The parser has come to its end: say why, unless it would be taken for the answer to another request."""
+        """Answer with a problem after a parser error, unless it would be taken for the answer to another request."""
         if not self.is_idle and not self.cycle.more_body:
             self.cycle.keep_alive = False  # its answer is the last
             self.flow.pause_reading()
             return
-        if self.pipeline:  # its body is broken: those before it are answered first
+        if self.pipeline:  # its body is malformed: answer the earlier requests first
             self.pipeline[0] = self.cycle, partial(self._turn_away_now, problem)
             self.flow.pause_reading()
             return
@@ -264,12 +263,12 @@ class Connection(HttpToolsProtocol):
         request_id, _ = self.gate.names.read({})
         fields, body = problem.write(path, request_id)
         self.write_answer(problem.status, fields, body, request_id, None, keep_alive=False)
-        if self.gate.desk.has_log and self.is_idle:  # else the application has a line for it
+        if self.gate.desk.has_log and self.is_idle:  # else the application logs the request
             client = self.client[0] if self.client else None
             notes = {"problem": problem.kind}
             log_request(request_id, None, client, None, path, problem.status, len(body), perf_counter(), notes)
 
     async def _turn_away_now(self, problem: Problem, *_: object) -> None:
-        """In the application's place, for a request that had to wait for this."""
-        self.cycle.disconnected = self.cycle.response_complete = True  # uvicorn has nothing to say to it
+        """Stands in for the application in the pipeline: answers with the problem when its turn comes."""
+        self.cycle.disconnected = self.cycle.response_complete = True  # uvicorn must not answer it as well
         self._turn_away(problem)

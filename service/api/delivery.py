@@ -1,4 +1,4 @@
-"""Between the event loop and the engine's thread: one wake-up brings the answers of a whole batch."""
+"""Passes outcomes from the engine's thread to the event loop, with one wake-up for a whole batch."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -13,12 +13,12 @@ from starlette.types import Receive
 from service.api.ports import EnginePort
 from service.engine.rows import Answer, Options, Sink, Step, Told
 
-# A client that waits this long is watched for hanging up; sooner, the watching would cost more than the work.
+# Delay before a client is watched for disconnecting: for shorter requests the watch would cost more than it saves.
 PATIENCE_S = 0.05
 
 
 class Delivery:
-    """Submits images from the event loop, and has each told there what becomes of it: tokens are what is called."""
+    """Submits images from the event loop and receives their outcomes there; an image's token is its callback."""
 
     def __init__(self, engine: EnginePort) -> None:
         self.engine = engine
@@ -29,7 +29,7 @@ class Delivery:
         """Return the engine's answer for an image, uint8 [H, W, 3].
 
         Args:
-            receive: of the request, whose body has been read: its next message can only be the client's leaving.
+            receive: the request's ASGI channel. Its body has been read, so the next message can only be a disconnect.
 
         Raises:
             ClientDisconnect: the client hung up; the image runs no further stage.
@@ -47,7 +47,7 @@ class Delivery:
                 raise ClientDisconnect from None
 
     async def answer(self, image: NDArray[np.uint8], options: Options) -> Answer:
-        """The same without a watch over the client; cancelling gives the image up."""
+        """As `classify`, but without watching the client; cancellation abandons the image."""
         loop = self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         request = self.engine.submit_to(self._sink, partial(_resolve, future), image, options)
@@ -60,9 +60,9 @@ class Delivery:
     async def follow(
         self, image: NDArray[np.uint8], options: Options, receive: Receive
     ) -> AsyncIterator[Step | Answer]:
-        """Yield what every head says of an image, and at last its answer; `options.steps` has to be set.
+        """Yield the result of every head for an image, and finally its answer; `options.steps` must be set.
 
-        To be closed (`contextlib.aclosing`) by whoever does not read to the end: the image is given up then. Raises as
+        Callers that may stop early must close it (`contextlib.aclosing`), which abandons the image. Raises as
         `classify` does.
         """
         self._loop = asyncio.get_running_loop()
@@ -84,7 +84,7 @@ class Delivery:
                 self.engine.abandon(request)
 
     def _hand_over(self, outcomes: list[tuple[Any, Told]]) -> None:
-        """On the engine's thread: wake the event loop, once for all of them."""
+        """The engine's sink, on its thread: wake the event loop once for all outcomes."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(_tell, outcomes)
 
@@ -104,7 +104,7 @@ def _resolve(future: "asyncio.Future[Answer]", outcome: Told) -> None:
 
 
 class Watch:
-    """Waits, while it is entered, for one client to leave, and then calls `on_leave`."""
+    """A context in which a client's disconnect, noticed after `PATIENCE_S`, calls `on_leave`."""
 
     def __init__(self, receive: Receive, on_leave: Callable[[], object]) -> None:
         self._receive = receive

@@ -1,4 +1,4 @@
-"""An answer, a step on the way, a refusal: as the documents that clients read. The hot route fills them itself."""
+"""Builds the JSON documents of answers and steps, and the problems for errors, without pydantic for speed."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ STATUSES = {"image-too-large": 413, "animated-image": 415}  # the others are 400
 
 
 class Documents:
-    """Writes what `answers.Classification` and `answers.Step` describe, for one network."""
+    """Builds the documents described by `answers.Classification` and `answers.Step`, for one network."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.class_names = manifest.class_names
@@ -74,12 +74,12 @@ class Documents:
 
 
 def rounded(share: float) -> float:
-    """A share to six places; `round` would write the number out and read it again."""
-    return int(share * 1e6 + 0.5) / 1e6 if share >= 0 else share  # or it is no number
+    """A share rounded to six places; `round` is slower, since it goes through a decimal string."""
+    return int(share * 1e6 + 0.5) / 1e6 if share >= 0 else share  # NaN stays NaN
 
 
 def finite(value: float | None) -> float | None:
-    """JSON knows no infinity."""
+    """The value, or None if it is not finite: JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -112,12 +112,12 @@ def engine_problem(error: EngineError) -> Problem:
 
 
 def overloaded(why: str, wait_s: float = 1.0) -> Problem:
-    """429, to come back when what is in work now will be done."""
+    """A 429 whose Retry-After is the predicted wait."""
     return _again_later(f"{why}: send it again then, or raise --max-queue-s or --max-in-flight.", wait_s)
 
 
 def too_many_bytes(limit_bytes: int) -> Problem:
-    """429, as `overloaded`: what is asked for is memory."""
+    """A 429 for want of memory for request bodies."""
     return _again_later(
         f"there is no room for its body: {limit_bytes:,} bytes of bodies are held at most. Send it again, or raise "
         "--max-held-bytes."
@@ -136,7 +136,7 @@ def _again_later(why: str, wait_s: float = 1.0) -> Problem:
 
 
 def outcome(error: Exception) -> Outcome:
-    """How a request that ended in an error is counted."""
+    """The metrics outcome of a request that ended in an error."""
     if isinstance(error, ClientDisconnect):
         return "abandoned"
     status = error.status if isinstance(error, Problem) else 500

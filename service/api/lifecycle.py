@@ -1,4 +1,4 @@
-"""Where the server stands between starting and stopping, and what its requests are called."""
+"""The server's phase between start and stop, and the ids of its requests."""
 
 import os
 import re
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from itertools import count
 
-# Asked by machines that have to hear from a server in any state.
+# For probes and scrapers, which need an answer in every phase.
 ALWAYS_OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
 CLIENTS_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 TRACEPARENT = re.compile(
@@ -22,11 +22,11 @@ class Phase(StrEnum):
 
 
 class Lifecycle:
-    """One of four phases, and the number of requests in work. Owned by the event loop.
+    """The server's phase and its number of requests in flight. Used on the event loop only.
 
     Attributes:
-        is_last_call: the server is stopping, and still takes the requests that its sockets held when it was told to.
-        is_cut_off: its time is over, and what is in work is told so.
+        is_last_call: draining, but still accepting the requests that were in its sockets when it was told to stop.
+        is_cut_off: the drain timeout has passed, and the requests in flight get 503.
     """
 
     def __init__(self) -> None:
@@ -49,16 +49,16 @@ class Lifecycle:
             self.phase, self.detail = Phase.READY, "Ready."
 
     def drain(self) -> None:
-        """Be ready no more, and close every connection with its next answer."""
+        """Stop being ready, and close every connection with its next answer."""
         self.is_last_call = self.is_ready
         self.phase, self.detail = Phase.DRAINING, "The server is stopping and takes no new work: use another one."
 
     def close(self) -> None:
-        """Take no more work; once draining."""
+        """End the last call: accept no more requests."""
         self.is_last_call = False
 
     def cut_off(self) -> None:
-        """Answer no more; whoever calls this cancels what is in work."""
+        """Record that the drain timeout has passed; the caller cancels the requests in flight."""
         self.is_cut_off = True
         if self.phase is Phase.DRAINING:
             self.detail = "The server is stopping, and its time for answers is over: use another one."
@@ -68,16 +68,16 @@ class Lifecycle:
 
 
 class Names:
-    """Names requests, so that they are found again: in answers, and in logs of every service that they have passed."""
+    """Assigns request ids, which link answers with the logs of every service that a request passed through."""
 
     def __init__(self) -> None:
         prefix = os.urandom(4).hex()
         self._new_ids = (f"{prefix}-{number:06d}" for number in count(1))
 
     def read(self, headers: Mapping[bytes, bytes]) -> tuple[str, str | None]:
-        """Return a request's id and its trace (W3C Trace Context), by its header fields, names in lower case.
+        """Return a request's id and traceparent (W3C Trace Context) from its header fields, names in lower case.
 
-        The client's own id where it sends a decent one; a new one otherwise.
+        The id is the client's `X-Request-ID` if well-formed, else a new one.
         """
         request_id, trace = headers.get(b"x-request-id"), headers.get(b"traceparent")
         decent = request_id is not None and CLIENTS_REQUEST_ID.fullmatch(request_id) is not None

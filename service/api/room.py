@@ -1,5 +1,4 @@
-"""Refuses images there is no room for, before anything else is done: under overload most requests end here, and what a
-refusal costs is missing from the answers."""
+"""Admission control ahead of all other work: under overload most requests end here, so a refusal must be cheap."""
 
 from time import monotonic
 
@@ -15,7 +14,7 @@ CLASSIFYING = frozenset({"/classify", "/classify/stream", "/classify/batch"})
 
 
 class Room:
-    """Knows whether one more request with images may come in; counts those that may not."""
+    """Decides whether another request with images is admitted; counts those refused at the gate."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -23,21 +22,21 @@ class Room:
         self._last_until_s = 0.0
 
     def refusal(self, scope: Scope) -> Problem | None:
-        """Why a request is refused at the gate; None where it is not (another call, or one the server cannot take)."""
+        """The overload problem for a request; None if there is room, it has no images, or the server is not open."""
         return self.problem() if _has_images(scope) and self.state.is_open else None
 
     def note(self, scope: Scope, problem: Problem) -> None:
-        """Count a request that is refused at the gate, and have its line in the log say why."""
+        """Count a request refused at the gate, and note the problem for the access log."""
         if _has_images(scope):
             self.state.metrics.count(outcome(problem))
         if (notes := scope.get(NOTES)) is not None:
             notes["problem"] = problem.kind
 
     def problem(self) -> Problem | None:
-        """Why no image is taken at the moment; None while they are.
+        """The overload problem if no image is admitted at present, else None.
 
-        For a while it is one and the same, which has been written out already: how long the wait will be is known no
-        better than that.
+        The same object is returned for `SAME_FOR_S`, since its serialised form is cached, and the predicted wait is no
+        more precise than that.
         """
         state = self.state
         is_full = state.lifecycle.requests_in_flight >= state.settings.max_in_flight

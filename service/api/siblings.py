@@ -1,4 +1,4 @@
-"""The images of one form: of those in work each that ends makes way for one that waits."""
+"""Limits how many images of one form are in flight: each one that ends wakes one that waits."""
 
 import asyncio
 from collections import deque
@@ -7,9 +7,9 @@ from time import perf_counter
 
 
 class Siblings:
-    """Counts those that are in work, and wakes those that wait, in turn. Owned by the event loop.
+    """Counts a form's images in flight, and wakes its waiting ones in FIFO order. Used on the event loop only.
 
-    Whoever waits is woken: nobody waits unless another is in work, and every one that ends wakes one.
+    No waiter is lost: an image waits only while another is in flight, and every one that ends wakes one.
     """
 
     def __init__(self) -> None:
@@ -23,12 +23,12 @@ class Siblings:
         self.n_in_work -= 1
         while self._waiting:
             waiting = self._waiting.popleft()
-            if not waiting.done():  # else its time has passed
+            if not waiting.done():  # else its deadline has passed
                 waiting.set_result(None)
                 return
 
     async def step_back(self, deadline_s: float) -> bool:
-        """For one in work that has no place: let the others go on, and return as `wait` does."""
+        """Take an image that found no room out of flight while it waits; returns as `wait` does."""
         self.n_in_work -= 1
         try:
             return await self.wait(deadline_s)
@@ -36,7 +36,7 @@ class Siblings:
             self.n_in_work += 1
 
     async def wait(self, deadline_s: float) -> bool:
-        """Wait for the next to end, true; or for the deadline, of `perf_counter`, false."""
+        """Wait until another image ends (True) or the deadline, in `perf_counter` seconds, passes (False)."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
         left_s = None if isinf(deadline_s) else max(0.0, deadline_s - perf_counter())

@@ -1,4 +1,4 @@
-"""What the routes share, made once by `create_app`."""
+"""The objects that all routes share, created once by `create_app`."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class State:
 
     @property
     def is_open(self) -> bool:
-        """Whether images are taken: while it is ready, and for a moment after."""
+        """Whether images are accepted: while ready, and during the last call of a drain."""
         return self.lifecycle.takes_work and self.engine.is_alive and self.engine.trouble is None
 
     def responded(self, exit_number: int, seconds: float) -> None:
@@ -40,13 +40,13 @@ class State:
         self.engine.took(seconds)
 
     def require_ready(self) -> None:
-        """Raise 503 unless the engine is warm and well and the server means to go on."""
+        """Raise 503 unless the server is ready and the engine can run images."""
         if not self.lifecycle.is_ready:
             raise not_ready(self.lifecycle.detail)
         self.require_open()
 
     def require_open(self) -> None:
-        """Raise 503 unless images are taken."""
+        """Raise 503 unless images are accepted."""
         if not self.lifecycle.takes_work:
             raise not_ready(self.lifecycle.detail)
         if not self.engine.is_alive:

@@ -1,4 +1,4 @@
-"""Answers as bytes: those that leave whole, and those of the application to clients that know no chunks."""
+"""Serialises whole answers, and adapts the application's answers to HTTP/1.0 clients."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ def whole_answer(
     traceparent: str | None,
     keep_alive: bool,
 ) -> bytes:
-    """A whole answer.
+    """Return a complete HTTP/1.1 answer, head and body.
 
     Args:
-        fields: of its head, as they are sent.
-        common: those that every answer has, as uvicorn has them.
+        fields: its own header fields, in wire format.
+        common: the header fields common to all answers, as uvicorn keeps them.
     """
     parts = [
         STATUS_LINE[status],
@@ -41,7 +41,7 @@ _latest: tuple[Fields, bytes] = ([], b"")
 
 
 def _as_bytes(fields: Fields) -> bytes:
-    """Header fields as they are sent; those that every answer has uvicorn makes anew every second, for the date."""
+    """Header fields in wire format, cached: uvicorn makes a new list every second, for the date."""
     global _latest
     if _latest[0] is not fields:
         _latest = fields, b"".join(b"%b: %b\r\n" % field for field in fields)
@@ -49,9 +49,10 @@ def _as_bytes(fields: Fields) -> bytes:
 
 
 async def send_unchunked(cycle: Any, send: Send, message: Message) -> None:
-    """Send to a client of HTTP/1.0, which knows no chunks: what has no length ends with its connection.
+    """Send without chunks, for HTTP/1.0 clients: a body of unknown length ends with the connection.
 
-    uvicorn counts the bytes that are not in chunks: these are as many as come. It closes such connections anyway.
+    uvicorn checks unchunked bodies against an expected length, which is set here to the length of each part. It closes
+    such connections anyway.
     """
     if message["type"] == "http.response.body":
         cycle.expected_content_length = len(message.get("body", b""))
