@@ -1,10 +1,10 @@
-"""A latency target at work: open-loop traffic beyond what a full budget has time for, and then less of it again.
+"""A latency target in action: open-loop traffic above the capacity at a full budget, and then below it again.
 
     python -m benchmarks.degrade --target-ms 50 --data cifar-100-python.tar.gz
 
-Images come at random (Poisson), whether answers keep up or not, and their time runs from the moment at which they were
+Images arrive at random (Poisson), whether or not answers keep up, and latency counts from the moment at which each was
 due. First the capacity at the full budget is measured, exits on, with as many images in flight as it takes; rates are
-multiples of it. Keep the machine idle meanwhile.
+multiples of it. Keep the machine otherwise idle.
 """
 
 import json

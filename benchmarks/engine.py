@@ -1,10 +1,10 @@
-"""How much early exits are worth: the engine at a budget, against the same engine with exits off.
+"""How much early exits are worth: the engine at a budget, compared with the same engine with exits off.
 
     python -m benchmarks.engine --bundle models/zoo/cifar100-msdnet --data cifar-100-python.tar.gz
 
-All serve the same images in turns, so that a machine's moods hit all alike. Beside the ratio stand the ideal (what
-the engine's own stage times allow at the exits these images really took: no copies, no decisions, full batches) and
-the floor (multiply-adds at the machine's measured matrix product rate). Keep the machine idle meanwhile.
+All serve the same images in turns, so that changes in the machine's speed affect all alike. The ratio is printed with
+the ideal (what the engine's own stage times allow at the exits these images really took: no copies, no decisions, full
+batches) and the floor (multiply-adds at the machine's measured matrix product rate). Keep the machine otherwise idle.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the engine's own threads take: its images/s where the network takes no time, and one image alone.
+"""The cost of the engine's own threads: images/s with a network that takes no time, and the latency of one image alone.
 
     make compile
     python -m benchmarks.host

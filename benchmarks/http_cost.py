@@ -1,4 +1,4 @@
-"""What HTTP and decoding cost: the service with a null network, which answers at its first exit and computes nothing.
+"""The cost of HTTP and decoding: the service with a null network, which answers at its first exit and computes nothing.
 
     python -m benchmarks.http_cost
 

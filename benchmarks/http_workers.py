@@ -1,15 +1,15 @@
-"""What `--http-workers` brings: requests/s and processor time a request, around a network that computes nothing.
+"""What `--http-workers` gains: requests/s and processor time per request, around a network that computes nothing.
 
     python -m benchmarks.http_workers
 
-Servers with no, one, two, ... workers take turns under the same load, so that a machine's moods hit all alike. The load
-is wrk's (Debian's package `wrk`), which takes a few microseconds a request: still, it and the servers share the cores,
-so the table has the processor time of each beside the requests/s. Where there are cores enough, each gets its own, and
-the server's are as many as one wants to know about:
+Servers with no, one, two, ... workers take turns under the same load, so that changes in the machine's speed affect all
+alike. The load comes from wrk (Debian's package `wrk`), which takes a few microseconds per request. Still, it and the
+servers share the cores, so the table gives the processor time of each as well as requests/s. With enough cores, give
+each its own; the server can have as many as are of interest:
 
     python -m benchmarks.http_workers --server-cores 0,1 --client-cores 2,3 --client-threads 2
 
-What the engine's process takes a request bounds what any number of workers can reach.
+The time per request of the engine's process limits what any number of workers can reach.
 """
 
 import io

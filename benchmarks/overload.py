@@ -1,4 +1,4 @@
-"""How much a server still answers when more is asked than it can do: `python -m benchmarks.overload --help`."""
+"""How much a server still answers when offered more than its capacity: `python -m benchmarks.overload --help`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What `python -m service plan` predicts for this machine, beside what the engine then does on it.
+"""What `python -m service plan` predicts for this machine, compared with what the engine then does on it.
 
     python -m benchmarks.plan_check --data cifar-100-python.tar.gz
 

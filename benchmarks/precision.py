@@ -2,8 +2,8 @@
 
     python -m benchmarks.precision --bundle models/zoo/cifar100-msdnet
 
-What a stage takes does not depend on what is in the picture, so the images are noise. The best of many runs counts;
-keep the machine idle meanwhile.
+A stage's time does not depend on what the image shows, so the images are noise. The best of many runs counts; keep the
+machine otherwise idle.
 """
 
 import time

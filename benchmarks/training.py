@@ -1,11 +1,11 @@
-"""How fast a recipe trains, against a plain PyTorch loop that trains the same network.
+"""How fast a recipe trains, compared with a plain PyTorch loop that trains the same network.
 
     python -m benchmarks.training --recipe cifar100-fast --processes 2
 
 The plain loop is written the way most are: a DataLoader with worker processes that crops, flips and normalises image by
 image, float32, torch's own memory layout, one process with a thread per core. Both train on the same noise images
-(SYNTHETIC: only the speed is looked at) in turns, so that a machine's moods hit both alike. Multiply-adds are three
-times those of a forward pass: once forward, twice backward. Keep the machine idle meanwhile.
+(SYNTHETIC: only speed is measured) in turns, so that the machine's speed affects both alike. Multiply-adds are three
+times those of a forward pass: once forward, twice backward. Keep the machine otherwise idle.
 """
 
 import json

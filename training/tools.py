@@ -31,7 +31,7 @@ def unpack(
     run: Annotated[Path, typer.Argument(help="Folder of the run to make.")],
     data: DataOption,
 ) -> None:
-    """Make the run of a bundle again from the bundle itself, to calibrate, evaluate and export it anew."""
+    """Recreate the run of a bundle from the bundle itself, to calibrate, evaluate and export it again."""
     from training.checkpoint import RunFolder
     from training.data import load_image_set
     from training.unpacking import unpack as unpack_bundle
@@ -49,7 +49,7 @@ def quantize(
         Path | None, typer.Option(help="Folder of the new bundle; by default the old one is replaced.")
     ] = None,
 ) -> None:
-    """Add int8 stages to a bundle, for `python -m service --precision int8`; measures their accuracy beside fp32."""
+    """Add int8 stages to a bundle, for `python -m service --precision int8`; measures their accuracy and fp32's."""
     from rich.console import Console
 
     from training.data import load_image_set
@@ -72,7 +72,7 @@ def sheet(
         float, typer.Option(min=0, max=1, help="Budget, as a fraction of the full network's cost.")
     ] = 0.5,
 ) -> None:
-    """Draw test images that leave first and last at a budget, once a run is evaluated; writes sheet.png."""
+    """Draw the test images of an evaluated run that leave first and last at a budget; writes sheet.png."""
     from training.checkpoint import RunFolder
     from training.contact_sheet import draw_sheet
 
@@ -89,7 +89,7 @@ def signals(
         int | None, typer.Option(min=100, help="Training images to fit gates on; by default, all.")
     ] = None,
 ) -> None:
-    """Try signals of whether going on helps on a run that was calibrated; prints their leads, writes signals.csv."""
+    """Test, on a calibrated run, which signals predict whether going on helps; prints leads, writes signals.csv."""
     from rich.console import Console
 
     from training.checkpoint import RunFolder
@@ -138,18 +138,18 @@ def gate(
     ] = 0,
     device: DeviceOption = Device.auto,
 ) -> None:
-    """Train gates, and the last layers of the heads with them, on a finished network: the rival method JEI-DNN.
+    """Train gates, and with them the last layers of the heads, on a finished network: the rival method JEI-DNN.
 
     \b
-    All else stays frozen. Makes a run that is evaluated and exported as any other; its images leave by gates:
+    All else stays frozen. The result is a run, evaluated and exported like any other; its images leave by gates:
       python -m training unpack    models/zoo/cifar100-msdnet runs/first --data DATA   # where there is no run
       python -m training calibrate runs/first --data DATA
       python -m training evaluate  runs/first
       python -m training gate      runs/first --data DATA --trade-off 0.5 --output runs/gated
       python -m training evaluate  runs/gated
       python -m training export    runs/gated --output models/zoo/gated
-    Prints what it is worth beside the run it started from; writes gates.json, gates.csv and gates.png into OUTPUT.
-    What the heads read is kept in RUN (head_inputs.pt): another trade-off starts in seconds.
+    Prints its gain over the run it started from; writes gates.json, gates.csv and gates.png into OUTPUT.
+    The heads' inputs are cached in RUN (head_inputs.pt), so another trade-off starts in seconds.
     """
     from rich.console import Console
 
@@ -184,7 +184,7 @@ def study(
     report: Annotated[bool, typer.Option("--report", help="Train nothing; report on the runs that are there.")] = False,
     image_size_px: ImageSizeOption = DEFAULT_SIZE_PX,
 ) -> None:
-    """Train variants of a recipe, one thing changed at a time; prints what each is worth, writes study.csv, .png."""
+    """Train variants of a recipe that differ in one thing each; prints what each gains, writes study.csv and .png."""
     from rich.console import Console
 
     from training.study import Study, results_of, run_study, write_table
