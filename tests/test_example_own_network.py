@@ -202,13 +202,13 @@ def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch,
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("one_tensor", "answered with a tensor [2, 6]; what is wanted is a list with a tensor of logits [2, 6]"),
-        ("named", "answered with a dict; what is wanted"),
-        ("of_three", "answered with a list of a tensor [2, 3], a tensor [2, 3]; what is wanted"),
-        ("of_seven", "a tensor [2, 7]; what is wanted is a list with a tensor of logits [2, 6]"),
+        ("one_tensor", "returns a tensor [2, 6]; it must return a list with a tensor of logits [2, 6]"),
+        ("named", "returns a dict; it must return"),
+        ("of_three", "returns a list of a tensor [2, 3], a tensor [2, 3]; it must return"),
+        ("of_seven", "a tensor [2, 7]; it must return a list with a tensor of logits [2, 6]"),
         ("of_another_size", "fails on images [2, 3, 32, 32] (mat1 and mat2 shapes"),
         ("that_branches", "branch"),
-        ("at_no_cost", "exit 2 costs no more than exit 1, by what is counted"),
+        ("at_no_cost", "exit 2 costs no more than exit 1 (counted: "),
     ],
 )
 def test_a_network_that_cannot_be_packed_is_told_before_it_is_trained(own_file, capsys, monkeypatch, name, reason):

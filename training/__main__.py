@@ -125,7 +125,7 @@ def train(
     if ended == "finished":
         typer.echo(f"{run}: trained; next: {typed('calibrate', run, '--data', data)}")
     else:
-        typer.echo(f"{run}: stopped by the {ended} and saved at {reached}; give the same command again to go on")
+        typer.echo(f"{run}: stopped by the {ended} and saved at {reached}; give the same command again to resume")
 
 
 @app.command(short_help="Step 2: scores of held-out and test images.")

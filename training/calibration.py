@@ -71,7 +71,7 @@ class ExitOutputs:
                 names += [SCORE] if f"scores_{SCORE}" in arrays else []
                 return cls(**stored, scores={name: arrays[f"scores_{name}"] for name in names})
         except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
-            raise RunError(f"{path}: damaged or of another version ({error}); calibrate again") from error
+            raise RunError(f"{path}: damaged, or from another version ({error}); calibrate again") from error
 
 
 class CalibrationRecord(BaseModel):
@@ -109,11 +109,11 @@ class CalibrationRecord(BaseModel):
         try:
             record = cls.model_validate_json(folder.calibration.read_text())
         except ValueError as error:
-            raise RunError(f"{folder.calibration}: damaged or of another version; calibrate again") from error
+            raise RunError(f"{folder.calibration}: damaged, or from another version; calibrate again") from error
         step = folder.load_checkpoint()["progress"]["step"]
         if step != record.step:
             raise RunError(
-                f"{folder.path}: calibrated at step {record.step}, but trained on to step {step} since; "
+                f"{folder.path}: calibrated at step {record.step}, but trained further, to step {step}, since; "
                 "run `python -m training calibrate` again"
             )
         return record
@@ -256,14 +256,16 @@ def checked_split(folder: RunFolder, made_with: dict[str, object], images: Image
     """The stored split, if it is whole and belongs to these images: a wrong one would calibrate on trained images."""
     split = Split.load(folder.split, len(images.train_labels))
     if images.name != made_with["name"]:
-        raise DataError(f"{folder.path}: trained on {made_with['name']!r}, but --data holds {images.name!r}")
+        raise DataError(
+            f"{folder.path}: trained on {made_with['name']!r}, but --data holds {images.name!r}; give the original images"
+        )
     if made_with.get("images_sha256", images.sha256) != images.sha256:
         raise DataError(
-            f"{folder.path}: training images came, went or were renamed since it was trained: its held-out images "
-            "can't be told from the others any more; give the very set, or train anew"
+            f"{folder.path}: training images were added, removed or renamed since this run was trained, so its "
+            "held-out images can no longer be identified; give the original images, or train again"
         )
     if made_with.get("split_sha256", split.sha256) != split.sha256:
-        raise RunError(f"{folder.split}: not the split that this run was trained with; it can't be calibrated")
+        raise RunError(f"{folder.split}: not the split that this run was trained with; restore it, or train again")
     return split
 
 

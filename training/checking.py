@@ -35,16 +35,16 @@ def check_network(network: nn.Module, images: ImageSet) -> None:
     except Exception as error:  # whatever a module of somebody's trips over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise NetworkError(
-            f"the network fails on images [2, 3, {height_px}, {width_px}] ({reason}); is it made for another size "
-            "(--image-size)?"
+            f"the network fails on images [2, 3, {height_px}, {width_px}] ({reason}); if it is made for another size, "
+            "set --image-size"
         ) from error
     exits = answer if isinstance(answer, (list, tuple)) else []
     if not exits or any(not isinstance(x, Tensor) or x.shape != (2, n_classes) for x in exits):
         parts = answer if exits else [answer]
         came = [f"a tensor {[*x.shape]}" if isinstance(x, Tensor) else f"a {type(x).__name__}" for x in parts]
         raise NetworkError(
-            f"two images are answered with {'a list of ' if exits else ''}{', '.join(came)}; what is wanted is a list "
-            f"with a tensor of logits [2, {n_classes}] for each exit, as there are {n_classes} classes"
+            f"for two images the network returns {'a list of ' if exits else ''}{', '.join(came)}; it must return a "
+            f"list with a tensor of logits [2, {n_classes}] for each exit, as there are {n_classes} classes"
         )
     split(
         network,
@@ -56,6 +56,6 @@ def check_network(network: nn.Module, images: ImageSet) -> None:
         if cost <= before:
             than = f"exit {number - 1}" if number > 1 else "nothing"
             raise NetworkError(
-                f"exit {number} costs no more than {than}, by what is counted (convolutions, linear layers and other "
-                "matrix products, ReLU, pooling): let it run more of the network, or leave it out"
+                f"exit {number} costs no more than {than} (counted: convolutions, linear layers and other matrix "
+                "products, ReLU, pooling): let it run more of the network, or remove it"
             )

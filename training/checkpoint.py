@@ -94,13 +94,13 @@ class RunFolder:
             RunError: there is no run, or the file is damaged.
         """
         if not self.description.is_file():
-            raise RunError(f"{self.path}: no run there (run.json is missing); `python -m training train` makes one")
+            raise RunError(f"{self.path}: no run there (run.json is missing); `python -m training train` creates one")
         try:
             description: dict[str, Any] = json.loads(self.description.read_text())
         except ValueError as error:
             raise RunError(f"{self.description}: damaged ({error}); train into another folder") from error
         if not isinstance(description, dict) or DESCRIBED - description.keys():
-            raise RunError(f"{self.description}: damaged, or of another version; train into another folder")
+            raise RunError(f"{self.description}: damaged, or from another version; train into another folder")
         return description
 
     def read_recipe(self) -> Recipe:
@@ -108,7 +108,8 @@ class RunFolder:
         try:
             return Recipe.model_validate(self.read_description()["recipe"])
         except ValueError as error:
-            raise RunError(f"{self.description}: damaged, or of another version; train into another folder") from error
+            reason = "damaged, or written by another version"
+            raise RunError(f"{self.description}: {reason}; train into another folder") from error
 
     def forget_calibration(self) -> None:
         """Remove what says that the run is calibrated and evaluated, before either is done anew.
@@ -145,9 +146,9 @@ class RunFolder:
         except RuntimeError as error:  # as torch says that the disk is full
             partial.unlink(missing_ok=True)
             reason = str(error).partition("\n")[0]
-            kept = ", which goes on from the checkpoint before" if self.checkpoint.is_file() else ""
+            kept = ", which resumes from the previous checkpoint" if self.checkpoint.is_file() else ""
             raise RunError(
-                f"{partial}: can't be written whole ({reason}): if the disk is full, make room and give the same "
+                f"{partial}: can't be written in full ({reason}): if the disk is full, make room and give the same "
                 f"command again{kept}"
             ) from error
         partial.replace(self.checkpoint)
@@ -179,7 +180,10 @@ class RunFolder:
             network.load_state_dict(state["network"])
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise RunError(f"{self.checkpoint}: not the weights of this recipe and these images ({reason})") from error
+            raise RunError(
+                f"{self.checkpoint}: not the weights of this recipe and these images ({reason}); restore the original "
+                "run.json and checkpoint.pt, or train into another folder"
+            ) from error
 
 
 def describe_run(recipe: Recipe, seed: int, data: dict[str, Any], n_processes: int, command: str) -> dict[str, Any]:

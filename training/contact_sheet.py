@@ -52,8 +52,8 @@ def choose_images(
             easy, hard = (np.stack([found[label][end] for label in chosen], axis=1) for end in (0, 1))
             return Sheet(chosen, easy, hard, last + 1)
     raise RunError(
-        f"no class has {rows_each} right answers at the first and at a later exit: give another budget (--fraction), "
-        "or train the network longer"
+        f"no class has {rows_each} correct answers both at the first exit and at a later one: give "
+        "another budget (--fraction), or train the network longer"
     )
 
 
@@ -67,7 +67,7 @@ def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: 
     evaluation = Evaluation.load(folder, record)
     heldout, test = ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test)
     if images.name != record.data_name or not np.array_equal(images.test_labels, test.labels):
-        raise RunError(f"{folder.path}: calibrated on other images than --data holds; give the run's own")
+        raise RunError(f"{folder.path}: calibrated on other images than --data holds; give the images of this run")
     costs = [result.executed_mflops for result in evaluation.exits]
     scores = fit_scores(heldout)[evaluation.policy.score]
     frontier = build_frontier(scores.heldout, heldout.correct, costs, evaluation.policy.family)

@@ -141,9 +141,9 @@ class Evaluation:
             told.pop("epochs")
             evaluation = TypeAdapter(cls).validate_python(told)
         except (ValueError, KeyError, AttributeError, ValidationError) as error:
-            raise RunError(f"{folder.results}: damaged or of another version; evaluate again") from error
+            raise RunError(f"{folder.results}: damaged, or from another version; evaluate again") from error
         if step != record.step:
-            raise RunError(f"{folder.path}: evaluated at step {step}, calibrated at {record.step}; evaluate again")
+            raise RunError(f"{folder.path}: evaluated at step {step}, but calibrated at {record.step}; evaluate again")
         return evaluation
 
 

@@ -101,7 +101,7 @@ def _class_names(folder: Path) -> list[str]:
     if len(names) < 2:
         raise DataError(f"{folder}: {len(names)} class folders; there must be at least 2")
     if strange := [ascii(name) for name in names if not name.isprintable()]:  # as bytes that are no UTF-8 come out
-        raise DataError(f"{folder}: names of class folders that can't be printed: {some(strange)}; rename them")
+        raise DataError(f"{folder}: class folders with unprintable names: {some(strange)}; rename them")
     return names
 
 
@@ -120,7 +120,7 @@ def _pictures_in(folder: Path, class_names: Sequence[str]) -> Labelled:
 def _test_folder(root: Path) -> Path:
     folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if folder is None:
-        raise DataError(f"{root}: has train/ but neither val/ nor test/; put the test images there, a folder a class")
+        raise DataError(f"{root}: has train/ but neither val/ nor test/; add one with a folder per class")
     return folder
 
 
@@ -139,7 +139,7 @@ def _set_apart(found: Labelled, root: Path) -> tuple[Labelled, Labelled]:
         )
         test.update(by_digest[: len(by_digest) // SET_APART])
     if not test:
-        raise DataError(f"{root}: no class has {SET_APART} images, so none can be set apart for the test; add some")
+        raise DataError(f"{root}: no class has {SET_APART} images, so none can be set aside as test images; add some")
     return [pair for pair in found if pair[0] not in test], [pair for pair in found if pair[0] in test]
 
 
@@ -150,8 +150,8 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
     except MemoryError:
         gigabytes = len(files) * image_size_px**2 * 3 / 1e9
         raise DataError(
-            f"{len(files):,} images of {image_size_px} x {image_size_px} px take {gigabytes:.0f} GB of memory, which "
-            "is not there: read them smaller (--image-size), or give fewer"
+            f"{len(files):,} images of {image_size_px} x {image_size_px} px take {gigabytes:.0f} GB of memory, "
+            "more than is available: read them at a smaller size (--image-size), or give fewer images"
         ) from None
 
     def read(row: int) -> None:

@@ -17,7 +17,7 @@ BAD_INPUT = 2  # the exit status of a process that was given some
 LOST_ANOTHER = 3  # that of a process whose group lost another one: not the cause, so it is silent
 TELLING_S = 30.0
 LAUNCHER = "EXITSERVE_LAUNCHER"  # the variable by which processes know who started them
-GO_ON = "give the same command again to go on"
+GO_ON = "give the same command again to resume"
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
@@ -83,7 +83,7 @@ def _untold(rank: int, failed: Mapping[int, int]) -> str | None:
         memory = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"process {rank} was killed by signal {-status}{memory}; {GO_ON}"
     if status == LOST_ANOTHER:
-        return f"the processes lost each other; {GO_ON}"
+        return f"the processes lost contact with each other; {GO_ON}"
     if status == BAD_INPUT and failed.get(0, 0) != BAD_INPUT:  # the first alone tells it
-        return f"process {rank} found something wrong that the first did not; --processes 1 tells what"
+        return f"process {rank} failed on an error that process 0 did not hit; run with --processes 1 to see it"
     return None

@@ -24,8 +24,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise RunError(
-                f"{folder}: another process trains here (pid {file.read() or 'unknown'}): wait until it has ended, or "
-                "end it (kill, which lets it save first); or give another folder"
+                f"{folder}: another process trains here (pid {file.read() or 'unknown'}): wait for it to end, "
+                "stop it with `kill` (it saves first), or give another folder"
             ) from None
         except OSError:  # a file system that knows no locks: nobody is kept away
             pass

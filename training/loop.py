@@ -100,12 +100,13 @@ class Trainer:
         if self.steps_per_epoch == 0 or o.batch_rows < 4 * processes.count or len(held_out) < processes.count:
             raise DataError(
                 f"{len(train)} training and {len(held_out)} held-out images, batches of {o.batch_rows} rows and "
-                f"{processes.count} processes don't go together: give more images, a batch_rows of no more than the "
-                "training images and of at least four a process, or fewer processes"
+                f"{processes.count} processes don't go together: give more images, a batch_rows of at most the number "
+                "of training images and at least four per process, or fewer processes"
             )
         if recipe.objective.name == "weighted" and self.steps_per_epoch == 1:
             raise DataError(
-                f"weighted wants two batches an epoch at least: set batch_rows to {len(train) // 2} or less"
+                f"objective.name = 'weighted' needs at least two batches an epoch: set "
+                f"batch_rows to {len(train) // 2} or less"
             )
         if recipe.numerics.compile != "off":
             self.network.compile(mode=recipe.numerics.compile, dynamic=False)  # in place: its weights keep their names
@@ -146,7 +147,7 @@ class Trainer:
         }
         for what, is_same in same.items():
             if not is_same:
-                raise RunError(f"{self.folder.path}: holds a run with another {what}; give its own, or another folder")
+                raise RunError(f"{self.folder.path}: holds a run with another {what}; give the same, or another folder")
         self.precision = made_by.get("precision", self.precision)  # the machine may be another one
         split = Split.load(self.folder.split, len(images.train_labels))
         state = self.folder.load_checkpoint()

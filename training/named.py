@@ -16,5 +16,5 @@ def find_toml(name_or_path: str, folder: Path, kind: str, error: type[TrainingEr
         path = folder / f"{name_or_path}.toml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
-        raise error(f"no {kind} {name_or_path!r}; those that ship: {known}; or give the path of a .toml file")
+        raise error(f"no {kind} {name_or_path!r}; choose from {known}, or give the path of a .toml file")
     return path

@@ -33,7 +33,7 @@ class Device(StrEnum):
 
         found = torch.cuda.is_available()
         if self is Device.cuda and not found:
-            raise RunError("--device cuda: no GPU is visible to torch; leave the option out, or install a CUDA build")
+            raise RunError("--device cuda: no GPU is visible to torch; omit the option, or install torch with CUDA")
         return torch.device("cuda" if found and self is not Device.cpu else "cpu")
 
 

@@ -30,9 +30,7 @@ def bundle_name(name: str | None, output: Path) -> str:
     if name is None:
         return re.sub(r"[^A-Za-z0-9_.+-]+", "-", output.resolve().name).strip("-.+") or "network"
     if not re.fullmatch(NAME, name):
-        raise RunError(
-            f"--name {name!r}: give letters, digits and _.+- alone, the first of them a letter, a digit or _"
-        )
+        raise RunError(f"--name {name!r}: give letters, digits and _.+- only, beginning with a letter, a digit or _")
     return name
 
 

@@ -40,7 +40,7 @@ class Processes:
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             n_here = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
             if n_here > (n_gpus := torch.cuda.device_count()):  # all of them find it, so that the first can tell
-                raise RunError(f"{n_here} processes need a GPU each, and {n_gpus} are visible: --processes {n_gpus}")
+                raise RunError(f"{n_here} processes need one GPU each, but torch sees {n_gpus}: --processes {n_gpus}")
             kind = torch.device("cuda", local_rank)
             torch.cuda.set_device(kind)
         if count > 1:

@@ -131,15 +131,15 @@ def _split_of(bundle: Bundle, images: ImageSet) -> Split:
             f"{_some(manifest.class_names)} ({data.name}): give the images that it was trained on"
         )
     if not isinstance(seed, int) or data.split_sha256 is None:
-        raise DataError(f"{bundle.path}: its manifest tells no seed and split; train and export it with this version")
+        raise DataError(f"{bundle.path}: its manifest has no seed and split; train and export it with this version")
     if len(images.train_labels) == data.train_images + data.heldout_images:
         split = Split.make(len(images.train_labels), data.heldout_images, seed)
         if split.sha256 == data.split_sha256:
             return split
     raise DataError(
         f"--data holds {len(images.train_labels)} training images, and {bundle.path} was trained on "
-        f"{data.train_images} of {data.name} with {data.heldout_images} held out: the split is not the same; "
-        "give the images that it was trained on"
+        f"{data.train_images} of {data.name} with {data.heldout_images} held out, so the split differs; "
+        "give the images that the bundle was trained on"
     )
 
 
@@ -152,8 +152,8 @@ def _refuse_strange(bundle: Bundle, heldout: ExitOutputs) -> None:
     differ = float((heldout.correct != bundle.calibration.correct).mean())
     if differ > MOST_DIFFERENT:
         raise DataError(
-            f"--data: {differ:.1%} of the held-out answers are not as right or wrong as {bundle.path / CALIBRATION} "
-            "says: these are not the images that it was trained on, or not in that order"
+            f"--data: {differ:.1%} of the held-out answers disagree with {bundle.path / CALIBRATION} about being "
+            "correct: these are not the images that the bundle was trained on, or their order differs; give those"
         )
 
 

@@ -63,17 +63,17 @@ class Objective(_Section):
     @model_validator(mode="after")
     def _one_way_to_move(self) -> Self:
         if self.learned_temperatures and self.final_temperatures is not None:
-            raise ValueError("temperatures are learned or go to final_temperatures, not both")
+            raise ValueError("set learned_temperatures or final_temperatures, not both")
         if self.temperatures_move and self.name != "boosted":
-            raise ValueError(f"{self.name} is t = 0: leave learned_temperatures and final_temperatures out")
+            raise ValueError(f"{self.name} is t = 0: leave out learned_temperatures and final_temperatures")
         return self
 
     @model_validator(mode="after")
     def _weighting_goes_with(self) -> Self:
         if self.name == "weighted" and (self.distillation or self.gates):
-            raise ValueError("weighted weights the exits' own losses and no others: leave out distillation and gates")
+            raise ValueError("weighted does not support the other losses: leave out distillation and gates")
         if self.name != "weighted" and self.weighting != Weighting():
-            raise ValueError(f"weighting is of weighted, not of {self.name}: leave it out, or set name = 'weighted'")
+            raise ValueError(f"weighting belongs to weighted, not {self.name}: leave it out, or set name = 'weighted'")
         return self
 
 
@@ -93,7 +93,7 @@ class Optimisation(_Section):
     @model_validator(mode="after")
     def _nesterov_looks_ahead(self) -> Self:
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov looks ahead by the momentum: set momentum above 0, or nesterov = false")
+            raise ValueError("nesterov needs momentum: set momentum above 0, or nesterov = false")
         return self
 
     def steps_per_epoch(self, n_images: int) -> int:
@@ -122,11 +122,11 @@ class Augmentation(_Section):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if self.crop_area is not None and self.crop_area[0] > self.crop_area[1]:
-            raise ValueError("crop_area is [smallest, largest]")
+            raise ValueError("crop_area must be [smallest, largest]")
         if self.crop_area is not None and self.crop_padding_px:
             raise ValueError("crop_area resizes crops, crop_padding_px shifts them: set crop_padding_px = 0 with it")
         if self.sizes_px and self.crop_area is None:
-            raise ValueError("sizes_px resizes crops, so it wants crop_area too")
+            raise ValueError("sizes_px resizes crops: set crop_area too")
         return self
 
     def size_px(self, step: int, total_steps: int) -> int | None:
@@ -146,13 +146,13 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _gates_see_one_class(self) -> Self:
         if self.objective.gates and self.augmentation.cutmix:
-            raise ValueError("gates learn whether an answer is right, which mixed images do not tell: leave out cutmix")
+            raise ValueError("gates learn whether an answer is right, undefined for mixed images: leave out cutmix")
         return self
 
     @model_validator(mode="after")
     def _weighted_is_not_compiled(self) -> Self:
         if self.objective.name == "weighted" and self.numerics.compile != "off":
-            raise ValueError("weighted differentiates the network in ways that torch.compile can't: compile = 'off'")
+            raise ValueError("torch.compile does not support the derivatives that weighted needs: set compile = 'off'")
         return self
 
     @classmethod
@@ -203,7 +203,7 @@ def _what_is_wrong(place: tuple[int | str, ...], message: str) -> str:
         if known is None:
             return message
         if name not in known:
-            return f"there is no such field; there are {', '.join(known)}"
+            return f"there is no such field; choose from {', '.join(known)}"
         section = known[name].annotation
     return message
 
@@ -213,7 +213,7 @@ def _change(values: dict[str, Any], setting: str) -> None:
         changes = tomllib.loads(setting)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(
-            f"--set {setting}: not section.field=value with a TOML value ({error}); text wants quotes, as in "
+            f"--set {setting}: not section.field=value with a TOML value ({error}); quote text, as in "
             "--set \"objective.name='joint'\""
         ) from error
     while changes:  # merged section by section, so that fields which are not named stay

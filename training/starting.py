@@ -43,10 +43,10 @@ def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split)
     may_be_same = manifest.data.name == images.name or listed == images.sha256  # a folder may have got another name
     if may_be_same and not (is_same_set and manifest.data.split_sha256 == split.sha256):
         raise RunError(
-            f"--from {bundle}: its network was trained on images that this run would hold out; train with the bundle's "
-            f"own images and split: --seed {manifest.training.get('seed')} --set "
-            f"held_out_images={manifest.data.heldout_images}. If {images.name!r} are other images than those it was "
-            f"trained on, give {'the files other names' if is_same_set else 'their folder another name'}"
+            f"--from {bundle}: its network was trained on images that this run would hold out; use the bundle's own "
+            f"images and split: --seed {manifest.training.get('seed')} --set "
+            f"held_out_images={manifest.data.heldout_images}. If {images.name!r} is another image set than "
+            f"the bundle's, give {'the files other names' if is_same_set else 'their folder another name'}"
         )
     wanted = network.state_dict()
     given = read_weights(bundle / WEIGHTS)
@@ -58,7 +58,7 @@ def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split)
     misfits = [name for name in wanted.keys() | given.keys() if _shape(wanted, name) != _shape(given, name)]
     if misfits:
         raise RunError(
-            f"--from {bundle}: not the network of this recipe ({len(misfits)} weights differ, {min(misfits)} for one); "
+            f"--from {bundle}: not the network of this recipe ({len(misfits)} weights differ, e.g. {min(misfits)}); "
             "give the recipe that the bundle was trained with, or one with the same [network]"
         )
     network.load_state_dict({name: value.to(wanted[name].dtype) for name, value in given.items()})

@@ -61,7 +61,8 @@ class Study(BaseModel):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise StudyError(f"{path}: {error}") from error
         if study.baseline not in study.variants:
-            raise StudyError(f"{path}: the baseline {study.baseline!r} is none of {', '.join(study.variants)}")
+            variants = ", ".join(study.variants)
+            raise StudyError(f"{path}: baseline {study.baseline!r} is not a variant; choose from {variants}")
         for name in study.variants:
             study.recipe_of(name)
         return study
@@ -95,7 +96,7 @@ def run_study(
         StudyError: a run ended early, stopped by a signal or failed; or the study has no such seed.
     """
     if unknown := set(seeds or ()).difference(study.seeds):
-        raise StudyError(f"seeds {sorted(unknown)} are none of the study's, {study.seeds}")
+        raise StudyError(f"the study has no seeds {sorted(unknown)}; choose from {study.seeds}")
     images = None
     for name, seed, run in study.runs(folder, seeds):
         recipe = study.recipe_of(name)
@@ -105,7 +106,7 @@ def run_study(
             options += ["--image-size", str(image_size_px)]
             status = launch(n_processes, ["train", str(run.path), *options, *settings])
             if status or not is_trained(run, recipe):
-                raise StudyError(f"{run.path}: ended early; give the same command again to go on with the study")
+                raise StudyError(f"{run.path}: ended early; give the same command again to resume the study")
         try:
             CalibrationRecord.load(run)
         except RunError:
@@ -157,7 +158,7 @@ def results_of(study: Study, folder: Path) -> list[VariantResult]:
             finished[name][seed] = run
     baseline = {seed: ExitOutputs.load(run.test).correct for seed, run in finished[study.baseline].items()}
     if not baseline:
-        raise StudyError(f"{folder}: the baseline {study.baseline!r} has not been trained to its end yet")
+        raise StudyError(f"{folder}: the baseline {study.baseline!r} has no finished run yet; run the study first")
     return [
         _result(study, name, {s: r for s, r in runs.items() if s in baseline}, baseline)
         for name, runs in finished.items()

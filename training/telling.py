@@ -22,8 +22,8 @@ def classes_without(images: ImageSet, split: Split) -> list[str]:
     """A line on the classes that no image is left to train on, and one on those that no image tests."""
     notes = []
     for part, labels, what in (
-        ("training", images.train_labels[split.train], "all are held out: add some, or hold out fewer"),
-        ("test", images.test_labels, "so how well these are told apart is not measured"),
+        ("training", images.train_labels[split.train], "all are held out: add images, or hold out fewer"),
+        ("test", images.test_labels, "so accuracy on these is not measured"),
     ):
         present = set(labels.tolist())
         if absent := [name for label, name in enumerate(images.class_names) if label not in present]:
@@ -53,8 +53,8 @@ def images_left(augmentation: Augmentation, step: int, total_steps: int, rows: f
 
 def diverged(folder: RunFolder, step: int, total_steps: int, learning_rate: float) -> RunError:
     """The error of a run whose loss or weights are no finite numbers any more."""
-    kept = "the checkpoint before stays" if folder.checkpoint.is_file() else "nothing was saved"
+    kept = "the last checkpoint is kept" if folder.checkpoint.is_file() else "nothing was saved"
     return RunError(
-        f"{folder.path}: at step {step} of {total_steps} the loss or the weights are no finite numbers any more; {kept}"
-        f". Train into another folder at a lower rate: --set optimisation.learning_rate={learning_rate / 3:.2g}"
+        f"{folder.path}: at step {step} of {total_steps} the loss or the weights are no longer finite; {kept}. "
+        f"Train into another folder at a lower learning rate: --set optimisation.learning_rate={learning_rate / 3:.2g}"
     )

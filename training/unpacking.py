@@ -43,7 +43,7 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
         told = {key: made_by[key] for key in TOLD}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"{bundle_path}: its manifest does not tell how `python -m training` made it ({error}); only bundles made "
+            f"{bundle_path}: its manifest does not record how it was trained ({error}); only bundles made "
             "by `python -m training export` can be unpacked"
         ) from error
     data = manifest.data
@@ -52,13 +52,15 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     if images.image_size_px != manifest.input.height_px:
         raise DataError(
             f"{bundle_path}: trained on images of {manifest.input.height_px} px, but --data was read at "
-            f"{images.image_size_px} px: read it at their size"
+            f"{images.image_size_px} px: set --image-size {manifest.input.height_px}"
         )
     split = Split.make(len(images.train_labels), data.heldout_images, seed)
     if split.sha256 != data.split_sha256:
-        raise DataError(f"{bundle_path}: --data gives another split of held-out images; it must be the very set")
+        raise DataError(f"{bundle_path}: --data gives another split of held-out images; give the original images")
     if (made_by.get("images_sha256") or images.sha256) != images.sha256:
-        raise DataError(f"{bundle_path}: training images came, went or were renamed since; it must be the very set")
+        raise DataError(
+            f"{bundle_path}: training images were added, removed or renamed since; give the original images"
+        )
     network = network_of(recipe, len(images.class_names))
     _load_weights(network, bundle_path / WEIGHTS)
     # Gates are not in a bundle: the run that is made again has none.

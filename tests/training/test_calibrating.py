@@ -117,7 +117,7 @@ def test_other_images_are_refused(folder: RunFolder, images: ImageSet, tmp_path:
 
 def test_images_that_came_or_went_since_are_refused(folder: RunFolder, images: ImageSet) -> None:
     """As many as before, so the split fits: but who was held out would be another."""
-    with pytest.raises(DataError, match="came, went or were renamed since"):
+    with pytest.raises(DataError, match="added, removed or renamed since"):
         calibrate(folder, ImageSet(**{**vars(images), "listing": "other.png"}), CPU)
 
 
@@ -132,7 +132,7 @@ def test_a_network_trained_on_since_must_be_calibrated_again(folder: RunFolder, 
     state = folder.load_checkpoint()
     state["progress"]["step"] += 1
     folder.save_checkpoint(state)
-    with pytest.raises(RunError, match="calibrated at step 8, but trained on to step 9 since"):
+    with pytest.raises(RunError, match="calibrated at step 8, but trained further, to step 9, since"):
         CalibrationRecord.load(folder)
 
 

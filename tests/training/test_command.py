@@ -62,7 +62,7 @@ def test_from_images_to_a_bundle(
 
     train = ("train", run, "--recipe", recipe, "--data", data, "--device", "cpu")
     assert command(monkeypatch, *train, "--time-limit", 0) == 0
-    assert "give the same command again to go on" in capsys.readouterr().out
+    assert "give the same command again to resume" in capsys.readouterr().out
     assert command(monkeypatch, *train) == 0
     told = capsys.readouterr().out
     assert f"{run}: 64 training and 40 held-out images of 4 classes at 32 px; 2 epochs of 4 steps of 16 rows" in told
@@ -271,7 +271,9 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(RunError, match="make room and give the same command again, which goes on from the check"):
+        with pytest.raises(
+            RunError, match="make room and give the same command again, which resumes from the previous c"
+        ):
             folder.save_checkpoint({"step": torch.zeros(100_000)})
         with pytest.raises(RunError, match=r"if the disk is full, make room and give the same command again$"):
             RunFolder(tmp_path).save_checkpoint({"step": torch.zeros(100_000)})

@@ -158,8 +158,8 @@ def test_pictures_of_any_size_become_one(classes: Path) -> None:
     [
         ([b"only"], "not an image set"),
         ([b"a", b"b"], "no class has 5 images"),
-        ([b"a", b"b\xff"], r"can't be printed: 'b\\udcff'"),
-        ([b"a", b"b\nc"], r"can't be printed: 'b\\nc'"),
+        ([b"a", b"b\xff"], r"unprintable names: 'b\\udcff'"),
+        ([b"a", b"b\nc"], r"unprintable names: 'b\\nc'"),
     ],
 )
 def test_what_is_no_set_of_classes_is_told(tmp_path: Path, names: list[bytes], message: str) -> None:

@@ -142,9 +142,13 @@ def test_when_one_crashes_the_others_are_ended(tmp_path: Path, monkeypatch: pyte
     [
         ("[ $RANK = 0 ] || kill -9 $$; exec sleep 600", 9, r"process 1 was killed by signal 9 \(out of memory"),
         ("[ $RANK = 0 ] || kill -9 $$; trap 'exit 3' TERM; sleep 600 & wait", 9, "process 1 was killed by signal 9"),
-        ("exit 3", 3, "the processes lost each other"),
+        ("exit 3", 3, "the processes lost contact with each other"),
         ("[ $RANK = 0 ] || exit 3; sleep 0.5; echo 'error: told' >&2; exit 2", 2, None),
-        ("[ $RANK = 0 ] && exit 3; exit 2", 2, "process 1 found something wrong .*--processes 1"),
+        (
+            "[ $RANK = 0 ] && exit 3; exit 2",
+            2,
+            "process 1 failed on an error that process 0 did not hit.*--processes 1",
+        ),
         ("[ $RANK = 0 ] || exec sleep 600; echo 'error: told' >&2; exit 2", 2, None),
         ('[ "$EXITSERVE_LAUNCHER" = $PPID ]', 0, None),
     ],
@@ -197,7 +201,7 @@ def test_too_few_gpus_are_found_by_every_process(rank: int, monkeypatch: pytest.
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RunError, match="2 processes need a GPU each, and 1 are visible: --processes 1"):
+    with pytest.raises(RunError, match="2 processes need one GPU each, but torch sees 1: --processes 1"):
         Processes.join("cuda")
 
 

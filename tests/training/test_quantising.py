@@ -150,5 +150,5 @@ def test_a_bundle_without_a_split_is_refused(tmp_path: Path, images: ImageSet) -
     manifest = read_manifest(path)
     manifest["data"]["split_sha256"] = None
     seal(path, manifest)
-    with pytest.raises(DataError, match="tells no seed and split"):
+    with pytest.raises(DataError, match="has no seed and split"):
         quantise(path, images, 10, tmp_path / "made")

@@ -159,13 +159,13 @@ def test_settings_change_single_fields(tmp_path: Path) -> None:
     ("setting", "message"),
     [
         ("optimisation.epochs", "section.field=value"),
-        ("objective.name=joint", "text wants quotes"),
-        ("optimisation.epoch=3", r"optimisation\.epoch: there is no such field; there are epochs, batch_rows,"),
+        ("objective.name=joint", "quote text"),
+        ("optimisation.epoch=3", r"optimisation\.epoch: there is no such field; choose from epochs, batch_rows,"),
         ("optimizer.epochs=3", r"optimizer: there is no such field; .*optimisation,"),
         ("optimisation=3", "optimisation"),
         ("augmentation.crop_area=[0.9,0.2]", "smallest, largest"),
         ("augmentation.crop_area=[0.2,0.9]", "crop_padding_px = 0"),
-        ("augmentation.sizes_px=[32]", "wants crop_area too"),
+        ("augmentation.sizes_px=[32]", "set crop_area too"),
         ("held_out_images=1", "held_out_images: .*greater than or equal to 2"),
     ],
 )

@@ -97,5 +97,5 @@ def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float, net
     console = Console(record=True, width=200, file=io.StringIO())
     print_signals(results, console)
     assert f"{100 * results[-1].over_margin[0]:+.2f}" in console.export_text()
-    with pytest.raises(DataError, match="came, went or were renamed"):  # held-out images can't be told any more
+    with pytest.raises(DataError, match="added, removed or renamed"):  # held-out images can't be told any more
         judge(folder, replace(images, train_labels=images.train_labels[::-1].copy()), CPU)

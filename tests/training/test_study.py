@@ -103,7 +103,7 @@ def test_what_is_missing_is_trained_and_every_variant_is_compared_seed_by_seed(t
 
 
 def test_a_seed_that_the_study_does_not_have_is_refused(tmp_path: Path, study: Study) -> None:
-    with pytest.raises(StudyError, match=r"\[7\] are none of the study's, \[0, 1\]"):
+    with pytest.raises(StudyError, match=r"the study has no seeds \[7\]; choose from \[0, 1\]"):
         run_study(study, tmp_path / "runs", tmp_path, CPU, n_processes=1, seeds=[1, 7])
 
 
@@ -118,18 +118,21 @@ def test_a_run_of_another_recipe_is_not_taken_for_the_studys(tmp_path: Path, stu
 def test_a_run_that_fails_ends_the_study(tmp_path: Path, study: Study, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StudyError, match="joint-seed0: ended early; give the same command again"):
         run_study(study, tmp_path / "runs", tiny.write_images(tmp_path / "own"), CPU, 1, image_size_px=64)
-    assert "it does not take images of 64 x 64 px, but 32" in capfd.readouterr().err
+    assert "takes no images of 64 x 64 px, but 32" in capfd.readouterr().err
 
 
 def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> None:
-    with pytest.raises(StudyError, match=r"'boosted' has not been trained"):
+    with pytest.raises(StudyError, match=r"'boosted' has no finished run"):
         results_of(study, tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('baseline = "boosted"', 'baseline = "bosted"'), "'bosted' is none of joint, boosted"),
+        (
+            ('baseline = "boosted"', 'baseline = "bosted"'),
+            "baseline 'bosted' is not a variant; choose from joint, boosted",
+        ),
         (("objective.name='joint'", "objective.name='joined'"), r"objective\.name"),
         (("seeds = [0, 1]", "seeds = []"), "seeds"),
     ],

@@ -33,6 +33,6 @@ def test_classes_without_an_image_to_train_on_or_to_test_are_named() -> None:
     labels = np.array([0, 0, 1, 2])
     images = ImageSet("mine", blank, labels, blank, np.array([0, 2, 2, 2]), ["a", "b", "c"], (0, 0, 0), (1, 1, 1))
     assert classes_without(images, Split(np.array([0, 2]), np.array([1, 3]))) == [
-        "no training image in: c (all are held out: add some, or hold out fewer)",
-        "no test image in: b (so how well these are told apart is not measured)",
+        "no training image in: c (all are held out: add images, or hold out fewer)",
+        "no test image in: b (so accuracy on these is not measured)",
     ]

@@ -309,7 +309,7 @@ def test_its_rate_falls_along_a_cosine() -> None:
         ({"objective": {"name": "weighted", "distillation": 0.5}}, "leave out distillation and gates"),
         ({"objective": {"name": "weighted", "gates": 0.1}}, "leave out distillation and gates"),
         ({"objective": {"name": "weighted", "learned_temperatures": True}}, "weighted is t = 0"),
-        ({"objective": {"name": "joint", "weighting": {"delta": 0.3}}}, "weighting is of weighted, not of joint"),
+        ({"objective": {"name": "joint", "weighting": {"delta": 0.3}}}, "weighting belongs to weighted, not joint"),
         ({"objective": {"name": "weighted"}, "numerics": {"compile": "default"}}, "compile = 'off'"),
         ({"objective": {"name": "weighted", "weighting": {"mean": "exit"}}}, r"objective\.weighting\.mean"),
         (
@@ -326,5 +326,5 @@ def test_what_does_not_go_with_weights_is_said(sections: dict, message: str) -> 
 
 def test_an_unknown_field_of_the_weighting_is_told_by_name(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "tiny.toml")
-    with pytest.raises(RecipeError, match=r"objective\.weighting\.rate: there is no such field; there are .*ratio"):
+    with pytest.raises(RecipeError, match=r"objective\.weighting\.rate: there is no such field; choose from .*ratio"):
         Recipe.load(str(path), ["objective.name='weighted'", "objective.weighting.rate=1.0"])

@@ -93,7 +93,7 @@ def alternate(
                 _step(optimiser, loss)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
-                    raise RunError(f"at step {step} the loss of the last layers is no finite number any more")
+                    raise RunError(f"at step {step} the loss of the last layers is no longer finite")
                 step += 1
                 bar.update(len(labels))
     turns.take(step, losses)

@@ -72,7 +72,7 @@ class GateRecord(BaseModel):
         try:
             return cls.model_validate_json(path.read_text())
         except ValueError as error:
-            raise RunError(f"{path}: damaged or of another version; gate the run anew") from error
+            raise RunError(f"{path}: damaged, or from another version; run `python -m training gate` again") from error
 
     def save(self, folder: RunFolder) -> Path:
         path = folder.path / GATES

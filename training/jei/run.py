@@ -41,13 +41,13 @@ def gate_run(
     """
     record = CalibrationRecord.load(source)
     if GateRecord.load(source) is not None:  # which evaluating it would not mend
-        raise RunError(f"{source.path}: has gates already; give the run that it was made from")
+        raise RunError(f"{source.path}: already has gates; give the run it was made from, which has none")
     Evaluation.load(source, record)  # which policy gates are compared with, asked for before anything is trained
     if target.description.exists():
         raise RunError(f"{target.path}: holds a run already; give another folder")
     costs = cost_of(source, record).executed
     if len(costs) == 1:
-        raise RunError(f"{source.path}: has one exit, and gates are for those before the last")
+        raise RunError(f"{source.path}: has only one exit, but a gate needs a later exit to go on to; give another run")
     rows = head_rows(source, record, images, device, passes, settings.seed)
     network, _ = load_trained(source, len(record.class_names), record.half_weights, record.ensemble)
     heads = Heads([head.classifier for head in network.heads], boosting_of(network))  # type: ignore[union-attr]

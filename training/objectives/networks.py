@@ -57,7 +57,7 @@ def trainable(network: nn.Module, objective: Objective) -> nn.Module:
             raise RecipeError(f"objective.temperatures: {error}") from error
     if objective.gates:
         if len(boosting_of(network).temperatures) == 1:
-            raise RecipeError("objective.gates: the network has one exit, and gates are for those before the last")
+            raise RecipeError("objective.gates: the network has one exit, so no later one to go on to; set gates = 0")
         network.gates = Gates(network)
     return network
 
@@ -102,7 +102,7 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
         is_for_small = network.config.stem == "cifar"  # type: ignore[union-attr]
         other = "image-folder is for photographs" if is_for_small else "cifar100-fast is for images of 32 px"
         raise RecipeError(
-            f"network: it does not take images of {image_size_px} x {image_size_px} px, but {taken or 'others'} "
+            f"network: takes no images of {image_size_px} x {image_size_px} px, but {taken or 'other sizes'} "
             f"(--image-size); or choose another network: --recipe {other}"
         ) from error
     network.train(was_training)
