@@ -257,7 +257,7 @@ def checked_split(folder: RunFolder, made_with: dict[str, object], images: Image
     split = Split.load(folder.split, len(images.train_labels))
     if images.name != made_with["name"]:
         raise DataError(
-            f"{folder.path}: trained on {made_with['name']!r}, but --data holds {images.name!r}; give the original images"
+            f"{folder.path}: trained on {made_with['name']!r}, but --data holds {images.name!r}; give the original set"
         )
     if made_with.get("images_sha256", images.sha256) != images.sha256:
         raise DataError(

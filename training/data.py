@@ -33,6 +33,6 @@ def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
     if path.is_dir() and ((path / "train").is_dir() or holds_classes(path)):
         return read_image_folder(path, image_size_px)
     raise DataError(
-        f"{path}: not a known image set. Expected cifar-100-python.tar.gz, its folder (train, test, meta), "
-        "or an image folder with train/CLASS/ and val/CLASS/, or with CLASS/ alone"
+        f"{path}: not an image set in a known form. Expected cifar-100-python.tar.gz, its folder (train, test, "
+        "meta), or an image folder with train/CLASS/ and val/CLASS/, or with CLASS/ alone"
     )

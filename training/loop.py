@@ -105,7 +105,7 @@ class Trainer:
             )
         if recipe.objective.name == "weighted" and self.steps_per_epoch == 1:
             raise DataError(
-                f"objective.name = 'weighted' needs at least two batches an epoch: set "
+                "objective.name = 'weighted' needs at least two batches an epoch: set "
                 f"batch_rows to {len(train) // 2} or less"
             )
         if recipe.numerics.compile != "off":

@@ -1,4 +1,4 @@
-"""The README.md of a bundle: what the network is, how it was made, how good it is, and where it ends."""
+"""The model card of a bundle (README.md): the network, its accuracy and cost, its training, its images and limits."""
 
 from math import sqrt
 from typing import Any
@@ -7,48 +7,48 @@ from training.calibration import CalibrationRecord
 from training.evaluation import Evaluation
 from training.recipe import Recipe
 
-CIFAR100 = """CIFAR-100: 60,000 colour images of 32 x 32 pixels in 100 classes. It comes without a formal licence; cite
+CIFAR100 = """CIFAR-100: 60,000 colour images of 32 x 32 pixels in 100 classes. It has no formal licence; cite
 Alex Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, technical report, University of Toronto, 2009.
-As published, ten test images also stand in its training part. The bundle holds no images."""
-OWN_IMAGES = "The images are the trainer's own; ask them for their terms. The bundle holds no images."
+As published, ten of the test images are also in the training part. The bundle contains no images."""
+OWN_IMAGES = "The images belong to whoever trained the network; ask them for the terms. The bundle contains no images."
 
 CARD = """# {name}
 
 {description}.
 
 An image classifier with {n_exits} exits, {n_classes} classes and {parameters_m:.2f} million parameters, for images of
-{size} x {size} pixels. Every image runs stage by stage and leaves at the first exit that is sure; the server regroups
-those that go on.
+{size} x {size} pixels. An image runs stage by stage and leaves at the first exit whose score reaches its threshold. The
+server regroups the images that continue.
 {partial}
-    python -m service --bundle {name}    # from the folder that holds this one
+    python -m service --bundle {name}    # in the parent folder of this one
 
 ## Accuracy
 
-Measured on the {n_test:,} test images, which decided nothing: neither weights, epoch, thresholds nor score. The last
-epoch is reported, not the best. One standard error is about {error:.1f} points. Costs are millions of multiply-adds an
-image, up to and including the exit: *published* as the early-exit literature counts them, *executed* as the stages
-really run, which is what the server charges.
+Measured on the {n_test:,} test images, which were not used to choose weights, epoch, thresholds or score. The results
+are those of the last epoch, not of the best. One standard error is about {error:.1f} points. Costs are millions of
+multiply-adds per image, up to and including the exit: *published* as the early-exit literature counts them, *executed*
+as the stages actually run them. The server charges the executed cost.
 
-| exit | published M | executed M | top-1 % | top-5 % | confidence off by, points |
+| exit | published M | executed M | top-1 % | top-5 % | calibration error, points |
 | ---: | ---: | ---: | ---: | ---: | ---: |
 {exit_rows}
 
-The last column is the expected calibration error: the mean distance between confidence and the share that is right.
+The last column is the expected calibration error: the mean difference between confidence and accuracy.
 
-Each image leaving when sure, thresholds from {n_heldout:,} held-out images:
+With early exit, using thresholds chosen on {n_heldout:,} held-out images:
 
 | budget M (executed) | spent M | top-1 % | leaving at exit 1 to {n_exits}, % |
 | ---: | ---: | ---: | --- |
 {budget_rows}
 
-A budget above the last is not spent: going deeper brought nothing on the held-out images.
+A budget above the last one listed is not spent: more compute did not raise the accuracy on the held-out images.
 
 ![Accuracy over mean cost](frontier.png)
 
-The exit score is `{score}` with `{family}` thresholds, {chosen} by cross-fitting: its lead
-there over max softmax with geometric thresholds, the published policy, is {crossfit_lead} points of top-1 on average
-over all budgets. On the test images at {n_costs} equal measured costs it is {test_lead} (95 %: {test_interval}), and
-{worst_lead} at the worst of them.
+The exit score is `{score}` with `{family}` thresholds, {chosen} by cross-fitting. There it is
+{crossfit_lead} points of top-1 ahead of the published policy (max softmax with geometric thresholds), averaged over
+all budgets. On the test images, at {n_costs} equal measured costs, the mean lead is {test_lead} points (95 % interval:
+{test_interval}); at the cost where it is smallest, {worst_lead}.
 
 ## Training
 
@@ -58,22 +58,22 @@ Python {python}, commit `{commit}`.
 
     {command}
 {before}
-{optimisation} All of the recipe is in `manifest.json` under `training`.
+{optimisation} The full recipe is in `manifest.json` under `training`.
 
 ## Images
 
 {images}
 
-The held-out images were drawn from the training part by one seeded permutation and never trained on; the split's
-digest is `{split}`. They were read without augmentation.
+The held-out images are a seeded random sample of the training part. They were never trained on, and were read without
+augmentation. The SHA-256 of the split is `{split}`.
 
 ## Limits
 
-* It knows its {n_classes} classes and no others: an image of something else gets one of them all the same.
-* Images of another size are resized to {size} x {size}; images that look unlike the training images (other framing,
-  other resolution) are answered worse than the table says, and more of them go deep.
+* The network knows only its {n_classes} classes: an image of anything else is still assigned to one of them.
+* Images of another size are resized to {size} x {size}. On images unlike the training images (in framing or
+  resolution), accuracy is lower than in the tables, and more images reach the later exits.
 {confidence}
-* One training run with one seed; how much results vary between seeds was not measured here.
+* This is one training run with one seed. The variation between seeds was not measured here.
 """
 
 
@@ -86,10 +86,10 @@ def model_card(
     training: dict[str, Any],
     images: str | None = None,
 ) -> str:
-    """The model card as markdown; every number in it comes from the run's own files.
+    """Return the model card as Markdown; every number in it comes from the run's own files.
 
     Args:
-        images: what the images are and their terms; what is known of them by default.
+        images: text about the images and their terms of use; by default one chosen by the name of the image set.
     """
     last = evaluation.exits[-1]
     exit_rows = (
@@ -157,20 +157,20 @@ def _points(mean: float, error: float) -> str:
 
 def _objective(recipe: Recipe, record: CalibrationRecord, gates: dict[str, Any] | None) -> str:
     if recipe.objective.name == "joint":
-        text = "Plain joint training: the sum of every exit's cross-entropy, without a boosted ensemble."
+        text = "Plain joint training: the loss is the sum of the exits' cross-entropies, without a boosted ensemble."
     elif recipe.objective.name == "weighted":
         text = (
-            "Weighted joint training (L2W-DEN, ECCV 2022): every image's cross-entropies at the exits, weighted by a\n"
-            "network that learned beside this one which of them matter; gradient rescaling: "
+            "Weighted joint training (L2W-DEN, ECCV 2022): each image's cross-entropy at each exit is weighted by a\n"
+            "second network, which was trained together with this one; gradient rescaling: "
             f"{recipe.objective.gradient_rescaling}."
         )
     else:
         temperatures = ", ".join(f"{t:g}" for t in recipe.objective.temperatures)
         if recipe.objective.temperatures_move:
-            way = "learned" if recipe.objective.learned_temperatures else "moved on a line"
+            way = "learned" if recipe.objective.learned_temperatures else "moved linearly"
             temperatures += f", {way} to {', '.join(f'{t:.2f}' for t in record.temperatures[1:])} from exit 2 on"
         text = (
-            "Boosted training (BoostNet, AAAI 2023): each head learns what the heads before it got wrong,\n"
+            "Boosted training (BoostNet, AAAI 2023): each head learns to correct the sum of the heads before it,\n"
             f"F_n = t F_(n-1) + f_n with t = {temperatures}; gradient rescaling: {recipe.objective.gradient_rescaling}."
         )
     if record.ensemble is not None:
@@ -179,33 +179,33 @@ def _objective(recipe: Recipe, record: CalibrationRecord, gates: dict[str, Any] 
             for values in (record.ensemble.temperatures[1:], record.ensemble.head_scales)
         )
         text += (
-            "\nThen, with the heads as trained, F_n = t_n F_(n-1) + s_n f_n was fitted to the held-out images, one\n"
-            "exit after the other: t from exit 2 on {}; s {}.".format(*fitted)
+            "\nAfter training, t_n and s_n in F_n = t_n F_(n-1) + s_n f_n were fitted to the held-out images, one\n"
+            "exit after the other, with the heads f_n unchanged: t from exit 2 on {}; s {}.".format(*fitted)
         )
     return text + _gates(gates)
 
 
 def _gates(gates: dict[str, Any] | None) -> str:
-    """How a network was gated after it was trained, and what the published decision comes to."""
+    """How gates were fitted after training, and the cost and accuracy of the published decision; "" without gates."""
     if gates is None:
         return ""
-    heads = "the heads as they were" if gates["heads"] == "kept" else "the last layers of the heads trained with them"
+    heads = "the heads too" if gates["heads"] == "kept" else "except the last layers of the heads, trained with them"
     test = gates["published_decision"]["test"]
     return (
-        f"\nThen gates were fitted as JEI-DNN (ICLR 2024) does, all else frozen, {heads}: trade-off "
-        f"{gates['trade_off']:g}.\nImages leave by their gates, with thresholds for the budget. At the published "
-        f"decision (pi of one half)\nthe test images spend {test['executed_mflops']:.2f} M and are answered right in "
-        f"{100 * test['accuracy']:.2f} % of cases."
+        f"\nThen gates were fitted as in JEI-DNN (ICLR 2024), with the network frozen ({heads}): trade-off "
+        f"{gates['trade_off']:g}.\nThe gates' outputs are the exit score, with thresholds chosen by budget. With the "
+        f"published decision\n(pi of one half), the test images cost {test['executed_mflops']:.2f} M on average, at an "
+        f"accuracy of {100 * test['accuracy']:.2f} %."
     )
 
 
 def _before(training: dict[str, Any]) -> str:
-    """What the network had learned before this run, the last run first."""
+    """The earlier runs whose weights this one started from, most recent first."""
     text = ""
     while "before" in training:
         start, training = training["from"], training["before"]
         text += (
-            f"\nIt went on from the weights of `{start}`: {training['epochs']:.4g} epochs in "
+            f"\nIt started from the weights of `{start}`: {training['epochs']:.4g} epochs in "
             f"{_duration(training['seconds'])}, seed {training['seed']}, commit\n"
             f"`{training['commit'] or 'unknown'}`.\n\n    {training['command']}\n"
         )
@@ -214,17 +214,17 @@ def _before(training: dict[str, Any]) -> str:
 
 def _confidence(record: CalibrationRecord) -> str:
     if record.ensemble is None:
-        return "* Confidence is the largest softmax output, not calibrated to be a probability of being right."
+        return "* Confidence is the largest softmax output. It is not calibrated as a probability of being correct."
     return (
-        "* Confidence is the largest softmax output, calibrated on held-out images like those it was trained on; for\n"
-        "  images that look otherwise it says little."
+        "* Confidence is the largest softmax output, calibrated on held-out images like those it was trained on. On\n"
+        "  images that look different it is unreliable."
     )
 
 
 def _optimisation(recipe: Recipe, precision: str) -> str:
     o, objective = recipe.optimisation, recipe.objective
     extras = {
-        f"average of the weights with decay {o.ema_decay:g}": o.ema_decay,
+        f"moving average of the weights with decay {o.ema_decay:g}": o.ema_decay,
         f"label smoothing {objective.label_smoothing:g}": objective.label_smoothing,
         f"distillation from the last exit with weight {objective.distillation:g}": objective.distillation,
     }
@@ -242,6 +242,6 @@ def _augmentation(recipe: Recipe) -> str:
     if a.crop_area is not None:
         crops = f"random crops of {a.crop_area[0]:.0%} to {a.crop_area[1]:.0%} of the area"
         if a.sizes_px:
-            crops += f", resized to {', '.join(map(str, a.sizes_px))} px in turn"
+            crops += f", resized to {', '.join(map(str, a.sizes_px))} px in equal parts of the run"
     cutout = f", squares of {a.cutout_px} px cut out" if a.cutout_px else ""
     return f"{crops}{cutout}, and horizontal flips."

@@ -214,13 +214,13 @@ def int8_section(fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_im
     return f"""{HEADING}
 The same network with weights and activations in bytes, for CPUs: `--precision int8`. Activations range as
 {n_images:,} training images showed. Scores and thresholds are its own, from the same held-out images. Measured on the
-{n_test:,} test images, which decided nothing; an accuracy's standard error is at most {error:.1f} points.
+{n_test:,} test images, not used for any choice. The standard error of an accuracy is at most {error:.1f} points.
 
 | exit | fp32 top-1 % | int8 top-1 % | points |
 | ---: | ---: | ---: | ---: |
 {exits}
 
-Each image leaving when sure, at budgets as fractions of the full cost:
+With early exit, at budgets given as fractions of the full cost:
 
 | budget | fp32 spent M | fp32 top-1 % | int8 spent M | int8 top-1 % | points |
 | ---: | ---: | ---: | ---: | ---: | ---: |

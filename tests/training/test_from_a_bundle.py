@@ -156,7 +156,7 @@ def test_training_goes_on_from_the_weights_of_the_bundle(
     training = json.loads((again / "manifest.json").read_text())["training"]
     assert training["from"] == f"first-bundle {version}"
     assert training["before"] == json.loads((bundle / "manifest.json").read_text())["training"]
-    assert f"went on from the weights of `first-bundle {version}`" in (again / "README.md").read_text()
+    assert f"started from the weights of `first-bundle {version}`" in (again / "README.md").read_text()
     assert CalibrationRecord.load(trainer.folder).split_sha256 == CalibrationRecord.load(first).split_sha256
     unpacked = RunFolder(tmp_path / "unpacked")
     unpack(again, unpacked, images)

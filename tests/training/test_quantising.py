@@ -135,8 +135,8 @@ def test_other_images_are_refused(tmp_path, images):
     other = replace(images, class_names=[*images.class_names[:-1], "cat"])
     smaller = replace(images, train_images=images.train_images[:, :16, :16])
     for wrong, why in (
-        (swapped, "not the images that it was trained on"),
-        (fewer, "the split is not the same"),
+        (swapped, "not the images that the bundle was trained on"),
+        (fewer, "so the split differs"),
         (other, "holds the classes noise 0"),
         (smaller, "images of \\(16, 16\\) pixels"),
     ):
