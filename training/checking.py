@@ -1,4 +1,4 @@
-"""Sees whether a module of anybody's is what can be packed: before it is trained, which takes long."""
+"""Checks, before the long training, that a user's own module can be packed into a bundle."""
 
 from itertools import pairwise
 from typing import Any
@@ -14,16 +14,16 @@ from training.image_set import ImageSet
 
 
 class NetworkError(TrainingError):
-    """A network that can't be packed; the message says what came, and what is wanted."""
+    """A network that can't be packed; the message says what it returned and what it must return."""
 
 
 def check_network(network: nn.Module, images: ImageSet) -> None:
-    """See that a network answers two blank images with a list of logits [2, classes], and can be cut into stages.
+    """Check that a network returns a list of logits [2, classes] for two blank images, and can be cut into stages.
 
-    Every exit must cost more than the one before it: else there were no reason to leave there, nor a frontier.
+    Every exit must cost more than the one before it: otherwise leaving early saves nothing.
 
     Raises:
-        NetworkError: it answers otherwise, or not at all; or an exit costs no more than the one before it.
+        NetworkError: it fails, returns anything else, or has an exit that costs no more than the one before it.
         StagingError: it can't be cut.
     """
     height_px, width_px = images.train_images.shape[1:3]
@@ -32,7 +32,7 @@ def check_network(network: nn.Module, images: ImageSet) -> None:
     try:
         with torch.no_grad():
             answer: Any = network(torch.zeros(2, 3, height_px, width_px))
-    except Exception as error:  # whatever a module of somebody's trips over
+    except Exception as error:  # a user's module may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise NetworkError(
             f"the network fails on images [2, 3, {height_px}, {width_px}] ({reason}); if it is made for another size, "

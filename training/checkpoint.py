@@ -1,4 +1,4 @@
-"""The folder of a run: what made it, checkpoints that resume exactly, and the names of all it holds."""
+"""A run's folder: its description, checkpoints that resume exactly, and the paths of all its files."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from training.errors import TrainingError
 from training.recipe import Recipe
 from training.sources import commit
 
-DESCRIBED = frozenset({"recipe", "seed", "data", "processes"})  # what the steps after training read of run.json
+DESCRIBED = frozenset({"recipe", "seed", "data", "processes"})  # fields of run.json that later steps read
 
 
 class RunError(TrainingError):
@@ -23,23 +23,23 @@ class RunError(TrainingError):
 
 @dataclass
 class Progress:
-    """How far a run has come; saved with it."""
+    """How far a run has got; saved in its checkpoint."""
 
     step: int = 0
-    seconds: float = 0.0  # spent training, over all the times it was resumed
-    # Sums over the steps of the epoch under way of what the objective reports, [statistics][exits].
+    seconds: float = 0.0  # spent training, resumed runs included
+    # The objective's statistics, summed over the steps of the current epoch, [statistics][exits].
     epoch_sums: list[list[float]] = field(default_factory=list)
     temperatures: list[float] = field(default_factory=list)  # of the last step, where a schedule moves them
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Progress":
-        """From a checkpoint; what older versions kept and this one does not is left out."""
+        """Restore from a checkpoint, ignoring fields that only older versions have."""
         return cls(**{key: value for key, value in state.items() if key in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what made it and what it made. Each step of the way reads the files of the steps before."""
+    """The files of a run. Each command reads the files that the commands before it wrote."""
 
     path: Path
 
@@ -112,9 +112,9 @@ class RunFolder:
             raise RunError(f"{self.description}: {reason}; train into another folder") from error
 
     def forget_calibration(self) -> None:
-        """Remove what says that the run is calibrated and evaluated, before either is done anew.
+        """Remove the records of calibration and evaluation before either is repeated.
 
-        A step that is cut short then leaves a run that asks for it again, never one of two networks' files.
+        If that is interrupted, the run counts as not calibrated, and never mixes files of two networks.
         """
         for path in (self.results, self.calibration):
             path.unlink(missing_ok=True)
@@ -124,14 +124,14 @@ class RunFolder:
             log.write(json.dumps(record) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """One record an epoch, in order; without a last one that was cut short, when a run was killed."""
+        """One record per epoch, in order; a last line cut short because the run was killed is ignored."""
         if not self.log.is_file():
             return []
         *lines, _ = self.log.read_text().split("\n")
         return [json.loads(line) for line in lines]
 
     def trim_log(self, n_epochs: int) -> None:
-        """Forget epochs after the first `n_epochs`: a run killed between its log and its checkpoint does them again."""
+        """Drop epochs after `n_epochs`: a run killed after logging but before its checkpoint repeats them."""
         if self.log.is_file():
             kept = [record for record in self.read_log() if record["epoch"] <= n_epochs]
             partial = self.log.with_suffix(".partial")
@@ -139,11 +139,11 @@ class RunFolder:
             partial.replace(self.log)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Write beside the old checkpoint, then replace it: a run that is killed while writing loses nothing."""
+        """Write to a second file, then replace the checkpoint: being killed while writing loses nothing."""
         partial = self.checkpoint.with_suffix(".partial")
         try:
             torch.save(state, partial)
-        except RuntimeError as error:  # as torch says that the disk is full
+        except RuntimeError as error:  # torch's error when the disk is full
             partial.unlink(missing_ok=True)
             reason = str(error).partition("\n")[0]
             kept = ", which resumes from the previous checkpoint" if self.checkpoint.is_file() else ""
@@ -171,10 +171,10 @@ class RunFolder:
         return state
 
     def restore_weights(self, network: nn.Module, state: dict[str, Any]) -> None:
-        """Give a network the weights of a checkpoint.
+        """Load the weights of a checkpoint into a network.
 
         Raises:
-            RunError: they are another network's, for instance one of more classes.
+            RunError: they belong to another network, for instance one with more classes.
         """
         try:
             network.load_state_dict(state["network"])
@@ -187,7 +187,7 @@ class RunFolder:
 
 
 def describe_run(recipe: Recipe, seed: int, data: dict[str, Any], n_processes: int, command: str) -> dict[str, Any]:
-    """Everything that made a run: recipe, seed, images, code, machine and command. Names no path of this machine."""
+    """Everything that made a run: recipe, seed, images, code, machine and command."""
     return {
         "recipe": recipe.model_dump(),
         "seed": seed,

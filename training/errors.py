@@ -1,4 +1,4 @@
-"""The base of errors that a user can mend: told as one sentence, never as a stack trace."""
+"""Base class of errors that the user can fix; reported as a message, without a stack trace."""
 
 
 class TrainingError(Exception):

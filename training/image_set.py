@@ -32,7 +32,7 @@ class ImageSet:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     listing: str = ""  # names of the training images, where they have any
-    notes: tuple[str, ...] = ()  # what a person should know of how they were read
+    notes: tuple[str, ...] = ()  # remarks for the user on how they were read
 
     @property
     def image_size_px(self) -> int:
@@ -40,18 +40,18 @@ class ImageSet:
 
     @property
     def sha256(self) -> str:
-        """Of the training images' labels and names: a split of a set to which images came or went is another one."""
+        """SHA-256 of the training labels and names: a set with images added or removed needs another split."""
         return hashlib.sha256(self.train_labels.tobytes() + self.listing.encode(errors="surrogateescape")).hexdigest()
 
     @property
     def test_sha256(self) -> str:
-        """Of the test images, pixel by pixel, and their labels."""
+        """SHA-256 of the test images' pixels and labels."""
         digest = hashlib.sha256(np.ascontiguousarray(self.test_images).data)
         digest.update(np.ascontiguousarray(self.test_labels).data)
         return digest.hexdigest()
 
     def described(self, split: "Split") -> dict[str, Any]:
-        """What a run keeps of its images, to know them again."""
+        """What a run records of its images, to recognise them later."""
         named = {"name": self.name, "image_size_px": self.image_size_px}
         return {**named, "split_sha256": split.sha256, "images_sha256": self.sha256}
 
@@ -60,7 +60,7 @@ class ImageSet:
 class Split:
     """Which training images are trained on and which are held out for calibration.
 
-    The held-out images are the last of one seeded permutation. It is stored with the run, because a split made anew
+    The held-out images are the last of one seeded permutation. It is stored with the run, because a new split
     would leak training images into the calibration.
     """
 

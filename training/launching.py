@@ -1,4 +1,4 @@
-"""Several processes that train together, started by one that does without torch: to import it takes seconds."""
+"""Starts several processes that train together. The launcher does not import torch, which takes seconds."""
 
 import os
 import signal
@@ -13,20 +13,20 @@ from typing import Any
 
 import typer
 
-BAD_INPUT = 2  # the exit status of a process that was given some
-LOST_ANOTHER = 3  # that of a process whose group lost another one: not the cause, so it is silent
+BAD_INPUT = 2  # exit status of a process that reports an error of the user's
+LOST_ANOTHER = 3  # exit status of a process that lost another one of its group: not the cause, so it reports nothing
 TELLING_S = 30.0
-LAUNCHER = "EXITSERVE_LAUNCHER"  # the variable by which processes know who started them
+LAUNCHER = "EXITSERVE_LAUNCHER"  # environment variable with the launcher's process ID
 GO_ON = "give the same command again to resume"
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
 
-    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop, as they do when this process is
-    gone. When one fails, the others are ended. Bad input all of them find, and the first tells it, for which it has
-    `TELLING_S`, as has whichever another one lost; what a process can't tell of its own end is told here. Both signals
-    are the caller's again afterwards.
+    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop, as they also do when this process
+    is gone. When one fails, the others are terminated. Bad input is found by all and reported by process 0, which has
+    `TELLING_S` to do so; the same time is waited for the cause when a process has lost another. What a process can't
+    report of its own end (a signal) is reported here. Both signal handlers are restored afterwards.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -46,7 +46,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     handlers: dict[signal.Signals, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: end}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     failed: dict[int, int] = {}  # statuses by rank, in the order in which they came
-    ends_s = inf  # when the others are ended at the latest
+    ends_s = inf  # deadline for terminating the others
     running = True
     try:
         while running:
@@ -72,18 +72,18 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
 
 def orphaned() -> bool:
-    """Whether this process was started by a launcher that is gone."""
+    """Whether this process was started by a launcher that has since ended."""
     return os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid())
 
 
 def _untold(rank: int, failed: Mapping[int, int]) -> str | None:
-    """Why a group ended in which process `rank` failed first, where that process did not tell."""
+    """Why a group failed, if process `rank`, the cause, did not report it; None if it did."""
     status = failed[rank]
     if status < 0:
         memory = " (out of memory?)" if -status == signal.SIGKILL else ""
         return f"process {rank} was killed by signal {-status}{memory}; {GO_ON}"
     if status == LOST_ANOTHER:
         return f"the processes lost contact with each other; {GO_ON}"
-    if status == BAD_INPUT and failed.get(0, 0) != BAD_INPUT:  # the first alone tells it
+    if status == BAD_INPUT and failed.get(0, 0) != BAD_INPUT:  # only process 0 reports it
         return f"process {rank} failed on an error that process 0 did not hit; run with --processes 1 to see it"
     return None

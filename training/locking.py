@@ -1,4 +1,4 @@
-"""One process, or one group of them, trains in a run's folder: two would write over each other's checkpoints."""
+"""Lets only one process (or group) train in a run's folder: two would overwrite each other's checkpoints."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from training.checkpoint import RunError
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep others from training in a folder, which is made if new, until this is left or the process ends in any way.
+    """Lock a folder (created if missing) for training until the context exits or the process ends, however it ends.
 
     Raises:
         RunError: another process trains there.
@@ -27,7 +27,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                 f"{folder}: another process trains here (pid {file.read() or 'unknown'}): wait for it to end, "
                 "stop it with `kill` (it saves first), or give another folder"
             ) from None
-        except OSError:  # a file system that knows no locks: nobody is kept away
+        except OSError:  # a file system without locks: train unprotected
             pass
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -35,6 +35,6 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [*folder.iterdir()] == [lock]:  # whatever was to be trained was refused
+            if [*folder.iterdir()] == [lock]:  # training was refused before it wrote anything
                 lock.unlink()
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""The training loop: one forward pass, one summed loss, one step a batch.
+"""The training loop: per batch one forward pass, one summed loss and one optimiser step.
 
 Every random draw comes from (seed, epoch or step, rank), never from the state of a generator, so a run stopped at any
 step and resumed gives the same numbers as one that was not.
@@ -37,7 +37,7 @@ from training.starting import identity_of, start_from, training_of
 from training.telling import diverged, epoch_line, images_left, speed
 
 EVALUATION_ROWS = 500
-CHECKED_STEPS = 50  # between looks at whether the loss is still a number; on a GPU each look waits for it
+CHECKED_STEPS = 50  # between checks that the loss is finite; each check synchronises with a GPU
 
 
 class Trainer:
@@ -45,13 +45,13 @@ class Trainer:
 
     Args:
         images: the set to train on; the recipe's share of its training part is held out.
-        seed: of the split, the initial weights, the order and the augmentation.
-        command: how the run was started, for its description.
-        start: a bundle whose weights to start from; by default they are drawn.
+        seed: for the split, the initial weights, the order of images and the augmentation.
+        command: the command line, recorded in run.json.
+        start: a bundle whose weights to start from; by default they are random.
 
     Raises:
-        RunError: the folder holds a run of another recipe, seed, number of processes or start, or is damaged; or the
-            bundle's weights don't fit, or know the images that are to be held out.
+        RunError: the folder is damaged or holds a run with another recipe, seed, image set, number of processes or
+            start; or the bundle's weights don't fit, or were trained on images to be held out.
         DataError: the images don't fit the recipe, or the run that is resumed.
     """
 

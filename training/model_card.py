@@ -200,7 +200,7 @@ def _gates(gates: dict[str, Any] | None) -> str:
 
 
 def _before(training: dict[str, Any]) -> str:
-    """The earlier runs whose weights this one started from, most recent first."""
+    """Describe the earlier runs whose weights this one started from, most recent first."""
     text = ""
     while "before" in training:
         start, training = training["from"], training["before"]

@@ -212,8 +212,8 @@ def int8_section(fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_im
     )
     error = 100 * 0.5 / sqrt(n_test)
     return f"""{HEADING}
-The same network with weights and activations in bytes, for CPUs: `--precision int8`. Activations range as
-{n_images:,} training images showed. Scores and thresholds are its own, from the same held-out images. Measured on the
+The same network with 8-bit weights and activations, for CPUs: `--precision int8`. Activation ranges come from
+{n_images:,} training images. It has its own scores and thresholds, from the same held-out images. Measured on the
 {n_test:,} test images, not used for any choice. The standard error of an accuracy is at most {error:.1f} points.
 
 | exit | fp32 top-1 % | int8 top-1 % | points |

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a training run gives, but for the images and the seed. TOML on disk."""
+"""A recipe: everything that determines the result of a training run except the images and the seed. TOML on disk."""
 
 import tomllib
 from collections.abc import Sequence
@@ -30,29 +30,29 @@ class Network(_Section):
 
 
 class Weighting(_Section):
-    """Of `weighted`: how the network learns that weights every image's losses (L2W-DEN)."""
+    """Settings of `weighted`: how the network that weights each image's losses is trained (L2W-DEN)."""
 
-    meta_interval: Annotated[int, Field(ge=1)] = 1  # steps from one of its steps to the next
-    ratio: Annotated[float, Field(gt=0)] = 0.75  # of the images it lets leave at an exit to those at the exit before
+    meta_interval: Annotated[int, Field(ge=1)] = 1  # training steps per step of the weighting network
+    ratio: Annotated[float, Field(gt=0)] = 0.75  # of images leaving at an exit to those leaving at the exit before
     delta: Annotated[float, Field(gt=0, le=1)] = 0.8  # weights are within 2 delta of 1: above 0.5 some may be negative
     mean: Literal["mat", "col", "row"] = "col"  # over what weights are 1 on average: the batch, each image, each exit
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of Adam, the highest: it falls along a cosine
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of Adam, at the start: cosine decay
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
 
 
 class Objective(_Section):
     name: Literal["boosted", "joint", "weighted"] = "boosted"
     temperatures: list[float] = [0.5]  # 1, 2 (linear) or one per exit; `joint` and `weighted` are t = 0 and ignore them
-    # Then they move: on a line over the run to these, or trained with the network (from those, each between 0 and 1).
+    # Temperatures may change in training: linearly to these, or learned (starting between 0 and 1).
     final_temperatures: list[float] | None = None
     learned_temperatures: bool = False
     gradient_rescaling: Literal["off", "coarsest", "all"] = "coarsest"  # of the earlier stages (BoostNet Eq. 7)
     stop_gradient: bool = True
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    # Weight of the divergence of each earlier exit's answer from the last one's, both softened by the temperature.
+    # Weight of the divergence of each earlier exit's softmax from the last exit's, both at this temperature.
     distillation: Annotated[float, Field(ge=0)] = 0.0
     distillation_temperature: Annotated[float, Field(gt=0)] = 2.0
-    # Weight of a further output per earlier exit that learns to tell whether going on mends its answer.
+    # Loss weight of one more output per earlier exit, which predicts whether a later exit corrects its answer.
     gates: Annotated[float, Field(ge=0)] = 0.0
     weighting: Weighting = Weighting()
 
@@ -88,7 +88,7 @@ class Optimisation(_Section):
     momentum: Annotated[float, Field(ge=0)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # > 0: a running average of the weights is evaluated, shipped
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # > 0: evaluate and export a running average of the weights
 
     @model_validator(mode="after")
     def _nesterov_looks_ahead(self) -> Self:
@@ -97,7 +97,7 @@ class Optimisation(_Section):
         return self
 
     def steps_per_epoch(self, n_images: int) -> int:
-        """Steps an epoch; a last batch of less than a quarter is left out, as too few rows for batch statistics."""
+        """Steps per epoch; a last batch under a quarter full is dropped: too few rows for batch statistics."""
         n_full, remainder = divmod(n_images, self.batch_rows)
         return n_full + (4 * remainder >= self.batch_rows)
 
@@ -112,9 +112,9 @@ class Numerics(_Section):
 
 class Augmentation(_Section):
     crop_padding_px: Annotated[int, Field(ge=0)] = 4
-    # Random resized crops in place of padded ones: the smallest and largest share of the image's area.
+    # Random resized crops instead of padded ones: the smallest and largest share of the image's area.
     crop_area: tuple[Share, Share] | None = None
-    # With `crop_area`: sizes to train at, in equal parts of the run: small ones first train faster. Default: as read.
+    # With `crop_area`: sizes to train at, each for an equal part of the run; small first is faster. Default: as read.
     sizes_px: list[Annotated[int, Field(ge=8)]] = []
     cutout_px: Annotated[int, Field(ge=0)] = 0  # side of a square painted over with the mean colour, at a random place
     cutmix: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of batches in which images get a rectangle of another one
@@ -130,7 +130,7 @@ class Augmentation(_Section):
         return self
 
     def size_px(self, step: int, total_steps: int) -> int | None:
-        """Size to train at in this step; None: as the images were read."""
+        """Image size to train at in this step; None: the size at which the images were read."""
         return self.sizes_px[step * len(self.sizes_px) // total_steps] if self.sizes_px else None
 
 
@@ -141,7 +141,7 @@ class Recipe(_Section):
     optimisation: Optimisation = Optimisation()
     numerics: Numerics = Numerics()
     augmentation: Augmentation = Augmentation()
-    held_out_images: Annotated[int, Field(ge=2)] = 5000  # one would be no half to judge thresholds of the other by
+    held_out_images: Annotated[int, Field(ge=2)] = 5000  # cross-fitting halves them
 
     @model_validator(mode="after")
     def _gates_see_one_class(self) -> Self:
@@ -157,13 +157,13 @@ class Recipe(_Section):
 
     @classmethod
     def load(cls, name_or_path: str, settings: Sequence[str] = ()) -> "Recipe":
-        """Read a recipe by the name of one that ships (`cifar100-fast`) or by path.
+        """Read a bundled recipe by name (`cifar100-fast`), or any recipe by path.
 
         Args:
             settings: changes to it, each `section.field=value` with a TOML value, e.g. `optimisation.epochs=5`.
 
         Raises:
-            RecipeError: there is none, or a field is wrong.
+            RecipeError: there is no such recipe, it is not valid TOML, or a field is wrong.
         """
         path = find_toml(name_or_path, RECIPE_FOLDER, "recipe", RecipeError)
         try:
@@ -179,7 +179,7 @@ class Recipe(_Section):
 
 
 def changes(one: Recipe, other: Recipe) -> list[str]:
-    """Where two recipes differ, but for their descriptions: each as `section.field: one's value, here the other's`."""
+    """Differences of two recipes, descriptions excepted, each as `section.field: first value, here second value`."""
     fields, others = (_flat(recipe.model_dump(exclude={"description"})) for recipe in (one, other))
     return [
         f"{name}: {fields.get(name, 'none')}, here {others.get(name, 'none')}"
@@ -196,7 +196,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _what_is_wrong(place: tuple[int | str, ...], message: str) -> str:
-    """Pydantic's message, but for a field that does not exist: then those that do."""
+    """Pydantic's message or, for an unknown field, the list of known fields."""
     section: Any = Recipe
     for name in place:
         known = getattr(section, "model_fields", None)
@@ -216,7 +216,7 @@ def _change(values: dict[str, Any], setting: str) -> None:
             f"--set {setting}: not section.field=value with a TOML value ({error}); quote text, as in "
             "--set \"objective.name='joint'\""
         ) from error
-    while changes:  # merged section by section, so that fields which are not named stay
+    while changes:  # merged section by section, to keep the other fields
         key, change = changes.popitem()
         if isinstance(change, dict) and isinstance(values.get(key), dict):
             values, changes = values[key], change

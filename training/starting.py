@@ -1,4 +1,4 @@
-"""Starts a run from a bundle's weights in place of fresh ones: to train a network on, or for other images."""
+"""Starts a run from a bundle's weights: to train the network further, or to fine-tune it on other images."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from training.unpacking import WEIGHTS, read_weights
 
 
 def identity_of(bundle: Path) -> str:
-    """Name and version of a bundle, as a run keeps what it was started from.
+    """Name and version of a bundle, as recorded in a run that starts from it.
 
     Raises:
         RunError: there is no bundle, or it is damaged.
@@ -23,7 +23,7 @@ def identity_of(bundle: Path) -> str:
 
 
 def training_of(bundle: Path) -> dict[str, Any]:
-    """How a bundle was trained, as its manifest tells it, for the run that goes on from it: its past stays known.
+    """The training record in a bundle's manifest, kept in the run that starts from it.
 
     Raises:
         RunError: there is no bundle, or it is damaged.
@@ -32,15 +32,15 @@ def training_of(bundle: Path) -> dict[str, Any]:
 
 
 def start_from(bundle: Path, network: nn.Module, images: ImageSet, split: Split) -> None:
-    """Give a network with fresh weights those of a bundle; only layers that tell classes apart may stay fresh.
+    """Load a bundle's weights into a network; with other classes, the classifier layers keep their fresh weights.
 
     Raises:
-        RunError: the bundle's network is another one, or was trained on images that this run is to hold out.
+        RunError: the networks differ, or the bundle's was trained on images that this run would hold out.
     """
     manifest = _manifest_of(bundle)
-    listed = manifest.training.get("images_sha256")  # older bundles don't tell
+    listed = manifest.training.get("images_sha256")  # missing in older bundles
     is_same_set = images.sha256 == (listed or images.sha256)
-    may_be_same = manifest.data.name == images.name or listed == images.sha256  # a folder may have got another name
+    may_be_same = manifest.data.name == images.name or listed == images.sha256  # a folder may have been renamed
     if may_be_same and not (is_same_set and manifest.data.split_sha256 == split.sha256):
         raise RunError(
             f"--from {bundle}: its network was trained on images that this run would hold out; use the bundle's own "

@@ -1,4 +1,4 @@
-"""Makes the run of a bundle again from its own weights, recipe and split: to calibrate, evaluate or export anew."""
+"""Recreates a run from a bundle's weights, recipe and split, to calibrate, evaluate or export it again."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ TOLD = ("seed", "processes", "commit", "command", "torch", "python", "machine") 
 
 
 def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
-    """Write the folder of a run that has come to its end: run.json, split.npz and checkpoint.pt; it has no log.
+    """Write the folder of the finished run: run.json, split.npz and checkpoint.pt, but no log.
 
     Args:
         images: the set that the bundle's network was trained on.
 
     Raises:
-        RunError: the folder holds a run already, or the bundle does not say how it was made.
-        DataError: the images are others, or split otherwise.
+        RunError: the folder already holds a run, or the bundle is damaged or does not record how it was trained.
+        DataError: these are other images, or their split differs.
     """
     if folder.description.exists():
         raise RunError(f"{folder.path}: holds a run already; give another folder")
@@ -63,9 +63,9 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
         )
     network = network_of(recipe, len(images.class_names))
     _load_weights(network, bundle_path / WEIGHTS)
-    # Gates are not in a bundle: the run that is made again has none.
+    # Gates are not stored in a bundle, so the recreated run has none.
     recipe = recipe.model_copy(update={"objective": recipe.objective.model_copy(update={"gates": 0.0})})
-    temperatures = list(made_by.get("temperatures", ()))  # older bundles tell none, and theirs did not move
+    temperatures = list(made_by.get("temperatures", ()))  # older bundles have none: theirs were fixed
     if recipe.objective.temperatures_move:
         trainable(network, recipe.objective).boosting.temperatures = temperatures  # type: ignore[union-attr]
     step = round(epochs * recipe.optimisation.steps_per_epoch(len(split.train)))
