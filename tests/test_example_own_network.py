@@ -208,7 +208,7 @@ def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch,
         ("of_seven", "a tensor [2, 7]; it must return a list with a tensor of logits [2, 6]"),
         ("of_another_size", "fails on images [2, 3, 32, 32] (mat1 and mat2 shapes"),
         ("that_branches", "branch"),
-        ("at_no_cost", "exit 2 costs no more than exit 1 (counted: "),
+        ("at_no_cost", "exit 2 costs no more than exit 1 (counted: convolutions"),
     ],
 )
 def test_a_network_that_cannot_be_packed_is_told_before_it_is_trained(own_file, capsys, monkeypatch, name, reason):

@@ -271,9 +271,8 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(
-            RunError, match="make room and give the same command again, which resumes from the previous c"
-        ):
+        advice = "make room and give the same command again, which resumes from the previous checkpoint"
+        with pytest.raises(RunError, match=advice):
             folder.save_checkpoint({"step": torch.zeros(100_000)})
         with pytest.raises(RunError, match=r"if the disk is full, make room and give the same command again$"):
             RunFolder(tmp_path).save_checkpoint({"step": torch.zeros(100_000)})
