@@ -180,7 +180,7 @@ def test_what_cannot_be_gated_is_told(
     cases = [
         ((tmp_path / "nowhere", "--data", data, "--output", output), "no run there"),
         ((raw, "--data", data, "--output", output), "not calibrated yet"),
-        ((made / "gated", "--data", data, "--output", output), "has gates already"),
+        ((made / "gated", "--data", data, "--output", output), "already has gates"),
         ((made / "run", "--data", data, "--output", made / "gated"), "holds a run already"),
         ((made / "run", "--data", other, "--output", output), "80 training images"),
         ((made / "run", "--data", data, "--output", output, "--trade-off", -1), "--trade-off"),
@@ -197,4 +197,4 @@ def test_what_cannot_be_gated_is_told(
     assert not output.exists()
     (raw / "gates.json").write_text("{}")
     assert command(monkeypatch, "evaluate", raw) == 2
-    assert "gates.json: damaged or of another version" in capsys.readouterr().err
+    assert "gates.json: damaged, or from another version" in capsys.readouterr().err
