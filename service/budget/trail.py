@@ -1,6 +1,6 @@
-"""A sum that moves with every answer, and what it was some answers ago.
+"""A running sum over answers, and its value a given number of answers ago.
 
-Plain Python over numbers. Answers come by the batch, many of them alike: so it is kept by runs, not by answers.
+Plain Python over numbers. Answers come in batches and often move the sum alike, so it is stored by runs.
 """
 
 from bisect import bisect_left, bisect_right
@@ -34,7 +34,7 @@ class Trail:
 
     @property
     def n_runs(self) -> int:
-        """That are kept."""
+        """Number of runs stored."""
         return len(self._ends)
 
     def add(self, before: Number, step: Number, n_answers: int) -> None:
@@ -53,6 +53,6 @@ class Trail:
         return self._sums[i] - (self._ends[i] - at) * self._steps[i]
 
     def _forget(self) -> None:
-        """Runs that nobody asks for any more: from time to time, since a list's front is dear to take off."""
+        """Drop runs older than `length` answers. Done rarely: deleting from a list's front is expensive."""
         n_old = bisect_right(self._ends, self.n_answers - self._length) - 1
         del self._ends[:n_old], self._sums[:n_old], self._steps[:n_old]

@@ -1,4 +1,4 @@
-"""The gate between those who submit images and the engine's thread: what both touch, behind one lock."""
+"""Admission control between submitting threads and the engine's thread: their shared state, behind one lock."""
 
 import threading
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from service.errors import EngineDraining, EngineError, EngineOverloaded, Engine
 
 
 class Admission:
-    """Lets requests in while the engine is open and the wait is bearable, and holds them until the engine takes them.
+    """Admits requests while the engine is open and has room, and queues them until the engine's thread takes them.
 
     Args:
         max_rows: requests in flight at once, at most.
@@ -16,15 +16,15 @@ class Admission:
 
     def __init__(self, max_rows: int) -> None:
         self.room_rows = max_rows  # at this moment; the engine's thread follows the predicted wait with it
-        self.row_s = 0.0  # predicted wait a request in flight
+        self.row_s = 0.0  # predicted wait per request in flight
         self.submitted = self.refused = self.in_flight = 0
         self.closed: EngineError | None = EngineDraining("the engine has not been started")
         self._draining = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._arrivals: list[Request] = []
-        self._hungry = True  # lanes are free, so the engine's thread is to be woken for a single image
-        self._in_haste = False  # one of the arrivals has wishes: its deadline may be near
+        self._hungry = True  # lanes are free: wake the engine's thread even for a single image
+        self._in_haste = False  # an arrival has non-plain options, perhaps a near deadline
 
     @property
     def is_full(self) -> bool:
@@ -39,10 +39,10 @@ class Admission:
         return EngineOverloaded(self.in_flight, self.in_flight * self.row_s)
 
     def enter(self, request: Request) -> None:
-        """Let a request in.
+        """Admit a request.
 
         Raises:
-            EngineError: of the class that says why not.
+            EngineError: the request was refused; the subclass gives the reason.
         """
         with self._lock:
             self.submitted += 1
@@ -79,7 +79,7 @@ class Admission:
         return self.overload() if why is None else type(why)(*why.args)
 
     def is_to_wake(self) -> bool:
-        """Whether the engine's thread is to be woken for what has come in; it is told once."""
+        """Whether to wake the engine's thread for the queued requests. True once; the flags are then reset."""
         with self._lock:
             wake = (self._hungry or self._in_haste) and bool(self._arrivals)
             if wake:
@@ -87,7 +87,7 @@ class Admission:
             return wake
 
     def take(self) -> list[Request]:
-        """Take all requests that have come in."""
+        """Return all queued requests and empty the queue."""
         with self._lock:
             arrivals, self._arrivals = self._arrivals, []
             self._in_haste = False

@@ -1,4 +1,4 @@
-"""What the engine's thread is told, besides the images that arrive and the batches that have run."""
+"""Messages to the engine's thread, other than arriving images and completed batches."""
 
 from collections.abc import Callable
 from concurrent.futures import Future

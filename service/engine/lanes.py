@@ -1,4 +1,4 @@
-"""Batches, and the threads that run them: each takes the next one, runs it, and posts what came of it."""
+"""Batches, and the threads that run them: each takes the next batch, runs it, and posts the result."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ TRIAL: Final = -1
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Rows that run one stage together (stages from 0), and, once they have, what came of it.
+    """Rows that run one stage together (stages from 0) and, once it has run, the result.
 
     What runs is `states`; `places` says where among these the rows are, None where they are all of them, in order.
     """
@@ -41,7 +41,7 @@ class Batch:
     ended_s: float = 0.0
     result: "BatchResult | None" = None  # None if it failed
     error: Exception | None = None
-    given_up: bool = False  # nobody waits for it any more
+    given_up: bool = False  # its result is no longer wanted
     hung: bool = False  # it was running too long
     behind: "Batch | None" = None  # the one that its lane runs before it, which it has already been launched behind
 
@@ -59,7 +59,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BatchResult:
-    """What one run says of the rows of its batch."""
+    """The output of one stage run for the rows of its batch."""
 
     logits: NDArray[np.float32]  # [rows, classes]; perhaps `NO_LOGITS` where no row asks for more than its best class
     block: Block  # of all that ran: see `Batch.places`
@@ -143,7 +143,7 @@ class ThreadLanes(Lanes):
                 batch = self._queue.get(block=ran is None)
             except Empty:
                 self._post_ran(ran)
-                ran = batch = None  # a lane that waits keeps no request alive
+                ran = batch = None  # an idle lane must not keep requests alive
                 continue
             if batch is None:
                 return self._post_ran(ran)
@@ -173,7 +173,7 @@ class ThreadLanes(Lanes):
         except Exception as error:  # one batch's failure is those images' failure, not the lane's
             batch.error = error
         batch.ended_s = time.perf_counter()
-        batch.states = ()  # so that a lane with nothing to do keeps nothing alive
+        batch.states = ()  # an idle lane must not keep row state alive
 
     def _prepared(self, batch: Batch) -> Callable[[], StageOutput | None]:
         if batch.stage == TRIAL:
@@ -189,7 +189,7 @@ class ThreadLanes(Lanes):
 
 
 def result_of(score: Score, batch: Batch, output: StageOutput) -> BatchResult:
-    """What a stage's output says of the rows of its batch."""
+    """Scores, classes and confidences of a batch's rows, from its stage's output."""
     logits, block, heads = output.logits, output.block, output.heads
     if heads is None and isinstance(score, HeadScore):
         heads = Heads(*score.read(logits))

@@ -1,7 +1,7 @@
-"""Lanes of a device that runs by itself what is launched there: the engine's thread launches and takes back.
+"""Lanes for a device with asynchronous launches: the engine's thread launches batches and collects their results.
 
-A launch takes microseconds, and so does it to ask whether a batch has run. A thread a lane would need the interpreter
-for both, and have to be woken for it each time: that takes longer than either.
+Launching a batch and polling for its completion each take microseconds. A thread per lane would have to be woken, and
+acquire the interpreter, for each of them, which takes longer than either.
 """
 
 import threading
