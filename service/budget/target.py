@@ -1,4 +1,4 @@
-"""The number that an operator sets, in the three ways to say it, and what may be asked for."""
+"""The budget that an operator sets, in its three forms, and the range allowed for each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Target:
 
 
 class Targets:
-    """Turns what was asked for into an average cost.
+    """Converts a requested budget into an average cost.
 
     Args:
         frontier: expected accuracy against mean cost in mflops.
@@ -91,12 +91,12 @@ class _Engine(Protocol):
 
 
 class Keeper:
-    """Knows the budget as it was asked for; the engine, made with it, keeps the number itself."""
+    """Holds the budget as it was requested; the engine, created with it, enforces the number."""
 
     def __init__(self, engine: _Engine, target: Target) -> None:
         self._engine = engine
         self._target = target
-        # Several threads ask: what the engine keeps and how it was asked for are set, and read, together.
+        # For several threads: the engine's budget and the request behind it are set and read together.
         self._lock = Lock()
 
     def read(self) -> tuple[Target, BudgetState]:

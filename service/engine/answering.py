@@ -1,4 +1,4 @@
-"""Answers from what a batch has said of its rows."""
+"""Builds answers from the result of a batch."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,7 +9,7 @@ from service.engine.lanes import Batch, BatchResult
 from service.engine.rows import Answer, Head, Request
 
 Verdict = Reason | Literal[""] | None
-"""Why a row leaves; None where it goes on, "" where it has ended before."""
+"""Why a row leaves; None if it goes on, "" if it had already ended."""
 
 
 def answers_of(
@@ -24,8 +24,8 @@ def answers_of(
     """The rows of a batch that leave, in their order, and their answers.
 
     Args:
-        reasons: of each row of the batch.
-        mflops: that each is charged.
+        reasons: one verdict per row of the batch.
+        mflops: charged to each row.
         with_steps: some of them may have asked for steps, and are told score and threshold of the exit once more.
     """
     ranked = _ranked(batch, result, reasons)
@@ -79,7 +79,7 @@ def _others(ranked: tuple[tuple[int, float], ...], class_id: int, k: int) -> tup
 
 
 def late_answer(row: Request, head: Head, mflops: float, class_names: Sequence[str], now_s: float) -> Answer:
-    """A row's answer from a head that it has passed, its deadline having come."""
+    """The answer of a row whose deadline has come, from a head that it has passed."""
     step = wishes.step(row, head, class_names)
     return Answer(
         class_id=step.class_id,

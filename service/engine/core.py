@@ -23,11 +23,11 @@ from service.runners.blocks import Block, keep, lie_side_by_side
 
 logger = logging.getLogger(__name__)
 
-BEHIND_ROWS: Final = 32  # that wait for a lane, and a full batch
+BEHIND_ROWS: Final = 32  # waiting rows per lane, if a full batch is smaller
 
 
 class Core:
-    """Every row in flight, and what becomes of it.
+    """Owns every row in flight: admits, dispatches, ends or requeues it.
 
     Attributes:
         budget, scheduler: owned by this.
@@ -57,10 +57,10 @@ class Core:
         self._class_names = list(class_names)
         self._exits_on = exits
         self._observer = observer
-        self._n_wishing = 0  # rows in flight that are not plain
-        self._n_gone = 0  # rows abandoned that have not come back yet
-        self._out: set[Batch] = set()  # batches handed out and not brought back
-        self._retries: deque[tuple[int, Request]] = deque()  # rows whose batch has failed, by stage
+        self._n_wishing = 0  # rows in flight with non-plain options
+        self._n_gone = 0  # abandoned rows whose batch is still running
+        self._out: set[Batch] = set()  # batches handed out and not yet returned
+        self._retries: deque[tuple[int, Request]] = deque()  # (stage, row) of failed batches, to rerun alone
         self._is_retrys_turn = False  # they go first every other time
 
     @property
@@ -69,7 +69,7 @@ class Core:
 
     @property
     def idle_mflops(self) -> float:
-        """Spent on rows that had answered."""
+        """Compute spent on rows that had already answered."""
         steps = zip(self.n_idle, self.budget.costs, (0, *self.budget.costs), strict=False)
         return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 

@@ -36,7 +36,7 @@ SPIN_S: Final = 0.5e-3  # without a nap, where one batch is all there is: it tak
 
 
 def lanes_for(runner: Runner, score: Score, post: Callable[[Batch], None]) -> Lanes:
-    """Lanes as a runner is best driven."""
+    """The kind of lanes that suits a runner."""
     if isinstance(runner, LaunchingRunner) and runner.runs_ahead:
         return LaunchingLanes(runner, score, post)
     return ThreadLanes(runner, score, post)
@@ -70,7 +70,7 @@ class Loop:
         self.degrade = degrade
         self.guard = Guard(runner.n_lanes, hang_s)
         self.pace = Pace(runner.n_lanes, 0.0)
-        self.owns = False  # the thread is there and takes messages
+        self.owns = False  # the thread is running and takes messages
         self.n_delivered = 0  # of those that the core has ended
         self._lanes = lanes_for(runner, score, self._post)
         self._inbox = inbox
@@ -80,7 +80,7 @@ class Loop:
         self._told_unsound: str | None = None
         self.trouble: str | None = None  # the same, once admission follows it: read by any thread
         self.broken: Future[EngineError] = Future()
-        self._arrivals: list[Request] = []  # taken from admission, and not the core's yet
+        self._arrivals: list[Request] = []  # taken from admission, not yet admitted to the core
         self._messages: deque[Message] = deque()  # taken from the inbox
         self._ran: deque[Batch] = deque()  # posted by lanes
         self._n_paced = 0  # of those that have ended, such as the pace knows of
@@ -195,7 +195,7 @@ class Loop:
             self._messages.append(message)
 
     def _drive(self, due_s: float) -> None:
-        """The same while this thread looks after the lanes: until a batch has run."""
+        """The same where this thread polls the lanes: returns also once a batch has run."""
         running = len(self.guard.running)
         is_alone = running == 1 and self._n_out == 1 and not len(self.core.scheduler)
         now_s = self._clock()
@@ -215,7 +215,7 @@ class Loop:
     def _take_back(self, batch: Batch) -> None:
         self._n_out -= 1
         if isinstance(batch.error, FatalRunnerError):
-            raise batch.error  # nothing that still runs or waits can be run any more
+            raise batch.error  # no running or waiting batch can complete any more
         core, now_s = self.core, self._clock()
         if not self.guard.ended(batch, now_s):
             return
