@@ -1,4 +1,4 @@
-"""What the budget is at one moment, and what it has done: for the routes, the metrics and the page."""
+"""A snapshot of the budget and its totals, for the routes, the metrics and the page."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ class BudgetState:
 
     budget_mflops: float  # as it was set
     fraction: float  # the same, of the full network
-    working_mflops: float  # what is kept at the moment: the budget, or less (`BudgetController.work_at`)
+    working_mflops: float  # what is enforced now: the budget, or less (`BudgetController.work_at`)
     burst_images: float
     position: float  # on the frontier, 0 to 1, without the swing of the moment
     thresholds: tuple[float, ...]  # of this moment, one per exit, finite or +-inf

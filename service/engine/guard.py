@@ -1,8 +1,8 @@
-"""Watches over batches: which fail, which never come back, and whether the runner can be trusted.
+"""Monitors running batches: detects failures, hangs, and a runner that can no longer run any stage.
 
-Plain Python: the engine's thread tells the time and does what it is told. A batch that does not come back is given up,
-and its lane counted lost until it does. Where several images in a row fail alone, a trial (blank images, every stage)
-tells images that no runner could run from a runner that can run nothing; the latter is unsound until a trial succeeds.
+Plain Python: the engine's thread passes the time and acts on the results. A batch that does not return in time is given
+up, and its lane counted lost until it does. After several consecutive failures, a trial (blank images, every stage)
+distinguishes bad images from a runner that can run nothing; the latter is unsound until a trial succeeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from service.engine.lanes import TRIAL, Batch
 LOOK_EVERY_S = 0.2
 # Looks at a batch that runs before it is given up. Looks are counted, not seconds: a machine that was suspended, or has
 # had no time for us, has not looked either.
-HANG_S = 0.8  # and so many times longer than at warm-up: that is no slowness any more
+HANG_S = 0.8  # a hang also needs `SLOWDOWN` times the duration at warm-up
 SLOWDOWN = 20.0
 TRIAL_LOOKS = 25
 FAILURES_BEFORE_TRIAL = 3
@@ -24,8 +24,8 @@ class Guard:
     """See the module.
 
     Args:
-        n_lanes: batches at once.
-        hang_s: a batch may run so long, and longer where `SLOWDOWN` times its time at warm-up is longer.
+        n_lanes: batches that run at once.
+        hang_s: longest run of a batch; `SLOWDOWN` times its duration at warm-up, if that is longer.
 
     Attributes:
         running: batches with the lanes, and how often each was seen to run.
@@ -53,7 +53,7 @@ class Guard:
 
     @property
     def next_s(self) -> float:
-        """When to come back, if nothing happens before."""
+        """When `look` or `trial` is due next, inf if neither is."""
         look_s = self._next_look_s if self.running else inf
         return look_s if look_s < self._next_trial_s else self._next_trial_s
 
@@ -69,7 +69,7 @@ class Guard:
         self.running[batch] = 0
 
     def ended(self, batch: Batch, now_s: float) -> bool:
-        """A batch has come back. False if it is none of the engine's any more: given up, or a trial."""
+        """Note that a batch has returned. False if its rows are not to be handled: given up, or a trial."""
         self.running.pop(batch, None)
         if batch.hung:
             self.lanes_lost -= 1

@@ -1,4 +1,4 @@
-"""What leaves the engine's thread: steps and outcomes, by the sink that each is for."""
+"""Steps and outcomes that leave the engine's thread, grouped by the sink that receives them."""
 
 import logging
 from collections.abc import Sequence
@@ -13,18 +13,17 @@ Outbox = dict[Sink, list[tuple[Any, Told]]]
 
 
 def deliver(outbox: Outbox) -> None:
-    """Tell every sink what is there for it, and empty the outbox."""
+    """Pass every sink its steps and outcomes, and empty the outbox."""
     for sink, told in outbox.items():
         try:
             sink(told)
-        except Exception:  # a client's trouble is not the engine's
+        except Exception:  # a failing sink must not stop the engine
             logger.exception("%d outcomes could not be delivered", len(told))
     outbox.clear()
 
 
 def turn_away(outbox: Outbox, requests: Sequence[Request], error: EngineError) -> int:
-    """Have an error for those of the requests that have not ended; returns how many these are. Who was given up hears
-    nothing."""
+    """End the requests that have not ended with an error; returns how many. Abandoned ones get no outcome."""
     waiting = [request for request in requests if request.state is not ENDED]
     for request in waiting:
         request.state = ENDED

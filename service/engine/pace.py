@@ -1,4 +1,4 @@
-"""How fast images leave: measured as they do, and from it how many may be in flight for a bearable wait."""
+"""Measures the rate at which images end, and derives how many may be in flight for a given predicted wait."""
 
 from math import inf
 from typing import Final
@@ -8,7 +8,7 @@ class Pace:
     """Lane seconds an image takes, averaged over the last few hundred images, however they ended.
 
     Plain Python over numbers. A new image waits for those in flight: `in flight x row_s`. That is too long while
-    batches are small, for full ones cost less an image, and right when it matters.
+    batches are small, since full ones cost less per image, and right under load.
 
     Args:
         n_lanes: batches at once.
@@ -29,7 +29,7 @@ class Pace:
         return self._seconds / self._images / self.n_lanes
 
     def ran(self, seconds: float, n_ended: int) -> None:
-        """Take note of a batch that took `seconds`, and of `n_ended` images that have ended since the one before."""
+        """Record a batch that took `seconds`, and of `n_ended` images that have ended since the one before."""
         self._seconds += seconds
         self._images += n_ended
         if self._images > 2 * self.MEMORY_IMAGES:
