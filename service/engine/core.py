@@ -58,7 +58,7 @@ class Core:
         self._exits_on = exits
         self._observer = observer
         self._n_wishing = 0  # rows in flight with non-plain options
-        self._n_gone = 0  # abandoned rows whose batch is still running
+        self._n_gone = 0  # abandoned rows not yet back from their batch
         self._out: set[Batch] = set()  # batches handed out and not yet returned
         self._retries: deque[tuple[int, Request]] = deque()  # (stage, row) of failed batches, to rerun alone
         self._is_retrys_turn = False  # they go first every other time

@@ -1,8 +1,9 @@
 """Monitors running batches: detects failures, hangs, and a runner that can no longer run any stage.
 
 Plain Python: the engine's thread passes the time and acts on the results. A batch that does not return in time is given
-up, and its lane counted lost until it does. After several consecutive failures, a trial (blank images, every stage)
-distinguishes bad images from a runner that can run nothing; the latter is unsound until a trial succeeds.
+up, and its lane counted lost until it does. After several consecutive failures of images run alone, a trial (blank
+images, every stage) distinguishes bad images from a runner that can run nothing; the latter is unsound until a trial
+succeeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ class Guard:
 
     @property
     def next_s(self) -> float:
-        """When `look` or `trial` is due next, inf if neither is."""
+        """When `look` or `trial` is due next if nothing happens before; inf if neither is."""
         look_s = self._next_look_s if self.running else inf
         return look_s if look_s < self._next_trial_s else self._next_trial_s
 
