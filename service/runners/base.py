@@ -1,4 +1,4 @@
-"""What an engine asks of whatever runs its stages."""
+"""The contract between the engine and the runners that execute its stages."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class FatalRunnerError(RunnerError):
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What a runner has worked out of logits itself, on its device: [rows] each."""
+    """What a runner computed from the logits on its device: arrays [rows]."""
 
     classes: NDArray[np.int64]  # the leading class
     confidences: NDArray[np.float64]  # its softmax output
-    scores: NDArray[np.float64]  # as the bundle's own score gives them
+    scores: NDArray[np.float64]  # the bundle's exit score
 
 
 NO_LOGITS = np.zeros((0, 0), np.float32)
@@ -32,15 +32,15 @@ NO_LOGITS = np.zeros((0, 0), np.float32)
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:
-    """What one run gives: the logits of the stage's exit, float32 [rows, classes], and what its rows go on with.
+    """The result of one run: the logits of the stage's exit, float32 [rows, classes], and its rows' next state.
 
-    Where nobody wanted the logits and the runner has told `heads`, they may be `NO_LOGITS`.
+    `logits` may be `NO_LOGITS` if the caller did not want them and the runner computed `heads`.
     """
 
     logits: NDArray[np.float32]
     block: Block  # row i's state is `RowState(block, i)`; without values after the last stage
     seconds: float  # wall time of the run, gathering included
-    copy_seconds: float = 0.0  # of these, to copy rows together that did not lie side by side
+    copy_seconds: float = 0.0  # of these, spent copying rows that were not adjacent
     heads: Heads | None = None
 
     @property
@@ -49,9 +49,9 @@ class StageOutput:
 
 
 class Runner(Protocol):
-    """Runs batches of one stage. Stages are counted from 0.
+    """Runs batches, each of one stage. Stages are counted from 0.
 
-    `run` may be called from `n_lanes` threads at once. A row's logits do not depend on the rows beside it.
+    `run` may be called from `n_lanes` threads at once. A row's logits do not depend on the other rows of its batch.
     """
 
     @property
@@ -78,31 +78,31 @@ class Runner(Protocol):
         ...
 
     def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
-        """Run every stage, so that no request pays for first runs; returns the seconds by batch rows, per stage.
+        """Run every stage, so that no request pays for first runs; returns seconds by batch rows, per stage.
 
-        Takes about `limit_s`, and a few rows through every stage at least. Any thread that may call `run`.
+        Takes about `limit_s`, but always runs a few rows through every stage. Any thread that may call `run`.
         """
         ...
 
 
 @runtime_checkable
 class PreparingRunner(Runner, Protocol):
-    """A runner that gathers a batch's rows apart from running it, so that its lane has a moment in between."""
+    """A runner that gathers a batch's rows in a separate step, so that its lane can act before it runs them."""
 
     def prepare(self, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
-        """Gather the rows; what is returned runs them, once, on the same thread, before the next `prepare`."""
+        """Gather the rows. Call the result once, on the same thread and before the next `prepare`, to run them."""
         ...
 
 
 class Pending(Protocol):
-    """A batch that runs on a device, or waits there for the one before it."""
+    """A batch that runs on a device, or is queued there behind another."""
 
     def has_run(self) -> bool:
-        """Whether there is nothing to wait for any more."""
+        """Whether the batch is complete, so that `collect` does not wait."""
         ...
 
     def collect(self) -> StageOutput:
-        """Wait for it, once.
+        """Wait for the batch and return its result; call once.
 
         Raises:
             RunnerError: it failed.
@@ -112,26 +112,26 @@ class Pending(Protocol):
 
 @runtime_checkable
 class LaunchingRunner(Runner, Protocol):
-    """A runner whose device has the next batch before this one has run, so that it never waits for Python."""
+    """A runner whose device has the next batch queued before the current one has run, so it never waits for Python."""
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether what was launched runs by itself, so that the engine's thread may launch. That takes microseconds,
-        but for pictures that have to be laid out for it (`canvas_px_of`), which are copied."""
+        """Whether batches run asynchronously, so that the engine's thread may launch them. A launch takes microseconds,
+        except for images that must first be copied to a canvas (`canvas_px_of`)."""
         ...
 
     def launch(self, stage: int, rows: Sequence[RowState], behind: Any = None, with_logits: bool = True) -> Pending:
-        """Have a batch run, `behind` one that was launched before and is collected before this one.
+        """Launch a batch, `behind` one that was launched before and is collected before this one.
 
         Args:
-            with_logits: False where nobody reads them; see `StageOutput`.
+            with_logits: False if the logits are not read; see `StageOutput`.
         """
         ...
 
 
 @runtime_checkable
 class BulkRunner(Runner, Protocol):
-    """A runner that takes many images at once in less time than one by one."""
+    """A runner that accepts many images at once, faster than one by one."""
 
     def first_states(self, images: NDArray[np.uint8], which: Sequence[int]) -> Sequence[RowState]:
         """`first_state` of some of the images [any, H, W, 3]."""
@@ -139,12 +139,12 @@ class BulkRunner(Runner, Protocol):
 
 
 def first_states_of(runner: Runner) -> Callable[[NDArray[np.uint8], Sequence[int]], Sequence[RowState]]:
-    """`Runner.first_state` for some images [any, H, W, 3] at once, in less time than one by one where it can that."""
+    """Return `Runner.first_state` for several images [any, H, W, 3] at once, in bulk if the runner supports it."""
     if isinstance(runner, BulkRunner):
         return runner.first_states
     return lambda images, which: [runner.first_state(images[i]) for i in which]
 
 
 def canvas_px_of(runner: Runner) -> int:
-    """Up to which side a runner takes pictures of other sizes than the network's, which few do; 0: it takes none."""
+    """The largest side of images that a runner scales to the network's size itself; 0 if it scales none."""
     return getattr(runner, "canvas_px", 0)

@@ -1,6 +1,6 @@
-"""How many rows a batch may have, by stage, where memory is short: fewer after each batch that was too large for it.
+"""Limits the rows of a batch, per stage, when memory is short: fewer after each batch that ran out of it.
 
-Plain Python: the engine's thread tells what ran and what failed.
+Plain Python: the engine's thread reports which batches ran and which failed.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
-# ONNX Runtime and CUDA have no exception of their own for it: what they say is all there is.
+# ONNX Runtime and CUDA have no exception type for this: only the message tells.
 SAYS_OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate memory|bad.?alloc|alloc_failed", re.IGNORECASE)
 RAISE_AFTER_BATCHES = 1_000
 
@@ -20,7 +20,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says: torch goes on, in further lines, with advice to those who write it."""
+    """The first line of an error's message: torch's further lines are advice for developers."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -34,8 +34,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 class RowLimits:
     """The largest batch of each stage (from 0), `max_rows` at first.
 
-    A batch that failed for want of memory halves it. After `RAISE_AFTER_BATCHES` of that size it doubles again, as
-    memory may have been short for a while only; if it still is, one batch more is run again row by row.
+    After a batch that ran out of memory, the limit is half of that batch's rows. After `RAISE_AFTER_BATCHES` batches at
+    the limit it doubles again, as memory may have been short only for a while. If it still is, that costs one more
+    failed batch, which is rerun row by row.
     """
 
     def __init__(self, n_stages: int, max_rows: int) -> None:
@@ -44,12 +45,12 @@ class RowLimits:
         self._full_batches = [0] * n_stages  # since the limit was changed
 
     def limit(self, max_rows: int) -> None:
-        """No batch is to be larger than `max_rows` from now on."""
+        """Allow no batch larger than `max_rows` from now on."""
         self.max_rows = min(self.max_rows, max_rows)
         self.rows = [min(n_rows, max_rows) for n_rows in self.rows]
 
     def ran(self, stage: int, n_rows: int) -> None:
-        """A batch has run."""
+        """Record a batch that ran."""
         if self.rows[stage] == self.max_rows or n_rows < self.rows[stage]:
             return
         self._full_batches[stage] += 1
@@ -58,7 +59,7 @@ class RowLimits:
             logger.warning("stage %d is tried with batches of %d images again", stage + 1, self.rows[stage])
 
     def failed(self, stage: int, n_rows: int, error: BaseException | None) -> None:
-        """A batch has failed."""
+        """Record a batch that failed."""
         if n_rows > 1 and is_out_of_memory(error):
             self._set(stage, min(self.rows[stage], n_rows // 2))
             logger.warning(
