@@ -1,4 +1,4 @@
-"""`POST /classify/batch`: several images in one form; every one gets an answer or a problem of its own."""
+"""`POST /classify/batch`: several images in one form, each with its own answer or problem."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -32,27 +32,27 @@ Result = dict[str, Any] | Problem
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What the images of one form share."""
+    """State that the images of one form share."""
 
-    started_s: float  # when its last byte was there
+    started_s: float  # when its last byte had arrived (`perf_counter`)
     options: Options
     request_id: str
-    turns: asyncio.Semaphore  # to be decoded
+    turns: asyncio.Semaphore  # limits concurrent decoding
     siblings: Siblings
 
 
 class Batcher:
-    """Answers forms of images; counts how each of these ended.
+    """Answers forms of images, and counts how each image ended.
 
-    A form may hold more images than the engine has room for. So a part of them is in work at a time, and none is
-    refused for its siblings' sake: it waits until one of them has ended.
+    A form may hold more images than the engine has room for. Only some of them are in flight at a time: an image is
+    not refused because its siblings fill the room, but waits until one of them has ended.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.state = classifier.state
         self._n_processes = max(1, self.state.settings.http_workers)
-        self._n_forms = 0  # in work
+        self._n_forms = 0  # in flight
 
     async def respond(self, request: Request) -> Response:
         metrics, settings = self.state.metrics, self.state.settings
@@ -72,11 +72,11 @@ class Batcher:
         return self._response(request, uploads, results)
 
     async def _results(self, request: Request, uploads: list[Upload], asked: Asked) -> list[Result]:
-        """One for every upload, in order; raises ClientDisconnect where the client has left: all have been given up."""
+        """Return one result per upload, in order; raises ClientDisconnect, with all images abandoned."""
         this = asyncio.current_task()
         assert this is not None
         started_s = perf_counter()
-        # As many at a time as there are threads: a form of large pictures is not to keep all others from them.
+        # One decode per thread at a time, so that one form of large pictures does not monopolise decoding.
         turns, siblings = asyncio.Semaphore(self.state.decoder.n_threads), Siblings()
         form = _Form(started_s, asked.at(started_s), request.scope["request_id"], turns, siblings)
         tasks: list[asyncio.Task[Result]] = []
@@ -88,9 +88,9 @@ class Batcher:
                         pass
                     siblings.begin_one()
                     tasks.append(asyncio.create_task(self._result(upload, form)))
-                    await asyncio.sleep(0)  # small images are decoded on this loop: others have their turn in between
+                    await asyncio.sleep(0)  # small images are decoded on this loop: let other tasks run in between
                 return await asyncio.gather(*tasks)
-            except BaseException:  # cancelled, or a fault of the server's own: then no image goes on
+            except BaseException:  # cancelled, or a bug: abandon all images
                 for task in tasks:
                     task.cancel()
                 if watch.client_left:
@@ -101,10 +101,10 @@ class Batcher:
                 self._n_forms -= 1
 
     def _has_place(self, siblings: Siblings) -> bool:
-        """Whether one more of a form's images may be in work.
+        """Whether another image of a form may be in flight.
 
-        One may always. More may as far as all forms together, those of other processes too, take half of the engine's
-        room: the other half is for clients that send a single image, who would be refused as long as forms last.
+        The first always may. Further ones are limited to the form's share of half the engine's room, divided by the
+        processes and this process's forms. The other half is for single images, which forms would otherwise crowd out.
         """
         if not siblings.n_in_work:
             return True
@@ -114,7 +114,7 @@ class Batcher:
 
     async def _result(self, upload: Upload, form: _Form) -> Result:
         try:
-            if perf_counter() >= form.options.deadline_s:  # it has waited for its siblings until then
+            if perf_counter() >= form.options.deadline_s:  # it passed while the image waited for its siblings
                 raise EngineTooLate
             image, decode_s = await self._once_there_is_room(form, self._decode, upload.body, form)
             answer = await self._once_there_is_room(form, self.state.delivery.answer, image, form.options)
@@ -129,9 +129,9 @@ class Batcher:
         return self.classifier.documents.answer(answer, decode_s, total_s, form.request_id)
 
     async def _decode(self, body: bytes, form: _Form) -> tuple[NDArray[np.uint8], float]:
-        """The pixels of an image, and the seconds that they took, once it is its turn.
+        """Wait for a turn and decode an image; returns uint8 [H, W, 3] and the seconds that decoding took.
 
-        Where there is no room, the turn is over: its siblings may be waiting for that, and it is to wait for them.
+        EngineOverloaded ends the turn, since the siblings that the image then waits for may be waiting for a turn.
         """
         async with form.turns:
             began_s = perf_counter()
@@ -141,12 +141,12 @@ class Batcher:
     async def _once_there_is_room(
         self, form: _Form, step: Callable[..., Coroutine[Any, Any, T]], *arguments: object
     ) -> T:
-        """Do a step for an image; where there is no room for that, the siblings that are in work will make some."""
+        """Run a step for an image; if there is no room for it, wait for a sibling to end and try again."""
         while True:
             try:
                 return await step(*arguments)
             except EngineOverloaded:
-                if form.siblings.n_in_work == 1:  # itself: the room is others'
+                if form.siblings.n_in_work == 1:  # only this image: other requests fill the room
                     raise
             if not await form.siblings.step_back(form.options.deadline_s):
                 raise EngineTooLate
@@ -154,7 +154,7 @@ class Batcher:
     def _response(self, request: Request, uploads: list[Upload], results: list[Result]) -> Response:
         problems = [result for result in results if isinstance(result, Problem)]
         if len(problems) == len(results) and {problem.status for problem in problems} in ({429}, {503}):
-            raise problems[0]  # to come back later is advice for the whole request
+            raise problems[0]  # the advice to retry later applies to the whole request
         if (notes := request.scope.get(NOTES)) is not None:
             notes.update({"images": len(results), "answered": len(results) - len(problems)})
         path, request_id = request.url.path, request.scope["request_id"]

@@ -1,4 +1,4 @@
-"""Reads request bodies within a limit of bytes and time, and takes the image out of them."""
+"""Reads request bodies within limits of size and time, and extracts the images."""
 
 import asyncio
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api.problems import SMALLER_IMAGE, Problem, body_too_large
 
-# What a body may call itself; what it is, its first bytes decide.
+# Accepted content types; the actual format is detected from the first bytes of the image.
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif")
 ALIASES = frozenset(
     {"image/jpg", "image/pjpeg", "image/apng", "image/x-png", "image/x-ms-bmp", "application/octet-stream"}
@@ -19,7 +19,7 @@ ALIASES = frozenset(
 RAW_TYPES = ALIASES.union(IMAGE_TYPES)
 FORM_TYPE = "multipart/form-data"
 FIELD = "image"
-# Fields beside the images. Reading a field takes the event loop 10 us, and a body has room for hundreds of thousands.
+# Limit on form fields besides images: each takes the event loop 10 us, and a body has room for hundreds of thousands.
 MOST_OTHER_FIELDS = 100
 
 
@@ -35,14 +35,14 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float, remedy
     """Read the whole body.
 
     Args:
-        remedy: what to do where it is longer than `limit_bytes`.
+        remedy: advice for the client if the body is longer than `limit_bytes`.
 
     Raises:
-        Problem: 413 where it says it is, or turns out to be, longer than `limit_bytes`; 408 where it takes too long.
-        ClientDisconnect: the client left while sending.
+        Problem: 413 if its announced or actual size exceeds `limit_bytes`; 408 if it takes longer than `timeout_s`.
+        ClientDisconnect: the client disconnected while sending.
     """
     announced = request.headers.get("content-length", "0")
-    # A length that is no number never gets here: the HTTP parser refuses it.
+    # The HTTP parser has already refused lengths that are not numbers.
     if announced.isascii() and announced.isdigit() and int(announced) > limit_bytes:
         raise body_too_large(limit_bytes, remedy)
     try:
@@ -78,7 +78,7 @@ async def read_image(request: Request, limit_bytes: int, timeout_s: float) -> by
     """Read the bytes of the one image in a request: its raw body, or the field `image` of a multipart form.
 
     Raises:
-        Problem: as `read_body`; 415 for other content types, 400 for a broken form, 422 for one without one image.
+        Problem: as `read_body` and `image_field`; 415 for other content types.
     """
     sent = media_type(request)
     if sent in RAW_TYPES:
@@ -94,7 +94,7 @@ async def read_images(request: Request, limit_bytes: int, timeout_s: float, most
     """Read the images in a multipart form: every field `image`, in order.
 
     Raises:
-        Problem: as `read_image`; 413 where there are more than `most`, 422 where there is none.
+        Problem: as `read_image`, but 413 for more than `most` images, and 422 only for none.
     """
     if (sent := media_type(request)) != FORM_TYPE:
         raise _not_taken(sent, f"{FORM_TYPE} with several fields", (FORM_TYPE,))
@@ -108,10 +108,10 @@ async def read_images(request: Request, limit_bytes: int, timeout_s: float, most
 
 
 def image_field(body: bytes, boundary: bytes) -> bytes:
-    """Return the bytes of the field `image` of a multipart form; other fields are passed over.
+    """Return the bytes of the field `image` of a multipart form; other fields are ignored.
 
     Raises:
-        Problem: 400 where the form is broken, 422 where it has no field `image` or several, 413 where it has hundreds.
+        Problem: 400 for a malformed form, 422 unless it has exactly one field `image`, 413 for far too many fields.
     """
     images = _parse(body, boundary, most=1).images
     if len(images) != 1:
@@ -120,12 +120,12 @@ def image_field(body: bytes, boundary: bytes) -> bytes:
 
 
 def media_type(request: Request) -> str:
-    """What the body calls itself, in small letters; nothing where it has no name."""
+    """The media type of the request's body, in lower case; empty if not given."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def unsupported(detail: str, headers: Mapping[str, str] | None = None) -> Problem:
-    """415, for a body that calls itself something else than what is taken."""
+    """A 415 for a content type that the call does not accept."""
     return Problem(415, "unsupported-media-type", "Unsupported media type", detail, headers)
 
 
@@ -181,10 +181,10 @@ def _broken_form(why: str) -> Problem:
 
 
 class _Form:
-    """Collects the parts called `image` while the parser runs; raises a Problem where there are far too many parts.
+    """Collects the fields `image` through the parser's callbacks; raises Problem for far too many fields.
 
     Args:
-        most: images that are wanted.
+        most: number of images allowed; the caller checks it, except that `MOST_OTHER_FIELDS` more fields are refused.
     """
 
     def __init__(self, most: int) -> None:

@@ -1,4 +1,4 @@
-"""`/budget`: read the one number that the operator sets, set it, and see what others would bring."""
+"""`/budget`: reads and sets the operator's budget, and shows the expected results of all others."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ EXAMPLES = '{"average_mflops": 40}, {"fraction": 0.4} or {"accuracy": 0.74}, and
 
 
 class Budget:
-    """Shows and sets what the keeper of the operator's budget keeps; both as `BudgetState` describes it."""
+    """Reads and sets the operator's budget through its keeper; both return the JSON that `BudgetState` describes."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -154,7 +154,7 @@ def budget_routes(state: State) -> APIRouter:
 
 
 def _schema(targets: Targets) -> dict[str, Any]:
-    """A budget as OpenAPI describes it, with what this network can do."""
+    """The JSON schema of a budget, with the ranges that this network allows."""
     schema = BudgetRequest.model_json_schema()
     nulls: dict[str, Any] = {kind: {"type": "null"} for kind in targets.allowed}
     schema["oneOf"] = [
@@ -166,7 +166,7 @@ def _schema(targets: Targets) -> dict[str, Any]:
 
 
 def _examples(targets: Targets) -> dict[str, Any]:
-    """Halfway between what may be asked for."""
+    """Example budgets for OpenAPI, from the middle of the allowed ranges."""
     halfway = {kind: round((lowest + highest) / 2, 4) for kind, (lowest, highest) in targets.allowed.items()}
     budgets: dict[str, Any] = {kind: {"value": {kind: value}} for kind, value in halfway.items()}
     return {**budgets, "latency_ms": {"value": {"latency_ms": 50, "fraction": halfway["fraction"]}}}

@@ -1,4 +1,4 @@
-"""What a request may ask for in its query, read and described in one place."""
+"""Options in the query of a classification: their parsing and their OpenAPI description."""
 
 import math
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ MAX_DEADLINE_MS = 600_000.0
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A query's wishes; the deadline counts from when the body is there."""
+    """Options parsed from a query. The deadline is relative to the arrival of the whole body."""
 
     options: Options
     deadline_ms: float | None = None
 
     def at(self, now_s: float, steps: bool = False) -> Options:
-        """The engine's options for a request whose body is there at `now_s`."""
+        """The engine's options for a request whose whole body had arrived at `now_s` (`perf_counter`)."""
         if self.deadline_ms is None and not steps:
             return self.options
         deadline_s = math.inf if self.deadline_ms is None else now_s + self.deadline_ms / 1e3
@@ -29,11 +29,11 @@ class Asked:
 
 
 class OptionReader:
-    """Reads the query of a classification.
+    """Parses the query of a classification.
 
     Args:
-        n_classes: of the network.
-        exit_mflops: what leaving at each exit costs, cumulative.
+        n_classes: number of classes of the network.
+        exit_mflops: cumulative cost of leaving at each exit, in millions of multiply-adds.
     """
 
     def __init__(self, n_classes: int, exit_mflops: Sequence[float]) -> None:
@@ -42,10 +42,10 @@ class OptionReader:
         self.default = Asked(Options(top_k=min(DEFAULT_TOP_K, n_classes)))
 
     def read(self, query_string: bytes) -> Asked:
-        """Return what a query string asks for.
+        """Return the options in a query string.
 
         Raises:
-            Problem: 422 where a parameter is unknown, repeated, out of range, or at odds with another.
+            Problem: 422 if a parameter is unknown, repeated, out of range, or excluded by another.
         """
         if not query_string:
             return self.default
@@ -71,7 +71,7 @@ class OptionReader:
         return Asked(options, real("deadline_ms", 1.0, MAX_DEADLINE_MS))
 
     def parameters(self) -> list[dict[str, Any]]:
-        """The query parameters as OpenAPI describes them."""
+        """The OpenAPI description of the query parameters."""
         described: dict[str, tuple[str, dict[str, Any]]] = {
             "top_k": (
                 "how many of the most probable classes to list",
