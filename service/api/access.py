@@ -1,4 +1,4 @@
-"""`GET /budget/access`: whether this client may set the budget, so that a page can say so before anybody tries."""
+"""`GET /budget/access`: whether this client may set the budget, so that the page can show it beforehand."""
 
 import orjson
 from fastapi import APIRouter, Request, Response

@@ -1,4 +1,4 @@
-"""One line of the log for every request. Where it is off, none of this is there."""
+"""The access log: one line per request. Nothing here is called when it is off."""
 
 import logging
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from service.logs import FIELDS
 
 logger = logging.getLogger("service.access")
 
-# Of a path. Workers write to one pipe, and what is longer than its 4,096 bytes ends up in the midst of others' lines.
+# Paths are cut here: workers share one pipe, where a write of more than 4,096 bytes may be interleaved with others.
 SHOWN_CHARACTERS = 200
 
 
@@ -24,11 +24,11 @@ def log_request(
     started_s: float,
     notes: Mapping[str, object],
 ) -> None:
-    """Write a request's line; `started_s` is of `perf_counter`, `notes` says what became of it.
+    """Log a request that began at `started_s` (`perf_counter`); `notes` are further fields, such as its outcome.
 
-    What was no HTTP has no method, and may have no path.
+    For input that was not HTTP, `method` is None and `path` may be empty.
     """
-    # Probes come every few seconds and would bury the rest; one that finds something wrong is told.
+    # Successful probes come every few seconds and would drown out the rest; failed ones are logged.
     level = logging.DEBUG if path in ALWAYS_OPEN and status == 200 else logging.INFO
     if not logger.isEnabledFor(level):
         return

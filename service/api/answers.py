@@ -1,4 +1,4 @@
-"""What the server says, as documented shapes. They write the OpenAPI document; the hot route fills bytes itself."""
+"""Models of the JSON documents, for OpenAPI and the Python client; the server builds answers without them, for speed."""
 
 from typing import Literal
 
@@ -21,7 +21,7 @@ class Timings(BaseModel):
 
 
 class Classification(BaseModel):
-    """One image's answer."""
+    """The answer for one image."""
 
     label: str = Field(examples=["bicycle"], description="the most probable class")
     class_id: int = Field(examples=[8])
@@ -43,7 +43,7 @@ class Classification(BaseModel):
 
 
 class Step(BaseModel):
-    """What one exit says, on the way to the answer: a line of `/classify/stream`."""
+    """The result of an exit that the image went on from: a line of `/classify/stream`."""
 
     exit: int = Field(examples=[1])
     exits: int = Field(examples=[6])
@@ -85,7 +85,7 @@ class BatchAnswer(BaseModel):
 
 
 class BudgetRequest(BaseModel):
-    """The average compute per image to keep: one of the three, a latency target, or one of the three with a target."""
+    """A budget: one of `average_mflops`, `fraction` and `accuracy`, or a latency target, or both."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -118,7 +118,7 @@ class Rolling(BaseModel):
 
 
 class LedgerState(BaseModel):
-    """The account behind the hard bound: n images never cost more than n budgets and `burst_images` more."""
+    """The ledger behind the hard bound: any n answers cost at most n + `burst_images` budgets."""
 
     answered: int
     total_mflops: float = Field(description="charged over all answers since the start")
@@ -133,7 +133,7 @@ class Working(BaseModel):
 
 
 class LatencyState(BaseModel):
-    """A latency target, and what it does to the budget at the moment."""
+    """A latency target, and its present effect on the budget."""
 
     target_ms: float
     p95_ms: float | None = Field(
@@ -147,7 +147,7 @@ class LatencyState(BaseModel):
 
 
 class BudgetState(BaseModel):
-    """The budget in each of the three ways to say it, and what keeping it means."""
+    """The budget in its three forms, the results to expect of it, and the state of keeping it."""
 
     average_mflops: float = Field(description="the ceiling that is kept")
     fraction: float = Field(description="the same as a fraction of the full network")
@@ -177,7 +177,7 @@ class FrontierCurve(BaseModel):
 
 
 class ModelExit(BaseModel):
-    """What one exit costs, cumulative, and how often it is right."""
+    """One exit's cumulative cost, and its accuracy."""
 
     published_mflops: float = Field(description="as the network's authors count")
     executed_mflops: float = Field(description="what is run up to it, and charged")
@@ -191,7 +191,7 @@ class ModelInput(BaseModel):
 
 
 class ModelDescription(BaseModel):
-    """The network that is served; `GET /model` says more than this."""
+    """The network that is served; `GET /model` returns further members."""
 
     name: str
     version: str
@@ -211,7 +211,7 @@ class Readiness(BaseModel):
 
 
 class ProblemDocument(BaseModel):
-    """An error after RFC 9457."""
+    """An error, as RFC 9457 defines it."""
 
     model_config = ConfigDict(extra="allow")
 

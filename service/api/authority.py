@@ -1,4 +1,4 @@
-"""Who may change the server: the holder of the token, or, where no token is configured, this machine's own clients."""
+"""Who may change the server: holders of the admin token or, if none is configured, clients on this machine."""
 
 import secrets
 from ipaddress import ip_address
@@ -16,10 +16,10 @@ HOW_TO_CONFIGURE = (
 
 
 def require_authority(request: Request, token: str | None) -> None:
-    """Raise 401 for a missing or wrong bearer token, 403 for a remote client where no token is configured."""
+    """Raise 401 for a missing or wrong bearer token or, if no token is configured, 403 for a remote client."""
     if token is not None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Bytes, because compare_digest refuses non-ASCII text; its time does not tell how much of the token was right.
+        # compare_digest takes the same time however much of the token is right. It refuses non-ASCII text, hence bytes.
         if scheme.lower() == "bearer" and secrets.compare_digest(given.strip().encode(), token.encode()):
             return
         raise Problem(
@@ -29,20 +29,20 @@ def require_authority(request: Request, token: str | None) -> None:
             "This call needs the server's admin token: send it as 'Authorization: Bearer TOKEN'.",
             headers={"WWW-Authenticate": 'Bearer realm="exitserve"'},
         )
-    # By HTTP/1.0, and without a word about it, nginx passes requests on unless it is told otherwise.
+    # nginx, unless configured otherwise, forwards requests as HTTP/1.0 and without any of these fields.
     if any(name in request.headers for name in FORWARDED) or request.scope.get("http_version") == "1.0":
         raise _forbidden("came through a proxy, and who sent it cannot be known")
     if request.client is None or not _is_loopback(request.client.host):
         raise _forbidden("comes from another machine")
-    # A web page may send requests to this machine under a name of its own (DNS rebinding), never under ours. Not as
-    # `request.url` has it, which takes the socket's own address for a name that it cannot read.
+    # By DNS rebinding, a web page can reach this machine under its own host name, but not under a loopback name. The
+    # header is read here because `request.url` replaces an unreadable name by the socket's address.
     addressed = request.headers.get("host")
     if addressed is not None and not _is_loopback(_hostname(addressed)):
         raise _forbidden(f"was addressed to {addressed[:200]!r}, not to this machine's loopback address")
 
 
 def _hostname(addressed: str) -> str:
-    """The name in a Host header; nothing where that cannot be read."""
+    """The host name in a Host header; empty if it cannot be parsed."""
     try:
         return urlsplit(f"//{addressed}").hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""Web pages that other servers serve, and that may ask from a browser (CORS)."""
+"""Cross-origin access (CORS): which origins' web pages may call this server from a browser."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,16 @@ from service.api.problems import Problem, respond
 
 METHODS = ("GET", "POST")
 FIELDS = ("Content-Type", "X-Request-ID", "traceparent")
-PREFLIGHT_S = 3600  # for which browsers need not ask again
+PREFLIGHT_S = 3600  # how long browsers may cache the answer to a preflight request
 OF_A_BODY = frozenset({"content-length", "content-type"})
 
 
 class Origins(CORSMiddleware):
-    """Lets pages of these origins ask and read; to others a browser's question beforehand is answered with a problem.
+    """Allows pages of these origins to call the application; preflight requests of others get a problem document.
 
     Args:
-        app: what they ask.
-        origins: of the pages; `*` for all.
+        app: the application behind it.
+        origins: allowed origins; `*` for all.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
@@ -43,7 +43,7 @@ class Origins(CORSMiddleware):
 
 
 class _Refusal(Response):
-    """A problem document, written once it is known what it is the answer to."""
+    """A problem document that is rendered when sent, because it names the request."""
 
     def __init__(self, why: str, headers: dict[str, str]) -> None:
         super().__init__(status_code=400)

@@ -1,4 +1,4 @@
-"""The pages at `/` and `/docs`: files that the browser runs, served from `service/web` under strict policies."""
+"""The pages at `/` and `/docs`: static files from `service/web`, served with strict security headers."""
 
 import mimetypes
 from os import PathLike, stat_result
@@ -15,7 +15,7 @@ from service.api.state import State
 WEB = Path(__file__).resolve().parents[1] / "web"
 PREFIX = "/web"
 
-# The pages need this server alone, and ask for nothing else. `blob:` is for pictures that a person gives.
+# The pages load nothing from other servers. `blob:` is for showing pictures that the user has chosen.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,24 +28,24 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-# Swagger UI's style sheet has its icons inside.
+# Swagger UI's style sheet embeds its icons as data URLs.
 DOCS_HEADERS = HEADERS | {"Content-Security-Policy": POLICY.replace("img-src 'self'", "img-src 'self' data:")}
-# Asked for again each time, by ETag, so that a new server is never seen through an old page. What is vendored has its
-# version in its path, and never changes.
+# Revalidated by ETag on every load, so that a new server is never used through an old page. Vendored files have their
+# version in their path and never change.
 REVALIDATED = "no-cache"
 IMMUTABLE = "public, max-age=31536000, immutable"
 
-# What a suffix means must not depend on the machine's own tables: browsers refuse modules of another type.
+# Media types must not depend on the system's own tables: browsers refuse modules of another type.
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".png": "image/png"}
 
 
 class PageFiles(StaticFiles):
-    """`StaticFiles` with the page's headers, and always whole: what it says to ranges that are none is no problem."""
+    """`StaticFiles` with the pages' headers and without ranges, as its error for a bad range is no problem document."""
 
     def file_response(
         self, full_path: str | PathLike[str], stat_result: stat_result, scope: Scope, status_code: int = 200
     ) -> Response:
-        scope["headers"] = [field for field in scope["headers"] if field[0] != b"range"]  # read when it is sent
+        scope["headers"] = [field for field in scope["headers"] if field[0] != b"range"]  # read when sending
         response = super().file_response(full_path, stat_result, scope, status_code)
         vendored = "vendor" in Path(full_path).relative_to(WEB).parts
         headers = DOCS_HEADERS if Path(full_path) == WEB / "docs.html" else HEADERS
@@ -55,7 +55,7 @@ class PageFiles(StaticFiles):
 
 
 def install(app: FastAPI, state: State) -> None:
-    """Serve the pages at `/` and `/docs` of `app`, what they load below `/web`, and the call that `/` alone needs."""
+    """Serve the pages `/` and `/docs`, the files that they load from `/web`, and `/budget/access`, which `/` calls."""
     app.include_router(access_routes(state))
     for suffix, media_type in TYPES.items():
         mimetypes.add_type(media_type, suffix)

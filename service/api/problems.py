@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem documents: every one says what happened and what to do about it."""
+"""Errors as RFC 9457 problem documents: each states the cause and the remedy."""
 
 import logging
 import os
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 TYPE_PREFIX = "urn:exitserve:problem:"
 MEDIA_TYPE = "application/problem+json"
-CLIENT_LEFT = 499  # nobody reads it; nginx's number, for the log
-ID_PLACE = os.urandom(16).hex()  # stands for a request's id; nobody can have sent it
+CLIENT_LEFT = 499  # for the log only, as in nginx: the client has disconnected
+ID_PLACE = os.urandom(16).hex()  # placeholder for the request id; random, so that no request contains it
 
 
 class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
-    """A request that cannot be answered.
+    """An error that is answered with a problem document.
 
     Args:
         status: HTTP status code.
         kind: stable name for programs, the last part of the document's `type`.
         title: the same for every problem of one kind.
-        detail: cause and remedy of this one.
-        headers: HTTP headers that belong to it.
+        detail: cause and remedy in this case.
+        headers: HTTP headers of the response.
         extensions: further members of the document (RFC 9457, section 3.2).
     """
 
@@ -60,11 +60,11 @@ class Problem(Exception):  # noqa: N818 (the name that RFC 9457 gives it)
         }
 
     def body(self, path: str, request_id: str) -> bytes:
-        # `default=str`: an error about odd input must not fail on that input in turn.
+        # `default=str`: unusual input in an extension must not make serialisation fail.
         return orjson.dumps(self.document(path, request_id), default=str)
 
     def write(self, path: str, request_id: str) -> tuple[bytes, bytes]:
-        """The header fields that belong to it, as they are sent, and its body; cheap from the second time on."""
+        """Return its header fields in wire format and its body, both cached for the latest path."""
         if self._written is None or self._written[0] != path:
             fields = {"content-type": MEDIA_TYPE, **self.headers}
             lines = "".join(f"{name.lower()}: {value}\r\n" for name, value in fields.items())
@@ -140,7 +140,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             404, "not-found", "Not found", f"There is nothing at {path!r}: / and /docs list what there is."
         )
     elif error.status_code == 405:
-        # The error names the methods of the first route that fits alone, the document those of all.
+        # The exception has only the methods of the first matching route; the OpenAPI document has those of all.
         documented = request.app.openapi()["paths"].get(path)
         methods = [*map(str.upper, documented or ()), *(["HEAD"] if "get" in (documented or ()) else [])]
         allowed = ", ".join(methods) or (error.headers or {}).get("Allow", "GET, HEAD")
@@ -162,19 +162,19 @@ async def _on_leaving(request: Request, error: Exception) -> Response:
 
 
 async def _on_silent_engine(request: Request, error: Exception) -> Response:
-    """Of calls that ask the engine about itself; what became of an image is told otherwise (`documents.py`)."""
+    """For calls that query the engine, such as `/budget`; `documents.py` has the problems of classifications."""
     return respond(request, not_ready(f"This cannot be told now, {error}: ask again, or another server."))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    # Starlette raises the error again after this answer, so the server's log has the trace: none here.
+    # No traceback here: Starlette re-raises the error after this answer, and the server logs it.
     request_id = request.scope.get("request_id", "")
     logger.error("request %s failed: %s", request_id, type(error).__name__)
     return respond(request, internal_error(request_id))
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of `app` with a problem document, but for a client that has left."""
+    """Answer every error of `app` with a problem document, except a client's disconnect."""
     app.add_exception_handler(Problem, _on_problem)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(ClientDisconnect, _on_leaving)

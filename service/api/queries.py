@@ -1,4 +1,4 @@
-"""Reads query strings: what is not known is refused, because a misspelt parameter must not be ignored in silence."""
+"""Parses query strings. Unknown parameters are refused, so that a misspelt one is not silently ignored."""
 
 import math
 import re
@@ -7,15 +7,15 @@ from urllib.parse import parse_qsl
 
 from service.api.problems import Problem
 
-# As languages print their numbers: doubles have 17 digits and exponents of up to three.
+# Numbers as programming languages print them: doubles have 17 digits and exponents of up to three.
 NUMBER = re.compile(r"([0-9]{1,20}(\.[0-9]{0,20})?|\.[0-9]{1,20})([eE][+-]?[0-9]{1,3})?")
 
 
 def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
-    """Return the parameters of a query string, each given once and each one of `known`.
+    """Return the parameters of a query string.
 
     Raises:
-        Problem: 422 where a parameter is unknown or repeated; it lists the known ones.
+        Problem: 422 if a parameter is not in `known` or is repeated; it lists the known ones.
     """
     if not query_string:
         return {}
@@ -30,10 +30,10 @@ def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
 
 
 def integer(name: str, text: str, lowest: int, highest: int, known: Collection[str]) -> int:
-    """Return a parameter's value.
+    """Return the value of the parameter `name`.
 
     Raises:
-        Problem: 422 where it is no integer from `lowest` to `highest`.
+        Problem: 422 if `text` is not an integer from `lowest` to `highest`.
     """
     if len(text) <= 9 and text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
         return int(text)
@@ -41,10 +41,10 @@ def integer(name: str, text: str, lowest: int, highest: int, known: Collection[s
 
 
 def number(name: str, text: str, lowest: float, highest: float, known: Collection[str]) -> float:
-    """Return a parameter's value.
+    """Return the value of the parameter `name`.
 
     Raises:
-        Problem: 422 where it is no decimal number from `lowest` to `highest`.
+        Problem: 422 if `text` is not a decimal number from `lowest` to `highest`.
     """
     if NUMBER.fullmatch(text) and lowest <= float(text) <= highest:
         return float(text)

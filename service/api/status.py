@@ -1,4 +1,4 @@
-"""Alive, ready, measured, and which model: the calls of machines and of the curious."""
+"""`/healthz`, `/readyz`, `/metrics` and `/model`: the state of the server and its network."""
 
 import asyncio
 
@@ -9,14 +9,14 @@ from service.api.answers import Health, ProblemDocument, Readiness
 from service.api.queries import read_query
 from service.api.state import State
 
-# A client has no use for where files lie or how they hash; `GET /model` leaves these out.
+# Left out of `GET /model`: clients have no use for the paths and hashes of files.
 PRIVATE = {"files", "stages", "int8"}
 
 
 def status_routes(state: State) -> APIRouter:
     router = APIRouter()
     public = state.bundle.manifest.model_dump(mode="json", exclude=PRIVATE)
-    # Not by orjson: what a manifest tells of its training may have integers of any size, such as seeds, and NaN.
+    # Not orjson: a manifest's training record may hold integers of any size, such as seeds, and NaN.
     model_document = to_json({**public, "precision": state.bundle.precision}, inf_nan_mode="null")
 
     @router.get("/healthz", response_model=Health, tags=["status"], summary="Is the process alive?")

@@ -1,4 +1,4 @@
-"""`POST /classify/stream`: one JSON line for every exit that an image passes, as its answer improves."""
+"""`POST /classify/stream`: one JSON line per exit, sent as the image passes it."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ MEDIA_TYPE = "application/x-ndjson"
 
 
 class Lines(Response):
-    """A response that sends every line when it is there."""
+    """A response that sends each line as soon as it is available."""
 
     media_type = MEDIA_TYPE
 
@@ -40,7 +40,7 @@ class Lines(Response):
         self.lines = lines
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-store"
-        self.headers["x-accel-buffering"] = "no"  # nginx would hold the lines back
+        self.headers["x-accel-buffering"] = "no"  # nginx would buffer the lines
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -51,9 +51,9 @@ class Lines(Response):
 
 
 class Streamer:
-    """Answers one request with lines; counts how it ended.
+    """Answers requests with streams of JSON lines, and counts how each request ended.
 
-    What goes wrong before the first line gets a status of its own. Afterwards the problem is the last line.
+    An error before the first line is answered with its own status. A later one is sent as the last line.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -73,7 +73,7 @@ class Streamer:
         self, first: dict[str, Any], documents: AsyncGenerator[dict[str, Any], None], request: Request
     ) -> AsyncGenerator[bytes, None]:
         metrics = self.state.metrics
-        ended: Outcome = "abandoned"  # unless it gets to its end
+        ended: Outcome = "abandoned"  # unless the stream is completed
         try:
             async with aclosing(documents):
                 yield _line(first)
@@ -91,7 +91,7 @@ class Streamer:
             cut_off = not_ready(self.state.lifecycle.detail)
             ended = outcome(cut_off)
             yield _problem_line(cut_off, request)
-        except Exception:  # a fault of the server's own, told like one that comes before the first line
+        except Exception:  # a bug: the same problem as if it had occurred before the first line
             ended = "failed"
             request_id = request.scope["request_id"]
             logger.exception("request %s failed after its first line", request_id)
@@ -131,7 +131,7 @@ def _problem_line(problem: Problem, request: Request) -> bytes:
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's schema; what it refers to is in the document already, with that of `/classify`."""
+    """A model's JSON schema, without definitions: the OpenAPI document has them already, for `/classify`."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs")
     return schema
