@@ -1,4 +1,4 @@
-"""Models of the JSON documents, for OpenAPI and the Python client; the server builds answers without them, for speed."""
+"""Models of the JSON documents, for OpenAPI and the Python client. For speed, answers are built without them."""
 
 from typing import Literal
 

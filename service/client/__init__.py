@@ -1,17 +1,17 @@
-"""A client of an ExitServe server, for Python: the same calls waiting (`Client`) and awaited (`AsyncClient`).
+"""A Python client of an ExitServe server: the same calls blocking (`Client`) and asynchronous (`AsyncClient`).
 
     with Client("http://127.0.0.1:8000") as client:
         answer = client.classify(Path("cat.png"), deadline_ms=50)
         print(answer.label, answer.confidence, answer.exit, answer.reason)
 
-Answers are the documented shapes of `service.api.answers`; every refusal is an exception whose class says what kind it
-is and whose text says what to do. It needs httpx, which the extra `client` brings.
+Answers are models of `service.api.answers`. Every refusal raises an exception, whose class is the kind of refusal and
+whose text says what to do. The client needs httpx, which the extra `client` installs.
 """
 
 import sys
 from importlib.util import find_spec
 
-if find_spec("httpx") is None:  # the server does without it
+if find_spec("httpx") is None:  # the server does not need it
     raise ImportError(f"service.client needs httpx: {sys.executable} -m pip install httpx")
 
 from service.api.answers import BudgetState, Classification, LastStep, ModelDescription, Step

@@ -1,4 +1,4 @@
-"""The client whose calls are awaited."""
+"""The asynchronous client."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -27,13 +27,13 @@ from service.client.patience import Patience
 from service.client.pictures import Image
 
 T = TypeVar("T")
-# Calls that are with httpx at once, as many as it has connections. It takes more, but its waiting has an end, and to
-# choose takes it time that grows with the square of who waits: of 1,500 calls none was in time for an idle server.
+# Limit on concurrent calls in httpx, which has this many connections. httpx would queue more calls itself, but with a
+# timeout and in time quadratic in their number: of 1,500 calls to an idle server, none was answered in time.
 MOST_AT_ONCE = 100
 
 
 class AsyncClient(Calls):
-    """The same calls, awaited; see `Client`. Any number may be made at once: they wait for each other."""
+    """`Client`, but asynchronous. Any number of calls may be made at once; those beyond `MOST_AT_ONCE` queue."""
 
     def __init__(
         self,

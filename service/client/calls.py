@@ -1,4 +1,4 @@
-"""What clients send, and how they read what comes back: all of the two but the sending itself."""
+"""What both clients share: building requests and reading responses. Only the sending differs."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 30.0
 DEFAULT_READY_S = 60.0
 BudgetKind = Literal["average_mflops", "fraction", "accuracy"]
-# The connection has ended before an answer came, most likely because the server closed it for being idle as the request
-# was on its way. It is sent once more: to classify twice, or to set a budget twice, does no harm.
+# The connection ended before the response, most likely because the server closed it as idle while the request was on
+# its way. The request is sent once more: classifying twice, or setting a budget twice, does no harm.
 CUT_OFF = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 M = TypeVar("M", bound=BaseModel)
 
 
 class Wishes(TypedDict, total=False):
-    """What one classification may ask for; docs/http.md says how they combine. None is not to ask."""
+    """Options of a classification; docs/http.md says how they combine. None means not set."""
 
     top_k: int | None
     exit: int | None
@@ -35,7 +35,7 @@ class Wishes(TypedDict, total=False):
 
 
 class Calls:
-    """What both clients send, and how both read what comes back. See `Client`."""
+    """Base class of both clients; see `Client`."""
 
     def __init__(self, url: str, token: str | None, timeout_s: float | None, retries: int) -> None:
         if retries < 0:
@@ -48,7 +48,7 @@ class Calls:
         return Patience(self._retries, self._timeout_s)
 
     def _one(self, path: str, image: Image, wishes: Wishes) -> dict[str, Any]:
-        # What the bytes are, the server sees for itself.
+        # The server detects the format from the bytes.
         headers = {"Content-Type": "application/octet-stream"}
         return {"method": "POST", "url": path, "content": contents(image), "params": _asked(wishes), "headers": headers}
 
@@ -61,12 +61,12 @@ class Calls:
         return {"method": "PUT", "url": "/budget", "json": {kind: _number(kind, value), **target}}
 
     def _ready(self, left_s: float) -> dict[str, Any]:
-        """Whoever waits for a server is not to wait longer for one answer of it."""
+        """A readiness request. Its timeout is `timeout_s` or, if shorter, the caller's time left (at least `FIRST_S`)."""
         timeout_s = min(inf if self._timeout_s is None else self._timeout_s, max(left_s, FIRST_S))
         return {"method": "GET", "url": "/readyz", "timeout": timeout_s}
 
     def _read(self, response: httpx.Response, shape: type[M]) -> M:
-        """Return a whole response's document, or raise its problem."""
+        """Return the document of a complete response, or raise its problem."""
         if response.status_code != 200:
             raise self._refusal(response)
         try:
@@ -102,7 +102,7 @@ class Calls:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise the errors of httpx as the client's own."""
+        """Translate httpx's errors into the client's own."""
         try:
             yield
         except httpx.DecodingError as error:
@@ -117,28 +117,28 @@ class Calls:
 
 
 class Steps:
-    """What the lines of a stream say, as they arrive; of `calls`, whose errors it raises.
+    """Parses the lines of a stream as they arrive; raises the errors of `calls`.
 
-    Lines end at line feeds alone: httpx cuts at U+2028 and others too, which a label may have.
+    Splits at line feeds only: httpx would also split at U+2028 and others, which a label may contain.
     """
 
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._rest = b""  # what came after the last line feed
+        self._rest = b""  # data after the last line feed
         self._last: Step | LastStep | None = None
 
     def read(self, data: bytes) -> Iterator[Step | LastStep]:
-        """What the lines say whose ends these bytes bring."""
+        """Yield the steps in the lines that `data` completes."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._last = self._calls._line(line)
             yield self._last
 
     def end(self) -> Iterator[Step | LastStep]:
-        """What is left, where the connection has ended in order.
+        """Yield what is left once the connection has ended normally.
 
         Raises:
-            Unreachable: the answer is missing: the last line is another, or was cut.
+            Unreachable: the answer is missing: the last line is not an answer, or is truncated.
         """
         try:
             if self._rest:
@@ -146,7 +146,7 @@ class Steps:
         except Refused:
             raise
         except ServerError:
-            if self._last is None:  # else what came before is as it should be
+            if self._last is None:  # else earlier lines were valid: this one is truncated
                 raise
         if not isinstance(self._last, LastStep):
             told = f"{self._calls.url} ended the stream before the answer, as when a server dies: ask again."
@@ -164,15 +164,15 @@ def items(batch: BatchAnswer) -> list[Classification | Refused]:
 
 
 def _checked(url: str) -> str:
-    """The URL as messages may show it, without a password.
+    """Check a server's URL; returns it without credentials, for use in messages.
 
     Raises:
-        Unreachable: it is none of a server.
+        Unreachable: it cannot be the URL of a server.
     """
     try:
         parsed = httpx.URL(url)
         why = "" if parsed.scheme in ("http", "https") and parsed.host else "it needs http:// or https://, and a host"
-        parsed.raw_host.decode().encode("idna")  # as the connection will: of a label that is empty or too long, no name
+        parsed.raw_host.decode().encode("idna")  # as connecting does: fails for empty or too long labels
         shown = str(parsed.copy_with(userinfo=b"")) if parsed.userinfo else url
     except (httpx.InvalidURL, UnicodeError) as error:
         why, shown = str(error), url.rpartition("@")[2]
@@ -182,8 +182,8 @@ def _checked(url: str) -> str:
 
 
 def _authorization(token: str | None) -> dict[str, str]:
-    """The header for a token, of which no message may show a part."""
-    token = (token or "").strip()  # a file that holds one ends in a newline
+    """The header for a token. No message may show any part of the token."""
+    token = (token or "").strip()  # a token read from a file ends in a newline
     if not (token.isascii() and token.isprintable()):
         raise ValueError("token has characters that are not printable ASCII: give the server's admin token and no more")
     return {"Authorization": f"Bearer {token}"} if token else {}
@@ -194,7 +194,7 @@ def _asked(wishes: Wishes) -> dict[str, Any]:
 
 
 def _number(what: str, value: SupportsFloat) -> float:
-    """Also of NumPy's numbers, which JSON does not know."""
+    """Convert to a finite float, since `json` cannot serialise NumPy's numbers."""
     number = float(value)
     if not isfinite(number):
         raise ValueError(f"{what} is {number} and has to be a finite number")

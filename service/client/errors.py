@@ -1,4 +1,4 @@
-"""What a client raises where there is no answer: a class for each kind of refusal, as docs/http.md lists them."""
+"""The client's exceptions: a class for each kind of refusal, as listed in docs/http.md."""
 
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -6,21 +6,21 @@ from typing import Any
 
 
 class ServerError(Exception):
-    """No answer. The classes below say which kind; the text says what to do."""
+    """There is no answer. The subclass says why; the text says what to do."""
 
 
 class Unreachable(ServerError):  # noqa: N818 (these are names of states)
-    """No server answers there, or it hung up."""
+    """No server can be reached at the URL, or it closed the connection or took too long."""
 
 
 class Refused(ServerError):  # noqa: N818
-    """The server answered with a problem (RFC 9457), or a gateway before it that has none to ask.
+    """The server answered with a problem (RFC 9457), or a gateway in front of it had no server to ask.
 
     Attributes:
         status: HTTP status.
-        kind: stable name of the problem, for programs; "gateway" where that came without a problem document.
-        document: all of it.
-        retry_after_s: seconds after which to ask again, where the answer says so.
+        kind: stable name of the problem, for programs; "gateway" for a gateway's answer without a problem document.
+        document: the problem document; empty if there was none.
+        retry_after_s: seconds after which to retry; None if the answer does not say.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class Refused(ServerError):  # noqa: N818
 
 
 class BadRequest(Refused):
-    """The request cannot be answered as it is: a parameter, a budget, a body."""
+    """The request is invalid: a parameter, a budget or a body."""
 
 
 class BadImage(BadRequest):
-    """What was sent is no image that can be classified."""
+    """The body is not an image that can be classified."""
 
 
 class NotAllowed(Refused):
@@ -43,23 +43,23 @@ class NotAllowed(Refused):
 
 
 class Later(Refused):
-    """Nothing is wrong with the request, but not now; `retry_after_s` says when to come back."""
+    """The request is valid but cannot be answered now; `retry_after_s` says when to retry."""
 
 
 class Overloaded(Later):
-    """The server has more to do than it takes."""
+    """The server has no room for more requests."""
 
 
 class NotReady(Later):
-    """The server is warming up, stopping or broken, or a gateway before it cannot reach it."""
+    """The server is warming up, stopping or broken, or a gateway in front of it cannot reach it."""
 
 
 class DeadlinePassed(Refused):
-    """`deadline_ms` passed before a first exit had spoken."""
+    """`deadline_ms` passed before the first exit had a result."""
 
 
 class ServerFault(Refused):
-    """The server failed; its log says more, under the problem's `request_id`."""
+    """The server failed; its log has details under the problem's `request_id`."""
 
 
 IMAGE_KINDS = frozenset({"empty-image", "not-an-image", "broken-image", "image-too-large", "animated-image"})
@@ -70,19 +70,19 @@ BY_STATUS: dict[int, type[Refused]] = {
     503: NotReady,
     504: DeadlinePassed,
 }
-# Without a problem document they are not the server's own: a gateway that has no server to ask, or heard nothing of it.
+# Without a problem document, these come from a gateway that has no server to ask or got no response from it.
 BY_GATEWAY: dict[int, type[Later]] = {429: Overloaded, 502: NotReady, 503: NotReady, 504: NotReady}
 
 
 def refusal(document: dict[str, Any], retry_after_s: float | None = None) -> Refused:
-    """The exception for a problem document, as responses, streams and batches hold them.
+    """Return the exception for a problem document from a response, a stream or a batch.
 
     Args:
-        document: the problem.
-        retry_after_s: as the response's head says it, where it has one; what the document says goes before it.
+        document: the problem document; its own `retry_after_s` has precedence.
+        retry_after_s: from the response's header, in seconds, if it has one.
 
     Raises:
-        ValueError, KeyError, TypeError: it is no problem document.
+        ValueError, KeyError, TypeError: it is not a problem document.
     """
     status, kind = int(document["status"]), str(document["type"]).rpartition(":")[2]
     fallback = ServerFault if status >= 500 else BadImage if kind in IMAGE_KINDS else BadRequest
@@ -91,7 +91,7 @@ def refusal(document: dict[str, Any], retry_after_s: float | None = None) -> Ref
 
 
 def seconds(retry_after: str | None) -> float | None:
-    """What a header `Retry-After` says, seconds or a date, as seconds from now; None where it says nothing."""
+    """A `Retry-After` header, in seconds or a date, as seconds from now; None if absent or unreadable."""
     if retry_after is None:
         return None
     text = retry_after.strip()

@@ -1,4 +1,4 @@
-"""How long a client waits before it asks again, and when it gives up: for both, which differ in how they wait."""
+"""The retry policy of both clients: how long to wait before a retry, and when to give up."""
 
 import random
 from math import inf
@@ -6,16 +6,16 @@ from time import monotonic
 
 from service.client.errors import Later, ServerError, Unreachable
 
-FIRST_S, MOST_S = 0.1, 2.0  # waits where the server names none: doubled from one to the next
-DOUBLED = 10  # times at most, which is far beyond MOST_S
+FIRST_S, MOST_S = 0.1, 2.0  # first and longest wait if the server names none; each is twice the one before
+DOUBLED = 10  # limit on doublings, only to bound the power: MOST_S is reached long before
 
 
 class Patience:
-    """Of one call, from now on.
+    """The retries of one call, which begins now.
 
     Args:
-        retries: how often it may be made again.
-        timeout_s: seconds in which the last try has to begin; None: as many as it takes.
+        retries: limit on their number.
+        timeout_s: seconds from now within which the last try must begin; None for no limit.
     """
 
     def __init__(self, retries: float, timeout_s: float | None) -> None:
@@ -25,14 +25,14 @@ class Patience:
 
     @property
     def left_s(self) -> float:
-        """Seconds until no further try may begin."""
+        """Seconds left in which a try may begin."""
         return self._until_s - monotonic()
 
     def wait_s(self, error: ServerError) -> float:
-        """Seconds to wait before the next try: as the server says, else ever longer, and not all clients alike.
+        """Seconds to wait before the next try: as the server says, else exponential backoff with jitter.
 
         Raises:
-            ServerError: `error` itself, where to ask again does not help, or would come too late.
+            ServerError: `error` itself if a retry would not help or would begin too late, or none is left.
         """
         if not isinstance(error, Later | Unreachable) or self._n_waits >= self._retries:
             raise error

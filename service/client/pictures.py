@@ -1,4 +1,4 @@
-"""The forms in which a picture may be given, and the bytes that are sent of it."""
+"""The types in which callers may pass an image, and their conversion to the bytes that are sent."""
 
 import os
 from io import BytesIO
@@ -7,30 +7,30 @@ from typing import Any, Protocol
 
 
 class Readable(Protocol):
-    """A file opened as binary."""
+    """A file opened in binary mode."""
 
     def read(self) -> bytes: ...
 
 
 class Pixels(Protocol):
-    """An image of Pillow's, or a NumPy array of uint8 [height, width, 3]."""
+    """A Pillow image, or a NumPy array, uint8 [height, width, 3]."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
 Image = bytes | bytearray | memoryview | str | os.PathLike[str] | Readable | Pixels
-"""The bytes of an image file, its path, the file itself, opened as binary, or pixels."""
-PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})  # of Pillow, as it writes them; not CMYK, for one
+"""The bytes of an image file, its path, the file itself opened in binary mode, or pixels."""
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})  # that Pillow writes as PNG; not CMYK, for example
 
 
 def contents(image: Image) -> bytes:
-    """The bytes of an image file: those given, those read, or a PNG of the pixels.
+    """Return the bytes of an image file: as given, read from the file, or a PNG of the pixels.
 
     Raises:
         OSError: the file cannot be read.
-        TypeError: it is none of what an image may be.
-        ValueError: an array of another type or shape.
+        TypeError: not one of the types of `Image`.
+        ValueError: an array of another dtype or shape, or an image without pixels.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
@@ -48,15 +48,15 @@ def contents(image: Image) -> bytes:
 
 
 def name(image: Image, number: int) -> str:
-    """What an image is called in a batch: as its file, or by its number from 0."""
-    path = image if isinstance(image, str | os.PathLike) else getattr(image, "name", None)  # an open file may have one
+    """The file name of an image in a batch: its file's own, or one made from its position, counted from 0."""
+    path = image if isinstance(image, str | os.PathLike) else getattr(image, "name", None)  # open files may have a name
     if not isinstance(path, str | os.PathLike):
         return f"image-{number + 1}"
-    return Path(path).name.encode(errors="replace").decode()  # not every file's is UTF-8, as a form's has to be
+    return Path(path).name.encode(errors="replace").decode()  # names in forms must be UTF-8; those of files need not be
 
 
 def _png(pixels: Any) -> bytes:
-    from PIL import Image as Pillow  # once they are needed: they take longer to load than the client
+    from PIL import Image as Pillow  # imported only when needed: slower to load than the client
     from PIL import ImageOps
 
     if not isinstance(pixels, Pillow.Image):
@@ -66,9 +66,9 @@ def _png(pixels: Any) -> bytes:
         pixels = Pillow.fromarray(pixels)
     elif 0 in pixels.size:
         raise ValueError(f"the image has no pixels: it is of {pixels.width} by {pixels.height}")
-    pixels = ImageOps.exif_transpose(pixels)  # as the server turns a file, which PNG would not tell it
+    pixels = ImageOps.exif_transpose(pixels)  # as the server does for files; this PNG has no EXIF
     if pixels.mode not in PNG_MODES:
         pixels = pixels.convert("RGB")
     file = BytesIO()
-    pixels.save(file, "PNG", compress_level=1)  # the fastest: a smaller file gains less than it costs, on most ways
+    pixels.save(file, "PNG", compress_level=1)  # the fastest: on most networks, a smaller file saves less time
     return file.getvalue()

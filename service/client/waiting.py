@@ -1,4 +1,4 @@
-"""The client whose calls wait."""
+"""The blocking client."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -30,18 +30,18 @@ T = TypeVar("T")
 
 
 class Client(Calls):
-    """Calls that wait. Safe to share between threads; close it, or use it as a context manager.
+    """Blocking client. Safe to share between threads; close it, or use it as a context manager.
 
     Args:
-        url: of the server.
-        token: its admin token, which `set_budget` needs where one is configured.
-        timeout_s: how long to wait for the server at each step of a request; None: for ever.
-        retries: how often to make a call again that ends in `Later` or `Unreachable`, after the time that the server
-            names, or ever longer ones. None begins later than `timeout_s` after the first.
+        url: the server's URL.
+        token: the server's admin token, which `set_budget` needs if one is configured.
+        timeout_s: timeout in seconds for each step of a request; None for no timeout.
+        retries: how often to retry a call that ends in `Later` or `Unreachable`, after the wait that the server names,
+            else with exponential backoff. No retry begins later than `timeout_s` after the call.
 
     Raises:
-        Unreachable: it is no URL.
-        ValueError: the token is not printable ASCII; retries below 0.
+        Unreachable: `url` cannot be the URL of a server.
+        ValueError: the token is not printable ASCII, or `retries` is below 0.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class Client(Calls):
         """Classify one image.
 
         Args:
-            image: the bytes of an image file, its path, the file itself, opened as binary, an image of Pillow's or a
-                NumPy array of uint8 [height, width, 3]. The last two are sent as PNG.
+            image: the bytes of an image file, its path, the file itself opened in binary mode, a Pillow image or a
+                NumPy array, uint8 [height, width, 3]. The last two are sent as PNG.
 
         Raises:
-            ServerError: of the class that fits.
+            ServerError: there is no answer; the subclass says why.
             OSError: the file cannot be read.
-            TypeError, ValueError: it is no image.
+            TypeError, ValueError: `image` is not an image.
         """
         return self._ask(self._one("/classify", image, wishes), Classification)
 
     def stream(self, image: Image, **wishes: Unpack[Wishes]) -> Iterator[Step | LastStep]:
-        """Classify one image and yield what each exit says, when it does; the last item is the answer.
+        """Classify one image and yield the result of each exit as it arrives; the last item is the answer.
 
-        To leave off early gives the image up at the server. Raises as `classify` does. What has begun is not retried.
+        Closing the iterator early abandons the image. Raises as `classify` does. A stream that has begun is not retried.
         """
         call = self._one("/classify/stream", image, wishes)
         with self._explained(), closing(self._patiently(lambda: self._open(call), self._patience())) as response:
@@ -81,7 +81,7 @@ class Client(Calls):
             yield from steps.end()
 
     def batch(self, images: Sequence[Image], **wishes: Unpack[Wishes]) -> list[Classification | Refused]:
-        """Classify several images in one request; an answer or the refusal of each, in order."""
+        """Classify several images in one request; returns the answer or the refusal of each, in order."""
         return items(self._ask(self._several(images, wishes), BatchAnswer)) if len(images) else []
 
     def budget(self) -> BudgetState:
@@ -92,10 +92,10 @@ class Client(Calls):
     ) -> BudgetState:
         """Set the average compute per image, e.g. `set_budget("fraction", 0.4)`; returns the new state.
 
-        With `latency_ms` the server works below it under load, as far as it takes to answer 95 % in that time.
+        With `latency_ms`, the server works below the budget under load, as far as needed to answer 95 % in that time.
 
         Raises:
-            ServerError: of the class that fits.
+            ServerError: the call failed; the subclass says why.
             ValueError: a number is not finite.
         """
         return self._ask(self._budget(kind, value, latency_ms), BudgetState)
@@ -104,11 +104,11 @@ class Client(Calls):
         return self._ask({"method": "GET", "url": "/model"}, ModelDescription)
 
     def wait_ready(self, timeout_s: float = DEFAULT_READY_S) -> None:
-        """Wait until the server is ready to classify, so many seconds at most.
+        """Wait until the server is ready to classify, for at most `timeout_s` seconds.
 
         Raises:
-            NotReady, Unreachable: it was not, or nobody answered, the last time it was asked.
-            ServerError: something else answers there.
+            NotReady, Unreachable: at the last try, the server was not ready or could not be reached.
+            ServerError: the response was not that of an ExitServe server.
         """
         patience = Patience(inf, timeout_s)
         self._patiently(lambda: self._read(self._send(self._ready(patience.left_s)), Readiness), patience)

@@ -1,4 +1,4 @@
-"""What a worker is told at its start."""
+"""The configuration that a worker receives at its start."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ from service.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All of it, as the engine's process has read and checked it: a worker that starts later reads no other files."""
+    """Read and checked once, by the engine's process: a worker started later does not read files changed since."""
 
     bundle: Bundle
     targets: Targets

@@ -1,12 +1,12 @@
-"""What workers and the engine's process tell each other, as bytes: what is said of the images of a batch is one frame.
+"""Encodes the messages between workers and the engine's process; the outcomes of a batch are one frame per worker.
 
-To the engine's process go structures: it unpickles nothing from processes that have decoded pictures from anywhere. To
-workers, who trust it, tuples of numbers are pickled, three fifths of the time of structures, and errors as they are.
+Messages to the engine's process are structs or JSON: it unpickles nothing from processes that have decoded untrusted
+images. Workers trust the engine's process, so outcomes are pickled: errors as objects, the rest as tuples of numbers,
+which takes three fifths of the time of structs.
 
-A request is known by a number that no other of its worker ever has; modulo the number of slots it is the slot that the
-image lies in.
+A worker never reuses a request number. Modulo the number of slots, it is the number of the slot that holds the image.
 
-Numbers are doubles, so that an answer is the same as if it had never travelled.
+Real numbers are sent as doubles, so that answers are the same as without workers.
 """
 
 import pickle
@@ -19,36 +19,36 @@ from service.engine.rows import Answer, Options, Step, Told
 
 
 class Kind(IntEnum):
-    """Of a frame."""
+    """The kind of a frame."""
 
     # to a worker
-    STARTED = 1  # the engine takes images
-    DRAIN = 2  # answer what was accepted, and end
-    BROKEN = 3  # the engine has broken down, and why: end
-    TOLD = 4  # answers, steps and errors, in the order in which they came about
-    RELEASED = 5  # abandoned requests: the engine has let go of their slots
+    STARTED = 1  # the engine accepts images
+    DRAIN = 2  # answer the requests accepted so far, and end
+    BROKEN = 3  # the engine has broken down, with the reason: end
+    TOLD = 4  # answers, steps and errors, in the order in which they occurred
+    RELEASED = 5  # numbers of abandoned requests whose slots the engine has released
     REPLY = 6  # to a call: its number, and a pickled value or exception
     # from a worker
-    SERVING = 7  # it listens, and has heard that the engine takes images
+    SERVING = 7  # the worker is listening, and knows that the engine accepts images
     SUBMIT = 8
     ABANDON = 9
-    TOOK = 10  # seconds that answers took, see `Engine.took`
-    CALL = 11  # its number, and JSON: what worked on pictures from anywhere is never unpickled by the engine's process
+    TOOK = 10  # response times in seconds, see `Engine.took`
+    CALL = 11  # its number, and its name and arguments as JSON
 
 
 NUMBER = struct.Struct("<Q")
 SECONDS = struct.Struct("<d")
 CALL_NUMBER = struct.Struct("<I")
-WISHES = struct.Struct("<IHHIHBxddd")  # how many requests have them, and what `pack_submissions` says
-OWN_SIZE = (0, 0)  # a picture's height and width where they are the network's
-STEP_FIELDS = 8  # of a step in TOLD; an answer has more, and an error two
+GROUP = struct.Struct("<IHHIHBxddd")  # number of requests, and the size and options that they share
+OWN_SIZE = (0, 0)  # stands for the height and width of the network's input
+STEP_FIELDS = 8  # number of fields of a step in TOLD; an answer has more, an error two
 
 
 def pack_submissions(submitted: Sequence[tuple[int, Options, tuple[int, int]]]) -> bytes:
-    """The payload of a frame SUBMIT: wishes and a size, and the numbers of the requests next to each other that have
-    these.
+    """The payload of a frame SUBMIT: consecutive requests of one size and one `Options` form a group.
 
-    A deadline is on the monotonic clock, which all processes share.
+    Args:
+        submitted: number, options (deadline on the shared monotonic clock) and (height, width) in pixels of each.
     """
     parts: list[bytes] = []
     start = 0
@@ -56,7 +56,7 @@ def pack_submissions(submitted: Sequence[tuple[int, Options, tuple[int, int]]]) 
         _, options, size = submitted[start]
         if end < len(submitted) and submitted[end][1] is options and submitted[end][2] == size:
             continue
-        wishes = WISHES.pack(
+        group = GROUP.pack(
             end - start,
             *size,
             options.top_k,
@@ -66,19 +66,19 @@ def pack_submissions(submitted: Sequence[tuple[int, Options, tuple[int, int]]]) 
             options.max_mflops,
             options.deadline_s,
         )
-        parts += wishes, pack_numbers([number for number, _, _ in submitted[start:end]])
+        parts += group, pack_numbers([number for number, _, _ in submitted[start:end]])
         start = end
     return b"".join(parts)
 
 
 def submissions(payload: bytes) -> Iterator[tuple[Options, tuple[int, int], Sequence[int]]]:
-    """The wishes and sizes in a frame SUBMIT, and the numbers of the requests that have them."""
+    """Yield the groups in a frame SUBMIT: their options, (height, width) in pixels, and request numbers."""
     at = 0
     while at < len(payload):
-        n, height_px, width_px, top_k, exit_number, steps, min_confidence, max_mflops, deadline_s = WISHES.unpack_from(
+        n, height_px, width_px, top_k, exit_number, steps, min_confidence, max_mflops, deadline_s = GROUP.unpack_from(
             payload, at
         )
-        at += WISHES.size
+        at += GROUP.size
         options = Options(
             top_k=top_k,
             exit=exit_number or None,
@@ -107,9 +107,9 @@ def seconds(payload: bytes) -> tuple[float, ...]:
     return struct.unpack(f"<{len(payload) // SECONDS.size}d", payload)
 
 
-def pack_told(told: Iterable[tuple[int, Told]]) -> bytes:
-    """The payload of a frame TOLD: of an answer its fields in their order, but for the label; of a step fewer."""
-    return pickle.dumps([_fields(number, said) for number, said in told], pickle.HIGHEST_PROTOCOL)
+def pack_told(outcomes: Iterable[tuple[int, Told]]) -> bytes:
+    """The payload of a frame TOLD: for each request its number, and the fields of its answer or step without label."""
+    return pickle.dumps([_fields(number, outcome) for number, outcome in outcomes], pickle.HIGHEST_PROTOCOL)
 
 
 def _fields(number: int, said: Told) -> tuple[object, ...]:
@@ -134,11 +134,11 @@ def _fields(number: int, said: Told) -> tuple[object, ...]:
 
 
 def told(payload: bytes, class_names: Sequence[str]) -> list[tuple[int, Told]]:
-    """The numbers, and what is said of them, of a frame TOLD."""
+    """The request numbers and outcomes in a frame TOLD."""
     arrived: list[tuple[int, Told]] = []
     for fields in pickle.loads(payload):
         if len(fields) > STEP_FIELDS:
-            # Named one by one, for they come by the thousand: to pass them on as a tuple takes a fifth longer.
+            # Unpacked by name for speed: passing the tuple on (`*fields`) takes a fifth longer.
             number, class_id, share, others, exit_, reason, mflops, queue_ms, compute_ms, rows, score, threshold = (
                 fields
             )
@@ -155,6 +155,6 @@ def told(payload: bytes, class_names: Sequence[str]) -> list[tuple[int, Told]]:
     return arrived
 
 
-def is_last(told: Told) -> bool:
-    """Whether nothing more comes of a request."""
-    return not isinstance(told, Step)
+def is_last(outcome: Told) -> bool:
+    """Whether an outcome is the last one of its request."""
+    return not isinstance(outcome, Step)
