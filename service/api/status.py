@@ -16,7 +16,7 @@ PRIVATE = {"files", "stages", "int8"}
 def status_routes(state: State) -> APIRouter:
     router = APIRouter()
     public = state.bundle.manifest.model_dump(mode="json", exclude=PRIVATE)
-    # Not orjson: a manifest's training record may hold integers of any size, such as seeds, and NaN.
+    # Not orjson: a manifest's training record may hold integers too large for it, such as seeds. NaN becomes null.
     model_document = to_json({**public, "precision": state.bundle.precision}, inf_nan_mode="null")
 
     @router.get("/healthz", response_model=Health, tags=["status"], summary="Is the process alive?")

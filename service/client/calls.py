@@ -61,7 +61,7 @@ class Calls:
         return {"method": "PUT", "url": "/budget", "json": {kind: _number(kind, value), **target}}
 
     def _ready(self, left_s: float) -> dict[str, Any]:
-        """A readiness request. Its timeout is `timeout_s` or, if shorter, the caller's time left (at least `FIRST_S`)."""
+        """A readiness request, with a timeout of `timeout_s` or, if shorter, the time left, at least `FIRST_S`."""
         timeout_s = min(inf if self._timeout_s is None else self._timeout_s, max(left_s, FIRST_S))
         return {"method": "GET", "url": "/readyz", "timeout": timeout_s}
 

@@ -71,7 +71,7 @@ class Client(Calls):
     def stream(self, image: Image, **wishes: Unpack[Wishes]) -> Iterator[Step | LastStep]:
         """Classify one image and yield the result of each exit as it arrives; the last item is the answer.
 
-        Closing the iterator early abandons the image. Raises as `classify` does. A stream that has begun is not retried.
+        Closing the iterator early abandons the image. Raises as `classify` does. A stream once begun is not retried.
         """
         call = self._one("/classify/stream", image, wishes)
         with self._explained(), closing(self._patiently(lambda: self._open(call), self._patience())) as response:
