@@ -80,7 +80,7 @@ class Calibration:
         try:
             with zipfile.ZipFile(path) as archive:
                 _check_members(archive)
-                # Of what was checked: `np.load` goes by how a file begins, and before an archive anything may stand.
+                # From the archive that was checked: `np.load` goes by the first bytes, and a zip may follow other data.
                 loaded = {member.filename.removesuffix(".npy"): _read(archive, member) for member in archive.infolist()}
         except ValueError:
             raise

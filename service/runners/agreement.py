@@ -1,7 +1,7 @@
-"""Whether a stage's graph reads and gives what the manifest says of it: batches are laid out by the manifest.
+"""Checks that a stage's graph has the inputs and outputs that the manifest describes.
 
-A graph of more classes than have names would break the engine at the first image; one of other shapes would write
-where no room was made.
+Buffers and stores are laid out by the manifest. A graph with more classes than there are names, or with other shapes,
+would break the engine at its first image.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from models.manifest import StageInfo, ValueInfo
 from models.onnx_weights import StageLoadError
 
 DTYPES = {"float": "float32", "double": "float64"}
-"""Whose names differ between ONNX and numpy."""
+"""ONNX type names that differ from numpy's."""
 
 
 class InGraph(NamedTuple):
-    """An input or output as a graph tells of it.
+    """An input or output as the graph declares it.
 
     Attributes:
-        dtype: ONNX's name of it, such as `float`.
-        shape: with the rows; what is no number is left open. None: nothing is told.
+        dtype: ONNX's name of the element type, such as `float`.
+        shape: with the rows axis; an entry that is not an integer leaves its size open. None if not declared.
     """
 
     name: str
@@ -32,7 +32,7 @@ def check_agreement(path: Path, stage: StageInfo, inputs: Sequence[InGraph], out
     """Compare names, their order, types and shapes.
 
     Raises:
-        StageLoadError: naming `path`, what differs, and the fix.
+        StageLoadError: they differ; the message names `path`, the difference and the fix.
     """
     for what, declared, found in (("reads", stage.inputs, inputs), ("gives", stage.outputs, outputs)):
         names, in_graph = [value.name for value in declared], [value.name for value in found]

@@ -106,7 +106,7 @@ class OnnxRunner:
         """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent.
 
         Raises:
-            RunnerError: a stage cannot run, or gives something else than the manifest says.
+            RunnerError: a stage cannot run, or its output differs from the manifest.
         """
         times: list[dict[int, float]] = [{} for _ in self.stages]
         n_rows, spent_s = 1, 0.0
@@ -125,10 +125,10 @@ class OnnxRunner:
             n_rows = min(self.max_rows, n_rows * 4)
 
     def _check(self, stage: int, n_rows: int, output: StageOutput) -> None:
-        """A graph may leave its sizes open: what it then gives to so many rows only a run can tell.
+        """Compare an output's shapes with the manifest: a graph may leave its sizes open, so only a run shows them.
 
         Raises:
-            RunnerError: it is not what the manifest says.
+            RunnerError: they differ.
         """
         outputs = self.stages[stage].outputs
         given = {outputs[0].name: output.logits, **output.block.values}
