@@ -108,7 +108,7 @@ class RunFolder:
         try:
             return Recipe.model_validate(self.read_description()["recipe"])
         except ValueError as error:
-            reason = "damaged, or written by another version"
+            reason = "damaged, or from another version"
             raise RunError(f"{self.description}: {reason}; train into another folder") from error
 
     def forget_calibration(self) -> None:

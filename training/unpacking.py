@@ -52,7 +52,7 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     if images.image_size_px != manifest.input.height_px:
         raise DataError(
             f"{bundle_path}: trained on images of {manifest.input.height_px} px, but --data was read at "
-            f"{images.image_size_px} px: set --image-size {manifest.input.height_px}"
+            f"{images.image_size_px} px; read it at {manifest.input.height_px} px"
         )
     split = Split.make(len(images.train_labels), data.heldout_images, seed)
     if split.sha256 != data.split_sha256:
