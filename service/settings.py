@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.budget.latency import MAX_LATENCY_MS
 
 ENV_PREFIX = "EXITSERVE_"
+MAX_LANES, MAX_BATCH_ROWS = 256, 4096
 NOT_ON_THE_COMMAND_LINE = frozenset({"admin_token"})
 
 
@@ -76,8 +77,8 @@ class Settings(BaseSettings):
         "fp32",
         description="precision of the stages; int8: on CPUs, if the bundle has it; auto: the faster here, as measured",
     )
-    lanes: int = Field(0, ge=0, le=256, description="batches that run concurrently; 0: one per core, 2 on a GPU")
-    max_batch_rows: int = Field(32, ge=1, le=4096, description="most images in one batch")
+    lanes: int = Field(0, ge=0, le=MAX_LANES, description="batches that run concurrently; 0: one per core, 2 on a GPU")
+    max_batch_rows: int = Field(32, ge=1, le=MAX_BATCH_ROWS, description="most images in one batch")
     scheduling_policy: Literal["default", "none", "no-compaction", "always-compact", "merge-full"] = Field(
         "default",
         description="how images are regrouped between stages; default: by measured cost; others: for comparison",

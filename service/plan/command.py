@@ -24,6 +24,7 @@ from service.plan.report import Plan
 from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes, StageTimesError, require_stages
 from service.runners.base import RunnerError
+from service.settings import MAX_BATCH_ROWS, MAX_LANES
 
 ZOO = Path("models/zoo")
 IMAGES = 8_000
@@ -75,9 +76,9 @@ def command_line() -> argparse.ArgumentParser:
         "--accuracy", type=_positive, metavar="SHARE", help="use the budget that reaches this on held-out images"
     )
     server.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of stages (%(default)s)")
-    server.add_argument("--lanes", type=_count, metavar="N", help="batches that run concurrently (one per core)")
+    server.add_argument("--lanes", type=_lanes, metavar="N", help="batches that run concurrently (one per core)")
     server.add_argument(
-        "--max-batch-rows", type=_count, default=32, metavar="N", help="most images in one batch (%(default)s)"
+        "--max-batch-rows", type=_batch_rows, default=32, metavar="N", help="most images in one batch (%(default)s)"
     )
     server.add_argument("--policy", choices=POLICIES, default="default", help="scheduling policy (%(default)s)")
     times = parser.add_argument_group("times")
@@ -253,6 +254,14 @@ def _count(text: str, most: int = MOST) -> int:
 def _burst(text: str) -> int:
     """Of a larger one a server refuses the rest; and of those that are simulated there would be too few to tell."""
     return _count(text, MANY_IN_FLIGHT)
+
+
+def _lanes(text: str) -> int:
+    return _count(text, MAX_LANES)
+
+
+def _batch_rows(text: str) -> int:
+    return _count(text, MAX_BATCH_ROWS)
 
 
 def _seed(text: str) -> int:

@@ -248,6 +248,8 @@ def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times
         (["--rate", "9", "--replicas", "1.5"], "1.5 is not a whole number from 1"),
         (["--rate", "9", "--host-us", "-1"], "-1 is not a number above 0"),
         (["--rate", "9", "--seed", "-1"], "'-1' is not a whole number from 0 on"),
+        (["--rate", "9", "--lanes", "1000"], "1000 is not a whole number from 1 to 256"),
+        (["--rate", "9", "--max-batch-rows", "5000"], "5000 is not a whole number from 1 to 4,096"),
         (["--rate", "9", "--bursts", "5000"], "5000 is not a whole number from 1 to 1,024"),
         (["--rate", "9", "--policy", "wild"], "invalid choice"),
         (["--replicas", "2"], "--rate"),
