@@ -242,6 +242,12 @@ def _read_calibration(folder: Path, manifest: Manifest, file: str) -> Calibratio
         stored = ", ".join(sorted(set(calibration.scores) & known)) or "none"
         reason = f"score {manifest.score!r} is not among those calibrated and known here ({stored})"
         raise BundleError(folder, MANIFEST, reason, "name one of them, or calibrate again")
+    accuracy = calibration.correct.mean(axis=0)
+    for number, (exit_, found) in enumerate(zip(manifest.exits, accuracy, strict=True), start=1):
+        said = exit_.heldout_accuracy
+        if abs(said - found) * shape[0] > 0.5:  # half an image: it may have been rounded when it was written
+            reason = f"{found:.4f} of its answers at exit {number} are right where the manifest says {said:.4f}"
+            raise BundleError(folder, file, reason, "calibrate and export the bundle again")
     return calibration
 
 

@@ -217,6 +217,7 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("exits", 1, "executed_mflops", to=float("nan")), "exits.1.executed_mflops"),
         (change("exits", 0, "published_mflops", to=99.0), "published_mflops must be cumulative"),
         (change("exits", 0, "heldout_accuracy", to=71.2), "exits.0.heldout_accuracy: Input should be less"),
+        (change("exits", 1, "heldout_accuracy", to=0.01), "are right where the manifest says 0.0100"),
         (change("input", "height_px", to=0), "input.height_px: Input should be greater"),
         (change("input", "width_px", to=31), "stage 1 must take one uint8 image of the shape [32, 31, 3]"),
         (change("input", "std", to=[0.0, 1.0, 1.0]), "input.std.0: Input should be greater"),
