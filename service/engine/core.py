@@ -1,6 +1,6 @@
-"""What the engine's thread does between messages: who is admitted, runs, leaves, goes on. No thread, no waiting.
+"""The engine's logic: which rows are admitted, run, leave and go on. It starts no threads and never waits.
 
-The caller tells the time, runs the batches it is given and brings them back.
+The caller passes the time, runs the batches that it is given, and returns them.
 """
 
 import logging
@@ -30,13 +30,13 @@ class Core:
     """Owns every row in flight: admits, dispatches, ends or requeues it.
 
     Attributes:
-        budget, scheduler: owned by this.
-        outbox: steps and outcomes not yet delivered, by sink; whoever delivers them empties it.
-        deadlines: of requests that have one; `expire` is to be called when the next is due.
+        budget, scheduler: owned by this object.
+        outbox: steps and outcomes not yet delivered, by sink; `deliver` empties it.
+        deadlines: of requests that have one; call `expire` when the next is due.
         n_ended, n_answered, n_abandoned, n_failed, n_late: requests, since the start; the first is the sum of the
-            others. Late ones were refused, their deadline having passed before they could run.
+            others. Late ones were refused because their deadline passed before they could run.
         exits: answers by exit (from 1) and reason.
-        n_idle: rows that ran a stage although they had answered, by stage: see `Policy.compact`.
+        n_idle: rows that ran a stage although they had been answered, by stage: see `Policy.compact`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Core:
         self._n_gone = 0  # abandoned rows not yet back from their batch
         self._out: set[Batch] = set()  # batches handed out and not yet returned
         self._retries: deque[tuple[int, Request]] = deque()  # (stage, row) of failed batches, to rerun alone
-        self._is_retrys_turn = False  # they go first every other time
+        self._is_retrys_turn = False  # retries go first every other time
 
     @property
     def n_ended(self) -> int:
@@ -69,7 +69,7 @@ class Core:
 
     @property
     def idle_mflops(self) -> float:
-        """Compute spent on rows that had already answered."""
+        """Compute spent on rows that had already been answered."""
         steps = zip(self.n_idle, self.budget.costs, (0, *self.budget.costs), strict=False)
         return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 
@@ -86,7 +86,7 @@ class Core:
         self._queue(requests, 0, now_s)
 
     def abandon(self, request: Request) -> None:
-        """End a request whose client has left: now if it waits, at the end of its batch if it runs."""
+        """End a request whose client has left: at once if it waits, when its batch returns if it runs."""
         if request.abandoned or request.state is ENDED:
             return
         request.abandoned = True
@@ -97,9 +97,9 @@ class Core:
             self._end(request, stage, False, None)
 
     def expire(self, now_s: float) -> None:
-        """Answer requests whose deadline has come from the head they have passed last, whether they wait or run.
+        """Answer requests whose deadline has come from the last head that they passed, whether they wait or run.
 
-        One that still waits for its first stage is refused; one that runs it answers when it has run.
+        A request that waits for its first stage is refused; one that runs it is answered when the batch returns.
         """
         for row in self.deadlines.pop_due(now_s):
             if row.abandoned:
@@ -113,18 +113,18 @@ class Core:
                 self._end(row, stage, False, EngineTooLate())
 
     def is_behind(self, n_lanes: int) -> bool:
-        """Whether so many images wait for every lane that nobody notices a decision that comes a batch later."""
+        """Whether so many images wait for every lane that deciding one batch later delays no answer noticeably."""
         return len(self.scheduler) >= n_lanes * max(self.scheduler.max_rows, BEHIND_ROWS)
 
     def batches_out(self, n_lanes: int) -> int:
-        """How many batches the lanes are to have, those that run among them, so that no lane waits for a decision."""
+        """How many batches the lanes should have, including running ones, so that no lane waits for a decision."""
         return 2 * n_lanes + ((n_lanes + 1) // 2 if self.is_behind(n_lanes) else 0)
 
     def next_batch(self, now_s: float) -> Batch | None:
-        """Take the next batch to run, which its rows are charged for; None if nothing waits.
+        """Take the next batch to run, for which its rows are charged; None if nothing waits.
 
-        Rows that run alone, since their batch has failed, take turns with all others: a large batch becomes as many
-        small ones as it had rows, and nobody else is to wait for them all.
+        Retried rows take turns with other batches: a large failed batch becomes as many batches of one row as it had
+        rows, and other rows must not wait for all of them.
         """
         self._is_retrys_turn = not self._is_retrys_turn
         batch = self._retry() if self._is_retrys_turn else None
@@ -151,7 +151,7 @@ class Core:
         return None
 
     def _uncompact(self, batch: Batch) -> None:
-        """Have the whole block run that a batch's rows lie in, those that have left included."""
+        """Run the whole block in which the batch's rows lie, including rows that have left."""
         block = batch.states[0].block
         if batch.states[-1].block is block and block.n_rows > len(batch.rows):
             self.n_idle[batch.stage] += block.n_rows - len(batch.rows)
@@ -159,7 +159,7 @@ class Core:
             batch.states = block.states(range(block.n_rows))
 
     def finish(self, batch: Batch, now_s: float) -> None:
-        """Take back a batch that has run: every row of it leaves or goes on."""
+        """Take back a batch that has run or failed: each of its rows leaves, goes on, or is retried."""
         self.budget.refresh()
         seconds = batch.ended_s - batch.started_s
         for row in batch.rows:
@@ -174,10 +174,10 @@ class Core:
             waits = [batch.started_s - row.queued_since_s for row in batch.rows]
             self._observer.batch_ran(batch.stage + 1, seconds, waits)
         self._decide(batch, batch.result, now_s)
-        self._out.remove(batch)  # last: should anything break on the way, `fail_all` knows its rows
+        self._out.remove(batch)  # last: if anything above raises, `fail_all` still finds its rows
 
     def fail(self, batch: Batch, what: str, now_s: float) -> None:
-        """A batch has come to nothing: its rows run once more, each alone, as one of them may have been the cause."""
+        """Run the rows of a failed batch once more, each alone, as one of them may have been the cause."""
         self._out.discard(batch)
         logger.error("stage %d of %d images %s", batch.stage + 1, len(batch.rows), what)
         for row in batch.rows:
@@ -190,7 +190,7 @@ class Core:
                 self._retries.append((batch.stage, row))
 
     def fail_all(self, error: EngineError) -> None:
-        """End every request in flight with an error. Batches that still run are not to be brought back."""
+        """End every request in flight with an error. Batches that are still running must not be passed to `finish`."""
         ran = [*self._retries, *[(batch.stage, row) for batch in self._out for row in batch.rows]]
         waiting = self.scheduler.drop_all()
         self._retries.clear()
@@ -203,7 +203,7 @@ class Core:
                     self._end_abandoned(row, stage)
                 elif row.state is not ENDED:
                     self._end(row, stage, True, error)
-        finally:  # without the books, which may be what broke: nobody else knows of these rows any more
+        finally:  # without the accounts, whose code may be what failed: no other reference to these rows is left
             self.n_failed += turn_away(self.outbox, [row for _, row in waiting + ran], error)
 
     def _queue(self, rows: list[Request], stage: int, now_s: float, joined: bool = False) -> None:
@@ -240,16 +240,16 @@ class Core:
         return reasons
 
     def _go_on(self, batch: Batch, block: Block, rows: list[Request], reasons: list[Verdict], now_s: float) -> None:
-        """Queue those rows of a batch for the stage after it."""
+        """Queue rows of a batch for the next stage."""
         if batch.stage == 0 and block.slots is not None:
-            for row in rows:  # not as their batch comes back: who is given up, or fails then, needs its picture again
+            for row in rows:  # not earlier: a row whose batch failed or was given up needs its image for the retry
                 row.state.begun()
         joined = False
         if not block.is_kept_in_slots:
             indices = [i for i, reason in enumerate(reasons) if reason is None]
             if batch.places is not None:
                 indices = [batch.places[i] for i in indices]
-            # In slots each row is by itself, whatever the policy: `keep` hands it what it carries beside its slot.
+            # Rows in slots are independent, whatever the policy: `keep` gives each its values outside the slot.
             apart = self.scheduler.policy.compact or block.slots is not None
             states = keep(block, indices) if apart else block.states(indices)
             for i, row in enumerate(rows):
@@ -258,7 +258,7 @@ class Core:
         self._queue(rows, batch.stage + 1, now_s, joined)
 
     def _answer(self, batch: Batch, result: BatchResult, reasons: list[Verdict], now_s: float) -> None:
-        """Answer the rows of a batch that leave."""
+        """Answer those rows of a batch that leave."""
         mflops, with_steps = self.budget.costs[batch.stage] / MEGA, self._n_wishing > 0
         rows, answers = answers_of(batch, result, reasons, mflops, self._class_names, now_s, with_steps)
         if not rows:
@@ -273,7 +273,7 @@ class Core:
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
         score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
         threshold = self.budget.thresholds[batch.stage]
-        logits = result.logits[i].copy()  # so that no more than this row is kept
+        logits = result.logits[i].copy()  # a view would keep the whole batch alive
         mflops = self.budget.costs[batch.stage] / MEGA
         head = Head(batch.stage + 1, logits, result.classes[i], score, threshold, len(batch.rows), mflops)
         row.head = head
@@ -283,8 +283,7 @@ class Core:
         return reason
 
     def _answer_from(self, row: Request, head: Head, runs: bool, now_s: float) -> None:
-        """Answer from a head passed earlier, the deadline having come while the row runs the stage after it, for which
-        it pays, or waits for that."""
+        """Answer from a head passed before the deadline. A row that `runs` the next stage is charged for that, too."""
         mflops = self.budget.costs[head.exit] / MEGA if runs else head.mflops
         answer = late_answer(row, head, mflops, self._class_names, now_s)
         self.exits[answer.exit, answer.reason] += 1
@@ -292,29 +291,28 @@ class Core:
         self._end_answered([row], [answer])
 
     def _end_abandoned(self, row: Request, stage: int) -> None:
-        """A row comes back from its batch that nobody waits for: it ends, if its deadline has not ended it before."""
+        """End an abandoned row whose batch has returned, unless its deadline had ended it before."""
         self._n_gone -= 1
         if row.state is not ENDED:
             self._end(row, stage, True, None)
 
     def _end_answered(self, rows: list[Request], answers: list[Answer]) -> None:
-        """The end of requests that have their answers; their accounts were settled as that was decided."""
+        """End answered requests. Their accounts were settled with the decision."""
         self.n_answered += len(rows)
         if self._n_wishing:
             self._n_wishing -= sum(not row.options.is_plain for row in rows)
-        sink: Sink | None = None  # of the row before: mostly the same, and to look it up takes as long as the rest
+        sink: Sink | None = None  # of the previous row: usually the same, and a look-up takes as long as the rest
         for i, row in enumerate(rows):
             row.state = ENDED
             if row.sink is not sink:
                 sink = row.sink
-                told = self.outbox.setdefault(sink, [])
-            told.append((row.token, answers[i]))
+                outcomes = self.outbox.setdefault(sink, [])
+            outcomes.append((row.token, answers[i]))
         if self._observer is not None:
             self._observer.answered(answers)
 
     def _end(self, row: Request, stage: int, ran: bool, error: EngineError | None) -> None:
-        """A request's end without an answer, at a stage that it has run or waits for: an error, or None where it was
-        abandoned."""
+        """End a request with `error` or, if None, as abandoned. If it `ran`, it is charged for `stage`, too."""
         self.budget.settle([row.account], stage + 1, ran, answered=False)
         row.state = ENDED
         self._n_wishing -= not row.options.is_plain

@@ -1,8 +1,8 @@
 """The engine: takes images, runs them stage by stage, and answers each at the exit where it leaves.
 
-One thread owns the scheduler, the budget and every row (`service.engine.core`); all others send it messages through one
-inbox, so there is no lock to forget but that of admission, and one for the moments when the thread begins and ends.
-Lanes run the batches; `service.engine.loop` is that thread.
+One thread (`service.engine.loop`) owns the scheduler, the budget and every row (`service.engine.core`). Other threads
+send it messages through one inbox, so the only locks are those of admission and of the thread's start and end. Lanes
+run the batches.
 
 Every request ends in exactly one way: submitted = answered + refused + abandoned + failed + in flight.
 """
@@ -43,17 +43,17 @@ class Engine:
 
     Args:
         runner: runs the stages.
-        budget: decides who goes on; owned by the engine from now on.
-        scheduler: of as many stages; owned by the engine from now on.
+        budget: decides which images go on; owned by the engine from now on.
+        scheduler: for the runner's number of stages; owned by the engine from now on.
         score: the exit score that the budget's frontier was made with.
         class_names: by class id.
-        max_in_flight_rows: images held at once; beyond it `submit` refuses.
+        max_in_flight_rows: images in flight at once, at most; `submit` refuses more.
         exits: False runs every image to the last exit, as a network without exits would (for comparison).
-        observer: told of batches and answers.
+        observer: notified of batches and answers.
         max_queue_s: predicted wait beyond which `submit` refuses as well.
-        latency_s: that 95 % of the answers are to take at most, for which the budget falls under load; see `Degrade`.
-        hang_s: how long a batch may run before its images run again elsewhere; see `Guard`.
-        clock: seconds, of deadlines too; `time.perf_counter` unless a test has its own.
+        latency_s: target for the 95th percentile of latency; under load, the budget is lowered to meet it (`Degrade`).
+        hang_s: how long a batch may run before its images are run again on another lane; see `Guard`.
+        clock: seconds, also for deadlines; `time.perf_counter` except in tests.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Engine:
         scheduler = self._core.scheduler
         self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
         scheduler.costs = CostTable(self.stage_seconds, HOST_BATCH_S)
-        scheduler.limit_rows(self._runner.max_rows)  # the memory may hold fewer than was asked
+        scheduler.limit_rows(self._runner.max_rows)  # memory may allow fewer than configured
         self._loop.start(self.stage_seconds, scheduler.max_rows)
 
     @property
@@ -103,12 +103,12 @@ class Engine:
 
     @property
     def max_rows(self) -> int:
-        """The largest batch."""
+        """Rows of the largest batch."""
         return self._core.scheduler.max_rows
 
     @property
     def canvas_px(self) -> int:
-        """Up to which side pictures of other sizes than the network's are taken; 0: none are."""
+        """The largest side of images that are not of the network's size; 0 if only the network's size is accepted."""
         return canvas_px_of(self._runner)
 
     @property
@@ -118,42 +118,42 @@ class Engine:
 
     @property
     def trouble(self) -> str | None:
-        """Why no image can be answered at the moment, None while they can."""
+        """Why no image can be answered at the moment; None while the stages can run."""
         return self._loop.trouble
 
     @property
     def broken(self) -> "Future[EngineError]":
-        """Done once the engine has ended without being told to, with what every request in flight was told."""
+        """Resolves if the engine breaks down, with the error that every request in flight received."""
         return self._loop.broken
 
     @property
     def room(self) -> tuple[int, float]:
-        """How many images may be in flight at the moment, and by how many seconds each of them makes a new one wait."""
+        """How many images may be in flight at the moment, and the predicted wait that each of them adds, in seconds."""
         return self._admission.room_rows, self._admission.row_s
 
     @property
     def has_room(self) -> bool:
-        """False where `submit` would refuse, as too many images are in flight."""
+        """Whether fewer images are in flight than may be; if not, `submit` refuses."""
         return not self._admission.is_full
 
     def overload(self) -> EngineOverloaded:
-        """Why, for whoever is refused early, and uncounted."""
+        """The error for a request that is refused before it is submitted; it is not counted."""
         return self._admission.overload()
 
     def submit(self, image: NDArray[np.uint8], options: Options = PLAIN) -> "Future[Answer]":
         """Classify one image; cancelling the future abandons it.
 
         Args:
-            image: uint8 [H, W, 3] of the network's size; it must not be changed until the answer is there.
+            image: uint8 [H, W, 3] of the network's size; it must not be changed before the future is done.
             options: see `Options`.
 
         Returns:
-            a future of the answer, or of an EngineError where it failed.
+            a future of the answer; if the image fails, of an EngineError.
 
         Raises:
             ValueError: the image is not what the network takes.
             EngineOverloaded: too many images are in flight.
-            EngineDraining: the engine is not taking any.
+            EngineDraining: the engine has not started, or is stopping.
             EngineError: it has broken down.
         """
         future: Future[Answer] = Future()
@@ -164,18 +164,18 @@ class Engine:
     def submit_to(
         self, sink: Sink, token: Any, image: NDArray[np.uint8], options: Options = PLAIN, flush: bool = True
     ) -> Request:
-        """Classify one image and have (token, outcome) delivered to `sink`, with the others that its batch has ended.
+        """Classify one image; `sink` receives (token, outcome), in one call with the other outcomes of its batch.
 
-        For an event loop, which is so woken once a batch, not once an image. Raises as `submit` does. The request
-        returned is for `abandon` alone.
+        An event loop is thus woken once per batch, not once per image. Raises as `submit` does. The request returned
+        is only for `abandon`.
 
         Args:
-            flush: False where more images follow at once, and then a call of `flush`: so the engine's thread is woken
-                once for all of them, and they may run together.
+            flush: False if more images follow immediately, and then a call of `flush`: the engine's thread is woken
+                once for all of them, and they can run together.
         """
         try:
             state = self._runner.first_state(image)
-        except RunnerError:  # no place is left for its picture
+        except RunnerError:  # no slot is free
             raise self._admission.refuse() from None
         request = Request(token, sink, options, state)
         self._admission.enter(request)
@@ -191,53 +191,54 @@ class Engine:
         which: Sequence[int],
         options: Options = PLAIN,
     ) -> list[Request | EngineError]:
-        """Classify many images that lie in one array, as `submit_to` does one, for a fraction of the time each.
+        """Classify images of one array as `submit_to` does, at a fraction of the cost per image.
 
         Args:
-            tokens: an entry each.
-            images: uint8 [any, H, W, 3] of the network's size; not to be changed until the answers are there.
-            which: of these, an entry each.
+            tokens: one per image to classify.
+            images: uint8 [any, H, W, 3] of the network's size; not to be changed until all outcomes are delivered.
+            which: for each token, the index of its image.
 
         Returns:
-            for each its request, or why it was refused. A call of `flush` is to follow.
+            for each token its request, or the error with which it was refused. Call `flush` afterwards.
 
         Raises:
             ValueError: the images are not what the network takes.
         """
-        n_free = self._admission.n_free  # whoever finds no room is to take no picture's place either
+        n_free = self._admission.n_free  # images without room must not occupy slots
         try:
             states = self._first_states(images, which[:n_free]) if n_free else ()
-        except RunnerError:  # no places are left for so many
+        except RunnerError:  # too few slots are free
             states = ()
         requests = requests_for(tokens, sink, options, states)
         n_in = self._admission.enter_all(requests)
         return [*requests[:n_in], *(self._admission.refuse() for _ in tokens[n_in:])]
 
     def flush(self) -> None:
-        """Wake the engine's thread for what was submitted, if it waits for that."""
+        """Wake the engine's thread for submitted images, if it has asked for that."""
         if self._admission.is_to_wake():
             self._inbox.put(Wake())
 
     def abandon(self, request: Request) -> None:
-        """Give a request up: it runs no further stage, and nothing is delivered unless that has happened already."""
+        """Give up a request: it runs no further stage and, unless its outcome was delivered before, gets none."""
         self._inbox.put(Abandon(request))
 
     def ask(self, function: Callable[[], T]) -> "Future[T]":
-        """Run a function on the engine's thread, between batches. Waiting for it on that thread would take for ever."""
+        """Run a function on the engine's thread, between batches. Waiting for it on that thread would deadlock."""
         return self._loop.ask(function)
 
     def took(self, seconds: float) -> None:
-        """Report what an answer took as its client saw it, from the last byte of its request on; for `latency_s`."""
+        """Report the latency of an answer, counted from the last byte of its request; input of `latency_s`."""
         self._degrade.took(seconds)
 
     def set_budget(self, budget_mflops: float, latency_s: float | None = None) -> BudgetState:
         """Set the average mflops per image for images admitted from now on; returns the new state.
 
         Args:
-            latency_s: see `Engine`; None ends it.
+            latency_s: see `Engine`; None removes the target.
 
         Raises:
-            ValueError: the budget is out of the network's reach; the message gives its range.
+            ValueError: the budget is out of the network's range, which the message names; or `latency_s` is not a
+                positive, finite number.
         """
 
         def change() -> BudgetState:
@@ -247,17 +248,17 @@ class Engine:
         return self.ask(change).result()
 
     def budget_state(self) -> BudgetState:
-        """What the budget is, what it does and what was spent: exact, taken between batches (well under 1 ms)."""
+        """Budget, operating point and spending: a consistent snapshot taken between batches (well under 1 ms)."""
         return self.ask(self._budget_state).result()
 
     def stats(self) -> EngineStats:
-        """Counts: exact, taken between batches (well under 1 ms)."""
+        """Counts: a consistent snapshot taken between batches (well under 1 ms)."""
         return self.ask(self._stats).result()
 
     def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, answer those accepted, and stop. What is not answered in time fails.
+        """Refuse new requests, answer those accepted, and stop. Requests not answered in time fail.
 
-        May be called again, and from any thread but the engine's own.
+        May be called repeatedly, from any thread except the engine's own.
 
         Returns:
             True if every accepted request got its outcome in time.

@@ -1,6 +1,6 @@
-"""The engine's thread: the one that owns the scheduler, the budget and every row. See `service.engine.engine`.
+"""The engine's thread, which owns the scheduler, the budget and every row. See `service.engine.engine`.
 
-take arrivals and finished batches -> who leaves, who goes on -> dispatch to free lanes -> deliver the answers
+take arrivals and finished batches -> decide who leaves and who goes on -> dispatch to free lanes -> deliver the answers
 """
 
 import logging
@@ -29,26 +29,26 @@ from service.runners.base import FatalRunnerError, LaunchingRunner, Runner
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-NAP_S: Final = 50e-6  # between two looks at a device, at least: a kernel may make 200 us of it
-LOST_NAP_S: Final = 0.01  # where all that runs there was given up
-MANY_ROWS: Final = 128  # in batches that run
-SPIN_S: Final = 0.5e-3  # without a nap, where one batch is all there is: it takes less
+NAP_S: Final = 50e-6  # between two polls of a device, at least: an operating system may make 200 us of it
+LOST_NAP_S: Final = 0.01  # the same when every batch on the device has been given up
+MANY_ROWS: Final = 128  # in running batches
+SPIN_S: Final = 0.5e-3  # how long to poll without sleep when only one batch is in flight, which takes less
 
 
 def lanes_for(runner: Runner, score: Score, post: Callable[[Batch], None]) -> Lanes:
-    """The kind of lanes that suits a runner."""
+    """The lanes for a runner: driven by the engine's thread if it launches ahead, else threads."""
     if isinstance(runner, LaunchingRunner) and runner.runs_ahead:
         return LaunchingLanes(runner, score, post)
     return ThreadLanes(runner, score, post)
 
 
 class Loop:
-    """Runs the core on lanes, from messages.
+    """Feeds the core with messages and finished batches, and the lanes with its batches.
 
     Args:
-        core: owned by the thread from `start` to its end.
-        runner, score: for its lanes.
-        inbox: anybody may put messages.
+        core: owned by the thread from `start` until it ends.
+        runner, score: for the lanes.
+        inbox: any thread may put messages.
         max_queue_s, hang_s: see `Engine`.
         clock: seconds.
     """
@@ -71,28 +71,28 @@ class Loop:
         self.guard = Guard(runner.n_lanes, hang_s)
         self.pace = Pace(runner.n_lanes, 0.0)
         self.owns = False  # the thread is running and takes messages
-        self.n_delivered = 0  # of those that the core has ended
+        self.n_delivered = 0  # requests that the core has ended and admission has released
         self._lanes = lanes_for(runner, score, self._post)
         self._inbox = inbox
         self._max_queue_s = max_queue_s
         self._max_rows = admission.room_rows
         self._clock = clock
-        self._told_unsound: str | None = None
-        self.trouble: str | None = None  # the same, once admission follows it: read by any thread
+        self._followed_unsound: str | None = None  # `Guard.unsound` as last acted on
+        self.trouble: str | None = None  # the same, set once admission has been closed or reopened; for any thread
         self.broken: Future[EngineError] = Future()
         self._arrivals: list[Request] = []  # taken from admission, not yet admitted to the core
         self._messages: deque[Message] = deque()  # taken from the inbox
         self._ran: deque[Batch] = deque()  # posted by lanes
-        self._n_paced = 0  # of those that have ended, such as the pace knows of
-        self._n_out = 0  # batches dispatched and not taken back, those given up among them
-        self._is_behind = False  # by the batch; read by lanes
-        self._handing_over = threading.Lock()  # of what the thread owns, to it and back
+        self._n_paced = 0  # ended requests reported to the pace
+        self._n_out = 0  # batches dispatched and not returned, including those given up
+        self._is_behind = False  # `Core.is_behind` at the last dispatch; read by lanes
+        self._handing_over = threading.Lock()  # held while ownership passes to the thread and back
         self._owner = threading.Thread(target=self._work, name="exitserve-engine", daemon=True)
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
     def start(self, stage_seconds: Sequence[Mapping[int, float]], max_rows: int) -> None:
-        """Take requests from now on; `stage_seconds` by rows of a batch, which has `max_rows` at most."""
+        """Take requests from now on. `stage_seconds`: by batch rows, per stage; `max_rows`: of the largest batch."""
         self.guard.expect(stage_seconds, max_rows)
         image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in stage_seconds)
         self.pace = Pace(len(self._lanes), image_s)
@@ -103,17 +103,17 @@ class Loop:
             self._owner.start()
 
     def ask(self, function: Callable[[], T]) -> "Future[T]":
-        """Run a function between batches. Waiting for it on the engine's thread would take for ever."""
+        """Run a function between batches. Waiting for it on the engine's thread would deadlock."""
         call = Call(function)
         with self._handing_over:
             if self.owns:
                 self._inbox.put(call)
                 return call.future
-        call.run()  # not started yet, ended, or winding up: here, and perhaps beside others who ask
+        call.run()  # not started, ended or winding up: on the caller's thread, perhaps concurrently with other callers
         return call.future
 
     def stop(self) -> None:
-        """Take nothing more after the work at hand, and wait for that."""
+        """Stop after the messages at hand, and wait for the threads to end."""
         self._inbox.put(Stop())
         if self._owner.is_alive():
             self._owner.join()
@@ -122,8 +122,8 @@ class Loop:
     # --- lanes --------------------------------------------------------------------------------------------------
 
     def _post(self, batch: Batch) -> None:
-        """A batch has run. While images wait by the batch, the engine's thread is woken only once no batch is left that
-        a lane could take: each time it wakes its code is out of the cache, and that takes longer than a batch does."""
+        """Hand a batch back. With `_is_behind`, wake the engine's thread only when no batch is left for a lane to take:
+        each time it wakes, its code has left the CPU cache, which costs more than processing a batch does."""
         self._ran.append(batch)
         if not (self._is_behind and self._lanes.n_waiting):
             self._inbox.put(Wake())
@@ -150,10 +150,10 @@ class Loop:
             self.broken.set_result(broken)
 
     def _take_messages(self) -> bool:
-        """Wait for a message, then take all there are, and all images before them; False once told to stop.
+        """Wait for a message, then process all there are, after arrivals and finished batches; False to stop.
 
-        While all lanes are busy, arrivals do not wake the engine: it could do nothing for them, and a wake-up for each
-        image costs as much as all that the engine does for it. The next batch that has run brings it here.
+        While all lanes are busy, arrivals do not wake the engine: it could do nothing for them, and a wake-up per image
+        costs as much as the engine's work for it. The next finished batch wakes it.
         """
         lanes_are_free = len(self.guard.running) < self._max_running
         if self.admission.wait_for_one(lanes_are_free) or not lanes_are_free:
@@ -177,7 +177,7 @@ class Loop:
             self.core.expire(now_s)
             for batch in self.guard.look(now_s):
                 self.core.fail(batch, "has not come back", now_s)
-        if self.guard.unsound is not self._told_unsound:
+        if self.guard.unsound is not self._followed_unsound:
             self._follow_soundness()
         return goes_on
 
@@ -186,7 +186,7 @@ class Loop:
         return min(self.core.deadlines.next_s, self.guard.next_s)
 
     def _wait(self) -> None:
-        """Wait for a message, or for the next deadline, or to look after the lanes."""
+        """Wait for a message, the next deadline, or the guard's next check."""
         due_s = self._due_s
         if self._lanes.is_driven and self._n_out:
             return self._drive(due_s)
@@ -195,19 +195,19 @@ class Loop:
             self._messages.append(message)
 
     def _drive(self, due_s: float) -> None:
-        """The same where this thread polls the lanes: returns also once a batch has run."""
+        """Wait likewise, for lanes that this thread must poll; also returns when a batch has run."""
         running = len(self.guard.running)
         is_alone = running == 1 and self._n_out == 1 and not len(self.core.scheduler)
         now_s = self._clock()
         spin_s = now_s + SPIN_S if is_alone else 0.0
         if sum([len(batch.rows) for batch in self.guard.running]) >= MANY_ROWS:
-            time.sleep(0)  # whoever submits images gets the interpreter, and so large batches run on meanwhile
+            time.sleep(0)  # yield the interpreter to threads that submit images, so that batches stay large
         while self._inbox.empty() and now_s < due_s:
             if ran := self._lanes.poll():
                 self._ran.extend(ran)
                 return
             if now_s < spin_s:
-                select.select((), (), (), 0)  # whoever waits for the interpreter may have it, but nobody sleeps
+                select.select((), (), (), 0)  # releases the interpreter lock without sleeping
             else:
                 time.sleep(NAP_S if running else LOST_NAP_S)
             now_s = self._clock()
@@ -220,14 +220,14 @@ class Loop:
         if not self.guard.ended(batch, now_s):
             return
         core.finish(batch, now_s)
-        # Of those too that left between two batches, if they had run: what they took is in the seconds.
+        # Includes rows abandoned between batches, if they had run: their time is part of the batch seconds.
         n_ended = core.n_ended - core.budget.ledger.abandoned_unspent
         self.pace.ran(batch.ended_s - batch.started_s, n_ended - self._n_paced)
         self._n_paced = n_ended
 
     def _follow_soundness(self) -> None:
-        """Nobody is to wait for lanes that run nothing; and as soon as they run again, images are taken again."""
-        self._told_unsound = why = self.guard.unsound
+        """Fail everything in flight and close admission while no stage can be run; reopen it when they can again."""
+        self._followed_unsound = why = self.guard.unsound
         if why is None:
             logger.warning("the stages can be run again")
             self.admission.reopen()
@@ -270,17 +270,17 @@ class Loop:
         if not n_new and not self.core.outbox:
             return
         self.n_delivered += n_new
-        if n_new:  # first: who has an answer may send the next image at once
+        if n_new:  # before delivery: a client with an answer may send its next image at once
             room_rows = self.pace.room_rows(self.degrade.bearable_wait_s(self._max_queue_s), self._max_rows)
             self.admission.leave(n_new, room_rows, self.pace.row_s)
         deliver(self.core.outbox)
 
     def _wind_up(self, error: EngineError) -> None:
-        """Whatever happened, nobody is left waiting: end every request, then hand over what the thread owned."""
+        """Hand over what the thread owned and end every request, even after a failure of the core or the budget."""
         with self._handing_over:
             self.admission.close(error)
             self.owns = False
-        # Nothing comes from here on but abandonments and batches, which end below all the same.
+        # From here on, only abandonments and batches can arrive; their requests end below in any case.
         self._arrivals += self.admission.take()
         self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
         for message in self._messages:
@@ -288,7 +288,7 @@ class Loop:
                 message.run()
         try:
             self.core.fail_all(error)
-        finally:  # without what may have broken, the books or the pace
+        finally:  # without the accounts or the pace, whose code may be what failed
             self.core.n_failed += turn_away(self.core.outbox, self._arrivals, error)
             self.admission.leave(self.core.n_ended - self.n_delivered, self.admission.room_rows, self.admission.row_s)
             self.n_delivered = self.core.n_ended

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: options, answers, and the row in between."""
+"""The engine's inputs and outputs (options, answers, steps), and the request that it keeps between them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,23 +14,23 @@ from service.errors import EngineError
 from service.runners.blocks import Block, RowState
 
 ENDED: Final = RowState(Block({}, 0), 0)
-"""The state of a row that has ended: whoever keeps its request keeps no memory with it."""
+"""The state of a row that has ended, so that a reference to its request does not keep its memory alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a request may ask for. One that asks for `top_k` alone is plain, and nothing else is looked at.
+    """The options of a request. One that sets at most `top_k` is plain, and its other options are never read.
 
-    `exit` and `min_confidence` take the place of the server's thresholds; `max_mflops`, `deadline_s` and the ledger end
-    the way of an image whatever else was asked for.
+    `exit` and `min_confidence` replace the server's thresholds; `max_mflops`, `deadline_s` and the ledger end an image
+    whatever its other options.
     """
 
     top_k: int = 1
-    exit: int | None = None  # answer there, from 1
-    min_confidence: float | None = None  # answer at the first exit that is so sure (softmax output)
-    max_mflops: float = inf  # go no deeper than this pays for; the first exit is passed in any case
-    deadline_s: float = inf  # on the engine's clock: answer then from the head at hand
-    steps: bool = False  # tell what every head says that the image goes on from
+    exit: int | None = None  # answer at this exit, from 1
+    min_confidence: float | None = None  # answer at the first exit whose largest softmax output reaches this
+    max_mflops: float = inf  # run no stage beyond this cumulative cost; the first stage always runs
+    deadline_s: float = inf  # on the engine's clock: answer then from the last head passed
+    steps: bool = False  # deliver a `Step` for every exit that the image goes on from
     is_plain: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -43,23 +43,23 @@ PLAIN: Final = Options()
 
 @dataclass(init=False, slots=True)
 class Answer:
-    """One image's answer. `exit` counts from 1; times are milliseconds, summed over the stages the image ran.
+    """One image's answer. `exit` counts from 1; times are milliseconds, summed over the stages that the image ran.
 
-    Its `__init__` is written out, as one that `dataclass` writes is not compiled.
+    `__init__` is written out because mypyc does not compile the one that `dataclass` generates.
     """
 
     class_id: int
     label: str
     confidence: float  # largest softmax output of the exit's logits, 0 to 1
-    others: tuple[tuple[int, float], ...]  # (class id, softmax output) of the next best, best first, as many as asked
+    others: tuple[tuple[int, float], ...]  # (class id, softmax output) of the next best classes, `top_k` - 1 at most
     exit: int
     reason: Reason
     mflops: float  # charged: millions of multiply-adds, cumulative
-    queue_ms: float  # the rest of its time in the engine: waiting to be run, and to be seen to have run
+    queue_ms: float  # the rest of its time in the engine: before batches run, and until their results are processed
     compute_ms: float  # in batches that ran
-    batch_rows: int  # rows in the last batch it ran in
-    score: float | None  # these two only where steps were asked for: the exit's score,
-    threshold: float | None  # and from which the exit would have let any image leave
+    batch_rows: int  # rows of the last batch in which it ran
+    score: float | None  # the exit's score; like `threshold`, only if `steps` were requested
+    threshold: float | None  # the exit's threshold, at which any image would have left
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an image's latest head says while it goes on (`Options.steps`); the fields are those of `Answer`."""
+    """The result of an exit that an image goes on from (`Options.steps`); fields as in `Answer`."""
 
     class_id: int
     label: str
@@ -111,43 +111,43 @@ class Step:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """What one exit said of one image."""
+    """The output of one exit for one image."""
 
     exit: int
     logits: NDArray[np.float32]  # [classes]
     class_id: int
     score: float
-    threshold: float  # infinite where no score, or every one, lets an image leave
+    threshold: float  # +inf if no score lets an image leave here, -inf if every score does
     batch_rows: int
-    mflops: float  # to have come here
+    mflops: float  # charged up to this exit
 
 
 Told = Step | Answer | EngineError
 Sink = Callable[[list[tuple[Any, Told]]], None]
-"""Takes (token, step or outcome) of all requests that one batch has moved or ended, on the engine's thread: it must be
-quick, must not raise, and typically hands the list to an event loop with one `call_soon_threadsafe`. A request's steps
-come in order and before its outcome."""
+"""Receives (token, step or outcome) of all its requests that a batch has moved or ended, on the engine's thread: must
+be quick and must not raise. Typically it passes the list to an event loop with one `call_soon_threadsafe`. A request's
+steps come in order and before its outcome."""
 
 
 class Request:
     """An image on its way through the stages. Owned by the engine's thread from submission on.
 
-    A plain class whose defaults are the class's: so one is made in a third of the time.
+    A plain class with class attributes as defaults: creating one takes a third of the time.
     """
 
-    account: Account  # opened when the engine takes it in
+    account: Account  # set on admission
     admitted_s = 0.0
     queued_since_s = 0.0
-    compute_s = 0.0  # in batches that have come back
-    retried_stage = -1  # its batch has failed there, so it runs, or has run, that stage once more, alone
-    abandoned = False  # not to be answered any more: its client left, or has its answer from an earlier head
-    head: Head | None = None  # the last one passed, of requests with wishes
+    compute_s = 0.0  # in batches that have returned
+    retried_stage = -1  # the stage at which its batch failed, and which it therefore runs, or has run, again alone
+    abandoned = False  # gets no (further) outcome: its client left, or was answered from an earlier head
+    head: Head | None = None  # the last one passed; only kept for requests that are not plain
 
     def __init__(self, token: Any, sink: Sink, options: Options, state: RowState) -> None:
         self.token, self.sink, self.options = token, sink, options
-        self.state = state  # `ENDED` once it has its outcome, or is given up and has come back
+        self.state = state  # `ENDED` once it has an outcome or, if abandoned, once no batch runs it any more
 
 
 def requests_for(tokens: Sequence[Any], sink: Sink, options: Options, states: Sequence[RowState]) -> list[Request]:
-    """Requests of images that come together."""
+    """Requests for images submitted together."""
     return [Request(tokens[i], sink, options, state) for i, state in enumerate(states)]
