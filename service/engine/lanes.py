@@ -1,4 +1,4 @@
-"""Batches, and the threads that run them: each takes the next batch, runs it, and posts the result."""
+"""Batches, and the lanes that run them: each thread takes the next batch, runs it, and posts the result."""
 
 import threading
 import time
@@ -20,17 +20,16 @@ from service.runners.base import Heads, PreparingRunner, Runner, StageOutput
 from service.runners.blocks import Block, Gathering, RowState
 
 HISTORY: Final = "score history"
-"""What the exit score remembers of a row travels as one more value of its state; the space keeps it apart from names
-in graphs."""
+"""Key of the exit score's history among the values of a row's state; names in graphs contain no space."""
 TRIAL: Final = -1
-"""In a stage's place in a batch: run every stage on blank images, to see whether they can be run at all."""
+"""Stands for a batch's stage: run every stage on blank images, to find out whether the runner works at all."""
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
     """Rows that run one stage together (stages from 0) and, once it has run, the result.
 
-    What runs is `states`; `places` says where among these the rows are, None where they are all of them, in order.
+    The runner runs `states`. `places` are the indices of `rows` in it; None if both are the same, in order.
     """
 
     stage: int
@@ -41,17 +40,17 @@ class Batch:
     ended_s: float = 0.0
     result: "BatchResult | None" = None  # None if it failed
     error: Exception | None = None
-    given_up: bool = False  # its result is no longer wanted
-    hung: bool = False  # it was running too long
-    behind: "Batch | None" = None  # the one that its lane runs before it, which it has already been launched behind
+    given_up: bool = False  # its result is to be ignored
+    hung: bool = False  # it ran for too long
+    behind: "Batch | None" = None  # the batch still running on its lane, behind which it was launched
 
     def __post_init__(self) -> None:
         self.states = self.states or [row.state for row in self.rows]
 
     @property
     def wants_logits(self) -> bool:
-        """Whether one of the rows asks for more than its best class."""
-        for row in self.rows:  # noqa: SIM110  # compiled, a loop in C; `any` is not
+        """Whether a row needs more than its best class."""
+        for row in self.rows:  # noqa: SIM110  # mypyc compiles a loop to C, but not `any`
             if row.options.top_k > 1 or not row.options.is_plain:
                 return True
         return False
@@ -61,19 +60,19 @@ class Batch:
 class BatchResult:
     """The output of one stage run for the rows of its batch."""
 
-    logits: NDArray[np.float32]  # [rows, classes]; perhaps `NO_LOGITS` where no row asks for more than its best class
-    block: Block  # of all that ran: see `Batch.places`
-    copy_s: float
-    classes: list[int]  # the leading class
+    logits: NDArray[np.float32]  # [rows, classes]; may be `NO_LOGITS` if no row needs more than its best class
+    block: Block  # of all rows that ran: see `Batch.places`
+    copy_s: float  # spent copying rows into the batch
+    classes: list[int]  # the best class
     scores: list[float]  # the exit's score
-    confidences: list[float]  # the softmax output of the leading class
+    confidences: list[float]  # the softmax output of the best class
 
 
 class Lanes(ABC):
-    """Run batches, `len(lanes)` at once. The engine's thread is the one that puts them."""
+    """Runs batches, `len(lanes)` at once, which the engine's thread puts."""
 
     is_driven = False
-    """Whether `poll` is what has batches run on, so that whoever waits for one is to call it again and again."""
+    """Whether batches progress only through `poll`, so that the engine's thread must call it while it waits."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -91,7 +90,7 @@ class Lanes(ABC):
 
     @abstractmethod
     def poll(self) -> list[Batch]:
-        """Batches that have run, or failed, and are not posted."""
+        """Return batches that have run or failed, except those that are posted."""
 
     @abstractmethod
     def stop(self, timeout_s: float) -> None:
@@ -99,7 +98,7 @@ class Lanes(ABC):
 
 
 class ThreadLanes(Lanes):
-    """`runner.n_lanes` threads over one queue. `post` is called on them, with every batch once it has run or failed."""
+    """`runner.n_lanes` threads on one queue. They call `post` with every batch that has run or failed."""
 
     def __init__(self, runner: Runner, score: Score, post: Callable[[Batch], None]) -> None:
         self._runner = runner
@@ -137,7 +136,7 @@ class ThreadLanes(Lanes):
                 thread.join(timeout_s)
 
     def _work(self) -> None:
-        ran: Batch | None = None  # and not posted yet: see `_run`
+        ran: Batch | None = None  # but is not posted yet: see `_run`
         while True:
             try:
                 batch = self._queue.get(block=ran is None)
@@ -155,10 +154,10 @@ class ThreadLanes(Lanes):
             self._post(batch)
 
     def _run(self, batch: Batch, ran: Batch | None) -> None:
-        """Run a batch, having posted the one before.
+        """Run a batch, and post the previous one (`ran`) just before.
 
-        Posting wakes the engine's thread, which takes the interpreter that this lane needs until its stage runs. So it
-        waits until the rows of this batch lie together: before, cores stood idle while lanes waited for the interpreter
+        Posting wakes the engine's thread, which takes the interpreter that this lane needs until its stage runs. So
+        posting waits until this batch is gathered; otherwise cores stood idle while lanes waited for the interpreter
         (3 to 4 % of the time on two cores).
         """
         batch.started_s = time.perf_counter()
@@ -170,7 +169,7 @@ class ThreadLanes(Lanes):
             output = run()
             if output is not None:
                 batch.result = result_of(self._score, batch, output)
-        except Exception as error:  # one batch's failure is those images' failure, not the lane's
+        except Exception as error:  # affects the images of this batch only; the lane goes on
             batch.error = error
         batch.ended_s = time.perf_counter()
         batch.states = ()  # an idle lane must not keep row state alive
@@ -189,7 +188,7 @@ class ThreadLanes(Lanes):
 
 
 def result_of(score: Score, batch: Batch, output: StageOutput) -> BatchResult:
-    """Scores, classes and confidences of a batch's rows, from its stage's output."""
+    """Compute scores, classes and confidences of a batch's rows from the output of its stage."""
     logits, block, heads = output.logits, output.block, output.heads
     if heads is None and isinstance(score, HeadScore):
         heads = Heads(*score.read(logits))
@@ -202,7 +201,7 @@ def result_of(score: Score, batch: Batch, output: StageOutput) -> BatchResult:
     else:
         scores = score(batch.stage, logits, score.start(block.n_rows))[0]
     classes = logits.argmax(axis=1) if heads is None else heads.classes
-    # Of rows that go on as well: on a lane's thread numpy's code is in the cache, where answers are made it is not.
+    # Also for rows that go on: on a lane's thread numpy's code is in the CPU cache, on the engine's thread it is not.
     confidences = confidence(logits) if heads is None else heads.confidences
     if batch.places is not None:
         logits = logits[batch.places] if len(logits) else logits

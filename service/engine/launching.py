@@ -14,15 +14,15 @@ from models.scores import Score
 from service.engine.lanes import TRIAL, Batch, Lanes, result_of
 from service.runners.base import LaunchingRunner, Pending
 
-AT_ONCE: Final = 2  # batches a lane: one runs, and one waits behind it, so that the lane never waits for a decision
+AT_ONCE: Final = 2  # batches per lane: one runs and one waits behind it, so that the lane never waits for a decision
 
 
 class LaunchingLanes(Lanes):
-    """See the module. All but `post` is for the engine's thread.
+    """See the module. All methods are for the engine's thread.
 
     Args:
-        runner: whose batches are launched.
-        post: is told, on another thread, of trials that have run.
+        runner: launches the batches.
+        post: called on another thread with trials that have run.
     """
 
     is_driven = True
@@ -31,7 +31,7 @@ class LaunchingLanes(Lanes):
         self._runner, self._score, self._post = runner, score, post
         self._launched: list[deque[tuple[Batch, Pending | None]]] = [deque() for _ in range(runner.n_lanes)]
         self._waiting: deque[Batch] = deque()
-        self._failed: list[Batch] = []  # at their launch
+        self._failed: list[Batch] = []  # failed at launch, or given up before it
 
     def __len__(self) -> int:
         return len(self._launched)
@@ -48,7 +48,7 @@ class LaunchingLanes(Lanes):
         self._launch_waiting()
 
     def poll(self) -> list[Batch]:
-        """The batches that have run since the last call; others that were put are launched in their place."""
+        """Return the batches that have run or failed since the last call, and launch waiting ones in their place."""
         ran, self._failed = self._failed, []
         for lane in self._launched:
             while lane:
@@ -69,7 +69,7 @@ class LaunchingLanes(Lanes):
         return ran
 
     def stop(self, timeout_s: float) -> None:
-        """Wait for what was launched, so that nothing is written any more to memory that may go."""
+        """Wait for launched batches, so that the device does not write to memory that is freed afterwards."""
         until_s = time.perf_counter() + timeout_s
         while any(self._launched) and time.perf_counter() < until_s:
             self.poll()
@@ -93,9 +93,9 @@ class LaunchingLanes(Lanes):
                 self._launch(batch, lane)
 
     def _lane_for(self, batch: Batch) -> deque[tuple[Batch, Pending | None]] | None:
-        """The lane with the least to do that has room; None where all are full, hang, or run a trial.
+        """The least loaded lane with room; None if every lane is full, hangs, or runs a trial.
 
-        A trial has a lane to itself: it asks the runner for an idle one.
+        A trial needs an idle lane of the runner, so it has a lane to itself.
         """
         room = 1 if batch.stage == TRIAL else AT_ONCE
         best: deque[tuple[Batch, Pending | None]] | None = None
@@ -107,7 +107,7 @@ class LaunchingLanes(Lanes):
         return best
 
     def _launch(self, batch: Batch, lane: deque[tuple[Batch, Pending | None]]) -> None:
-        """Launch a batch. It has started once those before it are back."""
+        """Launch a batch. Behind another one, it counts as started once that has returned."""
         ahead: Pending | None = None
         if lane:
             batch.behind, ahead = lane[-1]
@@ -115,7 +115,7 @@ class LaunchingLanes(Lanes):
             batch.started_s = time.perf_counter()
         try:
             pending = self._runner.launch(batch.stage, batch.states, ahead, batch.wants_logits)
-        except Exception as error:  # one batch's failure is those images' failure, not the lane's
+        except Exception as error:  # affects the images of this batch only; the lane goes on
             batch.error, batch.ended_s = error, time.perf_counter()
             batch.started_s, batch.behind = batch.started_s or batch.ended_s, None
             batch.states = ()
@@ -132,10 +132,10 @@ class LaunchingLanes(Lanes):
         batch.states = ()
 
     def _try_all(self, batch: Batch) -> None:
-        """A trial, which takes long: on a thread of its own."""
+        """Run a trial. It takes long, hence on its own thread."""
         try:
             self._runner.warm_up(0.0)
-        except Exception as error:  # whatever it is, nothing can be run
+        except Exception as error:  # of any kind: the guard takes the runner to be unsound
             batch.error = error
         batch.ended_s = time.perf_counter()
         self._post(batch)
@@ -145,4 +145,4 @@ def _has_run(pending: Pending) -> bool:
     try:
         return pending.has_run()
     except Exception:
-        return True  # it has failed: to collect it says how
+        return True  # it has failed; `collect` raises the error

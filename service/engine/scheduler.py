@@ -1,7 +1,7 @@
-"""Decides which rows run next, and together: one queue per stage, rows regrouped at every exit.
+"""Decides which rows run next, and which run together: one queue per stage, rows regrouped at every exit.
 
-Plain Python: the caller tells the time and runs what is picked. Stages are counted from 0 here. A row is any hashable
-object and is to wait in one queue at most: nobody looks whether it does.
+Plain Python: the caller passes the time and runs what is picked. Stages are counted from 0. A row is any hashable
+object. It may wait in one queue only, which is not checked.
 """
 
 from collections import deque
@@ -17,11 +17,11 @@ Row = TypeVar("Row", bound=Hashable)
 
 
 class _Group(Generic[Row]):
-    """Rows added together: arrivals, or those of one batch that go on. Rows leave it at the front, or are dropped.
+    """Rows added together: arrivals, or the rows of one batch that go on. Taken from the front, or dropped anywhere.
 
     Attributes:
-        joined: they lie side by side, and as a batch of their own need no copy.
-        due_s: their deadlines, infinite where a row has none; None where none has.
+        joined: the rows are adjacent in memory, so they need no copy to run as a batch of their own.
+        due_s: the rows' deadlines, inf for a row without one; None if no row has one.
     """
 
     __slots__ = ("_first", "_rows", "added_s", "due_s", "joined")
@@ -30,15 +30,15 @@ class _Group(Generic[Row]):
         self.added_s, self.joined = added_s, joined
         self.due_s = None if due_s is None else list(due_s)
         self._rows = list(rows)
-        self._first = 0  # those before it were taken
+        self._first = 0  # rows before this index have been taken
 
     @property
     def n_rows(self) -> int:
-        """That wait."""
+        """Rows that wait."""
         return len(self._rows) - self._first
 
     def n_due(self, n_rows: int) -> int:
-        """How many of the first so many have a deadline."""
+        """How many of the first `n_rows` waiting rows have a deadline."""
         if self.due_s is None:
             return 0
         return sum(due_s < inf for due_s in self.due_s[self._first : self._first + n_rows])
@@ -47,7 +47,7 @@ class _Group(Generic[Row]):
         return () if self.due_s is None else self.due_s[self._first :]
 
     def take(self, n_rows: int) -> list[Row]:
-        """Take the first rows, `n_rows` at most."""
+        """Take up to `n_rows` rows from the front."""
         rows = self._rows[self._first : self._first + n_rows]
         self._first += len(rows)
         return rows
@@ -56,7 +56,7 @@ class _Group(Generic[Row]):
         return self._rows[self._first :]
 
     def drop(self, row: Row) -> bool:
-        """Take a row out; returns whether it had a deadline."""
+        """Remove a row; returns whether it had a deadline."""
         i = self._rows.index(row, self._first)
         del self._rows[i]
         return self.due_s is not None and self.due_s.pop(i) < inf
@@ -66,8 +66,8 @@ class _Queue(Generic[Row]):
     """Groups of rows, oldest first.
 
     Attributes:
-        n_rows: that wait.
-        n_due: of these, with a deadline.
+        n_rows: rows that wait.
+        n_due: rows among them that have a deadline.
     """
 
     __slots__ = ("groups", "n_due", "n_rows")
@@ -82,7 +82,7 @@ class _Queue(Generic[Row]):
         return self.groups[0] if self.groups else None
 
     def due_s(self, n_rows: int) -> Iterator[float]:
-        """Deadlines of the first rows, those that have none left out."""
+        """Deadlines of the first `n_rows` rows, leaving out groups in which no row has one."""
         for group in self.groups:
             yield from group.waiting_due_s()[:n_rows]
             n_rows -= group.n_rows
@@ -93,32 +93,32 @@ class _Queue(Generic[Row]):
 class Scheduler(Generic[Row]):
     """One queue per stage; `pick` takes the next batch from one of them.
 
-    Work is conserved: `pick` returns None only when every queue is empty. In this order, it runs
-    1. a queue in which a row's deadline comes too close for another batch before it (every other time at most);
-    2. the deepest queue that is full, or whose head has waited for `max_wait_s`, or that is ripe: to wait for company
+    It is work-conserving: `pick` returns None only when every queue is empty. In order of preference, it runs
+    1. a queue with a deadline so near that no other batch fits before it (at most every other time);
+    2. the deepest queue that is full, whose head has waited for `max_wait_s`, or that is ripe: waiting for more rows
        would cost its rows more than a larger batch saves (`Policy.is_ripe`). Deep rows have cost the most, and their
        answers free memory and clients soonest;
     3. the longest queue.
-    A batch is taken from the queue's front, oldest first; it grows by further groups of rows while merging them saves
-    more than it copies (`Policy.merges`).
+    A batch is taken from the queue's front, oldest first. It grows by further groups of rows while merging them saves
+    more than it costs in copies (`Policy.merges`).
 
-    No row starves. Once it has waited `max_wait_s`, nothing is picked before it but older rows of its queue, rows of
-    deeper queues, and, every other time at most, rows with a deadline. What is deeper was let there by picks of older
-    rows; rows picked from shallower queues come to wait behind it. So with W rows in the scheduler, each of which can
-    go deeper `n_stages` times at most, it is picked at the latest `2 x W x n_stages` picks later; without deadlines
-    `W x n_stages`. Where batches are full it is about `W / max_rows x n_stages`.
+    No row starves. Once it has waited for `max_wait_s`, only these are picked before it: older rows of its queue, rows
+    of deeper queues and, at most every other time, rows with a deadline. Rows got into deeper queues by picks of older
+    rows; rows picked from shallower queues queue up behind it. So with W rows in the scheduler, each of which can go
+    deeper at most `n_stages` times, it is picked at most `2 x W x n_stages` picks later, or `W x n_stages` without
+    deadlines. With full batches it is about `W / max_rows x n_stages`.
 
     Args:
         n_stages: stages, one queue each.
-        max_rows: the largest batch.
-        max_wait_s: how long a queue may wait to become a larger batch while others run.
-        costs: what batches take, followed by the caller; without it, nothing costs anything, and no queue waits.
+        max_rows: rows of the largest batch.
+        max_wait_s: how long a queue may wait for a larger batch while others run.
+        costs: batch times, updated by the caller; without it, all costs are 0 and no queue waits.
         policy: a key of `POLICIES`.
 
     Attributes:
         costs: may be replaced, once they have been measured.
-        limits: of batches, by stage; told by the caller of those that ran and failed.
-        policy: what the key stands for.
+        limits: batch size limits by stage; the caller reports batches that ran or failed.
+        policy: the policy chosen.
 
     Raises:
         ValueError: the policy is unknown, or a number is out of range.
@@ -142,7 +142,7 @@ class Scheduler(Generic[Row]):
         self.policy = POLICIES[policy]
         self._queues: list[_Queue[Row]] = [_Queue() for _ in range(n_stages)]
         self._n_rows = 0
-        self._groups: dict[Row, tuple[int, _Group[Row]]] | None = None  # by row; None: not up to date
+        self._groups: dict[Row, tuple[int, _Group[Row]]] | None = None  # (stage, group) by row; None if out of date
         self._hurried = False  # the last batch was picked for a deadline
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Scheduler(Generic[Row]):
 
     @property
     def max_rows(self) -> int:
-        """The largest batch, where memory is not short for a stage."""
+        """Rows of the largest batch; a stage may be limited to fewer (`limits`) if memory runs out."""
         return self.limits.max_rows
 
     def limit_rows(self, max_rows: int) -> None:
@@ -168,14 +168,14 @@ class Scheduler(Generic[Row]):
         joined: bool = False,
         due_s: Sequence[float] | None = None,
     ) -> None:
-        """Queue rows for a stage: arrivals for stage 0, or those of one batch that go on to the stage after it.
+        """Queue rows for a stage: arrivals for stage 0, or the rows of one batch that go on to the next stage.
 
         Args:
-            rows: in the order in which they lie in memory.
+            rows: in memory order.
             stage: from 0.
             now_s: the time.
-            joined: they lie side by side, so that they can run together without being copied.
-            due_s: the rows' deadlines, infinite where a row has none; None where none has.
+            joined: the rows are adjacent in memory, so they can run together without a copy.
+            due_s: the rows' deadlines, inf for a row without one; None if no row has one.
         """
         group = _Group(rows, now_s, joined, due_s)
         queue = self._queues[stage]
@@ -187,11 +187,10 @@ class Scheduler(Generic[Row]):
             queue.n_due += group.n_due(len(rows))
 
     def drop(self, row: Row) -> int | None:
-        """Take a row out of its queue; returns the stage that it waited for, None if it waits for none (it runs, or is
-        gone).
+        """Remove a row from its queue; returns the stage for which it waited, None if it was not waiting.
 
-        Rows are dropped far more seldom than they are added and picked: so where each waits is noted when the first of
-        several is.
+        Rows are dropped far less often than they are added and picked. So the index of waiting rows is built at the
+        first drop, and serves until rows are next added or picked.
         """
         if self._groups is None:
             waiting = [(stage, group) for stage, queue in enumerate(self._queues) for group in queue.groups]
@@ -207,7 +206,7 @@ class Scheduler(Generic[Row]):
         return stage
 
     def drop_all(self) -> list[tuple[int, Row]]:
-        """Take out all rows; returns them with the stages that they waited for."""
+        """Remove all rows; returns them with the stages for which they waited."""
         waiting = [
             (stage, row)
             for stage, queue in enumerate(self._queues)
@@ -248,10 +247,10 @@ class Scheduler(Generic[Row]):
         return head is not None and now_s - head.added_s >= self.max_wait_s
 
     def _hurrying(self, now_s: float, other_s: float) -> int | None:
-        """The deepest stage of which a row at the front has just the time left to run it, but for no batch before it.
+        """The deepest stage where a deadline among the first rows can be met now, but not after another batch.
 
-        A deadline too near even for that is met with the answer at hand. A row that has none, before stage 0, hurries
-        until the last moment: what has begun is answered.
+        If it cannot be met even now, the row is answered from an earlier exit. In stage 0's queue a row has passed no
+        exit, so it is hurried until its deadline: once it runs, it is answered.
         """
         for stage in range(len(self._queues) - 1, -1, -1):
             queue = self._queues[stage]
@@ -266,7 +265,7 @@ class Scheduler(Generic[Row]):
     def _take(self, stage: int) -> list[Row]:
         queue, max_rows = self._queues[stage], self.limits.rows[stage]
         rows: list[Row] = []
-        uncopied_rows = 0  # of this batch, were it not to grow
+        uncopied_rows = 0  # rows of this batch that need no copy unless it grows
         while len(rows) < max_rows and (group := queue.head()):
             if stage and rows and not self._merges(stage, len(rows), uncopied_rows, group):
                 break
@@ -280,9 +279,9 @@ class Scheduler(Generic[Row]):
         return rows
 
     def _merges(self, stage: int, n_rows: int, uncopied_rows: int, group: _Group[Row]) -> bool:
-        """Whether a batch of `n_rows` takes in (the first of) another group as well."""
+        """Whether to add another group, or as many of its first rows as fit, to a batch of `n_rows`."""
         n_more = min(group.n_rows, self.limits.rows[stage] - n_rows)
         if n_more < group.n_rows and not self.policy.compact:
-            return False  # a part of a group could not run as the whole lies
+            return False  # without compaction, a group runs as a whole
         copied_rows = uncopied_rows + (n_more if group.joined else 0)
         return self.policy.merges(self.costs, stage, n_more / group.n_rows, copied_rows)
