@@ -15,7 +15,7 @@ class Admission:
     """
 
     def __init__(self, max_rows: int) -> None:
-        self.room_rows = max_rows  # at this moment; the engine's thread follows the predicted wait with it
+        self.room_rows = max_rows  # for now; the engine's thread adapts it to the predicted wait (`leave`)
         self.row_s = 0.0  # predicted wait per request in flight
         self.submitted = self.refused = self.in_flight = 0
         self.closed: EngineError | None = EngineDraining("the engine has not been started")
@@ -48,15 +48,15 @@ class Admission:
             self.submitted += 1
             if self.closed is not None or self.in_flight >= self.room_rows:
                 self.refused += 1
-                raise self.refusal()  # a new one: one that is raised often would keep every frame alive
+                raise self.refusal()  # a new exception each time: re-raising one would keep every frame alive
             self.in_flight += 1
             self._arrivals.append(request)
             if not request.options.is_plain:
                 self._in_haste = True
 
     def enter_all(self, requests: Sequence[Request]) -> int:
-        """Let requests with the same options in, the first ones of them as far as there is room; returns how many. The
-        others are not counted yet: see `refuse`."""
+        """Admit as many of these requests (all with the same options) as there is room for; returns how many.
+        The others are not counted as refused: call `refuse` for each."""
         with self._lock:
             n_rows = min(len(requests), self.n_free) if self.closed is None else 0
             self.submitted += n_rows
@@ -67,19 +67,19 @@ class Admission:
         return n_rows
 
     def refuse(self) -> EngineError:
-        """Count a request that is not let in; returns why."""
+        """Count a request as refused; returns the error."""
         with self._lock:
             self.submitted += 1
             self.refused += 1
             return self.refusal()
 
     def refusal(self) -> EngineError:
-        """Why a request was not let in."""
+        """A new error that says why requests are refused."""
         why = self.closed
         return self.overload() if why is None else type(why)(*why.args)
 
     def is_to_wake(self) -> bool:
-        """Whether to wake the engine's thread for the queued requests. True once; the flags are then reset."""
+        """Whether to wake the engine's thread for the queued requests; returning True resets the wish to be woken."""
         with self._lock:
             wake = (self._hungry or self._in_haste) and bool(self._arrivals)
             if wake:
@@ -94,13 +94,13 @@ class Admission:
         return arrivals
 
     def wait_for_one(self, lanes_are_free: bool) -> bool:
-        """Before the engine's thread waits: should it wake for a single image? False where some have come already."""
+        """Prepare for the engine's thread to wait: whether one image will wake it. False if some have arrived."""
         with self._lock:
             self._hungry = lanes_are_free and not self._arrivals
             return self._hungry
 
     def leave(self, n_rows: int, room_rows: int, row_s: float) -> None:
-        """Count requests that have ended, and follow the predicted wait."""
+        """Release requests that have ended, and update the room and the predicted wait per request."""
         with self._lock:
             self.in_flight -= n_rows
             self.room_rows, self.row_s = room_rows, row_s
@@ -116,13 +116,13 @@ class Admission:
             self.closed = None
 
     def close(self, why: EngineError) -> None:
-        """Refuse from now on, with `why` unless it is closed for another reason."""
+        """Refuse from now on with `why`, or with the earlier reason if already closed."""
         with self._lock:
             self._draining |= not isinstance(why, EngineUnsound)
             self.closed = self.closed or why
 
     def reopen(self) -> None:
-        """Take requests again, where it was closed for being unsound and is not to stop."""
+        """Admit again, if closed because the stages could not run and not draining."""
         with self._lock:
             if isinstance(self.closed, EngineUnsound) and not self._draining:
                 self.closed = None

@@ -21,12 +21,12 @@ def answers_of(
     now_s: float,
     with_steps: bool,
 ) -> tuple[list[Request], list[Answer]]:
-    """The rows of a batch that leave, in their order, and their answers.
+    """Return the rows of a batch that leave, in order, and their answers.
 
     Args:
         reasons: one verdict per row of the batch.
         mflops: charged to each row.
-        with_steps: some of them may have asked for steps, and are told score and threshold of the exit once more.
+        with_steps: rows may have asked for `steps`; the answers of those that have include score and threshold.
     """
     ranked = _ranked(batch, result, reasons)
     rows: list[Request] = []
@@ -59,9 +59,9 @@ def answers_of(
 
 
 def _ranked(batch: Batch, result: BatchResult, reasons: list[Verdict]) -> dict[int, tuple[tuple[int, float], ...]]:
-    """The best classes of the rows of a batch that leave, as many as one of these asks for; none if that is one."""
+    """The best classes by index of the rows that leave: the largest `top_k` of them each; empty if that is 1."""
     most = 1
-    for i, row in enumerate(batch.rows):  # compiled, a loop in C; `max` is not
+    for i, row in enumerate(batch.rows):  # mypyc compiles a loop to C, but not `max`
         if reasons[i] and row.options.top_k > most:
             most = row.options.top_k
     if most == 1:
@@ -72,14 +72,14 @@ def _ranked(batch: Batch, result: BatchResult, reasons: list[Verdict]) -> dict[i
 
 
 def _others(ranked: tuple[tuple[int, float], ...], class_id: int, k: int) -> tuple[tuple[int, float], ...]:
-    """The k - 1 best classes but `class_id`, which is the first of them unless two were equal."""
+    """The k - 1 best classes other than `class_id`, which ranks first unless another class ties with it."""
     if ranked[0][0] == class_id:
         return ranked[1:k]
-    return tuple([one for one in ranked if one[0] != class_id][: k - 1])
+    return tuple([other for other in ranked if other[0] != class_id][: k - 1])
 
 
 def late_answer(row: Request, head: Head, mflops: float, class_names: Sequence[str], now_s: float) -> Answer:
-    """The answer of a row whose deadline has come, from a head that it has passed."""
+    """The answer from `head`, the last that a row has passed, when its deadline has come."""
     step = wishes.step(row, head, class_names)
     return Answer(
         class_id=step.class_id,

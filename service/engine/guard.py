@@ -1,9 +1,9 @@
 """Monitors running batches: detects failures, hangs, and a runner that can no longer run any stage.
 
 Plain Python: the engine's thread passes the time and acts on the results. A batch that does not return in time is given
-up, and its lane counted lost until it does. After several consecutive failures of images run alone, a trial (blank
-images, every stage) distinguishes bad images from a runner that can run nothing; the latter is unsound until a trial
-succeeds.
+up, and its lane counts as lost until it does. After several consecutive failures of images run alone, a trial (blank
+images through every stage) tells bad images from a runner that can run nothing. Such a runner is *unsound* until a
+trial succeeds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ from math import ceil, inf
 
 from service.engine.lanes import TRIAL, Batch
 
+# How long a batch may run is counted in looks (checks), not in seconds: while a machine is suspended or starved of CPU
+# time, it does not look either.
 LOOK_EVERY_S = 0.2
-# Looks at a batch that runs before it is given up. Looks are counted, not seconds: a machine that was suspended, or has
-# had no time for us, has not looked either.
 HANG_S = 0.8  # a hang also needs `SLOWDOWN` times the duration at warm-up
 SLOWDOWN = 20.0
 TRIAL_LOOKS = 25
@@ -29,9 +29,9 @@ class Guard:
         hang_s: longest run of a batch; `SLOWDOWN` times its duration at warm-up, if that is longer.
 
     Attributes:
-        running: batches with the lanes, and how often each was seen to run.
-        lanes_lost: lanes whose batch was given up and has not come back.
-        unsound: why no stage can be run, None while they can.
+        running: batches with the lanes, and how often each was seen running.
+        lanes_lost: lanes whose batch was given up and has not returned.
+        unsound: why no stage can be run; None while they can.
         n_failed, n_hung: batches, since the start.
     """
 
@@ -42,7 +42,7 @@ class Guard:
         self.lanes_lost = 0
         self.unsound: str | None = None
         self.n_failed = self.n_hung = 0
-        self._looks: list[int] = []  # allowed, by stage
+        self._looks: list[int] = []  # after which a batch is given up, by stage
         self._failures = 0  # in a row
         self._trial: Batch | None = None
         self._next_look_s = inf
@@ -54,7 +54,7 @@ class Guard:
 
     @property
     def next_s(self) -> float:
-        """When `look` or `trial` is due next if nothing happens before; inf if neither is."""
+        """When `look` or `trial` is due next; inf if neither is."""
         look_s = self._next_look_s if self.running else inf
         return look_s if look_s < self._next_trial_s else self._next_trial_s
 
@@ -74,7 +74,7 @@ class Guard:
         self.running.pop(batch, None)
         if batch.hung:
             self.lanes_lost -= 1
-            if self._trial is None:  # else the one that runs will tell
+            if self._trial is None:  # otherwise the running trial decides
                 self._next_trial_s = now_s if self.unsound else inf
         if batch is self._trial:
             self._trial = None
@@ -89,7 +89,7 @@ class Guard:
             self._failures = 0
         else:
             self.n_failed += 1
-            self._failures += len(batch.rows) <= 1  # of larger ones the rows are tried alone first
+            self._failures += len(batch.rows) <= 1  # the rows of a larger batch are retried alone first
         return True
 
     def trial(self, now_s: float) -> Batch | None:
@@ -102,9 +102,9 @@ class Guard:
         return self._trial
 
     def look(self, now_s: float) -> list[Batch]:
-        """Return the batches that are given up now, their lanes lost, and those that wait behind them there.
+        """Give up batches that hang, and those queued behind them on their lanes; returns both.
 
-        To be called when `next_s` has come.
+        Call it when `next_s` has come.
         """
         if now_s < self._next_look_s:
             return []
@@ -112,7 +112,7 @@ class Guard:
         hung = []
         for batch, seen in list(self.running.items()):
             if not batch.started_s:
-                continue  # behind another one
+                continue  # not begun
             self.running[batch] = seen + 1
             if seen + 1 >= (TRIAL_LOOKS if batch.stage == TRIAL else self._looks[batch.stage]):
                 hung.append(batch)
@@ -125,16 +125,16 @@ class Guard:
                 self._trial = None
                 self._next_trial_s = now_s + TRIAL_EVERY_S
         for batch in [batch for batch in self.running if batch.behind in hung]:
-            del self.running[batch]  # nothing runs on that lane any more
+            del self.running[batch]
             batch.given_up = True
             hung.append(batch)
         if hung and not self.lanes_left:
             self.unsound = f"all {self.n_lanes} lanes hang"
-            self._next_trial_s = inf  # on the first lane that comes back
+            self._next_trial_s = inf  # set when the first lane comes back
         return hung
 
     def give_up_all(self) -> None:
-        """Have nothing to do any more with the batches that run."""
+        """Give up all running batches except a trial."""
         for batch in self.running:
             batch.given_up = batch.stage != TRIAL
         self.running = {batch: seen for batch, seen in self.running.items() if batch.stage == TRIAL}

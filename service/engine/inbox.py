@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 def next_message(inbox: SimpleQueue[T], timeout_s: float) -> T | None:
-    """The next message, None if none comes in time, which may be infinite; for the one thread that takes any.
+    """The next message, or None if none comes within `timeout_s`, which may be inf. For a single consumer thread.
 
-    `SimpleQueue.get` may wait for ever whatever its timeout (Python 3.11): where a message was put while somebody
-    waited, and taken without a wait, the next call begins anew, with the time that is left, and takes a negative one
-    for no limit. A look without waiting mends that.
+    In Python 3.11, `SimpleQueue.get` may wait for ever whatever its timeout: if a message that was put during a wait is
+    then taken without one, the next `get` restarts with the time that is left, and treats a negative time as no limit.
+    Trying `get_nowait` first avoids that.
     """
     if timeout_s == inf:
         return inbox.get()
@@ -54,11 +54,11 @@ class Call:
 
 
 class Wake:
-    """There is something to do: images have arrived and lanes are free, or a batch has run."""
+    """Wakes the engine's thread: images have arrived while lanes are free, or a batch has run."""
 
 
 class Stop:
-    """Take nothing more after the work at hand."""
+    """End the engine's thread after the messages at hand."""
 
 
 Message = Abandon | Call | Wake | Stop

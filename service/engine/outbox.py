@@ -14,16 +14,16 @@ Outbox = dict[Sink, list[tuple[Any, Told]]]
 
 def deliver(outbox: Outbox) -> None:
     """Pass every sink its steps and outcomes, and empty the outbox."""
-    for sink, told in outbox.items():
+    for sink, outcomes in outbox.items():
         try:
-            sink(told)
+            sink(outcomes)
         except Exception:  # a failing sink must not stop the engine
-            logger.exception("%d outcomes could not be delivered", len(told))
+            logger.exception("%d outcomes could not be delivered", len(outcomes))
     outbox.clear()
 
 
 def turn_away(outbox: Outbox, requests: Sequence[Request], error: EngineError) -> int:
-    """End the requests that have not ended with an error; returns how many. Abandoned ones get no outcome."""
+    """End those requests that have not ended yet, with `error`; returns how many. Abandoned ones get no outcome."""
     waiting = [request for request in requests if request.state is not ENDED]
     for request in waiting:
         request.state = ENDED
@@ -32,9 +32,9 @@ def turn_away(outbox: Outbox, requests: Sequence[Request], error: EngineError) -
     return len(waiting)
 
 
-def resolve(told: list[tuple[Any, Told]]) -> None:
-    """The sink whose tokens are futures, which have no use for steps."""
-    for future, outcome in told:
+def resolve(outcomes: list[tuple[Any, Told]]) -> None:
+    """The sink whose tokens are futures. Steps are ignored: a future takes one outcome."""
+    for future, outcome in outcomes:
         if isinstance(outcome, Step) or not future.set_running_or_notify_cancel():
             continue
         if isinstance(outcome, Answer):

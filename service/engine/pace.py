@@ -1,18 +1,18 @@
-"""Measures the rate at which images end, and derives how many may be in flight for a given predicted wait."""
+"""Measures the lane time that images take, and derives how many may be in flight for a given predicted wait."""
 
 from math import inf
 from typing import Final
 
 
 class Pace:
-    """Lane seconds an image takes, averaged over the last few hundred images, however they ended.
+    """Lane seconds per image, averaged over the last few hundred images, however they ended.
 
-    Plain Python over numbers. A new image waits for those in flight: `in flight x row_s`. That is too long while
-    batches are small, since full ones cost less per image, and right under load.
+    Plain Python over numbers. A new image is predicted to wait for those in flight: `in flight x row_s`. This is right
+    under load; it is too long while batches are small, since full ones cost less per image.
 
     Args:
-        n_lanes: batches at once.
-        image_s: lane seconds to expect of an image before any was seen.
+        n_lanes: batches that run at once.
+        image_s: expected lane seconds per image, until images have been measured.
     """
 
     PRIOR_IMAGES: Final = 64
@@ -25,11 +25,11 @@ class Pace:
 
     @property
     def row_s(self) -> float:
-        """Predicted wait for each image in flight."""
+        """Predicted wait in seconds that each image in flight adds."""
         return self._seconds / self._images / self.n_lanes
 
     def ran(self, seconds: float, n_ended: int) -> None:
-        """Record a batch that took `seconds`, and of `n_ended` images that have ended since the one before."""
+        """Record a batch that took `seconds`, and `n_ended` images that have ended since the previous one."""
         self._seconds += seconds
         self._images += n_ended
         if self._images > 2 * self.MEMORY_IMAGES:
@@ -37,7 +37,7 @@ class Pace:
             self._images /= 2
 
     def room_rows(self, max_wait_s: float, max_rows: int) -> int:
-        """Images in flight that make a predicted wait of `max_wait_s`: two a lane at least, `max_rows` at most."""
+        """How many images in flight make a predicted wait of `max_wait_s`: from two per lane up to `max_rows`."""
         row_s = self.row_s
         bearable = inf if row_s <= 0 else max_wait_s / row_s
         return int(min(max_rows, max(2 * self.n_lanes, bearable)))
