@@ -1,4 +1,4 @@
-"""What a batch takes, in seconds by stage and rows: measured at warm-up, and kept current by every batch that runs.
+"""Batch times in seconds, by stage and rows: measured at warm-up and updated by every batch that runs.
 
 Plain Python over numbers: no clock, no thread, no array. Stages are counted from 0.
 """
@@ -6,20 +6,20 @@ Plain Python over numbers: no clock, no thread, no array. Stages are counted fro
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-MEMORY_BATCHES = 16  # of a bucket, over which its time is averaged
-MOST_AT_ONCE = 2.0  # one batch counts as this many times what was expected at most, and as no less than its inverse
-FOLLOW_BATCHES = 4  # of a stage, after which a bucket that was not among them follows those that are
-HOST_BATCH_S = 0.0002  # of processor time, to hand a batch over and take it back: 0.16 to 0.18 ms (Zen 4)
-FORGET_BATCHES = 64  # of a stage without a copied row, after which what copies take is no longer held to be known
+MEMORY_BATCHES = 16  # a bucket's time is averaged over so many of its batches
+MOST_AT_ONCE = 2.0  # a batch's time is clamped to the expected time, times or divided by this
+FOLLOW_BATCHES = 4  # a bucket that did not occur among so many batches of its stage follows the others
+HOST_BATCH_S = 0.0002  # CPU time to hand a batch over and take it back; measured: 0.16 to 0.18 ms (Zen 4)
+FORGET_BATCHES = 64  # after so many batches of a stage without a copied row, its cost of copying decays
 
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """Batches of about as many rows."""
+    """Batches of similar size."""
 
-    seconds: float  # at the bucket's own rows, averaged
+    seconds: float  # average, converted to a full bucket
     n_batches: int = 1
-    last: int = 0  # batch of its stage
+    last: int = 0  # `_Stage.n_batches` at its last batch
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +28,7 @@ class _Stage:
     row_s: float
     buckets: dict[int, _Bucket] = field(default_factory=dict)  # by rows, a power of two
     n_batches: int = 0
-    copy_s: float = 0.0  # a row
+    copy_s: float = 0.0  # per row
     n_copies: int = 0
     last_copy: int = 0
 
@@ -37,20 +37,20 @@ class _Stage:
 
 
 class CostTable:
-    """t(stage, rows), and what copying a row into a batch takes.
+    """Batch times t(stage, rows), and the time to copy a row into a batch.
 
-    A bucket is a power of two; a batch counts in the next larger one. Averages run over the last batches of a bucket,
-    and one batch, however long it took, moves them by a few per cent only: a machine that stumbles is forgotten, one
-    that has become slower is believed after some thirty batches. Buckets that have not run lately follow those that
-    have, since what slows a machine slows all sizes. A line through the buckets of a stage tells the fixed part of a
-    batch from the part that grows with its rows.
+    Each power of two of rows has a bucket; a batch counts in the next larger one. Averages run over the last batches of
+    a bucket. One batch, however long it took, moves them by a few per cent only: a hiccup of the machine is forgotten,
+    a lasting slowdown is believed after some thirty batches. Buckets that have not run lately follow those that have,
+    since what slows a machine slows all sizes. A line fitted to the buckets of a stage separates the fixed cost of a
+    batch from the cost per row.
 
     Memory: a few numbers for each stage and each power of two up to the largest batch.
 
     Args:
-        stage_seconds: by batch rows, per stage, as measured alone; one size at least of each. Where
-            they are 0, they are not known.
-        host_batch_s: what a batch takes beside its run, on the cores that lanes share with their host.
+        stage_seconds: by batch rows, per stage, measured with nothing else running; at least one size per stage. 0 if
+            unknown.
+        host_batch_s: CPU time per batch outside its run, on the cores that lanes share with the engine's thread.
     """
 
     def __init__(self, stage_seconds: Sequence[Mapping[int, float]], host_batch_s: float = 0.0) -> None:
@@ -63,36 +63,36 @@ class CostTable:
             self._stages.append(stage)
 
     def seconds(self, stage: int, n_rows: int) -> float:
-        """What a batch of rows that lie side by side takes."""
+        """Seconds of a batch whose rows are adjacent in memory."""
         known, size = self._stages[stage], _bucket(n_rows)
         bucket, line_s = known.buckets.get(size), known.seconds(n_rows)
         return line_s * bucket.seconds / known.seconds(size) if bucket and line_s else line_s
 
     def fixed_s(self, stage: int) -> float:
-        """What any batch takes, however few its rows: in its run and beside it."""
+        """Fixed seconds of a batch, whatever its rows: in its run and on the host."""
         known = self._stages[stage]
         return known.fixed_s + self._host_batch_s if known.fixed_s or known.row_s else 0.0
 
     def row_s(self, stage: int) -> float:
-        """What each row adds."""
+        """Seconds that each row adds."""
         return self._stages[stage].row_s
 
     def copy_s(self, stage: int) -> float:
-        """What each row adds where it must be copied to lie beside the others; 0 until that was measured."""
+        """Further seconds of each row that must be copied into the batch; 0 until measured."""
         return self._stages[stage].copy_s
 
     def by_rows(self, stage: int) -> dict[int, float]:
-        """The table's line for a stage: seconds by rows, powers of two, those that were measured."""
+        """Measured seconds of a stage by rows (powers of two)."""
         return {n_rows: bucket.seconds for n_rows, bucket in sorted(self._stages[stage].buckets.items())}
 
     def ran(self, stage: int, n_rows: int, seconds: float, copy_seconds: float = 0.0) -> None:
-        """Take note of a batch that took `seconds`, of which `copy_seconds` to copy its rows (0: none was copied)."""
+        """Record a batch that took `seconds`, including `copy_seconds` for copying its rows (0: none was copied)."""
         known = self._stages[stage]
         known.n_batches += 1
         if copy_seconds > 0:
             self._copied(known, copy_seconds / n_rows)
         elif known.n_batches - known.last_copy > FORGET_BATCHES:
-            known.copy_s *= 1 - 1 / MEMORY_BATCHES  # held too dear, it would never be tried again
+            known.copy_s *= 1 - 1 / MEMORY_BATCHES  # else copying, once overestimated, would never be tried again
         size, sample = _bucket(n_rows), _at_bucket(known, n_rows, seconds - copy_seconds)
         bucket = known.buckets.get(size)
         if bucket is None:
@@ -118,19 +118,19 @@ def _bucket(n_rows: int) -> int:
 
 
 def _at_bucket(stage: _Stage, n_rows: int, seconds: float) -> float:
-    """What a batch of a bucket's full size would have taken, given what one of `n_rows` took."""
+    """Convert the seconds of a batch of `n_rows` to those of a batch of its bucket's full size."""
     expected = stage.seconds(n_rows)
     return seconds * stage.seconds(_bucket(n_rows)) / expected if expected > 0 else seconds
 
 
 def _moved(average: float, sample: float, n_samples: int) -> float:
-    """The factor by which one sample moves an average over `n_samples`."""
+    """The factor by which one clamped sample moves an average over `n_samples`."""
     ratio = sample / average if average > 0 else 1.0
     return 1 + (min(max(ratio, 1 / MOST_AT_ONCE), MOST_AT_ONCE) - 1) / n_samples
 
 
 def _fit(seconds_by_rows: Mapping[int, float]) -> tuple[float, float]:
-    """Fit t(rows) = fixed + per_row x rows, neither negative, with the least squares of relative errors."""
+    """Fit t(rows) = fixed + per_row x rows, neither negative, by least squares of relative errors."""
     if min(seconds_by_rows.values()) < 1e-9:  # nothing runs in less than a nanosecond
         return 0.0, 0.0
     weight = rows = seconds = squares = products = 0.0
@@ -143,7 +143,7 @@ def _fit(seconds_by_rows: Mapping[int, float]) -> tuple[float, float]:
         products += w * n_rows * took_s
     spread = weight * squares - rows * rows
     through_origin_s = products / squares
-    # Where one weighs as good as nothing beside another, rounding leaves no spread, as with one alone.
+    # If one size outweighs all others by far, rounding may leave no spread, as with a single size.
     has_spread = len(seconds_by_rows) > 1 and spread > 0
     per_row_s = (weight * products - rows * seconds) / spread if has_spread else through_origin_s
     per_row_s = min(max(per_row_s, 0.0), through_origin_s)

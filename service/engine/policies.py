@@ -1,10 +1,10 @@
-"""How rows are regrouped: when they wait for company, when batches merge, when rows are moved together.
+"""Scheduling policies: when rows wait for more, when batches merge, and when rows are moved together.
 
-`default` decides by measured cost; the others are there to tell what each part is worth (`python -m benchmarks.engine
---policy all`). Plain functions of numbers; the scheduler asks them.
+`default` decides by measured cost; the others exist to measure what each part contributes (`python -m benchmarks.engine
+--policy all`). Plain functions of numbers, called by the scheduler.
 
-`default` compacts whatever that costs: a row that runs for nobody is multiply-adds out of the operator's budget, and a
-copy is none. The policies that do not compact count what they waste, but do not charge it: it would eat up any budget.
+`default` compacts at any cost: running a row that has been answered spends multiply-adds of the operator's budget, a
+copy spends none. The policies without compaction count this waste but do not charge it, as it would use up any budget.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Policy:
     """Rows that ran together and go on are a group; a batch is made of one group or of several.
 
     Attributes:
-        wait: a queue that could fill no full batch lets others run first, in the hope of more rows.
-        merge: rows of different groups share a batch. Before stage 1 there are no groups, and they always do.
-        compact: rows that go on are copied together where others lay between them. If not, their group runs as it lies,
-            those that have left included, unless it is merged with another one.
+        wait: whether a queue with too few rows for a full batch lets other queues run first, to gather more rows.
+        merge: whether rows of different groups share a batch. Before stage 1 there are no groups: rows always do.
+        compact: whether rows that go on are copied together. If not, and unless it is merged with another, their whole
+            group runs as it lies in memory, including rows that have left.
     """
 
     wait: Choice
@@ -33,14 +33,14 @@ class Policy:
     def is_ripe(self, costs: CostTable, stage: int, n_rows: int, n_waiting: int, other_s: float) -> bool:
         """Whether `n_rows`, too few for a full batch, run now rather than after another batch, which takes `other_s`.
 
-        To wait costs each of them that time. It may save the fixed part of one batch, to all that wait anywhere.
+        Waiting costs each of them `other_s`. It may save the fixed cost of one batch for all rows waiting anywhere.
         """
         if self.wait == "by cost":
             return n_rows * other_s >= costs.fixed_s(stage) * n_waiting
         return self.wait == "never"
 
     def merges(self, costs: CostTable, stage: int, saved_batches: float, copied_rows: int) -> bool:
-        """Whether to share a batch, which saves that many, where so many rows must be copied that would else not be."""
+        """Whether to merge, which saves `saved_batches` but makes it necessary to copy `copied_rows`."""
         if self.merge == "by cost":
             return costs.fixed_s(stage) * saved_batches >= costs.copy_s(stage) * copied_rows
         return self.merge == "always"
@@ -48,7 +48,7 @@ class Policy:
 
 POLICIES: dict[str, Policy] = {
     "default": Policy(wait="by cost", merge="by cost", compact=True),
-    "none": Policy(wait="never", merge="never", compact=False),  # a batch stays together until all have left
+    "none": Policy(wait="never", merge="never", compact=False),  # a batch stays together until all its rows have left
     "no-compaction": Policy(wait="by cost", merge="by cost", compact=False),
     "always-compact": Policy(wait="never", merge="never", compact=True),
     "merge-full": Policy(wait="always", merge="always", compact=True),

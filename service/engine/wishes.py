@@ -1,6 +1,6 @@
-"""What requests with wishes of their own leave for: a pinned exit, a confidence, a cost, a moment.
+"""Decides for requests that are not plain: a pinned exit, a confidence, a cost limit, a deadline, steps.
 
-Plain functions; the engine's thread calls them, for such requests alone.
+Only the engine's thread calls these functions, and only for such requests.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ NEVER_SURE = float("nan")  # reaches no threshold, not even -inf
 
 
 def decide(budget: BudgetController, row: Request, head: Head, now_s: float) -> Reason | None:
-    """Return why a row leaves at `head`, its account settled, or None: it goes on, committed.
+    """Return why a row leaves at `head`, and settle its account; or commit it to the next stage and return None.
 
-    A pinned exit comes first, then sureness, then the limits: the deadline, the row's own cost, the ledger.
+    A pinned exit comes first, then confidence, then the limits: the deadline, the request's own cost, the ledger.
     """
     reason = _own_reason(budget, row.options, head, now_s)
     if reason is not None:
@@ -32,7 +32,7 @@ def decide(budget: BudgetController, row: Request, head: Head, now_s: float) -> 
 
 
 def _own_score(options: Options, head: Head) -> float:
-    """What is compared with the server's threshold."""
+    """The score to compare with the server's threshold."""
     if options.exit is not None:
         return NEVER_SURE
     if options.min_confidence is not None:
@@ -41,19 +41,19 @@ def _own_score(options: Options, head: Head) -> float:
 
 
 def _own_reason(budget: BudgetController, options: Options, head: Head, now_s: float) -> Reason | None:
-    """Why a row leaves whatever the server's budget says; None where it is that which decides."""
+    """Why a row leaves because of its own options; None if the server's budget decides."""
     if options.exit == head.exit:
         return "pinned"
     if head.exit < len(budget.costs) and not _own_score(options, head) >= budget.thresholds[head.exit - 1]:
         if now_s >= options.deadline_s:
             return "deadline"
-        if budget.costs[head.exit] / MEGA > options.max_mflops:  # as answers tell it, who may be where it comes from
+        if budget.costs[head.exit] / MEGA > options.max_mflops:  # compared as answers report it: clients send it back
             return "budget"
     return None
 
 
 def step(row: Request, head: Head, class_names: Sequence[str]) -> Step:
-    """What `head` says, for a client that follows."""
+    """The step that reports the result of `head`."""
     best = top_k(head, row.options.top_k)
     return Step(
         class_id=head.class_id,
@@ -74,9 +74,9 @@ def top_k(head: Head, k: int) -> tuple[tuple[int, float], ...]:
 
 
 def rank(logits: NDArray[np.float32], largest: Sequence[float], k: int) -> list[tuple[tuple[int, float], ...]]:
-    """The k best classes of logits [rows, classes] and their softmax outputs, of which `largest` [rows] are the first.
+    """The k best classes of logits [rows, classes] and their softmax outputs; `largest` [rows]: each row's first.
 
-    What it says of a row depends on that row alone, bit for bit.
+    A row's result depends on that row alone, bit for bit.
     """
     best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     leading = logits[np.arange(len(best))[:, None], best].astype(np.float64)
@@ -89,30 +89,30 @@ def _largest(logits: NDArray[np.float32]) -> float:
 
 
 class Deadlines:
-    """Requests by the moment at which they want to be answered; those that have ended since count for nothing."""
+    """A heap of requests by deadline. It may still hold some that have ended; they are never returned."""
 
     FEW: Final = 256
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Request]] = []
-        self._n = 0  # ties go to the older, and requests are never compared
+        self._n = 0  # breaks ties by age, so that requests are never compared
         self._many = self.FEW
 
     @property
     def next_s(self) -> float:
-        """The earliest; infinite without any."""
+        """The earliest deadline; inf if there is none."""
         return self._heap[0][0] if self._heap else inf
 
     def add(self, request: Request) -> None:
         self._n += 1
         heappush(self._heap, (request.options.deadline_s, self._n, request))
-        if len(self._heap) > self._many:  # most have been answered long before their deadline
+        if len(self._heap) > self._many:  # most requests end long before their deadline
             self._heap = [entry for entry in self._heap if entry[2].state is not ENDED]
             heapify(self._heap)
             self._many = max(self.FEW, 2 * len(self._heap))
 
     def pop_due(self, now_s: float) -> list[Request]:
-        """Take those whose moment has come."""
+        """Remove and return requests whose deadline has come."""
         due = []
         while self._heap and self._heap[0][0] <= now_s:
             request = heappop(self._heap)[2]
