@@ -1,4 +1,4 @@
-"""What an image may cost: the number an operator sets, the ledger that keeps it, the thresholds that aim at it.
+"""The compute budget: the target that an operator sets, the ledger that enforces it, the steering that aims at it.
 
 Plain Python over numbers: no clock, no thread, no array.
 """

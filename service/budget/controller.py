@@ -1,9 +1,9 @@
-"""Keeps the average compute per image at the number that the operator sets.
+"""Keeps the average compute per image within the budget that the operator sets.
 
-Two parts with one task each. `Ledger` is the promise: whatever the traffic and whatever the thresholds, any n
-consecutive answers spend at most n x budget + burst x budget, and the last 1,000 before traffic stops no more than the
-budget (more, where thousands are in flight: `ledger.window_for`). `Steering` is the aim: it moves the thresholds along
-the frontier so that steady traffic ends just under the budget and the ledger hardly ever has to refuse anything.
+Two parts with one task each. `Ledger` enforces the bound: whatever the traffic and the thresholds, any n consecutive
+answers spend at most n x budget + burst x budget, and the last 1,000 before traffic stops average within the budget (a
+longer window with thousands in flight: `ledger.window_for`). `Steering` moves the thresholds along the frontier so that
+steady traffic ends just under the budget, and the ledger hardly ever has to refuse anything.
 
 Plain Python over numbers: no clock, no thread, no array. One owner (the engine's thread) calls it.
 """
@@ -17,25 +17,25 @@ from service.budget.ledger import ROLLING_ANSWERS, Account, Ledger
 from service.budget.state import BudgetState
 from service.budget.steering import MEGA, Steering
 
-# Each image that goes on moves the thresholds a little, and to find them takes time: so many of a batch share them.
+# Each image that goes on moves the thresholds slightly, and computing them takes time: so many images share them.
 SAME_THRESHOLD_IMAGES: Final = 4
-SAME_THRESHOLD_SHARE: Final = 16  # or the 16th part of a batch
-Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two at a request's own wish
+SAME_THRESHOLD_SHARE: Final = 16  # or a 16th of the batch, if that is more
+Reason = Literal["confident", "final", "budget", "deadline", "pinned"]  # the last two by the request's own options
 
 
 class BudgetController:
-    """Decides, image by image and exit by exit, who goes on.
+    """Decides at every exit which images go on.
 
     Args:
         frontier: of the network served, with costs in mflops.
-        costs_mflops: what leaving at each exit costs, cumulative, as executed.
+        costs_mflops: cumulative executed cost by exit.
         budget_mflops: average per image.
-        burst_images: how many images' budget a window of answers may overspend; see `Ledger`.
-        steer: False keeps the thresholds at the budget's point on the frontier; the ledger bounds all the same.
-        window_answers: the last so many keep to the budget; see `ledger.window_for`.
+        burst_images: how many budgets any run of answers may overspend in total; see `Ledger`.
+        steer: False keeps the thresholds at the budget's point on the frontier; the ledger still bounds spending.
+        window_answers: number of last answers that average within the budget; see `ledger.window_for`.
 
     Raises:
-        ValueError: the budget lies outside the cost of the first exit to that of the last.
+        ValueError: the budget is below the cost of the first exit or above that of the last.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class BudgetController:
         return self._held.thresholds if self._held else self.steering.thresholds
 
     def set(self, budget_mflops: float) -> None:
-        """Give images admitted from now on another budget (average mflops per image).
+        """Set the budget (average mflops per image) of images admitted from now on.
 
         Raises:
-            ValueError: it lies outside the cost of the first exit to that of the last.
+            ValueError: it is below the cost of the first exit or above that of the last.
         """
         budget = self._checked(budget_mflops)
         if budget == self.budget == self.ledger.allowance:
-            return  # else whoever sets it again and again has the last answers' average begin anew each time
+            return  # setting the same budget repeatedly must not restart the ledger's average each time
         self.budget = budget
         self.ledger.set_allowance(self.budget)
         self.steering.set_budget(self.budget)
@@ -75,19 +75,19 @@ class BudgetController:
 
     @property
     def working_mflops(self) -> float:
-        """What is kept at the moment: the budget that was set, or less (`work_at`)."""
+        """The budget enforced at the moment: the one that was set, or less (`work_at`)."""
         return self.ledger.allowance / MEGA
 
     @property
     def useful_mflops(self) -> tuple[float, float]:
-        """Between which budgets make a difference, up to the one that was set: below the frontier's end."""
+        """The range of effective working budgets: up to the budget that was set, or the frontier's end if lower."""
         lowest = self.costs[0]
         return lowest / MEGA, max(lowest, min(self.budget, self.steering.highest)) / MEGA
 
     def work_at(self, mflops: float) -> None:
-        """Give images admitted from now on less than the budget that was set, until told otherwise or set anew.
+        """Set the working budget of images admitted from now on, at most the budget that was set; `set` ends it.
 
-        Cheap, and fit for a budget that moves all the time. What lies beyond the useful ones is the budget itself.
+        Cheap enough for a budget that moves all the time. From the end of `useful_mflops` on, it is the budget itself.
         """
         lowest, highest = self.useful_mflops
         working = self.budget if mflops >= highest else round(max(mflops, lowest) * MEGA)
@@ -97,12 +97,12 @@ class BudgetController:
             self._hold()
 
     def admit(self, n_images: int) -> Account:
-        """Open an account for images, committed to stage 1; returns it."""
+        """Open an account for images and commit them to stage 1; returns the account."""
         return self.ledger.open(self.costs[0], n_images, self.steering.admit(n_images))
 
     def decide(self, accounts: list[Account], passed: int, scores: list[float]) -> list[Reason | None]:
-        """Return why images leave at exit `passed` (from 1), which all of them have just passed with `scores`, their
-        accounts settled; None where one goes on, committed."""
+        """Decide which images leave at exit `passed` (from 1), which all have just passed with `scores`. Return for
+        each the reason, its account settled; or None if it goes on, committed to the next stage."""
         n_images = len(accounts)
         if passed == len(self.costs):
             self.settle(accounts, passed)
@@ -113,11 +113,11 @@ class BudgetController:
         while start < n_images:
             if start % step == 0:
                 threshold = self.steering.threshold(passed) if held is None else held.thresholds[passed - 1]
-            # On to where the threshold moves, or another account begins.
+            # Advance to where the threshold moves, or another account begins.
             account, stop, n_unsure = accounts[start], start, 0
             end = min(start - start % step + step, n_images)
-            while stop < end and accounts[stop] is account:  # compiled, a loop in C
-                if not scores[stop] >= threshold:  # also where a score is no number
+            while stop < end and accounts[stop] is account:  # mypyc compiles this to a loop in C
+                if not scores[stop] >= threshold:  # also true for NaN
                     reasons[stop] = None
                     n_unsure += 1
                 stop += 1
@@ -130,7 +130,7 @@ class BudgetController:
         return reasons
 
     def _commit(self, account: Account, n_images: int, passed: int) -> int:
-        """Commit images beyond exit `passed`, as many of them as the ledger allows; returns how many these are."""
+        """Commit as many images beyond exit `passed` as the ledger allows; returns how many."""
         n_going_on = self.ledger.commit(account, n_images, self.costs[passed - 1], self.costs[passed])
         if n_going_on < n_images:
             self.steering.refuse(passed, n_images - n_going_on)
@@ -139,11 +139,11 @@ class BudgetController:
         return n_going_on
 
     def settle(self, accounts: list[Account], stages: int, ran: bool = True, answered: bool = True) -> None:
-        """Close the accounts of images that have answered, or of some given up (abandoned or failed).
+        """Settle images that were answered or, with `answered` False, given up (abandoned, failed, or too late).
 
         Args:
-            stages: that they are committed to.
-            ran: they have run the last of these, or run it now; False where they wait for it.
+            stages: number of stages to which they are committed.
+            ran: whether they have run, or are running, the last of these; False if they wait for it.
         """
         spent = self.costs[stages - 1] if ran else self.costs[stages - 2] if stages > 1 else 0
         start, n_images = 0, len(accounts)
@@ -159,7 +159,7 @@ class BudgetController:
         self.ledger.close(account, n_images, self.costs[stages - 1], spent, answered)
 
     def refresh(self) -> None:
-        """Let steering catch up; call it once a batch."""
+        """Update the slowly moving parts of steering; call it once per batch."""
         self.steering.refresh()
 
     def state(self) -> BudgetState:
@@ -186,7 +186,7 @@ class BudgetController:
         )
 
     def _checked(self, budget_mflops: float) -> int:
-        # In whole multiply-adds: the full network's cost as others have it may lie off it by a fraction of one.
+        # Compared in whole multiply-adds: a limit converted from floats may be off by a fraction of one.
         multiply_adds = budget_mflops * MEGA
         budget = round(multiply_adds) if isfinite(multiply_adds) else -1
         if not self.costs[0] <= budget <= self.costs[-1]:
@@ -198,13 +198,13 @@ class BudgetController:
         return budget
 
     def _hold(self) -> None:
-        """Where thresholds are not steered, keep to the budget's own point."""
+        """Without steering, hold the thresholds at the budget's point on the frontier."""
         position = self._frontier.position_at_cost(self.ledger.allowance / MEGA)
         self._held = None if self._steer else self._frontier.at(position)
 
 
 def _refuse(reasons: list[Reason | None], stop: int, n_images: int) -> None:
-    """The last images before `stop` that would go on are the ones that the ledger ends."""
+    """Give the reason "budget" to the last `n_images` before `stop` that would have gone on."""
     while n_images:
         stop -= 1
         if reasons[stop] is None:
