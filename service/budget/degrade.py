@@ -1,6 +1,6 @@
-"""Keeps a latency target by working below the budget that was set: answers get less sure before anybody is refused.
+"""Keeps a latency target by lowering the working budget: answers get less accurate before requests are refused.
 
-Plain Python over numbers, without a clock. The engine's thread owns it; `took` alone may be called by anybody.
+Plain Python over numbers, without a clock. The engine's thread owns it; only `took` may be called by any thread.
 """
 
 from collections import deque
@@ -11,10 +11,10 @@ from service.budget.latency import LatencyControl, LatencyState
 
 
 class Degrade:
-    """Does what a `LatencyControl` says, where there is a target.
+    """Applies the decisions of a `LatencyControl` to the budget and to admission, if there is a target.
 
     Args:
-        budget: whose working budget it moves.
+        budget: its working budget is moved.
         max_rows: images that may be in flight.
 
     Attributes:
@@ -22,8 +22,8 @@ class Degrade:
     """
 
     SMALLEST_MOVE = 0.01  # of the working budget
-    FULL = 0.6  # of the images that may be in flight: more than that is to be avoided
-    REFUSE_FROM = 0.75  # of the target, as predicted wait, where the lowest budget is not enough: p95 stays below it
+    FULL = 0.6  # share of `max_rows` that counts as full
+    REFUSE_FROM = 0.75  # of the target: longest predicted wait at the lowest budget, so that p95 stays below the target
 
     def __init__(self, budget: BudgetController, max_rows: int) -> None:
         self.limited_total_s = 0.0
@@ -36,34 +36,34 @@ class Degrade:
         self._noted_s = 0.0
 
     def took(self, seconds: float) -> None:
-        """Report that an answer took `seconds`, from a request's whole body on. Any thread may, at any time."""
+        """Report that an answer took `seconds` from the end of its request's body. For any thread, at any time."""
         if self._control is not None:
             self._reports.append(seconds)
 
     def set(self, budget_mflops: float, target_s: float | None, now_s: float) -> None:
-        """Set the budget, and the latency that the working one below it is to keep (None: it is the budget itself).
+        """Set the budget, and the latency target for which the working budget may be lowered (None: it never is).
 
         Raises:
-            ValueError: the budget is out of reach, or the target no time; nothing has changed then.
+            ValueError: the budget is out of range, or the target not a positive time; nothing has changed then.
         """
         if target_s is not None and not 0 < target_s < inf:
             raise ValueError(f"a latency target is a positive time, not {target_s:g} s")
         working_mflops = self._budget.working_mflops if self._limited_from_s is not None else inf
         if self._control is not None and (budget_mflops, target_s) == self._asked:
-            return  # what was measured for it holds
+            return  # keep what was measured for it
         self._budget.set(budget_mflops)
         self._asked, self._control = (budget_mflops, target_s), None
-        self._reports.clear()  # they are no news of this target
-        if target_s is not None:  # the load stays as it was, so that it begins where another one stood
+        self._reports.clear()  # they date from before this target
+        if target_s is not None:  # the load is the same as before, so start from the previous working budget
             self._control = LatencyControl(target_s, *self._budget.useful_mflops, working_mflops, now_s)
             self._budget.work_at(working_mflops)
         self._note(now_s)
 
     def follow(self, now_s: float, in_flight: int, row_s: float) -> None:
-        """Move the working budget; to be called at every batch or so, before images are admitted.
+        """Move the working budget; call it about once per batch, before images are admitted.
 
         Args:
-            row_s: predicted wait for each image in flight.
+            row_s: predicted wait that each image in flight adds.
         """
         control = self._control
         if control is None:
@@ -81,11 +81,10 @@ class Degrade:
         self._note(now_s)
 
     def bearable_wait_s(self, max_queue_s: float) -> float:
-        """The predicted wait from which images are refused.
+        """The predicted wait beyond which images are refused.
 
-        What wait is predicted rests on what images cost lately; while they can be made cheaper, it is judged by what it
-        would be at the lowest budget. Once that is reached and not enough, the target itself is the limit: whoever is
-        taken is answered in time.
+        Predictions rest on what images cost lately, but are judged by what they would be at the lowest budget, hence
+        the factor. At the lowest budget, the target is the limit too, so that accepted images are answered in time.
         """
         if self._control is None:
             return max_queue_s
@@ -95,7 +94,7 @@ class Degrade:
         return max_queue_s * max(1.0, cost_lately / self._budget.costs[0])
 
     def state(self, now_s: float) -> LatencyState | None:
-        """None without a target."""
+        """The latency target and its effect; None without a target."""
         control = self._control
         if control is None:
             return None
@@ -104,7 +103,7 @@ class Degrade:
         return LatencyState(control.target_s, control.p95_s, control.n_answers, limited_s, is_lowest)
 
     def _note(self, now_s: float) -> None:
-        """Keep count of the time below the budget."""
+        """Account for the time below the budget."""
         if self._limited_from_s is not None:
             self.limited_total_s += now_s - self._noted_s
         if self._budget.ledger.allowance == self._budget.budget:

@@ -1,58 +1,58 @@
-"""How far the budget has to fall for a latency target, from what was measured and what is coming.
+"""The control law of a latency target: how far to lower the budget, from measured latencies and predicted waits.
 
-Plain Python over numbers: no clock, no thread, no array. `service.budget.degrade` has what it says done.
+Plain Python over numbers: no clock, no thread, no array. `service.budget.degrade` applies its decisions.
 """
 
 from collections import deque
 from dataclasses import dataclass
 from math import ceil, exp, log
 
-MAX_LATENCY_MS = 600_000  # that may be asked for
+MAX_LATENCY_MS = 600_000  # largest target accepted
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyState:
-    """A snapshot of what a latency target does to the budget."""
+    """A snapshot of a latency target's effect on the budget."""
 
     target_s: float
-    p95_s: float | None  # of the latest answers; None where they are too few to tell
-    n_answers: int  # of which that is the 95th percentile
+    p95_s: float | None  # of the latest answers; None if they are too few
+    n_answers: int  # on which `p95_s` is based
     limited_s: float | None  # how long the working budget has been below the one that was set; None if it is not
-    is_lowest: bool  # it is, and can fall no further
+    is_lowest: bool  # the working budget is limited and cannot fall further
 
 
 class LatencyControl:
     """Finds the highest budget at which 95 % of the answers take no longer than `target_s`.
 
-    What moves is the logarithm of the budget, as the sum of two:
+    It moves the logarithm of the budget, as the sum of two terms:
 
-    * *Slow*, from what was measured: the integral of log(p95 / aim), where the aim is `AIM` of the target. It counts in
-      windows, not in seconds (`FALL` and `RISE` are for a window of new answers), so that it is as stable at two
-      answers a second, when a window takes long to fill, as at ten thousand. Just below the aim (`STILL`) it rests.
-    * *Quick*, from what is coming: the images in flight make a predicted wait, known long before anything is answered
-      late. From `BEGIN` of the target on the budget falls as (predicted wait) ** -`SLOPE`. Alone that keeps a queue
-      from growing; at which length it does, the slow part decides.
+    * *Slow*, from measured latencies: the integral of -log(p95 / aim), where the aim is `AIM` of the target. It counts
+      windows, not seconds (`FALL` and `RISE` are for a window of new answers), so that it is as stable at two answers a
+      second, when a window takes long to fill, as at ten thousand. Just below the aim (within `STILL`) it rests.
+    * *Quick*, from the predicted wait for the images in flight, which is known long before any answer is late. From
+      `BEGIN` of the target on, the budget falls as (predicted wait) ** -`SLOPE`. This alone keeps a queue from growing;
+      the slow term decides the length at which it stops.
 
-    Where there is no room for as many images as the target allows, a full room counts, in both, like a wait as long as
-    the target: else images would be refused that a lower budget has time for.
+    If fewer images may be in flight than the target allows, a full room counts, in both terms, as a wait as long as the
+    target; otherwise images would be refused for which there is time at a lower budget.
 
-    The window holds the answers of the last second (of four targets, if that is longer), and at least `FEW` where so
-    many came in the last `MEMORY_S`. Where fewer did there is no percentile, and the budget rises.
+    The window holds the answers of the last second (of four targets, if that is longer), and at least `FEW` if so many
+    came in the last `MEMORY_S`. If fewer did, there is no percentile, and the budget rises.
 
     Simulated (six exits, 2 lanes, target 50 ms, Poisson arrivals at 1.5 times the capacity at a full budget, 16 s): p95
-    is 43 ms; of single seconds 2 % have one above 50; accuracy is 0.1 to 0.3 points below that of
-    fixed thresholds at the same cost, as with steering at a fixed budget. From light load to six times that capacity,
+    is 43 ms; 2 % of single seconds have a p95 above 50 ms; accuracy is 0.1 to 0.3 points below that of fixed thresholds
+    at the same cost, as with steering at a fixed budget. The transition from light load to six times that capacity,
     four tenths of it refused, takes half a second.
 
     Args:
         target_s: for the 95th percentile.
-        lowest, highest: between which the budget moves, in any unit.
-        start: where it begins, or at the nearer of the two.
+        lowest, highest: limits of the budget, in any unit.
+        start: the initial budget, if within the limits; else the nearer limit.
         now_s: the time.
     """
 
     AIM = 0.85
-    STILL = 0.1  # of the logarithm
+    STILL = 0.1  # in units of the logarithm
     FALL, RISE = 1.0, 0.5
     BEGIN = 0.5
     SLOPE = 0.7
@@ -66,13 +66,13 @@ class LatencyControl:
         self.p95_s: float | None = None
         self.n_answers = 0
         self._highest = highest
-        self._deepest = log(lowest / highest)  # what moves goes from here to 0
+        self._deepest = log(lowest / highest)  # log(budget / highest) lies between this and 0
         self._slow = log(min(max(start, lowest), highest) / highest)
-        self._load = 0.0  # predicted wait over target, or fullness; it and the next are smoothed over one target
+        self._load = 0.0  # predicted wait / target, or fullness if larger; like the next, smoothed over one `target_s`
         self._fullness = 0.0
         self._window_s = max(1.0, 4.0 * target_s)
         self._memory_s = max(self.MEMORY_S, self._window_s)
-        self._answers: deque[tuple[float, float]] = deque(maxlen=self.MANY)  # when each came, and what it took
+        self._answers: deque[tuple[float, float]] = deque(maxlen=self.MANY)  # (time of the answer, its latency)
         self._n_new = 0
         self._now_s = self._looked_s = now_s
 
@@ -82,11 +82,11 @@ class LatencyControl:
         self._n_new += 1
 
     def budget(self, now_s: float, predicted_wait_s: float, fullness: float) -> float:
-        """Return the budget to work with now; to be asked at every batch or so.
+        """Return the working budget; call it about once per batch.
 
         Args:
-            predicted_wait_s: of an image that came now.
-            fullness: images in flight, over as many as there should be at most.
+            predicted_wait_s: of an image that arrives now.
+            fullness: images in flight over the number that counts as full.
         """
         if now_s - self._looked_s >= self.LOOK_EVERY_S:
             self._look(now_s)
@@ -99,7 +99,7 @@ class LatencyControl:
         return self._highest * exp(max(self._deepest, self._slow + quick))
 
     def _look(self, now_s: float) -> None:
-        """Measure, and move the slow part."""
+        """Measure the percentile, and move the slow term."""
         answers = self._answers
         while answers and answers[0][0] < now_s - self._memory_s:
             answers.popleft()

@@ -1,6 +1,6 @@
-"""Moves along the frontier so that the spending of steady traffic averages just under the budget.
+"""Moves the thresholds along the frontier so that the spending of steady traffic averages just under the budget.
 
-Plain Python over numbers: no clock, no thread, no array. Costs inside are multiply-adds, those of a frontier mflops.
+Plain Python over numbers: no clock, no thread, no array. Costs here are multiply-adds; a frontier's are mflops.
 """
 
 from math import pi, tan
@@ -15,44 +15,43 @@ QUARTER_TURN: Final = pi / 2
 
 
 class Steering:
-    """A balance over all images, forecast to the end of those in flight, and thresholds that keep it where it belongs.
+    """Feedback control of a balance over all images, forecast to the end of those in flight, by the thresholds.
 
-    Every image is admitted with an aim and settles with what it spent; `_settled` is the sum of the differences. What
-    is controlled is the forecast: `_settled`, plus the aims of the images in flight, less what each is expected to
-    spend in all, given the exits it has passed. A decision moves the forecast at once, long before the answer, so the
-    loop has no delay and may be quick. It steers for the cost
+    Every image is admitted with an aim and settles with what it spent; `_settled` is the sum of the differences. The
+    controlled variable is the forecast: `_settled`, plus the aims of the images in flight, less what each is expected
+    to spend in total, given the exits that it has passed. A decision moves the forecast at once, long before the
+    answer, so the loop has no delay and may be fast. The cost steered for is
 
         aim + (forecast - reference) / HORIZON_IMAGES + integral
 
-    and as the forecast already integrates the error in cost, the average is right without the last term; that one only
-    brings the forecast back to its reference where live images lastingly differ from the calibration. It stands still
-    while the frontier cannot go where it should, and the forecast is bounded: traffic that cannot use its budget does
-    not save it up.
+    As the forecast already integrates the error in cost, the average is right without the integral, which only returns
+    the forecast to its reference if live images differ lastingly from the calibration. The integral is frozen while the
+    frontier limits the cost, and the forecast is bounded: traffic that cannot use its budget saves nothing up.
 
-    What an observer sees is the average of the last 1,000 answers (or `window_answers`), that is, the balance now less
-    the balance 1,000 answers ago: the *margin*, were traffic to stop now. It is to lie within `BAND_IMAGES` of its
-    middle. Hence
-    * the reference follows the deviation that the balance had where the coming window starts (`ECHO` of it, so that old
-      deviations die out);
-    * hard images answer last: when traffic stops, the window ends with the excess of all that were in flight, so the
-      aim stays below the budget by that much, too. Excess beyond `MAX_EXCESS_SHARE`, for which no aim makes room, is
-      left out of the margin, as long as so many are in flight: they are not to starve where there are always as many;
-    * the nearer the margin is to an end of the band, the steeper it steers back (the tangent is what keeps a random
-      walk between two walls with the least effort);
-    * swings cost accuracy, and images in flight can still put the margin right when traffic stops. So with many in
-      flight it looks further ahead and lets the margin stray (`_relax`), until their number falls below what it was.
-    The last word has the ledger: whatever the margin, an image goes on only if the average allows it. Where it refuses
-    many, steering has been misled, and is told (`refuse`).
+    Observers see the average of the last 1,000 answers (or `window_answers`): the balance now less the balance 1,000
+    answers ago. The *margin* is this difference, were traffic to stop now. It should lie within `BAND_IMAGES` of its
+    middle. Hence:
+    * The reference follows the deviation of the balance at the start of the coming window (`ECHO` of it, so that old
+      deviations die out).
+    * Hard images answer last: when traffic stops, the window ends with the excess of all images in flight, so the aim
+      is below the budget by that much, too. Excess beyond `MAX_EXCESS_SHARE`, for which the aim makes no room, is left
+      out of the margin while so many are in flight: otherwise images would starve if there are always as many.
+    * The nearer the margin is to an end of the band, the more steeply it steers back (the tangent keeps a random walk
+      between two walls with the least effort).
+    * Swings cost accuracy, and images in flight can still correct the margin when traffic stops. So with many in
+      flight it looks further ahead and lets the margin stray (`_relax`), until their number falls below the usual.
+    The ledger has the last word: whatever the margin, an image goes on only if the average allows it. If it refuses
+    many, steering has been misled, and accounts for it (`refuse`).
     """
 
-    AIM_UNDER: Final = 0.004  # of the budget; with what is kept for images in flight the average ends at 0.995 of it
-    HORIZON_IMAGES: Final = 24.0  # shorter is tighter, but thresholds that swing cost accuracy
+    AIM_UNDER: Final = 0.004  # of the budget; with what is kept for images in flight, the average ends at 0.995 of it
+    HORIZON_IMAGES: Final = 24.0  # the shortest; shorter is tighter, but swinging thresholds cost accuracy
     LONGEST_HORIZON_IMAGES: Final = 70.0
-    HORIZON_IN_FLIGHT: Final = 3.0  # between the two it is so many times the images in flight
+    HORIZON_IN_FLIGHT: Final = 3.0  # between the two, the longest horizon is this times the images in flight
     INTEGRAL_IMAGES: Final = 1_000.0  # time constant
     ECHO: Final = 0.5
-    BAND_IMAGES: Final = 5.0  # half of it
-    STEEPEST_AT: Final = 0.85  # of that; beyond, it pulls no harder
+    BAND_IMAGES: Final = 5.0  # half of the band's width
+    STEEPEST_AT: Final = 0.85  # of `BAND_IMAGES`; beyond it, the correction grows no further
     MEAN_IMAGES: Final = 500.0  # time constant of the running means below
     MAX_FORECAST_IMAGES: Final = 16.0
     MAX_EXCESS_SHARE: Final = 0.008  # of the window
@@ -71,37 +70,37 @@ class Steering:
         self._n_in_flight = 0
         self._n_in_flight_mean = 0.0
         self._aims = 0.0  # of the images in flight
-        self._owed = 0.0  # the same, less what these images are expected to spend
+        self._owed = 0.0  # `_aims`, less what the images in flight are expected to spend
         self._settled = 0.0
         self._settled_mean = 0.0
-        self._excess_mean = 0.0  # of what the images in flight are expected to spend beyond their aims
+        self._excess_mean = 0.0  # mean of what the images in flight are expected to spend beyond their aims
         self._integral = 0.0
-        self._usual_cost = 0.0  # for which thresholds were steered, on average: the operating point
-        self._n_answers = 0  # since the running means were brought up to date,
-        self._errors = 0.0  # and how far off the forecast was, summed over them
-        self._n_refused = 0  # of the images that have answered meanwhile, those that the ledger ended
-        self._middle = 0.0  # of the band, as a forecast
+        self._usual_cost = 0.0  # mean of the cost steered for: the operating point
+        self._n_answers = 0  # since the running means were updated
+        self._errors = 0.0  # of the forecast, summed over these answers
+        self._n_refused = 0  # images that the ledger ended since then
+        self._middle = 0.0  # of the band, as a value of the forecast
         self.set_budget(budget)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Those of this moment, one per exit."""
+        """The current thresholds, one per exit."""
         return self._point_at(self._wanted()).thresholds
 
     def threshold(self, passed: int) -> float:
-        """That of one exit, from 1."""
+        """The current threshold of exit `passed` (from 1)."""
         return self._thresholds[passed - 1][self._step_at(self._wanted())]
 
     @property
     def point(self) -> FrontierPoint:
-        """The operating point, without the swing of the moment."""
+        """The operating point: where the thresholds are on average, without their current swing."""
         return self._point_at(self._usual_cost)
 
     def set_budget(self, budget: int) -> None:
         """Aim images admitted from now on at another budget.
 
-        The forecast stays where it was: what images in flight will now spend less, or more, than they were admitted for
-        is neither handed to others nor asked back, so that a new budget holds at once, however often it changes.
+        The forecast stays as it is: what images in flight will now spend less, or more, than they were admitted for is
+        neither passed on to others nor claimed back. So a new budget holds at once, however often it changes.
         """
         self._budget = budget
         self._integral = min(max(self._integral, -0.5 * budget), 0.5 * budget)
@@ -112,7 +111,7 @@ class Steering:
         self.refresh()
 
     def admit(self, n_images: int) -> float:
-        """Note that images come in; returns what each of them is to spend on average."""
+        """Note that images are admitted; returns what each of them is to spend on average."""
         self._in_flight[0] += n_images
         self._n_in_flight += n_images
         self._aims += n_images * self._aim
@@ -126,8 +125,8 @@ class Steering:
         self._owed += n_images * (self._expected[passed - 1] - self._expected[passed])
 
     def settle(self, aim: float, n_images: int, stages: int, spent: int, answered: bool) -> None:
-        """Note that images with an aim have answered, or were given up, that were committed to `stages` and have spent
-        so much each."""
+        """Note that images were answered or given up, which were admitted with `aim`, committed to `stages`, and have
+        spent `spent` each."""
         earned = (aim if answered else min(aim, spent)) - spent
         self._aims -= n_images * aim
         if answered:
@@ -143,14 +142,15 @@ class Steering:
     def refuse(self, passed: int, n_images: int) -> None:
         """Note that the ledger ends images at exit `passed` that would have gone on.
 
-        What that saves counts as spent, else thresholds that are too generous look right: what they overspend is what
-        the ledger takes back. For the same reason the integral, which such traffic has wound up, falls with every one.
+        What this saves counts as spent; otherwise thresholds that let too many images go on would look right, because
+        the ledger takes back what they overspend. For the same reason the integral, which such traffic has wound up,
+        falls with every refusal.
         """
         self._n_refused += n_images
         self._settled -= n_images * max(0.0, self._expected[passed] - self._costs[passed - 1])
 
     def refresh(self) -> None:
-        """Bring what follows slowly up to date; once a batch is often enough."""
+        """Update what changes slowly; once per batch is often enough."""
         self._follow_answers()
         self._follow_operating_point()
         most = self.MAX_FORECAST_IMAGES * self._budget
@@ -162,7 +162,7 @@ class Steering:
         self._middle = at_window_start - self._excess_paid - self._excess_unpaid * min(self._usual, 1.0)
 
     def _follow_answers(self) -> None:
-        """Have the running means and the integral follow the answers that came since."""
+        """Update the running means and the integral by the answers since the last call."""
         if not self._n_answers:
             return
         share = 1.0 - (1.0 - 1.0 / self.MEAN_IMAGES) ** self._n_answers
@@ -180,19 +180,19 @@ class Steering:
         self._n_answers, self._errors, self._n_refused = 0, 0.0, 0
 
     def _relax(self) -> None:
-        """Look ahead as far as the images in flight allow, and the less far the fewer of the usual number are left."""
+        """Set the horizon: longer with more images in flight on average, shorter once fewer than usual are left."""
         shortest = self.HORIZON_IMAGES
         longest = max(shortest, min(self.LONGEST_HORIZON_IMAGES, self.HORIZON_IN_FLIGHT * self._n_in_flight_mean))
         self._usual = self._n_in_flight / self._n_in_flight_mean if self._n_in_flight_mean else 1.0
         self._horizon = shortest + (longest - shortest) * min(max(6.0 * self._usual - 5.0, 0.0), 1.0)
-        # As steep as the horizon at the middle of the band; less where the margin may stray.
+        # Scaled to the gain of the shortest horizon; less with a longer one, which lets the margin stray.
         self._steepness = self.BAND_IMAGES * self._budget / shortest * (shortest / self._horizon) ** 2
 
     def _follow_operating_point(self) -> None:
-        """Expect of images in flight what they spend on average where thresholds are, on average.
+        """Update the aim, and what images in flight are expected to spend, to the operating point.
 
-        What is expected of them anew is nothing that they have saved or spent: the forecast stays where it was. With
-        thousands in flight it would else move by more than it is bounded to, and lastingly so, one way.
+        A changed expectation is neither saving nor spending, so the forecast stays as it is. With thousands in flight,
+        it would otherwise move by more than its bound, and lastingly in one direction.
         """
         excess = min(max(self._excess_mean, 0.0), self.MAX_EXCESS_SHARE * self._window * self._budget)
         self._excess_paid, self._excess_unpaid = excess, max(self._excess_mean - excess, 0.0)
@@ -217,7 +217,7 @@ class Steering:
         return 0 if step < 0 else step if step < self.TABLE_STEPS else self.TABLE_STEPS
 
     def _expected_costs(self) -> list[float]:
-        """What an image spends in all at the operating point, by exits passed."""
+        """What an image spends in total at the operating point, by exits passed."""
         shares = self.point.shares
         going_on = spending = 0.0
         expected = [0.0] * len(self._costs)

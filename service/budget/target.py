@@ -11,19 +11,19 @@ from service.budget.state import BudgetState
 Kind = Literal["average_mflops", "fraction", "accuracy"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Costs come back from JSON rounded; asking for a limit as it was shown must not be refused for the last digit.
+# Limits are displayed rounded; a request for a limit as displayed must not be refused for its last digit.
 SLACK = 1e-6
 
 
 class TargetError(ValueError):
-    """A budget outside what the network can do; the message names the range and the remedy."""
+    """A budget outside the network's range; the message names the range and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A budget: the average that is kept, in mflops per image, and how it was asked for.
+    """A budget: the average to keep, in mflops per image, and the form in which it was requested.
 
-    With `latency_s`, less is kept where 95 % of the answers would take longer.
+    With `latency_s`, the average is lowered as far as needed for 95 % of the answers to take no longer than that.
     """
 
     kind: Kind
@@ -49,10 +49,10 @@ class Targets:
         }
 
     def resolve(self, kind: Kind, value: float) -> Target:
-        """Return the target that `value` asks for.
+        """Convert a `value` of this kind to a target.
 
         Raises:
-            TargetError: no average cost from the first exit's to the last's gives it.
+            TargetError: no average cost from the first exit's to the last's corresponds to it.
         """
         lowest, highest = self.allowed[kind]
         if not lowest - SLACK * abs(lowest) <= value <= highest + SLACK * abs(highest):
@@ -65,7 +65,7 @@ class Targets:
         return Target(kind, min(max(value, self.first_mflops), self.full_mflops))
 
     def expected(self, average_mflops: float) -> FrontierPoint:
-        """What a budget will bring on images like the held-out ones."""
+        """The results to expect of a budget on images like the held-out ones."""
         return self.frontier.at(self.frontier.position_at_cost(average_mflops))
 
     def _why_not(self, kind: Kind, value: float) -> str:
@@ -81,7 +81,7 @@ class Targets:
             "accuracy": "is more than this network reached on its held-out images",
         }
         why = above[kind] if value > highest else below[kind]
-        # Seven digits err by less than SLACK: the limits named here are taken when they are sent back.
+        # Seven digits err by less than SLACK, so limits are accepted as named here.
         return f"{kind} {value:.7g} {why}: give a value from {lowest:.7g} to {highest:.7g}."
 
 
@@ -91,21 +91,21 @@ class _Engine(Protocol):
 
 
 class Keeper:
-    """Holds the budget as it was requested; the engine, created with it, enforces the number."""
+    """Holds the budget as it was requested; the engine, created with the same one, enforces it."""
 
     def __init__(self, engine: _Engine, target: Target) -> None:
         self._engine = engine
         self._target = target
-        # For several threads: the engine's budget and the request behind it are set and read together.
+        # The engine's budget and the request behind it are set and read together, from several threads.
         self._lock = Lock()
 
     def read(self) -> tuple[Target, BudgetState]:
-        """The budget as it was asked for, and what the engine says of it."""
+        """The budget as it was requested, and its state in the engine."""
         with self._lock:
             return self._target, self._engine.budget_state()
 
     def set(self, target: Target) -> BudgetState:
-        """Keep another one from now on; returns what the engine says of it, whatever others set next."""
+        """Set another budget; returns its state in the engine, even if another thread sets a different one next."""
         with self._lock:
             state = self._engine.set_budget(target.average_mflops, target.latency_s)
             self._target = target

@@ -1,19 +1,20 @@
 """A running sum over answers, and its value a given number of answers ago.
 
-Plain Python over numbers. Answers come in batches and often move the sum alike, so it is stored by runs.
+Plain Python over numbers. Answers come in batches and often move the sum equally, so it is stored as runs.
 """
 
 from bisect import bisect_left, bisect_right
 from typing import Any
 
-Number = Any  # int, and exact, or float: a type variable of the two is more than mypyc compiles
+Number = Any  # int (exact) or float; mypyc cannot compile a type variable of the two
 
 
 class Trail:
-    """What a sum was after each of the last `length` answers. Memory: some numbers for each of their runs.
+    """The value of a sum after each of the last `length` answers. Memory: a few numbers per run of answers.
 
     Args:
-        start: before the first answer.
+        length: how many answers to look back at most.
+        start: the sum before the first answer.
 
     Attributes:
         n_answers: since the start.
@@ -22,10 +23,10 @@ class Trail:
     def __init__(self, length: int, start: Number) -> None:
         self.n_answers = 0
         self._length = length
-        # By runs of answers that moved it alike: answers at its end, the sum there, and by how much each moved it.
+        # By runs of answers with equal steps: the number of answers at its end, the sum there, and the step.
         self._ends = [0]
         self._sums: list[Number] = [start]
-        self._steps: list[Number] = [start]  # of no effect: no answer lies before the start
+        self._steps: list[Number] = [start]  # placeholder: no answer lies before the start
 
     @property
     def now(self) -> Number:
@@ -38,7 +39,7 @@ class Trail:
         return len(self._ends)
 
     def add(self, before: Number, step: Number, n_answers: int) -> None:
-        """Answers moved the sum by `step` each, the first of them from `before`."""
+        """Record that answers moved the sum by `step` each, starting from `before`."""
         self.n_answers += n_answers
         self._ends.append(self.n_answers)
         self._sums.append(before + n_answers * step)
@@ -47,7 +48,7 @@ class Trail:
             self._forget()
 
     def ago(self, n_answers: int) -> Number:
-        """The sum before the last `n_answers`: as far back as it is known, if they are more."""
+        """The sum before the last `n_answers`, or the oldest known if that is longer ago."""
         at = max(self.n_answers - max(n_answers, 0), self._ends[0])
         i = bisect_left(self._ends, at)
         return self._sums[i] - (self._ends[i] - at) * self._steps[i]
