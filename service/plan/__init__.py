@@ -1,5 +1,5 @@
-"""`python -m service plan`: what to expect of a network under load, without serving it.
+"""`python -m service plan`: predicts a network's performance under load, without serving it.
 
-The very scheduler, core and budget controller that serve run here under a virtual clock; only the stages are replaced,
-by the times that they take and the scores that held-out images got.
+The server's own scheduler, core and budget controller run under a virtual clock. Only the stages are replaced: by their
+measured times, and by the scores of held-out images.
 """

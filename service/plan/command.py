@@ -1,4 +1,4 @@
-"""`python -m service plan`: how many servers, which latency, what accuracy, before there is any traffic.
+"""`python -m service plan`: predicts servers needed, latency and accuracy before there is any traffic.
 
 Exit codes: 0 planned, 1 planned and overloaded, 2 the command cannot be carried out.
 """
@@ -28,9 +28,9 @@ from service.settings import MAX_BATCH_ROWS, MAX_LANES
 
 ZOO = Path("models/zoo")
 IMAGES = 8_000
-BUSY = 0.1  # share of the cores that others have, from which on a measurement misleads
+BUSY = 0.1  # share of the cores used by other processes beyond which a measurement is unreliable
 MOST_IMAGES = 2_000_000
-MOST = 100_000  # of anything that is counted
+MOST = 100_000  # limit of options that are counts
 
 
 class PlanError(Exception):
@@ -171,7 +171,7 @@ def _load(model: str) -> Bundle:
 
 
 def _budget(given: argparse.Namespace, targets: Targets) -> float:
-    """In mflops an image."""
+    """The requested budget in mflops per image."""
     if given.accuracy is not None:
         return targets.resolve("accuracy", given.accuracy).average_mflops
     text = str(given.budget).strip()
@@ -189,7 +189,7 @@ def _budget(given: argparse.Namespace, targets: Targets) -> float:
 def _n_images(given: argparse.Namespace) -> int:
     if given.seconds is None:
         return IMAGES
-    n_images: float = given.seconds * given.rate / given.replicas  # too many to count, perhaps
+    n_images: float = given.seconds * given.rate / given.replicas  # may be too large for an int, even inf
     if not 1_000 <= n_images <= MOST_IMAGES:
         raise PlanError(
             f"--seconds {given.seconds:g}: {n_images:,.0f} images on a replica; simulate 1,000 to {MOST_IMAGES:,}"
@@ -252,7 +252,7 @@ def _count(text: str, most: int = MOST) -> int:
 
 
 def _burst(text: str) -> int:
-    """Of a larger one a server refuses the rest; and of those that are simulated there would be too few to tell."""
+    """A server refuses the rest of a larger burst, and too few of them would be simulated to be meaningful."""
     return _count(text, MANY_IN_FLIGHT)
 
 

@@ -1,4 +1,4 @@
-"""Measures the engine's own work beside real stages, which leave it no warm cache: half as much again."""
+"""Measures the engine's own CPU time beside real stages: these evict its cache, which adds half as much again."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from service.engine.rows import Answer, Told
 from service.engine.scheduler import Scheduler
 from service.runners.onnx import OnnxRunner
 
-HOST_S = 0.7  # of a run, where the network is quick enough
+HOST_S = 0.7  # length of a run, within the limits on its images
 FEWEST_IMAGES, MOST_IMAGES = 16, 1_200
 
 
 @dataclass(slots=True)
 class _Counter(Observer):
-    """Counts what has run."""
+    """Counts batches."""
 
     n_batches: int = 0
 
@@ -38,7 +38,7 @@ class _Counter(Observer):
 
 
 class _DrawnScore:
-    """Scores drawn from held-out images, exit by exit, so that images go about as deep as real ones."""
+    """Scores drawn from held-out images at each exit, so that images go about as deep as real ones."""
 
     history_width = 0
 
@@ -58,9 +58,9 @@ class _DrawnScore:
 def measure_host(
     bundle: Bundle, runner: OnnxRunner, stage_seconds: Sequence[Mapping[int, float]]
 ) -> tuple[float, float]:
-    """Processor time of an image, and of a batch: images come once one at a time, once so that batches are full.
+    """Return host CPU seconds per image and per batch, from runs with one image in flight and runs with full batches.
 
-    That of the thread that submits and of the engine's; what lanes do for a batch is in its stage's time.
+    Counts the submitting thread and the engine's thread; lanes' work for a batch is part of its stage's time.
     """
     counter = _Counter()
     scores = bundle.calibration.scores[bundle.manifest.score]
@@ -87,14 +87,14 @@ def measure_host(
         at_once = min(4 * runner.n_lanes * runner.max_rows, n_full)
 
         def serve(n_images: int, n_in_flight: int) -> tuple[float, float]:
-            """Processor seconds and batches, each an image."""
+            """CPU seconds per image, and batches per image."""
             room, done = SimpleQueue[int](), Event()
             n_left, n_room = n_images, n_in_flight
 
-            def take(told: list[tuple[Any, Told]]) -> None:
+            def take(outcomes: list[tuple[Any, Told]]) -> None:
                 nonlocal n_left
-                n_left -= len(told)
-                room.put(len(told))
+                n_left -= len(outcomes)
+                room.put(len(outcomes))
                 if not n_left:
                     done.set()
 
@@ -108,13 +108,13 @@ def measure_host(
             host_s = engine.ask(time.thread_time).result() + time.thread_time() - host_before_s
             return host_s / n_images, (counter.n_batches - n_before) / n_images
 
-        serve(n_full, at_once)  # steering settles
+        serve(n_full, at_once)  # lets steering settle
         runs = [(serve(n_full, at_once), serve(n_single, 1)) for _ in range(3)]
     finally:
         engine.drain(10.0)
     (full_s, full_batches), (single_s, single_batches) = (
         [median(run[i][k] for run in runs) for k in range(2)] for i in range(2)
     )
-    # Where no two images ever share a batch, nothing tells its work from theirs: all is theirs.
+    # If no two images ever share a batch, work per batch and per image cannot be separated: all counts per image.
     batch_s = max(0.0, (single_s - full_s) / (single_batches - full_batches)) if runner.max_rows > 1 else 0.0
     return max(0.0, full_s - batch_s * full_batches), batch_s

@@ -1,4 +1,4 @@
-"""Measures on this machine what a simulation needs to know: stages with all lanes busy, and the host's share."""
+"""Measures this machine for a simulation: stage times with all lanes busy, and the host's time."""
 
 import platform
 import time
@@ -22,7 +22,7 @@ from service.runners.onnx import OnnxRunner, default_lanes
 LEAST_ROUNDS = 3
 MOST_ROUNDS = 30
 QUANTILES = 100
-BATCHES_A_LANE = 3  # put at once, so that all lanes run for most of the time
+BATCHES_A_LANE = 3  # put at once, so that all lanes run most of the time
 
 
 def measure(
@@ -33,17 +33,17 @@ def measure(
     limit_s: float = 3.0,
     tell: Callable[[str], object] = lambda text: None,
 ) -> StageTimes:
-    """Measure a bundle's stages on the processor, and the engine's own work; nothing else should run meanwhile.
+    """Measure a bundle's stages on the CPU, and the engine's own work; nothing else should run meanwhile.
 
-    No more lanes run than there are cores: those beyond wait for a core, as a simulation has it too, and what a batch
-    takes would count that wait twice.
+    At most one lane per core runs: further lanes would wait for a core. The simulation models that wait, so measured
+    batch times must not include it.
 
     Args:
         bundle: as loaded.
         n_lanes, max_rows: as the server's settings.
-        budget_mflops: of an image, which tells how often each stage runs; by default the whole network.
-        limit_s: for the stages; three rounds are made in any case.
-        tell: told what is being measured.
+        budget_mflops: per image; determines how often each stage runs. By default, every image runs every stage.
+        limit_s: for the stages; at least three rounds are made.
+        tell: called with what is being measured.
 
     Raises:
         StageLoadError, RunnerError: the stages cannot be run.
@@ -75,7 +75,7 @@ def measure(
 def full_row_seconds(
     runner: OnnxRunner, bundle: Bundle, budget_mflops: float | None, limit_s: float = 0.5
 ) -> list[float]:
-    """What a row of a full batch takes at every stage, as `measure` finds it, without the rest."""
+    """Measure, as `measure` does, only the seconds per row of a full batch at every stage."""
     with _LanesAtWork(runner, bundle.score()) as lanes:
         stages = _Stages(runner, lanes, _reaching(bundle, budget_mflops), [runner.max_rows]).measure(limit_s)
     return [by_rows[runner.max_rows] / runner.max_rows for by_rows in stages.seconds]
@@ -91,12 +91,12 @@ def _reaching(bundle: Bundle, budget_mflops: float | None) -> list[float]:
 
 
 class _LanesAtWork:
-    """Lanes as the engine has them; `run` waits for batches as the engine's thread does."""
+    """The engine's lanes; `run` waits for batches as the engine's thread does."""
 
     def __init__(self, runner: OnnxRunner, score: Score) -> None:
         self._done: SimpleQueue[Batch] = SimpleQueue()
         self._lanes = ThreadLanes(runner, score, self._done.put)
-        self._wake_s: list[float] = []  # from a batch's end until the thread that waited has it, all lanes running
+        self._wake_s: list[float] = []  # from a batch's end until the waiting thread has it, while all lanes run
 
     def __enter__(self) -> Self:
         self._lanes.start()
@@ -107,7 +107,7 @@ class _LanesAtWork:
 
     @property
     def wake_quantiles_s(self) -> tuple[float, ...]:
-        """In the tail is the kernel's tick, for which the thread waits once in a while."""
+        """Quantiles of the wake-up delay. Its tail is the kernel's tick, for which the thread occasionally waits."""
         return _quantiles(self._wake_s)
 
     def run(self, batches: Sequence[Batch]) -> None:
@@ -123,11 +123,11 @@ class _LanesAtWork:
 
 
 class _Stages:
-    """Rounds over all batch sizes, so that what disturbs the machine for a while disturbs all alike.
+    """Times stages in rounds over all batch sizes, so that a temporary disturbance of the machine affects all equally.
 
-    At each size the stages take turns on the lanes, each as often as in traffic: one that runs again and again finds
-    its weights and rows in the nearest cache, and two lanes in one stage that waits for memory slow each
-    other more than lanes in different ones.
+    At each size the stages take turns on the lanes, each as often as in traffic. A stage that ran repeatedly would find
+    its weights and rows in the nearest cache, and two lanes in the same memory-bound stage slow each other more than
+    lanes in different stages.
 
     Args:
         reaching: share of the images that run each stage.
@@ -149,7 +149,7 @@ class _Stages:
         self._sizes = sizes or sorted({min(2**k, max_rows) for k in range(max_rows.bit_length() + 1)})
         self._busy: list[dict[int, list[float]]] = [{n: [] for n in self._sizes} for _ in range(n_stages)]
         self._alone: list[list[float]] = [[] for _ in range(n_stages)]  # by stage, at the largest size
-        self._copied: list[list[float]] = [[] for _ in range(n_stages)]  # what copying adds, a row
+        self._copied: list[list[float]] = [[] for _ in range(n_stages)]  # seconds per copied row
         shape = (max_rows, *runner.stages[0].inputs[0].shape)
         images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         self._states: list[Sequence[RowState]] = [[runner.first_state(image) for image in images]]  # before each stage
@@ -164,7 +164,7 @@ class _Stages:
 
     @property
     def spread(self) -> tuple[float, ...]:
-        """What is slower at times, by how much: over the medians, as what latency comes of is not only their mean."""
+        """Quantiles of batch times over the medians of their stage and size: latency depends on more than the mean."""
         medians = self.seconds
         return _quantiles(
             [
@@ -208,7 +208,7 @@ class _Stages:
             [alone] = self._run([(stage, states)])
             self._alone[stage].append(alone.ended_s - alone.started_s)
         if self._runner.max_rows > 1:
-            apart = [(stage, self._states[stage][::2]) for stage in stages if stage]  # no image is ever copied
+            apart = [(stage, self._states[stage][::2]) for stage in stages if stage]  # images are never copied
             for batch in self._run(apart * self._runner.n_lanes):
                 self._copied[batch.stage].append(_result(batch).copy_s / len(batch.rows))
 
@@ -219,7 +219,7 @@ class _Stages:
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, ...]:
-    """Evenly spaced, so that their mean is about the mean."""
+    """Evenly spaced quantiles, whose mean is about the mean of the values."""
     return tuple(np.quantile(values, (np.arange(QUANTILES) + 0.5) / QUANTILES).tolist())
 
 
@@ -229,5 +229,5 @@ def _result(batch: Batch) -> BatchResult:
     return batch.result
 
 
-def _nobody(told: list[tuple[Any, Told]]) -> None:
+def _nobody(outcomes: list[tuple[Any, Told]]) -> None:
     pass

@@ -1,4 +1,4 @@
-"""What else kept the cores busy while something was measured; for Linux, which tells."""
+"""How busy other processes kept the cores during a measurement (Linux only)."""
 
 import os
 import time
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Self
 
 STAT = Path("/proc/stat")
-N_FIELDS = 8  # user, nice, system, idle, iowait, irq, softirq, steal: what a guest takes is in user
+N_FIELDS = 8  # user, nice, system, idle, iowait, irq, softirq, steal; the fields for guests are included in user
 IDLE = (3, 4)
 
 
 class Neighbours:
-    """Notices, while entered, what share of all cores went to others: to other processes, or to other machines."""
+    """A context manager that measures the share of all cores that went to other processes or virtual machines."""
 
-    share: float | None = None  # None where it cannot be told
+    share: float | None = None  # None if it cannot be determined
 
     def __enter__(self) -> Self:
         self._before = _busy_s(), time.process_time(), time.perf_counter()
@@ -30,7 +30,7 @@ class Neighbours:
 
 
 def _busy_s() -> float | None:
-    """Seconds that all cores together have worked since the machine began."""
+    """Busy seconds of all cores together since the machine started; None if unknown."""
     try:
         ticks = [int(text) for text in STAT.read_text().split("\n", 1)[0].split()[1 : 1 + N_FIELDS]]
         return sum(n for i, n in enumerate(ticks) if i not in IDLE) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""What one replica does at a rate, at its limit, and how many of them a rate needs."""
+"""Simulates one replica at a rate and at saturation, and finds how many replicas a rate needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from service.plan.arrivals import poisson
 from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
 
-SETTLING_IMAGES = 2_000  # before anything is counted: steering finds its place
+SETTLING_IMAGES = 2_000  # not counted: steering settles meanwhile
 SATURATED_IMAGES = 4_000
 SEARCH_IMAGES = 6_000
-IDLE_SHARE = 0.02  # of its capacity: a replica that has so little to do is not made faster by yet another one
+IDLE_SHARE = 0.02  # of capacity: with so little load, further replicas do not lower the latency
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What happened to a stream of images on one replica, after settling. Times are ms, from arrival to answer."""
+    """The results of a stream of images on one replica, after settling. Latencies: from arrival to answer."""
 
     images: int
     images_per_s: float  # answered
@@ -32,15 +32,15 @@ class Outcome:
     p99_ms: float
     batch_rows: tuple[float, ...]  # mean, by stage
     mean_mflops: float
-    worst_mflops: float  # mean of the dearest 1,000 answers in a row; of all, where there are fewer
+    worst_mflops: float  # highest mean of 1,000 consecutive answers; of all answers if there are fewer
     shares: tuple[float, ...]  # of the images, by exit
     cut_short: float  # share of the images that the ledger ended
-    accuracy: float  # right answers at the exits taken
+    accuracy: float  # share of images whose answer, at the exit taken, is right
     latencies_ms: NDArray[np.float64]
 
 
 def observe(network: Network, record: Record, n_settling: int) -> Outcome:
-    """Sum up a record, without the first `n_settling` answers."""
+    """Summarise a record, without the first `n_settling` answers."""
     exits = np.array(record.exit[n_settling:])
     answered_s = np.array(record.answered_s[n_settling:])
     latencies_ms = 1e3 * (answered_s - np.array(record.came_s[n_settling:]))
@@ -74,22 +74,22 @@ class Planner:
     times: StageTimes
     setup: Setup
     seed: int = 0
-    at_once: int = 1  # images that come at one moment
+    at_once: int = 1  # images that arrive at one moment
 
     def saturated(self) -> Outcome:
-        """Always enough in work to fill every batch: the most that a replica answers."""
+        """Simulate a replica's maximum throughput: always enough images in flight to fill every batch."""
         n_in_flight = 4 * self.setup.n_lanes * self.setup.max_rows
         n_settling = max(SETTLING_IMAGES, 2 * n_in_flight)
         record = self._simulation().saturate(n_settling + max(SATURATED_IMAGES, 2 * n_in_flight), n_in_flight)
         return observe(self.network, record, n_settling)
 
     def at(self, rate_per_s: float, n_images: int) -> Outcome:
-        """Images that come at a mean rate, whatever becomes of those before; it must be below capacity."""
+        """Simulate open-loop arrivals at a mean rate, which must be below capacity."""
         arrivals = poisson(rate_per_s, SETTLING_IMAGES + n_images, self.seed, self.at_once)
         return observe(self.network, self._simulation().run(arrivals.tolist()), SETTLING_IMAGES)
 
     def replicas_for(self, rate_per_s: float, p99_ms: float, capacity_per_s: float) -> "Replicas":
-        """The fewest replicas that, sharing a rate evenly, keep the 99th percentile of the latency."""
+        """Find the fewest replicas that, sharing a rate evenly, keep the 99th percentile of latency."""
 
         @cache
         def p99_of(n_replicas: int) -> float:
@@ -108,22 +108,22 @@ class Planner:
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """Replicas for a latency target; `needed` is None where even idle ones miss it."""
+    """Replicas for a latency target; `needed` is None if even idle replicas miss it."""
 
     target_p99_ms: float
     needed: int | None
-    p99_ms: float  # with so many; with idle ones where it cannot be met
+    p99_ms: float  # with `needed` replicas; of nearly idle ones if the target cannot be met
 
 
 def least_replicas(rate_per_s: float, capacity_per_s: float) -> int:
-    """Those that answer more than comes."""
+    """The fewest replicas whose capacity exceeds the rate."""
     return int(rate_per_s / capacity_per_s) + 1
 
 
 def first(holds: Callable[[int], bool], too_few: int, most: int) -> int | None:
-    """The least number above `too_few` from which on `holds` is true, looked for up to `most`; None if there is none.
+    """The least number above `too_few`, up to `most`, from which on `holds` is true; None if there is none.
 
-    By steps that double, then by halves: the answer is mostly near the beginning.
+    Searches by doubling steps, then by bisection: the answer is usually near the beginning.
     """
     step = 1
     while not holds(enough := min(too_few + step, most)):
@@ -140,6 +140,6 @@ def first(holds: Callable[[int], bool], too_few: int, most: int) -> int | None:
 
 
 def plain(outcome: Outcome) -> dict[str, Any]:
-    """As JSON has it, without the single latencies."""
+    """Plain values for JSON, without `latencies_ms`."""
     names = [name for name in Outcome.__slots__ if name != "latencies_ms"]
     return {name: getattr(outcome, name) for name in names}

@@ -1,4 +1,4 @@
-"""A plan as a picture: latency over load, and how it is spread at the rate asked for."""
+"""Plots a plan: latency over load, and its distribution at the requested rate."""
 
 import sys
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ class PlotError(RuntimeError):
 
 
 def require_drawable(path: Path) -> None:
-    """Refuse early what cannot be drawn later: the whole plan would be lost with it.
+    """Check before planning that the plot can be drawn, so that no finished plan is lost.
 
     Raises:
-        PlotError: there is no folder for the file, its name ends as no picture's does, or matplotlib is missing, which
-            serving does not need.
+        PlotError: the file's folder does not exist, its suffix is no image format, or matplotlib is missing (serving
+            does not need it).
     """
     try:
         from matplotlib.figure import Figure
@@ -32,12 +32,12 @@ def require_drawable(path: Path) -> None:
 
 
 def draw(plan: Plan, by_rate: Sequence[tuple[float, Outcome]], path: Path) -> None:
-    """Write a PNG, an SVG or a PDF, as the name ends.
+    """Write a PNG, SVG or PDF, according to the suffix of `path`.
 
     Args:
-        plan: what was planned.
-        by_rate: outcomes of one replica, by its rate.
-        path: of the file.
+        plan: the plan to plot.
+        by_rate: (images/s, outcome) of one replica at several rates.
+        path: the file to write.
 
     Raises:
         PlotError: the file cannot be written.

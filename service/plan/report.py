@@ -1,4 +1,4 @@
-"""A plan, as text for people and as JSON for programs."""
+"""A plan, and its output as text and as JSON."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -8,12 +8,12 @@ from service.plan.planning import Outcome, Replicas, least_replicas, plain
 from service.plan.simulation import Setup
 from service.plan.stage_times import StageTimes
 
-NEAR_CAPACITY = 0.95  # beyond it latency depends on how long the load lasts
+NEAR_CAPACITY = 0.95  # load beyond which latency depends on how long the load lasts
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was asked, and what is to be expected."""
+    """The question (network, setup, rate), and the simulated results."""
 
     network: str
     full_mflops: float
@@ -21,10 +21,10 @@ class Plan:
     times: StageTimes
     rate_per_s: float  # over all replicas
     n_replicas: int
-    at_once: int  # images that come at one moment
+    at_once: int  # images that arrive at one moment
     seed: int
-    saturated: Outcome  # one replica with more than it can do
-    at_rate: Outcome | None  # one replica at its share of the rate; None where it cannot answer as many
+    saturated: Outcome  # one replica at saturation
+    at_rate: Outcome | None  # one replica at its share of the rate; None if that is beyond its capacity
     for_latency: Replicas | None
 
     @property
@@ -41,7 +41,7 @@ class Plan:
         return self.at_rate is None
 
     def document(self) -> dict[str, Any]:
-        """Plain values; names carry units."""
+        """The plan as plain values for JSON; names carry units."""
         return {
             "network": self.network,
             "setup": asdict(self.setup),

@@ -1,7 +1,7 @@
 """The engine under a virtual clock: the real core, scheduler and budget; stages and host are times from a table.
 
-What `service.engine.loop` does with threads happens here one event after the other: arrivals, batches that end, and
-the host's work for both. Runs are the same for the same seed.
+A discrete-event simulation of what `service.engine.loop` does with threads: arrivals, batches that end, and the host's
+work for both. The same seed gives the same run.
 """
 
 from collections import deque
@@ -33,9 +33,9 @@ NOTHING = Block({}, 1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Network:
-    """What a simulation needs to know of a network: how sure every exit is of real images, and what exits cost."""
+    """What a simulation needs of a network: the scores of held-out images at every exit, and the exits' costs."""
 
-    scores: NDArray[Any]  # [images, exits], as the server would score them
+    scores: NDArray[Any]  # [images, exits], by the score that the server uses
     correct: NDArray[np.bool_]  # [images, exits]
     costs_mflops: Sequence[float]  # cumulative, by exit
     frontier: Frontier
@@ -43,23 +43,23 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a server is told, and what it runs on."""
+    """A server's settings, and the machine on which it runs."""
 
     budget_mflops: float
     n_lanes: int
     n_cores: int
     max_rows: int = 32
     policy: str = "default"
-    burst_images: float | None = None  # of the ledger; None: as the server chooses
+    burst_images: float | None = None  # of the ledger; None: the server's default
     steer: bool = True
     max_wait_s: float = 0.05
-    http_image_s: float = 0.0  # processor time of an image outside the engine
+    http_image_s: float = 0.0  # CPU time per image outside the engine
     max_in_flight: int = MANY_IN_FLIGHT
 
 
 @dataclass(slots=True)
 class Record:
-    """What became of the images, in the order of their answers, and of the batches, in the order of their ends."""
+    """The results: images in the order of their answers, batches in the order in which they ended."""
 
     row: list[int] = field(default_factory=list)  # of `Network.scores`
     came_s: list[float] = field(default_factory=list)
@@ -80,7 +80,7 @@ class _Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _HostWork:
-    """The host's work for one image that has come, or for one batch that has run."""
+    """The host's work for an image that has arrived, or for batches that have run."""
 
     seconds: float
     done: Callable[[], None]
@@ -89,14 +89,14 @@ class _HostWork:
 class Simulation:
     """One replica: lanes, a host thread (Python runs one at a time), and cores that they share.
 
-    Where stages run on the processor, work in progress shares the cores evenly: with more of it than cores each piece
-    is slower by the ratio. A batch alone is faster than the table says (`StageTimes.alone_speed`), each takes longer or
-    shorter than its stage's median (`StageTimes.spread`). A host that wakes while lanes hold all cores waits for one
-    (`StageTimes.wake_seconds`), until a lane has nothing to do at the latest.
+    If stages run on the CPU, pieces of work in progress share the cores evenly: with more pieces than cores, each is
+    slower by that ratio. A batch that runs alone is faster than the table says (`StageTimes.alone_speed`), and batch
+    times vary around the median of their stage (`StageTimes.spread`). A host that wakes while lanes hold all cores
+    waits for one (`StageTimes.wake_seconds`), at most until a lane is idle.
 
     Args:
-        network, times, setup: see there.
-        seed: of the held-out images that are drawn.
+        network, times, setup: see their classes.
+        seed: for drawing held-out images, batch times and wake-up delays.
     """
 
     def __init__(self, network: Network, times: StageTimes, setup: Setup, seed: int = 0) -> None:
@@ -113,7 +113,7 @@ class Simulation:
         )
         self.record = Record(batch_rows=[[] for _ in network.costs_mflops])
         self._times, self._setup, self.now_s = times, setup, 0.0
-        costs = CostTable(times.stage_seconds, HOST_BATCH_S)  # as after warm-up; it follows what runs
+        costs = CostTable(times.stage_seconds, HOST_BATCH_S)  # as after warm-up; updated by the batches that run
         scheduler: Scheduler[Request] = Scheduler(
             len(times.stage_seconds), setup.max_rows, setup.max_wait_s, costs, setup.policy
         )
@@ -123,21 +123,21 @@ class Simulation:
         draw = np.random.default_rng((seed, 1)).choice
         self._wakes, self._spread = (cycle(draw(of, 8192).tolist()) for of in (times.wake_seconds, times.spread))
         self._rows: Iterator[int] = iter(())
-        # Work in progress, by how much work will have been done on each piece when this one is.
+        # A heap of work in progress, by the value of `_done_s` at which each piece is done.
         self._progress: list[tuple[float, int, Callable[[], None]]] = []
-        self._done_s = 0.0  # work done on each piece in progress since the start
-        self._host_wakes_s = inf  # when the host has the core that it waits for
+        self._done_s = 0.0  # work done since the start on a piece that was always in progress
+        self._host_wakes_s = inf  # when the host gets the core for which it waits
         self._n_begun = 0
         self._host: deque[_HostWork] = deque()  # the first is in progress
         self._handed_over: deque[Batch] = deque()  # batches that no lane has begun
         self._ran: list[Batch] = []  # not yet taken back
         self._n_out = 0  # batches with the lanes, or not yet taken back
         self._n_running = 0
-        self._arrived: list[Request] = []  # not yet seen by the engine
-        self._closed_loop = 0  # images that are still to come, each when one has been answered
+        self._arrived: list[Request] = []  # not yet admitted
+        self._closed_loop = 0  # images yet to arrive, each when another has been answered
 
     def run(self, arrivals: Iterable[float]) -> Record:
-        """Send images at these times (seconds, ascending) and run until all are answered."""
+        """Let images arrive at these times (seconds, ascending), and run until all are answered."""
         coming = iter(arrivals)
         next_s = next(coming, inf)
         while True:
@@ -161,26 +161,26 @@ class Simulation:
                 next_s = next(coming, inf)
 
     def saturate(self, n_images: int, n_in_flight: int) -> Record:
-        """Keep so many images in work until `n_images` are answered."""
+        """Keep `n_in_flight` images in flight until `n_images` have been sent, and run until all are answered."""
         n_first = min(n_images, n_in_flight)
         self._closed_loop = n_images - n_first
         return self.run([self.now_s] * n_first)
 
     @property
     def _speed(self) -> float:
-        """Of every piece of work in progress."""
+        """The speed of every piece of work in progress; 1 is that of the table."""
         n_cores, n_pieces = self._setup.n_cores, len(self._progress)
         if not self._times.lanes_take_cores or not n_pieces:
             return 1.0
         if n_pieces > n_cores:
             return n_cores / n_pieces
-        n_most = min(self._setup.n_lanes, n_cores)  # lanes that run while none waits for a core: as it was measured
+        n_most = min(self._setup.n_lanes, n_cores)  # lanes that can run without waiting for a core, as when measured
         if n_pieces >= n_most:
             return 1.0
         return 1.0 + (self._times.alone_speed - 1.0) * (n_most - n_pieces) / (n_most - 1)
 
     def _begin(self, seconds: float, done: Callable[[], None]) -> None:
-        self._n_begun += 1  # ties go to the older
+        self._n_begun += 1  # breaks ties by age
         heappush(self._progress, (self._done_s + seconds, self._n_begun, done))
 
     # --- the host -----------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Simulation:
 
     def _host_is_done(self) -> None:
         self._host[0].done()
-        self._host.popleft()  # only now: what comes of it waits its turn
+        self._host.popleft()  # after `done`, so that host work which that adds queues up behind it
         if self._host:
             self._begin_host()
 
@@ -237,8 +237,8 @@ class Simulation:
         for batch in batches:
             self._core.finish(batch, self.now_s)
         self._dispatch()
-        for sink, told in self._core.outbox.items():
-            sink(told)
+        for sink, outcomes in self._core.outbox.items():
+            sink(outcomes)
         self._core.outbox.clear()
 
     def _dispatch(self) -> None:
@@ -251,9 +251,9 @@ class Simulation:
             self._handed_over.append(batch)
         self._run_lanes()
 
-    def _deliver(self, told: list[tuple[Any, Told]]) -> None:
+    def _deliver(self, outcomes: list[tuple[Any, Told]]) -> None:
         record = self.record
-        for image, answer in told:
+        for image, answer in outcomes:
             if not isinstance(answer, Answer):
                 raise TypeError(f"a simulated image got {answer!r}. This is a bug.")
             account = image.request.account
@@ -264,7 +264,7 @@ class Simulation:
             record.reason.append(answer.reason)
             record.spent.append(self.budget.costs[answer.exit - 1])
             record.allowance.append(account.allowance)
-        for _ in range(min(self._closed_loop, len(told))):
+        for _ in range(min(self._closed_loop, len(outcomes))):
             self._closed_loop -= 1
             self._come()
 

@@ -1,4 +1,4 @@
-"""What stages and the host take, as a JSON file: measured on one machine, read on any."""
+"""Times of stages and host, as a JSON file: measured on one machine, readable on any."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ class StageTimesError(ValueError):
 
 
 class StageTimes(BaseModel):
-    """Times of a network's stages on one machine, and what serving an image takes beside them.
+    """Times of a network's stages on one machine, and of the engine's work beside them.
 
-    Between the sizes that were measured times are interpolated; beyond the largest a row adds what it did on average
-    from the smallest to the largest, and a batch smaller than the smallest takes as long as that.
+    Between measured sizes, times are interpolated. Beyond the largest, each row adds the average from the smallest to
+    the largest. A batch smaller than the smallest measured size takes as long as that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +68,7 @@ class StageTimes(BaseModel):
 
     @cached_property
     def _points(self) -> list[list[tuple[int, float]]]:
-        """By rows, ever more seconds: where fewer rows were measured to take longer, a busy machine made them."""
+        """(rows, seconds) by stage, made monotonic: if fewer rows took longer, the machine was busy."""
         return [
             list(zip(rows, accumulate((by_rows[n] for n in rows), max), strict=True))
             for by_rows in self.stage_seconds
@@ -76,13 +76,13 @@ class StageTimes(BaseModel):
         ]
 
     def seconds(self, stage: int, n_rows: int) -> float:
-        """What a batch takes while all lanes run that have a core, its rows side by side; stages from 0."""
+        """Seconds of a batch of adjacent rows while as many lanes run as have a core; stages from 0."""
         points = self._points[stage]
         least, most = points[0], points[-1]
         if n_rows <= least[0]:
-            return least[1]  # fewer rows take no longer, and how much less is not known
+            return least[1]  # fewer rows take no longer; how much less is unknown
         if n_rows > most[0]:
-            # Between the last two alone, an error in one of them would be doubled with every doubling of the rows.
+            # Not from the last two points: an error in one of them would double with every doubling of the rows.
             return _on_line(least if len(points) > 1 else (0, 0.0), most, n_rows)
         above = bisect_left(points, (n_rows, 0.0))
         return _on_line(points[above - 1], points[above], n_rows)
@@ -92,10 +92,10 @@ class StageTimes(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "StageTimes":
-        """Read what `save` wrote, or a file made by hand.
+        """Read a file written by `save` or by hand.
 
         Raises:
-            StageTimesError: it cannot be read or is not what it should be.
+            StageTimesError: it cannot be read, or is not valid.
         """
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -116,7 +116,7 @@ def require_stages(times: StageTimes, stages: Sequence[object], path: Path) -> N
     """Refuse times of a network with another number of stages.
 
     Raises:
-        StageTimesError: they are not of this network.
+        StageTimesError: the number of stages differs.
     """
     if len(times.stage_seconds) != len(stages):
         raise StageTimesError(
