@@ -47,7 +47,7 @@ class Degrade:
             ValueError: the budget is out of range, or the target not a positive time; nothing has changed then.
         """
         if target_s is not None and not 0 < target_s < inf:
-            raise ValueError(f"a latency target is a positive time, not {target_s:g} s")
+            raise ValueError(f"a latency target must be a positive time, not {target_s:g} s")
         working_mflops = self._budget.working_mflops if self._limited_from_s is not None else inf
         if self._control is not None and (budget_mflops, target_s) == self._asked:
             return  # keep what was measured for it

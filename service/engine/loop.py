@@ -145,7 +145,7 @@ class Loop:
         try:
             self._wind_up(broken or EngineError("the engine stopped before this image was answered"))
         except Exception:
-            logger.exception("not every request could be told")
+            logger.exception("some requests in flight could not be ended")
         if broken is not None:
             self.broken.set_result(broken)
 
@@ -176,7 +176,7 @@ class Loop:
         if due_s < inf and (now_s := self._clock()) >= due_s:
             self.core.expire(now_s)
             for batch in self.guard.look(now_s):
-                self.core.fail(batch, "has not come back", now_s)
+                self.core.fail(batch, "did not return in time", now_s)
         if self.guard.unsound is not self._followed_unsound:
             self._follow_soundness()
         return goes_on

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
         plan, planner = _plan(given)
         if given.plot is not None:
             capacity = plan.saturated.images_per_s
-            _tell("simulating other loads for the plot")
+            _report("simulating other loads for the plot")
             plot.draw(
                 plan, [(load * capacity, planner.at(load * capacity, IMAGES // 2)) for load in plot.LOADS], given.plot
             )
@@ -138,7 +138,7 @@ def _plan(given: argparse.Namespace) -> tuple[Plan, Planner]:
     calibration = bundle.calibration
     network = Network(calibration.scores[bundle.manifest.score], calibration.correct, bundle.costs_mflops, frontier)
     planner = Planner(network, times, setup, given.seed, given.bursts)
-    _tell("simulating")
+    _report("simulating")
     saturated = planner.saturated()
     rate = given.rate / given.replicas
     plan = Plan(
@@ -155,7 +155,7 @@ def _plan(given: argparse.Namespace) -> tuple[Plan, Planner]:
         for_latency=None,
     )
     if given.p99_ms is not None:
-        _tell("looking for the replicas that keep the latency")
+        _report("searching for the number of replicas that keeps the latency")
         plan = replace(plan, for_latency=planner.replicas_for(given.rate, given.p99_ms, saturated.images_per_s))
     return plan, planner
 
@@ -180,7 +180,7 @@ def _budget(given: argparse.Namespace, targets: Targets) -> float:
         value = float(number)
     except ValueError:
         raise PlanError(
-            f"--budget {text}: give a share of the full network, as 40%, or MFLOPs an image, as 24"
+            f"--budget {text}: give a share of the full network, such as 40%, or MFLOPs per image, such as 24"
         ) from None
     target = targets.resolve("fraction", value / 100) if unit == "%" else targets.resolve("average_mflops", value)
     return target.average_mflops
@@ -192,7 +192,7 @@ def _n_images(given: argparse.Namespace) -> int:
     n_images: float = given.seconds * given.rate / given.replicas  # may be too large for an int, even inf
     if not 1_000 <= n_images <= MOST_IMAGES:
         raise PlanError(
-            f"--seconds {given.seconds:g}: {n_images:,.0f} images on a replica; simulate 1,000 to {MOST_IMAGES:,}"
+            f"--seconds {given.seconds:g}: {n_images:,.0f} images per replica; simulate 1,000 to {MOST_IMAGES:,}"
         )
     return round(n_images)
 
@@ -200,7 +200,7 @@ def _n_images(given: argparse.Namespace) -> int:
 def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> StageTimes:
     if given.stage_times is not None:
         if given.save_stage_times is not None:
-            raise PlanError("--stage-times and --save-stage-times: give one of them; only what is measured is saved")
+            raise PlanError("--stage-times and --save-stage-times: give one of them; only new measurements are saved")
         times = StageTimes.load(given.stage_times)
         require_stages(times, bundle.manifest.stages, given.stage_times)
         return times
@@ -209,11 +209,11 @@ def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> S
             f"--save-stage-times {given.save_stage_times}: there is no folder {given.save_stage_times.parent}"
         )
     with Neighbours() as neighbours:
-        times = measure(bundle, given.lanes, given.max_batch_rows, budget_mflops, tell=_tell)
+        times = measure(bundle, given.lanes, given.max_batch_rows, budget_mflops, tell=_report)
     if neighbours.share is not None and neighbours.share > BUSY:
-        beside = f"beside other work that had {neighbours.share:.0%} of the cores"
+        beside = f"beside other work that used {neighbours.share:.0%} of the cores"
         times = times.model_copy(update={"machine": f"{times.machine}, {beside}"})
-        sys.stderr.write(f"warning: measured {beside}: an idle one may do more than this plan says\n")
+        sys.stderr.write(f"warning: measured {beside}: an idle machine may answer more than this plan says\n")
     if given.save_stage_times is not None:
         try:
             times.save(given.save_stage_times)
@@ -222,7 +222,7 @@ def _times(given: argparse.Namespace, bundle: Bundle, budget_mflops: float) -> S
     return times
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     sys.stderr.write(f"{text} ...\n")
 
 
@@ -241,7 +241,10 @@ def _positive(text: str) -> float:
 
 
 def _not_negative(text: str) -> float:
-    return 0.0 if _number(text) == 0 else _positive(text)
+    value = _number(text)
+    if not 0 <= value < inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
 
 
 def _count(text: str, most: int = MOST) -> int:
@@ -266,5 +269,5 @@ def _batch_rows(text: str) -> int:
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)

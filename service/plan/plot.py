@@ -26,7 +26,7 @@ def require_drawable(path: Path) -> None:
     except ImportError:
         raise PlotError(f"--plot needs matplotlib: {sys.executable} -m pip install matplotlib, or use --json") from None
     if path.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise PlotError(f"--plot {path}: its name has to end in .png, .svg or .pdf")
+        raise PlotError(f"--plot {path}: the file name must end in .png, .svg or .pdf")
     if not path.absolute().parent.is_dir():
         raise PlotError(f"--plot {path}: there is no folder {path.parent}")
 
@@ -50,7 +50,7 @@ def draw(plan: Plan, by_rate: Sequence[tuple[float, Outcome]], path: Path) -> No
     for name in ("p50", "p95", "p99"):
         over_load.plot(rates, [getattr(outcome, f"{name}_ms") for _, outcome in by_rate], "o-", label=name)
     over_load.axvline(plan.saturated.images_per_s, color="0.5", linestyle=":", label="capacity")
-    over_load.axvline(plan.replica_rate_per_s, color="C3", linestyle="--", label="asked for")
+    over_load.axvline(plan.replica_rate_per_s, color="C3", linestyle="--", label="requested")
     if plan.for_latency is not None:
         over_load.axhline(plan.for_latency.target_p99_ms, color="0.7", linewidth=1)
     over_load.set(xlabel="images/s on one replica", ylabel="latency, ms", yscale="log", title="Latency over load")

@@ -65,7 +65,7 @@ class Plan:
         capacity = top.images_per_s
         share = setup.budget_mflops / self.full_mflops
         yield (
-            f"{self.network}: a budget of {setup.budget_mflops:.4g} of {self.full_mflops:.4g} MFLOPs an image "
+            f"{self.network}: a budget of {setup.budget_mflops:.4g} of {self.full_mflops:.4g} MFLOPs per image "
             f"({share:.0%}), {_count(setup.n_lanes, 'lane')}, batches of up to {setup.max_rows}, policy {setup.policy}"
         )
         yield f"times of {self.times.network} on {self.times.machine}; {self._host()}"
@@ -75,8 +75,8 @@ class Plan:
         )
         bursts = f" in bursts of {self.at_once}" if self.at_once > 1 else ""
         yield _line(
-            "asked for",
-            f"{self.rate_per_s:,.0f} images/s{bursts}: {self.replica_rate_per_s:,.0f} a replica, "
+            "requested",
+            f"{self.rate_per_s:,.0f} images/s{bursts}: {self.replica_rate_per_s:,.0f} per replica, "
             f"{self.load:.0%} of what it can do",
         )
         if self.at_rate is None:
@@ -88,15 +88,15 @@ class Plan:
     def _host(self) -> str:
         host_us = self.setup.http_image_s * 1e6
         return (
-            f"{host_us:.0f} us an image for HTTP and decoding" if host_us else "without HTTP and decoding (--host-us)"
+            f"{host_us:.0f} us per image for HTTP and decoding" if host_us else "without HTTP and decoding (--host-us)"
         )
 
     def _overload(self) -> Iterator[str]:
         too_many = self.replica_rate_per_s - self.saturated.images_per_s
         yield ""
         yield (
-            f"OVERLOAD: every replica's queue grows by {too_many:,.0f} images a second, until it refuses (429). "
-            "There is no latency to speak of."
+            f"OVERLOAD: every replica's queue grows by {too_many:,.0f} images per second, until it refuses (429). "
+            "There is no steady latency."
         )
         yield "Lower the budget, the rate, or add replicas. What a saturated replica does meanwhile:"
         yield from self._outcome(self.saturated)
@@ -104,7 +104,7 @@ class Plan:
     def _expected(self, outcome: Outcome) -> Iterator[str]:
         note = ""
         if self.load > NEAR_CAPACITY:
-            note = "  (near capacity: the longer it lasts, the more)"
+            note = "  (near capacity: rises the longer the load lasts)"
         yield _line(
             "latency", f"p50 {outcome.p50_ms:.1f} ms, p95 {outcome.p95_ms:.1f} ms, p99 {outcome.p99_ms:.1f} ms{note}"
         )
@@ -112,16 +112,16 @@ class Plan:
 
     def _outcome(self, outcome: Outcome) -> Iterator[str]:
         budget = self.setup.budget_mflops
-        yield _line("rows a batch, by stage", "  ".join(f"{rows:.1f}" for rows in outcome.batch_rows))
+        yield _line("rows per batch, by stage", "  ".join(f"{rows:.1f}" for rows in outcome.batch_rows))
         yield _line("exit shares, %", "  ".join(f"{100 * share:.1f}" for share in outcome.shares))
         yield _line(
             "spent",
-            f"{outcome.mean_mflops:.2f} MFLOPs an image, {_relation(outcome.mean_mflops / budget)} the budget; "
-            f"the dearest 1,000 in a row {outcome.worst_mflops:.2f}",
+            f"{outcome.mean_mflops:.2f} MFLOPs per image, {_relation(outcome.mean_mflops / budget)} the budget; "
+            f"the costliest 1,000 in a row {outcome.worst_mflops:.2f}",
         )
         if outcome.cut_short > 0:
             yield _line("cut short by the ledger", f"{outcome.cut_short:.1%} of the images")
-        yield _line("expected accuracy", f"{outcome.accuracy:.1%}, as held-out images were answered")
+        yield _line("expected accuracy", f"{outcome.accuracy:.1%}, on held-out images")
 
     def _replicas(self) -> Iterator[str]:
         least = least_replicas(self.rate_per_s, self.saturated.images_per_s)
@@ -131,7 +131,7 @@ class Plan:
             return
         what = f"replicas for p99 <= {found.target_p99_ms:g} ms"
         if found.needed is None:
-            yield _line(what, f"none are enough: an idle one's p99 is {found.p99_ms:.1f} ms")
+            yield _line(what, f"no number is enough: an idle replica's p99 is {found.p99_ms:.1f} ms")
         else:
             yield _line(what, f"{found.needed} (p99 {found.p99_ms:.1f} ms)")
 

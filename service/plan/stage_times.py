@@ -28,24 +28,24 @@ class StageTimes(BaseModel):
 
     network: str = Field(description="name and version of the bundle")
     machine: str = Field(description="where and when it was measured")
-    n_lanes: int = Field(ge=1, le=4096, description="batches at once")
-    n_cores: int = Field(ge=1, le=4096, description="processor cores that lanes and host share")
-    lanes_take_cores: bool = Field(description="stages run on the processor: lanes and host slow each other")
-    alone_speed: float = Field(1.0, ge=1, le=16, description="of a batch while all other lanes rest; 1 while all run")
+    n_lanes: int = Field(ge=1, le=4096, description="batches that run at once")
+    n_cores: int = Field(ge=1, le=4096, description="CPU cores that lanes and host share")
+    lanes_take_cores: bool = Field(description="stages run on the CPU: lanes and host slow each other")
+    alone_speed: float = Field(1.0, ge=1, le=16, description="of a batch alone, relative to while all lanes run")
     stage_seconds: tuple[dict[Annotated[int, Field(ge=1)], Positive], ...] = Field(
         min_length=1,
-        description="per stage, by rows of a batch: seconds while all lanes run, no two on a core",
+        description="per stage, by rows of a batch: seconds while all lanes run, each on its own core",
     )
     spread: tuple[Positive, ...] = Field(
         (1.0,),
         min_length=1,
-        description="of a batch's seconds, over those of its stage and size: quantiles, evenly spaced",
+        description="of a batch's seconds, over the median of its stage and size: quantiles, evenly spaced",
     )
     copy_row_seconds: tuple[Seconds, ...] = Field(
-        description="per stage, what a row adds where it must be copied to lie beside the others of its batch"
+        description="per stage: further seconds of a row that must be copied into its batch"
     )
-    host_image_seconds: Seconds = Field(description="processor time of an image in the engine, outside its batches")
-    host_batch_seconds: Seconds = Field(description="processor time of a batch in the engine, outside its run")
+    host_image_seconds: Seconds = Field(description="CPU time per image in the engine, outside its batches")
+    host_batch_seconds: Seconds = Field(description="CPU time per batch in the engine, outside its run")
     wake_seconds: tuple[Seconds, ...] = Field(
         (0.0,),
         min_length=1,
@@ -61,9 +61,9 @@ class StageTimes(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not all(self.stage_seconds):
-            raise ValueError("every stage needs the time of one batch size at least")
+            raise ValueError("every stage needs the time of at least one batch size")
         if len(self.copy_row_seconds) != len(self.stage_seconds):
-            raise ValueError("copy_row_seconds must have one number a stage, as stage_seconds has")
+            raise ValueError("copy_row_seconds must have one number per stage, like stage_seconds")
         return self
 
     @cached_property
@@ -120,6 +120,6 @@ def require_stages(times: StageTimes, stages: Sequence[object], path: Path) -> N
     """
     if len(times.stage_seconds) != len(stages):
         raise StageTimesError(
-            f"{path}: times of {len(times.stage_seconds)} stages ({times.network}) where the network has "
-            f"{len(stages)}; measure this network's"
+            f"{path}: times of {len(times.stage_seconds)} stages ({times.network}), but this network has "
+            f"{len(stages)}; measure this network"
         )

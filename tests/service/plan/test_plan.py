@@ -168,7 +168,7 @@ def test_a_plot_is_drawn(tmp_path, capsys, shipped_times, monkeypatch, short_run
 def test_times_that_were_measured_beside_other_work_say_so(capsys, shipped_times, tmp_path, monkeypatch, short_runs):
     monkeypatch.setattr(command, "measure", lambda *_, **__: StageTimes.load(shipped_times))
     saved = tmp_path / "here.json"
-    for seconds_of_others, told in ((1e6, "beside other work that had 100% of the cores"), (0.0, "")):
+    for seconds_of_others, told in ((1e6, "beside other work that used 100% of the cores"), (0.0, "")):
         worked = iter([0.0, seconds_of_others])
         monkeypatch.setattr(neighbours, "_busy_s", lambda worked=worked: next(worked))
         _, out, err = plan(capsys, "--model", SHIPPED, "--rate", "10", "--save-stage-times", saved)
@@ -214,7 +214,7 @@ def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
     [
         (["--budget", "1%"], "fraction 0.01 is below what the first exit costs"),
         (["--budget", "61M"], "average_mflops 61 is above what the last exit costs"),
-        (["--budget", "cheap"], "--budget cheap: give a share of the full network, as 40%"),
+        (["--budget", "cheap"], "--budget cheap: give a share of the full network, such as 40%"),
         (["--budget", ""], "--budget : give a share"),
         (["--accuracy", "0.99"], "accuracy 0.99 is more than this network reached"),
         (["--model", "resnet"], "--model resnet: neither a folder nor a network of models/zoo"),
@@ -224,7 +224,7 @@ def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
         (["--seconds", "0.1"], "simulate 1,000 to 2,000,000"),
         (["--stage-times", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--save-stage-times", "x.json"], "give one of them"),
-        (["--plot", "plan.nonsense"], "--plot plan.nonsense: its name has to end in .png, .svg or .pdf"),
+        (["--plot", "plan.nonsense"], "--plot plan.nonsense: the file name must end in .png, .svg or .pdf"),
         (["--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: there is no folder nowhere"),
     ],
 )
@@ -246,8 +246,8 @@ def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times
         (["--rate", "0"], "0 is not a number above 0"),
         (["--rate", "nan"], "nan is not a number above 0"),
         (["--rate", "9", "--replicas", "1.5"], "1.5 is not a whole number from 1"),
-        (["--rate", "9", "--host-us", "-1"], "-1 is not a number above 0"),
-        (["--rate", "9", "--seed", "-1"], "'-1' is not a whole number from 0 on"),
+        (["--rate", "9", "--host-us", "-1"], "-1 is not a number of at least 0"),
+        (["--rate", "9", "--seed", "-1"], "'-1' is not a whole number of at least 0"),
         (["--rate", "9", "--lanes", "1000"], "1000 is not a whole number from 1 to 256"),
         (["--rate", "9", "--max-batch-rows", "5000"], "5000 is not a whole number from 1 to 4,096"),
         (["--rate", "9", "--bursts", "5000"], "5000 is not a whole number from 1 to 1,024"),
@@ -265,8 +265,8 @@ def test_arguments_that_are_no_numbers_are_refused(capsys, arguments, told):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"stage_seconds": [{"1": 0.001}]}, "copy_row_seconds must have one number a stage"),
-        ({"stage_seconds": [{}] * 6}, "every stage needs the time of one batch size"),
+        ({"stage_seconds": [{"1": 0.001}]}, "copy_row_seconds must have one number per stage"),
+        ({"stage_seconds": [{}] * 6}, "every stage needs the time of at least one batch size"),
         ({"stage_seconds": [{"1": -1.0}] * 6}, "greater than 0"),
         ({"n_lanes": 0}, "n_lanes"),
         ({"colour": "red"}, "colour"),
