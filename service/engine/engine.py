@@ -175,7 +175,7 @@ class Engine:
         """
         try:
             state = self._runner.first_state(image)
-        except RunnerError:  # no slot is free
+        except RunnerError:  # the runner has no place left for the image
             raise self._admission.refuse() from None
         request = Request(token, sink, options, state)
         self._admission.enter(request)
@@ -204,10 +204,10 @@ class Engine:
         Raises:
             ValueError: the images are not what the network takes.
         """
-        n_free = self._admission.n_free  # images without room must not occupy slots
+        n_free = self._admission.n_free  # images without room must not take a place in the runner
         try:
             states = self._first_states(images, which[:n_free]) if n_free else ()
-        except RunnerError:  # too few slots are free
+        except RunnerError:  # the runner has too few places left
             states = ()
         requests = requests_for(tokens, sink, options, states)
         n_in = self._admission.enter_all(requests)

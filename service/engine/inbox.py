@@ -58,7 +58,7 @@ class Wake:
 
 
 class Stop:
-    """End the engine's thread after the messages at hand."""
+    """End the engine's thread after the messages received so far."""
 
 
 Message = Abandon | Call | Wake | Stop

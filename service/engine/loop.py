@@ -113,7 +113,7 @@ class Loop:
         return call.future
 
     def stop(self) -> None:
-        """Stop after the messages at hand, and wait for the threads to end."""
+        """Stop after the messages received so far, and wait for the threads to end."""
         self._inbox.put(Stop())
         if self._owner.is_alive():
             self._owner.join()
