@@ -30,7 +30,7 @@ class _Counter(Observer):
 
     n_batches: int = 0
 
-    def batch_ran(self, stage: int, seconds: float, wait_seconds: Sequence[float]) -> None:
+    def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
         self.n_batches += 1
 
     def answered(self, answers: Sequence[Answer]) -> None:
