@@ -1,4 +1,4 @@
-"""How the state of a row is referred to while it is regrouped, and how rows are brought together into a batch."""
+"""References to the state of rows, so that regrouping copies nothing, and gathering rows into a batch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-# Not frozen, as nothing here that is made for every image: that takes three times as long.
+# Neither dataclass is frozen: they are made for every image, and making a frozen one takes three times as long.
 @dataclass(slots=True, eq=False)
 class Block:
-    """Values of rows that ran together, by name, each [n_rows, ...]. Never written to once made.
+    """The values of rows that ran together, by name, each [n_rows, ...]. They are never written to afterwards.
 
-    Runners that keep values on a device give every row a slot there, which is the row's own until nothing refers to its
-    state; that stays the same object then, from the first stage to the last.
+    Runners that keep values on a device give each row a slot there. `slots` are then the states of the rows, each the
+    same object from the first stage to the last; a row's slot is freed when nothing refers to its state any more.
     """
 
     values: Mapping[str, Array]
@@ -29,11 +29,11 @@ class Block:
 
     @property
     def is_kept_in_slots(self) -> bool:
-        """Its rows have all they have in their slots: their states stay what they are."""
+        """Whether all values of its rows are in their slots, so that their states need no change."""
         return self.slots is not None and not self.values
 
     def states(self, indices: Iterable[int]) -> list["RowState"]:
-        """References to some of its rows."""
+        """The states of some of its rows."""
         slots = self.slots
         return [RowState(self, i) for i in indices] if slots is None else [slots[i] for i in indices]
 
@@ -46,15 +46,15 @@ class RowState:
     index: int
 
     def begun(self) -> None:
-        """The engine has taken what came of its first stage, which will not run again: what that alone reads may go."""
+        """The engine has taken the result of the first stage, which will not rerun: free what only that stage reads."""
 
 
 NO_VALUES: Final = Block({}, 1)
-"""What a row has that keeps all it has in its slot."""
+"""The block of a row whose values are all in its slot."""
 
 
 class Gathering:
-    """The rows of a batch as the blocks they are, or as stretches of those they lie in, found once for all values."""
+    """Gathers the values of a batch. Which rows are adjacent in one block is worked out once, for all values."""
 
     def __init__(self, rows: Sequence[RowState]) -> None:
         self.n_rows = len(rows)
@@ -74,12 +74,12 @@ class Gathering:
         self.copies = len(self._stretches) > 1 or not isinstance(self._stretches[0][1], slice)
 
     def take(self, name: str, out: Array | None = None) -> Array:
-        """Return one value of all rows as a batch, copying each row once at most.
+        """Return one value of all rows as a batch [n_rows, ...], copying each row at most once.
 
-        Rows that stand side by side in one block are returned as they are, a view; all others are gathered into `out`
+        If all rows are adjacent in one block, the result is a view of it. Otherwise they are gathered into `out`
         [n_rows, ...], or into a new array.
         """
-        if len(self._singles) == self.n_rows:  # images, above all
+        if len(self._singles) == self.n_rows:  # mostly images
             blocks = [block.values[name] for block in self._singles]
             return np.concatenate(blocks, out=out) if self.copies else blocks[0]
         first, indices = self._stretches[0]
@@ -94,31 +94,31 @@ class Gathering:
                 out[start:end] = block.values[name][indices]
             else:
                 end = start + len(indices)
-                # Any other mode than "clip" goes through a buffer, a second copy.
+                # Any mode but "clip" copies through a buffer, which is a second copy.
                 np.take(block.values[name], indices, axis=0, out=out[start:end], mode="clip")
             start = end
         return out
 
 
 def _as_slice(indices: list[int] | slice) -> list[int] | slice:
-    """Rows that stand side by side as a slice, others as they are."""
+    """A slice if the rows are adjacent and in order, else the indices."""
     if isinstance(indices, slice) or indices != list(range(indices[0], indices[0] + len(indices))):
         return indices
     return slice(indices[0], indices[0] + len(indices))
 
 
 def lie_side_by_side(rows: Sequence[RowState]) -> bool:
-    """Whether rows, in this order, can run together without being copied."""
+    """Whether rows, in this order, are adjacent in one block, so that they run together without being copied."""
     first = rows[0]
     return all(row.block is first.block and row.index == first.index + i for i, row in enumerate(rows))
 
 
 def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[RowState]:
-    """Return the states of some rows of a block, having bounded the memory that they keep alive.
+    """Return states of some rows of a block such that they keep only a bounded amount of its memory alive.
 
-    Rows that are `max_waste` times fewer than the block's get one of their own. That copies few rows; where more are
-    left, the block is kept and each is copied once, when it runs. A block with slots is not, as a slot is to be free as
-    soon as its row has left.
+    If they are at most one in `max_waste` of the block's rows, they are copied to a block of their own: few copies. If
+    more are kept, they stay in the block, and each is copied once, when it runs. Rows with slots never keep the block
+    alive, as it refers to the states of all its rows and a slot must be free as soon as its row has left.
     """
     if block.slots is not None:
         states = block.states(indices)

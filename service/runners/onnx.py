@@ -70,7 +70,7 @@ class OnnxRunner:
     def first_state(self, image: NDArray[np.uint8]) -> RowState:
         if image.shape != self._image_shape or image.dtype != self._image_dtype:
             wanted = f"{self._image_dtype} {self._image_shape}"
-            raise ValueError(f"an image {image.dtype} {image.shape} where the network takes {wanted}")
+            raise ValueError(f"the image is {image.dtype} {image.shape}, but the network takes {wanted}")
         return RowState(Block({self._image.name: image[None]}, 1), 0)
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:

@@ -1,4 +1,4 @@
-"""Which of a bundle's precisions is served."""
+"""Chooses the precision at which a bundle is served."""
 
 import logging
 import time
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def at_precision(bundle: Bundle, asked: Asked, runner: RunnerName, device: Device) -> Bundle:
-    """Return the bundle as it is to be served.
+    """Return the bundle at the precision to serve.
 
-    `auto` measures, which takes a second or two: int8 is taken where the bundle has it and it is surely faster here. It
-    is for CPUs: where `runner` and `device` want a GPU, or one is there that they may take, fp32 is.
-    Only that asks for it: int8 answers a few images in a hundred differently, so servers on different machines may.
+    `auto` measures for a second or two, and takes int8 if the bundle has it and it is clearly faster on this machine.
+    int8 is for CPUs: if `runner` and `device` ask for a GPU, or allow one that is there, `auto` is fp32. int8 answers a
+    few images in a hundred differently, so with `auto`, servers on different machines may answer differently.
 
     Raises:
-        BundleError: int8 is asked for, and the bundle has none.
+        BundleError: int8 is asked for, but the bundle has none.
         StageLoadError, RunnerError: a stage cannot be opened or run.
     """
     if asked != "auto":
@@ -42,7 +42,7 @@ def at_precision(bundle: Bundle, asked: Asked, runner: RunnerName, device: Devic
 
 
 def _seconds(*bundles: Bundle) -> list[float]:
-    """Seconds that a small batch takes through all stages of each; measured in turns, so that load hits all alike."""
+    """Seconds for a small batch through all stages of each bundle, measured in turns so that load hits all alike."""
     runners = [OnnxRunner(bundle, N_ROWS, n_lanes=1) for bundle in bundles]
     best = [float("inf")] * len(runners)
     for _ in range(N_ROUNDS):

@@ -1,8 +1,8 @@
-"""A row's places while it is in work on a device, and the batch sizes that are prepared there.
+"""The places that a row in flight has on the host and on the device, and the batch sizes prepared there.
 
-A row has a *picture place* on the host from the moment it is submitted until the engine has taken what came of its
-first stage, which may have to run again before that; and a *slot* on the device from the start of that stage until
-nobody refers to its state any more.
+A row has a *picture place* on the host from when it is submitted until the engine has taken the result of its first
+stage, which may have to rerun before that. It has a *slot* on the device from the start of that stage until nothing
+refers to its state any more.
 """
 
 from threading import Lock
@@ -11,22 +11,22 @@ from typing import Any, Final
 from service.runners.base import RunnerError
 from service.runners.blocks import NO_VALUES, RowState
 
-SCRATCH: Final = 0  # nobody's slot: what fills a bucket up is read from there and written there
+SCRATCH: Final = 0  # the slot of no row: padding that fills a bucket reads and writes there
 NOWHERE: Final = -1
 
 
 class SlotState(RowState):
-    """A row's state, the same object through all stages. When it goes, on whichever thread, its places are free.
+    """A row's state, the same object through all stages. Its deletion, on whichever thread, frees its places.
 
     Attributes:
         slot: an int, `SCRATCH` before the first stage.
-        place: of its picture, an int; `NOWHERE` where it has none, or none any more.
-        keeps_picture: as long as it lives itself, since its first stage runs more than once: its batch has hung, say,
-            and may still read the picture.
+        place: where its picture is, an int; `NOWHERE` if it has none, or no longer has one.
+        keeps_picture: whether it keeps its picture for life, because its first stage runs more than once: if its first
+            batch hangs, say, that one may still read the picture.
     """
 
     __slots__ = ("_slots", "keeps_picture", "place", "slot")
-    # Kept as Python's objects, which lists of them are made of: compiled, an int would be made anew for each list.
+    # Any, so that the compiled class stores Python objects: a C int would be boxed anew for each list it goes into.
     slot: Any
     place: Any
 
@@ -48,15 +48,15 @@ class SlotState(RowState):
 
 
 class Slots:
-    """Slots 1 to `n_slots`, `SCRATCH` aside, and as many picture places. Any thread: each step is atomic.
+    """Slots 1 to `n_slots`, and as many picture places. Any thread may call this: each step is atomic.
 
-    Picture places are given out in a ring, so that pictures that come one after the other lie side by side and a batch
-    of them is sent in one copy or two, in whatever order earlier ones have left.
+    Picture places are given out round a ring. Pictures that arrive in succession are therefore adjacent, and a batch of
+    them is sent in one or two copies, in whatever order earlier ones have left.
     """
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
-        # The last one is the next: what lay there last may be in a cache.
+        # A stack: what the slot freed last holds may still be in a cache.
         self.free: list[Any] = list(range(n_slots, 0, -1))
         self._taken = [False] * n_slots  # picture places
         self._next_place = 0
@@ -71,18 +71,18 @@ class Slots:
         return sum(self._taken)
 
     def admit(self, has_place: bool = True) -> SlotState:
-        """A new row, with a picture place if it is to have one.
+        """Return the state of a new row, with a picture place if `has_place`.
 
         Raises:
-            RunnerError: none is free.
+            RunnerError: no picture place is free.
         """
         return self.admit_all(1)[0] if has_place else SlotState(self, NOWHERE)
 
     def admit_all(self, n_rows: int) -> list[SlotState]:
-        """New rows, each with a picture place.
+        """Return the states of new rows, each with a picture place.
 
         Raises:
-            RunnerError: so many are not free.
+            RunnerError: too few places are free; none is taken.
         """
         with self._admitting:
             places = self._take_places(n_rows)
@@ -91,7 +91,7 @@ class Slots:
     def _take_places(self, n_rows: int) -> list[Any]:
         taken, place, n_slots = self._taken, self._next_place, self.n_slots
         end = place + n_rows
-        if end < n_slots and not any(taken[place:end]):  # mostly
+        if end < n_slots and not any(taken[place:end]):  # the usual case
             taken[place:end] = [True] * n_rows
             self._next_place = end
             return list(range(place, end))
@@ -111,14 +111,14 @@ class Slots:
         if len(places) < n_rows:
             for place in places:
                 taken[place] = False
-            raise RunnerError(f"all {self.n_slots} picture places are taken: {MORE_IN_WORK}")
+            raise RunnerError(f"all {self.n_slots} picture places are taken: {MORE_IN_FLIGHT}")
         return places
 
     def begin(self, states: list[SlotState]) -> None:
-        """Give slots to rows whose first stage is to run.
+        """Give a slot to each row whose first stage is about to run. A row that reruns keeps its own.
 
         Raises:
-            RunnerError: there are too few; whoever has got one keeps it.
+            RunnerError: too few are free; rows that have already got one keep it.
         """
         for state in states:
             if state.slot:
@@ -128,7 +128,7 @@ class Slots:
                 state.slot = self.free.pop()
             except IndexError:
                 raise RunnerError(
-                    f"{len(states)} images start, and fewer of the {self.n_slots} slots are free: {MORE_IN_WORK}"
+                    f"{len(states)} images start, but fewer of the {self.n_slots} slots are free: {MORE_IN_FLIGHT}"
                 ) from None
 
     def leave(self, state: SlotState) -> None:
@@ -139,7 +139,7 @@ class Slots:
 
 
 def slots_of(states: list[SlotState]) -> list[int]:
-    """Here, with all else that looks at every row of a batch, as this module can be compiled."""
+    """The slots of rows. Like all loops over every row of a batch, it is in this module, which can be compiled."""
     return [state.slot for state in states]
 
 
@@ -147,11 +147,11 @@ def places_of(states: list[SlotState]) -> list[int]:
     return [state.place for state in states]
 
 
-MORE_IN_WORK = "more images are in work than the runner was made for"
+MORE_IN_FLIGHT = "more images are in flight than the runner was made for"
 
 
 def stretches(places: list[int]) -> list[tuple[int, int]]:
-    """Places as stretches (first, length) of such that follow each other."""
+    """Split places into runs of consecutive ones, (first, length) each."""
     found: list[tuple[int, int]] = []
     first = end = places[0]
     for place in places:

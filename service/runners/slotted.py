@@ -1,4 +1,4 @@
-"""What runners have in common that keep the state of rows on a device: slots, buckets, and lanes that take turns."""
+"""The common part of runners that keep the state of rows on a device: slots, buckets, and a queue of idle lanes."""
 
 import logging
 import sys
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 REPEATS = 3
-MANY_NUMBERS = 32_768  # in a picture
-SWITCH_S = 0.001  # after which a thread that works passes the interpreter on; Python's own are 5 ms
+MANY_NUMBERS = 32_768  # in a picture; above it, numpy copies it
+SWITCH_S = 0.001  # after which Python makes a running thread release the interpreter; its default is 5 ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,9 +30,9 @@ class Running:
     """A batch on a lane.
 
     Attributes:
-        collect: waits for it and gives logits, float32 [rows, classes], and what else is told of the rows; the caller's
-            own. It is to be called before the batch after the next is launched, in their order.
-        has_run: whether there is nothing to wait for any more; always true where it runs while it is collected.
+        collect: waits for the batch; returns its logits, float32 [rows, classes], and what the device computed from
+            them. Both are the caller's own. Call it in launch order, and before the next batch but one is launched.
+        has_run: whether the batch is complete; always true if it only runs when it is collected.
     """
 
     collect: Callable[[], tuple[NDArray[np.float32], Heads | None]]
@@ -43,15 +43,15 @@ class Lane(Protocol):
     """Runs batches one after the other."""
 
     def prepare(self, stage: int, bucket: int) -> None:
-        """Make ready for batches of up to `bucket` rows, and run one whose rows are all `SCRATCH`."""
+        """Prepare a stage for batches of up to `bucket` rows, and run one whose rows are all `SCRATCH`."""
         ...
 
     def launch(
         self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
     ) -> Running:
-        """Have a stage run on the rows in `slots`, up to `bucket`; `begin` are those whose pictures it needs.
+        """Launch a stage on the rows in `slots`, at most `bucket`; `begin` has the rows if the stage reads pictures.
 
-        Without logits these may be `NO_LOGITS`, if all else is told.
+        Without `with_logits`, the result's logits may be `NO_LOGITS` if it has heads.
         """
         ...
 
@@ -63,8 +63,8 @@ class Launched:
     """A batch that a lane runs, or will run once the one before it has run.
 
     Attributes:
-        is_last: none was launched behind it: its lane is idle when it is collected.
-        running: what the lane says of it.
+        is_last: no batch was launched behind it, so its lane is idle once it is collected.
+        running: the lane's handle on it.
     """
 
     def __init__(self, runner: "SlotRunner[Any]", lane: Any, stage: int, rows: list[SlotState]) -> None:
@@ -77,11 +77,11 @@ class Launched:
         return self.running.has_run()
 
     def collect(self) -> StageOutput:
-        """Wait for it; to be called once."""
+        """See `base.Pending`."""
         runner, stage, rows = self._runner, self._stage, self._rows
         try:
             logits, heads = self.running.collect()
-        except Exception as error:  # as at the launch
+        except Exception as error:  # as in `SlotRunner.launch`
             raise runner.failure(stage, len(rows), error) from error
         finally:
             if self.is_last:
@@ -94,21 +94,21 @@ class Launched:
 class SlotRunner(ABC, Generic[L]):
     """See `base.Runner` for the contract.
 
-    Whoever makes one calls `_open_lanes` when all that lanes need is there.
+    A subclass calls `_open_lanes` at the end of its `__init__`, once everything that lanes need exists.
 
     Args:
         n_stages: of the network.
-        image_shape, image_dtype: of what `first_state` takes.
-        max_rows: the largest batch; less where the device's memory ends before, see `warm_up`.
-        max_in_flight_rows: images in work at once; each has a slot on the device.
+        image_shape, image_dtype: of the images that `first_state` takes.
+        max_rows: the largest batch; `warm_up` lowers it if the device has too little memory.
+        max_in_flight_rows: images in flight at once; each has a slot on the device.
         n_lanes: batches at once.
 
     Attributes:
-        pictures: [places, *image_shape], of rows that have not begun: written as they come, so that a lane has a batch
-            of them in one piece.
+        pictures: images [places, *image_shape] of rows whose first stage has not run. They are written on arrival, so
+            that those of a batch are mostly adjacent.
         runs_ahead: see `base.LaunchingRunner`.
-        is_on_gpu: whoever launches needs the interpreter back as soon as a batch has run, or the GPU idles: so Python
-            passes it on every `SWITCH_S`, in the whole process.
+        is_on_gpu: whether stages run on a GPU. It idles if the thread that launches waits for the interpreter after a
+            batch, so warm-up sets the interpreter's switch interval to `SWITCH_S`, in the whole process.
 
     Raises:
         RunnerError: a number is out of range.
@@ -131,10 +131,10 @@ class SlotRunner(ABC, Generic[L]):
         self.n_stages, self.n_lanes = n_stages, n_lanes
         self.image_shape, self.image_dtype = tuple(image_shape), np.dtype(image_dtype)
         self.buckets = buckets_for(max_rows)
-        # Beside the images in work, those of the batches that lanes run for nobody, or have run last.
+        # Two batches per lane more than are in flight: a lane may still run rows given up, or refer to rows answered.
         self.slots = Slots(max_in_flight_rows + 2 * n_lanes * max_rows)
         self.pictures: Array = self._allocate((self.slots.n_slots, *image_shape))
-        self._numbers = self.pictures.reshape(-1).data  # of all pictures, one after the other
+        self._numbers = self.pictures.reshape(-1).data  # of all pictures, flat
         self.lanes: list[L] = []
         self._idle: SimpleQueue[L] = SimpleQueue()
         self._prepared = False
@@ -144,16 +144,16 @@ class SlotRunner(ABC, Generic[L]):
 
     @abstractmethod
     def _is_lost(self, error: Exception) -> bool:
-        """After an error: can nothing run on the device any more, in this process?"""
+        """Whether, after an error, nothing can run on the device any more in this process."""
 
     def _is_out_of_memory(self, error: Exception) -> bool:
         return is_out_of_memory(error)
 
     def _release_memory(self) -> None:
-        """Give unused memory back to the device, so that a smaller try finds it."""
+        """Return unused memory to the device, so that an attempt with smaller batches finds it."""
 
     def _allocate(self, shape: Sequence[int]) -> Array:
-        """Memory on the host for pictures."""
+        """Allocate zeros on the host for pictures."""
         return np.zeros(shape, self.image_dtype)
 
     @property
@@ -163,13 +163,13 @@ class SlotRunner(ABC, Generic[L]):
     def first_state(self, image: Array) -> SlotState:
         if image.shape != self.image_shape or image.dtype != self.image_dtype:
             wanted = f"{self.image_dtype} {self.image_shape}"
-            raise ValueError(f"an image {image.dtype} {image.shape} where the network takes {wanted}")
+            raise ValueError(f"the image is {image.dtype} {image.shape}, but the network takes {wanted}")
         state = self.slots.admit()
         n_numbers, place = image.size, state.place
         if n_numbers > MANY_NUMBERS:
             self.pictures[place] = image
         else:
-            # Numpy would let others have the interpreter, for a copy that is over before they have it.
+            # Numpy would release the interpreter lock, and getting it back takes longer than so small a copy.
             self._numbers[place * n_numbers : (place + 1) * n_numbers] = image.reshape(-1).data
         return state
 
@@ -177,7 +177,7 @@ class SlotRunner(ABC, Generic[L]):
         """`first_state` of some of the images [any, *image_shape], copied together."""
         if images.shape[1:] != self.image_shape or images.dtype != self.image_dtype:
             wanted = f"{self.image_dtype} {self.image_shape}"
-            raise ValueError(f"images {images.dtype} {images.shape[1:]} where the network takes {wanted}")
+            raise ValueError(f"the images are {images.dtype} {images.shape[1:]}, but the network takes {wanted}")
         states = self.slots.admit_all(len(which))
         start = 0
         for first, n_rows in stretches(places_of(states)):
@@ -186,15 +186,15 @@ class SlotRunner(ABC, Generic[L]):
         return states
 
     def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
-        """Some of the images to where they belong."""
+        """Copy some of the images to adjacent places."""
         runs = stretches(list(which))
         if len(runs) == 1:
             there[:] = images[runs[0][0] : runs[0][0] + runs[0][1]]
         elif images.flags.c_contiguous:
-            # Any other mode than "clip" goes through a buffer, a second copy.
+            # Any mode but "clip" copies through a buffer, which is a second copy.
             np.take(images, which, axis=0, out=there, mode="clip")
         else:
-            there[:] = images[which]  # `take` would make a contiguous copy of all first
+            there[:] = images[which]  # `take` would first make a contiguous copy of all images
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         return self.launch(stage, rows).collect()
@@ -202,14 +202,14 @@ class SlotRunner(ABC, Generic[L]):
     def launch(
         self, stage: int, rows: Sequence[RowState], behind: "Launched | None" = None, with_logits: bool = True
     ) -> "Launched":
-        """Have a batch run: on an idle lane, or on that of a batch launched before, `behind` which it waits there.
+        """Launch a batch: on an idle lane, which may have to be waited for, or on the lane of the batch `behind`.
 
         Raises:
-            RunnerError: it is too large, or cannot be launched.
+            RunnerError: the batch is too large, or cannot be launched.
         """
         if len(rows) > self.max_rows:
-            raise RunnerError(f"stage {stage + 1} was given {len(rows)} images at once and takes {self.max_rows}")
-        states = list(cast(Sequence[SlotState], rows))  # of `first_state`, as the contract has it
+            raise RunnerError(f"stage {stage + 1} got {len(rows)} images at once, but takes at most {self.max_rows}")
+        states = list(cast(Sequence[SlotState], rows))  # rows come from `first_state`
         begin = states if stage == 0 else []
         if begin:
             self.slots.begin(begin)
@@ -235,9 +235,9 @@ class SlotRunner(ABC, Generic[L]):
         self._idle.put(lane)
 
     def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
-        """Prepare every stage at every bucket, the first time; then run every stage at all buckets for `limit_s`.
+        """On the first call, prepare every stage at every bucket. Then run all stages at each bucket, for `limit_s`.
 
-        Where the memory of the device ends, `max_rows` is halved, with a warning.
+        If the device's memory runs out, the largest bucket is dropped, with a warning, and preparation starts again.
 
         Raises:
             RunnerError: not even single images can be run.
@@ -264,27 +264,27 @@ class SlotRunner(ABC, Generic[L]):
 
     def _prepare(self) -> None:
         while (why := self._out_of_memory_at()) is not None:
-            # Here, not where the error was caught: it held on to all that its call had allocated.
+            # Not where the error is caught: its traceback keeps alive all that the failed call had allocated.
             self.lanes.clear()
             self._idle = SimpleQueue()
             self._release_memory()
             too_many = self.buckets.pop()
             if not self.buckets:
-                raise RunnerError(f"the device has no memory for single images: {why}")
-            logger.warning("no memory for %d images at once, at most %d run together: %s", too_many, self.max_rows, why)
+                raise RunnerError(f"the device has too little memory even for single images: {why}")
+            logger.warning("too little memory for %d images at once; now at most %d: %s", too_many, self.max_rows, why)
             self._open_lanes()
         if self.is_on_gpu:
             sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         self._prepared = True
 
     def _out_of_memory_at(self) -> str | None:
-        """Prepare all stages at all buckets; returns None, or what was said where the memory ended."""
+        """Prepare all stages at all buckets; returns None, or the error's message if memory ran out."""
         try:
             for lane in self.lanes:
-                for bucket in reversed(self.buckets):  # so that smaller ones find their memory in the pool
+                for bucket in reversed(self.buckets):  # largest first: smaller ones reuse its memory from the pool
                     for stage in range(self.n_stages):
                         lane.prepare(stage, bucket)
-        except Exception as error:  # as above
+        except Exception as error:  # as in `launch`
             if self._is_out_of_memory(error):
                 return words_of(error)
             what = f"the stages cannot be prepared: {words_of(error)}"

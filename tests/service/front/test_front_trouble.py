@@ -105,7 +105,7 @@ def test_a_worker_that_talks_nonsense_is_let_go_and_the_others_are_served(front:
 def test_an_image_that_the_network_does_not_take_is_its_own_fault_alone(front: Front) -> None:
     told = front.run(answer_of(front.proxies[0], IMAGES[0][:16]))
     assert type(told) is EngineError
-    assert "where the network takes" in str(told)
+    assert "but the network takes" in str(told)
     assert isinstance(front.run(answer_of(front.proxies[0], IMAGES[0])), Answer)
     assert front.memory.in_flight_rows == 0
 

@@ -131,7 +131,7 @@ def test_few_survivors_do_not_keep_a_large_block_alive():
     "image", [np.zeros((32, 31, 3), np.uint8), np.zeros((32, 32, 3), np.float32), np.zeros((3, 32, 32), np.uint8)]
 )
 def test_an_image_of_another_kind_is_refused(runner, image):
-    with pytest.raises(ValueError, match=r"where the network takes uint8 \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"but the network takes uint8 \(32, 32, 3\)"):
         runner.first_state(image)
 
 

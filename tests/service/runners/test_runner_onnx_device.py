@@ -323,8 +323,8 @@ def test_where_memory_ends_batches_get_smaller_with_a_warning(
     runner.warm_up()
     assert runner.max_rows == 2
     assert [record.message for record in caplog.records if record.name.endswith("slotted")] == [
-        f"no memory for 8 images at once, at most 4 run together: {said}",
-        f"no memory for 4 images at once, at most 2 run together: {said}",
+        f"too little memory for 8 images at once; now at most 4: {said}",
+        f"too little memory for 4 images at once; now at most 2: {said}",
     ]
     assert runner.run(0, [runner.first_state(image) for image in images[:2]]).block.n_rows == 2
 

@@ -395,11 +395,11 @@ def test_many_images_at_once_lie_where_one_by_one_they_would(
     states = runner.first_states(np.array(images, order=order), which)
     for state, i in zip(states, which, strict=True):
         assert np.array_equal(runner.pictures[state.place], images[i])
-    with pytest.raises(ValueError, match="where the network takes"):
+    with pytest.raises(ValueError, match="but the network takes"):
         runner.first_states(images[:, 1:], which)
 
 
 def test_an_image_of_another_kind_is_refused(runner: TorchCudaRunner) -> None:
-    with pytest.raises(ValueError, match=r"where the network takes uint8 \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"but the network takes uint8 \(32, 32, 3\)"):
         runner.first_state(np.zeros((32, 31, 3), np.uint8))
     assert isinstance(runner.first_state(np.zeros(SHAPE, np.uint8)).block, Block)

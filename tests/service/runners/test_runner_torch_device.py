@@ -115,12 +115,12 @@ def test_where_memory_ends_batches_get_smaller_with_a_warning(
     with running(engine):
         assert runner.max_rows == engine.max_rows == 2
         assert [record.message for record in caplog.records if record.name.endswith("slotted")] == [
-            "no memory for 8 images at once, at most 4 run together: CUDA out of memory",
-            "no memory for 4 images at once, at most 2 run together: CUDA out of memory",
+            "too little memory for 8 images at once; now at most 4: CUDA out of memory",
+            "too little memory for 4 images at once; now at most 2: CUDA out of memory",
         ]
         answers = [future.result(60) for future in [engine.submit(image) for image in images[:40]]]
         assert max(answer.batch_rows for answer in answers) <= 2
-    with pytest.raises(RunnerError, match="no memory for single images"):
+    with pytest.raises(RunnerError, match="too little memory even for single images"):
         open_torch_runner(bundle, 8, 64, device=BooksHost(room_rows=0)).warm_up()
 
 
@@ -347,7 +347,7 @@ def test_a_launch_that_fails_holds_its_buffers_and_slots_until_its_turn(
 
 def test_a_batch_too_large_for_every_bucket_is_refused(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     runner = open_torch_runner(bundle, 4, 8, device=Host())
-    with pytest.raises(RunnerError, match="stage 1 was given 5 images at once and takes 4"):
+    with pytest.raises(RunnerError, match="stage 1 got 5 images at once, but takes at most 4"):
         runner.run(0, [runner.first_state(image) for image in images[:5]])
     assert all_free(runner.slots)
 

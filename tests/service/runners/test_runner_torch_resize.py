@@ -58,5 +58,5 @@ def test_pictures_of_other_sizes_cross_as_they_are_and_answer_as_those_resized_b
         np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
         close(ours[:1], theirs[:1], tolerance=1e-6)  # of the network's own size: not touched
     for wrong in (np.zeros((65, 64, 3), np.uint8), np.zeros((64, 64, 4), np.uint8), np.zeros((0, 64, 3), np.uint8)):
-        with pytest.raises(ValueError, match="where the network takes uint8"):
+        with pytest.raises(ValueError, match="but the network takes uint8"):
             runner.first_state(wrong)

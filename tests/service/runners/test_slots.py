@@ -76,7 +76,7 @@ def test_too_few_slots_are_told_and_none_is_lost() -> None:
     held = started(slots, 3)
     assert SCRATCH not in {state.slot for state in held}
     waiting = [slots.admit() for _ in range(3)]
-    with pytest.raises(RunnerError, match="3 images start, and fewer of the 5 slots are free"):
+    with pytest.raises(RunnerError, match="3 images start, but fewer of the 5 slots are free"):
         slots.begin(waiting)
     del held[0]
     slots.begin(waiting)
