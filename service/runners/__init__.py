@@ -1,1 +1,1 @@
-"""Engines that run the stages of a bundle, behind one contract (`base.Runner`): same calls, same answers."""
+"""Runners execute the stages of a bundle. All implement one interface (`base.Runner`) and give the same answers."""

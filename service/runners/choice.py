@@ -1,4 +1,4 @@
-"""Which runner runs a bundle: the one that was asked for, or the fastest on this machine."""
+"""Chooses the runner of a bundle: the one that the settings name, or the fastest on this machine."""
 
 import importlib.util
 import logging
@@ -17,18 +17,18 @@ Resize = Literal["auto", "host", "device"]
 Candidates = Mapping[str, Callable[[], Runner]]
 logger = logging.getLogger(__name__)
 
-CANVAS = 16 / 7  # of the network's side: 512 for 224 pixels
+CANVAS = 16 / 7  # times the network's side: 512 for 224 pixels
 CANVAS_STEP_PX = 16
 
 
 def canvas_px(height_px: int, width_px: int) -> int:
-    """The side of the largest pictures that cross to a device as they are. Those beyond it are scaled on the host: most
-    of their pixels would cross to be thrown away, and all canvases of a batch are as large."""
+    """The largest side of images to be scaled on the device. Larger ones are scaled on the host: most of their pixels
+    would be sent only to be discarded, and every canvas of a batch has this size, however small its image."""
     return CANVAS_STEP_PX * ceil(CANVAS * max(height_px, width_px) / CANVAS_STEP_PX)
 
 
 def wants_gpu(name: RunnerName, device: Device) -> bool:
-    """Whether a GPU is asked for, there or not, or is there and may be taken."""
+    """Whether the settings ask for a GPU, present or not, or allow one that is present."""
     return name == "torch-cuda" or device in ("cuda", "tensorrt") or (device == "auto" and cuda_device_count() > 0)
 
 
@@ -46,16 +46,16 @@ def open_runner(
     """Open a bundle's stages.
 
     Args:
-        name: `auto` is `onnx` at once without a GPU, and for int8 stages; else whatever measures fastest.
-        device: `auto` is the GPU where there is one and something can run on it, else the processor.
-        n_lanes: batches at once; by default one a core, on GPUs as many as the runner wants.
+        name: `auto` is `onnx` without a GPU and for int8 stages; otherwise the runner that measures fastest.
+        device: `auto` is the GPU if there is one and a runner can run on it, else the CPU.
+        n_lanes: batches at once; by default one per core, on GPUs the runner's own default.
         max_rows: the largest batch.
-        max_in_flight_rows: images in work at once.
-        compile_stages: see `TorchCudaRunner`.
-        resize: "host" has no runner take pictures of other sizes than the network's (see `base.canvas_px_of`).
+        max_in_flight_rows: images in flight at once.
+        compile_stages: see `open_torch_runner`.
+        resize: with "host", no runner takes images of other sizes than the network's (see `base.canvas_px_of`).
 
     Raises:
-        StageLoadError, RunnerError: the runner cannot be had; the message says why.
+        StageLoadError, RunnerError: the runner cannot be opened; the message names the cause and the fix.
     """
     if name == "torch-cuda":
         if device in ("cpu", "tensorrt"):
@@ -76,10 +76,10 @@ def open_runner(
             )
         try:
             from service.runners.torch_cuda.runner import open_torch_runner
-        except (ImportError, OSError) as error:  # one of its libraries is missing, or another than it was built for
+        except (ImportError, OSError) as error:  # a library of its own is missing, or is another version
             raise RunnerError(
-                f"the runner torch-cuda needs torch, which is installed and cannot be loaded ({error}): install it "
-                "anew, or choose the runner onnx or auto"
+                f"the runner torch-cuda needs torch, which is installed but cannot be loaded ({error}): reinstall it, "
+                "or choose the runner onnx or auto"
             ) from error
 
         size = bundle.manifest.input
@@ -113,18 +113,18 @@ def open_runner(
     except RunnerError as error:
         if device != "auto" or isinstance(error, FatalRunnerError):
             raise
-        logger.warning("stages run on the processor, although there is a GPU: %s", error)
+        logger.warning("stages run on the CPU, although there is a GPU: %s", error)
         return OnnxRunner(bundle, max_rows, n_lanes)
 
 
 def fastest(candidates: Candidates) -> Runner:
-    """Warm every candidate up, and return the one whose full batches take the least time an image through all stages.
+    """Warm up every candidate, and return the one whose full batches take the least time per image, over all stages.
 
-    Those that cannot be opened or warmed up are left out, with a warning.
+    Candidates that cannot be opened or warmed up are left out, with a warning.
 
     Raises:
-        FatalRunnerError: the device was lost on the way; nothing may be tried in this process any more.
-        RunnerError: none can run.
+        FatalRunnerError: a candidate lost the device, so no other can be tried in this process.
+        RunnerError: no candidate can run.
     """
     best: tuple[float, str, Runner] | None = None
     failures = []
@@ -134,15 +134,15 @@ def fastest(candidates: Candidates) -> Runner:
             image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in runner.warm_up())
         except FatalRunnerError:
             raise
-        except Exception as error:  # libraries' errors are of many kinds, and none is a reason not to serve with others
+        except Exception as error:  # of any type, from libraries; another candidate may still serve
             is_known = isinstance(error, (RunnerError, StageLoadError))
             logger.warning("the runner %s is left out: %s", name, error, exc_info=not is_known)
             failures.append(f"{name}: {error}")
             continue
-        logger.info("the runner %s takes %.3f ms an image in full batches", name, 1e3 * image_s)
+        logger.info("the runner %s takes %.3f ms per image in full batches", name, 1e3 * image_s)
         if best is None or image_s < best[0]:
             best = (image_s, name, runner)
-        del runner  # the slower one's memory is needed
+        del runner  # the next candidate needs the memory of the slower one
     if best is None:
         raise RunnerError(f"no runner can run on this machine; {'; '.join(failures)}")
     logger.info("chosen: the runner %s", best[1])

@@ -1,7 +1,7 @@
-"""ONNX Runtime on the processor: the fastest engine measured there. Needs no torch; on GPUs see `onnx_device`.
+"""ONNX Runtime on the CPU: the fastest engine measured there. Needs no torch. On GPUs, see `onnx_device`.
 
-One session per stage with a single thread each, called from one lane per core: pools of several threads per session
-spin against each other and fall behind a single one.
+Each stage has one session of a single thread, which all lanes call; there is one lane per core. Sessions with thread
+pools are slower than that, as the pools' threads spin against each other.
 """
 
 import os
@@ -53,7 +53,7 @@ class OnnxRunner:
         self._sessions = _open_sessions(bundle)
         self._image = self.stages[0].inputs[0]
         self._image_shape, self._image_dtype = tuple(self._image.shape), np.dtype(self._image.dtype)
-        # What a row carries on from stage k: everything made up to it that a later stage reads.
+        # What a row carries on from stage k: all values made so far that a later stage reads.
         needed = [
             {value.name for stage in self.stages[k + 1 :] for value in stage.inputs} for k in range(len(self.stages))
         ]
@@ -82,7 +82,7 @@ class OnnxRunner:
         n_rows, buffers = len(rows), self._buffers(stage)
         feed: dict[str, Array] = {}
         for value in self.stages[stage].inputs:
-            carried = value.name in self._needed[stage]  # read again later: it must outlive the lane's buffer
+            carried = value.name in self._needed[stage]  # a later stage reads it too: it must outlive the lane's buffer
             feed[value.name] = gathering.take(value.name, None if carried else buffers[value.name][:n_rows])
         prepare_s = time.perf_counter() - started
 
@@ -103,7 +103,7 @@ class OnnxRunner:
         return run
 
     def warm_up(self, limit_s: float = 1.0) -> list[dict[int, float]]:
-        """Run every stage at 1 and at more rows, up to `max_rows` or until `limit_s` for the whole network is spent.
+        """Run every stage with 1 row, then with four times as many, up to `max_rows` or until `limit_s` would be over.
 
         Raises:
             RunnerError: a stage cannot run, or its output differs from the manifest.
@@ -125,7 +125,7 @@ class OnnxRunner:
             n_rows = min(self.max_rows, n_rows * 4)
 
     def _check(self, stage: int, n_rows: int, output: StageOutput) -> None:
-        """Compare an output's shapes with the manifest: a graph may leave its sizes open, so only a run shows them.
+        """Compare the shapes of outputs with the manifest: a graph may leave sizes open, so only a run shows them.
 
         Raises:
             RunnerError: they differ.
@@ -136,12 +136,12 @@ class OnnxRunner:
             wanted = (n_rows, *value.shape)
             if value.name in given and given[value.name].shape != wanted:
                 raise RunnerError(
-                    f"{self._path / self.stages[stage].file}: to {n_rows} rows the graph gives {value.name!r} as "
+                    f"{self._path / self.stages[stage].file}: for {n_rows} rows the graph gives {value.name!r} as "
                     f"{given[value.name].shape} where the manifest says {wanted}; export the bundle again"
                 )
 
     def _buffers(self, stage: int) -> Mapping[str, Array]:
-        """This lane's input batches [max_rows, ...] of a stage, which share memory with those of its other stages."""
+        """The lane's buffers [max_rows, ...] for the inputs of a stage; all stages of a lane share their memory."""
         lane = self._lane
         if not hasattr(lane, "buffers"):
             lane.arena = np.empty(max(_input_bytes(s.inputs, self.max_rows) for s in self.stages), np.uint8)
@@ -165,8 +165,8 @@ def _open_sessions(bundle: Bundle) -> list[ort.InferenceSession]:
     for stage in bundle.manifest.stages:
         session = load_stage_session(bundle.path, stage.file, [CPU], session_options())
         inputs, outputs = (
-            [InGraph(one.name, one.type.removeprefix("tensor(").removesuffix(")"), one.shape or None) for one in told]
-            for told in (session.get_inputs(), session.get_outputs())
+            [InGraph(arg.name, arg.type.removeprefix("tensor(").removesuffix(")"), arg.shape or None) for arg in args]
+            for args in (session.get_inputs(), session.get_outputs())
         )
         check_agreement(bundle.path / stage.file, stage, inputs, outputs)
         sessions.append(session)
@@ -183,7 +183,7 @@ def _input_bytes(values: Sequence[ValueInfo], n_rows: int) -> int:
 
 
 def _carve(arena: NDArray[np.uint8], values: Sequence[ValueInfo], n_rows: int) -> dict[str, NDArray[Any]]:
-    """Lay batches [n_rows, ...] of several values side by side in one buffer."""
+    """Place batches [n_rows, ...] of several values one after another in one buffer."""
     batches: dict[str, NDArray[Any]] = {}
     start = 0
     for value in values:

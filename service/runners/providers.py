@@ -1,7 +1,7 @@
-"""What ONNX Runtime can run stages on here: its providers, whether they load, and where TensorRT keeps its engines.
+"""ONNX Runtime's execution providers: whether they load, their options, and where TensorRT's engines are cached.
 
-ONNX Runtime's GPU package lists CUDA and TensorRT on every machine; asked for one that it cannot load, it runs on the
-processor with no more than a line in the log. So the driver is asked before, and sessions are asked after.
+ONNX Runtime's GPU package lists CUDA and TensorRT on every machine. If it cannot load the one asked for, it runs on the
+CPU and only logs a line. So the driver is asked before a session is opened, and the session what it runs on after.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from service.runners.base import RunnerError
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 LIBRARIES = {CUDA: "libonnxruntime_providers_cuda.so", TENSORRT: "libonnxruntime_providers_tensorrt.so"}
-TENSORRT_LIBRARY, TENSORRT_PARSER = "libnvinfer.so.10", "libnvonnxparser.so.10"  # as its provider is linked to them
+TENSORRT_LIBRARY, TENSORRT_PARSER = "libnvinfer.so.10", "libnvonnxparser.so.10"  # its provider links to these
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ def _driver() -> ctypes.CDLL | None:
 
 
 def cuda_device_count() -> int:
-    """Ask the driver, not ONNX Runtime."""
+    """The number of CUDA devices according to the driver; 0 without a driver."""
     driver, count = _driver(), ctypes.c_int(0)
     return count.value if driver is not None and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
 def cuda_device_name() -> str:
-    """What the driver calls the first device."""
+    """The driver's name for the first device."""
     driver, name = _driver(), ctypes.create_string_buffer(256)
     if driver is None or driver.cuDeviceGetName(name, len(name), 0) != 0:
         return "unknown"
@@ -55,7 +55,7 @@ def cuda_device_name() -> str:
 
 @functools.cache
 def tensorrt_version() -> int | None:
-    """The version of the TensorRT library that can be loaded, as it tells it; None where there is none."""
+    """The version number that the TensorRT library reports; None if it or its parser cannot be loaded."""
     for folder in (*_package_folders("tensorrt_libs"), Path()):
         try:
             library = ctypes.CDLL(str(folder / TENSORRT_LIBRARY))
@@ -73,7 +73,7 @@ def _package_folders(name: str) -> list[Path]:
 
 @functools.cache
 def load_libraries() -> None:
-    """Load CUDA, cuDNN and TensorRT where wheels of theirs are installed: the dynamic linker doesn't look there."""
+    """Load CUDA, cuDNN and TensorRT from their wheels, if installed: the dynamic linker does not look there."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         ort.preload_dlls(directory="")
     tensorrt_version()
@@ -81,18 +81,18 @@ def load_libraries() -> None:
         logger.info("ONNX Runtime's libraries: %s", said.getvalue().strip())
 
 
-# Errors of which CUDA says: "the process must be terminated and relaunched" (CUDA Runtime API, cudaError_t).
+# Errors after which, CUDA says, "the process must be terminated and relaunched" (CUDA Runtime API, cudaError_t).
 LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error of ONNX Runtime's CUDA provider means that nothing can run in this process any more."""
+    """Whether an error of ONNX Runtime's CUDA provider means that the device is lost to this process."""
     told = re.search(r"CUDA failure (\d+)", str(error))
     return told is not None and int(told[1]) in LOST
 
 
 def why_not_loaded(provider: str) -> str:
-    """Why ONNX Runtime cannot load a provider, as the dynamic linker says it."""
+    """Why ONNX Runtime cannot load a provider, in the dynamic linker's words."""
     try:
         ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / LIBRARIES[provider]))
     except OSError as error:
@@ -101,10 +101,10 @@ def why_not_loaded(provider: str) -> str:
 
 
 def check_device(device: Device) -> None:
-    """Refuse a device that was asked for and is not there.
+    """Check that the device asked for can be used on this machine.
 
     Raises:
-        RunnerError: the message names the cause and the fix.
+        RunnerError: it cannot; the message names the cause and the fix.
     """
     if device in ("auto", "cpu"):
         return
@@ -119,7 +119,7 @@ def check_device(device: Device) -> None:
 
 
 def check_loaded(session: ort.InferenceSession, provider: str) -> None:
-    """Ask a session what it really runs on.
+    """Check that a session runs on the provider that was asked for.
 
     Raises:
         RunnerError: it fell back to another provider.
@@ -133,13 +133,13 @@ def check_loaded(session: ort.InferenceSession, provider: str) -> None:
 
 
 def engine_cache(bundle: Bundle, max_rows: int) -> Path:
-    """The folder in which TensorRT keeps the engines of a bundle; made if need be.
+    """Return the folder in which TensorRT caches the engines of a bundle; create it if needed.
 
-    An engine fits one network, one range of batch sizes, one version of both libraries and one kind of GPU: all are in
-    the folder's name, so that none is ever taken for another.
+    An engine is valid for one network, one range of batch sizes, one version of either library and one model of GPU.
+    The folder's name has all of these, so that no engine is mistaken for another.
 
     Raises:
-        RunnerError: it cannot be made or written to.
+        RunnerError: the folder cannot be created or written to.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = (bundle.manifest.version, "fp16", max_rows, f"ort-{ort.__version__}", f"trt-{tensorrt_version()}")
@@ -151,19 +151,19 @@ def engine_cache(bundle: Bundle, max_rows: int) -> Path:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise RunnerError(
-            f"TensorRT's engines cannot be kept in {folder} ({error.strerror}): have XDG_CACHE_HOME name a folder that "
+            f"TensorRT's engines cannot be cached in {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder that "
             "can be written to, or choose the device cuda"
         ) from error
     return folder
 
 
 def cuda_options(graphs: bool) -> dict[str, str]:
-    # Every stage has an arena of its own: one that grows by what it needs, not to the next power of two.
+    # Each stage has a memory arena of its own, so let it grow by what is needed rather than to a power of two.
     return {"arena_extend_strategy": "kSameAsRequested", "enable_cuda_graph": "1" if graphs else "0"}
 
 
 def tensorrt_options(stage: StageInfo, max_rows: int, folder: Path, excluded: Sequence[str]) -> dict[str, str]:
-    """Engines in half precision for 1 to `max_rows` rows, best at these; operators in `excluded` go to CUDA."""
+    """Options for float16 engines of 1 to `max_rows` rows, tuned for the latter; `excluded` operators run on CUDA."""
 
     def shapes(n_rows: int) -> str:
         return ",".join(f"{value.name}:{'x'.join(map(str, (n_rows, *value.shape)))}" for value in stage.inputs)

@@ -55,7 +55,7 @@ def test_what_cannot_run_is_left_out_with_a_warning(bundle: Bundle, caplog: pyte
     with caplog.at_level(logging.INFO):
         assert choice.fastest({"torch-cuda": refuse, "onnx": lambda: slow}) is slow
     assert "the runner torch-cuda is left out: this GPU has no room" in caplog.messages
-    assert "the runner onnx takes 4.000 ms an image in full batches" in caplog.messages
+    assert "the runner onnx takes 4.000 ms per image in full batches" in caplog.messages
     with pytest.raises(RunnerError, match="no runner can run on this machine; torch-cuda: this GPU has no room"):
         choice.fastest({"torch-cuda": refuse})
 
@@ -76,7 +76,7 @@ def test_a_library_that_fails_in_its_own_words_keeps_no_other_from_serving(
 def test_torch_that_is_installed_and_cannot_be_loaded_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with_a_gpu(monkeypatch, None)
     monkeypatch.setitem(sys.modules, "service.runners.torch_cuda.runner", None)  # importing it is an ImportError
-    with pytest.raises(RunnerError, match=r"torch, which is installed and cannot be loaded \(.*\): install it anew"):
+    with pytest.raises(RunnerError, match=r"torch, which is installed but cannot be loaded \(.*\): reinstall it"):
         choice.open_runner(bundle, "torch-cuda")
 
 
@@ -181,7 +181,7 @@ def test_a_provider_that_cannot_load_is_an_error_that_says_what_is_missing_not_a
         choice.open_runner(bundle, "onnx", device="cuda", max_rows=4)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
     assert isinstance(choice.open_runner(bundle, max_rows=4), OnnxRunner)
-    assert any("on the processor, although there is a GPU" in message for message in caplog.messages)
+    assert any("on the CPU, although there is a GPU" in message for message in caplog.messages)
 
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
@@ -218,7 +218,7 @@ def test_engines_are_kept_apart_by_bundle_rows_versions_and_device(
     assert len({folder, *others}) == 4
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(RunnerError, match="have XDG_CACHE_HOME name a folder that can be written to"):
+    with pytest.raises(RunnerError, match="set XDG_CACHE_HOME to a folder that can be written to"):
         engine_cache(bundle, 64)
 
 

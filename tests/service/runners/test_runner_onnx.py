@@ -182,7 +182,7 @@ def test_a_graph_that_loses_rows_is_told_at_the_start(bundle_path):
     path.write_bytes(model.SerializeToString())
     seal(bundle_path)
     runner = OnnxRunner(load_bundle(bundle_path), max_rows=4, n_lanes=1)
-    told = r"stage_2\.onnx: to 4 rows the graph gives 'logits_2' as \(1, 10\) where the manifest says \(4, 10\)"
+    told = r"stage_2\.onnx: for 4 rows the graph gives 'logits_2' as \(1, 10\) where the manifest says \(4, 10\)"
     with pytest.raises(RunnerError, match=told):
         runner.warm_up()
 
