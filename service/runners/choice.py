@@ -129,6 +129,7 @@ def fastest(candidates: Candidates) -> Runner:
     best: tuple[float, str, Runner] | None = None
     failures = []
     for name, open_candidate in candidates.items():
+        runner: Runner | None = None  # lets go of the previous candidate, unless it is the best: its memory is needed
         try:
             runner = open_candidate()
             image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in runner.warm_up())
@@ -142,7 +143,6 @@ def fastest(candidates: Candidates) -> Runner:
         logger.info("the runner %s takes %.3f ms per image in full batches", name, 1e3 * image_s)
         if best is None or image_s < best[0]:
             best = (image_s, name, runner)
-        del runner  # the next candidate needs the memory of the slower one
     if best is None:
         raise RunnerError(f"no runner can run on this machine; {'; '.join(failures)}")
     logger.info("chosen: the runner %s", best[1])

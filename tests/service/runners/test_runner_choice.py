@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,6 +72,25 @@ def test_a_library_that_fails_in_its_own_words_keeps_no_other_from_serving(
     assert "the runner torch-cuda is left out: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED" in caplog.messages
     with pytest.raises(RunnerError, match="no runner can run on this machine; torch-cuda: cuDNN error"):
         choice.fastest({"torch-cuda": fail})
+
+
+def test_a_runner_that_cannot_warm_up_leaves_its_memory_to_the_next(bundle: Bundle) -> None:
+    def fail(limit_s: float = 1.0) -> list[dict[int, float]]:
+        raise RunnerError("this GPU has no room")
+
+    opened: list[weakref.ref[Runner]] = []
+
+    def open_failing() -> Runner:
+        failing = timed(bundle, 0.004)
+        failing.warm_up = fail  # type: ignore[method-assign]  # no method: its frame in the traceback would hold it
+        opened.append(weakref.ref(failing))
+        return failing
+
+    def open_next() -> Runner:
+        assert opened[0]() is None
+        return timed(bundle, 0.004)
+
+    choice.fastest({"torch-cuda": open_failing, "onnx": open_next})
 
 
 def test_torch_that_is_installed_and_cannot_be_loaded_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
