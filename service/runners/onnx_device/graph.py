@@ -1,8 +1,8 @@
-"""A stage's graph, extended so that rows stay in slots on the device.
+"""Extends a stage's graph so that the state of rows stays in slots on the device.
 
-A value that a later stage reads has one tensor [slots, ...], its *store*. The graph gathers what it reads by the rows'
-slots, and scatters what it makes into stores that are its input and its output: bound to the same memory, so that rows
-are written and nothing else is copied.
+Each value that a later stage reads has one tensor [slots, ...], its *store*. The graph gathers its inputs by the rows'
+slots, and scatters its outputs into stores. A store that is written is both an input and an output of the graph, bound
+to the same memory, so only the rows of the batch are written and nothing else is copied.
 """
 
 from collections.abc import Set
@@ -18,24 +18,24 @@ from service.runners.agreement import InGraph, check_agreement
 
 SLOTS = "exitserve.slots"  # int64 [rows]
 STORE_OPERATORS = ("Gather", "Unsqueeze", "Expand", "ScatterElements")
-"""What is added. TensorRT, which cannot write to its input, is to leave these to CUDA."""
+"""The operators that are added. They run on CUDA even with TensorRT, which cannot write to its inputs."""
 
 
 def store(name: str) -> str:
-    """What the store of a value is called in graphs."""
+    """The name in graphs of a value's store."""
     return f"exitserve.store.{name}"
 
 
 def stored(name: str) -> str:
-    """The same with the rows of a batch written to it."""
+    """The name of the same store as an output, once the rows of a batch have been written to it."""
     return f"exitserve.stored.{name}"
 
 
 def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> bytes:
-    """Return the graph at `path` as one that reads and writes stores of `n_slots` rows. Weights stay where they are.
+    """Return the graph at `path`, extended to read and write stores of `n_slots` rows. Weights in files stay there.
 
-    Inputs: what the stage reads of `kept` as its store, all else as it was; the stores it writes; `SLOTS`.
-    Outputs: the logits, and every store it writes.
+    Inputs: the stores of the values in `kept` that the stage reads or writes, its other inputs, and `SLOTS`.
+    Outputs: the logits, and the stores that the stage writes.
 
     Args:
         kept: names of values that a later stage reads.
@@ -45,11 +45,11 @@ def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> by
     """
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # as for sessions: no common base
+    except Exception as error:  # protobuf's and onnx's errors have no common base
         raise StageLoadError(f"{path}: {error}; restore the bundle or export it again") from error
     graph = model.graph
-    constant = {one.name for one in graph.initializer}
-    inputs, outputs = [_told(one) for one in graph.input if one.name not in constant], map(_told, graph.output)
+    constant = {weight.name for weight in graph.initializer}
+    inputs, outputs = [_declared(v) for v in graph.input if v.name not in constant], map(_declared, graph.output)
     check_agreement(path, stage, inputs, list(outputs))
     read = [value for value in stage.inputs if value.name in kept]
     written = [value for value in stage.outputs if value.name in kept]
@@ -60,12 +60,12 @@ def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> by
         [*gathers, *graph.node, *scatters],
         graph.name,
         [
-            *(one for one in graph.input if one.name not in kept),
+            *(declared for declared in graph.input if declared.name not in kept),
             *(_tensor(store(value.name), value, n_slots) for value in (*read, *written)),
             helper.make_tensor_value_info(SLOTS, TensorProto.INT64, ["rows"]),
         ],
         [
-            *(one for one in graph.output if one.name == stage.outputs[0].name),
+            *(declared for declared in graph.output if declared.name == stage.outputs[0].name),
             *(_tensor(stored(value.name), value, n_slots) for value in written),
         ],
         [*graph.initializer, *constants],
@@ -75,7 +75,7 @@ def with_slots(path: Path, stage: StageInfo, kept: Set[str], n_slots: int) -> by
     return data
 
 
-def _told(value: ValueInfoProto) -> InGraph:
+def _declared(value: ValueInfoProto) -> InGraph:
     tensor = value.type.tensor_type
     shape = [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
     dtype = TensorProto.DataType.Name(tensor.elem_type).lower()
@@ -91,7 +91,7 @@ def _constants(value: ValueInfo) -> list[TensorProto]:
 
 
 def _scatter(value: ValueInfo) -> list[NodeProto]:
-    """Rows of a value to their slots. One thread an element on CUDA, where ScatterND has one for all of a row."""
+    """Write rows of a value to their slots. On CUDA, this has one thread per element; ScatterND has one per row."""
     column, where = _name("column", value), _name("where", value)
     return [
         helper.make_node("Unsqueeze", [SLOTS, _name("axes", value)], [column]),

@@ -1,4 +1,4 @@
-"""The runner: a bundle's stages as sessions on a device, and the stores in which rows stay from stage to stage."""
+"""The runner: sessions of a bundle's stages on a device, and the stores that hold the state of rows between stages."""
 
 import logging
 from math import prod
@@ -31,24 +31,24 @@ from service.runners.slotted import SlotRunner
 
 logger = logging.getLogger(__name__)
 
-N_LANES = 2  # while what one lane has to tell travels, the other one's batch runs
-MAX_ELEMENTS = 2**31 - 1  # of a store: ONNX Runtime's kernels count in 32 bits
+N_LANES = 2  # while the results of one lane are copied, the other's batch runs
+MAX_ELEMENTS = 2**31 - 1  # in a store: ONNX Runtime's kernels index with 32 bits
 
 
 class OnnxDeviceRunner(SlotRunner[OnnxLane]):
     """Runs a bundle's stages with ONNX Runtime on a device; see `base.Runner` for the contract.
 
     Args:
-        bundle: with ONNX stages, of which the first alone reads images.
-        device: "cuda", "tensorrt", or "cpu" to run the same on the processor.
+        bundle: with ONNX stages, of which only the first reads images.
+        device: "cuda", "tensorrt", or "cpu" to run the same on the CPU.
         max_rows, max_in_flight_rows, n_lanes: see `SlotRunner`.
 
     Attributes:
-        cuda_graphs: whether stages are captured as CUDA graphs: on "cuda", unless ONNX Runtime refuses.
+        cuda_graphs: whether stages are captured as CUDA graphs: with "cuda", unless ONNX Runtime refuses.
 
     Raises:
         StageLoadError: a stage cannot be opened, or is not what the manifest says.
-        RunnerError: the device cannot be had or has no room, or a number is out of range.
+        RunnerError: the device cannot be used or has too little memory, or a number is out of range.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
             load_libraries()
         n_slots = 1 + self.slots.n_slots
         if any(n_slots * prod(value.shape) > MAX_ELEMENTS for value in self._kept.values()):
-            raise RunnerError(f"{max_in_flight_rows} images in work are too many for one store: lower --max-in-flight")
+            raise RunnerError(f"{max_in_flight_rows} images in flight are too many for a store: lower --max-in-flight")
         self._graphs = [with_slots(bundle.path / stage.file, stage, self._kept.keys(), n_slots) for stage in stages]
         self.stores: dict[str, Any] = {}
         self._open_lanes()
 
     def _open_lane(self) -> OnnxLane:
         sessions = self._open_sessions()
-        if not self.stores:  # not before: without a session, ONNX Runtime has no memory on the device to give
+        if not self.stores:  # after the sessions: without one, ONNX Runtime cannot allocate on the device
             self.stores = self._open_stores()
         return OnnxLane(
             sessions, self.stages, self.stores, self._kind, pictures=self.pictures, own_thread=self.cuda_graphs

@@ -1,6 +1,6 @@
-"""Host memory that a device copies from and to by itself: pinned, where ONNX Runtime or torch can have it.
+"""Host memory for copies to and from a device, pinned (page-locked) if ONNX Runtime or torch can allocate such memory.
 
-From memory that is not pinned, CUDA first copies to some that is. What is pinned stays for as long as the server runs.
+Copies from other memory go through a pinned buffer of CUDA's. Pinned memory is not released while the server runs.
 """
 
 import importlib.util
@@ -23,10 +23,10 @@ class Staging:
     """Makes arrays on the host for copies to and from a device.
 
     Args:
-        kind: of the device, as ONNX Runtime calls it: "cpu" asks for no pinned memory.
+        kind: ONNX Runtime's name for the kind of device, "cpu" or "cuda"; memory is pinned for the latter.
 
     Attributes:
-        how: "onnxruntime" or "torch", by which arrays are pinned; None where they are not.
+        how: "onnxruntime" or "torch", whichever allocates pinned memory; None if it is not pinned.
     """
 
     def __init__(self, kind: str) -> None:
@@ -35,7 +35,7 @@ class Staging:
         for how, pinned in _ways() if kind == "cuda" else ():
             try:
                 pinned((1,), np.dtype("uint8"))
-            except Exception as error:  # of many kinds: an allocator is missing, a library, a device
+            except Exception as error:  # of any type: an allocator, a library or a device is missing
                 logger.info("host memory is not pinned by %s: %s", how, error)
                 continue
             self.how, self._pinned = how, pinned
@@ -45,7 +45,7 @@ class Staging:
                 logger.warning("host memory is not pinned: copies to and from the device take longer")
 
     def array(self, shape: Sequence[int], dtype: str) -> Array:
-        """Return zeros; their memory stays where it is."""
+        """Return zeros. Write to the array in place: only its own memory is pinned."""
         if self._pinned is None:
             return np.zeros(shape, dtype)
         array = self._pinned(shape, np.dtype(dtype))
@@ -64,7 +64,7 @@ def _ways() -> Iterator[tuple[str, Pinned]]:
 
 def _by_onnxruntime(shape: Sequence[int], dtype: Any, info: Any) -> Array:
     value = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, memory_info=info)
-    array: Array = value.numpy()  # a view, which keeps the value
+    array: Array = value.numpy()  # a view, which keeps the value alive
     return array
 
 

@@ -62,7 +62,7 @@ def test_logits_are_read_anew_where_they_cannot_be_copied_to_what_stays(
             monkeypatch.setattr(ort.OrtValue, "update_inplace", refuses)
         runner = OnnxDeviceRunner(bundle, "cpu", 32, 64, n_lanes=1)
         runner.warm_up()
-        assert bool(runner.lanes[0]._told) == (not patched)
+        assert bool(runner.lanes[0]._on_host) == (not patched)
         for found, wanted in zip(logits_of(runner, images[:32]), expected, strict=True):
             np.testing.assert_array_equal(found, wanted[:32])
 
@@ -364,7 +364,7 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(
 
 
 def test_too_many_images_for_a_store_are_refused(bundle: Bundle) -> None:
-    with pytest.raises(RunnerError, match="are too many for one store: lower --max-in-flight"):
+    with pytest.raises(RunnerError, match="are too many for a store: lower --max-in-flight"):
         OnnxDeviceRunner(bundle, "cpu", 8, 10**6)
 
 
