@@ -210,7 +210,7 @@ def idle_runner(case: Case, plan: Plan) -> SlotRunner[Any]:
     told[:, 2] = np.random.default_rng(2).choice(scores.ravel(), plan.max_rows)
     with torch.inference_mode():
         for lane in runner.lanes:  # each batch is told the same, wherever its bucket ends
-            lane.told.there[: told.nbytes].copy_(torch.from_numpy(told.view(np.uint8).ravel()))
+            lane.results.there[: told.nbytes].copy_(torch.from_numpy(told.view(np.uint8).ravel()))
     return runner
 
 

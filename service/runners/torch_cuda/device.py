@@ -1,6 +1,6 @@
-"""Where programs run. A program is a function without arguments: it reads and writes tensors that stay where they are.
+"""Where programs run. A program is a function without arguments that reads and writes tensors at fixed addresses.
 
-On CUDA it is captured once as a graph and replayed from then on; on the host, where this is tested, it is called.
+On CUDA, a program is captured once as a graph, which is then replayed. On the host, where this is tested, it is called.
 """
 
 import time
@@ -15,76 +15,76 @@ from service.runners.torch_cuda.cuda_calls import CudaCalls, CudaCopier, CudaMar
 
 Program = Callable[[], None]
 Copier = Callable[[int, int, int], None]
-"""Copies rows: to which on, from which on, and how many. It may end before they are copied."""
-WARM_RUNS = 3  # before a capture: libraries choose algorithms and allocate at the first runs
-SEARCH_S = 30.0  # of a process, see `Cuda.searching`
-SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding
+"""Copies rows: (first row to write, first row to read, number of rows). It may return before they are copied."""
+WARM_RUNS = 3  # before a capture: libraries choose algorithms and allocate memory in the first runs
+SEARCH_S = 30.0  # in all, see `Cuda.searching`
+SPARE_BYTES = 64 << 20  # for the graph itself, and for rounding up
 
 
 class Mark(Protocol):
-    """A point in what is put on a stream; CUDA's events are such."""
+    """A point in the work on a stream, like a CUDA event."""
 
     def record(self) -> None:
-        """From now on it is the point behind all that was put on the stream so far."""
+        """Move the mark behind all work that is on the stream now."""
         ...
 
     def query(self) -> bool:
-        """Whether all before it has run."""
+        """Whether all work before the mark has run."""
         ...
 
     def synchronize(self) -> None:
-        """Wait for that."""
+        """Wait until all work before the mark has run."""
         ...
 
 
 class Stream(Protocol):
-    """What is put on one stream runs in order; several streams run at the same time."""
+    """Work on one stream runs in order; different streams run concurrently."""
 
     def use(self) -> AbstractContextManager[Any]:
-        """Within it, what this thread has torch do goes to this stream."""
+        """A context in which torch puts this thread's work on this stream."""
         ...
 
     def prepare(self, program: Program) -> Program:
-        """Return what puts `program` on this stream; any thread may call it."""
+        """Return a function that launches `program` on this stream; any thread may call it."""
         ...
 
     def copier(self, there: Tensor, here: Tensor) -> Copier:
-        """Return what puts copies of rows of `here` to `there` on this stream; both lie in one piece."""
+        """Return a function that copies rows of `here` to `there` on this stream. Both are contiguous."""
         ...
 
     def mark(self) -> Mark:
-        """A point behind all that was put on the stream so far."""
+        """A new mark behind all work that is on the stream now."""
         ...
 
     def query(self) -> bool:
-        """Whether all that was put on the stream has run."""
+        """Whether all work on the stream has run."""
         ...
 
     def wait(self) -> None:
-        """Wait for that."""
+        """Wait until all work on the stream has run."""
         ...
 
 
 class Device(Protocol):
-    """A device, as much of it as the runner needs."""
+    """What the runner needs of a device."""
 
     @property
     def kind(self) -> torch.device: ...
 
     @property
     def pins(self) -> bool:
-        """Whether host memory is to be pinned for copies that do not block."""
+        """Whether copies need pinned host memory in order not to block."""
         ...
 
     def open_stream(self) -> Stream: ...
 
     def release_memory(self) -> None:
-        """Give unused memory back, so that a smaller try finds it."""
+        """Return unused memory to the device, so that an attempt with smaller batches finds it."""
         ...
 
     def is_lost(self) -> bool:
-        """After an error: can nothing run on the device any more, in this process? Told without waiting for it: the
-        engine's thread asks, and another lane's batch may hang."""
+        """Whether, after an error, nothing can run on the device any more in this process. Does not wait for it, as the
+        engine's thread calls this and another lane's batch may hang."""
         ...
 
 
@@ -124,7 +124,7 @@ class HostStream:
 
 
 class Host:
-    """The CPU, on which everything has run when its call returns."""
+    """The CPU, which runs everything synchronously."""
 
     kind = torch.device("cpu")
     pins = False
@@ -140,16 +140,16 @@ class Host:
 
 
 class CudaStream:
-    """A CUDA stream whose programs are graphs that share one pool of memory.
+    """A CUDA stream whose programs are graphs that share one memory pool.
 
-    They may, although it is theirs to reuse: all graphs of a stream run one after the other, and none leaves a tensor
-    in the pool that another one reads.
+    Sharing is safe although each graph overwrites the pool: the graphs of a stream run one at a time, and none leaves a
+    tensor in the pool for another one to read.
     """
 
     def __init__(self, device: "Cuda", stream: torch.cuda.Stream) -> None:
         self._device, self._stream = device, stream
         self._pool = torch.cuda.graph_pool_handle()
-        self._pool_bytes = 0  # taken from the device so far; free again while no graph is captured
+        self._pool_bytes = 0  # reserved from the device so far; the next capture reuses them
 
     def __del__(self) -> None:
         self._device.streams.append(self._stream)
@@ -159,7 +159,7 @@ class CudaStream:
 
     def prepare(self, program: Program) -> Program:
         kind = self._device.kind
-        torch.cuda.synchronize(kind)  # what the program reads was made on another stream
+        torch.cuda.synchronize(kind)  # the program's inputs were written on another stream
         with self.use(), self._device.searching():
             for _ in range(WARM_RUNS):
                 torch.cuda.reset_peak_memory_stats(kind)
@@ -168,15 +168,15 @@ class CudaStream:
         torch.cuda.synchronize(kind)
         if not self._device.graphs:
             return self._by_torch(program)
-        # Of the last run: the first ones took more, to try algorithms.
+        # The peak of the last run: earlier ones took more, to try algorithms.
         self._require_room(torch.cuda.max_memory_allocated(kind) - before)
         graph = torch.cuda.CUDAGraph()
         reserved = torch.cuda.memory_reserved(kind)
-        # "thread_local": what other threads do with CUDA meanwhile is no part of the capture, and no error.
+        # "thread_local": CUDA calls of other threads meanwhile are not part of the capture and do not break it.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             program()
         self._pool_bytes += max(0, torch.cuda.memory_reserved(kind) - reserved)
-        if not hasattr(graph, "raw_cuda_graph_exec"):  # an older torch's
+        if not hasattr(graph, "raw_cuda_graph_exec"):  # an older torch
             return self._by_torch(graph.replay)
         return CudaReplay(self._device.calls, self._stream, graph)
 
@@ -201,12 +201,12 @@ class CudaStream:
         self._stream.synchronize()
 
     def _require_room(self, n_bytes: int) -> None:
-        """Before a capture: one that runs out of memory cannot be mended.
+        """Raise torch.OutOfMemoryError if there is too little memory for a capture, which must not run out of it.
 
-        Up to torch 2.11, a capture that CUDA has broken off leaves the allocator in the belief that it goes on, and no
-        memory is given back to the device any more in this process (pytorch/pytorch, pull request 180395).
+        In torch up to 2.11, the allocator goes on as if an invalidated capture were still running, and this process can
+        return no more memory to the device (pytorch/pytorch, pull request 180395).
         """
-        torch.cuda.empty_cache()  # what the warm-up took; a capture takes its memory anew, from the pool
+        torch.cuda.empty_cache()  # the memory of the warm-up runs: the capture allocates anew, from the pool
         free, _ = torch.cuda.mem_get_info(self._device.kind)
         if not has_room(n_bytes, free, self._pool_bytes):
             raise torch.OutOfMemoryError(
@@ -216,7 +216,7 @@ class CudaStream:
 
 
 def has_room(n_bytes: int, free_bytes: int, pool_bytes: int) -> bool:
-    """Whether what took `n_bytes` at its peak can be captured; blocks of memory have gaps between them."""
+    """Whether a program that took `n_bytes` at its peak can be captured, with a margin for fragmentation."""
     return n_bytes + n_bytes // 4 + SPARE_BYTES <= free_bytes + pool_bytes
 
 
@@ -224,12 +224,12 @@ class Cuda:
     """The first CUDA device.
 
     Args:
-        graphs: False runs programs kernel by kernel (for comparison).
-        search_s: how long the fastest algorithms of convolutions are looked for; see `searching`.
+        graphs: False runs programs kernel by kernel, for comparison.
+        search_s: how long to search for the fastest convolution algorithms; see `searching`.
 
     Attributes:
-        streams: that nobody uses any more, for those who open one next. For cuBLAS torch keeps memory by stream, 32 MiB
-            on an H200, for ever: every try with smaller batches would take as much again as it was to save.
+        streams: closed streams, for reuse. Torch keeps memory for cuBLAS per stream, 32 MiB on an H200, and never
+            releases it: each attempt with smaller batches would take more of the memory that it should save.
     """
 
     pins = True
@@ -240,7 +240,7 @@ class Cuda:
         self.graphs = graphs
         self.search_left_s = search_s
         self.streams: list[torch.cuda.Stream] = []
-        # Else cuBLAS may add up in half precision what it splits, which moves scores more than all else does here.
+        # Else cuBLAS may sum partial results in half precision, which changes scores more than all else here.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def open_stream(self) -> Stream:
@@ -248,11 +248,11 @@ class Cuda:
 
     @contextmanager
     def searching(self) -> Iterator[None]:
-        """Within it, cuDNN tries all its algorithms where a shape is new to it, as long as there is time left for that.
+        """A context in which cuDNN tries all its algorithms for each new shape, as long as search time is left.
 
-        To build and try them takes up to a second for each convolution and batch size, and a network has hundreds of
-        them in nine sizes. The largest batches come first, where it matters; the rest is left to cuDNN's heuristics.
-        What was found is kept by thread, so it is of no use to programs that other threads run kernel by kernel.
+        Building and trying them takes up to a second per convolution and batch size. With nine batch sizes there are
+        hundreds of these. The largest batches, which matter most, come first; the rest is left to cuDNN's heuristics.
+        Results are cached per thread, so programs that other threads run kernel by kernel do not benefit.
         """
         started = time.perf_counter()
         torch.backends.cudnn.benchmark = self.graphs and self.search_left_s > 0
@@ -267,7 +267,7 @@ class Cuda:
 
     def is_lost(self) -> bool:
         try:
-            torch.cuda.current_stream(self.kind).query()  # an error that sticks comes back with every call
+            torch.cuda.current_stream(self.kind).query()  # a sticky error is returned by every later call
         except RuntimeError:
             return True
         return False

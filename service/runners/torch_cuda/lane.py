@@ -1,9 +1,9 @@
-"""One lane: a stream, its buffers, and a program for every stage and bucket. One batch after the other.
+"""One lane: a stream, its buffers, and a program for every stage and bucket. It runs one batch at a time.
 
-A batch of up to `bucket` rows is filled up to it with rows of `SCRATCH`. Its program reads the rows' slots from a
-buffer that stays where it is, gathers, runs the stage, writes to the slots, and leaves what is told of the rows in
-another. A batch may be put on the stream while the one before it runs: so there are two sets of the buffers on the
-host, which take turns.
+A batch is padded to the size of its bucket with rows of slot `SCRATCH`. Its program reads the rows' slots from a fixed
+buffer, gathers their values, runs the stage, scatters its outputs to the slots, and writes verdicts and logits to
+another fixed buffer. A batch may be launched while the one before it runs, so there are two sets of buffers on the
+host, used in turn.
 """
 
 import struct
@@ -28,21 +28,23 @@ from service.runners.torch_cuda.resize import cut, resize
 from service.runners.torch_cuda.scoring import N_NUMBERS
 
 StageCall = Callable[..., tuple[Tensor, ...]]
-"""A stage, or what computes the same."""
+"""A stage, or a function that computes the same."""
+N_TURNS = 2
+"""Batches of a lane on the stream at once, each with host buffers of its own."""
 
 
 class Lane:
-    """See the module.
+    """A `slotted.Lane`; see the module.
 
     Args:
         device: where it runs; a stream is opened there.
         stages: lowered, on the device; shared by all lanes, as are `values` and `kernels`.
         image_shape: (height, width, 3).
         n_classes: of the network.
-        score: a key of `scoring.SCORES`; None leaves scores, classes and confidences to the caller.
+        score: a key of `scoring.SCORES`; None leaves classes, confidences and scores to the caller.
         max_rows: the largest bucket.
-        pictures: uint8 [places, *image_shape] on the host, see `SlotRunner`; pinned if the device likes that.
-        canvas_px: pictures of up to so many pixels a side are resized here; 0: none are.
+        pictures: uint8 [places, *image_shape] on the host, see `SlotRunner`; pinned if `device.pins`.
+        canvas_px: the largest side of images that are resized here; 0: none are.
     """
 
     def __init__(
@@ -69,23 +71,23 @@ class Lane:
         self._turn = 0
         canvas = (max_rows if canvas_px else 0, canvas_px, canvas_px, 3)
         new_pair = partial(_Pair, device, self.stream)
-        self._slots = new_pair((max_rows,), torch.int64, n_turns=2)
+        self._slots = new_pair((max_rows,), torch.int64)
         self._pictures = pictures
         self._images = torch.zeros((max_rows, *image_shape), dtype=torch.uint8, device=device.kind)
         self._send_pictures = self.stream.copier(self._images, pictures)
-        self._canvases = new_pair(canvas, torch.uint8, n_turns=2)
-        self._cuts = new_pair((max_rows, 2, 3), torch.float64, n_turns=2)
-        self.told = new_pair((max_rows * row_bytes,), torch.uint8, n_turns=2)
-        self._marks = [self.stream.mark() for _ in range(2)]  # by turn
+        self._canvases = new_pair(canvas, torch.uint8)
+        self._cuts = new_pair((max_rows, 2, 3), torch.float64)
+        self.results = new_pair((max_rows * row_bytes,), torch.uint8)
+        self._marks = [self.stream.mark() for _ in range(N_TURNS)]  # by turn
 
     @torch.inference_mode()
     def prepare(self, stage: int, bucket: int, call: StageCall | None = None) -> None:
-        """Make the program of a stage for batches of up to `bucket` rows; `call` takes the stage's place in it."""
+        """Make the program of a stage for batches of up to `bucket` rows; `call` replaces the stage in it."""
         if bucket not in self._buckets:
-            self._buckets[bucket] = _Bucket(self._slots, self.told, bucket, self._n_classes)
+            self._buckets[bucket] = _Bucket(self._slots, self.results, bucket, self._n_classes)
         with self.stream.use():
             self._slots.there.fill_(SCRATCH)
-        if call is None:  # no `or`: what torch.compile makes is neither true nor false
+        if call is None:  # not `or`: what torch.compile returns has no truth value
             call = self._stages[stage]
         self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket, call))
         if stage == 0 and self._canvas_px:
@@ -97,13 +99,13 @@ class Lane:
     def launch(
         self, stage: int, bucket: int, slots: list[int], begin: list[SlotState], with_logits: bool = True
     ) -> Running:
-        """See `slotted.Lane`. What fails on the way is told as it is collected, in its turn: what is on the stream by
-        then still reads the buffers of that turn, and writes to the slots of its rows."""
-        n_rows, of, turn = len(slots), self._buckets[bucket], self._turn
+        """See `slotted.Lane`. If the launch fails half-way, `collect` raises the error, in turn: what is on the stream
+        by then still reads this turn's buffers and writes to the rows' slots."""
+        n_rows, views, turn = len(slots), self._buckets[bucket], self._turn
         self._turn = 1 - turn
         with_logits, mark = with_logits or self._score is None, self._marks[turn]
         try:
-            of.fill(turn, slots)
+            views.fill(turn, slots)
             places = places_of(begin)
             self._slots.send[turn](0, 0, bucket)
             if self._canvas_px > 0 and NOWHERE in places:
@@ -114,37 +116,37 @@ class Lane:
             elif begin:
                 self._send(places)
             self.programs[stage, bucket]()
-            self.told.bring[turn](0, 0, of.told_bytes[with_logits])
+            self.results.receive[turn](0, 0, views.result_bytes[with_logits])
             mark.record()
-        except Exception as error:  # of torch, or CUDA
+        except Exception as error:  # from torch or CUDA
             return Running(partial(self._fail, error), self.stream.query)
-        return Running(partial(self._collect, n_rows, of, turn, mark, with_logits), mark.query)
+        return Running(partial(self._collect, n_rows, views, turn, mark, with_logits), mark.query)
 
     def _fail(self, error: Exception) -> NoReturn:
         self.stream.wait()
         raise error
 
     def _collect(
-        self, n_rows: int, of: "_Bucket", turn: int, mark: Mark, with_logits: bool
+        self, n_rows: int, views: "_Bucket", turn: int, mark: Mark, with_logits: bool
     ) -> tuple[NDArray[np.float32], Heads | None]:
-        mark.synchronize()  # the one synchronisation of a batch: its verdicts are needed here
-        # A copy, as the buffer is that of the batch after the next.
-        logits = of.logits[turn][:n_rows].copy() if with_logits else NO_LOGITS
+        mark.synchronize()  # the only synchronisation of a batch
+        # A copy, as the next batch but one overwrites the buffer.
+        logits = views.logits[turn][:n_rows].copy() if with_logits else NO_LOGITS
         if self._score is None:
             return logits, None
-        # By way of bytes: numpy would pass the interpreter on, for a copy that takes less than to have it back.
-        numbers = np.frombuffer(bytes(of.numbers[turn][: n_rows * N_NUMBERS])).reshape(n_rows, N_NUMBERS)
+        # Through bytes: numpy would release the interpreter lock, and getting it back takes longer than this copy.
+        numbers = np.frombuffer(bytes(views.numbers[turn][: n_rows * N_NUMBERS])).reshape(n_rows, N_NUMBERS)
         return logits, Heads(numbers[:, 0].astype(np.int64), numbers[:, 1], numbers[:, 2])
 
     def _send(self, places: list[int]) -> None:
-        """Pictures of the network's size, from where they lie."""
+        """Send pictures of the network's size from their places."""
         start = 0
         for first, n_rows in stretches(places):
             self._send_pictures(start, first, n_rows)
             start += n_rows
 
     def seconds(self, stage: int, bucket: int, repeats: int) -> float:
-        """What a program takes, `repeats` of them being put on the stream one after the other."""
+        """The mean time of a program over `repeats` runs, launched back to back."""
         program = self.programs[stage, bucket]
         program()
         self.stream.wait()
@@ -162,13 +164,13 @@ class Lane:
         outputs = call(*(inputs[name] for name in stage.inputs))
         made = zip(stage.outputs, outputs, strict=True)
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
-        told, logits = _parts(self.told.there, bucket, self._n_classes)
+        verdicts, logits = _parts(self.results.there, bucket, self._n_classes)
         if self._score is not None:
-            self._kernels.judge(outputs[0], self._score, told)
+            self._kernels.judge(outputs[0], self._score, verdicts)
         logits.copy_(outputs[0])
 
     def _lay_out(self, turn: int, begin: Sequence[SlotState]) -> None:
-        """Pictures of any size into the corners of their canvases."""
+        """Write images of any size into the corners of the canvases."""
         canvases, cuts, pictures = self._canvases.arrays[turn], self._cuts.arrays[turn], self._pictures.numpy()
         for i, row in enumerate(begin):
             image = row.block.values[IMAGES] if row.place == NOWHERE else pictures[row.place]
@@ -183,52 +185,47 @@ class Lane:
 
 
 class _Pair:
-    """A buffer on the host, pinned if the device likes that, and its twin on the device. Neither ever moves.
-
-    Args:
-        n_turns: how many there are on the host, for one twin.
+    """`N_TURNS` buffers on the host, pinned if `device.pins`, and one on the device. None ever moves.
 
     Attributes:
-        arrays: by turn, those on the host.
-        send, bring: by turn, what copies to the device and back.
+        turns, arrays: the buffers on the host, by turn.
+        send, receive: copy from them to the device and back, by turn.
     """
 
-    def __init__(
-        self, device: Device, stream: Stream, shape: Sequence[int], dtype: torch.dtype, n_turns: int = 1
-    ) -> None:
-        self.turns = [torch.zeros(shape, dtype=dtype, pin_memory=device.pins) for _ in range(n_turns)]
+    def __init__(self, device: Device, stream: Stream, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self.turns = [torch.zeros(shape, dtype=dtype, pin_memory=device.pins) for _ in range(N_TURNS)]
         self.host, self.there = self.turns[0], torch.zeros(shape, dtype=dtype, device=device.kind)
         self.arrays = [host.numpy() for host in self.turns]
         self.send = [stream.copier(self.there, host) for host in self.turns]
-        self.bring = [stream.copier(host, self.there) for host in self.turns]
+        self.receive = [stream.copier(host, self.there) for host in self.turns]
 
 
 class _Bucket:
-    """What a batch of a bucket reads and writes of the lane's buffers: made once, as views take time to make.
+    """Views of the lane's buffers for batches of one bucket, made once because making them takes time.
 
     Attributes:
-        told_bytes: without logits and with them.
+        result_bytes: the size of the results without logits, and with them.
     """
 
-    def __init__(self, slots: _Pair, told: _Pair, bucket: int, n_classes: int) -> None:
+    def __init__(self, slots: _Pair, results: _Pair, bucket: int, n_classes: int) -> None:
         n_bytes = bucket * 8 * N_NUMBERS
-        self.told_bytes = (n_bytes, n_bytes + bucket * 4 * n_classes)
+        self.result_bytes = (n_bytes, n_bytes + bucket * 4 * n_classes)
         # By turn.
         self._slots = [host[:bucket].numpy().data for host in slots.turns]
         self._format = struct.Struct(f"{bucket}q")
-        parts = [_parts(host, bucket, n_classes) for host in told.turns]
+        parts = [_parts(host, bucket, n_classes) for host in results.turns]
         self.numbers = [numbers.view(-1).numpy().data for numbers, _ in parts]
         self.logits: list[NDArray[np.float32]] = [logits.numpy() for _, logits in parts]
 
     def fill(self, turn: int, slots: list[int]) -> None:
-        """Write the slots of a batch; `struct` takes less time for it than numpy."""
+        """Write the slots of a batch, padded with `SCRATCH`. `struct` is faster at this than numpy."""
         rest = [SCRATCH] * (len(self._slots[turn]) - len(slots))
         self._format.pack_into(self._slots[turn], 0, *slots, *rest)
 
 
-def _parts(told: Tensor, bucket: int, n_classes: int) -> tuple[Tensor, Tensor]:
-    """What is told of `bucket` rows [rows, N_NUMBERS] and their logits [rows, classes] in one run of bytes."""
+def _parts(results: Tensor, bucket: int, n_classes: int) -> tuple[Tensor, Tensor]:
+    """Views of a buffer of bytes: the verdicts of `bucket` rows [rows, N_NUMBERS], and their logits [rows, classes]."""
     middle = bucket * 8 * N_NUMBERS
     end = middle + bucket * 4 * n_classes
-    numbers = told[:middle].view(torch.float64).view(bucket, N_NUMBERS)
-    return numbers, told[middle:end].view(torch.float32).view(bucket, n_classes)
+    verdicts = results[:middle].view(torch.float64).view(bucket, N_NUMBERS)
+    return verdicts, results[middle:end].view(torch.float32).view(bucket, n_classes)

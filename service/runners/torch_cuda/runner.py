@@ -1,4 +1,4 @@
-"""The runner: a network's stages as programs of a device, and the values that rows keep there."""
+"""The runner: a network's stages as programs on a device, and the values that rows keep there."""
 
 from collections.abc import Sequence
 
@@ -24,39 +24,39 @@ from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
 from service.runners.torch_cuda.scoring import SCORES
 
-BROKEN_OFF = "previous error during capture"
+CAPTURE_FAILED = "previous error during capture"
 MANY_BYTES = 1 << 20  # of pictures
 MANY_RUNS = 4
 COPY_THREADS = 8  # an H200's host copied no faster with 16
-N_LANES = 2  # while what one lane has to tell travels, the other one's batch runs
+N_LANES = 2  # while the results of one lane are copied, the other's batch runs
 
 
 class TorchCudaRunner(SlotRunner[Lane]):
     """Runs a network's stages as CUDA graphs; see `base.Runner` for the contract.
 
-    A row's logits depend on the rows beside it by the bucket alone that its batch falls in: libraries choose other
-    algorithms for other sizes, which differ in the last bits.
+    A row's logits depend on the other rows of its batch only through the batch's bucket: libraries choose different
+    algorithms for different sizes, and their results differ in the last bits.
 
     Args:
         network: with exits, in evaluation mode; see `models.staging.split`.
         image_shape: (height, width, 3) of the uint8 images.
         mean, std: of the network's normalisation.
-        score: a key of `scoring.SCORES` that is worked out on the device; None leaves that to the caller.
-        max_rows: the largest batch; less where the device's memory ends before, see `warm_up`.
-        max_in_flight_rows: images in work at once; each has a slot on the device.
+        score: a key of `scoring.SCORES`, computed on the device; None leaves scores to the caller.
+        max_rows: the largest batch; `warm_up` lowers it if the device has too little memory.
+        max_in_flight_rows: images in flight at once; each has a slot on the device.
         device: by default the first GPU.
         dtype: of maps and convolutions.
         n_lanes: batches at once.
-        canvas_px: `first_state` takes pictures of up to so many pixels a side, which are cut and scaled on the device
-            (see `resize`); a batch with one of them crosses as canvases of that size. 0: it takes none.
-        compilers: each makes of a stage what computes the same, perhaps faster. All are tried on full batches, whose
-            stages the fastest takes the place of; the first `warm_up` takes as long as they take.
-        ways: which are taken; by default all in float16 on a GPU, else that alone which needs none.
+        canvas_px: `first_state` takes images of other sizes up to this side, which are cropped and scaled on the device
+            (see `resize`); a batch with such an image is sent as canvases of this size. 0: it takes none.
+        compilers: each turns a stage into an equivalent that may be faster. All are tried at the largest bucket, and
+            the fastest is used there. The first `warm_up` includes the time to compile.
+        ways: the optimisations to use. By default all with float16 on a GPU, else only the one that needs no GPU.
 
     Raises:
-        RunnerError: the device has no room for the slots, or cannot run the stages; half precision is too narrow for
-            them; or a number is out of range.
-        StagingError: the network cannot be cut into stages.
+        RunnerError: the device has too little memory for the slots, or cannot run the stages; the logits overflow
+            `dtype`; or a number is out of range.
+        StagingError: the network cannot be split into stages.
     """
 
     runs_ahead = True
@@ -82,7 +82,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         if self.is_on_gpu:
             torch.set_num_threads(min(COPY_THREADS, torch.get_num_threads()))
         self.score, self.canvas_px, self._compilers = score, canvas_px, compilers or {}
-        self.compiled: dict[int, str] = {}  # stages of full batches that were replaced, and by what
+        self.compiled: dict[int, str] = {}  # stages replaced at the largest bucket, and by which compiler
         stages = cut(network, image_shape, mean, std)
         try:
             super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)
@@ -95,10 +95,10 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 self._open_lanes()
         except RunnerError:
             raise
-        except RuntimeError as error:  # torch's allocator, or a library of CUDA's
+        except RuntimeError as error:  # from torch's allocator, or a CUDA library
             if self._is_out_of_memory(error):
                 raise RunnerError(
-                    f"the device has no room for the state of {max_in_flight_rows} images in work: lower "
+                    f"the device has no room for the state of {max_in_flight_rows} images in flight: lower "
                     f"--max-in-flight or --max-batch-rows ({words_of(error)})"
                 ) from error
             kind = FatalRunnerError if self._is_lost(error) else RunnerError
@@ -126,11 +126,11 @@ class TorchCudaRunner(SlotRunner[Lane]):
         return super().first_state(image)
 
     def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
-        """By all cores where they are many bytes: one brings some 5 GB/s, which is 30,000 pictures of 224 px a second,
-        and a GPU may want more. Threads of torch, since those of Python would wait for the interpreter twice each.
+        """Copy with several threads if there is much to copy: one core copies some 5 GB/s, which is 30,000 images/s of
+        224 px, and a GPU may take more. The threads are torch's: Python's would each wait for the interpreter twice.
 
-        Not so small pictures, which one core copies in less time than the engine takes for them: torch passes the
-        interpreter on at every step, and to have it back takes longer.
+        Small pictures are copied by one core, in less time than the engine takes for them. Torch releases the
+        interpreter lock at every operation, and getting it back would take longer than that.
         """
         if there.nbytes < MANY_BYTES or there[0].size <= MANY_NUMBERS or not images.flags.writeable:
             return super()._copy(images, which, there)
@@ -146,8 +146,8 @@ class TorchCudaRunner(SlotRunner[Lane]):
 
     @torch.inference_mode()
     def _open_lane(self) -> Lane:
-        told = (self._n_classes, self.score, self.max_rows, torch.from_numpy(self.pictures), self.canvas_px)
-        return Lane(self.device, self.stages, self.values, self.kernels, self.image_shape, *told)
+        options = (self._n_classes, self.score, self.max_rows, torch.from_numpy(self.pictures), self.canvas_px)
+        return Lane(self.device, self.stages, self.values, self.kernels, self.image_shape, *options)
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -158,15 +158,14 @@ class TorchCudaRunner(SlotRunner[Lane]):
         return self.device.is_lost()
 
     def _is_out_of_memory(self, error: Exception) -> bool:
-        """Said by torch's allocator, CUDA or its libraries, here or before a capture was broken off; or hidden by the
-        capture itself.
+        """Whether an error, or the one during whose handling it was raised, means that memory has run out.
 
-        In a capture, torch may try to free memory before it says that there is none, which CUDA does not allow: what
-        then comes out is that the capture is invalid (pytorch/pytorch, issue 159594).
+        It may also surface as an invalid capture. In a capture, torch may try to free memory before it reports that
+        there is none; CUDA does not allow this and invalidates the capture (pytorch/pytorch, issue 159594).
         """
-        said = [one for one in (error, error.__context__) if one is not None]
+        errors = [e for e in (error, error.__context__) if e is not None]
         return any(
-            isinstance(one, torch.OutOfMemoryError) or is_out_of_memory(one) or BROKEN_OFF in str(one) for one in said
+            isinstance(e, torch.OutOfMemoryError) or is_out_of_memory(e) or CAPTURE_FAILED in str(e) for e in errors
         )
 
     def _release_memory(self) -> None:
@@ -183,16 +182,16 @@ def open_torch_runner(
     compile_stages: bool = False,
     canvas_px: int = 0,
 ) -> TorchCudaRunner:
-    """Make the runner of a bundle.
+    """Open the runner of a bundle.
 
     Args:
         device: by default the first GPU.
         dtype: by default half precision on a GPU, float32 on the host.
-        compile_stages: whether torch.compile is tried on every stage: minutes.
+        compile_stages: whether `COMPILERS` are tried on every stage, which takes minutes.
         canvas_px: see `TorchCudaRunner`.
 
     Raises:
-        RunnerError: there is no GPU, the bundle's network cannot be rebuilt, or the device has no room.
+        RunnerError: there is no GPU, or the network cannot be rebuilt; else see `TorchCudaRunner`.
     """
     if device is None and not torch.cuda.is_available():
         raise RunnerError(
@@ -219,20 +218,20 @@ def open_torch_runner(
 
 
 def _run_once(stages: Sequence[Stage], images: Tensor, dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
-    """Run all stages; returns what they make that a later one reads, by name, and the number of classes.
+    """Run all stages; returns the values that a later stage reads, by name, and the number of classes.
 
     Raises:
-        RunnerError: a later stage reads the images, or logits are no finite numbers: float16 ends at 65,504, and every
-            image would be answered by whatever comes of that, at the full cost.
+        RunnerError: a later stage reads the images; or logits are not finite: float16 ends at 65,504. Every image would
+            run through all stages, for an answer computed from infinities.
     """
     state = {IMAGES: images}
     for i, stage in enumerate(stages):
         if i and IMAGES in stage.inputs:
             raise RunnerError(f"stage {i + 1} reads the images, which only the first one can: choose the runner onnx")
         state.update(zip(stage.outputs, stage(*(state[name] for name in stage.inputs)), strict=True))
-        if not bool(state[stage.outputs[0]].isfinite().all()):  # waits for the device, once a stage
+        if not bool(state[stage.outputs[0]].isfinite().all()):  # waits for the device, once per stage
             raise RunnerError(
-                f"stage {i + 1} gives logits that are no finite numbers where maps are {str(dtype)[6:]}, which ends at "
+                f"stage {i + 1} gives logits that are not finite with maps in {str(dtype)[6:]}, which ends at "
                 f"{torch.finfo(dtype).max:,.6g}: choose the runner onnx"
             )
     read = {name for stage in stages for name in stage.inputs} - {IMAGES}

@@ -150,7 +150,7 @@ def test_no_room_for_the_state_is_told_whoever_says_it(bundle: Bundle, monkeypat
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\n")
 
     monkeypatch.setattr("service.runners.torch_cuda.runner.Values", full)
-    with pytest.raises(RunnerError, match=r"no room for the state of 8 images in work: .*-in-flight.*FAILED\)"):
+    with pytest.raises(RunnerError, match=r"no room for the state of 8 images in flight: .*-in-flight.*FAILED\)"):
         open_torch_runner(bundle, 4, 8, device=Host())
 
 
