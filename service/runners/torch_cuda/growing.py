@@ -1,9 +1,9 @@
-"""Maps that grow layer by layer, as a dense network's do, stay where they are.
+"""Lets maps that grow layer by layer, as in a dense network, grow in place.
 
-Every layer puts its maps beside those of all layers before it, which are copied each time. So the first of such a row
-of maps gets room for the last, and every layer writes behind what is there. The last one is as if it had been put
-together at once. All others lie with gaps between their pixels, which matrix products read as they are: so a map that
-anything else reads is none of them.
+Each layer concatenates its maps to those of all layers before it, which would copy those each time. Instead, the first
+map of such a chain is allocated with room for the last, and each layer writes its channels behind those already there.
+The last map of a chain is laid out as usual. All others have gaps between their pixels, which only matrix products can
+read: a map that anything else reads is not part of a chain.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ from service.runners.torch_cuda.replaced import N_CHANNELS, Concat
 
 
 def grow_in_place(stages: Sequence[Stage]) -> None:
-    """Find the rows of maps in lowered stages, and have them grow.
+    """Find the chains of growing maps in lowered stages, and make them grow in place.
 
-    What an earlier stage has left is the first of a row if no other stage reads it: it is gathered with room.
+    A value of an earlier stage can start a chain if no other stage reads it: it is then gathered with room.
     """
     readers = Counter(name for stage in stages for name in stage.inputs)
     for stage in stages:
@@ -27,23 +27,23 @@ def grow_in_place(stages: Sequence[Stage]) -> None:
         for node in stage.graph.nodes:
             if node in grown or _concat(node, stage) is None:
                 continue
-            row = [node]
-            while (following := _grown_from(row[-1], stage)) is not None:
-                row.append(following)
-            grown.update(row)
-            room, first = row[-1].meta.get(N_CHANNELS), _first(node)
-            is_left = first.op == "placeholder" and readers[str(first.target)] == 1
-            is_left = is_left and _grown_from(first, stage) is node
-            if room is None or room % ALIGNED or (len(row) == 1 and not is_left):
+            chain = [node]
+            while (following := _grown_from(chain[-1], stage)) is not None:
+                chain.append(following)
+            grown.update(chain)
+            room, first = chain[-1].meta.get(N_CHANNELS), _first(node)
+            is_carried = first.op == "placeholder" and readers[str(first.target)] == 1
+            is_carried = is_carried and _grown_from(first, stage) is node
+            if room is None or room % ALIGNED or (len(chain) == 1 and not is_carried):
                 continue
-            for i, each in enumerate(row):
+            for i, each in enumerate(chain):
                 concat = _concat(each, stage)
                 assert concat is not None
-                concat.room, concat.appends = room, i > 0 or is_left
+                concat.room, concat.appends = room, i > 0 or is_carried
 
 
 def rooms(stages: Sequence[Stage]) -> dict[str, int]:
-    """Channels that values are to be gathered with room for, by name."""
+    """For how many channels to leave room when values are gathered, by name."""
     found = {}
     for stage in stages:
         for node in stage.graph.nodes:
@@ -61,14 +61,14 @@ def _first(concat: fx.Node) -> fx.Node:
 
 
 def _grown_from(node: fx.Node, stage: Stage) -> fx.Node | None:
-    """What puts maps behind this one, if all else that reads it are products."""
+    """The concatenation that has this map as its first, if all its other readers are matrix products."""
     following = [user for user in node.users if _concat(user, stage) is not None]
     others = [user for user in node.users if user not in following]
     if len(following) != 1 or not all(_is_product(user, stage) for user in others):
         return None
     maps = following[0].args[0]
     assert isinstance(maps, (list, tuple))
-    return following[0] if [i for i, one in enumerate(maps) if one is node] == [0] else None
+    return following[0] if [i for i, source in enumerate(maps) if source is node] == [0] else None
 
 
 def _concat(node: fx.Node, stage: Stage) -> Concat | None:

@@ -1,9 +1,9 @@
 """One lane: a stream, its buffers, and a program for every stage and bucket. It runs one batch at a time.
 
 A batch is padded to the size of its bucket with rows of slot `SCRATCH`. Its program reads the rows' slots from a fixed
-buffer, gathers their values, runs the stage, scatters its outputs to the slots, and writes verdicts and logits to
-another fixed buffer. A batch may be launched while the one before it runs, so there are two sets of buffers on the
-host, used in turn.
+buffer, gathers their values, runs the stage, scatters its outputs to the slots, and writes heads (`base.Heads`) and
+logits to another fixed buffer. A batch may be launched while the one before it runs, so there are two sets of buffers
+on the host, used in turn.
 """
 
 import struct
@@ -164,9 +164,9 @@ class Lane:
         outputs = call(*(inputs[name] for name in stage.inputs))
         made = zip(stage.outputs, outputs, strict=True)
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
-        verdicts, logits = _parts(self.results.there, bucket, self._n_classes)
+        heads, logits = _parts(self.results.there, bucket, self._n_classes)
         if self._score is not None:
-            self._kernels.judge(outputs[0], self._score, verdicts)
+            self._kernels.judge(outputs[0], self._score, heads)
         logits.copy_(outputs[0])
 
     def _lay_out(self, turn: int, begin: Sequence[SlotState]) -> None:
@@ -224,8 +224,8 @@ class _Bucket:
 
 
 def _parts(results: Tensor, bucket: int, n_classes: int) -> tuple[Tensor, Tensor]:
-    """Views of a buffer of bytes: the verdicts of `bucket` rows [rows, N_NUMBERS], and their logits [rows, classes]."""
+    """Views of a buffer of bytes: the heads of `bucket` rows [rows, N_NUMBERS], and their logits [rows, classes]."""
     middle = bucket * 8 * N_NUMBERS
     end = middle + bucket * 4 * n_classes
-    verdicts = results[:middle].view(torch.float64).view(bucket, N_NUMBERS)
-    return verdicts, results[middle:end].view(torch.float32).view(bucket, n_classes)
+    heads = results[:middle].view(torch.float64).view(bucket, N_NUMBERS)
+    return heads, results[middle:end].view(torch.float32).view(bucket, n_classes)

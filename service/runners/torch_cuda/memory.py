@@ -1,8 +1,8 @@
-"""What rows keep in their slots on the device.
+"""The values that rows keep in their slots on the device.
 
-Every value that a later stage reads has one tensor [slots, ...]; a row has the same slot in all of them. A stage
-gathers what it reads by the rows' slots and writes what it makes to the same slots, so regrouping copies nothing, and
-what a stage does not read stays where it is.
+Every value that a later stage reads has one tensor [slots, ...], its store; a row has the same slot in all of them. A
+stage gathers its inputs by the rows' slots and scatters its outputs to the same slots. Regrouping rows therefore copies
+nothing, and a value that a stage does not read stays in place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from service.runners.torch_cuda.kernels import VECTOR_BYTES, Kernels, lies_in_ru
 
 
 class Values:
-    """What rows keep in their slots, by name.
+    """The stores of values, by name.
 
-    Maps lie as [slots, height, width, channels]: so rows are runs of memory whatever a device's gather does with
-    strides, and what is gathered is channels-last as it lies.
+    Stores of maps are [slots, height, width, channels]. A row is then one run of memory, whatever a device's gather
+    does with strides, and gathered maps are channels-last without a conversion.
 
     Args:
-        examples: of every value, [rows, ...]; shape, type and device count.
-        kernels: of the device; one moves several values at once.
-        rooms: channels that a map is gathered with room for, by its name, if the kernel does it; see `growing`.
+        examples: of every value, [rows, ...]; their shape, type and device are used.
+        kernels: the custom kernels of the device; `move` moves several values at once.
+        rooms: for how many channels to leave room when a map is gathered by `move`, by its name; see `growing`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Values:
         return name in self._stores
 
     def gather(self, names: Sequence[str], slots: Tensor) -> list[Tensor]:
-        """Return values of the rows in `slots` (int64 [rows], on the device), in that order."""
+        """Return values of the rows in `slots` (int64 [rows], on the device), in the order of `names`."""
         stores = {name: self._stores[name] for name in names}
         together = [name for name in stores if self._moves(stores[name])]
         rows = {name: self._empty_rows(name, len(slots)) for name in together}
@@ -61,7 +61,7 @@ class Values:
         return [_channels_second((rows if name in rows else alone)[name]) for name in names]
 
     def scatter(self, values: Mapping[str, Tensor], slots: Tensor) -> None:
-        """Write values of the rows in `slots`; slots are distinct, but for `SCRATCH`."""
+        """Write values of the rows in `slots`, which are distinct except for `SCRATCH`."""
         together = []
         for name, value in values.items():
             store, rows = self._stores[name], _channels_last(value)

@@ -1,8 +1,8 @@
-"""From a bundle to stages that a device runs fast: the network rebuilt, cut, and lowered.
+"""From a bundle to stages that run fast on a device: the network is rebuilt, cut into stages, and lowered.
 
-Lowered means: BatchNorm folded into the convolution before it, bias and ReLU joined, maps and weights channels-last,
-convolutions in half precision. Linear layers, and with them logits, their ensemble and scores, stay in float32. In
-float16 on a GPU, maps are widened to multiples of eight channels, and the device's own kernels do what they can.
+Lowering folds BatchNorm into the convolution before it, joins bias and ReLU, makes maps and weights channels-last, and
+puts convolutions in half precision. Linear layers, and with them logits, their ensemble and scores, stay in float32. In
+float16 on a GPU, maps are padded to multiples of eight channels, and custom kernels replace torch's where they exist.
 """
 
 from collections import Counter
@@ -30,29 +30,29 @@ from service.runners.torch_cuda.small_conv import use_small_convs
 from service.runners.torch_cuda.widening import widen
 
 WEIGHTS = "weights.safetensors"
-CHANNELS = 8  # of half precision: 16 bytes, as tensor cores and the kernels read them
+CHANNELS = 8  # in half precision 16 bytes, the unit that tensor cores and the custom kernels read
 POOLING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
-Join = Callable[[nn.Conv2d, Any], nn.Module | None]  # None: it cannot
+Join = Callable[[nn.Conv2d, Any], nn.Module | None]  # None: it cannot join them
 
 
 def load_network(bundle: Bundle) -> nn.Module:
     """Rebuild a bundle's network with its weights, float32, in evaluation mode, on the CPU.
 
     Raises:
-        RunnerError: the bundle says of its network no more than its ONNX graphs, or its weights do not fit it.
+        RunnerError: the architecture is not a built-in one, or the weights or the manifest do not fit the network.
     """
     manifest = bundle.manifest
     if manifest.architecture not in ARCHITECTURES:
         raise RunnerError(
-            f"the runner torch-cuda rebuilds networks of the kinds {', '.join(ARCHITECTURES)}, and this bundle's is "
+            f"the runner torch-cuda can rebuild only {', '.join(ARCHITECTURES)}, and this bundle's network is "
             f"{manifest.architecture!r}: choose the runner onnx, or auto"
         )
     try:
         network = build_network(manifest.architecture, manifest.arguments)
-        network.load_state_dict(load_file(bundle.path / WEIGHTS))  # what is stored in half precision is widened
+        network.load_state_dict(load_file(bundle.path / WEIGHTS))  # copies weights stored in half precision to float32
         built: Any = network.n_exits, network.config.n_classes  # type: ignore[union-attr]
         if built != (len(manifest.exits), len(manifest.class_names)):
-            raise ValueError(f"{built[0]} exits and {built[1]} classes, of which the manifest has others")
+            raise ValueError(f"it has {built[0]} exits and {built[1]} classes, the manifest other numbers")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunnerError(
             f"{bundle.path}: the weights do not fit the network of the manifest ({error}): export the bundle again, or "
@@ -62,7 +62,7 @@ def load_network(bundle: Bundle) -> nn.Module:
 
 
 def cut(network: nn.Module, image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> list[Stage]:
-    """Cut a network into stages, the first of which takes uint8 images [rows, height, width, 3]; see `split`."""
+    """Split a network into stages; the first takes uint8 images [rows, height, width, 3]. See `staging.split`."""
     example = torch.randint(0, 256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return split(network, example, Normalise(mean, std)).stages
 
@@ -76,12 +76,12 @@ def lower(
     kernels: Kernels | None = None,
     ways: Ways | None = None,
 ) -> list[Stage]:
-    """Lower stages for a device; they are changed and returned.
+    """Lower stages for a device, in place; returns them.
 
     Args:
-        bias_relu: joins both after a convolution.
-        kernels: of the device, for float16; None: it has none.
-        ways: by default none.
+        bias_relu: adds a bias and applies ReLU, for convolutions without a fused kernel; None: torch's operations do.
+        kernels: the custom kernels of the device, for float16; by default none.
+        ways: the optimisations to use; by default none.
     """
     ways, kernels = ways or Ways.none(), kernels or Kernels()
     multiply = ways.product and can_multiply(device, dtype)
@@ -106,7 +106,7 @@ def lower(
         replace_maps(stage, kernels)
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
-                # Module.to knows memory formats, its annotations do not.
+                # Module.to accepts memory formats, but its annotations do not.
                 module.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         stage.to(device)
     if ways.grown and "concat" in kernels:
@@ -117,7 +117,7 @@ def lower(
 
 
 def _merge(stage: Stage, kind: type[nn.Module], join: Join) -> None:
-    """Let what `join` makes of a convolution and of the module that alone reads it take the place of both."""
+    """Replace each convolution and the module of type `kind` that alone reads it by what `join` makes of the two."""
     modules = dict(stage.named_modules())
     calls = Counter(node.target for node in stage.graph.nodes if node.op == "call_module")
     for node in list(stage.graph.nodes):
@@ -136,15 +136,15 @@ def _merge(stage: Stage, kind: type[nn.Module], join: Join) -> None:
 
 
 def _round_weights(stage: Stage, dtype: torch.dtype) -> None:
-    """Make weights numbers of `dtype`, before they are stored as such."""
+    """Round weights to numbers of `dtype`, so that the conversion to `dtype` changes nothing."""
     for module in stage.modules():
         if isinstance(module, nn.Conv2d):
             module.weight = nn.Parameter(rounded(module.weight.detach(), dtype), requires_grad=False)
 
 
 def _narrow(stage: Stage, dtype: torch.dtype) -> None:
-    """Have maps made in `dtype` from the normalised images on, and in float32 again where a linear layer reads them, or
-    means of them."""
+    """Convert normalised images to `dtype`, and maps back to float32 before a linear layer, or before the pooling in
+    front of it."""
     modules = dict(stage.named_modules())
     graph: fx.Graph = stage.graph
     for node in list(graph.nodes):
@@ -165,7 +165,7 @@ def _narrow(stage: Stage, dtype: torch.dtype) -> None:
 
 
 def _is_pooled(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node is what lies between a map and a linear layer: means of the map, or its values in a row."""
+    """Whether a node is average pooling or flattening, as before a linear layer."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], POOLING)
     return node.target in ("flatten", torch.flatten)

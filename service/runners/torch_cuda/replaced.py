@@ -1,6 +1,6 @@
-"""What takes the place of parts of a lowered stage whose work the device's own kernels do.
+"""Replaces concatenation and max pooling in a lowered stage by modules that call the custom kernels.
 
-A compiler that looks into them finds torch's operations.
+While a compiler traces them, these modules use torch's operations.
 """
 
 import operator
@@ -14,15 +14,15 @@ from models.staging import Stage
 from service.runners.torch_cuda.kernels import Kernels
 
 N_CHANNELS = "n_channels"
-"""What a node of a map says of it, in `meta`."""
+"""The key in a node's `meta` of the number of channels of its map."""
 
 
 class Concat(nn.Module):
-    """Maps beside each other along their channels.
+    """Concatenates maps along their channels.
 
     Args:
-        room: channels there is to be place for from pixel to pixel.
-        appends: whether the first map has come from one of these, with room for the others.
+        room: for how many channels each pixel of the result has room.
+        appends: whether the first map already has room for the others; see `growing`.
     """
 
     def __init__(self, kernels: Kernels, room: int = 0, appends: bool = False) -> None:
@@ -38,7 +38,7 @@ class Concat(nn.Module):
 
 
 class MaxPool(nn.Module):
-    """Of squares, without telling where the largest lies."""
+    """Max pooling over squares, without indices."""
 
     def __init__(self, size: int, stride: int, padding: int, kernels: Kernels) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class MaxPool(nn.Module):
 
 
 def replace_maps(stage: Stage, kernels: Kernels) -> None:
-    """Have maps put beside each other and pooled by kernels, as far as there are some."""
+    """Replace concatenations and max pooling by custom kernels, as far as `kernels` has them."""
     for node in list(stage.graph.nodes):
         made: nn.Module | None = None
         if is_concat(node) and "concat" in kernels:
@@ -72,7 +72,7 @@ def replace_maps(stage: Stage, kernels: Kernels) -> None:
 
 
 def is_concat(node: fx.Node) -> bool:
-    """Whether a node puts maps beside each other along their channels."""
+    """Whether a node concatenates maps along their channels."""
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -82,14 +82,14 @@ def is_concat(node: fx.Node) -> bool:
 def _as_max_pool(module: nn.Module, kernels: Kernels) -> MaxPool | None:
     if not isinstance(module, nn.MaxPool2d) or module.return_indices or module.ceil_mode:
         return None
-    numbers = [_one(number) for number in (module.kernel_size, module.stride, module.padding, module.dilation)]
+    numbers = [_of_square(number) for number in (module.kernel_size, module.stride, module.padding, module.dilation)]
     if any(number is None for number in numbers) or numbers[3] != 1:
         return None
     size, stride, padding = map(operator.index, numbers[:3])  # type: ignore[arg-type]
     return MaxPool(size, stride, padding, kernels)
 
 
-def _one(number: int | tuple[int, ...]) -> int | None:
-    """The number of both sides; None: they have two."""
+def _of_square(number: int | tuple[int, ...]) -> int | None:
+    """The number if it is the same for both sides, else None."""
     both = (number, number) if isinstance(number, int) else number
     return both[0] if both[0] == both[1] else None

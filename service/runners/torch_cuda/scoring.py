@@ -1,6 +1,6 @@
-"""What an exit says of every row, worked out where its logits are: `models.exits` in torch.
+"""Class, confidence and score of every row, computed on the device: `models.exits` in torch.
 
-In float64, as there: it costs next to nothing beside the stage, and scores agree to the last digits.
+In float64, as there: it costs next to nothing compared with the stage, and scores agree to the last digits.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 N_NUMBERS = 3
-"""Class, confidence and score: what is told of a row."""
+"""Per row: class, confidence and score; see `base.Heads`."""
 
 
-def judge_by_torch(logits: Tensor, score: str, told: Tensor) -> None:
-    """What `Kernels.judge` does, in torch.
+def judge_by_torch(logits: Tensor, score: str, heads: Tensor) -> None:
+    """The same as `Kernels.judge`, in torch.
 
-    In few kernels, since each takes as long as the next however small it is: columns [rows, 1] and no branches; what
-    comes of a margin that is no finite number is no number either, and is replaced once, at the end.
+    It launches few kernels, as each takes the same time however small it is: columns [rows, 1] and no branches. If the
+    margin is not finite, it becomes NaN and so do the results, which are replaced once, at the end.
     """
     wide = logits.to(torch.float64, copy=True)
     (top, second), (first, _) = (part.split(1, dim=1) for part in wide.topk(2, dim=1))
@@ -29,20 +29,20 @@ def judge_by_torch(logits: Tensor, score: str, told: Tensor) -> None:
     beside = runner_up * rest
     confidence = (1.0 + beside).reciprocal()
     scores = SCORES[score](Parts(margin, others, weights, rest, runner_up, beside, confidence))
-    told[:, :1].copy_(first)
-    torch.nan_to_num(confidence, 0.0, 0.0, 0.0, out=told[:, 1:2])
-    torch.nan_to_num(scores, -torch.inf, -torch.inf, -torch.inf, out=told[:, 2:])
+    heads[:, :1].copy_(first)
+    torch.nan_to_num(confidence, 0.0, 0.0, 0.0, out=heads[:, 1:2])
+    torch.nan_to_num(scores, -torch.inf, -torch.inf, -torch.inf, out=heads[:, 2:])
 
 
 class Parts(NamedTuple):
-    """What scores are made of, [rows, 1] but for two."""
+    """What scores are computed from, [rows, 1] unless noted."""
 
     margin: Tensor  # between the leading class and the runner-up
-    others: Tensor  # [rows, classes]: logits less the runner-up's, the leading one at -inf
-    weights: Tensor  # their exp, likewise
-    rest: Tensor  # the sum of these
-    runner_up: Tensor  # weight of the runner-up, where the leading class has 1
-    beside: Tensor  # weight of all but the leading class, likewise
+    others: Tensor  # [rows, classes]: logits minus the runner-up's; -inf for the leading class
+    weights: Tensor  # [rows, classes]: exp of `others`
+    rest: Tensor  # the sum of `weights`
+    runner_up: Tensor  # the weight of the runner-up if that of the leading class is 1
+    beside: Tensor  # the weight of all classes but the leading one, on the same scale
     confidence: Tensor
 
 
@@ -59,7 +59,7 @@ def _probability_margin(parts: Parts) -> Tensor:
 
 
 def _entropy(parts: Parts) -> Tensor:
-    # Classes without weight add nothing, though 0 x -inf is no number.
+    # Classes without weight add nothing, but 0 x -inf would be NaN.
     surprise = torch.where(parts.weights > 0, parts.weights * (parts.others - parts.margin), 0.0)
     return parts.runner_up * surprise.sum(dim=1, keepdim=True) * parts.confidence - parts.beside.log1p()
 

@@ -310,7 +310,7 @@ def test_what_cannot_be_rebuilt_is_told(bundle: Bundle) -> None:
     with pytest.raises(RunnerError, match="do not fit the network of the manifest"):
         open_torch_runner(Bundle(bundle.path, wrong, bundle.calibration), 8, 8, device=Host())
     fewer = bundle.manifest.model_copy(update={"class_names": bundle.manifest.class_names[:3]})
-    with pytest.raises(RunnerError, match="4 exits and 10 classes, of which the manifest has others"):
+    with pytest.raises(RunnerError, match="it has 4 exits and 10 classes, the manifest other numbers"):
         open_torch_runner(Bundle(bundle.path, fewer, bundle.calibration), 8, 8, device=Host())
 
 
