@@ -1,4 +1,4 @@
-"""Stages as compilers make them, which take the place of those that they beat in full batches (`--compile-stages`)."""
+"""Tries compilers on stages, and replaces a stage at the largest bucket if that is faster (`--compile-stages`)."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 COMPILED_GAIN = 1.03  # below it, noise would decide
 COMPILED_REPEATS = 20
-SAME = 0.02  # of the largest value: half precision, summed up in another order
+SAME = 0.02  # of the largest value: sums in half precision depend on the order
 
 
 def compile_stage(stage: Stage) -> StageCall:
-    """`torch.compile` for one shape. Each stage is a program of its own, so that torch's limit of recompilations, after
-    which it silently runs what it was given, is never met."""
+    """`torch.compile` for one shape. Stages are compiled separately, so that torch's recompilation limit, past which it
+    silently runs the original, is never reached."""
     compiled: StageCall = torch.compile(stage, dynamic=False, fullgraph=True)
     return compiled
 
@@ -37,10 +37,10 @@ COMPILERS: Compilers = {"cuDNN": by_cudnn, "torch.compile": compile_stage}
 
 @torch.inference_mode()
 def try_compiler(runner: "TorchCudaRunner", stage: int, compiler: Compiler) -> StageCall:
-    """Compile a stage, check what comes of it, and have the first lane run it in full batches.
+    """Compile a stage, check its results, and prepare it on the first lane at the largest bucket.
 
     Raises:
-        RunnerError: it computes something else; or errors of the compiler's own.
+        RunnerError: its results differ. The compiler may also raise errors of its own.
     """
     call = compiler(runner.stages[stage])
     _require_same(call, runner.stages[stage], _random_inputs(runner, stage))
@@ -49,10 +49,10 @@ def try_compiler(runner: "TorchCudaRunner", stage: int, compiler: Compiler) -> S
 
 
 def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -> None:
-    """Have a stage compiled for full batches; the fastest on the first lane goes on all of them.
+    """Try all compilers on a stage at the largest bucket; whatever is fastest on the first lane is used on all lanes.
 
     Raises:
-        FatalRunnerError: the device was lost on the way.
+        FatalRunnerError: the device was lost meanwhile.
     """
     first, *others = runner.lanes
     bucket = runner.max_rows
@@ -65,14 +65,14 @@ def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -
                 for lane in others:
                     lane.prepare(stage, bucket, call)
                 best, runner.compiled[stage] = first.programs[stage, bucket], name
-        except Exception as error:  # a compiler's errors are of many kinds, and none is a reason not to serve
+        except Exception as error:  # of any type; the stage itself still serves
             if runner.device.is_lost():
                 raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error
-            logger.warning("stage %d stays as it is, %s cannot compile it: %s", stage + 1, name, error)
+            logger.warning("stage %d stays as it is, as %s failed: %s", stage + 1, name, error)
         else:
-            times = (1e3 * seconds, bucket, 1e3 * best_s, "taken" if taken else "left")
+            times = (1e3 * seconds, bucket, 1e3 * best_s, "used" if taken else "not used")
             logger.info("stage %d by %s takes %.3f ms for %d images, else %.3f ms: %s", stage + 1, name, *times)
-            best_s = min(best_s, seconds) if taken else best_s
+            best_s = seconds if taken else best_s
         first.programs[stage, bucket] = best
 
 
@@ -85,15 +85,15 @@ def _random_inputs(runner: "TorchCudaRunner", stage: int) -> list[Tensor]:
 
 
 def _require_same(call: StageCall, stage: Stage, inputs: Sequence[Tensor]) -> None:
-    """Check that `call` answers as `stage` does, whatever lay in the memory that it writes to.
+    """Check that `call` computes the same as `stage`, whatever the memory that it writes to held before.
 
     Raises:
         RunnerError: it does not.
     """
     expected = stage(*inputs)
-    # What is allocated next lies where these have lain. cuDNN multiplies what its output held before by 0.
+    # The next allocations reuse the memory of these. cuDNN adds the output's previous contents times 0: NaN if NaN.
     poison = [torch.full_like(output, torch.nan) for output in expected for _ in range(2)]
     del poison
     for found, wanted in zip(call(*inputs), expected, strict=True):
         if not torch.allclose(found, wanted, rtol=0.0, atol=SAME * float(wanted.abs().max())):
-            raise RunnerError("what it computes is not the same")
+            raise RunnerError("its results differ")

@@ -1,8 +1,8 @@
-"""The calls of CUDA that a launch is made of, by which a thread keeps the interpreter.
+"""The CUDA calls of a launch, made without releasing Python's interpreter lock.
 
-Torch passes the interpreter on at every copy, replay and event. These take microseconds, less than it takes to wake
-whoever waits for the interpreter; and a lane has it back only once the engine's thread is through with a batch. So what
-only puts work on a stream is called here, by ctypes, which can do without passing it on; whatever waits is torch's.
+Torch releases the lock at every copy, replay and event. Each takes microseconds, less than waking a thread that waits
+for the lock; and getting the lock back takes until another thread releases it. So calls that only put work on a stream
+are made here through ctypes, which can keep the lock. Calls that wait are left to torch.
 """
 
 import ctypes
@@ -14,17 +14,17 @@ from torch import Tensor
 from service.runners.base import RunnerError
 
 SUCCESS, NOT_READY = 0, 600  # cudaError_t
-DEFAULT = 4  # cudaMemcpyKind: the addresses say which memory is whose
+DEFAULT = 4  # cudaMemcpyKind: the direction follows from the addresses
 
 
 class CudaCalls:
-    """CUDA's runtime, as torch has loaded it. Streams, graphs and events are told by their handles.
+    """CUDA's runtime library, as loaded by torch. Streams, graphs and events are passed as handles.
 
     Args:
         library: the runtime; by default the one that torch was built for.
 
     Raises:
-        RunnerError: it is not there.
+        RunnerError: the library cannot be loaded.
     """
 
     def __init__(self, library: Any = None) -> None:
@@ -43,20 +43,20 @@ class CudaCalls:
         self._words = _typed(library.cudaGetErrorString, ctypes.c_int, returns=ctypes.c_char_p)
 
     def copy(self, there: int, here: int, n_bytes: int, stream: int) -> None:
-        """Put a copy from address `here` to address `there` on a stream; what is on the host is to be pinned."""
+        """Put a copy from address `here` to address `there` on a stream; host memory must be pinned."""
         self._require(self._copy(there, here, n_bytes, DEFAULT, stream))
 
     def replay(self, graph: int, stream: int) -> None:
-        """Put a graph that was captured and instantiated on a stream."""
+        """Put a captured and instantiated graph on a stream."""
         self._require(self._replay(graph, stream))
 
     def record(self, event: int, stream: int) -> None:
         self._require(self._record(event, stream))
 
     def has_passed(self, event: int) -> bool:
-        """Whether all that lay on the stream before the event was last recorded has run."""
+        """Whether all work that was on the stream when the event was last recorded has run."""
         if (code := self._query(event)) == NOT_READY:
-            self._forget_error()  # else the next one to ask for errors is told this one
+            self._forget_error()  # else the next call that asks for errors gets this one
             return False
         self._require(code)
         return True
@@ -64,7 +64,7 @@ class CudaCalls:
     def _require(self, code: int) -> None:
         if code != SUCCESS:
             self._forget_error()
-            raise RuntimeError(f"CUDA error: {self._words(code).decode()}")  # as torch says it
+            raise RuntimeError(f"CUDA error: {self._words(code).decode()}")  # torch's wording
 
 
 def _typed(function: Any, *arguments: Any, returns: Any = ctypes.c_int) -> Any:
@@ -78,7 +78,7 @@ class CudaCopier:
     def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream, there: Tensor, here: Tensor) -> None:
         if not (there.is_contiguous() and here.is_contiguous() and there.stride(0) == here.stride(0)):
             raise ValueError(f"rows of {tuple(here.shape)} cannot be copied to {tuple(there.shape)}")
-        self._kept = (there, here)  # whose memory is theirs as long as they are
+        self._kept = (there, here)  # keeps their memory alive
         self._there, self._here = there.data_ptr(), here.data_ptr()
         self._row_bytes = there.stride(0) * there.element_size()
         self._copy, self._stream = calls.copy, stream.cuda_stream
@@ -100,11 +100,11 @@ class CudaReplay:
 
 
 class CudaMark:
-    """An event that is recorded again and again."""
+    """A reusable CUDA event; see `device.Mark`."""
 
     def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream) -> None:
         self._event = torch.cuda.Event()
-        self._event.record(stream)  # it is made as it is first recorded
+        self._event.record(stream)  # torch creates the event at its first recording
         self._calls, self._handle, self._stream = calls, self._event.cuda_event, stream.cuda_stream
 
     def record(self) -> None:

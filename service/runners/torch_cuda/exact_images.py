@@ -1,8 +1,8 @@
-"""Images in half precision without any error, by leaving their normalisation to the convolution that reads them.
+"""Images in half precision without rounding error, by folding their normalisation into the convolution that reads them.
 
-Normalised pixels rounded to float16 were the largest error of all: nothing behind them is as exact again. But grey
-levels less a whole number are exact, in float16 and in bfloat16, and the weights can do the rest. What is left of the
-mean counts inside of the image alone, as zeros surround it; so a channel of ones tells where that is.
+Rounding normalised pixels to float16 was the largest error of all, and no later layer can undo it. But grey levels
+minus a whole number are exact, in float16 and in bfloat16, and the weights can do the scaling. The rest of the shift
+applies only inside the image, not to the zero padding around it, so it is the weight of an extra channel of ones.
 """
 
 import copy
@@ -20,7 +20,7 @@ class ExactImages(nn.Module):
     """From uint8 [rows, height, width, 3] to `dtype` [rows, CHANNELS_EACH x n_copies, height, width]; see the module.
 
     Args:
-        levels: a whole number of grey levels a channel, which is subtracted.
+        levels: float32 [3], the whole number of grey levels to subtract from each channel.
 
     Attributes:
         n_copies: how often an image is repeated along the channels, 1 or 2.
@@ -39,7 +39,7 @@ class ExactImages(nn.Module):
 
 
 def use_exact_images(stage: Stage, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Where a stage normalises images for convolutions alone, have them read the images as they are."""
+    """If only convolutions read the normalised images of a stage, make them read exact images instead."""
     for node in list(stage.graph.nodes):
         normalise = stage.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(normalise, Normalise) or not all(
@@ -55,10 +55,10 @@ def use_exact_images(stage: Stage, dtype: torch.dtype, kernels: Kernels) -> None
 
 
 def use_exact_weights(stage: Stage, dtype: torch.dtype) -> None:
-    """Where exact images are read by convolutions of 3 x 3 pixels, have them lie there twice, the second time to be
-    multiplied with what weights lose to `dtype`.
+    """If only 3 x 3 convolutions read exact images, repeat the images along the channels: the second copy is multiplied
+    by what the weights lose when rounded to `dtype`.
 
-    That costs nothing, as those take eight channels anyway; for others cuDNN has kernels of four.
+    This costs nothing, as these convolutions take eight channels anyway; for others, cuDNN has kernels for four.
     """
     for node in stage.graph.nodes:
         images = stage.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -75,32 +75,32 @@ def use_exact_weights(stage: Stage, dtype: torch.dtype) -> None:
 
 
 def _convolution(stage: Stage, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, or the convolution in it."""
+    """The module that a node calls; of a `ConvRelu`, its convolution."""
     module = stage.get_submodule(str(node.target)) if node.op == "call_module" else None
     return module.conv if isinstance(module, ConvRelu) else module
 
 
 def _is_suited(conv: nn.Module | None) -> bool:
-    """Whether each of its outputs is made of all channels of a map with zeros around it."""
+    """Whether this is an ungrouped convolution with zero padding."""
     return isinstance(conv, nn.Conv2d) and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
 def _read_exactly(stage: Stage, node: fx.Node, normalise: Normalise, levels: Tensor) -> None:
-    """Give a node that reads normalised images a convolution of its own that reads exact ones."""
+    """Replace the convolution of a node that reads normalised images by one that reads exact images."""
     conv = copy.deepcopy(_convolution(stage, node))
     assert isinstance(conv, nn.Conv2d)
     conv.in_channels = CHANNELS_EACH
     weight = _folded(conv.weight, normalise.scale.flatten(), normalise.shift.flatten(), levels)
     conv.weight = nn.Parameter(weight, requires_grad=False)
     module = stage.get_submodule(str(node.target))
-    name = f"exact_{node.name}"  # its own: the other may be called in other places
+    name = f"exact_{node.name}"  # a new name: other nodes may call the old module
     stage.add_submodule(name, module.around(conv) if isinstance(module, ConvRelu) else conv)
     node.target = name
 
 
 def _folded(weight: Tensor, scale: Tensor, shift: Tensor, levels: Tensor) -> Tensor:
-    """Weights [outputs, CHANNELS_EACH, ...] of exact images, of those of normalised ones: x scale + shift, of which
-    (x - levels) GREY_LEVEL is a part and what is left is the same everywhere."""
+    """Weights for exact images, [outputs, CHANNELS_EACH, ...], from those for normalised ones. With the exact image
+    e = (x - levels) GREY_LEVEL: x scale + shift = e scale / GREY_LEVEL + (shift + levels scale)."""
     by_channel = (1, 3, *[1] * (weight.ndim - 2))
     left = (weight * (shift + levels * scale).view(by_channel)).sum(dim=1, keepdim=True)
     return torch.cat([weight * (scale / GREY_LEVEL).view(by_channel), left], dim=1)
