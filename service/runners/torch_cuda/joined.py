@@ -1,11 +1,11 @@
-"""A convolution, its bias and its ReLU: one kernel by cuBLAS or cuDNN, or two; torch alone runs three.
+"""A convolution, its bias and its ReLU in one kernel, by cuBLAS or cuDNN, or in two. Torch alone runs three.
 
-One of 1 x 1 pixels is a matrix product, which cuBLAS joins with both, needs no search, and is as fast as cuDNN. One of
-few channels may be faster by a kernel of our own (`small_conv`), which is timed beside cuDNN's.
+A 1 x 1 convolution is a matrix product. cuBLAS fuses it with both, without a search, and is as fast as cuDNN. For few
+channels, a custom kernel (`small_conv`) may be faster; it is timed against cuDNN's.
 
-cuDNN's own joining is as fast as its convolution, if it may try all its algorithms: without that it picks slow ones. So
-it is taken for the batch sizes for which there was time to try (`Cuda.searching`), if it is right there. Two kernels
-are always right, and made by NVRTC, which comes with torch.
+cuDNN's fused kernel is as fast as its convolution alone if it may try all its algorithms; otherwise it picks slow ones.
+It is used for batch sizes for which there was time to try (`Cuda.searching`) and its results were right. Otherwise the
+convolution is followed by a second kernel for bias and ReLU, which NVRTC, shipped with torch, compiles.
 """
 
 import copy
@@ -23,13 +23,13 @@ from models.staging import Stage
 BiasRelu = Callable[[Tensor, Tensor], Tensor]
 """ReLU of a map [rows, channels, height, width] and a bias [1, channels, 1, 1]; the map may be overwritten."""
 
-# What is no number stays none, as with torch's own ReLU.
+# NaN stays NaN, as with torch's own ReLU.
 CODE = "template <typename T> T bias_relu(T x, T bias) { T sum = x + bias; return sum < T(0) ? T(0) : sum; }"
-SAME = 0.01  # of the largest value: half precision, summed up in another order
-ALIGNED = 8  # channels, as products want them
+SAME = 0.01  # of the largest value: sums in half precision depend on the order
+ALIGNED = 8  # matrix products need channels in multiples of this
 TIMED_RUNS = 10
-SLEEP_CYCLES = 4_000_000  # some 2 ms, in which these are put on the stream
-CHECKED_ROWS = 4  # at both ends of a batch
+SLEEP_CYCLES = 4_000_000  # some 2 ms, in which the timed runs are launched
+CHECKED_ROWS = 4  # at each end of a batch
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class ConvRelu(nn.Module):
     """A convolution with a bias, and the ReLU after it.
 
     Args:
-        conv: whose weights and bias it has from now on.
-        bias_relu: one kernel for both; None runs torch's own, one after the other.
-        fuse: whether cuDNN's joining is tried.
-        multiply: whether it is a matrix product where it can be one.
+        conv: provides weights and bias; it is kept, not copied.
+        bias_relu: one kernel for both; None uses torch's, one after the other.
+        fuse: whether cuDNN's fused kernel is tried.
+        multiply: whether to compute it as a matrix product if possible.
     """
 
     def __init__(self, conv: nn.Conv2d, bias_relu: BiasRelu | None, fuse: bool = False, multiply: bool = False) -> None:
@@ -57,14 +57,14 @@ class ConvRelu(nn.Module):
         self.conv, self.by_cudnn = conv, False
         self._bias_relu, self._fuse, self._multiply = bias_relu, fuse, multiply
         self.fused: dict[tuple[int, ...], bool] = {}
-        """By the input's shape: whether cuDNN's joining was tried and is right."""
+        """By the input's shape, once tried: whether cuDNN's fused kernel is right."""
         self._adds_zeros = False
         self.small: SmallKernel | None = None
         self.small_wins: dict[tuple[int, ...], bool] = {}
-        """By the input's shape: whether it was faster than the rest."""
+        """By the input's shape, once timed: whether `small` was faster than the rest."""
 
     def around(self, conv: nn.Conv2d) -> "ConvRelu":
-        """The same of another convolution."""
+        """The same options around another convolution."""
         return ConvRelu(conv, self._bias_relu, self._fuse, self._multiply)
 
     @property
@@ -76,7 +76,7 @@ class ConvRelu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
-        if torch.compiler.is_compiling():  # a compiler joins them its own way
+        if torch.compiler.is_compiling():  # a compiler fuses them in its own way
             return torch.relu(conv(x))
         if self.by_cudnn:
             return self._by_cudnn(x)
@@ -107,16 +107,16 @@ class ConvRelu(nn.Module):
         conv = self.conv
         assert conv.bias is not None
         rows, channels, height, width = x.shape
-        pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # no copy where they are evenly spaced
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)  # no copy if pixels are evenly spaced
         found = torch._addmm_activation(conv.bias, pixels, conv.weight.view(conv.out_channels, channels).t())
         return found.view(rows, height, width, -1).permute(0, 3, 1, 2)
 
     def _is_small_best(self, small: "SmallKernel", x: Tensor) -> bool:
         shape = tuple(x.shape)
         if shape not in self.small_wins and torch.backends.cudnn.benchmark and x.is_cuda:
-            self._by_library(x)  # which searches
+            self._by_library(x)  # lets cuDNN search
             self.small_wins[shape] = _device_ms(partial(small, x)) < _device_ms(partial(self._by_library, x))
-        # Sizes for which nothing was searched do as those for which it was.
+        # At sizes that were not timed, use it if it was faster at all sizes that were.
         return self.small_wins.get(shape, all(self.small_wins.values()))
 
     def _is_fused(self, x: Tensor) -> bool:
@@ -128,28 +128,28 @@ class ConvRelu(nn.Module):
         return self.fused.get(shape, False)
 
     def _try_cudnn(self, x: Tensor) -> bool:
-        """Let cuDNN choose its algorithm, and compare what it computes with the convolution by torch's own means."""
+        """Let cuDNN choose an algorithm; returns whether its fused kernel gives what torch does without cuDNN."""
         try:
             if not self._is_right(x):
                 self._adds_zeros = True
                 if not self._is_right(x):
-                    raise RuntimeError("it computes something else")
+                    raise RuntimeError("its results differ")
         except torch.OutOfMemoryError:
-            raise  # smaller batches are tried
+            raise  # the runner then tries smaller batches
         except RuntimeError as error:
             why = str(error).partition("\n")[0][:200]
-            logger.warning("a convolution of %s runs as two kernels, not as cuDNN's one: %s", tuple(x.shape), why)
+            logger.warning("a convolution of %s runs as two kernels, not as cuDNN's fused one: %s", tuple(x.shape), why)
             self._fuse = False
             return False
         return True
 
     def _is_right(self, x: Tensor) -> bool:
-        """Whatever lay in the memory that it writes to: cuDNN adds that to its result, times 0, unless it is given what
-        to add."""
+        """Whether cuDNN's fused kernel is right, whatever its output's memory held: unless cuDNN is given a tensor to
+        add, it adds those contents times 0."""
         conv = self.conv
         found = self._by_cudnn(x)
         found.fill_(torch.nan)
-        del found  # what is allocated next lies there
+        del found  # the next allocation reuses its memory
         found = self._by_cudnn(x)
         if not bool(found.isfinite().all()):
             return False
@@ -177,11 +177,11 @@ def _shape_out(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
 
 
 _zero_runs: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-"""The last is the longest; none goes, as graphs read them."""
+"""The last is the longest. Graphs read them, so none is ever freed."""
 
 
 def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
-    """Zeros [rows, channels, height, width], channels-last, the same for all."""
+    """Zeros [rows, channels, height, width], channels-last, in memory that all callers share."""
     rows, channels, height, width = shape
     runs, n = _zero_runs.setdefault((like.device, like.dtype), []), rows * channels * height * width
     if not runs or len(runs[-1]) < n:
@@ -190,7 +190,7 @@ def _zeros(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
 
 
 def _device_ms(run: Callable[[], Tensor]) -> float:
-    """What something takes on the GPU; it sleeps first, so that no launch is waited for."""
+    """The mean GPU time of a function. The GPU sleeps first, so that it does not wait for launches."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(SLEEP_CYCLES)
     start.record()
@@ -212,22 +212,22 @@ def can_join(conv: nn.Conv2d) -> bool:
 
 
 def can_multiply(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a matrix product with bias and ReLU computes on a device what it should."""
+    """Whether a matrix product fused with bias and ReLU gives the right results on a device."""
     try:
         x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in ((70, 24), (16, 24), (16,)))
         found = torch._addmm_activation(bias, x, weight.t()).float()
         if not torch.allclose(
             found, torch.relu(F.linear(x.float(), weight.float(), bias.float())), rtol=0.02, atol=0.02
         ):
-            raise RuntimeError("it computes something else")
+            raise RuntimeError("its results differ")
     except RuntimeError as error:
-        logger.warning("convolutions of 1 x 1 pixels are no matrix products: %s", str(error).partition("\n")[0])
+        logger.warning("1 x 1 convolutions do not run as matrix products: %s", str(error).partition("\n")[0])
         return False
     return True
 
 
 def make_bias_relu(device: torch.device, dtype: torch.dtype) -> BiasRelu | None:
-    """Make the kernel, if there is a GPU and it computes there what it should."""
+    """Compile a kernel for bias and ReLU; None without a GPU, or with a warning if it fails or its results differ."""
     if device.type != "cuda":
         return None
     try:
@@ -236,15 +236,15 @@ def make_bias_relu(device: torch.device, dtype: torch.dtype) -> BiasRelu | None:
         x, bias = x.to(memory_format=torch.channels_last), bias.to(dtype)
         found, expected = made(x, bias), torch.relu(x + bias)
         if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2) or found.stride() != expected.stride():
-            raise RuntimeError("it computes something else")
-    except Exception as error:  # of many kinds: NVRTC is missing, or refuses
-        logger.warning("bias and ReLU run as two kernels, one cannot be made: %s", error)
+            raise RuntimeError("its results differ")
+    except Exception as error:  # of any type: NVRTC is missing or refuses
+        logger.warning("bias and ReLU run as two kernels, as one for both cannot be used: %s", error)
         return None
     return cast(BiasRelu, made)
 
 
 def by_cudnn(stage: Stage) -> Stage:
-    """Return the same stage, whose convolutions are joined with bias and ReLU by cuDNN, all of them."""
+    """Return a copy of a stage in which every convolution runs as cuDNN's fused kernel."""
     joined = copy.deepcopy(stage)
     for module in joined.modules():
         if isinstance(module, ConvRelu):

@@ -1,4 +1,4 @@
-"""Kernels are made when the runner starts; none is relied on before it gave what torch gives, for random numbers."""
+"""Compiles the custom kernels when the runner starts, and checks each against torch on random numbers before use."""
 
 import logging
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from service.runners.torch_cuda.kernel_sources import JUDGED, SOURCES
 from service.runners.torch_cuda.kernels import Compile, Kernels, Launch, Ways, centred
 from service.runners.torch_cuda.scoring import N_NUMBERS, judge_by_torch
 
-N_JUDGED = 16  # rows: none depends on another
+N_JUDGED = 16  # rows to check: they are independent
 
 logger = logging.getLogger(__name__)
 
 
 def compiler_for(device: torch.device) -> Compile | None:
-    """What makes kernels for a device; None: nothing does."""
+    """The compiler of kernels for a device; None without a GPU."""
     return torch.cuda._compile_kernel if device.type == "cuda" else None
 
 
 def make_kernels(device: torch.device, ways: Ways) -> Kernels:
-    """Make and check the kernels that `ways` wants, as far as that succeeds; a warning tells of each left out.
+    """Make and check the kernels that `ways` asks for. Those that fail are left out, with a warning each.
 
     Raises:
-        RuntimeError: the device's memory has run out.
+        RuntimeError: the device is out of memory.
     """
     compile_kernel = compiler_for(device)
     made: dict[str, Launch] = {}
@@ -37,8 +37,8 @@ def make_kernels(device: torch.device, ways: Ways) -> Kernels:
         try:
             launch = compile_kernel(SOURCES[name], name)
             CHECKS[name](Kernels({name: launch}), device)
-        except Exception as error:  # of many kinds: NVRTC is missing or refuses, or numbers are wrong
-            if is_out_of_memory(error):  # then there is none for torch's either
+        except Exception as error:  # of any type: NVRTC is missing or refuses, or results differ
+            if is_out_of_memory(error):  # torch's own kernels would have none either
                 raise
             logger.warning("torch does the work of the kernel %s, which is not used: %s", name, error)
         else:
@@ -47,14 +47,14 @@ def make_kernels(device: torch.device, ways: Ways) -> Kernels:
 
 
 def _require(found: Tensor, expected: Tensor, what: str, tolerance: float = 0.0) -> None:
-    """Raises RuntimeError: a tensor is not the other, beyond a share of each number; maps lie channels-last."""
-    lies = found.ndim != 4 or found.is_contiguous(memory_format=torch.channels_last)
+    """Raise RuntimeError unless two tensors are equal within a tolerance, and a map is channels-last."""
+    laid_out = found.ndim != 4 or found.is_contiguous(memory_format=torch.channels_last)
     if (
-        not lies
+        not laid_out
         or found.shape != expected.shape
         or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     ):
-        raise RuntimeError(f"it computes something else for {what}")
+        raise RuntimeError(f"its results differ for {what}")
 
 
 def _map(device: torch.device, *shape: int) -> Tensor:
@@ -119,12 +119,12 @@ def _check_judge(kernels: Kernels, device: torch.device) -> None:
         logits *= torch.logspace(-2, 2, N_JUDGED, device=device)[:, None]
         logits[0, 0], logits[1], logits[2, 1], logits[3, -1] = torch.inf, torch.nan, -torch.inf, torch.nan
         for score in JUDGED:
-            told = torch.zeros((N_JUDGED, N_NUMBERS), dtype=torch.float64, device=device)
-            expected = torch.zeros_like(told)
-            kernels.judge(logits, score, told)
+            found = torch.zeros((N_JUDGED, N_NUMBERS), dtype=torch.float64, device=device)
+            expected = torch.zeros_like(found)
+            kernels.judge(logits, score, found)
             judge_by_torch(logits, score, expected)
-            told[1, 0] = expected[1, 0] = 0.0  # where no class leads, torch names any
-            _require(told, expected, f"the score {score} of {n_classes} classes", 1e-9)
+            found[1, 0] = expected[1, 0] = 0.0  # all logits are NaN: torch may take any class
+            _require(found, expected, f"the score {score} of {n_classes} classes", 1e-9)
 
 
 CHECKS: dict[str, Callable[[Kernels, torch.device], None]] = {
@@ -135,4 +135,4 @@ CHECKS: dict[str, Callable[[Kernels, torch.device], None]] = {
     "centre": _check_centre,
     "judge": _check_judge,
 }
-"""Each raises RuntimeError where a kernel does not what torch does."""
+"""Each raises RuntimeError if the kernel and torch disagree."""

@@ -1,7 +1,7 @@
-"""The kernels written here, in CUDA C++, by name: made by NVRTC when the runner starts, so no header is included.
+"""The sources of the custom kernels, in CUDA C++. NVRTC compiles them when the runner starts, hence no includes.
 
-All but `judge` move or change 16 bytes a thread: 8 channels in half precision, of maps that lie channels-last. Numbers
-of vectors are of such 16 bytes. The same text compiles for processors, where tests run it.
+In most, a thread handles vectors of 16 bytes: 8 channels in half precision, of maps that are channels-last. Counts of
+vectors refer to these. The same text compiles for CPUs, where tests run it.
 """
 
 HALVES = r"""
@@ -23,7 +23,7 @@ union Halves {
 };
 """
 
-# What is no number stays none, as with torch's own ReLU.
+# NaN stays NaN, as with torch's own ReLU.
 _BIAS_RELU = r"""
 extern "C" __global__ void bias_relu(uint4* map, const uint4* bias, int n_vectors, int vectors_per_pixel) {
     unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -56,7 +56,7 @@ extern "C" __global__ void concat(
 """
 
 _MOVE = r"""
-// A store is one run. Rows have `each` vectors a pixel, `apart` from one pixel to the next.
+// A store is contiguous. Rows have `each` vectors per pixel, and `apart` from one pixel to the next.
 __device__ __forceinline__ void move_one(
     uint4* store, uint4* rows, long long slot, int row, int n, int at, int out, int each, int apart
 ) {
@@ -116,7 +116,7 @@ extern "C" __global__ void max_pool(
 }
 """
 
-# Four pixels a thread: twelve bytes become two vectors or four.
+# Each thread turns four pixels, twelve bytes, into two vectors (one copy) or four (two copies).
 _CENTRE = r"""
 extern "C" __global__ void centre(
     uint4* out, const unsigned* images, const float* levels, int n_quarters, int n_copies
@@ -145,7 +145,7 @@ extern "C" __global__ void centre(
 }
 """
 
-# A warp a row; see `scoring.judge_by_torch`, whose arithmetic it is. As there, what is no number leads all that are.
+# One warp per row, with the arithmetic of `scoring.judge_by_torch`. As there, NaN leads all numbers.
 _JUDGE = r"""
 __device__ __forceinline__ bool leads(double a, int index_a, double b, int index_b) {
     bool none_a = a != a, none_b = b != b;
@@ -154,11 +154,11 @@ __device__ __forceinline__ bool leads(double a, int index_a, double b, int index
     return a > b;
 }
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
-extern "C" __global__ void judge(double* told, const float* logits, int n_classes, int score) {
+extern "C" __global__ void judge(double* heads, const float* logits, int n_classes, int score) {
     const unsigned all = 0xffffffffu;
     const float* row = logits + (long long)blockIdx.x * n_classes;
     const double infinity = exp(1e4);
-    // The two that lead in this lane, then in all. Beyond the last class lies nothing, which leads nobody.
+    // The two leading classes of this lane, then of all lanes. A lane without classes has none that leads any other.
     double top = -infinity, second = -infinity;
     int first = 0x7ffffffe, other = 0x7fffffff;
     for (int i = threadIdx.x; i < n_classes; i += 32) {
@@ -196,7 +196,7 @@ extern "C" __global__ void judge(double* told, const float* logits, int n_classe
     else if (score == 1) surety = margin;
     else if (score == 2) surety = -(beside + runner_up) * confidence;
     else surety = runner_up * surprise * confidence - log1p(beside);
-    double* here = told + 3LL * blockIdx.x;
+    double* here = heads + 3LL * blockIdx.x;
     here[0] = first;
     here[1] = is_finite(confidence) ? confidence : 0.0;
     here[2] = is_finite(surety) ? surety : -infinity;
@@ -211,7 +211,7 @@ SOURCES = {
     "centre": HALVES + _CENTRE,
     "judge": _JUDGE,
 }
-"""By the name of the kernel."""
+"""By the kernel's name."""
 
 JUDGED = ("max_softmax", "logit_margin", "probability_margin", "entropy")
-"""The scores that `judge` knows, in the order of their numbers."""
+"""The scores that `judge` computes; a score's index is the number that the kernel takes."""

@@ -1,4 +1,4 @@
-"""The device's own kernels, and how each is called. Where one cannot do it, torch does its work."""
+"""The custom kernels, and how each is called. If one is missing or does not fit its arguments, torch does its work."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,38 +12,38 @@ from service.runners.torch_cuda.kernel_sources import JUDGED
 from service.runners.torch_cuda.scoring import judge_by_torch
 
 Launch = Callable[..., None]
-"""Called with (grid, block, arguments), as what `torch.cuda._compile_kernel` makes."""
+"""Called with (grid, block, arguments), like the results of `torch.cuda._compile_kernel`."""
 Compile = Callable[[str, str], Launch]
-"""Makes of a source the kernel of a name."""
+"""Compiles (source, name) to the kernel of that name."""
 
 THREADS = 256
 WARP = 32
 VECTOR_BYTES = 16
 MAX_JOINED = 3
-"""Maps that one kernel puts beside each other."""
+"""Maps that one launch concatenates at most."""
 MAX_MOVED = 4
-"""Values that one kernel moves."""
+"""Values that one launch moves at most."""
 GREY_LEVEL = 1 / 64
-"""In exact images: a power of two, by which their numbers are about as large as normalised ones."""
+"""The value of a grey level in exact images: a power of two that makes them about as large as normalised images."""
 CHANNELS_EACH = 4
-"""Of an exact image: three, and ones."""
+"""Channels of an exact image: three colours, and ones."""
 
 
 @dataclass(frozen=True)
 class Ways:
-    """Which of the ways that are not torch's own are taken; all, but for comparisons."""
+    """The optimisations beyond torch's own operations to use. All are on, except for comparisons."""
 
-    exact: bool = True  # images, biases and weights lose as little as they can in half precision
+    exact: bool = True  # images, biases and weights are rounded to half precision with the least loss
     product: bool = True  # 1 x 1 convolution, bias and ReLU as one matrix product
-    fused: bool = True  # convolution, bias and ReLU by cuDNN in one
-    widened: bool = True  # channels to multiples of 8
+    fused: bool = True  # convolution, bias and ReLU as cuDNN's fused kernel
+    widened: bool = True  # channels padded to multiples of 8
     bias_relu: bool = True
     concat: bool = True
-    small: bool = True  # 3 x 3 convolutions of few channels by a kernel of our own, where it is faster
-    grown: bool = True  # maps that others are put beside, layer by layer, grow where they lie
+    small: bool = True  # 3 x 3 convolutions of few channels by a custom kernel, where it is faster
+    grown: bool = True  # maps to which layers concatenate others grow in place
     move: bool = True
     max_pool: bool = True
-    centre: bool = True  # images, see `exact_images`
+    centre: bool = True  # exact images, see `exact_images`
     judge: bool = True
 
     @classmethod
@@ -52,15 +52,15 @@ class Ways:
 
     @classmethod
     def exact_alone(cls) -> "Ways":
-        """What any device can do."""
+        """The one optimisation that runs on any device."""
         return replace(cls.none(), exact=True)
 
 
 class Kernels:
-    """Kernels by name, as far as they were made; the same object however often it is copied.
+    """The kernels that could be made, by name. `deepcopy` returns the same object.
 
     Args:
-        compile_kernel: makes more.
+        compile_kernel: makes more of them.
     """
 
     def __init__(self, launches: dict[str, Launch] | None = None, compile_kernel: Compile | None = None) -> None:
@@ -70,23 +70,20 @@ class Kernels:
         return name in self._launches
 
     def __deepcopy__(self, memo: Any) -> "Kernels":
-        return self  # a kernel is a place in the driver's memory
-
-    def drop(self, name: str) -> None:
-        self._launches.pop(name, None)
+        return self  # kernels are handles of the driver's
 
     def bias_relu(self, x: Tensor, bias: Tensor) -> Tensor:
-        """ReLU of a map [rows, channels, height, width] and a bias [1, channels, 1, 1], where the map lies."""
+        """ReLU of a map [rows, channels, height, width] plus a bias [1, channels, 1, 1], in place."""
         if "bias_relu" not in self or not lies_in_vectors(x) or x.dtype != torch.float16:
             return torch.relu_(x.add_(bias))
         self._over(x.numel() // 8, "bias_relu", x, bias, x.numel() // 8, x.shape[1] // 8)
         return x
 
     def concat(self, maps: Sequence[Tensor], room: int = 0) -> Tensor:
-        """Maps [rows, any, height, width] beside each other along their channels.
+        """Concatenate maps [rows, any, height, width] along their channels.
 
         Args:
-            room: channels that there is place for from pixel to pixel, see `append`.
+            room: for how many channels each pixel of the result has room, see `append`.
         """
         whole = room * maps[0].element_size() % VECTOR_BYTES == 0
         if not whole or not self._can_concat(maps) or len(maps) > MAX_JOINED:
@@ -98,9 +95,9 @@ class Kernels:
         return out
 
     def append(self, first: Tensor, others: Sequence[Tensor], room: int = 0) -> Tensor:
-        """The same, but `first` stays where it lies, and the others go behind it, if that is what there is room for.
+        """Concatenate, but without copying `first` if its pixels have room behind them for the others.
 
-        Whoever reads `first` goes on to find it as it was.
+        `first` itself does not change.
         """
         n_channels = first.shape[1] + sum(x.shape[1] for x in others)
         rows, _, height, width = first.shape
@@ -125,7 +122,7 @@ class Kernels:
         self._over(n_pixels * sum(widths), "concat", out, *sources, *widths, n_pixels, stride)
 
     def max_pool(self, x: Tensor, size: int, stride: int, padding: int) -> Tensor:
-        """The largest of every square of `size` pixels, at every `stride`-th; see `torch.nn.MaxPool2d`."""
+        """Max pooling over squares of `size` pixels; see `torch.nn.MaxPool2d`."""
         if "max_pool" not in self or not lies_in_vectors(x) or x.dtype != torch.float16:
             return F.max_pool2d(x, size, stride, padding)
         rows, channels, height, width = x.shape
@@ -137,27 +134,26 @@ class Kernels:
         return out
 
     def centre(self, images: Tensor, levels: Tensor, n_copies: int) -> Tensor:
-        """Images uint8 [rows, height, width, 3] to float16 [rows, 4 x n_copies, height, width], channels-last.
+        """Turn images, uint8 [rows, height, width, 3], into float16 [rows, 4 x n_copies, height, width], channels-last.
 
         See `exact_images`; `levels` are float32 [3], `n_copies` is 1 or 2.
         """
         rows, height, width, _ = images.shape
         n_pixels = rows * height * width
-        able = "centre" in self and images.is_contiguous() and n_pixels % 4 == 0 and images.data_ptr() % 4 == 0
-        if not able:
+        aligned = images.is_contiguous() and n_pixels % 4 == 0 and images.data_ptr() % 4 == 0
+        if "centre" not in self or not aligned:
             return centred(images, levels, n_copies, torch.float16)
         out = torch.empty((rows, height, width, CHANNELS_EACH * n_copies), dtype=torch.float16, device=images.device)
         self._over(n_pixels // 4, "centre", out, images, levels, n_pixels // 4, n_copies)
         return out.permute(0, 3, 1, 2)
 
     def move(self, slots: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], out: bool) -> None:
-        """Between stores [slots, ...] and rows [rows, ...] that `lies_in_runs` is true of: `out` of the stores, or in.
-
-        Rows of maps [rows, height, width, channels] may have gaps between their pixels.
+        """Copy rows out of stores if `out`, else into them.
 
         Args:
             slots: int64 [rows].
-            pairs: of a store and the rows of it.
+            pairs: a store [slots, ...] and rows [rows, ...] each. `lies_in_runs` must be true of both, except that rows
+                of maps [rows, height, width, channels] may have gaps of whole vectors between their pixels.
         """
         for start in range(0, len(pairs), MAX_MOVED):
             part, arguments, total = pairs[start : start + MAX_MOVED], [], 0
@@ -168,18 +164,18 @@ class Kernels:
             nothing = [part[0][0], part[0][1], 0, 1, 1] * (MAX_MOVED - len(part))
             self._over(len(slots) * total, "move", slots, len(slots), int(out), *arguments, *nothing)
 
-    def judge(self, logits: Tensor, score: str, told: Tensor) -> None:
-        """Write class, `models.exits.confidence` and score of logits [rows, classes] to `told`, float64 [rows, 3].
+    def judge(self, logits: Tensor, score: str, heads: Tensor) -> None:
+        """Write class, `models.exits.confidence` and score of logits [rows, classes] to `heads`, float64 [rows, 3].
 
-        Of classes that lead together, the kernel names the first, torch any.
+        If several classes lead with equal logits, the kernel takes the first, torch any of them.
 
         Args:
             score: a key of `scoring.SCORES`.
         """
-        lies = logits.is_contiguous() and told.is_contiguous()
-        if "judge" not in self or logits.dtype != torch.float32 or not lies:
-            return judge_by_torch(logits, score, told)
-        arguments = told, logits, logits.shape[1], JUDGED.index(score)
+        contiguous = logits.is_contiguous() and heads.is_contiguous()
+        if "judge" not in self or logits.dtype != torch.float32 or not contiguous:
+            return judge_by_torch(logits, score, heads)
+        arguments = heads, logits, logits.shape[1], JUDGED.index(score)
         self._launches["judge"]((len(logits), 1, 1), (WARP, 1, 1), arguments)
 
     def _over(self, n_threads: int, name: str, *arguments: Any) -> None:
@@ -188,25 +184,25 @@ class Kernels:
 
 
 def centred(images: Tensor, levels: Tensor, n_copies: int, dtype: torch.dtype) -> Tensor:
-    """Images uint8 [rows, height, width, 3] less `levels`, and ones, [rows, 4 x n_copies, height, width]."""
+    """`Kernels.centre` in torch, to any `dtype`."""
     pixels = ((images.float() - levels) * GREY_LEVEL).to(dtype)
     whole = torch.cat([pixels, torch.ones_like(pixels[..., :1])], dim=3)
     return whole.repeat(1, 1, 1, n_copies).permute(0, 3, 1, 2)
 
 
 def lies_in_vectors(x: Tensor) -> bool:
-    """Whether a map [rows, channels, height, width] is channels-last and its pixels are whole vectors."""
+    """Whether a map [rows, channels, height, width] is channels-last, and its pixels are whole, aligned vectors."""
     whole = x.ndim == 4 and x.shape[1] * x.element_size() % VECTOR_BYTES == 0
     return whole and x.is_contiguous(memory_format=torch.channels_last) and x.data_ptr() % VECTOR_BYTES == 0
 
 
 def lies_in_runs(rows: Tensor) -> bool:
-    """Whether rows [rows, ...] are one run of whole vectors."""
+    """Whether rows [rows, ...] are contiguous, and each is whole, aligned vectors."""
     return rows.is_contiguous() and rows[:1].nbytes % VECTOR_BYTES == 0 and rows.data_ptr() % VECTOR_BYTES == 0
 
 
 def _spacing(rows: Tensor, n_vectors: int) -> tuple[int, int]:
-    """Vectors of a pixel, and from one pixel to the next; a run is one pixel."""
+    """Vectors per pixel, and from one pixel to the next. Contiguous rows count as one pixel each."""
     if rows.is_contiguous():
         return n_vectors, n_vectors
     size = rows.element_size()

@@ -40,10 +40,6 @@ class Values:
             for name, example in examples.items()
         }
 
-    @property
-    def bytes(self) -> int:
-        return sum(store.nbytes for store in self._stores.values())
-
     def row_bytes(self, name: str) -> int:
         return self._stores[name][0].nbytes
 

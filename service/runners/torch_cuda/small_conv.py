@@ -1,8 +1,8 @@
-"""A 3 x 3 convolution of few channels, its bias and its ReLU, as one kernel of our own.
+"""A custom kernel for a 3 x 3 convolution of few channels, its bias and its ReLU.
 
-cuDNN's take up to twenty times what moving their maps takes where there are few channels: their tiles are for many.
-Here a warp makes 32 pixels of all outputs, in steps of 16 of the 9 x inputs that a pixel is made of, by tensor cores
-(mma.m16n8k16). A kernel is made for each pair of channels and stride. Needs float16 and sm_80.
+With few channels, cuDNN's kernels take up to twenty times as long as moving the maps, as their tiles are made for many.
+Here a warp computes 32 pixels of all outputs on tensor cores (mma.m16n8k16), in steps of 16 of the 9 x inputs numbers
+that a pixel depends on. There is one kernel per combination of inputs, outputs and stride. Needs float16 and sm_80.
 """
 
 import logging
@@ -18,13 +18,13 @@ from service.runners.torch_cuda.kernel_sources import HALVES
 from service.runners.torch_cuda.kernels import WARP, Compile, Launch, lies_in_vectors
 
 MAX_INPUTS, MAX_OUTPUTS = 128, 32
-TILES = 2  # of 16 pixels a warp
-UNROLLED = 9  # steps, so that what they read is asked for early
+TILES = 2  # per warp, of 16 pixels each
+UNROLLED = 9  # steps, so that loads are issued early
 logger = logging.getLogger(__name__)
 
-# Rows of a fragment are pixels. Lane 4 r + q has of pixels r and r + 8 the numbers 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of
-# the 16, and of the results those of outputs 2 q, 2 q + 1. Which of the inputs these are is free, as long as weights
-# agree: where 16 belong to one place, those that lie beside each other.
+# The rows of a fragment are pixels. Lane 4 r + q holds numbers 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 of the 16 of pixels r
+# and r + 8, and their results for outputs 2 q and 2 q + 1. Which inputs these numbers stand for is free, as long as the
+# weights agree: if all 16 are of one tap, a lane takes four adjacent ones.
 CODE = r"""
 #ifndef ON_HOST
 __device__ __forceinline__ void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, uint2 b) {
@@ -105,10 +105,10 @@ def source(n_in: int, n_out: int, stride: int) -> str:
 
 
 class SmallConv:
-    """The kernel with a convolution's weights, which must stay as they are.
+    """The kernel with a convolution's weights, which must not change afterwards.
 
     Args:
-        launch: made of `source` for its channels and stride.
+        launch: compiled from `source` for the convolution's channels and stride.
     """
 
     def __init__(self, launch: Launch, conv: nn.Conv2d) -> None:
@@ -118,13 +118,13 @@ class SmallConv:
         self._n_out, self._stride = conv.out_channels, conv.stride[0]
 
     def __deepcopy__(self, memo: Any) -> "SmallConv":
-        return self  # a kernel is a place in the driver's memory
+        return self  # a kernel is a handle of the driver's
 
     def takes(self, x: Tensor) -> bool:
         return lies_in_vectors(x) and x.dtype == torch.float16 and x.numel() > 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A map [rows, inputs, height, width] that `takes` is true of, to [rows, outputs, ...]."""
+        """Convolve a map [rows, inputs, height, width] for which `takes` is true, to [rows, outputs, ...]."""
         rows, _, height, width = x.shape
         out_height, out_width = ((side - 1) // self._stride + 1 for side in (height, width))
         out = torch.empty((rows, out_height, out_width, self._n_out), dtype=x.dtype, device=x.device)
@@ -135,7 +135,7 @@ class SmallConv:
 
 
 def use_small_convs(stages: Sequence[nn.Module], compile_kernel: Compile) -> None:
-    """Have the convolutions of lowered stages that are small tried, as they lie on their device."""
+    """Give small convolutions of lowered stages their kernel, to be tried; the stages must be on their device."""
     made: dict[tuple[int, int, int], Launch | None] = {}
     for module in (module for stage in stages for module in stage.modules()):
         if not isinstance(module, ConvRelu) or not is_small(module.conv):
@@ -159,14 +159,14 @@ def is_small(conv: nn.Conv2d) -> bool:
 
 
 def make_small_conv(compile_kernel: Compile, conv: nn.Conv2d) -> Launch | None:
-    """Make the kernel for a convolution's channels and stride, and check it; None, with a warning: it is not to be."""
+    """Compile and check the kernel for a convolution's channels and stride; None, with a warning, if that fails."""
     what = conv.in_channels, conv.out_channels, conv.stride[0]
     try:
         launch = compile_kernel(source(*what), "convolve")
         _check(launch, conv)
-    except Exception as error:  # of many kinds: NVRTC is missing or refuses, or numbers are wrong
+    except Exception as error:  # of any type: NVRTC is missing or refuses, or results differ
         why = str(error).partition("\n")[0][:200]
-        logger.warning("no kernel of our own convolves %d channels to %d by %d: %s", *what, why)
+        logger.warning("no custom kernel convolves %d channels to %d with stride %d: %s", *what, why)
         return None
     return launch
 
@@ -182,11 +182,11 @@ def _check(launch: Launch, like: nn.Conv2d) -> None:
         expected = torch.relu(F.conv2d(x.float(), *wide, conv.stride, conv.padding))
         found = small(x)
         if found.shape != expected.shape or not torch.allclose(found.float(), expected, rtol=0.01, atol=0.01):
-            raise RuntimeError("it computes something else")
+            raise RuntimeError("its results differ")
 
 
 def _arranged(weight: Tensor) -> Tensor:
-    """Weights [outputs, inputs, 3, 3] as the lanes read them, [steps, outputs / 8, lanes, 4]."""
+    """Reorder weights [outputs, inputs, 3, 3] to what each lane reads, [steps, outputs / 8, lanes, 4]."""
     n_out, n_in, _, _ = weight.shape
     by_place = weight.permute(0, 2, 3, 1).reshape(n_out, 9 * n_in)
     n_steps = (9 * n_in + 15) // 16

@@ -158,7 +158,7 @@ def test_a_kernel_that_does_something_else_is_left_out(
         patch.setattr(kernel_making, "compiler_for", lambda device: compiler)
         made = make_kernels(CPU, Ways())
     assert [wanted for wanted in SOURCES if wanted not in made] == [name]
-    assert f"torch does the work of the kernel {name}, which is not used: it computes something else" in caplog.text
+    assert f"torch does the work of the kernel {name}, which is not used: its results differ" in caplog.text
 
 
 def test_a_device_without_memory_is_not_left_to_torch() -> None:
@@ -318,7 +318,7 @@ def test_a_small_convolution_that_is_wrong_or_cannot_be_made_is_left_to_cudnn(ca
     conv = nn.Conv2d(8, 8, 3, padding=1).half()
     assert make_small_conv(lambda source, name: lambda *given: given[2][0].fill_(7.0), conv) is None
     assert make_small_conv(lambda source, name: 1 // 0, conv) is None  # type: ignore[return-value]
-    assert "no kernel of our own convolves 8 channels to 8 by 1: it computes something else" in caplog.messages
+    assert "no custom kernel convolves 8 channels to 8 with stride 1: its results differ" in caplog.messages
     assert len(caplog.messages) == 2
 
 
@@ -375,7 +375,7 @@ def test_where_cudnn_cannot_join_two_kernels_run_and_it_is_told_once(
             assert torch.allclose(conv(torch.ones(rows, 3, 8, 8)), expected[:rows], atol=1e-6)
     assert torch.backends.cudnn.enabled == enabled
     assert conv.fused == {(2, 3, 8, 8): False}
-    assert caplog.text.count("runs as two kernels, not as cuDNN's one") == 1
+    assert caplog.text.count("runs as two kernels, not as cuDNN's fused one") == 1
 
 
 @pytest.mark.parametrize("wrong", [False, True])
