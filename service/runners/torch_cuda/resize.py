@@ -1,9 +1,9 @@
-"""Pictures of many sizes to the network's, on the device: what `service.images` does on the host, within a grey level.
+"""Scales images of any size to the network's on the device, within a grey level of what `service.images` does.
 
-A batch of pictures lies in the corners of canvases of one size, so that the program is one and the same for all of
-them. A picture is cut to the network's aspect ratio around its centre and scaled in one antialiased (bilinear) step, as
-Pillow does it: first along its rows, then along its columns, each rounded to whole grey levels. Each of the two is a
-product with a matrix that has a triangle of weights in every row, which the device works out from two numbers.
+The images of a batch lie in the corners of canvases of one size, so that one program serves all sizes. Each is cropped
+to the network's aspect ratio around its centre and scaled in one antialiased (bilinear) step, as Pillow does it: first
+along its rows, then along its columns, rounding to whole grey levels after each. Each of the two is a product with a
+matrix whose rows are triangles of weights. The device computes the matrix from `N_NUMBERS` numbers per side.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 N_NUMBERS = 3
-"""Of a side: where the cut begins, source pixels for a pixel, and where the picture ends."""
+"""Per side: where the crop begins, source pixels per output pixel, and where the image ends."""
 
 WEIGHT_STEPS = 2**22
-"""Pillow's weights are whole numbers of such a part."""
+"""Pillow's weights are multiples of 1 / WEIGHT_STEPS."""
 
 
 def cut(height_px: int, width_px: int, shape: Sequence[int]) -> list[list[float]]:
-    """How a picture is cut and scaled to `shape`: `N_NUMBERS` for its height, then for its width."""
+    """How an image is cropped and scaled to `shape`: `N_NUMBERS` for its height, then for its width."""
     scale = min(height_px / shape[0], width_px / shape[1])
     return [
         [(side - scale * wanted) / 2, scale, side] for side, wanted in zip((height_px, width_px), shape, strict=False)
@@ -27,15 +27,15 @@ def cut(height_px: int, width_px: int, shape: Sequence[int]) -> list[list[float]
 
 
 def resize(canvases: Tensor, cuts: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return pictures of one size, uint8 [rows, height, width, 3].
+    """Crop and scale images; returns uint8 [rows, height, width, 3].
 
     Args:
         canvases: uint8 [rows, any height, any width, 3].
         cuts: float64 [rows, 2, N_NUMBERS], see `cut`.
         shape: (height, width, ...).
-        dtype: of the products. In float64 all is Pillow's to the bit, but where a cut begins between two numbers of
-            float32. In float32 a value in 100 (where one grey level is as near as the next) is one off, in float16
-            one in 12, and next to none two.
+        dtype: of the products. In float64, results are bit-exact with Pillow's unless the start of a crop is not a
+            float32. In float32, one value in 100 is off by one grey level (where two are about equally near), in
+            float16 one in 12; hardly any is off by two.
     """
     rows, height, width, channels = canvases.shape
     down, across = (_weights(cuts[:, i], shape[i], canvases.shape[1 + i]).to(dtype) for i in range(2))
@@ -47,12 +47,12 @@ def resize(canvases: Tensor, cuts: Tensor, shape: Sequence[int], dtype: torch.dt
 
 
 def _weights(cuts: Tensor, n_out: int, n_in: int) -> Tensor:
-    """What every pixel of a side is made of, float64 [rows, n_out, n_in]."""
+    """The weight of each source pixel in each output pixel of a side, float64 [rows, n_out, n_in]."""
     start, scale, end = (cuts[:, i, None, None] for i in range(N_NUMBERS))
     out, source = (torch.arange(n, dtype=cuts.dtype, device=cuts.device) + 0.5 for n in (n_out, n_in))
     centres = start + out[None, :, None] * scale
     triangles = (1 - (source - centres).abs() / scale.clamp(min=1)).clamp(min=0)
-    triangles = torch.where(source < end, triangles, 0.0)  # of the picture, not of the rest of its canvas
+    triangles = torch.where(source < end, triangles, 0.0)  # nothing from the canvas outside the image
     shares = triangles / triangles.sum(dim=2, keepdim=True)
     return (shares * WEIGHT_STEPS + 0.5).floor() / WEIGHT_STEPS
 

@@ -1,24 +1,24 @@
-"""Rounding the weights of a convolution to half precision so that what it computes is off by least.
+"""Rounds the weights of a convolution to half precision with the least error in its outputs.
 
-Two things are free: a factor near 1 for each of its channels, which its readers divide by, and which of the two numbers
-around a weight it becomes. Both are chosen without any image, by `_loss`.
+There are two degrees of freedom: a factor near 1 per output channel, by which the layers that read it divide, and the
+rounding direction of each weight. Both are chosen to minimise `_loss`, without any images.
 """
 
 import torch
 from torch import Tensor
 
-MAX_TRIED = 64  # factors above 1, and below
-MAX_NUMBERS = 2**23  # rounded to find them: some 0.1 s a convolution
-AT_ONCE = 2**16  # numbers: small convolutions are quick but for what each call of torch takes
+MAX_TRIED = 64  # factors above 1, and as many below
+MAX_NUMBERS = 2**23  # weights rounded to find factors: some 0.1 s per convolution
+AT_ONCE = 2**16  # weights: in small convolutions, the overhead of torch's calls dominates
 ROUNDS = 2
-MOST_TURNED = 8  # weights of an output, each round
+MOST_TURNED = 8  # weights per output in each round
 
 
 def scales_for(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """By what the outputs of a convolution are to be multiplied, [outputs].
+    """Return the factors by which to multiply the outputs of a convolution, [outputs].
 
-    With each factor a bias is a number of `dtype`, as there are a thousand near every one; or it is so small that its
-    error is nothing. Of these it is the one at which the errors of the channel's weights do least.
+    Times its factor, a bias is exactly a number of `dtype` (a thousand are near every bias), or too small for its error
+    to matter. Of such factors, the one is chosen at which rounding the channel's weights costs least.
 
     Args:
         weight: float32 [outputs, inputs, height, width].
@@ -44,10 +44,10 @@ def scales_for(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tenso
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight of numbers of `dtype`, as float32: each the next below or above, mostly the nearer one.
+    """Round a weight to numbers of `dtype`, returned as float32: each to one of its two neighbours, mostly the nearer.
 
-    Those that are hardly nearer to one than to the other are turned where that lets errors cancel: first those of one
-    input, then those of all.
+    Weights that are about equally near to both are turned to the other one if that makes errors cancel: first within
+    each input, then over all inputs.
 
     Args:
         weight: float32 [outputs, inputs, height, width].
@@ -65,7 +65,7 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
         dearness = torch.where(helps, cost / turn.abs(), torch.inf).flatten(1)
         dearness, which = dearness.topk(min(MOST_TURNED, dearness.shape[1]), largest=False)
         helps = dearness.isfinite()
-        first = (turn.flatten(1).gather(1, which) * helps).cumsum(dim=1)  # so many of them
+        first = (turn.flatten(1).gather(1, which) * helps).cumsum(dim=1)  # the first 1, 2, 3, ... of them
         costs = (cost.flatten(1).gather(1, which) * helps).cumsum(dim=1)
         gain, last = ((total + first) ** 2 - total**2 + costs).min(dim=1, keepdim=True)
         chosen = (torch.arange(which.shape[1]) <= last) & (gain < 0) & helps
@@ -75,17 +75,17 @@ def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _loss(error: Tensor) -> Tensor:
-    """What errors of weights [..., outputs, inputs, pixels] do to outputs, squared, as far as that is known.
+    """An estimate of the squared error of outputs, from errors of weights [..., outputs, inputs, pixels].
 
-    Maps are positive, and pixels beside each other much alike. So errors of weights of one input add up, and those of
-    all inputs do as far as these have a mean. What pixels do apart from that goes by the sum of squares.
+    Maps are positive and neighbouring pixels similar. So the errors of the weights of one input add up, and those of
+    all inputs add up as far as inputs share a mean. What pixels vary beyond that contributes the sum of squares.
     """
     by_input = error.sum(dim=-1)
     return by_input.sum(dim=-1) ** 2 + (by_input**2).sum(dim=-1) + (error**2).sum(dim=(-2, -1))
 
 
 def _cost(error: Tensor, turn: Tensor) -> Tensor:
-    """What `_loss` without its first part grows by, if a weight's error changes by `turn` and no other does."""
+    """The change of `_loss`, without its first term, if the error of one weight changes by `turn` and no other does."""
     return turn * (2 * error.sum(dim=2, keepdim=True) + turn) + turn * (2 * error + turn)
 
 
@@ -94,6 +94,6 @@ def _turned(error: Tensor, turn: Tensor, which: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Between the numbers of `dtype` around x."""
+    """The distance between the numbers of `dtype` around x."""
     known = torch.finfo(dtype)
     return known.eps * torch.exp2(x.abs().clamp_min(known.smallest_normal).log2().floor())

@@ -1,14 +1,14 @@
-"""Channels of maps to multiples of eight, and to scales at which their biases are exact.
+"""Pads the channels of maps to multiples of eight, and scales them so that their biases are exact.
 
-Tensor cores want such multiples: others take up to four times as long. A widened map has channels of zeros that nobody
-reads: weights of zero make them, and weights of zero read them. Where maps are put beside each other, zeros come to lie
-between real channels; so of every map is known where these are, also from stage to stage.
+Tensor cores need such multiples: other numbers of channels take up to four times as long. The added channels are zeros,
+computed by weights of zero and read by weights of zero. Concatenation puts such channels between real ones, so the
+positions of the real channels of every map are tracked, also from stage to stage.
 
-Rounding biases and weights to half precision does the same to every image's answer. So channels are multiplied by
-factors near 1 at which their biases are exact and the errors of their weights cancel best (`rounding.py`), and whoever
-reads a channel divides its weights by that: they are rounded in any case. ReLU and pooling let factors through.
+Errors from rounding biases and weights to half precision shift every image's answer alike. So channels are multiplied
+by factors near 1, at which their biases are exact and the errors of their weights cancel best (`rounding.py`). Layers
+that read a channel divide their weights by its factor; they are rounded anyway. ReLU and pooling preserve factors.
 
-An operation that is not known here is given the real channels alone, at their own scale.
+Operations that this module does not know get only the real channels, at their original scale.
 """
 
 import copy
@@ -34,10 +34,10 @@ SUMS = (operator.add, operator.iadd, torch.add)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the real channels of a map are, in order; its others are finite, and nobody reads them.
+    """Where the real channels of a map are, in their order. The others have finite values that nothing reads.
 
     Attributes:
-        scales: by what the real channels are multiplied.
+        scales: the factors by which the real channels are multiplied.
     """
 
     positions: tuple[int, ...]
@@ -53,7 +53,7 @@ class Layout:
         return any(scale != 1.0 for scale in self.scales)
 
     def taking(self, weight: Tensor, n_each: int = 1) -> Tensor:
-        """Spread the columns of a weight [outputs, real channels x n_each, ...] over a map's."""
+        """Spread a weight [outputs, real channels x n_each, ...] over all channels of the map, dividing by scales."""
         chosen = [position * n_each + i for position in self.positions for i in range(n_each)]
         scales = weight.new_tensor(self.scales).repeat_interleave(n_each)
         wide = weight.new_zeros((len(weight), self.width * n_each, *weight.shape[2:]))
@@ -67,12 +67,12 @@ def plain(width: int) -> Layout:
 
 @torch.no_grad()
 def widen(stages: Sequence[Stage], multiple: int, dtype: torch.dtype = torch.float32) -> None:
-    """Widen the maps that convolutions make to multiples of channels, and let their readers know.
+    """Widen the outputs of convolutions to `multiple` channels or a multiple of it, and adapt what reads them.
 
-    A map's node has its number of channels as `meta[N_CHANNELS]` then, if that is known.
+    Afterwards, a map's node has its number of channels in `meta[N_CHANNELS]`, if it is known.
 
     Args:
-        dtype: that weights and biases will be rounded to, which they are made fit for.
+        dtype: what weights and biases will be rounded to; channels are scaled for it.
     """
     layouts: dict[str, Layout] = {}
     for stage in stages:
@@ -80,7 +80,7 @@ def widen(stages: Sequence[Stage], multiple: int, dtype: torch.dtype = torch.flo
 
 
 class _Widening:
-    """Of one stage: `of` has the layout of every map whose number of channels is known.
+    """Widens one stage. `of` has the layout of every map whose number of channels is known.
 
     Args:
         layouts: of the values of earlier stages, by name; those of this stage are added.
@@ -89,14 +89,14 @@ class _Widening:
     def __init__(self, stage: Stage, multiple: int, dtype: torch.dtype, layouts: dict[str, Layout]) -> None:
         self._stage, self._multiple, self._dtype, self._layouts = stage, multiple, dtype, layouts
         self.of: dict[fx.Node, Layout] = {}
-        self._flat: dict[fx.Node, Layout] = {}  # of maps whose pixels lie behind each other by now
+        self._flat: dict[fx.Node, Layout] = {}  # of flattened maps
 
     def run(self) -> None:
         for node in list(self._stage.graph.nodes):
             if node.op == "placeholder" and node.target in self._layouts:
                 self.of[node] = self._layouts[node.target]
             elif node.op == "output":
-                self._leave(node)
+                self._export(node)
             elif node.op != "placeholder" and not self._rewrite(node):
                 self._narrow_inputs(node)
         for node, layout in self.of.items():
@@ -105,9 +105,9 @@ class _Widening:
         self._stage.delete_all_unused_submodules()
         self._stage.recompile()
 
-    def _leave(self, node: fx.Node) -> None:
-        left: Any = node.args[0]
-        logits, *values = left
+    def _export(self, node: fx.Node) -> None:
+        outputs: Any = node.args[0]
+        logits, *values = outputs
         if isinstance(logits, fx.Node):
             self._narrow_input(node, logits)
         names = self._stage.outputs[1:]
@@ -116,7 +116,7 @@ class _Widening:
         )
 
     def _rewrite(self, node: fx.Node) -> bool:
-        """Widen what a node makes or reads; False: it is nothing that takes widened maps."""
+        """Adapt a node to widened maps; returns False if it cannot read them."""
         source = node.args[0] if node.args else None
         if is_concat(node):
             return self._concat(node)
@@ -181,7 +181,7 @@ class _Widening:
         if not isinstance(stop, int) or not 0 < stop <= len(layout.positions) or item[1] != slice(None, stop):
             return False
         positions = layout.positions[:stop]
-        width = min(layout.width, _up(positions[-1] + 1, self._multiple))  # nobody reads what else is in it
+        width = min(layout.width, _up(positions[-1] + 1, self._multiple))  # nothing reads its other channels
         node.args = (source, (slice(None), slice(None, width)))
         self.of[node] = Layout(positions, width, layout.scales[:stop])
         return True
@@ -216,7 +216,7 @@ class _Widening:
         self._replace(node, wide)
 
     def _replace(self, node: fx.Node, module: nn.Module) -> None:
-        name = f"wide_{node.name}"  # its own: the narrow one may be called in other places
+        name = f"wide_{node.name}"  # a new name: other nodes may call the narrow module
         self._stage.add_submodule(name, module)
         node.target = name
 
@@ -249,7 +249,7 @@ def _longer(weight: Tensor, n: int) -> Tensor:
 
 
 def _feeds_linear_alone(node: fx.Node, stage: Stage) -> bool:
-    """Whether linear layers alone read what a node makes, but for changes of type."""
+    """Whether only linear layers read a node, possibly through changes of type or dropout."""
     for user in node.users:
         module = stage.get_submodule(str(user.target)) if user.op == "call_module" else None
         passes = isinstance(module, nn.Dropout) or (user.op == "call_method" and user.target in BY_CHANNEL_METHODS)
@@ -259,7 +259,7 @@ def _feeds_linear_alone(node: fx.Node, stage: Stage) -> bool:
 
 
 def _asks_for_sides_alone(node: fx.Node) -> bool:
-    """Whether a node is a map's shape, of which height and width alone are read."""
+    """Whether a node is a map's shape, of which only height and width are read."""
     if node.args[1] != "shape":
         return False
     for user in node.users:
