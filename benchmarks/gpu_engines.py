@@ -189,8 +189,8 @@ class _IdleStream:
     def prepare(self, program: Program) -> Program:
         return lambda: None
 
-    def copier(self, there: Tensor, here: Tensor) -> Copier:
-        return self._stream.copier(there, here)
+    def copier(self, target: Tensor, source: Tensor) -> Copier:
+        return self._stream.copier(target, source)
 
     def mark(self) -> Mark:
         return self._stream.mark()
@@ -210,7 +210,7 @@ def idle_runner(case: Case, plan: Plan) -> SlotRunner[Any]:
     told[:, 2] = np.random.default_rng(2).choice(scores.ravel(), plan.max_rows)
     with torch.inference_mode():
         for lane in runner.lanes:  # each batch is told the same, wherever its bucket ends
-            lane.results.there[: told.nbytes].copy_(torch.from_numpy(told.view(np.uint8).ravel()))
+            lane.results.on_device[: told.nbytes].copy_(torch.from_numpy(told.view(np.uint8).ravel()))
     return runner
 
 

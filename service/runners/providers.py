@@ -87,8 +87,8 @@ LOST = frozenset({214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999})
 
 def is_lost(error: Exception) -> bool:
     """Whether an error of ONNX Runtime's CUDA provider means that the device is lost to this process."""
-    told = re.search(r"CUDA failure (\d+)", str(error))
-    return told is not None and int(told[1]) in LOST
+    match = re.search(r"CUDA failure (\d+)", str(error))
+    return match is not None and int(match[1]) in LOST
 
 
 def why_not_loaded(provider: str) -> str:

@@ -185,16 +185,16 @@ class SlotRunner(ABC, Generic[L]):
             start += n_rows
         return states
 
-    def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
+    def _copy(self, images: Array, which: Sequence[int], out: Array) -> None:
         """Copy some of the images to adjacent places."""
         runs = stretches(list(which))
         if len(runs) == 1:
-            there[:] = images[runs[0][0] : runs[0][0] + runs[0][1]]
+            out[:] = images[runs[0][0] : runs[0][0] + runs[0][1]]
         elif images.flags.c_contiguous:
             # Any mode but "clip" copies through a buffer, which is a second copy.
-            np.take(images, which, axis=0, out=there, mode="clip")
+            np.take(images, which, axis=0, out=out, mode="clip")
         else:
-            there[:] = images[which]  # `take` would first make a contiguous copy of all images
+            out[:] = images[which]  # `take` would first make a contiguous copy of all images
 
     def run(self, stage: int, rows: Sequence[RowState]) -> StageOutput:
         return self.launch(stage, rows).collect()

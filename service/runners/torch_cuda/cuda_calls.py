@@ -42,9 +42,9 @@ class CudaCalls:
         self._forget_error = _typed(library.cudaGetLastError)
         self._words = _typed(library.cudaGetErrorString, ctypes.c_int, returns=ctypes.c_char_p)
 
-    def copy(self, there: int, here: int, n_bytes: int, stream: int) -> None:
-        """Put a copy from address `here` to address `there` on a stream; host memory must be pinned."""
-        self._require(self._copy(there, here, n_bytes, DEFAULT, stream))
+    def copy(self, target: int, source: int, n_bytes: int, stream: int) -> None:
+        """Put a copy from address `source` to address `target` on a stream; host memory must be pinned."""
+        self._require(self._copy(target, source, n_bytes, DEFAULT, stream))
 
     def replay(self, graph: int, stream: int) -> None:
         """Put a captured and instantiated graph on a stream."""
@@ -73,19 +73,19 @@ def _typed(function: Any, *arguments: Any, returns: Any = ctypes.c_int) -> Any:
 
 
 class CudaCopier:
-    """Copies rows of `here` to `there` on a stream; see `device.Stream.copier`."""
+    """Copies rows of `source` to `target` on a stream; see `device.Stream.copier`."""
 
-    def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream, there: Tensor, here: Tensor) -> None:
-        if not (there.is_contiguous() and here.is_contiguous() and there.stride(0) == here.stride(0)):
-            raise ValueError(f"rows of {tuple(here.shape)} cannot be copied to {tuple(there.shape)}")
-        self._kept = (there, here)  # keeps their memory alive
-        self._there, self._here = there.data_ptr(), here.data_ptr()
-        self._row_bytes = there.stride(0) * there.element_size()
+    def __init__(self, calls: CudaCalls, stream: torch.cuda.Stream, target: Tensor, source: Tensor) -> None:
+        if not (target.is_contiguous() and source.is_contiguous() and target.stride(0) == source.stride(0)):
+            raise ValueError(f"rows of {tuple(source.shape)} cannot be copied to {tuple(target.shape)}")
+        self._kept = (target, source)  # keeps their memory alive
+        self._target, self._source = target.data_ptr(), source.data_ptr()
+        self._row_bytes = target.stride(0) * target.element_size()
         self._copy, self._stream = calls.copy, stream.cuda_stream
 
     def __call__(self, to_row: int, from_row: int, n_rows: int) -> None:
         n_bytes = self._row_bytes
-        self._copy(self._there + to_row * n_bytes, self._here + from_row * n_bytes, n_rows * n_bytes, self._stream)
+        self._copy(self._target + to_row * n_bytes, self._source + from_row * n_bytes, n_rows * n_bytes, self._stream)
 
 
 class CudaReplay:

@@ -48,8 +48,8 @@ class Stream(Protocol):
         """Return a function that launches `program` on this stream; any thread may call it."""
         ...
 
-    def copier(self, there: Tensor, here: Tensor) -> Copier:
-        """Return a function that copies rows of `here` to `there` on this stream. Both are contiguous."""
+    def copier(self, target: Tensor, source: Tensor) -> Copier:
+        """Return a function that copies rows of `source` to `target` on this stream. Both are contiguous."""
         ...
 
     def mark(self) -> Mark:
@@ -100,10 +100,10 @@ class HostStream:
         run()
         return run
 
-    def copier(self, there: Tensor, here: Tensor) -> Copier:
+    def copier(self, target: Tensor, source: Tensor) -> Copier:
         @torch.inference_mode()
         def copy(to_row: int, from_row: int, n_rows: int) -> None:
-            there[to_row : to_row + n_rows].copy_(here[from_row : from_row + n_rows])
+            target[to_row : to_row + n_rows].copy_(source[from_row : from_row + n_rows])
 
         return copy
 
@@ -188,8 +188,8 @@ class CudaStream:
 
         return run
 
-    def copier(self, there: Tensor, here: Tensor) -> Copier:
-        return CudaCopier(self._device.calls, self._stream, there, here)
+    def copier(self, target: Tensor, source: Tensor) -> Copier:
+        return CudaCopier(self._device.calls, self._stream, target, source)
 
     def mark(self) -> Mark:
         return CudaMark(self._device.calls, self._stream)

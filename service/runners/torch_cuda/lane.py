@@ -86,14 +86,14 @@ class Lane:
         if bucket not in self._buckets:
             self._buckets[bucket] = _Bucket(self._slots, self.results, bucket, self._n_classes)
         with self.stream.use():
-            self._slots.there.fill_(SCRATCH)
+            self._slots.on_device.fill_(SCRATCH)
         if call is None:  # not `or`: what torch.compile returns has no truth value
             call = self._stages[stage]
         self.programs[stage, bucket] = self.stream.prepare(partial(self._program, stage, bucket, call))
         if stage == 0 and self._canvas_px:
             self._cuts.host.copy_(torch.tensor(cut(self._image_shape[0], self._image_shape[1], self._image_shape)))
             with self.stream.use():
-                self._cuts.there.copy_(self._cuts.host)
+                self._cuts.on_device.copy_(self._cuts.host)
             self._resizers[bucket] = self.stream.prepare(partial(self._resize, bucket))
 
     def launch(
@@ -157,14 +157,14 @@ class Lane:
         return (time.perf_counter() - started) / repeats
 
     def _program(self, stage_index: int, bucket: int, call: StageCall) -> None:
-        stage, slots = self._stages[stage_index], self._slots.there[:bucket]
+        stage, slots = self._stages[stage_index], self._slots.on_device[:bucket]
         carried = [name for name in stage.inputs if name != IMAGES]
         inputs = dict(zip(carried, self._values.gather(carried, slots), strict=True))
         inputs[IMAGES] = self._images[:bucket]
         outputs = call(*(inputs[name] for name in stage.inputs))
         made = zip(stage.outputs, outputs, strict=True)
         self._values.scatter({name: value for name, value in made if name in self._values}, slots)
-        heads, logits = _parts(self.results.there, bucket, self._n_classes)
+        heads, logits = _parts(self.results.on_device, bucket, self._n_classes)
         if self._score is not None:
             self._kernels.judge(outputs[0], self._score, heads)
         logits.copy_(outputs[0])
@@ -179,7 +179,7 @@ class Lane:
             cuts[i] = cut(height, width, self._image_shape)
 
     def _resize(self, bucket: int) -> None:
-        canvases, cuts = self._canvases.there[:bucket], self._cuts.there[:bucket]
+        canvases, cuts = self._canvases.on_device[:bucket], self._cuts.on_device[:bucket]
         dtype = torch.float32 if canvases.device.type == "cpu" else torch.float16
         self._images[:bucket].copy_(resize(canvases, cuts, self._image_shape, dtype))
 
@@ -194,10 +194,10 @@ class _Pair:
 
     def __init__(self, device: Device, stream: Stream, shape: Sequence[int], dtype: torch.dtype) -> None:
         self.turns = [torch.zeros(shape, dtype=dtype, pin_memory=device.pins) for _ in range(N_TURNS)]
-        self.host, self.there = self.turns[0], torch.zeros(shape, dtype=dtype, device=device.kind)
+        self.host, self.on_device = self.turns[0], torch.zeros(shape, dtype=dtype, device=device.kind)
         self.arrays = [host.numpy() for host in self.turns]
-        self.send = [stream.copier(self.there, host) for host in self.turns]
-        self.receive = [stream.copier(host, self.there) for host in self.turns]
+        self.send = [stream.copier(self.on_device, host) for host in self.turns]
+        self.receive = [stream.copier(host, self.on_device) for host in self.turns]
 
 
 class _Bucket:

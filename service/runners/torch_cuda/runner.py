@@ -125,16 +125,16 @@ class TorchCudaRunner(SlotRunner[Lane]):
                 return state
         return super().first_state(image)
 
-    def _copy(self, images: Array, which: Sequence[int], there: Array) -> None:
+    def _copy(self, images: Array, which: Sequence[int], out: Array) -> None:
         """Copy with several threads if there is much to copy: one core copies some 5 GB/s, which is 30,000 images/s of
         224 px, and a GPU may take more. The threads are torch's: Python's would each wait for the interpreter twice.
 
         Small pictures are copied by one core, in less time than the engine takes for them. Torch releases the
         interpreter lock at every operation, and getting it back would take longer than that.
         """
-        if there.nbytes < MANY_BYTES or there[0].size <= MANY_NUMBERS or not images.flags.writeable:
-            return super()._copy(images, which, there)
-        source, target = torch.from_numpy(images), torch.from_numpy(there)
+        if out.nbytes < MANY_BYTES or out[0].size <= MANY_NUMBERS or not images.flags.writeable:
+            return super()._copy(images, which, out)
+        source, target = torch.from_numpy(images), torch.from_numpy(out)
         runs = stretches(list(which))
         if len(runs) > MANY_RUNS:
             torch.index_select(source, 0, torch.tensor(which), out=target)
