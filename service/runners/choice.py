@@ -11,6 +11,7 @@ from models.onnx_weights import StageLoadError
 from service.runners.base import FatalRunnerError, Runner, RunnerError
 from service.runners.onnx import OnnxRunner
 from service.runners.providers import Device, check_device, cuda_device_count, tensorrt_version
+from service.runners.slotted import DEFAULT_LANES
 
 RunnerName = Literal["auto", "onnx", "torch-cuda"]
 Resize = Literal["auto", "host", "device"]
@@ -97,7 +98,7 @@ def open_runner(
             raise RunnerError("ONNX Runtime on a GPU needs the package onnx, which is not installed: pip install onnx")
         from service.runners.onnx_device.runner import OnnxDeviceRunner
 
-        return OnnxDeviceRunner(bundle, on, max_rows, max_in_flight_rows, n_lanes or 2)
+        return OnnxDeviceRunner(bundle, on, max_rows, max_in_flight_rows, n_lanes or DEFAULT_LANES)
 
     candidates: dict[str, Callable[[], Runner]] = {}
     if name == "torch-cuda" or (name == "auto" and device != "tensorrt" and importlib.util.find_spec("torch")):

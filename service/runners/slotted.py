@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 REPEATS = 3
+DEFAULT_LANES = 2  # while the results of one lane are copied, the other's batch runs
 MANY_NUMBERS = 32_768  # in a picture; above it, numpy copies it
 SWITCH_S = 0.001  # after which Python makes a running thread release the interpreter; its default is 5 ms
 

@@ -27,11 +27,10 @@ from service.runners.providers import (
     load_libraries,
     tensorrt_options,
 )
-from service.runners.slotted import SlotRunner
+from service.runners.slotted import DEFAULT_LANES, SlotRunner
 
 logger = logging.getLogger(__name__)
 
-N_LANES = 2  # while the results of one lane are copied, the other's batch runs
 MAX_ELEMENTS = 2**31 - 1  # in a store: ONNX Runtime's kernels index with 32 bits
 
 
@@ -57,7 +56,7 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         device: Literal["cpu", "cuda", "tensorrt"],
         max_rows: int = 64,
         max_in_flight_rows: int = 1024,
-        n_lanes: int = N_LANES,
+        n_lanes: int = DEFAULT_LANES,
     ) -> None:
         check_device(device)
         stages = bundle.manifest.stages

@@ -12,7 +12,7 @@ from service.runners.base import FatalRunnerError, RunnerError
 from service.runners.blocks import Array, Block
 from service.runners.limits import is_out_of_memory, words_of
 from service.runners.slots import SlotState, stretches
-from service.runners.slotted import IMAGES, MANY_NUMBERS, SlotRunner
+from service.runners.slotted import DEFAULT_LANES, IMAGES, MANY_NUMBERS, SlotRunner
 from service.runners.torch_cuda.compiling import COMPILERS, Compilers, try_compilers
 from service.runners.torch_cuda.device import Cuda, Device, Host
 from service.runners.torch_cuda.growing import rooms
@@ -28,7 +28,6 @@ CAPTURE_FAILED = "previous error during capture"
 MANY_BYTES = 1 << 20  # of pictures
 MANY_RUNS = 4
 COPY_THREADS = 8  # an H200's host copied no faster with 16
-N_LANES = 2  # while the results of one lane are copied, the other's batch runs
 
 
 class TorchCudaRunner(SlotRunner[Lane]):
@@ -72,7 +71,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
         max_in_flight_rows: int = 1024,
         device: Device | None = None,
         dtype: torch.dtype = torch.float16,
-        n_lanes: int = N_LANES,
+        n_lanes: int = DEFAULT_LANES,
         canvas_px: int = 0,
         compilers: Compilers | None = None,
         ways: Ways | None = None,
@@ -211,7 +210,7 @@ def open_torch_runner(
         max_in_flight_rows,
         device,
         dtype,
-        n_lanes or N_LANES,
+        n_lanes or DEFAULT_LANES,
         canvas_px=canvas_px,
         compilers=COMPILERS if compile_stages else None,
     )
