@@ -1,5 +1,5 @@
-"""Serves a bundle: the HTTP face, the engine behind it, and the budget that the operator sets.
+"""Serves a bundle: HTTP, the engine, and the compute budget.
 
-This room imports `models` and never `training`. Scheduler and budget are plain Python over numbers, so that their
-rules can be tested under a virtual clock; the ONNX path needs no torch.
+This package imports `models`, never `training`. Scheduler and budget are plain Python over numbers, so that their
+rules can be tested under a virtual clock. The ONNX runner needs no torch.
 """

@@ -1,6 +1,6 @@
-"""`python -m service`: load a bundle, check it, warm it up, serve it. With `classify`: see `command`; `plan`: `plan`.
+"""`python -m service`: load, check, warm up and serve a bundle; also runs `classify` (`command`) and `plan` (`plan`).
 
-Exit codes: 0 stopped as told, 1 something failed, 2 wrong settings or an unusable bundle.
+Exit codes: 0 stopped by a signal, 1 something failed, 2 wrong settings or an unusable bundle.
 """
 
 import logging
@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-# All else is imported once it is needed: `--help`, a wrong setting and Ctrl-C are answered at once.
+# Everything else is imported when needed, so that `--help`, a wrong setting and Ctrl-C take effect at once.
 if TYPE_CHECKING:
     from service.budget.target import Target, Targets
     from service.settings import Settings
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve until told to stop, or classify, or plan; returns the exit code."""
+    """Serve until stopped by a signal, or classify, or plan; return the exit code."""
     if list(arguments[:1]) == ["classify"]:
         from service import command
 
@@ -62,26 +62,26 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _printing(command: Callable[[Sequence[str]], T], arguments: Sequence[str]) -> T:
-    """Run what may print, and end with 1 where that cannot be written: quietly where nobody reads on (`| head`)."""
+    """Run `command`; exit with 1 if standard output cannot be written, silently if its reader is gone (`| head`)."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may have what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files and classes that it cannot encode
     try:
         try:
             return command(arguments)
         finally:
-            sys.stdout.flush()  # what is in its buffer, `--help` too, may be the first that cannot be written
+            sys.stdout.flush()  # the first write may be this one, also for `--help`
     except BrokenPipeError:
-        _give_standard_output_up()
+        _discard_standard_output()
     except OSError as error:
-        if error.filename is not None:  # of a file, and not of what is printed
+        if error.filename is not None:  # an error of a file, not of standard output
             raise
-        _give_standard_output_up()
+        _discard_standard_output()
         sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")
     raise SystemExit(1)
 
 
-def _give_standard_output_up() -> None:
-    """Let what is in its buffer go nowhere: Python writes it at its end, and would fail once more."""
+def _discard_standard_output() -> None:
+    """Redirect standard output to /dev/null: Python flushes its buffer at exit, which would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -132,7 +132,7 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
         _end_without_clean_up(error)
     except (StageLoadError, RunnerError) as error:
         return _refuse(error)
-    bundle.check_unchanged()  # its stages and weights were read after its digests
+    bundle.check_unchanged()  # stages and weights were read after the digests were checked
     logger.info(compiled.state())
     metrics.watch(engine.stats, engine.budget_state, bundle)
     keeper = Keeper(engine, target)
@@ -145,8 +145,8 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
         try:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
-        except OSError as error:  # whoever started it does not listen: clients may
-            _give_standard_output_up()
+        except OSError as error:  # serve nevertheless: only the ready line is lost
+            _discard_standard_output()
             logger.warning("%s; standard output cannot be written: %s", line, error.strerror)
 
     url = _url(listener)
@@ -169,7 +169,7 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
 
 
 def _target(settings: "Settings", targets: "Targets") -> "Target":
-    """The budget that was asked for; the whole network's where none was, of which the frontier uses what pays."""
+    """The budget in the settings; by default the full network's cost, of which steering spends only what pays."""
     from service.budget.target import Kind, TargetError
     from service.settings import SettingsError
 
@@ -198,11 +198,10 @@ def _refuse(error: Exception, code: int = 2) -> int:
 
 
 def _end_without_clean_up(error: Exception) -> NoReturn:
-    """End with 1, as the device is lost. To be called while the engine is still referred to.
+    """Exit with 1 after the device was lost. Call it while the engine is still referenced.
 
-    What holds memory, events or graphs of a lost device may hang as it is cleaned up, or abort the process: with torch
-    2.11 on an H200, Python's end after a device-side assert was `terminate called after throwing an instance of
-    'c10::AcceleratorError'`.
+    Freeing memory, events or graphs of a lost device may hang or abort the process: with torch 2.11 on an H200, exiting
+    after a device-side assert printed `terminate called after throwing an instance of 'c10::AcceleratorError'`.
     """
     _refuse(error)
     logging.shutdown()
@@ -210,10 +209,10 @@ def _end_without_clean_up(error: Exception) -> NoReturn:
 
 
 def end_at_once_when_told() -> None:
-    """Until the server handles signals itself, let Ctrl-C and SIGTERM end the process at once and without a trace.
+    """Let Ctrl-C and SIGTERM end the process at once, without a traceback, until the server handles them itself.
 
-    Python would raise KeyboardInterrupt in the midst of loading. And to the first process of a container the kernel
-    passes no signal that nobody handles: it would go on.
+    By default Python would raise KeyboardInterrupt while loading. PID 1 of a container needs a handler, because the
+    kernel does not deliver signals that PID 1 has no handler for.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end if os.getpid() == 1 else signal.SIG_DFL)
@@ -224,14 +223,14 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 def hold_standard_streams() -> None:
-    """Take the places of standard streams that are closed (`>&-`): the next socket would be opened in one of them.
+    """Open /dev/null in place of closed standard streams (`>&-`); a socket could get their descriptors otherwise.
 
-    Input and output are opened the wrong way round, so that to use them still fails; what is logged goes nowhere.
+    Input is opened for writing and output for reading, so that using them still fails. Logs are discarded.
     """
     wrong = (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
     for number, (name, mode, flags) in enumerate(wrong):
         if getattr(sys, name) is None:
-            os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest free descriptor: `number`
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 

@@ -1,4 +1,4 @@
-"""Puts an engine together from a bundle."""
+"""Assembles an engine from a bundle."""
 
 from math import inf
 
@@ -14,11 +14,11 @@ from service.runners.providers import Device
 
 
 def default_burst_images(n_lanes: int, max_rows: int) -> float:
-    """A batch of budgets per lane, 32 at least.
+    """One batch of budgets per lane, at least 32.
 
-    The survivors of batches are in flight together, and the ledger must cover what they spend beyond their own budgets,
-    or it cuts images short that steering would let go on: with half as much, at 40 % of the full cost, 256 in flight
-    and 2 lanes, one image in six (`python -m benchmarks.steering`), and with the real network one in forty.
+    The rows that go on are in flight together in all lanes, and the ledger must cover what they spend beyond their own
+    budgets, or it cuts images short that steering would let go on: with half as much, at 40 % of the full cost, 256 in
+    flight and 2 lanes, one image in six (`python -m benchmarks.steering`), and with the real network one in forty.
     """
     return max(32.0, float(n_lanes * max_rows))
 
@@ -42,21 +42,20 @@ def build_engine(
     exits: bool = True,
     observer: Observer | None = None,
 ) -> Engine:
-    """Open a bundle's stages and return an engine, not yet started (`Engine.start`).
+    """Open a bundle's stages and return an engine that is not yet started (`Engine.start`).
 
     Args:
-        bundle: as loaded.
-        budget_mflops: average per image, millions of multiply-adds as executed.
+        budget_mflops: average per image, in millions of executed multiply-adds.
         runner_name, device, n_lanes, compile_stages, resize, max_rows: see `open_runner`.
         policy: a key of `policies.POLICIES`.
         burst_images, steer: see `BudgetController`; by default `default_burst_images`.
         max_in_flight_rows, observer: see `Engine`.
         max_queue_s: predicted wait beyond which images are refused.
-        latency_s: for which the budget falls under load; see `Engine`.
+        latency_s: latency target, for which the budget is lowered under load; see `Engine`.
         exits: False runs every image to the last exit, whatever the budget.
 
     Raises:
-        ValueError: the budget is out of the network's reach, or the policy unknown.
+        ValueError: the budget is outside the range of the exits' costs, or the policy is unknown.
         StageLoadError, RunnerError: a stage cannot be opened.
     """
     costs_mflops = bundle.costs_mflops
@@ -72,7 +71,7 @@ def build_engine(
     )
     if resize == "device" and not canvas_px_of(runner):
         raise RunnerError(
-            "pictures are to be scaled on the device, which the runner torch-cuda alone does: --resize auto"
+            "--resize device needs the runner torch-cuda, which alone scales images there: use --resize auto"
         )
     return Engine(
         runner,

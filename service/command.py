@@ -1,6 +1,6 @@
-"""`python -m service classify IMAGE...`: what is on these pictures? Asked of a running server, or of a bundle here.
+"""`python -m service classify IMAGE...`: classifies image files, by a running server or by a bundle in this process.
 
-Exit codes: 0 every image was answered, 1 some were not, 2 the command cannot be carried out, or not to its end.
+Exit codes: 0 every image was answered, 1 some were not, 2 the command could not be carried out or completed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 from service.api.answers import Classification
 
 WISHES = ("top_k", "exit", "min_confidence", "max_mflops", "deadline_ms")
-AT_ONCE = 256  # images in work here
+AT_ONCE = 256  # images in flight when a bundle is run in this process
 STDIN = "-"
 
 
@@ -26,7 +26,7 @@ class CommandError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one image: an answer, or why there is none."""
+    """The result for one image: an answer, or the reason why there is none."""
 
     path: str
     answer: Classification | None
@@ -45,16 +45,19 @@ def command_line() -> argparse.ArgumentParser:
         "images", nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP, BMP or GIF files; - is standard input"
     )
     where = parser.add_argument_group("where").add_mutually_exclusive_group()
-    where.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
+    where.add_argument("--url", help="address of a running server, such as http://127.0.0.1:8000")
     where.add_argument("--bundle", type=Path, default=Path("models/zoo/cifar100-msdnet"), help="(default: %(default)s)")
-    how = parser.add_argument_group("how (docs/http.md says what each means)")
+    how = parser.add_argument_group("how (explained in docs/http.md)")
     how.add_argument("--top-k", metavar="N", help="classes to show per image (default: 1)")
     how.add_argument("--exit", metavar="N", help="answer at this exit")
     how.add_argument("--min-confidence", metavar="SHARE", help="answer at the first exit with this confidence")
     how.add_argument("--max-mflops", metavar="MFLOPS", help="run no stage that would cost more than this in total")
     how.add_argument("--deadline-ms", metavar="MS", help="answer by then with the best result so far")
     how.add_argument(
-        "--budget-fraction", type=float, metavar="F", help="average compute per image, as a fraction; without --url (1)"
+        "--budget-fraction",
+        type=float,
+        metavar="F",
+        help="average compute per image, as a fraction; not with --url (default: 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     return parser
@@ -68,9 +71,11 @@ def main(arguments: Sequence[str]) -> int:
     wishes.setdefault("top_k", "1")
     try:
         if given.images.count(STDIN) > 1:
-            raise CommandError("- is standard input, which holds one picture: give it once.")
+            raise CommandError("- is standard input, which holds one image: give it once.")
         if given.url is not None and given.budget_fraction is not None:
-            raise CommandError("--budget-fraction is for a bundle here: a server has its own budget (PUT /budget).")
+            raise CommandError(
+                "--budget-fraction cannot be combined with --url: a server has its own budget (PUT /budget)."
+            )
         if given.url is not None:
             rows = _ask(given.url, given.images, wishes)
         else:
@@ -83,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _ask(url: str, paths: Sequence[str], wishes: dict[str, str]) -> Iterator[Row]:
-    """Ask a server about one image after the other, and again where it says later."""
+    """Have a server classify the images one by one; requests that it asks to repeat later are retried."""
     try:
         from service import client
         from service.client.patience import Patience
@@ -103,12 +108,12 @@ def _ask(url: str, paths: Sequence[str], wishes: dict[str, str]) -> Iterator[Row
             for path in paths:
                 try:
                     yield Row(path, answer(server, _contents(path), patience))
-                    # From each answer anew: where there is none, not every image is to wait as long again.
+                    # Renewed by an answer only: if there are none, not every image is to wait as long again.
                     patience = Patience(inf, client.DEFAULT_TIMEOUT_S)
                 except OSError as error:
                     yield Row(path, None, _unreadable(error))
                 except client.Refused as refused:
-                    if refused.kind in ("bad-parameter", "not-found"):  # as it will be for every image
+                    if refused.kind in ("bad-parameter", "not-found"):  # the same for every image
                         raise CommandError(str(refused)) from None
                     yield Row(path, None, str(refused))
     except client.ServerError as error:
@@ -190,32 +195,32 @@ def _failed(path: str, why: str) -> Callable[[], Row]:
 
 def _unreadable(error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
-        return "This is a folder: give the pictures in it, as in FOLDER/*."
+        return "This is a folder: give the images in it, as in FOLDER/*."
     return f"The file cannot be read: {error.strerror}."
 
 
 def _counted(rows: Iterable[Row], n_rows: int) -> Iterator[Row]:
-    """Say on a terminal how many are done: a table is printed whole, when its columns are known."""
-    told = sys.stderr.isatty()
+    """Show progress on a terminal, as the table is printed only at the end, when its column widths are known."""
+    is_terminal = sys.stderr.isatty()
     try:
         for done, row in enumerate(rows, start=1):
-            if told and done < n_rows:
+            if is_terminal and done < n_rows:
                 sys.stderr.write(f"\r{done} of {n_rows} images")
             yield row
     finally:
-        if told:
+        if is_terminal:
             sys.stderr.write("\r\033[K")
 
 
 def _print_lines(rows: Iterable[Row]) -> int:
-    """Print rows as they come; returns how many have no answer."""
+    """Print each row as soon as it is there; return the number without an answer."""
     import orjson
 
     failed = 0
     for row in rows:
         failed += row.answer is None
         answer = row.answer.model_dump() if row.answer else None
-        path = row.path.encode(errors="backslashreplace").decode()  # not every file's name is UTF-8, as JSON has to be
+        path = row.path.encode(errors="backslashreplace").decode()  # a file name need not be UTF-8; JSON must be
         document = {"image": path, "answer": answer, "error": row.why_not or None}
         sys.stdout.write(orjson.dumps(document).decode() + "\n")
         sys.stdout.flush()
@@ -223,13 +228,13 @@ def _print_lines(rows: Iterable[Row]) -> int:
 
 
 def _print_table(rows: Iterable[Row]) -> int:
-    """Print a table, what the images cost on average, and what failed; returns how many have no answer.
+    """Print a table, the average cost and the failures; return the number of images without an answer.
 
-    Where the rows break off, what has been answered is printed all the same.
+    If `rows` raises an error, the rows before it are printed first.
     """
     found: list[Row] = []
     try:
-        found.extend(rows)  # one after the other: those before an error stay
+        found.extend(rows)  # keeps the rows before an error
     finally:
         failed = _print_found(found)
     return failed

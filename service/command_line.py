@@ -1,4 +1,4 @@
-"""The settings as people give them: options and their help, variables, and what is said about a wrong one."""
+"""Settings from the command line and the environment: options, their help, and error messages."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from service.settings import ENV_PREFIX, NOT_ON_THE_COMMAND_LINE, Settings, Sett
 
 PACKAGE = "exitserve"
 COMMANDS = ("serve", "classify", "plan")
-GROUPS = {  # all of them, in the order of `Settings`, as help and docs/configuration.md show them
+GROUPS = {  # all settings, in the order of `Settings`; used for `--help` and docs/configuration.md
     "Bundle and address": ("bundle", "host", "port"),
     "Budget at start-up": ("budget_fraction", "budget_mflops", "budget_accuracy", "latency_ms", "burst_images"),
     "Compute and queues": (
@@ -46,8 +46,8 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     """Read the settings from command line `arguments` and the environment.
 
     Raises:
-        SettingsError: a value is refused; the message names the setting, its value and what it has to be.
-        SystemExit: from argparse, for `--help` and `--version` (0) and options that do not exist (2).
+        SettingsError: a value is invalid; the message names the setting, the value and what is allowed.
+        SystemExit: from argparse, for `--help` and `--version` (0) and unknown options (2).
     """
     if list(arguments[:1]) == ["serve"]:
         arguments = arguments[1:]
@@ -67,29 +67,29 @@ def _explain(detail: dict[str, object]) -> str:
     if not isinstance(location, tuple) or not location:
         return message
     name = str(location[0])
-    told = "" if name in NOT_ON_THE_COMMAND_LINE else f" {detail['input']!r}"
+    value = "" if name in NOT_ON_THE_COMMAND_LINE else f" {detail['input']!r}"
     names = variable(name) if name in NOT_ON_THE_COMMAND_LINE else f"{flag(name)} ({variable(name)})"
     help_text = Settings.model_fields[name].description
-    return f"{names}{told}: {message[0].lower()}{message[1:]}. Meaning: {help_text}."
+    return f"{names}{value}: {message[0].lower()}{message[1:]}. Meaning: {help_text}."
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
     if late := next((word for word in words if word in COMMANDS), None):
         parser.error(
-            f"{late!r} has to come first, before every option: {parser.prog} {late} ...   ({late} --help lists its own)"
+            f"{late!r} must come first, before any option: {parser.prog} {late} ...   ({late} --help lists its own)"
         )
     word = words[0].partition("=")[0]
     if not word.startswith("-"):
         parser.error(
-            f"{word!r} is no command ({', '.join(COMMANDS)}) and no option: a bundle is named by --bundle {word}"
+            f"{word!r} is neither a command ({', '.join(COMMANDS)}) nor an option: --bundle {word} serves a bundle"
         )
     near = _near(word, (flag(name) for name in Settings.model_fields if name not in NOT_ON_THE_COMMAND_LINE))
-    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists those there are"
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists all options"
     parser.error(f"there is no option {word}: {hint}")
 
 
 def mistaken_variables(environment: Mapping[str, str]) -> Iterator[str]:
-    """Say which variables look like settings but are none: a misspelt one would be passed over without a word."""
+    """Return a warning for each variable that looks like a misspelt setting, which would be ignored silently."""
     known = {variable(name) for name in Settings.model_fields}
     for name in environment:
         near = _near(name, known) if name.startswith(ENV_PREFIX) and name not in known else ()
@@ -98,7 +98,7 @@ def mistaken_variables(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _near(word: str, known: Iterable[str]) -> list[str]:
-    """Names that begin with `word`, or differ little from it; what all of them begin with does not count."""
+    """Names that begin with `word` or else are similar to it, compared without `ENV_PREFIX`."""
     short = {name.removeprefix(ENV_PREFIX): name for name in sorted(known)}
     word = word.removeprefix(ENV_PREFIX)
     begin = [name for name in short if word.strip("-") and name.startswith(word)]
@@ -106,7 +106,7 @@ def _near(word: str, known: Iterable[str]) -> list[str]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The command line, written from the settings' own fields so that help and behaviour cannot drift apart."""
+    """The command line, generated from the fields of `Settings` so that help and behaviour cannot differ."""
     parser = argparse.ArgumentParser(
         prog="python -m service",
         usage="python -m service [serve] [--SETTING VALUE ...]   (--help lists the settings)",
@@ -138,7 +138,7 @@ def _version() -> str:
     try:
         return f"{PACKAGE} {version(PACKAGE)}"
     except PackageNotFoundError:
-        return f"{PACKAGE}, of no version: its files are used without being installed"
+        return f"{PACKAGE}, version unknown: the package is not installed"
 
 
 def _add_option(group: "argparse._ArgumentGroup", name: str) -> None:

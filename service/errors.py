@@ -1,4 +1,4 @@
-"""Why a request gets no answer."""
+"""Errors for requests that get no answer."""
 
 
 class EngineError(RuntimeError):
@@ -10,15 +10,15 @@ class EngineDraining(EngineError):  # noqa: N818 (a state, not a fault)
 
 
 class EngineUnsound(EngineError):  # noqa: N818
-    """The engine cannot run its stages; it tries again by itself."""
+    """The engine cannot run its stages; it retries by itself."""
 
 
 class EngineLost(EngineError):  # noqa: N818
-    """The engine can run nothing any more in this process: its device is lost."""
+    """The device is lost: the engine can run nothing more in this process."""
 
 
 class EngineOverloaded(EngineError):  # noqa: N818
-    """As many rows are in flight as the engine holds, or as can be answered in bearable time."""
+    """The engine is full, or the predicted wait is longer than allowed."""
 
     def __init__(self, in_flight_rows: int, wait_s: float = 0.0) -> None:
         super().__init__(f"{in_flight_rows} images are in flight, which will take about {wait_s:.1f} s")

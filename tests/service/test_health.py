@@ -79,7 +79,7 @@ def test_it_says_what_the_server_says() -> None:
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'"word"', b'{"status": 1}', b"\xff"])
 def test_another_server_is_not_this_one(body: bytes) -> None:
     with answering(404, body) as port:
-        assert "not as ExitServe does" in (why_not_ready(port) or "")
+        assert "is not ExitServe" in (why_not_ready(port) or "")
 
 
 def test_a_server_that_never_answers_does_not_hold_it_up(monkeypatch: pytest.MonkeyPatch) -> None:

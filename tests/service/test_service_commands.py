@@ -51,7 +51,7 @@ def test_the_command_prints_a_table_from_a_bundle(
     assert "3 images by tiny-random" in lines[-1]
     assert "notes.txt: The 10 bytes sent are not" in told.err
     assert "absent.png: The file cannot be read: No such file" in told.err
-    assert f"{bad.parent}: This is a folder: give the pictures in it" in told.err
+    assert f"{bad.parent}: This is a folder: give the images in it" in told.err
 
 
 def test_the_command_asks_a_server_the_same(
@@ -77,7 +77,7 @@ def test_the_command_says_what_is_wrong(folder: Path, pictures: list[Path], caps
         (["--url", "http://127.0.0.1:1"], "Leave --url out"),
         (["--url", "http://127.0.0.1:abc"], "'http://127.0.0.1:abc' is no URL of a server (Invalid port: 'abc')"),
         (["--url", "http://[::1"], "looks like http://127.0.0.1:8000. Leave --url out"),
-        (["-", "-"], "holds one picture: give it once"),
+        (["-", "-"], "holds one image: give it once"),
         (["--url", "http://127.0.0.1:1", "--budget-fraction", "0.5"], "has its own budget"),
     ):
         assert command.main([picture, *arguments]) == 2
@@ -232,7 +232,7 @@ def test_a_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
             load_settings(arguments)
         assert exit_info.value.code == 2
         told = capsys.readouterr().err
-        assert "'classify' has to come first, before every option: python -m service classify ..." in told
+        assert "'classify' must come first, before any option: python -m service classify ..." in told
 
 
 def test_it_tells_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,9 +86,9 @@ def test_all_errors_are_told_at_once() -> None:
     [
         (["--prot", "80"], "no option --prot: did you mean --port?"),
         (["--budget=40"], "--budget-accuracy or --budget-fraction or --budget-mflops?"),
-        (["--nonsense"], "no option --nonsense: --help lists those there are"),
+        (["--nonsense"], "no option --nonsense: --help lists all options"),
         (["--port", "8080", "models/zoo/mine"], "--bundle models/zoo/mine"),
-        (["clasify", "cat.png"], "'clasify' is no command (serve, classify, plan)"),
+        (["clasify", "cat.png"], "'clasify' is neither a command (serve, classify, plan)"),
     ],
 )
 def test_what_is_unknown_is_refused_with_what_was_meant(
