@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line, or as text for people."""
+"""Logging setup: one JSON object per line, or plain text."""
 
 import json
 import logging
@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 import orjson
 
 TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-FIELDS = "fields"  # of a record, made by `extra={FIELDS: {...}}`: further members of its object
-NOTES = "notes"  # of a request's scope: what its line is to say besides; absent where there is no line
+FIELDS = "fields"  # attribute of a record, set by `extra={FIELDS: {...}}`: further members of its JSON object
+NOTES = "notes"  # key of a request's ASGI scope: further fields of its log line; absent if it has none
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one JSON object: time (UTC), level, logger, message, what was added, the trace of an exception."""
+    """Formats a record as one JSON object: time (UTC), level, logger, message, `FIELDS`, traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         document = {
@@ -28,18 +28,18 @@ class JsonFormatter(logging.Formatter):
             document["exception"] = self.formatException(record.exc_info)
         try:
             return orjson.dumps(document, default=str).decode()
-        except TypeError:  # a name of a file that is no UTF-8, say: the line is not to be lost for it
+        except TypeError:  # orjson refuses strings that are not valid Unicode, such as some file names
             return json.dumps(document, default=str, separators=(",", ":"))
 
 
 def set_up_logs(level: str, as_json: bool) -> None:
-    """Log to standard error from now on."""
+    """Log to standard error at `level` and above."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(TEXT_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    for noisy in ("uvicorn.error", "python_multipart", "PIL"):  # what they tell, the log or the client hears otherwise
+    for noisy in ("uvicorn.error", "python_multipart", "PIL"):  # we log this, or tell the client
         logging.getLogger(noisy).setLevel(max(logging.ERROR, logging.root.level))
-    # Pillow warns of what is odd about a picture, thousands of times if the picture's maker likes. Python would print
-    # that beside the log, and remember every text for ever.
+    # Pillow warns of oddities in images, thousands of times for a crafted one. Python would print the warnings beside
+    # the log, and keep every text for ever.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -1,8 +1,8 @@
-"""What Prometheus reads. Counts and gauges are taken from the engine's own structures at the moment of the scrape, so
-that they cannot drift from the truth; only what has a distribution is observed as it happens.
+"""Prometheus metrics. What the engine knows is read from its own structures at each scrape, so that the two cannot
+differ. Only histograms and the outcomes of requests are counted as events happen.
 
-No label comes from a client: exits, stages, reasons and outcomes are all known at the start, and so every labelled
-child is made once, before the first request.
+No label value comes from a client: exits, stages, reasons and outcomes are known at start-up, so the number of time
+series is fixed.
 """
 
 from bisect import bisect_left
@@ -35,14 +35,13 @@ ROWS = (1, 2, 3, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
-    """The registry, and what is observed as it happens.
+    """The registry, and the engine's `Observer`: `batch_ran` and `answered` are called on the engine's thread.
 
-    `batch_ran` and `answered` are called on the engine's thread: it is the engine's `Observer`. `count`, `decoded` and
-    `responded` are those of its tally.
+    `count`, `decoded` and `responded` are the methods of the first tally.
 
     Args:
         manifest: of the network.
-        tallies: of the event loops that serve; by default there is one, `count` and its like.
+        tallies: one per event loop that serves; by default a single new one.
     """
 
     def __init__(self, manifest: Manifest, tallies: Sequence[Tally] = ()) -> None:
@@ -52,9 +51,9 @@ class Metrics:
         self.count, self.decoded, self.responded = tallies[0].count, tallies[0].decoded, tallies[0].responded
         self.registry.register(_RequestCollector(tallies))
         ProcessCollector(registry=self.registry)
-        self._ready = Gauge("exitserve_ready", "1 while images are taken, 0 before and after", registry=self.registry)
+        self._ready = Gauge("exitserve_ready", "1 while images are accepted, otherwise 0", registry=self.registry)
         costs = _cost_bounds([exit_.executed_mflops for exit_ in manifest.exits])
-        self._request_mflops = _Observed("request_mflops", "Millions of multiply-adds an answer was charged", costs)
+        self._request_mflops = _Observed("request_mflops", "Millions of multiply-adds charged for an answer", costs)
         self._batch_rows = _Observed("batch_rows", "Images that ran a stage together", ROWS, exits)
         self._queue_seconds = _Observed("queue_seconds", "An image's wait before a stage", SECONDS, exits)
         self._stage_seconds = _Observed("stage_seconds", "A batch's run through a stage", SECONDS, exits)
@@ -62,7 +61,7 @@ class Metrics:
             self.registry.register(observed)
 
     def watch(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], bundle: Bundle) -> None:
-        """Read the engine's counts and the budget at every scrape from now on."""
+        """Add the metrics of the engine and its budget, read at every scrape."""
         self.registry.register(_EngineCollector(stats, budget, bundle))
 
     def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
@@ -74,23 +73,23 @@ class Metrics:
         self._request_mflops.observe([answer.mflops for answer in answers])
 
     def exposition(self, is_ready: bool) -> tuple[bytes, str]:
-        """The text that Prometheus reads, and its content type. Waits for the engine: not for the event loop."""
+        """Return the metrics as Prometheus text, and its content type. Blocks on the engine: not for the event loop."""
         self._ready.set(is_ready)
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 def _cost_bounds(costs_mflops: Sequence[float]) -> list[float]:
-    """Bounds that tell the exits apart, as every answer costs what its exit does; of many exits, every other one."""
+    """One bound just above each exit's cost, the only costs that answers have; thinned to at most `MAX_BOUNDS`."""
     step = -(-len(costs_mflops) // MAX_BOUNDS)
     kept = costs_mflops[::-1][::step][::-1]
-    return sorted({float(f"{cost * 1.0005:.4g}") for cost in kept})  # those of exits as good as alike are the same
+    return sorted({float(f"{cost * 1.0005:.4g}") for cost in kept})  # the set merges exits of nearly equal cost
 
 
 class _Observed(Collector):
-    """A histogram for every stage, or one; written by one thread, and for less than prometheus_client's own take.
+    """One histogram per stage, or a single one. Written by one thread, and cheaper than prometheus_client's own.
 
     Args:
-        stages: from 1; none: one histogram without a label.
+        stages: stage numbers, from 1; empty: one histogram without a label.
     """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], stages: Iterable[int] = ()) -> None:
@@ -112,7 +111,7 @@ class _Observed(Collector):
 
 
 class _RequestCollector(Collector):
-    """Adds the tallies up when it is asked."""
+    """Sums the tallies at each scrape."""
 
     def __init__(self, tallies: Sequence[Tally]) -> None:
         self._tallies = tallies
@@ -122,7 +121,7 @@ class _RequestCollector(Collector):
 
 
 class _EngineCollector(Collector):
-    """Reads the engine when it is asked, never in between."""
+    """Reads the engine and its budget at each scrape."""
 
     def __init__(self, stats: Callable[[], EngineStats], budget: Callable[[], BudgetState], bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -138,7 +137,7 @@ class _EngineCollector(Collector):
         }
 
     def describe(self) -> Iterable[Metric]:
-        """Empty, so that registering does not ask an engine that may not have been started."""
+        """Empty, so that registering does not query the engine, which may not have been started."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
@@ -152,9 +151,9 @@ class _EngineCollector(Collector):
         total.add_metric([], budget.spent_answered_mflops)
         yield total
         for name, text, count in (
-            ("failed_batches", "Batches that a runner failed on", stats.failed_batches),
+            ("failed_batches", "Batches that failed in a runner", stats.failed_batches),
             ("hung_batches", "Batches given up because they ran too long", stats.hung_batches),
-            ("latency_limited_seconds", "Time worked below the budget for a latency target", stats.latency_limited_s),
+            ("latency_limited_seconds", "Time a latency target has held the budget down", stats.latency_limited_s),
         ):
             family = CounterMetricFamily(f"exitserve_{name}", text)
             family.add_metric([], count)
@@ -164,33 +163,33 @@ class _EngineCollector(Collector):
         is_limited = latency is not None and latency.limited_s is not None
         is_lowest = latency is not None and latency.is_lowest
         for name, text, value in (
-            ("budget_mflops", "The average that was set, in millions of multiply-adds per image", budget.budget_mflops),
-            ("working_mflops", "The average that is kept now: less where latency needs it", budget.working_mflops),
-            ("latency_target_seconds", "Time to answer 95 % in; NaN without a target", target_s),
-            ("latency_p95_seconds", "95 % of the last second's answers took no longer", p95_s),
+            ("budget_mflops", "The budget as set, in millions of multiply-adds per image", budget.budget_mflops),
+            ("working_mflops", "The working budget: lower while a latency target holds it down", budget.working_mflops),
+            ("latency_target_seconds", "Time within which to answer 95 % of images; NaN without a target", target_s),
+            ("latency_p95_seconds", "95th percentile of answer times in the last second", p95_s),
             ("latency_limited", "1 while a latency target holds the budget down", is_limited),
-            ("latency_at_lowest", "1 while it can hold it down no further", is_lowest),
-            ("full_mflops", "What the whole network costs, in millions of multiply-adds", self._full_mflops),
-            ("burst_images", "Images' budgets that any window of answers may overspend", budget.burst_images),
-            ("rolling_mflops", "What the last 1,000 answers cost on average", budget.rolling_mflops),
-            ("expected_mflops", "What held-out images cost on average where steering stands", budget.expected_mflops),
-            ("expected_accuracy", "Share of held-out images right where steering stands", budget.expected_accuracy),
-            ("saved_mflops", "What easy images left over for hard ones", budget.settled_mflops),
-            ("in_flight_rows", "Images in the engine", stats.in_flight_rows),
-            ("room_rows", "Images that may be in the engine before more are refused", stats.room_rows),
-            ("predicted_wait_seconds", "How long an image would take that came now", stats.predicted_wait_s),
+            ("latency_at_lowest", "1 while the budget can be held down no further", is_lowest),
+            ("full_mflops", "Cost of the whole network, in millions of multiply-adds", self._full_mflops),
+            ("burst_images", "The most that answers may overspend, in budgets", budget.burst_images),
+            ("rolling_mflops", "Mean cost of the last 1,000 answers", budget.rolling_mflops),
+            ("expected_mflops", "Mean cost of held-out images at the current thresholds", budget.expected_mflops),
+            ("expected_accuracy", "Accuracy on held-out images at the current thresholds", budget.expected_accuracy),
+            ("saved_mflops", "What easy images have saved for hard ones", budget.settled_mflops),
+            ("in_flight_rows", "Images in flight", stats.in_flight_rows),
+            ("room_rows", "Images that may be in flight before more are refused", stats.room_rows),
+            ("predicted_wait_seconds", "How long an image that arrives now would take", stats.predicted_wait_s),
         ):
             gauge = GaugeMetricFamily(f"exitserve_{name}", text)
             gauge.add_metric([], float("nan") if value is None else value)
             yield gauge
-        yield self._by_number("threshold", "Score from which an image leaves, by exit", "exit", budget.thresholds)
+        yield self._by_number("threshold", "Score at which an image leaves, by exit", "exit", budget.thresholds)
         yield self._by_number(
             "expected_share",
-            "Share of held-out images that leave at an exit where steering stands",
+            "Share of held-out images that leave at an exit, at the current thresholds",
             "exit",
             budget.expected_shares,
         )
-        yield self._by_number("max_batch_rows", "Largest batch that is tried", "stage", stats.max_batch_rows)
+        yield self._by_number("max_batch_rows", "Most images in one batch", "stage", stats.max_batch_rows)
         yield self._by_number("queue_rows", "Images waiting before a stage", "stage", stats.queued_rows)
         info = InfoMetricFamily("exitserve_model", "The bundle that is served")
         info.add_metric([], self._info)

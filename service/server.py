@@ -1,4 +1,4 @@
-"""One process that listens, serves, and stops without losing a request."""
+"""The listening socket, and uvicorn's server with a graceful shutdown that answers what was accepted."""
 
 import asyncio
 import contextlib
@@ -23,50 +23,50 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 STOPS = [signal.SIGTERM, signal.SIGINT]
-if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # a terminal closes; who was started by nohup goes on
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
     STOPS.append(signal.SIGHUP)
-REMEDIES = {  # of an address that cannot be listened on, where another port is none
-    errno.EADDRNOTAVAIL: "Name an address of this machine by --host (0.0.0.0: all of them).",
-    errno.EACCES: "Ports below 1024 are the system's: choose another with --port.",
+REMEDIES = {  # for errors that choosing another port does not solve
+    errno.EADDRNOTAVAIL: "Give an address of this machine with --host (0.0.0.0: all of them).",
+    errno.EACCES: "Ports below 1024 need privileges: choose another with --port.",
 }
-# A client that takes none of its answer for so long, or whose machine has gone, loses its connection.
+# A connection is closed when its client has taken none of the data that waits for it for this long.
 UNTAKEN_S = 60.0
-# For what the sockets hold when readiness goes: connections are accepted until none waits, but not for ever. Then some
-# turns of the event loop: to open the last of them, to read every connection, to begin what has been read.
+# When a drain begins, connections are accepted until none waits, for at most `LAST_CALL_S`. Then follow `LAST_TURNS`
+# turns of the event loop, to open the last of them, read every connection, and begin the requests read.
 LAST_CALL_S = 1.0
 LAST_TURNS = 20
-# For requests that were on their way when readiness went: they still hear that the server is stopping. It listens
-# until none has come for so long, yet not for ever.
+# Requests that were on their way when the drain began are still answered, with a refusal: the server keeps listening
+# until none has come for `QUIET_S`, for at most `MAX_LINGER_S`.
 QUIET_S = 0.25
 MAX_LINGER_S = 2.0
-LEAVING_S = 0.5  # for the last answers to leave, once all is answered or told that it will not be
-FAILED_S = 1.0  # for requests to hear that the server cannot work any more
+LEAVING_S = 0.5  # for sending the last answers and refusals
+FAILED_S = 1.0  # for answering requests with an error, after the server has failed
 
 
 class ServerFailed(Exception):  # noqa: N818
-    """The server cannot start, or cannot go on; the message says why."""
+    """The server cannot start or go on; the message says why."""
 
 
 class ListenError(Exception):
-    """The address cannot be listened on; the message says which and what to do."""
+    """Listening on the address failed; the message names the address and the remedy."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket, first of all, so that a taken port is known before anything slow is done.
+    """Open the listening socket. To be done first, so that a port in use is reported before anything slow is done.
 
     Raises:
-        ListenError: the address is taken, forbidden or unknown.
+        ListenError: the address is in use, not permitted, or unknown.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise ListenError(f"--host {host!r} is no address of this machine ({error.strerror})") from None
+        raise ListenError(f"--host {host!r} is not an address of this machine ({error.strerror})") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; what is accepted inherits it
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNTAKEN_S * 1e3))
         listener.bind(address)
         listener.listen(BACKLOG)
@@ -78,22 +78,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def use_one_heap() -> None:
-    """Let all threads take their small blocks from one heap; to be called before there are others.
+    """Let all threads allocate from one heap. To be called before other threads start.
 
-    glibc's malloc gives threads heaps of their own, where what one has freed is lost to the others: under ten thousand
-    mixed requests resident memory crept up by 175 KiB a minute, where with one heap it stands still, at the same
-    processor time a request. Other C libraries have no such setting.
+    glibc's malloc gives threads heaps of their own, and what is freed in one is of no use to the others: under ten
+    thousand mixed requests, resident memory grew by 175 KiB a minute. With one heap it is constant, and a request takes
+    the same CPU time. Other C libraries have no such setting.
     """
-    m_arena_max = -8  # of malloc.h
+    m_arena_max = -8  # M_ARENA_MAX in malloc.h
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(m_arena_max, 1)
 
 
 class Server(uvicorn.Server):
-    """uvicorn with another end: on SIGTERM, SIGINT or SIGHUP readiness goes, what was accepted is answered, then it
+    """uvicorn's server with our drain: on SIGTERM, SIGINT or SIGHUP it turns unready, answers what it has accepted, and
     stops.
 
-    A second signal ends the process at once; not SIGHUP, which both a terminal and its shell may send.
+    A second signal ends the process at once, unless it is SIGHUP, which both a terminal and its shell may send.
     """
 
     def __init__(self, app: Gate, lifecycle: Lifecycle, settings: Settings) -> None:
@@ -105,12 +105,12 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                access_log=False,  # ours says more
+                access_log=False,  # we have our own
                 server_header=False,
                 # A client's own headers must not decide whether it counts as local.
                 proxy_headers=False,
                 backlog=BACKLOG,
-                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a fraction will do
+                timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # floats work, too
                 timeout_graceful_shutdown=LEAVING_S,  # type: ignore[arg-type]
             )
         )
@@ -135,7 +135,7 @@ class Server(uvicorn.Server):
     def _on_signal(self, number: int) -> None:
         if self._signalled and number == signal.SIGHUP:
             return
-        if self._signalled:  # draining alone does not count: another process may have asked for it before
+        if self._signalled:  # not `_draining`: another process may have begun the drain
             logger.warning("second signal: stopping at once, %d unanswered", self.lifecycle.requests_in_flight)
             logging.shutdown()
             os._exit(128 + number)
@@ -143,19 +143,19 @@ class Server(uvicorn.Server):
         self.begin_drain()
 
     def begin_drain(self) -> None:
-        """Be ready no more, answer what has come, refuse the rest, then stop. Once begun, it goes on."""
+        """Stop being ready, answer what has arrived, refuse the rest, then stop. Further calls have no effect."""
         if self._draining is None:
             self.lifecycle.drain()
             self._draining = asyncio.create_task(self._stop())
 
     def fail(self, why: Exception) -> None:
-        """Stop, as no request can be answered any more; those in work hear why. On the event loop."""
+        """Stop because no request can be answered any more; those in flight are told why. On the event loop."""
         if self._draining is None:
             self.lifecycle.fail(str(why))
             self._draining = asyncio.create_task(self._drain(FAILED_S))
 
     async def _stop(self) -> None:
-        """Take what had come before the signal, though nobody had read it; answer that, refuse the rest."""
+        """Accept and read what had arrived before the signal, answer it, and refuse the rest."""
         waiting = select.poll()
         for listener in self._listeners:
             waiting.register(listener, select.POLLIN)
@@ -183,7 +183,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def _cut_off(self) -> None:
-        """Tell those that are in work that they get no answer."""
+        """End requests in flight, telling their clients that they get no answer."""
         self.lifecycle.cut_off()
         for connection in list(self.server_state.connections):
             assert isinstance(connection, DirectProtocol)

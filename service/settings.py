@@ -1,8 +1,8 @@
-"""Everything an operator can set, in one place: from the command line or the environment, checked before anything runs.
+"""All settings of the server, read from the command line or the environment and checked at start-up.
 
 Each field is a command line option (`max_pixels` is `--max-pixels`) and an environment variable
-(`EXITSERVE_MAX_PIXELS`); the command line wins. Secrets come from the environment or a file alone, because a command
-line can be read by every user of the machine.
+(`EXITSERVE_MAX_PIXELS`); the command line wins. Secrets come only from the environment or a file, because every user of
+the machine can read command lines.
 """
 
 import re
@@ -21,11 +21,11 @@ NOT_ON_THE_COMMAND_LINE = frozenset({"admin_token"})
 
 
 class SettingsError(Exception):
-    """A setting is wrong; the message names it and says what to do."""
+    """A setting is invalid; the message names it and the remedy."""
 
 
 class Settings(BaseSettings):
-    """What the server was told, validated. Frozen: nothing changes a setting while the server runs."""
+    """The settings, validated. Frozen: they do not change while the server runs."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
@@ -126,7 +126,7 @@ class Settings(BaseSettings):
     allow_origins: str | None = Field(
         None,
         description="origins whose web pages may classify from a browser, such as https://shop.example, separated by "
-        "blanks; * for all (none may set the budget)",
+        "spaces; * for all (none may set the budget)",
     )
     admin_token: SecretStr | None = Field(
         None, description="bearer token required to set the budget; without one, only clients on this machine may"
@@ -151,8 +151,8 @@ class Settings(BaseSettings):
         for origin in (origins or "").split():
             if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.\-_\[\]:]+", origin):
                 raise ValueError(
-                    f"{origin!r} is no origin: write it as a browser's address bar begins, in small letters, "
-                    "http://localhost:5173 or https://shop.example, without a path"
+                    f"{origin!r} is not an origin: write scheme, host and port in lower case and without a path, "
+                    "such as http://localhost:5173 or https://shop.example"
                 )
         return origins
 
@@ -162,7 +162,7 @@ class Settings(BaseSettings):
         given = [name for name in budgets if getattr(self, name) is not None]
         if len(given) > 1:
             named = " and ".join(f"{flag(name)} ({variable(name)})" for name in given)
-            raise ValueError(f"{named} say the same thing twice: give one of them")
+            raise ValueError(f"{named} both set the budget: give one of them")
         if self.http_workers and sys.platform != "linux":
             raise ValueError(f"{flag('http_workers')} needs Linux: leave it out to serve in one process")
         if self.admin_token is not None and self.admin_token_file is not None:
@@ -180,10 +180,10 @@ class Settings(BaseSettings):
         return None if self.latency_ms is None else self.latency_ms / 1e3
 
     def read_admin_token(self) -> str | None:
-        """Return the admin token, read from its file where it is in one; None where none is configured.
+        """Return the admin token, from its file if one is given; None if none is configured.
 
         Raises:
-            SettingsError: the file cannot be read or holds no usable token.
+            SettingsError: the file cannot be read or contains no valid token.
         """
         if self.admin_token is not None:
             return self.admin_token.get_secret_value()
@@ -200,7 +200,7 @@ class Settings(BaseSettings):
 
 def _check_token(token: str) -> None:
     if len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError("a token is at least 8 printable ASCII characters without spaces")
+        raise ValueError("a token must have at least 8 characters, printable ASCII without spaces")
 
 
 def flag(name: str) -> str:

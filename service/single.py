@@ -1,4 +1,4 @@
-"""HTTP, decoding and the engine in one process; `service.front` is the other way."""
+"""Serves HTTP, decoding and the engine in one process; `service.front` uses several."""
 
 import asyncio
 import socket
@@ -25,7 +25,7 @@ def serve(
     listener: socket.socket,
     say_ready: Callable[[], object],
 ) -> int:
-    """Serve in this process, the engine's, until told to stop, and return the exit code. See `create_app`.
+    """Serve in the engine's process until stopped by a signal, and return the exit code. See `create_app`.
 
     Raises:
         ServerFailed: the engine did not start, or broke down.

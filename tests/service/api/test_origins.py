@@ -95,5 +95,5 @@ def test_clients_that_name_no_origin_notice_nothing(bundle: Path, tmp_path: Path
 
 @pytest.mark.parametrize("wrong", ["shop.example", "https://shop.example/path", "https://Shop.example", "null"])
 def test_what_is_no_origin_is_refused_by_name(wrong: str) -> None:
-    with pytest.raises(ValueError, match="is no origin: write it as"):
+    with pytest.raises(ValueError, match="is not an origin: write scheme"):
         Settings(allow_origins=wrong)
