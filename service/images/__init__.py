@@ -1,1 +1,1 @@
-"""From the bytes that a client sends to the pixels a network reads, and what such bytes may not do meanwhile."""
+"""Decodes image files that clients send to the pixels that a network reads, with limits on what decoding may cost."""

@@ -1,16 +1,16 @@
-"""From the bytes of an image file to the uint8 pixels a network reads.
+"""Decodes image files to the uint8 pixels that a network reads.
 
-What happens to a picture, in this order: its header is read and its size checked before a pixel is allocated; it is
-decoded; cut to the network's aspect ratio around its centre and scaled in one antialiased (bilinear) step, which for
-equal aspect ratios is a plain resize and for the network's own size nothing at all; turned as its EXIF orientation
-says; laid on white where it is transparent; and made RGB. The network normalises.
+The steps, in this order: read the header and check the size, before pixels are allocated; decode; crop to the network's
+aspect ratio around the centre and scale, in one antialiased (bilinear) step, which does nothing to images of the
+network's own size; apply the EXIF orientation; blend transparent pixels with white; convert to RGB. The network
+normalises.
 
-A JPEG at least six times larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below three times the
-size needed: photographs of 224 pixels made 32 that way differ from fully decoded ones by 0.3 grey levels on average,
-by 8 at most, and take half the time.
+A JPEG at least six times larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, never below three times the size
+needed: photographs of 224 pixels scaled to 32 that way differ from fully decoded ones by 0.3 grey levels on average, by
+8 at most, and take half the time.
 
-Where the engine's device scales pictures itself, those that it takes are left as they were decoded: up to a certain
-size, opaque, and upright. All others are few, or cost less to send once they are small.
+If the engine's device scales images itself, those that are opaque, upright and not too large are passed on as decoded.
+The others are few, or cost less to transfer once scaled down.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-# The plugins are named here because Pillow would else search and import all of its own at the first WebP.
+# The plugins are imported here, because Pillow would otherwise import all of its plugins at the first WebP.
 from PIL import (
     BmpImagePlugin,
     Image,
@@ -51,8 +51,8 @@ FORMAT_NAMES = "PNG, JPEG, WebP, BMP or GIF"
 BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8")
 ANIMATED_FORMATS = frozenset({"PNG", "WEBP", "GIF"})
 
-# Below both, decoding takes the event loop less than about 0.3 ms: handing the work to another thread costs as much, in
-# switches between threads that want the same lock.
+# Below both limits, decoding takes the event loop less than about 0.3 ms. Handing it to another thread would cost as
+# much, in switches between threads that contend for the interpreter lock.
 SMALL_BYTES = 64 * 1024
 SMALL_PIXELS = 128 * 128
 SMALL_PIXELS_OF_JPEG = 256 * 256
@@ -61,11 +61,11 @@ DRAFT_FACTOR = 3
 
 
 class ImageError(Exception):
-    """The body is no image this server can classify.
+    """The body is not an image that this server can classify.
 
     Args:
         kind: `empty-image`, `not-an-image`, `broken-image`, `image-too-large` or `animated-image`.
-        message: cause and remedy, for the person who sent it.
+        message: cause and remedy, for the client.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -74,16 +74,17 @@ class ImageError(Exception):
 
 
 class ImageDecoder:
-    """Decode image files to a network's input size.
+    """Decodes image files to a network's input size.
 
-    Small ones are decoded on the event loop, where that is the cheapest (`decode_here`), larger ones on `n_threads`
-    threads (Pillow lets go of the interpreter lock while it decodes), so that no large image delays a small one.
+    Small ones are decoded on the event loop, where that is cheapest (`decode_here`). Larger ones are decoded on
+    `n_threads` threads and so do not delay small ones: Pillow releases the interpreter lock while it decodes.
 
     Args:
         height_px, width_px: the network's input.
-        max_pixels: larger images are refused from their header.
-        observe_seconds: told what every decoding took.
-        canvas_px: opaque pictures of up to so many pixels a side are not scaled, which is up to the engine; 0: all are.
+        max_pixels: larger images are refused, by the size in their header.
+        observe_seconds: called with the duration of each decoding.
+        canvas_px: opaque images of up to this many pixels a side are left for the engine to scale; 0: none.
+        max_wait_s: see `Decoding`.
     """
 
     def __init__(
@@ -107,12 +108,12 @@ class ImageDecoder:
         self._elsewhere.close()
 
     def decode_here(self, body: bytes) -> NDArray[np.uint8] | None:
-        """Return the pixels of a small image file, uint8 [height_px, width_px, 3]; None for one that takes longer.
+        """Return the pixels of a small image file, uint8 [height_px, width_px, 3]; None if decoding may take longer.
 
-        Pictures that are left as they are (see `canvas_px`) have a height and width of their own.
+        Images that the engine is to scale (see `canvas_px`) keep their own height and width.
 
         Raises:
-            ImageError: the body is not an image, or one that is refused.
+            ImageError: the body is not an image, or the image is refused.
         """
         if len(body) > SMALL_BYTES:
             return None
@@ -129,15 +130,15 @@ class ImageDecoder:
         return pixels
 
     def decode_elsewhere(self, body: bytes, deadline_s: float = math.inf) -> Future[NDArray[np.uint8]]:
-        """Decode any image file on another thread; what it took is for the caller to observe. See `Decoding.submit`."""
+        """Decode any image file on another thread; its duration is not observed. See `Decoding.submit`."""
         return self._elsewhere.submit(body, deadline_s)
 
     async def decode(self, body: bytes, deadline_s: float = math.inf) -> NDArray[np.uint8]:
-        """Return the pixels of any image file, uint8 [height_px, width_px, 3]; here or elsewhere.
+        """Return the pixels of any image file, as `decode_here` does; large ones are decoded on another thread.
 
         Raises:
             ImageError: as `decode_here`.
-            EngineError: as `Decoding.submit` and what that returns.
+            EngineError: as `Decoding.submit` and the future that it returns.
         """
         pixels = self.decode_here(body)
         if pixels is None:
@@ -147,7 +148,7 @@ class ImageDecoder:
         return pixels
 
     def decode_now(self, body: bytes) -> NDArray[np.uint8]:
-        """The same, on the calling thread."""
+        """Decode any image file on the calling thread; the result is that of `decode_here`."""
         pixels = self._decode_plain(body)
         return self.load(self.open(body)) if pixels is None else pixels
 
@@ -158,14 +159,14 @@ class ImageDecoder:
         return None
 
     def open(self, body: bytes) -> Image.Image:
-        """Read the header alone and decide whether the image may be decoded."""
+        """Read the header only, and raise ImageError unless the image may be decoded."""
         if not body:
             raise ImageError("empty-image", f"The body is empty: send the bytes of one {FORMAT_NAMES} image.")
-        self._refuse_large(*webp_canvas(body))  # to open one allocates its whole canvas, up to 16,383 x 16,383
+        self._refuse_large(*webp_canvas(body))  # opening it allocates its canvas, up to 16,383 x 16,383
         if is_endless(body):
-            raise _broken(f"it is sent in more than {MOST_SCANS} passes, or {MOST_PIECES:,} pieces")
+            raise _broken(f"it has more than {MOST_SCANS} scans, or {MOST_PIECES:,} segments")
         if has_too_many_chunks(body):
-            raise _broken("it is in too many pieces")
+            raise _broken("it has too many chunks")
         try:
             image = Image.open(io.BytesIO(body), formats=FORMATS)
             animated = image.format in ANIMATED_FORMATS and getattr(image, "is_animated", False)
@@ -181,7 +182,7 @@ class ImageDecoder:
                 f"The {len(body):,} bytes sent are not a {FORMAT_NAMES} image, whatever their name or content type "
                 f"says{seen}.",
             ) from None
-        except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
+        except Exception as error:  # for damaged files Pillow's readers raise errors of many types
             raise _broken(error) from None
         self._refuse_large(*image.size)
         if animated:
@@ -198,7 +199,7 @@ class ImageDecoder:
     def _load(self, image: Image.Image) -> NDArray[np.uint8]:
         if image.size != (self.width_px, self.height_px):
             side = DRAFT_FACTOR * max(self.width_px, self.height_px)
-            image.draft(image.mode, (side, side))  # JPEG alone can; it takes the scale that leaves `side` at least
+            image.draft(image.mode, (side, side))  # JPEG only; picks the smallest scale of at least `side`
         image = loaded(image)
         if image.mode == "RGB" and image.size == (self.width_px, self.height_px) and not image.info:
             return np.asarray(image)
@@ -223,8 +224,8 @@ class ImageDecoder:
     def _too_large(self, size: str) -> ImageError:
         return ImageError(
             "image-too-large",
-            f"The image has {size} pixels and this server takes {self.max_pixels:,}: send a smaller one (the network "
-            f"sees {self.width_px} x {self.height_px}), or raise --max-pixels.",
+            f"The image has {size} pixels and this server accepts at most {self.max_pixels:,}: send a smaller one (the "
+            f"network reads {self.width_px} x {self.height_px}), or raise --max-pixels.",
         )
 
 

@@ -1,8 +1,8 @@
-"""How large a JPEG's picture is, and how often it goes over it.
+"""Reads the size and the number of scans from a JPEG file, to refuse those that would take too long to decode.
 
-One that is sent in passes, progressively or a colour at a time, has some ten. Each is run over the whole picture, even
-if it says nothing in a dozen bytes: a file of a megabyte could keep a thread for hours. A header in a million pieces,
-or behind megabytes of filling, keeps Pillow for many seconds. (ITU T.81, annexes B and G.)
+A progressive JPEG, or one with a scan per colour, has some ten scans. The decoder processes the whole image for each,
+even if it is empty and takes a dozen bytes, so that a file of a megabyte could occupy a thread for hours. A header of a
+million segments, or megabytes of fill bytes, occupies Pillow for many seconds. (ITU T.81, annexes B and G.)
 """
 
 import re
@@ -10,9 +10,9 @@ import re
 BEGINNING = b"\xff\xd8\xff"
 MOST_SCANS = 100
 SCAN = b"\xff\xda"
-MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, no restart, no filling
-MOST_PIECES = 1000  # a colour profile has up to 255, a hundred passes a few each
-MOST_FILLING_BYTES = 1000  # before a piece of the header
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # no stuffed byte, restart marker or fill byte
+MOST_PIECES = 1000  # segments: a colour profile has up to 255, each of 100 scans a few
+MOST_FILLING_BYTES = 1000  # before a segment of the header
 COUNTED_BYTES = 1 << 20
 END = 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -21,9 +21,9 @@ WITHOUT_LENGTH = frozenset({0x01, 0xD8})
 
 
 def is_endless(body: bytes) -> bool:
-    """Whether a file is a JPEG whose picture has more than `MOST_SCANS`, or which is in too many pieces.
+    """Whether a file is a JPEG with more than `MOST_SCANS` scans or `MOST_PIECES` segments, or too many fill bytes.
 
-    What follows the picture may be another, or a film, where the marker means nothing.
+    Data after the end-of-image marker is ignored: it may be another image, or video.
     """
     if not body.startswith(BEGINNING):
         return False
@@ -43,7 +43,7 @@ def is_endless(body: bytes) -> bool:
             n_scans += 1
             in_passes = in_passes or _number(body, at + 2, 1) < n_components
             if n_scans == 1 and (not in_passes or body.count(SCAN) <= MOST_SCANS):
-                return False  # the first is all that is read, or there cannot be too many
+                return False  # only the first scan is read, or there cannot be too many
             if n_scans > MOST_SCANS:
                 return True
         if kind not in WITHOUT_LENGTH:
@@ -52,9 +52,9 @@ def is_endless(body: bytes) -> bool:
 
 
 def frame(body: bytes) -> tuple[int, int, int]:
-    """Width and height of a JPEG and how often it goes over them, zeros where they stand where they do in odd files.
+    """Width, height and number of scans of a JPEG; zeros if its header is unusual.
 
-    Passes are counted in the first megabyte: longer files weigh more for their bytes, and counting takes 1 ns each.
+    Scans are counted in the first megabyte only: longer files weigh more by their size, and counting takes 1 ns a byte.
     """
     at = 2
     for _ in range(MOST_PIECES):

@@ -1,9 +1,9 @@
-"""The pictures that most clients send, plain ones of the network's own size, by a shorter way to the same pixels.
+"""A fast path for the images that most clients send, plain ones of the network's own size, to the same pixels.
 
-Half of what a small PNG costs in Pillow is Python around its decoder: finding the plugin, reading ahead, keeping what
-may be wanted later. This way serves one form alone and hands its data to Pillow's decoder at once. A photograph of 224
-pixels as JPEG takes two thirds of Pillow's time in simplejpeg, the same libjpeg-turbo without copies between layouts.
-Whatever else a file is, odd or damaged ones above all, is for `decoder`, which also says what is wrong with it.
+Half of a small PNG's cost in Pillow is Python code around its decoder: finding the plugin, reading ahead, keeping
+metadata. This path supports a single format and calls Pillow's decoder directly. A JPEG photograph of 224 pixels takes
+two thirds of Pillow's time in simplejpeg, the same libjpeg-turbo without copies between layouts. All other files, also
+unusual or damaged ones, are left to `decoder`, which also reports errors.
 """
 
 import struct
@@ -18,10 +18,10 @@ from service.images.jpeg_scans import is_endless
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_OF_8_BITS = struct.pack(">5B", 8, 2, 0, 0, 0)  # bits, colour type, compression, filter, no interlacing
-CHUNK_FRAME_BYTES = 12  # length, kind, and a checksum at the end
-DONE = (-1, 0)  # of Pillow's decoders: no more bytes wanted, no error
+CHUNK_FRAME_BYTES = 12  # length and kind before its data, a checksum after
+DONE = (-1, 0)  # result of Pillow's decoders: no more bytes needed, no error
 JPEG_BEGINNING = b"\xff\xd8\xff"
-# Of JPEGs. Others, and whatever may say how the picture is to be turned, are Pillow's.
+# JPEGs of other colour spaces, or with metadata that may contain an orientation, are left to Pillow.
 PLAIN_COLOURS = frozenset({"YCbCr", "Gray"})
 SAYS_MORE = (b"Exif", b"http://ns.adobe.com/xap/")
 
@@ -48,12 +48,12 @@ class PlainPng:
 
     def _unpack(self, data: bytes) -> NDArray[np.uint8] | None:
         box = (0, 0, *self._size)
-        try:  # what Pillow does inside of `load` and `tobytes`; should that change, it is asked the usual way
+        try:  # Pillow's internals, as `load` and `tobytes` use them; should they change, `decoder` takes over
             core = Image.core  # type: ignore[attr-defined]
             image = core.new("RGB", self._size)
             decoder = core.zip_decoder("RGB", "RGB", 0)
             decoder.setimage(image, box)
-            # With its last byte, one of a checksum, it would be done after too few rows, too.
+            # Given the last byte, one of a checksum, it would also report DONE after too few rows.
             if decoder.decode(data[:-1]) != DONE:
                 return None
             encoder = core.raw_encoder("RGB", "RGB", 0, 1)
@@ -65,7 +65,7 @@ class PlainPng:
 
 
 class PlainJpeg:
-    """Decodes JPEG files of one size, colour or grey, that hold no EXIF or XMP. Made as `PlainPng`."""
+    """Decodes JPEG files of one size, colour or grey, without EXIF or XMP. Arguments as `PlainPng`."""
 
     def __init__(self, height_px: int, width_px: int) -> None:
         self._size = (height_px, width_px)
@@ -79,13 +79,13 @@ class PlainJpeg:
             if (height_px, width_px) != self._size or colours not in PLAIN_COLOURS or is_endless(body):
                 return None
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(body)
-        except ValueError:  # damaged, or the least bit odd: Pillow says which
+        except ValueError:  # damaged or unusual: left to Pillow
             return None
         return pixels
 
 
 def _image_data(body: bytes, at: int) -> bytes | None:
-    """The compressed pixels of a PNG file, of which nothing else but its end may follow from `at` on."""
+    """The compressed pixels of a PNG file; None unless intact IDAT chunks and IEND are all that follow from `at` on."""
     parts: list[bytes] = []
     while True:
         n_bytes = int.from_bytes(body[at : at + 4], "big")

@@ -1,4 +1,4 @@
-"""How large a picture is by its first bytes, and so how much work: known before it is opened, in microseconds.
+"""Reads an image's size from its first bytes, and estimates the work of decoding it, in microseconds.
 
 Formats: PNG specification, section 11.2.2; GIF89a, section 18; WebP container specification, "Extended File Format",
 RFC 6386, section 9.1, and WebP lossless specification, section 3; BMP's BITMAPINFOHEADER.
@@ -9,16 +9,16 @@ import struct
 from service.images.jpeg_scans import BEGINNING as JPEG
 from service.images.jpeg_scans import frame
 
-# To decode a pixel takes about as long as to unpack a byte; of a large JPEG few are made, as it is decoded smaller,
-# but each pass goes over all.
+# Decoding takes about as long per pixel as per byte. A large JPEG is decoded at a smaller size, so its pixels count for
+# less, but every scan covers all of them.
 PIXELS_A_BYTE_OF_JPEG = 16
 
 
 def weight_of(body: bytes, most_pixels: int) -> int:
-    """About how much work it is to decode a picture, in bytes of a photograph.
+    """Estimate the work of decoding an image, in bytes of a photograph.
 
     Args:
-        most_pixels: of those that are decoded; larger ones are refused, whatever they say.
+        most_pixels: more do not count, as larger images are refused.
     """
     if body.startswith(JPEG):
         width_px, height_px, n_passes = frame(body)
@@ -28,7 +28,7 @@ def weight_of(body: bytes, most_pixels: int) -> int:
 
 
 def size_of(body: bytes) -> tuple[int, int]:
-    """Width and height as the header says, (0, 0) where it does not."""
+    """Width and height from the header; (0, 0) if they cannot be read."""
     if body.startswith(JPEG):
         return frame(body)[:2]
     if body.startswith(b"\x89PNG") and len(body) >= 24:
@@ -36,14 +36,14 @@ def size_of(body: bytes) -> tuple[int, int]:
     elif body.startswith(b"GIF8") and len(body) >= 10:
         width_px, height_px = struct.unpack_from("<HH", body, 6)
     elif body.startswith(b"BM") and len(body) >= 26:
-        width_px, height_px = struct.unpack_from("<ii", body, 18)  # a height below zero: its first row is the top
+        width_px, height_px = struct.unpack_from("<ii", body, 18)  # a negative height: rows are stored from the top
     else:
         return webp_canvas(body)
     return abs(width_px), abs(height_px)
 
 
 def webp_canvas(body: bytes) -> tuple[int, int]:
-    """Width and height from a WebP header, (0, 0) for any other file."""
+    """Width and height from a WebP header; (0, 0) for any other file."""
     if body[:4] != b"RIFF" or body[8:12] != b"WEBP" or len(body) < 30:
         return 0, 0
     kind = body[12:16]

@@ -1,14 +1,13 @@
-"""Pillow's readers of GIFs and JPEGs, without what they do as a file is opened and a still picture has no use for."""
+"""Pillow's readers of GIF and JPEG, without work at opening that still images do not need."""
 
 from PIL import GifImagePlugin, Image, JpegImagePlugin
 
 
 class StillGif(GifImagePlugin.GifImageFile):
-    """A GIF of which no frame makes way for a next one: a file with a second one is refused.
+    """A GIF reader that ignores the disposal method, as files with a second frame are refused.
 
-    The first frame says how it is to make way, and Pillow fills what is to be there instead as the file is opened:
-    before anybody can ask for its size, and as large as the frame says, whatever the screen's size. 84 bytes of a file
-    took 177 MB and a tenth of a second.
+    For disposal, Pillow allocates an area of the first frame's size when it opens the file, before the size can be
+    checked and whatever the screen's size: a file of 84 bytes took 177 MB and a tenth of a second.
     """
 
     @property
@@ -17,14 +16,14 @@ class StillGif(GifImagePlugin.GifImageFile):
 
     @disposal_method.setter
     def disposal_method(self, method: int) -> None:
-        """As the frame says."""
+        """Ignore the method of the frame."""
 
 
 class StillJpeg(JpegImagePlugin.JpegImageFile):
-    """A JPEG whose notes nobody reads as it is opened: not how large to print it, nor what other pictures follow."""
+    """A JPEG reader that does not read the print resolution from EXIF when opening, nor the images that may follow."""
 
     def _read_dpi_from_exif(self) -> None:
-        """Pillow takes 10 us a note, of which a file may have 65,535; `models.pixels` looks how many there are."""
+        """Do nothing: Pillow takes 10 us per EXIF entry, and a file may have 65,535. `models.pixels` limits them."""
 
 
 Image.register_open(StillGif.__name__, StillGif, lambda beginning: beginning.startswith((b"GIF87a", b"GIF89a")))

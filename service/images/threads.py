@@ -1,7 +1,7 @@
-"""Threads that decode large images; who would have to wait for them too long is told so at once.
+"""Threads that decode large images; requests that would wait too long for them are refused at once.
 
-Decoding is what clients can make most expensive, and the engine's own admission sees an image only when it is over: so
-waiting for it has the same limit, and the same refusal. Used from event loops.
+Decoding is what clients can make most expensive, and the engine's own admission sees an image only afterwards. So the
+wait for decoding has the same limit and the same refusal. Used from event loops.
 """
 
 import math
@@ -14,20 +14,19 @@ from typing import Generic, TypeVar
 from service.errors import EngineOverloaded, EngineTooLate
 
 T = TypeVar("T")
-KEPT = 0.9  # of what is known of the pace, at each decoding
-# What is taken to be known at first: seconds and weight, as an ordinary processor takes for some photographs.
-KNOWN_S, KNOWN_WEIGHT = 0.15, 1e7
-MOST_TIMES = 4.0  # what was predicted is what one decoding may count: an odd one says little of those after it
+DECAY = 0.9  # of the measured pace, per decoding
+INITIAL_S, INITIAL_WEIGHT = 0.15, 1e7  # the pace assumed at first, as an ordinary processor decodes photographs
+MOST_TIMES = 4.0  # a decoding counts at most this multiple of its predicted time: outliers say little of the next
 
 
 class Decoding(Generic[T]):
-    """A pool of threads that all do one thing to bytes.
+    """A thread pool that decodes files and limits the predicted wait.
 
     Args:
-        decode: what they do.
-        n_threads: how many there are.
-        max_wait_s: longest wait, as predicted from the weight of those before and the pace of the latest.
-        weigh: tells, in no time, about how much work it will be to decode something, in bytes of a photograph.
+        decode: decodes one file.
+        n_threads: number of threads.
+        max_wait_s: longest wait, as predicted from the weight of the files ahead and the recent pace.
+        weigh: estimates the work of decoding a file, in bytes of a photograph; has to be fast.
     """
 
     def __init__(
@@ -39,18 +38,18 @@ class Decoding(Generic[T]):
     ) -> None:
         self._decode, self._n_threads, self._max_wait_s, self._weigh = decode, n_threads, max_wait_s, weigh
         self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="decode")
-        self._lock = Lock()  # over all below
-        self._n_submitted = self._submitted_weight = 0  # and neither done nor given up
-        self._seconds, self._weight = KNOWN_S, KNOWN_WEIGHT  # of the latest, which count the most
+        self._lock = Lock()  # guards the attributes below
+        self._n_submitted = self._submitted_weight = 0  # neither done nor cancelled
+        self._seconds, self._weight = INITIAL_S, INITIAL_WEIGHT  # decaying sums over decodings
 
     def submit(self, body: bytes, deadline_s: float = math.inf) -> Future[T]:
-        """Decode `body`. To cancel what comes back lets go of it, unless a thread has begun.
+        """Decode `body`. Cancelling the future releases it, unless a thread has begun.
 
         Args:
-            deadline_s: of `perf_counter`; one whose turn comes later fails with EngineTooLate.
+            deadline_s: in `perf_counter` time; the future fails with EngineTooLate if decoding begins later.
 
         Raises:
-            EngineOverloaded: it would have to wait too long.
+            EngineOverloaded: the predicted wait is too long.
         """
         weight = self._weigh(body)
         with self._lock:
@@ -59,7 +58,7 @@ class Decoding(Generic[T]):
                 raise EngineOverloaded(self._n_submitted, wait_s)
             self._n_submitted += 1
             self._submitted_weight += weight
-        held = [body]  # what is cancelled stays in the pool's queue until its turn: its bytes are not to
+        held = [body]  # emptied on cancellation, as the pool's queue keeps cancelled items until their turn
         future = self._threads.submit(self._run, held, weight, deadline_s)
         future.add_done_callback(lambda _: self._ended(held, weight))
         return future
@@ -73,10 +72,10 @@ class Decoding(Generic[T]):
             raise EngineTooLate
         decoded = self._decode(held[0])
         seconds = perf_counter() - started_s
-        with self._lock:  # what was damaged does not come here: it weighed too much for what it took
+        with self._lock:  # not reached for damaged files, which take less than their weight suggests
             seconds = min(seconds, MOST_TIMES * self._predicted_s(weight))
-            self._seconds = KEPT * self._seconds + seconds
-            self._weight = KEPT * self._weight + weight
+            self._seconds = DECAY * self._seconds + seconds
+            self._weight = DECAY * self._weight + weight
         return decoded
 
     def _predicted_s(self, weight: int) -> float:

@@ -1,4 +1,4 @@
-"""Pillow's reader of PNGs, which also sees where rows are missing, or data is damaged, and what would keep it long."""
+"""Pillow's PNG reader with checks for missing rows, damaged data, and files that would take long to open."""
 
 from collections.abc import Iterator
 from zlib import crc32
@@ -7,9 +7,9 @@ from PIL import Image, PngImagePlugin
 
 from service.images.plain import SIGNATURE
 
-# Pillow takes 5 us a chunk. Most programs write 8 KiB a chunk, some a row.
+# Pillow takes 5 us per chunk. Most programs write chunks of 8 KiB, some of one row.
 MOST_CHUNKS, BYTES_A_CHUNK = 1000, 64
-# Pillow unpacks what they hold, up to a megabyte of a kilobyte each.
+# Compressed chunks, which Pillow decompresses: a kilobyte to up to a megabyte each.
 PROFILE = b"iCCP"
 PACKED_KINDS = frozenset({PROFILE, b"zTXt", b"iTXt"})
 MOST_PACKED = 2
@@ -17,11 +17,11 @@ DATA_KINDS = frozenset({b"IDAT", b"fdAT"})
 
 
 class WholePng(PngImagePlugin.PngImageFile):
-    """A PNG whose compressed pixels reach Pillow's decoder without their last byte, one of the checksum that ends them.
+    """A PNG reader that withholds the last byte of the compressed pixels, part of a checksum, from the decoder.
 
-    The decoder takes that end for the picture's, even after too few rows; without it, such a picture is cut short.
-    What the checksum would tell, those of the chunks do, at which Pillow does not look. All of it cannot be kept back:
-    the decoder needs bytes before it to give the last rows, where these are packed well.
+    Pillow's decoder accepts the end of the compressed data as the end of the image, even if rows are missing. Without
+    that byte it reports such an image as truncated. In place of that checksum, those of the chunks are verified, which
+    Pillow ignores. No more is withheld: the decoder needs the bytes before to return the last rows, if well compressed.
     """
 
     last = b""
@@ -30,7 +30,7 @@ class WholePng(PngImagePlugin.PngImageFile):
         assert self.fp is not None
         self.fp.seek(0)
         if _is_damaged(self.fp.read()):
-            raise OSError("a checksum of its pixels is wrong")
+            raise OSError("the checksum of its pixels is wrong")
         super().load_prepare()
 
     def load_read(self, read_bytes: int) -> bytes:
@@ -45,12 +45,12 @@ Image.register_open(WholePng.__name__, WholePng, lambda beginning: beginning.sta
 
 
 def unpacks_much(body: bytes) -> bool:
-    """Whether to open a PNG may take milliseconds, however few bytes and pixels it has."""
+    """Whether opening a PNG may take milliseconds, however few bytes and pixels it has."""
     return sum(kind in PACKED_KINDS for kind, _, _ in _chunks(body)) > MOST_PACKED
 
 
 def has_too_many_chunks(body: bytes) -> bool:
-    """Whether to open a PNG, or to read it, would take seconds for what its pixels do not need."""
+    """Whether opening or reading a PNG may take seconds for chunks that its pixels do not need."""
     most = MOST_CHUNKS + len(body) // BYTES_A_CHUNK
     n_profiles = 0
     for n_chunks, (kind, _, _) in enumerate(_chunks(body)):
@@ -61,7 +61,7 @@ def has_too_many_chunks(body: bytes) -> bool:
 
 
 def _is_damaged(body: bytes) -> bool:
-    """Whether pixels are not those that were written. Where they are cut short, the decoder says so."""
+    """Whether the checksum of a chunk of pixels is wrong. The decoder itself detects truncated files."""
     view = memoryview(body)
     return any(
         kind in DATA_KINDS and crc32(view[start:end]) != int.from_bytes(body[end : end + 4], "big")
@@ -71,7 +71,7 @@ def _is_damaged(body: bytes) -> bool:
 
 
 def _chunks(body: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind of each, and where that begins and where the checksum over it and what follows it stands; none: no PNG."""
+    """Yield each chunk's kind, start and end (exclusive) of what its checksum covers; nothing if this is not a PNG."""
     at = len(SIGNATURE)
     while body.startswith(SIGNATURE) and at < len(body):
         start, end = at + 4, at + 8 + int.from_bytes(body[at : at + 4], "big")
