@@ -147,7 +147,7 @@ def _classify_here(
     except (BundleError, StageLoadError, RunnerError, TargetError) as error:
         raise CommandError(str(error)) from None
     except Problem as problem:
-        raise CommandError(problem.detail.removeprefix("In the query, ")) from None
+        raise CommandError(problem.detail) from None
     max_pixels: int = Settings.model_fields["max_pixels"].default
     size = bundle.manifest.input
     documents = Documents(bundle.manifest)
@@ -162,7 +162,7 @@ def _classify_here(
             try:
                 answer = future.result()
             except EngineError as error:
-                return Row(path, None, f"No answer, {error}.")
+                return Row(path, None, f"No answer: {error}.")
             total_s = decoded - started + (answer.queue_ms + answer.compute_ms) / 1e3
             document = documents.answer(answer, decoded - started, total_s, "")
             return Row(path, Classification.model_validate(document))

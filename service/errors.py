@@ -32,7 +32,7 @@ class EngineTooLate(EngineError):  # noqa: N818 (the clock's fault)
     """A request's deadline passed before its first stage could run."""
 
     def __init__(self) -> None:
-        super().__init__("its deadline passed before a first stage could run")
+        super().__init__("the deadline passed before the first stage could run")
 
     def __reduce__(self) -> tuple[type[EngineError], tuple[object, ...]]:
         return EngineTooLate, ()

@@ -12,9 +12,11 @@ from service.api.state import State
 
 
 class Access(BaseModel):
-    may_set: bool = Field(description="whether PUT /budget from here, with the token that came along, would be heard")
-    kind: str | None = Field(examples=["token-required"], description="of the problem it would be answered with")
-    detail: str | None = Field(description="that problem's cause and remedy, for people")
+    may_set: bool = Field(description="whether this client, with the token it sent, may call PUT /budget")
+    kind: str | None = Field(
+        examples=["token-required"], description="kind of the problem that PUT /budget would return"
+    )
+    detail: str | None = Field(description="cause and remedy of that problem, as text")
 
 
 def access_routes(state: State) -> APIRouter:

@@ -14,10 +14,10 @@ class Ranked(BaseModel):
 
 
 class Timings(BaseModel):
-    decode_ms: float = Field(examples=[0.06], description="from the bytes of the file to the network's pixels")
-    queue_ms: float = Field(examples=[0.31], description="waiting, all stages together")
-    stages_ms: float = Field(examples=[2.87], description="in batches, all stages together")
-    total_ms: float = Field(examples=[3.35], description="from the last byte of the body to this answer")
+    decode_ms: float = Field(examples=[0.06], description="decoding the image file")
+    queue_ms: float = Field(examples=[0.31], description="waiting, summed over stages")
+    stages_ms: float = Field(examples=[2.87], description="running in batches, summed over stages")
+    total_ms: float = Field(examples=[3.35], description="from the last byte of the body to the answer")
 
 
 class Classification(BaseModel):
@@ -26,16 +26,16 @@ class Classification(BaseModel):
     label: str = Field(examples=["bicycle"], description="the most probable class")
     class_id: int = Field(examples=[8])
     confidence: float = Field(examples=[0.9312], description="softmax probability of the label at the exit taken")
-    top_k: list[Ranked] = Field(description="the most probable classes, surest first")
+    top_k: list[Ranked] = Field(description="the most probable classes, in descending order")
     exit: int = Field(examples=[2], description="the exit taken, from 1 to `exits`")
     exits: int = Field(examples=[6])
     reason: Literal["confident", "final", "budget", "deadline", "pinned"] = Field(
         examples=["confident"],
-        description="why here: sure enough, no exit left, no budget left to go on (the server's or `max_mflops`), no "
-        "time left, or the exit that was asked for",
+        description="why the image left there: the exit was confident enough; it was the last exit; no budget was left "
+        "to go on (the server's or `max_mflops`); the deadline; or the exit was requested",
     )
-    mflops: float = Field(examples=[24.06], description="millions of multiply-adds this image was charged")
-    full_mflops: float = Field(examples=[60.28], description="what the last exit costs")
+    mflops: float = Field(examples=[24.06], description="millions of multiply-adds charged for this image")
+    full_mflops: float = Field(examples=[60.28], description="the cost of the whole network")
     model: str = Field(examples=["cifar100-msdnet"])
     version: str = Field(examples=["3f9a1c2b7d4e"])
     timings: Timings
@@ -50,12 +50,12 @@ class Step(BaseModel):
     label: str = Field(examples=["bicycle"])
     class_id: int = Field(examples=[8])
     confidence: float = Field(examples=[0.4312])
-    top_k: list[Ranked] = Field(description="the most probable classes, surest first")
-    score: float | None = Field(description="how sure, as the thresholds count it; null where not finite")
+    top_k: list[Ranked] = Field(description="the most probable classes, in descending order")
+    score: float | None = Field(description="the score compared with the threshold; null if not finite")
     threshold: float | None = Field(
-        description="score from which an image left here at that moment; null where none, or every one, would do"
+        description="the score at which images left here at that moment; null if every image left, or none"
     )
-    mflops: float = Field(description="millions of multiply-adds so far")
+    mflops: float = Field(description="millions of multiply-adds charged so far")
     final: Literal[False]
 
 
@@ -70,7 +70,7 @@ class LastStep(Classification):
 class BatchItem(BaseModel):
     """One image of a batch: an answer or a problem; the other one is null."""
 
-    filename: str | None = Field(description="as the form gave it")
+    filename: str | None = Field(description="as given in the form")
     answer: Classification | None
     problem: "ProblemDocument | None"
 
@@ -89,15 +89,15 @@ class BudgetRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    average_mflops: float | None = Field(None, description="millions of multiply-adds, on average over images")
-    fraction: float | None = Field(None, description="of what the last exit costs")
-    accuracy: float | None = Field(None, description="expected on images like the held-out ones, 0 to 1")
+    average_mflops: float | None = Field(None, description="millions of multiply-adds per image, on average")
+    fraction: float | None = Field(None, description="the same as a fraction of the full network's cost")
+    accuracy: float | None = Field(None, description="the accuracy to reach on images like the held-out ones, 0 to 1")
     latency_ms: float | None = Field(
         None,
         ge=1,
         le=MAX_LATENCY_MS,
-        description="time in which 95 % of the images are to be answered: under load the server works below the "
-        "budget, as far as that takes. Alone it goes with the budget of the whole network; without it there is none",
+        description="time within which 95 % of images are to be answered: under load the server lowers the working "
+        "budget to meet it. Given alone, the budget is the whole network's cost; without it, there is no target",
     )
 
 
@@ -107,14 +107,14 @@ class Range(BaseModel):
 
 
 class Expected(BaseModel):
-    average_mflops: float = Field(description="what images like the held-out ones will cost on average")
-    accuracy: float = Field(description="share of images like the held-out ones that will be right")
-    exit_shares: list[float] = Field(description="of such images, by exit")
+    average_mflops: float = Field(description="mean cost of images like the held-out ones")
+    accuracy: float = Field(description="accuracy on images like the held-out ones")
+    exit_shares: list[float] = Field(description="shares of such images that leave, by exit")
 
 
 class Rolling(BaseModel):
-    images: int = Field(description="answers averaged over: the last 1,000, or all so far")
-    average_mflops: float | None = Field(description="what they really cost; null before the first answer")
+    images: int = Field(description="number of answers averaged: the last 1,000, or all if fewer")
+    average_mflops: float | None = Field(description="their measured mean cost; null before the first answer")
 
 
 class LedgerState(BaseModel):
@@ -122,12 +122,12 @@ class LedgerState(BaseModel):
 
     answered: int
     total_mflops: float = Field(description="charged over all answers since the start")
-    saved_mflops: float = Field(description="left over by easy images, for hard ones to use")
-    burst_images: float = Field(description="the most that is saved up, in budgets")
+    saved_mflops: float = Field(description="what easy images have saved for hard ones")
+    burst_images: float = Field(description="the most that can be saved up, in budgets")
 
 
 class Working(BaseModel):
-    average_mflops: float = Field(description="what is kept at the moment: the budget, or less")
+    average_mflops: float = Field(description="the budget kept at the moment: the one set, or less")
     fraction: float = Field(description="the same as a fraction of the full network")
     accuracy: float = Field(description="the accuracy to expect at it")
 
@@ -137,28 +137,28 @@ class LatencyState(BaseModel):
 
     target_ms: float
     p95_ms: float | None = Field(
-        description="95 % of the latest answers took no longer, from a request's last byte on; null below 20 in 10 s"
+        description="95th percentile of recent answer times, from a request's last byte; null below 20 answers in 10 s"
     )
-    answers: int = Field(description="how many those are: the last second's, or 20")
+    answers: int = Field(description="number of these answers: the last second's, or 20")
     limited: bool = Field(description="true while the server works below the budget to keep the target")
-    limited_since: str | None = Field(description="UTC; null while it is not", examples=["2026-11-21T10:04:31Z"])
-    at_lowest: bool = Field(description="true where it can go no lower: what comes beyond that is refused (429)")
+    limited_since: str | None = Field(description="UTC; null unless limited", examples=["2026-11-21T10:04:31Z"])
+    at_lowest: bool = Field(description="true if the budget can go no lower; excess requests are then refused (429)")
     working: Working
 
 
 class BudgetState(BaseModel):
     """The budget in its three forms, the results to expect of it, and the state of keeping it."""
 
-    average_mflops: float = Field(description="the ceiling that is kept")
+    average_mflops: float = Field(description="the budget: the mean cost that is not exceeded")
     fraction: float = Field(description="the same as a fraction of the full network")
-    accuracy: float = Field(description="the accuracy to expect under it")
-    set_as: Literal["average_mflops", "fraction", "accuracy"] = Field(description="how it was given")
+    accuracy: float = Field(description="the accuracy to expect at it")
+    set_as: Literal["average_mflops", "fraction", "accuracy"] = Field(description="the form in which it was set")
     expected: Expected
     frontier_ends_below_budget: bool = Field(
-        description="true where going deeper stops paying before the budget is spent: the rest is saved"
+        description="true if spending all of the budget would not raise accuracy: the rest is saved"
     )
     thresholds: list[float | None] = Field(
-        description="score from which an image leaves, by exit, right now; null where every image leaves"
+        description="score at which an image leaves at present, by exit; null if every image leaves"
     )
     rolling: Rolling
     ledger: LedgerState
@@ -179,8 +179,8 @@ class FrontierCurve(BaseModel):
 class ModelExit(BaseModel):
     """One exit's cumulative cost, and its accuracy."""
 
-    published_mflops: float = Field(description="as the network's authors count")
-    executed_mflops: float = Field(description="what is run up to it, and charged")
+    published_mflops: float = Field(description="as counted in the publication")
+    executed_mflops: float = Field(description="what is executed up to this exit, and charged")
     test_accuracy: float | None
     heldout_accuracy: float
 
@@ -215,9 +215,9 @@ class ProblemDocument(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field(examples=["urn:exitserve:problem:broken-image"], description="stable, for programs")
+    type: str = Field(examples=["urn:exitserve:problem:broken-image"], description="stable identifier for programs")
     title: str
     status: int
-    detail: str = Field(description="cause and remedy, for people")
-    instance: str = Field(description="the path that was asked")
+    detail: str = Field(description="cause and remedy, as text")
+    instance: str = Field(description="the path of the request")
     request_id: str

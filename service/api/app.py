@@ -30,7 +30,7 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 ABOUT = """\
-Classifies images with a network that stops early: every image leaves at the first exit that is sure, and the
+Classifies images with an early-exit network: every image leaves at the first exit that is confident about it, and the
 average compute per image is one number that you set (`PUT /budget`).
 
 MFLOPs are millions of multiply-adds, as the early-exit literature counts them. Errors are problem documents
@@ -87,7 +87,7 @@ def create_app(
             await asyncio.to_thread(app.openapi)  # built and cached now: it would noticeably delay requests
         except Exception as error:
             logger.exception("the engine cannot start")
-            lifecycle.fail(f"its engine did not start ({error})")
+            lifecycle.fail(f"the engine did not start ({error})")
             on_started(error)
             return
         lifecycle.become_ready()

@@ -31,14 +31,14 @@ def require_authority(request: Request, token: str | None) -> None:
         )
     # nginx, unless configured otherwise, forwards requests as HTTP/1.0 and without any of these fields.
     if any(name in request.headers for name in FORWARDED) or request.scope.get("http_version") == "1.0":
-        raise _forbidden("came through a proxy, and who sent it cannot be known")
+        raise _forbidden("came through a proxy, so that its sender is unknown")
     if request.client is None or not _is_loopback(request.client.host):
         raise _forbidden("comes from another machine")
     # By DNS rebinding, a web page can reach this machine under its own host name, but not under a loopback name. The
     # header is read here because `request.url` replaces an unreadable name by the socket's address.
     addressed = request.headers.get("host")
     if addressed is not None and not _is_loopback(_hostname(addressed)):
-        raise _forbidden(f"was addressed to {addressed[:200]!r}, not to this machine's loopback address")
+        raise _forbidden(f"was addressed to {addressed[:200]!r}, not to a loopback address")
 
 
 def _hostname(addressed: str) -> str:
@@ -65,6 +65,6 @@ def _forbidden(why: str) -> Problem:
         403,
         "not-local",
         "Only for this machine",
-        f"No admin token is configured, so only clients on this machine may do this; this request {why}. "
+        f"No admin token is configured, so only clients on the server's machine may do this; this request {why}. "
         + HOW_TO_CONFIGURE,
     )

@@ -196,9 +196,9 @@ def batch_routes(classifier: Classifier) -> APIRouter:
         "/classify/batch",
         response_model=BatchAnswer,
         summary="Classify several images",
-        description="A form with several fields `image`. Every image gets an answer or a problem, in order, and the "
-        "query's options hold for each; the response is 200 if the form could be read, unless the server can take none "
-        "of them now (429, 503).",
+        description="Takes a form with several fields `image`. The query's options apply to every image. Each gets an "
+        "answer or a problem, in the order of the form. The status is 200 if the form could be read, unless the server "
+        "can accept none of the images now (429, 503).",
         openapi_extra={
             "parameters": batcher.classifier.options.parameters(),
             "requestBody": {"required": True, "content": {FORM_TYPE: {"schema": form, "encoding": IMAGE_PARTS}}},

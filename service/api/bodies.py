@@ -53,7 +53,7 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float, remedy
             408,
             "body-too-slow",
             "Request body too slow",
-            f"The body did not arrive whole within {timeout_s:g} s: send it again, faster or smaller.",
+            f"The body did not arrive completely within {timeout_s:g} s: send it again, faster, or send a smaller one.",
             headers={"Connection": "close"},
         ) from None
 
@@ -152,8 +152,8 @@ def _parse(body: bytes, boundary: bytes, most: int) -> "_Form":
 def _not_taken(sent: str, wanted: str, accepted: tuple[str, ...]) -> Problem:
     what = sent or "A body without a content type"
     if sent == "application/x-www-form-urlencoded":
-        what += f" (curl's own, unless told -H 'Content-Type: {accepted[0]}')"
-    return unsupported(f"{what} is not taken: send {wanted} {FIELD!r}.", {"Accept-Post": ", ".join(accepted)})
+        what += f" (curl's default; set another by -H 'Content-Type: {accepted[0]}')"
+    return unsupported(f"{what} is not accepted: send {wanted} {FIELD!r}.", {"Accept-Post": ", ".join(accepted)})
 
 
 def _not_one(found: str, wanted: str) -> Problem:
@@ -165,7 +165,7 @@ def _too_many(found: str, most: int) -> Problem:
         413,
         "too-many-images",
         "Too many images",
-        f"The form has {found}, and {most} at once are taken here: send them in several requests, or raise "
+        f"The form has {found}, and at most {most} images are accepted: send them in several requests, or raise "
         "--max-batch-images for /classify/batch.",
         limit_images=most,
     )
@@ -176,7 +176,7 @@ def _broken_form(why: str) -> Problem:
         400,
         "broken-form",
         "Broken multipart form",
-        f"The multipart form cannot be read, {why}: let your client library build it and set the content type.",
+        f"The multipart form cannot be parsed ({why}): let your client library build it and set the content type.",
     )
 
 

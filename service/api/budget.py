@@ -23,7 +23,7 @@ from service.budget.state import BudgetState as EngineBudget
 from service.budget.target import KINDS, Target, TargetError, Targets
 
 MAX_BYTES = 64 * 1024
-EXAMPLES = '{"average_mflops": 40}, {"fraction": 0.4} or {"accuracy": 0.74}, and {"latency_ms": 50} alone or with one'
+EXAMPLES = 'one of {"average_mflops": 40}, {"fraction": 0.4} and {"accuracy": 0.74}, or {"latency_ms": 50}, or both'
 
 
 class Budget:
@@ -99,7 +99,7 @@ def budget_routes(state: State) -> APIRouter:
     @router.get(
         "/budget",
         response_model=BudgetState,
-        summary="The budget, what to expect of it, and what is spent",
+        summary="The budget, its expected results, and what is spent",
         responses={422: {"model": ProblemDocument}},
     )
     async def read(request: Request) -> Response:
@@ -111,9 +111,9 @@ def budget_routes(state: State) -> APIRouter:
         "/budget",
         response_model=BudgetState,
         summary="Set the average compute per image",
-        description="From the next image on, the whole of it: a budget without `latency_ms` has no latency target. "
-        "Needs the admin token where one is configured; where none is, only "
-        "clients on the server's own machine may.",
+        description="Replaces the whole budget, for images admitted from now on: without `latency_ms` there is no "
+        "latency target. Requires the admin token if one is configured; otherwise only clients on the server's own "
+        "machine may call it.",
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -143,7 +143,7 @@ def budget_routes(state: State) -> APIRouter:
     @router.get(
         "/budget/frontier",
         response_model=FrontierCurve,
-        summary="What each budget would bring",
+        summary="Expected accuracy against average cost",
         responses={422: {"model": ProblemDocument}},
     )
     async def frontier(request: Request) -> Response:

@@ -22,9 +22,9 @@ from service.logs import NOTES
 STATUSES = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 IMAGE_PARTS = {FIELD: {"contentType": ", ".join(IMAGE_TYPES)}}  # of a form, as OpenAPI describes them
 ABOUT_IMAGES = (
-    "The image is the raw body or the field `image` of a form; its bytes decide what it is. It may have any size: it "
-    "is cut to the network's aspect ratio around its centre, scaled with antialiasing, turned as its EXIF orientation "
-    "says, and laid on white where it is transparent."
+    "The image is the raw body or the field `image` of a form; its format is detected from its bytes. It may have any "
+    "size: it is cropped to the network's aspect ratio around its centre, scaled with antialiasing and rotated as its "
+    "EXIF orientation says, and transparent pixels are blended with white."
 )
 
 

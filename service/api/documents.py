@@ -95,32 +95,31 @@ def engine_problem(error: EngineError) -> Problem:
             504,
             "deadline-passed",
             "Deadline passed",
-            f"There is no answer yet, {error}: give a longer deadline_ms, or ask again when the server has less to do.",
+            f"No answer: {error}. Send a longer deadline_ms, or try again when the server is less busy.",
         )
     if isinstance(error, EngineUnsound):
-        return not_ready(f"The image was not answered, for {error}: the server tries again by itself.")
+        return not_ready(f"No answer: {error}. The server retries by itself: try again later.")
     if isinstance(error, EngineLost):
-        return not_ready(f"The image was not answered, for {error}: the server ends, and works again once restarted.")
+        return not_ready(f"No answer: {error}. The server stops, and works again after a restart.")
     if isinstance(error, EngineDraining):
-        return not_ready(f"The server takes no new work, {error}: use another one.")
+        return not_ready(f"The request was not accepted: {error}. Use another server.")
     return Problem(
         500,
         "engine-error",
         "Engine error",
-        f"The image could not be run, {error}: try again, and see the server's log.",
+        f"The image could not be classified: {error}. Try again; the server's log may say more.",
     )
 
 
 def overloaded(why: str, wait_s: float = 1.0) -> Problem:
     """A 429 whose Retry-After is the predicted wait."""
-    return _again_later(f"{why}: send it again then, or raise --max-queue-s or --max-in-flight.", wait_s)
+    return _again_later(f"{why}. Send it again after Retry-After, or raise --max-queue-s or --max-in-flight.", wait_s)
 
 
 def too_many_bytes(limit_bytes: int) -> Problem:
     """A 429 for want of memory for request bodies."""
     return _again_later(
-        f"there is no room for its body: {limit_bytes:,} bytes of bodies are held at most. Send it again, or raise "
-        "--max-held-bytes."
+        f"it holds at most {limit_bytes:,} bytes of request bodies. Send it again later, or raise --max-held-bytes."
     )
 
 
@@ -129,7 +128,7 @@ def _again_later(why: str, wait_s: float = 1.0) -> Problem:
         429,
         "overloaded",
         "Overloaded",
-        f"Nothing is wrong with the request, but {why}",
+        f"The server is overloaded: {why}",
         headers={"Retry-After": str(max(1, math.ceil(wait_s)))},
         retry_after_s=round(max(wait_s, 0.01), 3),
     )

@@ -51,7 +51,7 @@ class Lifecycle:
     def drain(self) -> None:
         """Stop being ready, and close every connection with its next answer."""
         self.is_last_call = self.is_ready
-        self.phase, self.detail = Phase.DRAINING, "The server is stopping and takes no new work: use another one."
+        self.phase, self.detail = Phase.DRAINING, "The server is stopping and accepts no new requests: use another one."
 
     def close(self) -> None:
         """End the last call: accept no more requests."""
@@ -61,10 +61,10 @@ class Lifecycle:
         """Record that the drain timeout has passed; the caller cancels the requests in flight."""
         self.is_cut_off = True
         if self.phase is Phase.DRAINING:
-            self.detail = "The server is stopping, and its time for answers is over: use another one."
+            self.detail = "The server is stopping, and its drain time is over: use another one."
 
     def fail(self, why: str) -> None:
-        self.phase, self.detail = Phase.FAILED, f"The server cannot work, {why}: its log says more; restart it."
+        self.phase, self.detail = Phase.FAILED, f"The server has failed: {why}. See its log, and restart it."
 
 
 class Names:

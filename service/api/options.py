@@ -53,7 +53,7 @@ class OptionReader:
         if not query:
             return self.default
         if "exit" in query and "min_confidence" in query:
-            raise bad_parameter("exit and min_confidence both say where to leave: give one of them", KNOWN)
+            raise bad_parameter("exit and min_confidence exclude each other: give one of them", KNOWN)
 
         def real(name: str, lowest: float, highest: float) -> float | None:
             return number(name, query[name], lowest, highest, KNOWN) if name in query else None
@@ -74,7 +74,7 @@ class OptionReader:
         """The OpenAPI description of the query parameters."""
         described: dict[str, tuple[str, dict[str, Any]]] = {
             "top_k": (
-                "how many of the most probable classes to list",
+                "number of most probable classes to list",
                 {
                     "type": "integer",
                     "minimum": 1,
@@ -83,19 +83,19 @@ class OptionReader:
                 },
             ),
             "exit": (
-                "answer at this exit, however sure (reason `pinned`); excludes `min_confidence`",
+                "answer at this exit, whatever its confidence (reason `pinned`); excludes `min_confidence`",
                 {"type": "integer", "minimum": 1, "maximum": self.n_exits},
             ),
             "min_confidence": (
-                "answer at the first exit at least this confident, in place of the server's thresholds",
+                "answer at the first exit with at least this confidence, in place of the server's thresholds",
                 {"type": "number", "minimum": 0, "maximum": 1},
             ),
             "max_mflops": (
-                "go no deeper than this pays for (reason `budget`)",
+                "run no stage that would cost more than this in total (reason `budget`)",
                 {"type": "number", "minimum": self.first_mflops},
             ),
             "deadline_ms": (
-                "from the last byte of the body: answer then with the best so far (reason `deadline`)",
+                "from the last byte of the body: answer by then with the best result so far (reason `deadline`)",
                 {"type": "number", "minimum": 1, "maximum": MAX_DEADLINE_MS},
             ),
         }

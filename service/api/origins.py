@@ -51,8 +51,8 @@ class _Refusal(Response):
             400,
             "page-not-allowed",
             "Page not allowed",
-            f"A page of another origin may not ask this, because of its {why}: --allow-origins names the origins "
-            f"that may, by {' and '.join(METHODS)}, with the header fields {', '.join(FIELDS)}.",
+            f"This cross-origin call is not allowed because of its {why}: --allow-origins lists the origins that may "
+            f"call, by {' and '.join(METHODS)}, with the header fields {', '.join(FIELDS)}.",
             headers=headers,
         )
 

@@ -83,7 +83,7 @@ def body_too_large(limit_bytes: int, remedy: str = SMALLER_IMAGE) -> Problem:
         413,
         "body-too-large",
         "Request body too large",
-        f"The body is larger than the {limit_bytes:,} bytes this call takes: {remedy}.",
+        f"The body is larger than the {limit_bytes:,} bytes that this call accepts: {remedy}.",
         limit_bytes=limit_bytes,
     )
 
@@ -93,8 +93,8 @@ def broken_request() -> Problem:
         400,
         "broken-request",
         "Broken request",
-        "What came on this connection is no HTTP/1.1 request, or none any more: a client library writes them right. "
-        "(TLS? This port speaks plain HTTP.)",
+        "The data received is not a valid HTTP/1.1 request: use an HTTP client library. (TLS? This port speaks plain "
+        "HTTP.)",
     )
 
 
@@ -113,7 +113,7 @@ def internal_error(request_id: str) -> Problem:
         500,
         "internal-error",
         "Internal error",
-        f"The server failed on this request. Report it with request id {request_id}, which its log carries too.",
+        f"The server failed on this request. Report it with request id {request_id}, which is also in its log.",
     )
 
 
@@ -136,9 +136,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        problem = Problem(
-            404, "not-found", "Not found", f"There is nothing at {path!r}: / and /docs list what there is."
-        )
+        problem = Problem(404, "not-found", "Not found", f"There is nothing at {path!r}: /docs lists all calls.")
     elif error.status_code == 405:
         # The exception has only the methods of the first matching route; the OpenAPI document has those of all.
         documented = request.app.openapi()["paths"].get(path)
@@ -148,7 +146,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             405,
             "method-not-allowed",
             "Method not allowed",
-            f"{path} does not answer {method}: use {allowed}.",
+            f"{path} does not support {method}: use {allowed}.",
             headers={"Allow": allowed},
         )
     else:
@@ -163,7 +161,7 @@ async def _on_leaving(request: Request, error: Exception) -> Response:
 
 async def _on_silent_engine(request: Request, error: Exception) -> Response:
     """For calls that query the engine, such as `/budget`; `documents.py` has the problems of classifications."""
-    return respond(request, not_ready(f"This cannot be told now, {error}: ask again, or another server."))
+    return respond(request, not_ready(f"The engine cannot be queried: {error}. Try again, or use another server."))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

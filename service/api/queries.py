@@ -23,9 +23,9 @@ def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
     values = dict(pairs)
     unknown = values.keys() - set(known)
     if unknown:
-        raise bad_parameter(f"{', '.join(sorted(unknown))[:200]} is not known here", known)
+        raise bad_parameter(f"{', '.join(sorted(unknown))[:200]} is not known", known)
     if len(values) < len(pairs):
-        raise bad_parameter("a parameter is given twice", known)
+        raise bad_parameter("A parameter is given twice", known)
     return values
 
 
@@ -37,7 +37,7 @@ def integer(name: str, text: str, lowest: int, highest: int, known: Collection[s
     """
     if len(text) <= 9 and text.isascii() and text.isdigit() and lowest <= int(text) <= highest:
         return int(text)
-    raise bad_parameter(f"{name} is {text[:40]!r} and has to be an integer from {lowest} to {highest}", known)
+    raise bad_parameter(f"{name} is {text[:40]!r} but must be an integer from {lowest} to {highest}", known)
 
 
 def number(name: str, text: str, lowest: float, highest: float, known: Collection[str]) -> float:
@@ -50,10 +50,10 @@ def number(name: str, text: str, lowest: float, highest: float, known: Collectio
         return float(text)
     upwards = "" if math.isinf(highest) else f" to {highest:.10g}"
     kind = "a number of at least" if math.isinf(highest) else "a number from"
-    raise bad_parameter(f"{name} is {text[:40]!r} and has to be {kind} {lowest:.10g}{upwards}", known)
+    raise bad_parameter(f"{name} is {text[:40]!r} but must be {kind} {lowest:.10g}{upwards}", known)
 
 
 def bad_parameter(what: str, known: Collection[str]) -> Problem:
     names = list(known)
     listed = f"Known parameters: {', '.join(names)}." if names else "This call takes no parameters."
-    return Problem(422, "bad-parameter", "Bad query parameter", f"In the query, {what}. {listed}", known=names)
+    return Problem(422, "bad-parameter", "Bad query parameter", f"{what}. {listed}", known=names)

@@ -52,4 +52,6 @@ class State:
         if not self.engine.is_alive:
             raise not_ready("The engine has stopped: the server's log says why; restart it.")
         if self.engine.trouble is not None:
-            raise not_ready(f"For now {self.engine.trouble}: the server tries again by itself; its log says more.")
+            raise not_ready(
+                f"The network cannot be run: {self.engine.trouble}. The server retries by itself; see its log."
+            )

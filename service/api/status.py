@@ -27,14 +27,14 @@ def status_routes(state: State) -> APIRouter:
         "/readyz",
         response_model=Readiness,
         tags=["status"],
-        summary="Will it answer? 503 while it warms up and once it is stopping.",
+        summary="Does the server accept images? 503 while it warms up or stops.",
         responses={503: {"model": ProblemDocument}},
     )
     async def readyz() -> Response:
         state.require_ready()
         return _json(b'{"status":"ready"}')
 
-    @router.get("/metrics", tags=["status"], summary="For Prometheus", response_class=Response)
+    @router.get("/metrics", tags=["status"], summary="Metrics for Prometheus", response_class=Response)
     async def metrics() -> Response:
         content, content_type = await asyncio.to_thread(state.metrics.exposition, state.is_ready)
         return Response(content, headers={"Content-Type": content_type})

@@ -144,9 +144,9 @@ def stream_routes(classifier: Classifier) -> APIRouter:
 
     @router.post(
         "/classify/stream",
-        summary="Classify one image, and hear what every exit says",
-        description="A JSON line for every exit that the image goes on from, when it does; the last line is the answer "
-        "(`final` is true) or, where something failed after the first line, a problem document. " + ABOUT_IMAGES,
+        summary="Classify one image, with a result from every exit",
+        description="Sends a JSON line for each exit that the image goes on from, as it does so. The last line is the "
+        "answer (`final` is true) or, after an error, a problem document. " + ABOUT_IMAGES,
         openapi_extra={"parameters": streamer.classifier.options.parameters(), "requestBody": one_image()},
         response_class=Response,
         responses={

@@ -71,7 +71,7 @@ def test_the_command_says_what_is_wrong(folder: Path, pictures: list[Path], caps
     picture = str(pictures[0])
     for arguments, says in (
         (["--bundle", str(folder / "nothing")], "nothing"),
-        (["--bundle", str(folder), "--exit", "7"], "error: exit is '7' and has to be an integer from 1 to 4"),
+        (["--bundle", str(folder), "--exit", "7"], "error: exit is '7' but must be an integer from 1 to 4"),
         (["--bundle", str(folder), "--budget-fraction", "0.01"], "give a value from"),
         (["--bundle", str(folder), "--budget-fraction", "0"], "give a value from"),
         (["--url", "http://127.0.0.1:1"], "Leave --url out"),

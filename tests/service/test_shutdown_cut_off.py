@@ -67,7 +67,7 @@ def test_a_body_that_still_comes_at_the_end_is_told(folder: Path, tmp_path: Path
             status, headers, document = line.receive()
             assert (status, headers["content-type"]) == (503, "application/problem+json")
             assert document["type"] == "urn:exitserve:problem:not-ready"
-            assert "time for answers is over" in document["detail"]
+            assert "drain time is over" in document["detail"]
             assert headers["x-request-id"] == document["request_id"]
             assert headers["connection"] == "close"
             assert line.ended()
