@@ -115,6 +115,6 @@ class Acceptor:
         try:
             await self._loop.connect_accepted_socket(lambda: self._make_protocol(self._lost), sock)
         except Exception:  # the client may have left by now
-            logger.debug("a connection was lost as it was opened", exc_info=True)
+            logger.debug("a connection was lost while it was being opened", exc_info=True)
             sock.close()
             self._lost()

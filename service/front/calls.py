@@ -109,7 +109,7 @@ def reply_to(payload: bytes, metrics: MetricsPort, keeper: KeeperPort) -> bytes:
         name, arguments = json.loads(payload[wire.CALL_NUMBER.size :])
         value = _call(metrics, keeper, name, arguments)
     except Exception as error:
-        logger.exception("a call failed")
+        logger.exception("a worker's call failed")
         value = error
     return payload[: wire.CALL_NUMBER.size] + pickle.dumps(value)
 

@@ -201,7 +201,7 @@ class Hub:
         try:
             self._serve_links()
         except Exception as error:  # all workers depend on this thread: it must not die silently
-            logger.exception("the front's hub broke down")
+            logger.exception("the hub of the HTTP workers failed")
             self._on_broken(error)
 
     def _serve_links(self) -> None:
@@ -217,7 +217,7 @@ class Hub:
                     try:
                         self._read(link)
                     except Exception:  # one faulty worker must not affect the others
-                        logger.exception("HTTP worker %d does not speak as it should: let go", link.worker + 1)
+                        logger.exception("invalid message from HTTP worker %d: closing its channel", link.worker + 1)
                         self._lose(link)
             self.publish()
 

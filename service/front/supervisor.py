@@ -86,7 +86,7 @@ class Front:
         self._drain_s, self._max_in_flight = settings.drain_s, settings.max_in_flight
         self._memory = SharedMemory.create(layout)
         self._setup = os.memfd_create("exitserve-setup", os.MFD_CLOEXEC)
-        self._told = bundle, targets, settings, admin_token
+        self._configuration = bundle, targets, settings, admin_token
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._began_s = [0.0] * self._n_workers
@@ -108,7 +108,7 @@ class Front:
             ServerFailed: the engine did not start or broke down, or a worker ended before it had served.
         """
         self._memory = self._memory.with_canvas(engine.canvas_px)
-        Setup(*self._told, self._memory.layout).write(self._setup)
+        Setup(*self._configuration, self._memory.layout).write(self._setup)
         hub = Hub(
             engine,
             metrics,
@@ -126,7 +126,7 @@ class Front:
                 try:
                     self._start(worker, hub)
                 except OSError as error:
-                    raise ServerFailed(f"no HTTP worker can be started ({error})") from error
+                    raise ServerFailed(f"the HTTP workers cannot be started ({error})") from error
             self._start_engine(engine, hub)
             self._supervise(hub, say_ready)
         finally:
@@ -189,7 +189,7 @@ class Front:
         while self._processes or self._restarts:
             event = self._next_event(ends_s)
             if isinstance(event, Signal):
-                logger.info("stopping: %d workers answer what they have accepted first", len(self._processes))
+                logger.info("stopping: %d workers first answer the requests they have accepted", len(self._processes))
                 ends_s = self._end(hub, self._drain_s, Kind.DRAIN)
             elif isinstance(event, Broken):
                 ends_s = self._end(hub, FAILED_S, Kind.BROKEN, str(event.error))
@@ -200,10 +200,10 @@ class Front:
                     say_ready()
             elif isinstance(event, Gone):
                 if not is_ready and not self._is_ending:
-                    raise ServerFailed("an HTTP worker ended before it had served: what it logged above says why")
+                    raise ServerFailed("an HTTP worker exited before it had served: see its messages above")
                 self._bury(event)
             elif ends_s:
-                logger.error("%d workers did not end in time", len(self._processes))
+                logger.error("%d workers did not exit in time", len(self._processes))
                 self._n_failed += len(self._processes)
                 return
             self._restart_due(hub)
@@ -215,7 +215,7 @@ class Front:
                 self._start(worker, hub)
             except OSError as error:  # out of memory or processes: the other workers go on
                 backoff_s = self._back_off(worker)
-                logger.error("HTTP worker %d cannot be started (%s): again in %g s", worker + 1, error, backoff_s)
+                logger.error("HTTP worker %d cannot be started (%s): retrying in %g s", worker + 1, error, backoff_s)
                 continue
             hub.tell(worker, Kind.STARTED)
 
@@ -263,7 +263,7 @@ class Front:
         level = logging.ERROR if code else logging.WARNING
         logger.log(
             level,
-            "HTTP worker %d (process %d) ended with %d and %d requests in flight: another in %g s",
+            "HTTP worker %d (process %d) exited with code %d and %d requests in flight: restarting in %g s",
             worker + 1,
             process.pid,
             code,

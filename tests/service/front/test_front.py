@@ -177,7 +177,7 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: ServerProces
         assert httpx.post(server.url + "/classify", content=body, headers=PNG, timeout=LIMIT_S).status_code == 200
     after = numbers(httpx.get(server.url + "/metrics").text)
     assert after[answered] == before[answered] + 24
-    assert f"HTTP worker 1 (process {victim}) ended with -9" in server.log.read_text()
+    assert f"HTTP worker 1 (process {victim}) exited with code -9" in server.log.read_text()
     # The other one too, so that all requests are the new worker's.
     os.kill(survivor, signal.SIGKILL)
     assert httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=LIMIT_S).status_code == 200
