@@ -1,11 +1,11 @@
-"""What a network with exits is, what it costs, how it decides and how it is stored.
+"""Networks with exits: architectures, costs, exit decisions and bundles.
 
-This room imports neither `training` nor `service`. `exits` and `bundle` need numpy and pydantic alone, so that a
-server on ONNX Runtime starts without loading torch; the networks, `staging` and `cost` need torch.
+This package imports neither `training` nor `service`. `exits` and `bundle` need only numpy and pydantic, so that a
+server on ONNX Runtime starts without loading torch. The networks, `staging` and `cost` need torch.
 """
 
 import os
 
-# ONNX Runtime's own Linux packages report to their maker by default (from 1.29 on), what they run included. Set before
-# anything imports it; whoever wants the reports sets the variable to 0.
+# From 1.29 on, ONNX Runtime's official Linux packages send telemetry by default, including what they run. The variable
+# must be set before the import; to allow telemetry, set it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,7 +1,7 @@
-"""Boosted ensembles of exits, and the gradient rescaling they are trained with.
+"""Boosted ensembles of exits, and the gradient rescaling used to train them.
 
 A boosted network is an additive model over its heads: the logits used at exit n are F_n = t_n F_(n-1) + f_n, so each
-head learns what the heads before it got wrong (BoostNet, AAAI 2023). One recursion serves training and inference.
+head learns to correct the heads before it (BoostNet, AAAI 2023). Training and inference use the same recursion.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ Rescaling = Literal["off", "coarsest", "all"]
 def temperatures_per_exit(temperatures: float | Sequence[float], n_exits: int) -> tuple[float, ...]:
     """Expand a temperature setting to one value per exit.
 
-    One value is used for every exit, two are the ends of a line from the first exit to the last, `n_exits` values are
-    taken as they are. The first is never used: it would multiply F_0 = 0.
+    One value applies to every exit, two are interpolated linearly from the first exit to the last, and `n_exits` values
+    are used as given. The first is never used: it would multiply F_0 = 0.
 
     Raises:
-        ValueError: the number of values is none of 1, 2 or `n_exits`.
+        ValueError: the number of values is not 1, 2 or `n_exits`.
     """
     values = [float(temperatures)] if isinstance(temperatures, (int, float)) else [float(t) for t in temperatures]
     if len(values) == n_exits:
@@ -38,12 +38,12 @@ class Boosting(nn.Module):
 
     Args:
         temperatures: t_1..t_N (t_1 is unused). All zero gives a plain multi-exit network.
-        stop_gradient: cut the gradient of loss n from the heads before n, as published. False is the paper's ablation.
-        scales: s_1..s_N, by default 1 as in training; another value is fitted after it, see `training.ensemble`.
-        learned: t_2..t_N are parameters, trained with the network from these values on; each stays between 0 and 1.
+        stop_gradient: keep the gradient of loss n from the heads before n, as published. False is the paper's ablation.
+        scales: s_1..s_N, by default 1 as in training; `training.ensemble` fits other values afterwards.
+        learned: t_2..t_N are parameters, initialised to these values and trained; each stays between 0 and 1.
 
     Raises:
-        ValueError: there are not as many scales as temperatures, or learned ones start at 0 or 1 or outside.
+        ValueError: the numbers of scales and temperatures differ, or a learned temperature is not between 0 and 1.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class Boosting(nn.Module):
         self.log_odds: nn.Parameter | None = None
         if learned and len(temperatures) > 1:
             if not all(0.0 < t < 1.0 for t in temperatures[1:]):
-                raise ValueError(f"learned temperatures start between 0 and 1, not at {list(temperatures)}")
+                raise ValueError(f"learned temperatures must start between 0 and 1, not at {list(temperatures)}")
             self.log_odds = nn.Parameter(torch.zeros(len(temperatures) - 1))
         self.temperatures = tuple(temperatures)
         self.scales = tuple(float(s) for s in scales) if scales is not None else (1.0,) * len(self.temperatures)
         if len(self.scales) != len(self.temperatures):
-            raise ValueError(f"{len(self.scales)} scales for {len(self.temperatures)} exits: give one an exit")
+            raise ValueError(f"{len(self.scales)} scales for {len(self.temperatures)} exits: give one per exit")
         self.stop_gradient = stop_gradient
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """t_1..t_N as they are now; those that are learned can be set too, and are learned on from there."""
+        """The present t_1..t_N. Learned ones can be set as well, and training continues from there."""
         if self.log_odds is None:
             return self._fixed
         return (self._fixed[0], *self.log_odds.detach().sigmoid().tolist())
@@ -80,12 +80,12 @@ class Boosting(nn.Module):
                 self.log_odds.copy_(torch.tensor(self._fixed[1:]).logit())
 
     def fixed(self) -> "Boosting":
-        """The same sum with its temperatures as plain numbers: what is counted, staged and served."""
+        """Return a copy with its temperatures as constants, for counting costs, staging and serving."""
         return Boosting(self.temperatures, self.stop_gradient, self.scales).train(self.training)
 
     def forward(self, head_logits: list[Tensor]) -> list[Tensor]:
         """Map N raw head logits [rows, classes] to the N ensembled logits of the same shape, float32."""
-        # In float32 whatever the autocast type: rounded logits would tie and lose their ranking.
+        # Always float32, also under autocast: rounded logits would tie and lose their ranking.
         first, *later = (
             logits.float() if scale == 1.0 else scale * logits.float()
             for scale, logits in zip(self.scales, head_logits, strict=True)
@@ -108,7 +108,7 @@ class _RescaleGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, factor: float) -> Tensor:
-        return x.view_as(x)  # a view: the bare input was once left unscaled under torch.compile (pytorch #102970)
+        return x.view_as(x)  # a view, because torch.compile has left the bare input unscaled (pytorch #102970)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
@@ -120,7 +120,7 @@ class _RescaleGradient(torch.autograd.Function):
 
 
 class _RescaleBothWays(_RescaleGradient):
-    """In forward mode too, which then agrees with the gradients that `backward` gives; torch.compile can't take it."""
+    """Also supports forward-mode differentiation, consistent with `backward`; torch.compile does not accept it."""
 
     @staticmethod
     def jvp(ctx: Any, change: Tensor, _: None) -> Tensor:

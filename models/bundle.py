@@ -1,16 +1,16 @@
-"""A bundle: one folder with all a server needs of a trained network, nothing executable, every byte accounted for.
+"""A bundle: a folder with all that a server needs of a trained network, without executable code or unlisted files.
 
-    manifest.json          what the network is, and the size and sha256 of every other file
-    calibration.npz        held-out scores and right answers, from which any exit policy is made
-    stages/stage_K.onnx    one graph an exit; they may refer to weights.safetensors
+    manifest.json          a description of the network, and the size and sha256 of every other file
+    calibration.npz        held-out scores and correctness, from which every exit policy is computed
+    stages/stage_K.onnx    one graph per exit; they may refer to weights.safetensors
     weights.safetensors    (optional) the weights as trained
     stages_int8/stage_K.onnx, calibration_int8.npz
                            (optional) the same network in int8, weights included, and its own calibration
     README.md, frontier.png
 
-Reading one trusts nothing: sizes and digests are checked before anything is parsed, and whatever does not fit gives a
-`BundleError` that names the file, the reason and the fix. `models.bundle_writing` makes them. No torch here: the server
-imports this.
+Bundles are not trusted: sizes and digests are checked before anything is parsed, and a mismatch raises a `BundleError`
+with the file, the reason and the fix. `models.bundle_writing` writes bundles. No torch here: the server imports this
+module.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ from models.manifest import FORMAT_VERSION, FileInfo, Manifest
 from models.predictor import FEATURES, Predictor
 from models.scores import Score, plain_scores
 
-ZOO = Path(__file__).with_name("zoo")  # what ships
+ZOO = Path(__file__).with_name("zoo")  # the bundles that ship
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 16 * 2**20  # class names of the largest sets take about one
+MAX_MANIFEST_BYTES = 16 * 2**20  # the class names of the largest data sets take about 1 MiB
 COPY_AGAIN = "copy or export the bundle again"
 Precision = Literal["fp32", "int8"]
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be used: which file, why, and what to do."""
+    """A bundle cannot be used; the message has the file, the reason and the fix."""
 
     def __init__(self, path: Path, file: str, reason: str, fix: str) -> None:
         super().__init__(f"{path / file if file else path}: {reason}; {fix}")
@@ -50,10 +50,10 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose files were found to be what its manifest says.
+    """A bundle whose files have been checked against its manifest.
 
-    It speaks for one precision: stages, accuracies, scores and frontier. Where there are int8 stages, `int8` is the
-    bundle that speaks for these; name, version and costs are the same.
+    Its stages, accuracies, scores and frontier are those of one precision. If there are int8 stages, `int8` is the
+    bundle with theirs; name, version and costs are the same.
     """
 
     path: Path
@@ -63,10 +63,10 @@ class Bundle:
     int8: "Bundle | None" = None
 
     def at(self, precision: Precision) -> "Bundle":
-        """Return the bundle that speaks for a precision.
+        """Return the bundle for a precision.
 
         Raises:
-            BundleError: it has no stages of that precision.
+            BundleError: the bundle has no stages of that precision.
         """
         found = self if precision == self.precision else self.int8
         if found is None:
@@ -75,19 +75,19 @@ class Bundle:
         return found
 
     def check_unchanged(self) -> None:
-        """See that its folder still holds this very bundle, whole: for whoever has opened its files since.
+        """Check that the folder still contains this bundle, undamaged. To be called after opening its other files.
 
-        Stages of one bundle with the thresholds of another would answer all the same.
+        Otherwise the stages of one bundle could be served with the thresholds of another, without any error.
 
         Raises:
-            BundleError: it was replaced or damaged meanwhile.
+            BundleError: the bundle was replaced or damaged meanwhile.
         """
         if load_bundle(self.path).at(self.precision).manifest != self.manifest:
             raise BundleError(self.path, "", "another bundle was put there while this one was opened", "start again")
 
     @property
     def costs_mflops(self) -> tuple[float, ...]:
-        """What stopping at each exit costs [N], as executed and cumulative: what a server charges."""
+        """The cumulative executed cost of leaving at each exit [N], which a server charges."""
         return tuple(exit_.executed_mflops for exit_ in self.manifest.exits)
 
     def frontier(self) -> Frontier:
@@ -96,7 +96,7 @@ class Bundle:
         return build_frontier(scores, self.calibration.correct, self.costs_mflops, self.manifest.family)
 
     def score(self) -> Score:
-        """Return the exit score to serve with: the manifest's, ready to be called."""
+        """Return the exit score to serve with, as the manifest defines it."""
         if self.manifest.predictor is not None:
             if tuple(self.manifest.predictor.features) == GATE_FEATURES:
                 return GateScore(np.array(self.manifest.predictor.gain))
@@ -105,15 +105,15 @@ class Bundle:
 
 
 def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
-    """Read a bundle and check all of it.
+    """Read and check a bundle.
 
     Args:
         path: the bundle's folder.
-        verify: also check the digests. Without it sizes and contents are still checked, but not each byte: for a
-            bundle that was verified before, on a slow disk.
+        verify: also check the digests. False skips this, but not the checks of sizes and contents: for bundles on a
+            slow disk that have been verified before.
 
     Raises:
-        BundleError: it is missing, damaged, foreign, of a newer format, or not for this user to read.
+        BundleError: it is missing, damaged, not a bundle, of a newer format, or not readable for this user.
     """
     folder = Path(path)
     with _reading(folder, ""):
@@ -121,8 +121,8 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
     if not is_folder:
         kind = "not a folder" if is_there else "there is no such folder"
         fix = "give the folder of a bundle, the one that holds manifest.json"
-        if folder.name and (shipped := ZOO / folder.name).is_dir():  # a model card names its bundle alone
-            fix = f"the bundle of that name that ships is {shipped}"
+        if folder.name and (shipped := ZOO / folder.name).is_dir():  # users may copy the bare name from a model card
+            fix = f"the bundle of that name that comes with ExitServe is {shipped}"
         raise BundleError(folder, "", kind, fix)
     manifest = _read_manifest(folder)
     for file, info in manifest.files.items():
@@ -158,7 +158,7 @@ def _reading(folder: Path, file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        fix = "let whoever runs this read it (chmod -R a+rX)" if isinstance(error, PermissionError) else COPY_AGAIN
+        fix = "make it readable for this user (chmod -R a+rX)" if isinstance(error, PermissionError) else COPY_AGAIN
         raise BundleError(folder, file, f"it cannot be read ({error.strerror})", fix) from error
 
 
@@ -174,9 +174,9 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(folder, MANIFEST, f"not JSON ({error})", COPY_AGAIN) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise BundleError(folder, MANIFEST, "it states no format_version", "this is no bundle of ExitServe")
+        raise BundleError(folder, MANIFEST, "it has no format_version", "this is not an ExitServe bundle")
     if version > FORMAT_VERSION:
-        reason = f"format {version}, and this ExitServe reads up to format {FORMAT_VERSION}"
+        reason = f"format {version}, but this ExitServe reads formats up to {FORMAT_VERSION}"
         raise BundleError(folder, MANIFEST, reason, "update ExitServe, or export the bundle with this version")
     try:
         return Manifest.model_validate_json(text)
@@ -189,19 +189,19 @@ def _read_manifest(folder: Path) -> Manifest:
 
 
 def _inside(folder: Path, file: str, if_missing: str) -> Path:
-    """Return the path of a bundle's file, having made sure that it is a plain file that lies in the bundle."""
+    """Return the path of a bundle's file, after checking that it is a regular file inside the bundle."""
     path = folder / file
     with _reading(folder, file):
         try:
             real = path.resolve(strict=True)
-        except PermissionError:  # there or not, nobody here can tell
+        except PermissionError:  # whether it exists is unknown
             raise
         except (OSError, RuntimeError) as error:
             raise BundleError(folder, file, f"missing: {if_missing}", COPY_AGAIN) from error
     if not real.is_relative_to(folder.resolve()):
-        raise BundleError(folder, file, "a link that leads out of the bundle", "put the file itself there")
+        raise BundleError(folder, file, "a link to a file outside the bundle", "replace it by the file itself")
     if not real.is_file():
-        raise BundleError(folder, file, "not a plain file", COPY_AGAIN)
+        raise BundleError(folder, file, "not a regular file", COPY_AGAIN)
     return path
 
 
@@ -210,14 +210,14 @@ def _check_file(folder: Path, file: str, info: FileInfo, verify: bool) -> None:
     with _reading(folder, file):
         size = path.stat().st_size
         if size != info.bytes:
-            reason = f"{size} bytes where the manifest says {info.bytes}"
-            raise BundleError(folder, file, reason, f"it was cut short or changed: {COPY_AGAIN}")
+            reason = f"{size} bytes, but the manifest says {info.bytes}"
+            raise BundleError(folder, file, reason, f"it was truncated or changed: {COPY_AGAIN}")
         if verify and sha256_of(path) != info.sha256:
-            raise BundleError(folder, file, "its sha256 is not the manifest's", f"it was changed: {COPY_AGAIN}")
+            raise BundleError(folder, file, "its sha256 differs from the manifest's", f"it was changed: {COPY_AGAIN}")
 
 
 def _refuse_undeclared(folder: Path, manifest: Manifest) -> None:
-    """A graph may refer to any file in the folder, so none may lie there that no digest covers (hidden ones aside)."""
+    """Refuse files without a digest, except hidden ones, because a graph may refer to any file in the folder."""
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*names, *(name for name in folders if Path(root, name).is_symlink())]:
@@ -235,12 +235,12 @@ def _read_calibration(folder: Path, manifest: Manifest, file: str) -> Calibratio
         raise BundleError(folder, file, str(error), "calibrate and export the bundle again") from error
     shape = (manifest.data.heldout_images, len(manifest.exits))
     if calibration.correct.shape != shape:
-        reason = f"shape {calibration.correct.shape} where the manifest says {shape[0]} images and {shape[1]} exits"
+        reason = f"shape {calibration.correct.shape}, but the manifest says {shape[0]} images and {shape[1]} exits"
         raise BundleError(folder, file, reason, "calibrate and export the bundle again")
     known = {manifest.score} if manifest.predictor is not None else set(plain_scores(len(manifest.exits)))
     if manifest.score not in calibration.scores or manifest.score not in known:
         stored = ", ".join(sorted(set(calibration.scores) & known)) or "none"
-        reason = f"score {manifest.score!r} is not among those calibrated and known here ({stored})"
+        reason = f"score {manifest.score!r} is not among the calibrated scores known here ({stored})"
         raise BundleError(folder, MANIFEST, reason, "name one of them, or calibrate again")
     accuracy = calibration.correct.mean(axis=0)
     for number, (exit_, found) in enumerate(zip(manifest.exits, accuracy, strict=True), start=1):
@@ -252,20 +252,20 @@ def _read_calibration(folder: Path, manifest: Manifest, file: str) -> Calibratio
 
 
 def _check_policy(folder: Path, manifest: Manifest) -> None:
-    """The family of thresholds is known here, and so are the features of a fitted score."""
+    """Check that this version knows the family of thresholds and the features of a fitted score."""
     if manifest.family is not None and manifest.family not in FAMILIES:
         reason = f"unknown family of thresholds {manifest.family!r}; known: {', '.join(FAMILIES)}"
         raise BundleError(folder, MANIFEST, reason, "update ExitServe, or evaluate and export the bundle again")
     fitted = manifest.predictor
     known = (FEATURES, GATE_FEATURES)
     if fitted is not None and (tuple(fitted.features) not in known or len(fitted.gain) != len(manifest.exits)):
-        reason = f"its predictor is not one of {len(manifest.exits)} exits with the features {', '.join(FEATURES)}"
+        reason = f"its predictor is not one for {len(manifest.exits)} exits with the features {', '.join(FEATURES)}"
         reason += f", or {', '.join(GATE_FEATURES)}"
         raise BundleError(folder, MANIFEST, reason, "update ExitServe, or evaluate and export the bundle again")
     if fitted is not None and tuple(fitted.features) == GATE_FEATURES and fitted.loss is not None:
         raise BundleError(folder, MANIFEST, "gates have no `loss`", "export the bundle again")
     if fitted is not None and manifest.score in plain_scores(1):
-        reason = f"score {manifest.score!r} is not fitted, and yet there is a predictor"
+        reason = f"score {manifest.score!r} is not fitted, but there is a predictor"
         raise BundleError(folder, MANIFEST, reason, "evaluate and export the bundle again")
 
 

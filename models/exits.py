@@ -1,8 +1,8 @@
-"""How a network with exits decides: what one head's logits say of how sure it is, and thresholds from exit shares.
+"""Exit decisions: confidence scores of one head's logits, and thresholds from exit shares.
 
-Numpy alone, no torch: the server imports this. Exits are columns, exit 1 first. An image leaves at the first exit whose
-score reaches that exit's threshold (`score >= threshold`); the last exit takes whoever gets there. Scores that remember
-earlier exits are in `models.scores`, the curve of all operating points is in `models.frontier`.
+The server imports this module, so it uses numpy, not torch. Exits are columns, exit 1 first. An image leaves at the
+first exit whose score reaches that exit's threshold (`score >= threshold`), or else at the last. Scores that also use
+earlier exits are in `models.scores`; the curve of all operating points is in `models.frontier`.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from models.shares import Floats
 
 Logits = NDArray[np.floating[Any]]
-ROUNDING = 1e-9  # images; a share times a count falls this far below the whole number it means
+ROUNDING = 1e-9  # images; rounding error of a share times a count, which would make `floor` lose one
 
 
 def _check(logits: Logits) -> None:
@@ -27,7 +27,9 @@ def _check(logits: Logits) -> None:
 def _leaders(logits: Logits) -> tuple[Floats, Floats]:
     """Split logits [rows, classes >= 2] into the top one [rows] and all with the top one at -inf, in float64."""
     _check(logits)
-    others = np.array(logits, dtype=np.float64, order="C")  # one row is one run of memory, so its sum has one order
+    others = np.array(
+        logits, dtype=np.float64, order="C"
+    )  # rows contiguous in memory, so that the order of summation is fixed
     rows = np.arange(len(others))
     top_class = others.argmax(axis=1)
     top = others[rows, top_class]
@@ -36,9 +38,9 @@ def _leaders(logits: Logits) -> tuple[Floats, Floats]:
 
 
 def _odds(logits: Logits) -> tuple[Floats, Floats, Floats]:
-    """Return the logit margin [rows], and of all classes but the top one the logits less the runner-up's and their exp.
+    """Return the logit margin [rows], and the logits relative to the runner-up and their exp [rows, classes].
 
-    Both are [rows, classes], -inf and 0 at the top class: relative to the runner-up nothing over- or underflows.
+    At the top class these are -inf and 0. Relative to the runner-up nothing over- or underflows.
     """
     top, others = _leaders(logits)
     second = others.max(axis=1)
@@ -54,7 +56,7 @@ def _log_odds(margin: Floats, weights: Floats) -> Floats:
 def _entropy(margin: Floats, others: Floats, weights: Floats) -> Floats:
     runner_up = np.exp(-margin)
     rest = runner_up * weights.sum(axis=1)
-    # Classes without weight add nothing, though 0 x -inf is no number.
+    # Classes without weight contribute nothing, but 0 x -inf would be NaN.
     surprise = np.multiply(weights, others - margin[:, None], out=np.zeros_like(weights), where=weights > 0)
     negative: Floats = runner_up * surprise.sum(axis=1) / (1.0 + rest) - np.log1p(rest)
     return negative
@@ -68,8 +70,8 @@ def _never_unless_finite(scores: Floats, margin: Floats) -> Floats:
 def max_softmax(logits: Logits) -> Floats:
     """Return the log-odds of the largest softmax output [rows]: top logit minus logsumexp of the others.
 
-    It orders images as the softmax maximum does, the score of MSDNet (ICLR 2018) and BoostNet (AAAI 2023), but does not
-    saturate: in float32 many easy images have a maximum of exactly 1.0, and ties break exit quotas.
+    It orders images as the maximum softmax output does, the score of MSDNet (ICLR 2018) and BoostNet (AAAI 2023), but
+    does not saturate: in float32 many easy images have a maximum of exactly 1.0, and ties break exit quotas.
     """
     with np.errstate(all="ignore"):
         margin, _, weights = _odds(logits)
@@ -80,7 +82,9 @@ def logit_margin(logits: Logits) -> Floats:
     """Return the top logit minus the runner-up [rows]."""
     _check(logits)
     leading = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
-    if np.isfinite(leading).all():  # a server asks after every batch: all else would take it as long again
+    if np.isfinite(
+        leading
+    ).all():  # the fast path: the server calls this after every batch, and the rest would double its time
         return leading[:, 1] - leading[:, 0]
     with np.errstate(invalid="ignore"):
         margin = leading[:, 1] - leading[:, 0]
@@ -88,7 +92,7 @@ def logit_margin(logits: Logits) -> Floats:
 
 
 def probability_margin(logits: Logits) -> Floats:
-    """Return the largest softmax output minus the second, less one [rows]: floats are fine near 0, coarse near 1."""
+    """Return the largest softmax output minus the second, minus 1 [rows], as floats are finer near 0 than near 1."""
     return read_softmax(logits)[2]
 
 
@@ -105,18 +109,18 @@ SCORES: dict[str, Callable[[Logits], Floats]] = {
     "probability_margin": probability_margin,
     "entropy": entropy,
 }
-"""Exit scores of one head's logits, by name: [rows, classes] to float64 [rows], higher = surer, -inf where the logits
+"""Scores of one head's logits, by name: [rows, classes] to float64 [rows]; higher is more confident, -inf if the logits
 are not finite.
 
-A row's score depends on that row alone, bit for bit, whatever batch it is in. `models.scores` has those that also
-remember earlier exits.
+A row's score depends only on that row, bit for bit, whatever its batch. `models.scores` has those that also use earlier
+exits.
 """
 
 
 def read_softmax(logits: Logits) -> tuple[NDArray[np.intp], Floats, Floats]:
-    """Return the leading class, `confidence` and `probability_margin`, [rows] each, of one softmax.
+    """Return the top class, `confidence` and `probability_margin`, [rows] each, from one softmax.
 
-    A server asks for all three after every batch: taken one by one they take twice as long.
+    The server needs all three after every batch; computing them separately takes twice as long.
     """
     _check(logits)
     rows = np.arange(len(logits))
@@ -127,31 +131,31 @@ def read_softmax(logits: Logits) -> tuple[NDArray[np.intp], Floats, Floats]:
     given = logits
     if not all_finite:
         logits, top = np.where(finite[:, None], logits, 0.0), np.where(finite, top, 0.0)
-    weights = np.subtract(logits, top[:, None], dtype=np.float64, order="C")  # one row is one run of memory
+    weights = np.subtract(logits, top[:, None], dtype=np.float64, order="C")  # see `_leaders`
     np.exp(weights, out=weights)
     weights[rows, leading] = 0.0
     rest, second = weights.sum(axis=1), weights.max(axis=1)
     share = 1.0 / (1.0 + rest)
     margin = -(rest + second) * share
-    if not all_finite or not second.all():  # or a runner-up too small to tell from one of -inf
+    if not all_finite or not second.all():  # or a runner-up whose weight underflowed, like that of -inf
         margin[~(finite & np.isfinite(np.partition(given, -2, axis=1)[:, -2]))] = -np.inf
         share[~finite] = 0.0
     return leading, share, margin
 
 
 def confidence(logits: Logits) -> Floats:
-    """Return the largest softmax output [rows], in (0, 1]: what people are shown; 0 where the logits are not finite."""
+    """Return the largest softmax output [rows], in (0, 1], to show to users; 0 if the logits are not finite."""
     top = logits.max(axis=1, keepdims=True)
     finite = np.isfinite(top)
     if not finite.all():
         logits, top = np.where(finite, logits, 0.0), np.where(finite, top, 0.0)
-    weights = np.subtract(logits, top, dtype=np.float64, order="C")  # one row is one run of memory: see `_leaders`
+    weights = np.subtract(logits, top, dtype=np.float64, order="C")  # see `_leaders`
     largest: Floats = finite[:, 0] / np.exp(weights, out=weights).sum(axis=1)
     return largest
 
 
 class Calibrator:
-    """Held-out scores [M, N], sorted once, from which any number of threshold vectors is drawn.
+    """Computes threshold vectors from held-out scores [M, N], which it sorts once.
 
     Raises:
         ValueError: the scores are empty, not two-dimensional, or hold NaN.
@@ -162,17 +166,17 @@ class Calibrator:
         if self.scores.ndim != 2 or 0 in self.scores.shape or np.isnan(self.scores).any():
             raise ValueError(f"scores must have the shape [images, exits] and no NaN; these have {self.scores.shape}")
         self.n_images, self.n_exits = self.scores.shape
-        self._order = np.argsort(-self.scores, axis=0, kind="stable").T.copy()  # [N, M], surest image first
+        self._order = np.argsort(-self.scores, axis=0, kind="stable").T.copy()  # [N, M], most confident image first
 
     def thresholds(self, shares: Sequence[float] | Floats) -> Floats:
         """Return thresholds [N] at which the held-out images leave in the given shares [N]; the last is -inf.
 
-        The calibration of MSDNet (ICLR 2018): exit by exit, the surest of the images still there leave until the quota
-        is full. Quotas are cumulative, `floor(M (q_1 + ... + q_n))` gone by exit n, so no rounding remainder piles up
-        at the last exit. Without ties they are met exactly. Images tied at a threshold all leave, since serving
-        compares with `>=`; the exits after it take fewer, so ties only save and cannot send the rest to the last exit.
-        A threshold lies halfway between the last image to leave and the best to stay, where rounding cannot flip
-        either. It is +inf where nobody is to leave and -inf where all that are left do.
+        The calibration of MSDNet (ICLR 2018): exit by exit, the most confident remaining images leave until the quota
+        is filled. Quotas are cumulative, `floor(M (q_1 + ... + q_n))` images by exit n, so no rounding remainder piles
+        up at the last exit. Without ties they are met exactly. Images tied at a threshold all leave, because serving
+        compares with `>=`, and the later exits take fewer: ties only save compute. A threshold is halfway between the
+        last image to leave and the best to stay, so that rounding flips neither. It is +inf if no image is to leave,
+        and -inf if all remaining ones are.
 
         Raises:
             ValueError: the shares are not N numbers in [0, 1] that sum to 1.
@@ -187,25 +191,25 @@ class Calibrator:
         for exit_index in range(self.n_exits - 1):
             n_leaving = int(gone_by[exit_index]) - n_gone
             if max(n_gone, int(gone_by[exit_index])) >= self.n_images:
-                break  # all that are left leave here, and so would any image that comes later
-            if n_leaving <= 0:  # by the shares, or because ties took more than theirs before
+                break  # all remaining images leave here: the threshold stays -inf
+            if n_leaving <= 0:  # by the shares, or because ties have filled later quotas
                 thresholds[exit_index] = np.inf
                 continue
             order = self._order[exit_index]
-            surest_first = self.scores[order[here[order]], exit_index]
-            thresholds[exit_index] = _between(surest_first[n_leaving - 1], surest_first[n_leaving:])
+            in_order = self.scores[order[here[order]], exit_index]
+            thresholds[exit_index] = _between(in_order[n_leaving - 1], in_order[n_leaving:])
             here &= self.scores[:, exit_index] < thresholds[exit_index]
             n_gone = self.n_images - int(here.sum())
         return thresholds
 
 
 def _between(last_to_leave: float, staying: Floats) -> float:
-    """Return a threshold that the first reaches and, ties aside, none of those that stay (best first) do."""
+    """Return a threshold that `last_to_leave` reaches and, except for ties, none of `staying` (best first)."""
     best_to_stay = staying[np.searchsorted(-staying, -last_to_leave, side="right") :][:1]
     if best_to_stay.size == 0 or not np.isfinite([last_to_leave, best_to_stay[0]]).all():
         return float(last_to_leave)
     middle = 0.5 * float(last_to_leave) + 0.5 * float(best_to_stay[0])
-    return middle if middle > best_to_stay[0] else float(last_to_leave)  # neighbouring numbers have none in between
+    return middle if middle > best_to_stay[0] else float(last_to_leave)  # no float lies between adjacent ones
 
 
 def take_exits(scores: NDArray[Any], thresholds: Sequence[float] | Floats) -> NDArray[np.intp]:
@@ -216,10 +220,11 @@ def take_exits(scores: NDArray[Any], thresholds: Sequence[float] | Floats) -> ND
 
 
 def left_by(scores: NDArray[Any], thresholds: Floats) -> NDArray[np.intp]:
-    """Return under how many of P threshold vectors each image has left by exit n: [M, N], rising along exits to P.
+    """Return by how many of P threshold vectors each image has left by exit n: [M, N], non-decreasing along N up to P.
 
-    Thresholds [P, N] must not fall along P. So an image leaves at exit n under those of the vectors that it had not
-    left under by exit n - 1: all P are taken in one pass over the images. Scores [M, N] hold no NaN.
+    Thresholds [P, N] must not decrease along P. Then the vectors by which an image leaves at exit n are a range of
+    indices, from its count at exit n - 1 to that at n, and one pass over the images covers all P. Scores [M, N] must
+    not contain NaN.
     """
     counts = np.stack(
         [np.searchsorted(column, values, side="right") for column, values in zip(thresholds.T, scores.T, strict=True)],
@@ -232,9 +237,9 @@ def left_by(scores: NDArray[Any], thresholds: Floats) -> NDArray[np.intp]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a set of images did under one threshold vector: measured, not targeted."""
+    """The measured results of one threshold vector on a set of images."""
 
-    mean_cost: float  # in the unit of the costs given
+    mean_cost: float  # in the unit of the given costs
     accuracy: float  # share of images answered right, 0 to 1
     shares: tuple[float, ...]  # of the images, by exit
 
@@ -245,7 +250,7 @@ def outcome(
     costs_cumulative: Sequence[float],
     thresholds: Sequence[float] | Floats,
 ) -> Outcome:
-    """Measure thresholds [N] on images with scores [M, N] whose answers at each exit are `correct` [M, N] or not."""
+    """Measure thresholds [N] on images with scores [M, N]; `correct` [M, N]: whether each exit answers correctly."""
     exits = take_exits(scores, thresholds)
     counts = np.bincount(exits, minlength=len(costs_cumulative))
     n_right = int(np.asarray(correct)[np.arange(len(exits)), exits].sum())
@@ -256,7 +261,7 @@ def outcome(
 def outcomes(
     scores: NDArray[Any], correct: NDArray[np.bool_], costs_cumulative: Sequence[float], thresholds: Floats
 ) -> list[Outcome]:
-    """Measure P threshold vectors [P, N], none falling along P: as `outcome` does each, in one pass."""
+    """Return `outcome` for each of P threshold vectors [P, N] that do not decrease along P, in one pass."""
     n_images, n_points = len(scores), len(thresholds)
     left = left_by(scores, thresholds)
     before = np.concatenate([np.zeros((n_images, 1), dtype=np.intp), left[:, :-1]], axis=1)

@@ -1,7 +1,7 @@
 """MSDNet, the multi-scale dense network with an exit after every block (Huang et al., ICLR 2018).
 
-An ordinary module: `forward(images)` returns the list of its N ensembled logits and knows nothing about serving.
-Stages are cut from it by `models.staging`.
+An ordinary module, independent of serving: `forward(images)` returns the list of its N ensembled logits.
+`models.staging` cuts it into stages.
 """
 
 import math
@@ -29,22 +29,22 @@ from models.layers import (
 
 @dataclass(frozen=True)
 class MSDNetConfig:
-    """Hyper-parameters of an MSDNet, named as in the field; the defaults are those of CIFAR anytime prediction."""
+    """Hyper-parameters of an MSDNet, named as in the literature; the defaults are those of CIFAR anytime prediction."""
 
     n_classes: int = 100
     image_size_px: int = 32
     stem: StemKind = "cifar"
-    n_blocks: int = 10  # one exit a block
+    n_blocks: int = 10  # one exit per block
     base: int = 4  # layers of the first block
     step: int = 2  # layers of each later block
     step_mode: Literal["even", "lin_grow"] = "even"
     n_channels: int = 16  # channel units after the stem
-    growth_rate: int = 6  # channel units one layer adds
+    growth_rate: int = 6  # channel units that a layer adds
     growth_factors: tuple[int, ...] = (1, 2, 4)  # channels per unit at each scale, finest first
     bottleneck_factors: tuple[int, ...] = (1, 2, 4)
     bottleneck: bool = True
     prune: Literal["max", "min"] = "max"  # how scales are dropped with depth
-    reduction: float = 0.5  # of the channel units, where a scale is dropped
+    reduction: float = 0.5  # factor on the channel units where a scale is dropped
 
     def __post_init__(self) -> None:
         # JSON and TOML give lists; a frozen configuration holds tuples.
@@ -54,7 +54,7 @@ class MSDNetConfig:
         if len(self.growth_factors) != len(self.bottleneck_factors):
             raise ValueError("growth_factors and bottleneck_factors must have one entry per scale each")
         if any(self.growth_rate * factor % 2 for factor in self.growth_factors[1:]):
-            raise ValueError("growth_rate times each of growth_factors but the first must be even: half is of each map")
+            raise ValueError("growth_rate times each growth factor but the first must be even: two maps give half each")
         if any(plan.units_reduced == 0 for plan in layer_plans(self)):
             raise ValueError("reduction must leave at least one channel: raise it, n_channels or growth_rate")
 
@@ -70,13 +70,13 @@ class MSDNetConfig:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one MSD layer does: scales in and out, and channel units before, after, and after its transition."""
+    """The shape of an MSD layer: scales in and out, and channel units before it, after it, and after its transition."""
 
     n_scales_in: int
     n_scales_out: int
     units_in: int
     units_out: int
-    units_reduced: int | None  # None where no transition follows
+    units_reduced: int | None  # None if no transition follows
 
 
 def layer_plans(config: MSDNetConfig) -> Iterator[LayerPlan]:
@@ -117,7 +117,7 @@ class Stem(nn.Module):
 
 
 class MSDLayer(nn.Module):
-    """Grow every scale kept: from itself, and from the next finer map where there is one."""
+    """Add channels to every remaining scale, from its own map and from the next finer one, if there is one."""
 
     def __init__(self, config: MSDNetConfig, plan: LayerPlan) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class MSDLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """A 1x1 convolution at every scale, reducing the channel units."""
+    """A 1x1 convolution at every scale, which reduces the channel units."""
 
     def __init__(self, factors: Sequence[int], units_in: int, units_out: int) -> None:
         super().__init__()
@@ -167,10 +167,10 @@ class MSDNet(nn.Module):
         config: the architecture; `CONFIGS` holds the published ones.
         temperatures: of the boosted ensemble (see `temperatures_per_exit`); 0 gives plain MSDNet.
         gradient_rescaling: `coarsest` scales the gradient on the coarsest map as the released code does, so that loss
-            j reaches block i with weight 1/(N-i) (BoostNet Eq. 7); `all` does it on every scale; `off` not at all.
+            j reaches block i with weight 1/(N-i) (BoostNet Eq. 7); `all` does so on every scale; `off` on none.
         stop_gradient, head_scales: see `Boosting`.
-        initialisation: see `initialise`. `torch` is what every published PyTorch MSDNet has: the intended one, `he`, is
-            written in their code and never applied.
+        initialisation: see `initialise`. Every published PyTorch MSDNet has `torch`: their code contains the intended
+            `he`, but never applies it.
     """
 
     def __init__(

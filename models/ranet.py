@@ -1,9 +1,9 @@
 """RANet, the resolution-adaptive network: sub-networks on ever finer maps, two exits each (Yang et al., CVPR 2020).
 
-Easy images are answered from small maps. What a sub-network has computed is fused, block by block, into the next one,
-which works at a higher resolution and ends at the smallest again, where every exit reads.
+Easy images are answered from small maps. The features of a sub-network are fused, block by block, into the next one,
+which works at a higher resolution and ends at the lowest, where all exits read.
 
-An ordinary module, as `models.msdnet`: `forward(images)` returns the list of its N ensembled logits.
+An ordinary module, like `models.msdnet`: `forward(images)` returns the list of its N ensembled logits.
 """
 
 import math
@@ -37,17 +37,17 @@ class RANetConfig:
     n_classes: int = 100
     image_size_px: int = 32
     stem: StemKind = "cifar"
-    scales: tuple[int, ...] = (1, 2, 3, 3)  # of each sub-network's first map; 1 is the smallest map, each next twice it
+    scales: tuple[int, ...] = (1, 2, 3, 3)  # of each sub-network's first map; 1: the smallest, each next twice it
     growth_factors: tuple[int, ...] = (4, 2, 1, 1)  # channels per unit in each sub-network
     bottleneck_factors: tuple[int, ...] = (4, 2, 1, 1)
     n_channels: int = 16  # channel units after the stem
-    growth_rate: int = 6  # channel units one layer adds
-    n_blocks: int = 2  # of the first sub-network; every sub-network has as many exits
-    block_step: int = 2  # blocks, all of them fusing, that each next sub-network has more
-    step: int = 4  # layers of a block
-    step_mode: Literal["even", "lin_grow"] = "even"  # lin_grow: block j has j times as many
-    compression: float = 0.25  # share of a fusing layer's or block's channels that come from the sub-network before
-    reduction: float = 0.5  # of the channels, at a transition
+    growth_rate: int = 6  # channel units that a layer adds
+    n_blocks: int = 2  # of the first sub-network; also the number of exits of each sub-network
+    block_step: int = 2  # additional blocks of each further sub-network, all of them fusing
+    step: int = 4  # layers per block
+    step_mode: Literal["even", "lin_grow"] = "even"  # lin_grow: block j has j times `step`
+    compression: float = 0.25  # share of a fusing layer's or block's channels from the previous sub-network
+    reduction: float = 0.5  # factor on the channels at a transition
 
     def __post_init__(self) -> None:
         # JSON and TOML give lists; a frozen configuration holds tuples.
@@ -70,15 +70,15 @@ class RANetConfig:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one block does.
+    """The shape of one block.
 
     Attributes:
         exit: the first exit (0-based) that needs it.
         widths: channels of its input and after each of its layers.
-        scale_in, scale_out: of its input and its last layer; they differ in a block that goes down.
-        low: the block of the sub-network before that it fuses; None in a normal block, which an exit follows.
-        compressed: channels that it takes of the last map of `low`.
-        reduced: channels after its transition; None where no transition follows.
+        scale_in, scale_out: scales of its input and its last layer; they differ if the block downsamples.
+        low: the block of the previous sub-network that it fuses; None for a normal block, which an exit follows.
+        compressed: channels that it takes from the last map of `low`.
+        reduced: channels after its transition; None if no transition follows.
     """
 
     exit: int
@@ -94,7 +94,7 @@ class BlockPlan:
         return self.widths[-1] + self.compressed if self.reduced is None else self.reduced
 
     def scale_of(self, feature: int) -> int:
-        """The scale of its input (feature 0) or of the map after its layer number `feature`."""
+        """The scale of a feature: 0 is the input, k the map after layer k."""
         return self.scale_out if feature == len(self.widths) - 1 else self.scale_in
 
 
@@ -122,7 +122,7 @@ def block_plans(config: RANetConfig) -> list[list[BlockPlan]]:
 
 
 class Stem(nn.Module):
-    """The first map of every sub-network, lowest resolution first; each is made from the next higher one."""
+    """The first map of every sub-network, lowest resolution first; each is computed from the next higher one."""
 
     def __init__(self, config: RANetConfig) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def resized(x: Tensor, like: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Dense layers; in a fusing block each also reads the map that the sub-network before had at its place."""
+    """Dense layers; in a fusing block, each also reads the previous sub-network's map at the same position."""
 
     def __init__(self, config: RANetConfig, index: int, plan: BlockPlan) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Block(nn.Module):
         self.transition = None if plan.reduced is None else conv_bn_relu(n_before, plan.reduced, 1)
 
     def forward(self, x: Tensor, low_features: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Return what the next block reads, and the features that the next sub-network fuses: input and layers."""
+        """Return the next block's input, and the features that the next sub-network fuses: input and layers."""
         plan, low = self.plan, self.plan.low
         features = [x]
         for number, own in enumerate(self.own):
@@ -181,7 +181,7 @@ class Block(nn.Module):
         return x, features if self.training else self._kept(features)
 
     def _kept(self, features: list[Tensor]) -> list[Tensor]:
-        """Earlier features, as the first channels of the last, which they are: an image that waits keeps one map."""
+        """Return features as slices of the last, whose first channels they are: a waiting image keeps a single map."""
         last = len(features) - 1
         whole = [last if self.plan.scale_of(i) == self.plan.scale_out else last - 1 for i in range(last + 1)]
         return [features[j] if i == j else features[j][:, : self.plan.widths[i]] for i, j in enumerate(whole)]
@@ -193,11 +193,11 @@ class RANet(nn.Module):
     Args:
         config: the architecture; `CONFIGS` holds the published ones.
         temperatures: of the boosted ensemble (see `temperatures_per_exit`); 0 gives plain RANet.
-        gradient_rescaling: `off` is the released code's. `coarsest` scales the gradient of the map that heads read, as
-            MSDNet's does; `all` that of every map which passes from one exit's blocks to another's, so that loss j
+        gradient_rescaling: `off`, as in the released code; `coarsest` scales the gradient of the maps that heads read,
+            as in MSDNet; `all` that of every map which passes from one exit's blocks to another's, so that loss j
             reaches block i with weight 1/(N-i) on every path (BoostNet Eq. 7).
         stop_gradient, head_scales: see `Boosting`.
-        initialisation: of blocks and heads, see `initialise`; `he` is the released code's. The stem keeps torch's.
+        initialisation: of blocks and heads, see `initialise`; `he`, as in the released code. The stem keeps torch's.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class RANet(nn.Module):
         return ensembled
 
     def _passed(self, x: Tensor, made: int, read: int) -> Tensor:
-        """A map made for exit `made` as the blocks of exit `read` get it: their gradient has weight 1/(N - read)."""
+        """Rescale a map of exit `made` for the blocks of exit `read`, whose gradients then have weight 1/(N - read)."""
         return self._rescale(x, (self.n_exits - read) / (self.n_exits - made)) if made != read else x
 
     def _rescale(self, x: Tensor, factor: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Networks by name, from plain JSON arguments: what a bundle's manifest stores is what rebuilds its network."""
+"""Builds networks by name from plain JSON arguments, which a bundle's manifest stores to rebuild its network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,7 +8,7 @@ from torch import nn
 
 from models import msdnet, ranet
 
-# Of a network, not of its layers.
+# Arguments of the network; all others are fields of its configuration.
 _OPTIONS = ("temperatures", "gradient_rescaling", "stop_gradient", "initialisation", "head_scales")
 
 
@@ -38,7 +38,7 @@ def build_network(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
             configuration to override, such as `n_classes`.
 
     Raises:
-        ValueError: unknown architecture or configuration, or arguments it does not take.
+        ValueError: the architecture or configuration is unknown, or an argument is invalid.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"no architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")

@@ -1,8 +1,8 @@
-"""Stages are found, not written: any network with exits is cut into one stage per exit.
+"""Cuts any network with exits into one stage per exit.
 
-Every operation goes to the first exit that needs it, so stage k is what logits k need and no earlier stage has run.
-Maps that an exit does not read are made by the stage that first reads them ("lazy evaluation"), code that no exit
-needs disappears, and the answers stay the same bit for bit.
+Every operation is assigned to the first exit that needs it, so stage k computes what logits k need beyond the earlier
+stages. Maps are computed by the stage that first reads them ("lazy evaluation"), operations that no exit needs are
+dropped, and the results are the same bit for bit.
 """
 
 import math
@@ -22,7 +22,7 @@ IMAGES = "images"
 
 @dataclass(frozen=True)
 class ValueSpec:
-    """A named value: its shape without the batch axis, and its type."""
+    """A value passed between stages: its name, its shape without the batch axis, and its type."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,11 +34,11 @@ class ValueSpec:
 
 
 class Stage(fx.GraphModule):
-    """What one exit adds: `forward(*inputs) -> tuple(outputs)`, every value with its rows first.
+    """The operations that one exit adds: `forward(*inputs) -> tuple(outputs)`, all with the batch axis first.
 
     Attributes:
         inputs: names of the values it reads: `images`, or outputs of earlier stages.
-        outputs: names of the values it gives: the logits of its exit, then what later stages need.
+        outputs: names of the values it returns: its exit's logits, then what later stages read.
     """
 
     inputs: tuple[str, ...]
@@ -47,24 +47,24 @@ class Stage(fx.GraphModule):
 
 @dataclass(frozen=True)
 class StagedNetwork:
-    """The stages of a network, in order, over one set of weights (a snapshot of the network's, in evaluation mode)."""
+    """The stages of a network, in order. They share one snapshot of its weights, in evaluation mode."""
 
     stages: list[Stage]
     values: dict[str, ValueSpec]
 
     def state_after(self, exit_number: int) -> tuple[ValueSpec, ...]:
-        """What must be kept of a row that goes on after exit `exit_number` (1-based): what later stages read of it."""
+        """The values to keep for a row that goes on after exit `exit_number` (1-based), as later stages read them."""
         made = {IMAGES}.union(*(stage.outputs for stage in self.stages[:exit_number]))
         read = [name for stage in self.stages[exit_number:] for name in stage.inputs]
         return tuple(self.values[name] for name in dict.fromkeys(read) if name in made)
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """Run every stage; the logits [rows, classes] of every exit."""
+        """Run all stages; return the logits [rows, classes] of every exit."""
         values = self.run_values(images)
         return [values[stage.outputs[0]] for stage in self.stages]
 
     def run_values(self, images: Tensor) -> dict[str, Tensor]:
-        """Run every stage; all that they give, by name, and the images."""
+        """Run all stages; return all their outputs and the images, by name."""
         values = {IMAGES: images}
         for stage in self.stages:
             outputs = stage(*(values[name] for name in stage.inputs))
@@ -74,17 +74,17 @@ class StagedNetwork:
 
 @torch.no_grad()
 def split(network: nn.Module, example: Tensor, preprocess: nn.Module | None = None) -> StagedNetwork:
-    """Cut a network with exits into stages, and check that they answer as it does.
+    """Cut a network with exits into stages, and check that their results agree with the network's.
 
     Args:
-        network: a module whose `forward(images)` returns a list of N logits [rows, classes], cheapest first, which
-            torch.fx can trace, and whose rows do not influence each other in evaluation mode.
-        example: images [rows, ...]; two different rows or more let the independence of rows be checked. On the meta
-            device nothing is checked.
+        network: a module that torch.fx can trace. Its `forward(images)` returns a list of N logits [rows, classes],
+            cheapest first, and its rows do not influence each other in evaluation mode.
+        example: images [rows, ...]; at least two different rows are needed to check that rows are independent. On the
+            meta device nothing is checked.
         preprocess: applied to the images first, as part of stage 1.
 
     Raises:
-        StagingError: the network is not of that kind; the message names the cause and the fix.
+        StagingError: the network does not meet these conditions; the message names the cause and the fix.
     """
     traced = trace(network, example, preprocess)
     staged = _assemble(traced)
@@ -106,7 +106,7 @@ def _assemble(traced: TracedNetwork) -> StagedNetwork:
             raise StagingError(f"exit {number} does not depend on the images")
         if first_exits[logits] != number:
             raise StagingError(
-                f"exit {number} needs nothing that exit {first_exits[logits]} has not run already: return every exit "
+                f"exit {number} needs nothing beyond what exit {first_exits[logits]} computes: return every exit "
                 "once, cheapest first"
             )
         own = [node for node, first in first_exits.items() if first == number]
@@ -138,8 +138,8 @@ def _spec(name: str, value: Any) -> ValueSpec:
 
 def _no_rows(name: str, what: str) -> StagingError:
     return StagingError(
-        f"a later exit reads {name!r}, which is {what}: what passes from one exit to the next must be tensors whose "
-        "first axis is the images' (move it there, as with .transpose(0, 1), and back where it is read)"
+        f"a later exit reads {name!r}, which is {what}: values passed between exits must be tensors whose first axis "
+        "is the batch (move it there, for example by .transpose(0, 1), and back where it is read)"
     )
 
 
@@ -156,7 +156,7 @@ def _build_stage(
     anchor = built[inputs[0]]
 
     def build(node: fx.Node) -> fx.Node:
-        if node not in built:  # a constant, or what is read from whichever value is at hand
+        if node not in built:  # a constant, or the batch size, which is read from any input
             if node in traced.anchored:
                 built[node] = graph.node_copy(node, lambda _: anchor)
             else:
@@ -178,7 +178,7 @@ def _check(network: nn.Module, staged: StagedNetwork, example: Tensor, preproces
     was_training = [module for module in network.modules() if module.training]
     try:
         network.eval()
-        images = example.clone()  # which a network may change
+        images = example.clone()  # the network may change them in place
         whole = network(images if preprocess is None else preprocess(images))
     finally:
         for module in was_training:
@@ -186,24 +186,24 @@ def _check(network: nn.Module, staged: StagedNetwork, example: Tensor, preproces
     for number, (expected, logits) in enumerate(zip(whole, staged.run(example), strict=True), start=1):
         if not _close(expected, logits):
             raise StagingError(
-                f"exit {number} answers otherwise in stages than in the whole network: look for operations that change "
-                "a tensor in place which is read elsewhere, or for randomness in evaluation mode"
+                f"exit {number} returns other logits in stages than in the whole network: look for in-place changes of "
+                "tensors that are read elsewhere, or for randomness in evaluation mode"
             )
     alone = staged.run_values(example[:1])
     for number, (expected, stage) in enumerate(zip(whole, staged.stages, strict=True), start=1):
         logits = alone[stage.outputs[0]]
         if logits.shape != expected[:1].shape:
             raise StagingError(
-                f"exit {number} gives {tuple(logits.shape)} for one image, and not {tuple(expected[:1].shape)}: look "
-                "for .squeeze(), which takes the images' axis away where there is one image, and use .flatten(1)"
+                f"exit {number} returns {tuple(logits.shape)} for one image, not {tuple(expected[:1].shape)}: look for "
+                ".squeeze(), which drops the batch axis if there is one image, and use .flatten(1)"
             )
         if not _close(expected[:1], logits):
             raise StagingError(
-                f"exit {number} answers one image otherwise alone than beside others: rows of a batch must not "
-                "influence each other in evaluation mode (look for statistics taken over the batch)"
+                f"exit {number} returns other logits for an image alone than in a batch: rows must not influence each "
+                "other in evaluation mode (look for statistics over the batch)"
             )
     for name, value in alone.items():
-        if value.shape != (1, *staged.values[name].shape):  # its first axis was as long as that of two images
+        if value.shape != (1, *staged.values[name].shape):  # its first axis had length 2 for another reason
             raise _no_rows(name, f"a tensor of shape {tuple(value.shape)} for one image")
 
 

@@ -95,7 +95,7 @@ def test_one_changed_byte_is_found(bundle_path: Path, file: str) -> None:
     data[len(data) // 2] ^= 1
     (bundle_path / file).write_bytes(data)
     error = refusal(bundle_path)
-    assert (error.file, error.reason) == (file, "its sha256 is not the manifest's")
+    assert (error.file, error.reason) == (file, "its sha256 differs from the manifest's")
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -103,7 +103,7 @@ def test_a_truncated_file_is_found_before_it_is_read(bundle_path: Path, verify: 
     data = (bundle_path / "weights.safetensors").read_bytes()
     (bundle_path / "weights.safetensors").write_bytes(data[:1000])
     error = refusal(bundle_path, verify)
-    assert error.reason == f"1000 bytes where the manifest says {len(data)}"
+    assert error.reason == f"1000 bytes, but the manifest says {len(data)}"
 
 
 def test_a_missing_file_is_named(bundle_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_what_may_not_be_read_is_told_and_not_taken_for_missing(bundle_path: Pat
 def test_a_folder_in_the_place_of_a_file_is_refused(bundle_path: Path) -> None:
     (bundle_path / "README.md").unlink()
     (bundle_path / "README.md").mkdir()
-    assert refusal(bundle_path).reason == "not a plain file"
+    assert refusal(bundle_path).reason == "not a regular file"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(bundle_path: Path) -> None:
         ('{"format_version": "1"}', "no format_version"),
         ('{"format_version": true}', "no format_version"),
         ('{"model": "of something else"}', "no format_version"),
-        ('{"format_version": 4, "what": "ever"}', "format 4, and this ExitServe reads up to format 3"),
+        ('{"format_version": 4, "what": "ever"}', "format 4, but this ExitServe reads formats up to 3"),
         ('{"format_version": 1}', "Field required"),
     ],
 )
@@ -230,22 +230,22 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("stages", 2, "file", to="stages/stage_9.onnx"), "files must list 'stages/stage_9.onnx'"),
         (lambda manifest: manifest["stages"].pop(), "3 stages for 4 exits"),
         (lambda manifest: manifest["files"].pop("calibration.npz"), "files must list 'calibration.npz'"),
-        (change("score", to="vibes"), "score 'vibes' is not among those calibrated and known here"),
+        (change("score", to="vibes"), "score 'vibes' is not among the calibrated scores known here"),
         (change("family", to="vibes"), "unknown family of thresholds 'vibes'; known: geometric, ratio, optimal"),
         (
             change("predictor", to={"features": ["x"], "gain": [[1.0, 2.0]], "loss": None}),
-            "its predictor is not one of",
+            "its predictor is not one for",
         ),
         (change("predictor", to={"features": ["x"], "gain": [[1.0]], "loss": None}), "must hold 1 weights and a bias"),
         (change("predictor", to=predictor_of(4)), "score 'logit_margin' is not fitted"),
-        (change("predictor", to=predictor_of(3)), "its predictor is not one of 4 exits"),
+        (change("predictor", to=predictor_of(3)), "its predictor is not one for 4 exits"),
         (
             change("predictor", to=predictor_of(4) | {"gain": [[float("nan")] * (len(FEATURES) + 1)] * 4}),
             "predictor.gain",
         ),
-        (change("predictor", to=gates_of(3)), "its predictor is not one of 4 exits"),
+        (change("predictor", to=gates_of(3)), "its predictor is not one for 4 exits"),
         (change("predictor", to=gates_of(4) | {"loss": gates_of(4)["gain"]}), "gates have no `loss`"),
-        (change("data", "heldout_images", to=1999), "where the manifest says 1999 images and 4 exits"),
+        (change("data", "heldout_images", to=1999), "but the manifest says 1999 images and 4 exits"),
         (change("data", "split_sha256", to="abc"), "data.split_sha256: String should match"),
         (change("files", "README.md", "bytes", to=-1), "files.README.md.bytes: Input should be greater"),
         (change("files", "README.md", "sha256", to="A" * 64), "files.README.md.sha256: String should match"),

@@ -37,13 +37,13 @@ def test_a_link_that_leads_out_is_refused(bundle_path: Path, file: str) -> None:
     (bundle_path / file).rename(moved)
     (bundle_path / file).symlink_to(moved)
     error = refusal(bundle_path)
-    assert (error.file, error.reason) == (file, "a link that leads out of the bundle")
+    assert (error.file, error.reason) == (file, "a link to a file outside the bundle")
 
 
 def test_a_linked_folder_that_leads_out_is_refused(bundle_path: Path) -> None:
     (bundle_path / "stages").rename(bundle_path.parent / "stages")
     (bundle_path / "stages").symlink_to(bundle_path.parent / "stages")
-    assert refusal(bundle_path).reason == "a link that leads out of the bundle"
+    assert refusal(bundle_path).reason == "a link to a file outside the bundle"
 
 
 def test_a_link_in_a_circle_is_refused(bundle_path: Path) -> None:

@@ -247,4 +247,4 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: p
     monkeypatch.setattr("service.command_line.version", not_installed)
     with pytest.raises(SystemExit):
         load_settings(["--version"])
-    assert "used without being installed" in capsys.readouterr().out
+    assert "the package is not installed" in capsys.readouterr().out
