@@ -1,4 +1,4 @@
-"""Puts a bundle where it is to stand: complete and checked, by one rename, or not at all."""
+"""Writes bundles atomically: a complete and checked bundle appears by one rename, or none at all."""
 
 import json
 import shutil
@@ -13,15 +13,15 @@ from models.manifest import FORMAT_VERSION, FileInfo
 
 
 def check_target(target: Path, replace: bool) -> None:
-    """See that a bundle may be put there; for whoever has much to do before it is.
+    """Check that a bundle may be written to `target`; to be called before long work.
 
     Raises:
-        BundleError: the place is taken.
+        BundleError: `target` exists and may not be replaced.
     """
     if target.exists() and not replace:
-        raise BundleError(target, "", "something stands there already", "give another folder, or replace it")
+        raise BundleError(target, "", "it exists already", "give another folder, or replace it")
     if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
-        raise BundleError(target, "", "it holds something that is no bundle", "give another folder")
+        raise BundleError(target, "", "it contains something other than a bundle", "give another folder")
 
 
 def write_bundle(
@@ -31,22 +31,22 @@ def write_bundle(
     contents: Path,
     replace: bool = False,
 ) -> Bundle:
-    """Make a bundle, all of it or nothing.
+    """Write a bundle, completely or not at all.
 
     Args:
-        folder: where it is to stand; it appears by one rename, complete and already checked.
-        manifest: plain JSON values for every field of `Manifest` but `format_version`, `version` and `files`.
+        folder: the bundle's folder; it appears by one rename, complete and checked.
+        manifest: plain JSON values for all fields of `Manifest` except `format_version`, `version` and `files`.
         calibration: written as `calibration.npz`.
-        contents: a folder whose files make up the rest: `stages/`, `README.md` and so on. It is copied.
-        replace: put it in the place of a bundle that stands there.
+        contents: a folder with all other files: `stages/`, `README.md` and so on. It is copied.
+        replace: replace a bundle that exists there.
 
     Raises:
-        BundleError: what was given does not make a bundle that `load_bundle` accepts, or `folder` is taken.
+        BundleError: `load_bundle` does not accept the result, or `folder` exists.
     """
     target = Path(folder)
     check_target(target, replace)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename stays on one disk.
+    # Beside the target, so that the rename stays within one file system.
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         shutil.copytree(contents, made, dirs_exist_ok=True)
@@ -68,11 +68,11 @@ def write_bundle(
         except (TypeError, ValueError) as error:
             raise BundleError(target, MANIFEST, f"not plain JSON ({error})", "give plain finite values") from error
         (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        made.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        made.chmod(0o755)  # mkdtemp makes folders that only their owner may read
         try:
             load_bundle(made)
         except BundleError as error:
-            raise BundleError(target, error.file, error.reason, "mend what is being written") from error
+            raise BundleError(target, error.file, error.reason, "correct what is being written") from error
         _put_in_place(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -80,7 +80,7 @@ def write_bundle(
 
 
 def _put_in_place(made: Path, target: Path) -> None:
-    """A folder cannot take a full one's name in one step: the old one steps aside first, and back if that fails."""
+    """Move the bundle into place. An old one is renamed first, as a rename cannot replace it, and back on failure."""
     if not target.exists():
         made.rename(target)
         return

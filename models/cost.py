@@ -1,9 +1,9 @@
-"""What each exit of a network costs, in multiply-adds.
+"""The cost of each exit of a network, in multiply-adds.
 
-The counting rules are those of every published early-exit curve, so that numbers compare: a convolution's
-multiply-adds without its bias, a linear layer's weights and biases, one per element of a ReLU, k x k per output of a
-pooling. Nothing else of these networks counts: not normalisation, concatenation, resizing, softmax or the sum of an
-ensemble. The rules say nothing of attention or other matrix products; here every one counts its multiply-adds.
+The counting rules are those of every published early-exit curve, so that results are comparable: a convolution's
+multiply-adds without its bias, a linear layer's weights and biases, one per element of a ReLU, k x k per output of
+pooling. Nothing else in these networks counts: not normalisation, concatenation, resizing, softmax or the sum of an
+ensemble. The rules do not cover attention and other matrix products, which count their multiply-adds here.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,13 +23,13 @@ from models.tracing import TracedNetwork, trace
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """Cumulative cost of one image that stops at exit 1..N (index 0 is exit 1).
+    """Cumulative cost of an image that leaves at exit 1..N (index 0 is exit 1).
 
     Attributes:
-        published: every operation the network's program runs up to that exit, as papers count.
-        executed: the same rules over what the stages run: only what exits up to this one need. The server charges it.
-        published_macs, executed_macs: multiply-adds of convolutions, linear layers and other matrix products alone.
-        parameters: of every module the program runs up to that exit.
+        published: all operations that the network's program runs up to that exit, as papers count them.
+        executed: by the same rules, what the stages run: only what exits up to this one need. The server charges this.
+        published_macs, executed_macs: multiply-adds of convolutions, linear layers and other matrix products only.
+        parameters: of all modules that the program runs up to that exit.
     """
 
     published: tuple[int, ...]
@@ -46,11 +46,11 @@ class _Count:
 
 
 def measure_cost(network: nn.Module, image_size_px: int) -> NetworkCost:
-    """Count the multiply-adds and parameters of a network with exits; nothing is computed, only shapes.
+    """Count the multiply-adds and parameters of a network with exits, from shapes only.
 
     Args:
         network: maps images [rows, 3, image_size_px, image_size_px] to a list of logits (see `models.staging`). It may
-            lie on the meta device.
+            be on the meta device.
 
     Raises:
         StagingError: the network cannot be traced.
@@ -60,8 +60,8 @@ def measure_cost(network: nn.Module, image_size_px: int) -> NetworkCost:
     counts = _count(traced)
     first_exits = traced.first_exits()
     exit_numbers = range(1, len(traced.exits) + 1)
-    # An exit is reached when the last counted operation it needs has run: what follows, such as the sum of an
-    # ensemble, may stand anywhere in the program and costs nothing.
+    # An exit is reached after the last counted operation that it needs: what follows, such as the sum of an ensemble,
+    # may be anywhere in the program and costs nothing.
     counted = [(node, first) for node, first in first_exits.items() if counts[node].ops]
     order = list(traced.module.graph.nodes)
     positions = {node: i for i, node in enumerate(order)}
@@ -86,7 +86,7 @@ def measure_cost(network: nn.Module, image_size_px: int) -> NetworkCost:
 def _count(traced: TracedNetwork) -> dict[fx.Node, _Count]:
     interpreter = _CountingInterpreter(traced.module, garbage_collect_values=False)
     images = traced.values[traced.images]
-    # Inference mode would hide the products that a function is made of.
+    # Inference mode would hide the matrix products inside functions.
     with without_data(images), torch.inference_mode(False), torch.no_grad():
         interpreter.run(torch.empty(1, *images.shape[1:], dtype=images.dtype, device=images.device))
     return interpreter.counts
@@ -108,7 +108,7 @@ def _parameters(traced: TracedNetwork, nodes: Iterable[fx.Node]) -> int:
 
 
 class _CountingInterpreter(fx.Interpreter):
-    """Runs a graph and notes what each of its operations costs."""
+    """Runs a graph and records the cost of each operation."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -121,7 +121,7 @@ class _CountingInterpreter(fx.Interpreter):
 
 
 class _CountingMode(TorchFunctionMode):
-    """Adds up the cost of the functions called within it, whichever module or method calls them."""
+    """Sums the cost of the functions called within it, whichever module or method calls them."""
 
     def __init__(self, count: _Count) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _CountingMode(TorchFunctionMode):
 
 
 class _ProductMode(TorchDispatchMode):
-    """Adds up the matrix products and convolutions within a function that has no rule, however deep they lie."""
+    """Sums the matrix products and convolutions inside functions that have no rule, at any depth."""
 
     def __init__(self, count: _Count) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ _RULES: dict[Any, Callable[..., tuple[int, int]]] = {
     ),
 }
 
-# From PyTorch's own counter, which leaves out the attention that runs on CPUs; 2 FLOPs a multiply-add.
+# From PyTorch's own counter, which lacks attention on CPUs; it counts 2 FLOPs per multiply-add.
 _PRODUCTS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[

@@ -1,4 +1,4 @@
-"""The parts that MSDNet and RANet are both made of: convolutions, the first map, the head, the initial weights."""
+"""Building blocks shared by MSDNet and RANet: convolutions, the first map, the head, weight initialisation."""
 
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -10,20 +10,20 @@ Initialisation = Literal["torch", "he"]
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """See that the value is one of a Literal's.
+    """Check that `value` is one of the choices of a Literal type, so that misspelt ones are not ignored.
 
     Raises:
-        ValueError: it is not; a misspelt one would silently be another.
+        ValueError: it is not.
     """
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(choices)))}, and not {value!r}")
 
 
 def check_fields(config: object) -> None:
-    """See that every field of a configuration, a dataclass, is of its kind: a number above 0, numbers, or a choice.
+    """Check every field of a configuration (a dataclass) by its type: positive integers, shares, booleans or choices.
 
     Raises:
-        ValueError: one is not; the message names it.
+        ValueError: a field is invalid; the message names it.
     """
     for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -33,7 +33,7 @@ def check_fields(config: object) -> None:
             if not isinstance(value, bool):
                 raise ValueError(f"{name} must be true or false, and not {value!r}")
         elif kind is float:
-            if not isinstance(value, (int, float)) or not 0 < value <= 1:  # every one is a share
+            if not isinstance(value, (int, float)) or not 0 < value <= 1:  # all floats are shares
                 raise ValueError(f"{name} must be above 0 and at most 1, and not {value!r}")
         else:  # an int, or a tuple of them
             if any(type(number) is not int or number < 1 for number in (value if get_origin(kind) else [value])):
@@ -48,7 +48,7 @@ def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int = 1, bias: bool
 
 
 def branch(n_in: int, n_out: int, bottleneck_factor: int | None, stride: int) -> nn.Sequential:
-    """A 3x3 convolution, behind a 1x1 bottleneck unless `bottleneck_factor` is None; post-activation order."""
+    """A 3x3 convolution after a 1x1 bottleneck, if `bottleneck_factor` is not None; in post-activation order."""
     if bottleneck_factor is None:
         return conv_bn_relu(n_in, n_out, 3, stride)
     width = min(n_in, bottleneck_factor * n_out)
@@ -56,7 +56,7 @@ def branch(n_in: int, n_out: int, bottleneck_factor: int | None, stride: int) ->
 
 
 def first_map(kind: StemKind, n_out: int) -> nn.Sequential:
-    """From images [rows, 3, size, size] to a map of their size (`cifar`) or of a quarter of it (`imagenet`)."""
+    """Layers from images [rows, 3, size, size] to a map of the same size (`cifar`) or a quarter of it (`imagenet`)."""
     if kind == "cifar":
         return conv_bn_relu(3, n_out, 3)
     return nn.Sequential(*conv_bn_relu(3, n_out, 7, 2, bias=True), nn.MaxPool2d(3, 2, 1))
@@ -86,7 +86,7 @@ def initialise(part: nn.Module, initialisation: Initialisation) -> None:
             N(0, 2 / (k k n)) and sets the biases of linear layers to 0.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `initialisation` is neither.
     """
     check_choice("initialisation", initialisation, Initialisation)
     if initialisation == "torch":

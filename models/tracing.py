@@ -1,6 +1,6 @@
-"""A network read as a graph: its operations in program order, and for each the first exit that needs it.
+"""Traces a network into a graph: its operations in program order, and the first exit that needs each.
 
-Both `models.cost` and `models.staging` look through this, so that what is charged is what runs.
+Both `models.cost` and `models.staging` use this graph, so that the cost charged is that of what runs.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from models.shapes import without_data
 
-NETWORK = "network."  # the names of its parts in a graph begin so, and no others
+NETWORK = "network."  # prefix of the names of the network's parts in a graph, and of no others
 _OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -30,7 +30,7 @@ class StagingError(ValueError):
 
 
 class _Proxy(fx.Proxy):
-    """Records `x += y` as the change in place that it is; torch.fx alone takes it for `x = x + y`."""
+    """Records `x += y` as an in-place change; torch.fx itself would record `x = x + y`."""
 
     def _record(self, function: Any, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -56,12 +56,12 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Not the network itself, which may be one of PyTorch's own, such as DataParallel."""
+        """Never the network itself, even if it is one of PyTorch's own modules, such as DataParallel."""
         return f"{module_qualified_name}." != NETWORK and super().is_leaf_module(m, module_qualified_name)
 
 
 class _Held(nn.Module):
-    """A network under one name, so that no part of it has the name of one of a graph module's: graph, code, inputs."""
+    """Wraps a network, so that its parts cannot clash with attributes of a graph module: graph, code, inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -76,12 +76,12 @@ class TracedNetwork:
     """A snapshot of a network in evaluation mode, as a graph over its images.
 
     Attributes:
-        module: the graph and the weights it uses, the network's own names after `NETWORK`. Every operation is out of
-            place, so it may run in a later stage than the operation after it in the program.
+        module: the graph and its weights, whose names are the network's own after `NETWORK`. All operations are out of
+            place, so that one may run in a later stage than the operation after it in the program.
         images: the input.
         anchored: the number of rows and the device, which may be read from any value that depends on the images.
         exits: the logits of exits 1..N.
-        values: what each operation gives, as fake tensors of two rows.
+        values: the result of each operation, as a fake tensor of two rows.
     """
 
     module: fx.GraphModule
@@ -93,7 +93,7 @@ class TracedNetwork:
     def first_exits(self) -> dict[fx.Node, int]:
         """Map every operation that depends on the images to the first exit (1-based) that needs it, in program order.
 
-        Left out are operations that no exit needs, and those that don't depend on the images: they are constants.
+        Operations that no exit needs are left out, and those that do not depend on the images: they are constants.
         """
         dependent = {self.images}
         for node in self.module.graph.nodes:
@@ -108,23 +108,23 @@ class TracedNetwork:
                     first[node] = exit_number
                     pending.extend(node.all_input_nodes)
         for node in self.module.graph.nodes:
-            # An operation with several results runs once; what crosses between stages are its tensors, not the tuple.
+            # An operation with several results runs once, and stages pass its tensors on, not the tuple.
             if node in first and node.target is operator.getitem and not isinstance(self.values[node.args[0]], Tensor):
                 first[node] = first[node.args[0]]
         return {node: first[node] for node in self.module.graph.nodes if node in first}
 
 
 def trace(network: nn.Module, images: Tensor, preprocess: nn.Module | None = None) -> TracedNetwork:
-    """Read a network as a graph.
+    """Trace a network into a graph.
 
     Args:
         network: any module whose `forward(images)` returns a list or tuple of logits [rows, classes], cheapest exit
             first, and which torch.fx can trace in evaluation mode.
-        images: an example [rows, ...]; its shape, type and device count, the number of rows does not.
-        preprocess: run on the images first, as one operation (normalisation).
+        images: an example [rows, ...] of the shape, type and device; the number of rows does not matter.
+        preprocess: applied to the images first, as one operation (normalisation).
 
     Raises:
-        StagingError: the network is none of that.
+        StagingError: the network does not meet these conditions.
     """
     held = _Held(copy.deepcopy(network)).eval()
     graph = _trace(held)
@@ -139,13 +139,13 @@ def trace(network: nn.Module, images: Tensor, preprocess: nn.Module | None = Non
         rows = graph.call_method("size", (image_node, 0))
     values = other_values = _run_fake(module, images, n_rows=2)
     if any(node is not rows and _size(value, value, rows) is not None for node, value in values.items()):
-        other_values = _run_fake(module, images, n_rows=3)  # tells sizes that follow the rows from those that don't
+        other_values = _run_fake(module, images, n_rows=3)  # distinguishes sizes that depend on the number of rows
     exits = _exits_of(network, graph, values)
     positions = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         _make_out_of_place(module, node, values, positions)
         _fix_sizes(node, rows, values[node], other_values[node])
-    for part in module.modules():  # once all calls are known: one module may be called several times
+    for part in module.modules():  # after the loop, because a module may be called several times
         if getattr(part, "inplace", False) is True:
             part.inplace = False  # type: ignore[assignment]
     graph.lint()
@@ -159,17 +159,17 @@ def _trace(held: _Held) -> fx.Graph:
         return _Tracer().trace(held)
     except StagingError as error:
         raise StagingError(f"{name} cannot be staged: {error}") from None
-    except Exception as error:  # torch.fx runs the network's own code: anything may come out
+    except Exception as error:  # torch.fx runs the network's own code, which may raise anything
         raise StagingError(
             f"torch.fx cannot trace {name}: {error}. A network with exits must not branch or loop on the values of "
-            "tensors: compute every exit and return the list (the server does the leaving), and mark helper functions "
-            "that torch.fx should not look into with torch.fx.wrap"
+            "tensors: compute every exit and return the list (the server decides on exits), and mark helper functions "
+            "that torch.fx should not trace into with torch.fx.wrap"
         ) from error
 
 
 def _run_fake(module: fx.GraphModule, images: Tensor, n_rows: int) -> dict[fx.Node, Any]:
     interpreter = fx.Interpreter(module, garbage_collect_values=False)
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # it would log a stack trace before it raises
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # would log a stack trace before the error is raised
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     with without_data(images), torch.no_grad():
@@ -190,7 +190,7 @@ def _exits_of(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -
     returned = graph.output_node().args[0]
     name = type(network).__name__
     if not isinstance(returned, (list, tuple)) or not all(isinstance(node, fx.Node) for node in returned):
-        raise StagingError(f"{name} returns no list of logits: return [logits_1, ..., logits_N], cheapest first")
+        raise StagingError(f"{name} does not return a list of logits: return [logits_1, ..., logits_N], cheapest first")
     exits: tuple[Any, ...] = tuple(returned)
     for number, node in enumerate(exits, start=1):
         shape = tuple(values[node].shape) if isinstance(values[node], Tensor) else None
@@ -205,7 +205,7 @@ def _exits_of(network: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any]) -
 def _make_out_of_place(
     module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], positions: dict[fx.Node, int]
 ) -> None:
-    """Give an in-place operation a result of its own: its input may be read later, or kept between stages."""
+    """Make an in-place operation out of place, because its input may be read later or kept between stages."""
     changed, target = next(iter(node.all_input_nodes), None), node.target
     if changed is None or not isinstance(values.get(changed), Tensor):
         return
@@ -226,7 +226,7 @@ def _make_out_of_place(
 
 
 def _ends_in_place(where: object, name: str) -> bool:
-    """Whether `name` changes a tensor, and one `where` that gives a new tensor does the same."""
+    """Whether `name` is an in-place operation with an out-of-place counterpart in `where`."""
     return name.endswith("_") and not name.endswith("__") and hasattr(where, name[:-1])
 
 
@@ -252,7 +252,7 @@ def _fix_sizes(node: fx.Node, rows: fx.Node, value: Any, other_value: Any) -> No
 
 
 def _size(value: Any, other_value: Any, rows: fx.Node) -> Any:
-    """What stands for a size seen at two and at three rows: a constant, `rows`, a tuple of these; else None."""
+    """Classify a value seen at two and three rows: a constant, `rows` or a tuple of these; None if it is no size."""
     if isinstance(value, (tuple, list)):
         sizes = [_size(a, b, rows) for a, b in zip(value, other_value, strict=True)]
         return None if any(size is None for size in sizes) else tuple(sizes)

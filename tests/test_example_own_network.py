@@ -224,7 +224,10 @@ def test_a_place_that_is_taken_is_told_before_anything_is_trained(tmp_path, caps
     monkeypatch.setattr("examples.own_network.train", lambda *_: pytest.fail("trained"))
     (tmp_path / "letter.txt").touch()
     (tmp_path / "file").touch()
-    for output, reason in ((tmp_path, "holds something that is no bundle"), (tmp_path / "file" / "bundle", "file")):
+    for output, reason in (
+        (tmp_path, "contains something other than a bundle"),
+        (tmp_path / "file" / "bundle", "file"),
+    ):
         assert main(["--output", str(output), "--images", "60"]) == 2
         assert reason in capsys.readouterr().err
 

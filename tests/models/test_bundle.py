@@ -272,7 +272,7 @@ def test_one_that_was_put_in_its_place_is_told_from_it(bundle_path: Path) -> Non
     with pytest.raises(BundleError, match="another bundle was put there while this one was opened; start again"):
         bundle.check_unchanged()
     (bundle_path / "weights.safetensors").write_bytes(b"cut short")
-    with pytest.raises(BundleError, match="cut short or changed"):
+    with pytest.raises(BundleError, match="truncated or changed"):
         bundle.check_unchanged()
 
 

@@ -44,7 +44,7 @@ def test_one_changed_file_is_another_version(bundle_path: Path, tmp_path: Path) 
 
 def test_a_bundle_is_replaced_only_when_asked(bundle_path: Path, tmp_path: Path) -> None:
     manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")
-    with pytest.raises(BundleError, match="stands there already"):
+    with pytest.raises(BundleError, match="it exists already"):
         write_bundle(bundle_path, manifest, calibration, contents)
     manifest["description"] = "another"
     assert write_bundle(bundle_path, manifest, calibration, contents, replace=True).manifest.description == "another"
@@ -56,7 +56,7 @@ def test_a_folder_of_something_else_is_never_replaced(bundle_path: Path, tmp_pat
     manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").touch()
-    with pytest.raises(BundleError, match="no bundle"):
+    with pytest.raises(BundleError, match="other than a bundle"):
         write_bundle(tmp_path / "work", manifest, calibration, contents, replace=True)
     assert (tmp_path / "work" / "thesis.txt").exists()
 

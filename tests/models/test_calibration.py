@@ -74,7 +74,7 @@ def header(text: str) -> bytes:
         ({"correct.npy": header("{'descr': ('|b1',), 'fortran_order': False, 'shape': (8, 8)}")}, "not a readable npz"),
         ({"correct.npy": b"\x93NUMPY\x03\x00" + b" " * 100}, "npy version"),
         ({"correct.npy": b"pickled?"}, ""),
-        ({"correct.npy": npy(np.full((2000, 4), 2, dtype=np.uint8)).replace(b"|u1", b"|b1")}, "neither 0 nor 1"),
+        ({"correct.npy": npy(np.full((2000, 4), 2, dtype=np.uint8)).replace(b"|u1", b"|b1")}, "other than 0 and 1"),
         ({"correct.npy": npy(np.zeros((2000, 4), dtype=np.int8))}, "must be bool"),
         ({"correct.npy": npy(np.zeros((2000, 4), dtype=bool, order="F"))}, "does not describe"),
         ({"correct.npy": npy(np.zeros((0, 4), dtype=bool))}, "must be bool"),
@@ -95,7 +95,7 @@ def test_a_forged_calibration_is_refused(bundle_path: Path, members: dict[str, b
 
 def test_a_calibration_without_scores_or_answers_is_refused(bundle_path: Path) -> None:
     members = good_members()
-    assert "must hold `correct`" in forge(bundle_path, {"scores_a.npy": members["scores_logit_margin.npy"]}).reason
+    assert "must contain `correct`" in forge(bundle_path, {"scores_a.npy": members["scores_logit_margin.npy"]}).reason
     assert "no scores" in forge(bundle_path, {"correct.npy": members["correct.npy"]}).reason
     assert (
         "'logit_margin' is not among"
@@ -108,7 +108,7 @@ def test_a_calibration_without_scores_or_answers_is_refused(bundle_path: Path) -
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(bundle_path: Path) -> None:
     bomb = lying_header((2**28,), "|b1")[:-64] + bytes(2**28)
-    assert "unpacks to more than" in forge(bundle_path, good_members() | {"scores_bomb.npy": bomb}).reason
+    assert "decompresses to more than" in forge(bundle_path, good_members() | {"scores_bomb.npy": bomb}).reason
     assert (bundle_path / "calibration.npz").stat().st_size < 2**20
 
 

@@ -97,7 +97,7 @@ class Noisy(TwoExits):
     ("network", "message"),
     [
         (Branches, "cannot trace Branches.*must not branch"),
-        (OneAnswer, "OneAnswer returns no list"),
+        (OneAnswer, "OneAnswer does not return a list"),
         (Backwards, "exit 2 needs nothing beyond what exit 1 computes.*cheapest first"),
         (Twice, "exit 2 needs nothing beyond what exit 1 computes"),
         (Features, r"exit 1 of Features gives \(2, 4, 8, 8\)"),

@@ -93,7 +93,7 @@ def test_from_images_to_a_bundle(
     mine.parent.mkdir()
     mine.write_text("mine")
     assert command(monkeypatch, "export", run, "--output", mine.parent) == 2
-    assert "holds something that is no bundle" in capsys.readouterr().err
+    assert "contains something other than a bundle" in capsys.readouterr().err
     assert mine.read_text() == "mine"
 
     assert command(monkeypatch, "export", run, "--output", output) == 0

@@ -193,7 +193,7 @@ def test_what_cannot_be_staged_leaves_nothing_behind(tmp_path):
         def forward(self, images):
             return super().forward(images)[1]
 
-    with pytest.raises(StagingError, match="returns no list"):
+    with pytest.raises(StagingError, match="does not return a list"):
         export_stages(NoList(), 8, MEAN, STD, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
