@@ -1,7 +1,7 @@
-"""The cost-accuracy frontier: every operating point of a network with exits on one line from cheapest to best.
+"""The cost-accuracy frontier: the operating points of a network with exits, on a line from the cheapest to the best.
 
-Built once from held-out images, then only looked up: a position in [0, 1] gives thresholds, and the cost and accuracy
-to expect of them. Look-ups are plain Python over tuples and take microseconds, so a server may steer by them.
+It is built once from held-out images. A position in [0, 1] then maps to thresholds and their expected cost and
+accuracy. Look-ups are plain Python over tuples and take microseconds, so a server can use them for steering.
 """
 
 from bisect import bisect_left, bisect_right
@@ -25,14 +25,14 @@ from models.shares import (
     truncated_geometric_shares,
 )
 
-N_POINTS = 257  # operating points tried from the cost of exit 1 to that of exit N, evenly spaced
-TOLERANCE = 0.0005  # of held-out accuracy that the end of a frontier may lie under the best point: 0.05 points
+N_POINTS = 257  # operating points tried, at evenly spaced costs from exit 1's to exit N's
+TOLERANCE = 0.0005  # of held-out accuracy by which a frontier's end may be below its best point: 0.05 points
 
 Draw = Callable[[Calibrator, NDArray[np.bool_], list[float], int], Floats]
 
 
 def _by_shares(shares_of: Callable[[list[float], float], Floats]) -> Draw:
-    """Thresholds at which held-out images leave in given shares, for costs evenly spaced from exit 1 to exit N."""
+    """Draw thresholds at which held-out images leave in given shares, at evenly spaced costs from exit 1 to exit N."""
 
     def draw(calibrator: Calibrator, correct: NDArray[np.bool_], costs: list[float], n_points: int) -> Floats:
         targets = np.linspace(costs[0], costs[-1], n_points)
@@ -49,7 +49,7 @@ def _ratio(costs: list[float], cost: float) -> Floats:
     return ratio_shares(_solved_ratio(tuple(costs), cost), len(costs))
 
 
-@lru_cache(maxsize=4096)  # bisection takes longer than a threshold vector, and many scores ask for the same budgets
+@lru_cache(maxsize=4096)  # bisection takes longer than a threshold vector, and many scores need the same budgets
 def _solved_ratio(costs: tuple[float, ...], cost: float) -> float:
     return solve_ratio(costs, cost)
 
@@ -62,15 +62,15 @@ def _optimal(calibrator: Calibrator, correct: NDArray[np.bool_], costs: list[flo
 SHARES: dict[str, Callable[[list[float], float], Floats]] = {"geometric": _geometric, "ratio": _ratio}
 """Exit shares [N] for cumulative costs [N] and a mean cost: BoostNet's Eq. 9 and the form of MSDNet's released code."""
 FAMILIES: dict[str, Draw] = {**{name: _by_shares(shares_of) for name, shares_of in SHARES.items()}, "optimal": _optimal}
-"""Threshold vectors [P, N] from cheap to dear: those of given shares, and those searched (`models.optimal`)."""
+"""Threshold vectors [P, N] in order of cost: those for given shares, and those searched (`models.optimal`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """One operating point; what it costs and gets right is what held-out images did."""
+    """One operating point, with its cost and accuracy as measured on held-out images."""
 
     position: float  # 0 to 1
-    cost: float  # mean an image, in the unit of the costs the frontier was built with
+    cost: float  # mean per image, in the unit of the frontier's costs
     accuracy: float  # share of images answered right
     shares: tuple[float, ...]  # of the images, by exit
     thresholds: tuple[float, ...]  # by exit, -inf at the last
@@ -78,18 +78,18 @@ class FrontierPoint:
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Operating points in order of cost, measured on held-out images; between points everything is interpolated.
+    """Operating points in order of cost, measured on held-out images, with linear interpolation in between.
 
-    Position is proportional to expected cost, from 0, where everything leaves at exit 1, to 1, past which going deeper
-    brought nothing. No threshold ever falls along the frontier, so moving up lets every image go as deep as before or
-    deeper: cost rises with position on any traffic, at points and between them.
+    Position is linear in expected cost, from 0, where everything leaves at exit 1, to 1, beyond which going deeper did
+    not help. No threshold decreases along the frontier, so at a higher position every image goes at least as deep: cost
+    rises with position on any traffic, at points and between them.
 
-    A threshold that nothing reaches is stored just above the highest held-out score, one that everything reaches just
-    below the lowest, so that both interpolate. `at(0)` has -inf, so that nothing new goes on there.
+    A threshold that no image reaches is stored just above the highest held-out score, one that all images reach just
+    below the lowest, so that both can be interpolated. `at(0)` has -inf, so that no unseen image goes on there.
     """
 
     family: str
-    position: tuple[float, ...]  # P of them, strictly increasing from 0 to 1; (0.0,) where exit 1 cannot be improved
+    position: tuple[float, ...]  # P, strictly increasing from 0 to 1; (0.0,) if exit 1 cannot be improved on
     cost: tuple[float, ...]  # P, strictly increasing
     accuracy: tuple[float, ...]  # P
     shares: tuple[tuple[float, ...], ...]  # P x N
@@ -100,7 +100,7 @@ class Frontier:
         object.__setattr__(self, "best_accuracy", tuple(accumulate(self.accuracy, max)))
 
     def at(self, position: float) -> FrontierPoint:
-        """Return the point at `position`; outside [0, 1] (or where it is no number) that at the nearer end (at 0)."""
+        """Return the point at `position`; outside [0, 1] the nearer end, for NaN the point at 0."""
         if not position > 0.0 or len(self.position) == 1:
             return self._point(0, (float("-inf"),) * len(self.thresholds[0]))
         above = bisect_right(self.position, position)
@@ -121,7 +121,7 @@ class Frontier:
         return FrontierPoint(self.position[i], self.cost[i], self.accuracy[i], self.shares[i], thresholds)
 
     def position_at_cost(self, cost: float) -> float:
-        """Return the position whose expected cost is `cost`, or the nearer end: a budget is a ceiling, not a target."""
+        """Return the position of expected cost `cost`, or the nearer end, as a budget need not be spent."""
         if not cost > self.cost[0]:
             return 0.0
         return min((cost - self.cost[0]) / (self.cost[-1] - self.cost[0]), 1.0) if len(self.cost) > 1 else 0.0
@@ -130,7 +130,7 @@ class Frontier:
         """Return the lowest position whose expected accuracy (0 to 1) reaches `accuracy`.
 
         Raises:
-            ValueError: no position reaches it; the message gives the highest within reach.
+            ValueError: no position reaches it; the message gives the highest accuracy.
         """
         j = bisect_left(self.best_accuracy, accuracy)
         if j == len(self.best_accuracy):
@@ -155,19 +155,19 @@ def build_frontier(
     Args:
         scores: exit scores [M, N] of M held-out images.
         correct: whether each exit's answer was right [M, N].
-        costs_cumulative: what stopping at each exit costs [N].
-        family: a key of `FAMILIES`; by default that of `SHARES` which is more accurate on average over all budgets
-            (thresholds that were searched on these very images would win unfairly).
-        n_points: mean costs tried from that of exit 1 to that of exit N; points that cost no more than the one before
-            are left out.
+        costs_cumulative: the cumulative cost of leaving at each exit [N].
+        family: a key of `FAMILIES`; by default the one of `SHARES` that is more accurate on average over all budgets.
+            (Thresholds searched on the same images would have an unfair advantage.)
+        n_points: number of mean costs tried, from exit 1's to exit N's; points that cost no more than the previous one
+            are dropped.
 
-    The frontier ends at the cheapest point within `TOLERANCE`, and at least one image, of the best held-out accuracy:
-    the best of hundreds of points on a plateau is the luckiest, often far to the right of where the plateau starts. At
-    5,000 images 0.05 points are two images, well within the standard error of a paired difference (0.1 to 0.2 points
-    where 25 to 100 images change sides), so nothing that these images can tell is given up.
+    The frontier ends at the cheapest point whose held-out accuracy is within `TOLERANCE`, or one image, of the best: on
+    a plateau, the best of hundreds of points is the luckiest, often far to the right of the plateau's start. With 5,000
+    images 0.05 points are two images, well within the standard error of a paired difference (0.1 to 0.2 points if 25 to
+    100 images change sides), so no significant accuracy is given up.
 
     Raises:
-        ValueError: a shape, a cost or the family does not fit.
+        ValueError: shapes do not match, or a cost or the family is invalid.
     """
     costs = check_costs(costs_cumulative)
     calibrator = Calibrator(scores)
@@ -175,7 +175,7 @@ def build_frontier(
     if answers.shape != calibrator.scores.shape or len(costs) != calibrator.n_exits:
         raise ValueError(
             f"scores {calibrator.scores.shape}, correct {answers.shape} and {len(costs)} costs must be [images, exits] "
-            "twice and one cost an exit"
+            "twice and one cost per exit"
         )
     if family is not None and family not in FAMILIES:
         raise ValueError(f"unknown family {family!r} of thresholds; known: {', '.join(FAMILIES)}")
@@ -213,15 +213,15 @@ def _measure(
 
 
 def _interpolable(thresholds: Floats, scores: Floats) -> Floats:
-    """Make thresholds [P, N], in order of cost, finite but for the last exit's, and never falling.
+    """Make thresholds [P, N], in order of cost, non-decreasing and, except at the last exit, finite.
 
-    Quotas alone let a threshold fall here and there: at the cheap end, where few images reach it, or by ties. So it may
-    be no higher than at any dearer point, where more images have a say in it.
+    Quotas alone may let a threshold decrease: at the cheap end, where few images reach it, or because of ties. It is
+    therefore lowered to that of any costlier point, which more images determine.
     """
     finite = np.ma.masked_invalid(scores)
     lowest, highest = finite.min(axis=0).filled(0.0), finite.max(axis=0).filled(0.0)
     gap = 1e-3 * (highest - lowest) + 1e-6
     bounded = np.clip(thresholds, lowest - gap, highest + gap)
     bounded[:, -1] = -np.inf
-    never_falling: Floats = np.minimum.accumulate(bounded[::-1], axis=0)[::-1]
-    return never_falling
+    monotonic: Floats = np.minimum.accumulate(bounded[::-1], axis=0)[::-1]
+    return monotonic

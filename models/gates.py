@@ -1,9 +1,9 @@
-"""Exit scores of JEI-DNN (ICLR 2024): a gate an exit, and what is left of an image for the gates that come after.
+"""Exit scores of JEI-DNN (ICLR 2024): one gate per exit, and the probability left for the gates after it.
 
-Gate l is a linear layer on four numbers of its head's softmax, g_l the sigmoid of what it says. An image leaves at exit
-l with the probability P_l = max(0, min(g_l, 1 - g_1 - ... - g_(l-1))). As published it does leave at the first exit
-where pi_l = P_l / (what is left of 1 there) reaches one half; as a score, any threshold will do. `training.jei` fits
-gates. Numpy alone.
+Gate l is a linear layer on four features of its head's softmax, and g_l the sigmoid of its output. An image leaves at
+exit l with the probability P_l = max(0, min(g_l, 1 - g_1 - ... - g_(l-1))). As published it leaves at the first exit
+where pi_l = P_l / (the probability left there) reaches one half; as a score, any threshold can be used. `training.jei`
+fits gates. No torch here.
 """
 
 import math
@@ -16,25 +16,23 @@ from models.exits import Logits
 from models.shares import Floats
 
 GATE_FEATURES = ("confidence", "entropy", "probability_margin", "powered_entropy")
-"""What a gate sees of its head's softmax p: its maximum, its entropy in nats, its margin, and the entropy of the
-softmax of twice the logits, which is p squared and scaled to sum to 1."""
+"""The inputs of a gate, from its head's softmax p: its maximum, its entropy in nats, its margin, and the entropy of
+the softmax of twice the logits, which is p squared and normalised."""
 PUBLISHED_THRESHOLD = math.log(0.5)  # of `GateScore`: pi_l = 1/2
-SPENT = 2.0**-53  # stands for what is left of an image where nothing is, so that a score stays finite
+SPENT = 2.0**-53  # least probability left, so that a score stays finite
 
 
 def see_softmax(logits: Logits) -> Floats:
     """Return the `GATE_FEATURES` [rows, 4] of one exit's logits [rows, classes]; NaN where those are not finite."""
     with np.errstate(all="ignore"):
-        shifted = np.array(
-            logits, dtype=np.float64, order="C"
-        )  # one row is one run of memory, so its sum has one order
+        shifted = np.array(logits, dtype=np.float64, order="C")  # rows contiguous: see `exits._leaders`
         shifted -= shifted.max(axis=1, keepdims=True)
         weights = np.exp(shifted)
         total = weights.sum(axis=1)
         powered = weights * weights
         powered_total = powered.sum(axis=1)
         second = np.partition(weights, -2, axis=1)[:, -2]
-        # A class without weight adds nothing, though 0 x -inf is no number.
+        # Classes without weight contribute nothing, but 0 x -inf would be NaN.
         np.maximum(shifted, -1e4, out=shifted)
         features = np.stack(
             [
@@ -50,19 +48,19 @@ def see_softmax(logits: Logits) -> Floats:
 
 
 class GateScore:
-    """log of g_l / (1 - g_1 - ... - g_(l-1)): the log of pi_l where pi_l < 1, and finer than it where it is 1.
+    """log of g_l / (1 - g_1 - ... - g_(l-1)): the log of pi_l where pi_l < 1, and distinct values where pi_l is 1.
 
-    pi_l itself is 1 for many images at once, and images that tie can only leave together. Where gates have said
-    that more than all of an image leaves, which no image gets to see as published, it is above all others.
+    pi_l itself is 1 for many images, and tied images can only leave together. If the gates sum to more than 1, which
+    does not occur for images that leave as published, the score is above all others.
 
     Args:
-        weights: [N, 5], the bias last; the last exit has no gate, and zeros here.
+        weights: [N, 5], the bias last; zeros for the last exit, which has no gate.
 
     Raises:
-        ValueError: weights of another shape, or not finite.
+        ValueError: the weights have another shape or are not finite.
     """
 
-    history_width = 1  # what is left: 1 - g_1 - ... - g_(l-1)
+    history_width = 1  # the probability left: 1 - g_1 - ... - g_(l-1)
 
     def __init__(self, weights: NDArray[Any]) -> None:
         self.weights = np.asarray(weights, dtype=np.float64)
@@ -90,15 +88,15 @@ class GateScore:
 
     @staticmethod
     def of_log_odds(log_odds: Floats, left: Floats) -> tuple[Floats, Floats]:
-        """Return the scores [rows] of a gate's log-odds [rows], and what is left of each row after it."""
-        with np.errstate(invalid="ignore"):  # of rows whose logits are not finite
+        """Return the scores [rows] for a gate's log-odds [rows], and the probability left of each row after it."""
+        with np.errstate(invalid="ignore"):  # for rows whose logits are not finite
             log_gate = -np.logaddexp(0.0, -log_odds)
         return log_gate - np.log(np.maximum(left, SPENT)), left - np.exp(log_gate)
 
 
 def gate_log_odds(weights: Floats, features: Floats) -> Floats:
-    """Return what one gate says [rows] of `GATE_FEATURES` [rows, 4]; weights [5], the bias last."""
-    # A matrix product may sum in another order for another number of rows; so that each row's sum has one order:
+    """Return one gate's log-odds [rows] for `GATE_FEATURES` [rows, 4]; weights [5], the bias last."""
+    # Not a matrix product, whose order of summation may depend on the number of rows.
     log_odds: Floats = (features * weights[:-1]).sum(axis=1) + weights[-1]
     return log_odds
 
@@ -113,7 +111,7 @@ def gate_scores(weights: NDArray[Any], features: Floats) -> Floats:
 
 
 def exit_probabilities(weights: NDArray[Any], features: Floats) -> Floats:
-    """Return P_l [rows, N] from the features [rows, N, 4] of all exits; the last takes what the gates leave."""
+    """Return P_l [rows, N] from the features [rows, N, 4] of all exits; the last has the probability left."""
     probabilities = np.zeros(features.shape[:2])
     left = np.ones(len(features))
     for i in range(features.shape[1] - 1):

@@ -1,4 +1,4 @@
-"""The manifest of a bundle, `manifest.json`: every field that may stand there, with its bounds. Nothing else may."""
+"""The schema of a bundle's `manifest.json`: its fields and their bounds. Unknown fields are refused."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,12 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-FORMAT_VERSION = 3  # 2 added `family` and `predictor`, 3 `int8`; bundles of formats 1 and 2 have them not
+FORMAT_VERSION = 3  # 2 added `family` and `predictor`, 3 `int8`
 MAX_EXITS = 256
-MAX_ROW_VALUES = 2**28  # of one value of one row; an image of the largest side has fewer
+MAX_ROW_VALUES = 2**28  # numbers in one value of one row; the largest image has fewer
 
 Text = Annotated[str, Field(max_length=10_000)]
-# One path part that is plain on every system: no separators, no leading dot.
+# A path component that is valid on every system: no separators, no leading dot.
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$"
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=NAME)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -40,7 +40,7 @@ class _Strict(BaseModel):
 
 
 class InputInfo(_Strict):
-    """The images a network was trained on; stage 1 takes bytes and normalises them itself."""
+    """The network's input images; stage 1 takes uint8 pixels and normalises them."""
 
     height_px: Side
     width_px: Side
@@ -49,18 +49,18 @@ class InputInfo(_Strict):
 
 
 class ExitInfo(_Strict):
-    """One exit: what stopping there costs, all before it included, and how often its answer is right."""
+    """One exit: its cumulative cost and its accuracy."""
 
     published_mflops: Mega  # millions of multiply-adds as papers count them
-    executed_mflops: Mega  # as the stages run them: what is charged
-    macs_m: Mega  # convolutions and linear layers alone, as published
+    executed_mflops: Mega  # as the stages run them, and as charged
+    macs_m: Mega  # convolutions and linear layers only, as published
     executed_macs_m: Mega  # the same, as executed
     test_accuracy: Accuracy | None
     heldout_accuracy: Accuracy
 
 
 class ValueInfo(_Strict):
-    """A value that a stage reads or gives; its first axis, the rows, is left out."""
+    """An input or output of a stage; its shape is without the batch axis."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     shape: Annotated[list[Annotated[int, Field(ge=1, le=10**9)]], Field(max_length=8)]
@@ -69,21 +69,21 @@ class ValueInfo(_Strict):
     @model_validator(mode="after")
     def _fits_in_memory(self) -> Self:
         if prod(self.shape) > MAX_ROW_VALUES:
-            raise ValueError(f"{self.name!r} has the shape {self.shape}: more than {MAX_ROW_VALUES} numbers a row")
+            raise ValueError(f"{self.name!r} has the shape {self.shape}: more than {MAX_ROW_VALUES} numbers per row")
         return self
 
 
 class StageInfo(_Strict):
-    """One graph: what it reads of what earlier stages gave, and what it gives; the logits of its exit come first."""
+    """One graph: its inputs, from the image or earlier stages, and its outputs, its exit's logits first."""
 
     file: RelativePath
     inputs: Annotated[list[ValueInfo], Field(min_length=1, max_length=1000)]
     outputs: Annotated[list[ValueInfo], Field(min_length=1, max_length=1000)]
-    state_bytes_per_row: Count  # kept of a row that goes on after this stage
+    state_bytes_per_row: Count  # kept for a row that goes on after this stage
 
 
 class PredictorInfo(_Strict):
-    """The weights of a fitted exit score, see `models.predictor.Predictor`: one row an exit, the bias last."""
+    """The weights of a fitted exit score, see `models.predictor.Predictor`: one row per exit, the bias last."""
 
     features: Annotated[list[Name], Field(min_length=1, max_length=100)]
     gain: Annotated[list[list[float]], Field(min_length=1, max_length=MAX_EXITS)]
@@ -93,56 +93,56 @@ class PredictorInfo(_Strict):
     def _one_weight_a_feature(self) -> Self:
         for rows in (self.gain, self.gain if self.loss is None else self.loss):
             if len(rows) != len(self.gain) or any(len(row) != len(self.features) + 1 for row in rows):
-                raise ValueError(f"a row must hold {len(self.features)} weights and a bias; one row an exit")
+                raise ValueError(f"a row must have {len(self.features)} weights and a bias; one row per exit")
         return self
 
 
 class ExitAccuracy(_Strict):
-    """How often one exit's answer is right."""
+    """The accuracy of one exit."""
 
     test_accuracy: Accuracy | None
     heldout_accuracy: Accuracy
 
 
 class Int8Info(_Strict):
-    """The same network with weights and activations in bytes, and what was measured of it anew."""
+    """The same network with 8-bit weights and activations, and its own measurements."""
 
     stages: Annotated[list[StageInfo], Field(min_length=1, max_length=MAX_EXITS)]
     exits: Annotated[list[ExitAccuracy], Field(min_length=1, max_length=MAX_EXITS)]
-    predictor: PredictorInfo | None  # as the manifest's own, fitted on what these stages say
-    range_images: Count  # training images that showed what activations range over
+    predictor: PredictorInfo | None  # as the manifest's own, fitted to the outputs of these stages
+    range_images: Count  # training images that activation ranges were measured on
     made_with: Text
 
 
 class DataInfo(_Strict):
-    """The images: trained on, held out for calibration, and tested on."""
+    """The images for training, calibration (held out) and testing."""
 
     name: Text
-    split_sha256: Sha256 | None  # of the stored split; null where there is none
+    split_sha256: Sha256 | None  # of the stored split; null if there is none
     train_images: Count
     heldout_images: Annotated[int, Field(ge=1, le=10**9)]
     test_images: Count
 
 
 class FileInfo(_Strict):
-    """What a file of the bundle must be, byte for byte."""
+    """The expected digest and size of a file of the bundle."""
 
     sha256: Sha256
     bytes: Count
 
 
 class Manifest(_Strict):
-    """All that a bundle says of itself.
+    """The description of a bundle.
 
     Raises:
-        ValidationError: a field is unknown, missing, of another type or out of bounds, or two do not agree.
+        ValidationError: a field is unknown, missing, of another type or out of bounds, or fields contradict each other.
     """
 
     format_version: Literal[1, 2, 3]
     name: Name
     version: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]  # a digest over all other files
     description: Text
-    architecture: Name  # "onnx" where the network is not one of this project's
+    architecture: Name  # "onnx" if the network is not one of this project's
     arguments: dict[str, JsonValue]
     class_names: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(min_length=2, max_length=1_000_000)]
     input: InputInfo
@@ -150,9 +150,9 @@ class Manifest(_Strict):
     exits: Annotated[list[ExitInfo], Field(min_length=1, max_length=MAX_EXITS)]
     stages: Annotated[list[StageInfo], Field(min_length=1, max_length=MAX_EXITS)]
     score: Name  # the exit score to serve with
-    family: Name | None = None  # of thresholds; null: chosen when the frontier is built
-    predictor: PredictorInfo | None = None  # the weights of a score that is fitted
-    int8: Int8Info | None = None  # stages of another precision; null where there are none
+    family: Name | None = None  # of thresholds; null: chosen when building the frontier
+    predictor: PredictorInfo | None = None  # the weights of a fitted score
+    int8: Int8Info | None = None  # stages in int8; null if there are none
     training: dict[str, JsonValue]
     data: DataInfo
     files: Annotated[dict[RelativePath, FileInfo], Field(max_length=10_000)]
@@ -169,7 +169,7 @@ class Manifest(_Strict):
         for field in ("published_mflops", "macs_m", "executed_macs_m"):
             costs = [getattr(exit_, field) for exit_ in self.exits]
             if not all(a <= b for a, b in pairwise(costs)):
-                raise ValueError(f"{field} must be cumulative, and may not fall from exit to exit: {costs}")
+                raise ValueError(f"{field} must be cumulative and must not decrease from exit to exit: {costs}")
         return self
 
     @model_validator(mode="after")
@@ -177,14 +177,14 @@ class Manifest(_Strict):
         self._check_stages(self.stages)
         if self.int8 is not None:
             if len(self.int8.exits) != len(self.exits) or (self.int8.predictor is None) != (self.predictor is None):
-                raise ValueError("int8 must tell the accuracy of every exit, and have a predictor where fp32 has one")
+                raise ValueError("int8 must have every exit's accuracy, and a predictor if and only if fp32 has one")
             self._check_stages(self.int8.stages)
         return self
 
     def _check_stages(self, stages: Sequence[StageInfo]) -> None:
-        """Every stage ends in logits of all classes, and reads only what the image or a stage before it gives."""
+        """Check that every stage returns logits of all classes first, and reads only the image or earlier outputs."""
         if len(stages) != len(self.exits):
-            raise ValueError(f"{len(stages)} stages for {len(self.exits)} exits: there must be one an exit")
+            raise ValueError(f"{len(stages)} stages for {len(self.exits)} exits: there must be one per exit")
         first = stages[0].inputs
         image = [self.input.height_px, self.input.width_px, 3]
         if len(first) != 1 or first[0].shape != image or first[0].dtype != "uint8":
@@ -196,10 +196,10 @@ class Manifest(_Strict):
                     raise ValueError(f"stage {number} reads {value.name!r}, which no earlier stage gives in that form")
             logits = stage.outputs[0]
             if logits.shape != [len(self.class_names)] or logits.dtype != "float32":
-                raise ValueError(f"stage {number} must give float32 logits of {len(self.class_names)} classes first")
+                raise ValueError(f"stage {number} must return float32 logits of {len(self.class_names)} classes first")
             for value in stage.outputs:
                 if value.name in given:
-                    raise ValueError(f"stage {number} gives {value.name!r}, which is there already")
+                    raise ValueError(f"stage {number} returns {value.name!r}, which exists already")
                 given[value.name] = value
 
     @model_validator(mode="after")
@@ -213,10 +213,10 @@ class Manifest(_Strict):
         return self
 
     def in_int8(self) -> "Manifest":
-        """This manifest as it reads for the int8 stages: theirs in the place of the float ones.
+        """Return this manifest for the int8 stages, with theirs in place of the fp32 ones.
 
         Raises:
-            ValueError: it has none.
+            ValueError: there are no int8 stages.
         """
         if self.int8 is None:
             raise ValueError("no int8 stages")

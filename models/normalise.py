@@ -1,4 +1,4 @@
-"""Normalisation as a part of stage 1, so that images stay as decoded, one byte a value, until a device has them."""
+"""Normalisation as a part of stage 1, so that images are transferred to the device as uint8."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Normalise(nn.Module):
-    """From images as decoded, uint8 [rows, height, width, 3], to network input, float32 [rows, 3, height, width].
+    """Converts decoded images, uint8 [rows, height, width, 3], to network input, float32 [rows, 3, height, width].
 
     Args:
         mean, std: per channel, of pixel values in 0..1.

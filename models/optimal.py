@@ -1,12 +1,12 @@
-"""Thresholds searched for accuracy: the best trade of right answers against cost on held-out images.
+"""Searches thresholds for the best trade-off of accuracy against cost on held-out images.
 
-For a price mu of a unit of cost, thresholds are sought that maximise mean(correct - mu x cost). With the other exits'
-thresholds fixed, each image that reaches an exit has a known value if it leaves there and a known one if it goes on,
-so the best threshold is where the running sum of the differences, surest image first, is highest. Exits are taken from
-the last to the first until nothing changes: coordinate ascent, which never gets worse, from several starts.
+For a price mu per unit of cost, it maximises mean(correct - mu x cost). With the other exits' thresholds fixed, each
+image that reaches an exit has a known value if it leaves there, and another if it goes on. The best threshold is where
+the cumulative sum of the differences, most confident image first, is highest. Exits are processed from the last to the
+first until nothing changes: coordinate ascent, which never gets worse, from several starts.
 
-Such a search finds the luck of its images, too. So scores are cut into `N_LEVELS` levels of as many images each, and
-each half of the images is searched alone: what is returned is the mean of the two, in levels. Numpy alone.
+Such a search overfits its images. Scores are therefore quantised to `N_LEVELS` levels with equal numbers of images,
+the two halves of the images are searched separately, and the mean of the two, in levels, is returned.
 """
 
 from collections.abc import Sequence
@@ -31,15 +31,15 @@ def optimal_thresholds(
     halves: bool = True,
     n_prices: int = N_PRICES,
 ) -> Floats:
-    """Return thresholds [n_points, N] from the cheapest to the most accurate, interpolated in levels between prices.
+    """Return thresholds [n_points, N], from the cheapest to the most accurate, interpolated in levels between prices.
 
     Args:
         scores: [M, N], no NaN.
         correct: [M, N].
         costs_cumulative: [N].
-        n_points: vectors to return, 2 or more.
-        halves: search two halves of the images alone and take the mean; False searches all images at once.
-        n_prices: prices tried; points in between are interpolated.
+        n_points: number of vectors to return, 2 or more.
+        halves: search two halves of the images separately and return the mean; False searches all images at once.
+        n_prices: number of prices tried; points in between are interpolated.
     """
     n_images, n_exits = scores.shape
     edges, levels = _levels(scores)
@@ -48,7 +48,7 @@ def optimal_thresholds(
     prices = np.concatenate([np.geomspace(dearest, 1e-4 * dearest, n_prices - 1), [0.0]])
     parts = [np.arange(half, n_images, 2) for half in (0, 1)] if halves and n_images >= 4 else [np.arange(n_images)]
     found = np.mean([_sweep(levels[rows], correct[rows], costs, prices, len(edges)) for rows in parts], axis=0)
-    # As the price falls no cut is to fall: each is no higher than at a lower price, where more images have a say in it.
+    # Make cuts non-decreasing as the price falls: each is lowered to those of lower prices, based on more images.
     cuts = np.minimum.accumulate(found[::-1], axis=0)[::-1]
     distinct = np.concatenate([[True], (np.diff(cuts, axis=0) != 0).any(axis=1)])
     cuts = cuts[distinct]
@@ -61,14 +61,14 @@ def optimal_thresholds(
 
 
 def _levels(scores: Floats) -> tuple[Floats, Ints]:
-    """Return the scores [levels + 1, N] at which levels start and end, and the level [M, N] of each score.
+    """Return the scores [levels + 1, N] at which levels begin and end, and the level [M, N] of each score.
 
-    Leaving from level k on is leaving at `score >= edges[k]`; the last edge lies above all scores.
+    Leaving at level k or above means `score >= edges[k]`; the last edge is above all scores.
     """
     n_images, n_exits = scores.shape
     n_levels = min(N_LEVELS, n_images)
     finite = np.ma.masked_invalid(scores)
-    lowest, highest = finite.min(axis=0).filled(0.0), finite.max(axis=0).filled(0.0)  # 0 where an exit is never sure
+    lowest, highest = finite.min(axis=0).filled(0.0), finite.max(axis=0).filled(0.0)  # 0 where no score is finite
     ranked = np.sort(np.where(np.isfinite(scores), scores, lowest), axis=0)
     starts = ranked[(np.arange(n_levels) * n_images) // n_levels]
     edges = np.concatenate([starts, highest[None] + 1e-3 * (highest - lowest)[None] + 1e-6])
@@ -77,7 +77,7 @@ def _levels(scores: Floats) -> tuple[Floats, Ints]:
 
 
 def _sweep(levels: Ints, correct: NDArray[np.bool_], costs: Floats, prices: Floats, n_cuts: int) -> Floats:
-    """Return the best cuts [prices, N] found for every price: leave exit n at level cuts[n] or above."""
+    """Return the best cuts [prices, N] found for each price: images leave exit n at level cuts[n] or above."""
     n_exits = levels.shape[1]
     early, late = np.zeros(n_exits, dtype=np.intp), np.full(n_exits, n_cuts - 1, dtype=np.intp)
     late[-1] = 0
@@ -92,19 +92,19 @@ def _sweep(levels: Ints, correct: NDArray[np.bool_], costs: Floats, prices: Floa
 
 
 def _ascend(levels: Ints, values: Floats, start: Ints, n_cuts: int) -> tuple[float, Ints]:
-    """Coordinate ascent from `start`; returns the mean value reached and the cuts [N]."""
+    """Run coordinate ascent from `start`; return the mean value reached and the cuts [N]."""
     n_images, n_exits = levels.shape
     cuts = start.copy()
     for _ in range(MAX_PASSES):
         before = cuts.copy()
-        stays = levels < cuts  # at each exit, whether or not an image gets there
+        stays = levels < cuts  # at each exit, whether or not an image reaches it
         gets_to = np.ones((n_exits, n_images), dtype=bool)
         for i, j in pairwise(range(n_exits)):
             gets_to[j] = gets_to[i] & stays[:, i]
         later = values[:, -1]
         for i in range(n_exits - 2, -1, -1):
             here = values[:, i]
-            # Cuts before this exit are still those that `gets_to` was made with.
+            # Cuts of earlier exits are still those that `gets_to` was computed from.
             gains = np.bincount(levels[:, i], weights=(here - later) * gets_to[i], minlength=n_cuts)
             from_level = np.concatenate([np.cumsum(gains[::-1])[::-1][: n_cuts - 1], [0.0]])
             if from_level.max() > from_level[cuts[i]] + 1e-9:

@@ -1,7 +1,7 @@
-"""From a picture as it was decoded to one that a network reads: cut and scaled, turned, laid on white, RGB.
+"""Converts a decoded image to the network's input: cropped and scaled, rotated, blended with white, RGB.
 
-In this order, so that all but the scaling is done to few pixels. Pictures are trained on and served by the same code:
-a network is to see what it was taught with.
+In this order, so that everything after the scaling processes few pixels. Training and serving use this same code, so
+that a network is served the kind of images it was trained on.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from PIL import Image
 
 EXIF_ORIENTATION_TAG = 0x0112
 EXIF_SOURCES = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
-MOST_NOTES = 200  # Pillow takes 10 us a note; cameras write some 20 where this one is
+MOST_NOTES = 200  # EXIF entries: Pillow takes 10 us each; cameras write some 20 where the orientation is
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -21,21 +21,21 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-GREY_STEPS = {"L;2": 85, "L;4": 17}  # of 255, between one value of few bits and the next
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit grey levels per step of a value of fewer bits
 SWAPS_SIDES = frozenset({5, 6, 7, 8})
 
 
 def loaded(image: Image.Image) -> Image.Image:
-    """Decode an opened picture; returns it, with what is transparent as it is meant, or one that is white there."""
+    """Decode an opened image; return it with correct transparency or, if it is a GIF, with its bare parts white."""
     _correct_transparency(image)
     image.load()
     return _on_white(image) if image.format == "GIF" else image
 
 
 def _on_white(gif: Image.Image) -> Image.Image:
-    """A decoded GIF, white where its frame leaves the screen bare.
+    """Return a decoded GIF that is white where its frame leaves the screen bare.
 
-    That is transparent for browsers; Pillow gives it the first colour of the palette, if none is transparent.
+    Browsers show these parts as transparent; Pillow gives them the palette's first colour, if none is transparent.
     """
     box = gif.dispose_extent  # type: ignore[attr-defined]  # of the frame
     if box is None or box == (0, 0, *gif.size) or "transparency" in gif.info:
@@ -46,7 +46,7 @@ def _on_white(gif: Image.Image) -> Image.Image:
 
 
 def _correct_transparency(image: Image.Image) -> None:
-    """Have what a PNG names as transparent be as its pixels will be; to be called before they are loaded.
+    """Convert a PNG's transparent value to the depth that its pixels will have. To be called before they are loaded.
 
     Pillow leaves the value as it is in the file, but makes 8 bits of pixels that have 2, 4, or 3 x 16.
     """
@@ -61,20 +61,20 @@ def _correct_transparency(image: Image.Image) -> None:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """What its EXIF note says: 1 for a picture that is upright, and where there is none."""
+    """Return the EXIF orientation; 1 (upright) if there is none."""
     if not EXIF_SOURCES & image.info.keys():
         return 1
     try:
         return 1 if _n_notes(image) > MOST_NOTES else int(image.getexif().get(EXIF_ORIENTATION_TAG, 1))
-    except Exception:  # a damaged note about the picture does not damage the picture
+    except Exception:  # the image is usable even if its EXIF data are damaged
         return 1
 
 
 def _n_notes(image: Image.Image) -> int:
-    """How many notes its EXIF says it has, of those that Pillow reads."""
+    """Return the number of EXIF entries that the image declares, of those that Pillow reads."""
     notes = image.info.get("exif")
     if notes is None:
-        text = image.info.get("Raw profile type exif", "")  # in a PNG, where it may be packed
+        text = image.info.get("Raw profile type exif", "")  # in a PNG, where it may be compressed
         notes = bytes.fromhex("".join(text.split("\n")[3:]))
     tiff = notes.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
@@ -83,7 +83,7 @@ def _n_notes(image: Image.Image) -> int:
 
 
 def fitted(image: Image.Image, size: tuple[int, int], orientation: int) -> Image.Image:
-    """Return `image` upright, in RGB, and of a size: width and height in pixels."""
+    """Return `image` upright, in RGB, and of `size` (width and height in pixels)."""
     small = _scaled(image, size[::-1] if orientation in SWAPS_SIDES else size)
     if orientation in TURNS:
         small = small.transpose(TURNS[orientation])
@@ -91,7 +91,7 @@ def fitted(image: Image.Image, size: tuple[int, int], orientation: int) -> Image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Lay `image` on white where it is transparent."""
+    """Return `image` in RGB, with transparent pixels blended with white."""
     if image.mode.startswith("I"):
         return _shallow(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA"):
@@ -101,33 +101,33 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cut `image` to the aspect ratio of `size` around its centre and scale it to `size`, antialiased."""
+    """Crop `image` to the aspect ratio of `size` around its centre and scale it to `size`, antialiased."""
     if image.mode.startswith("I") and "transparency" in image.info:
         image = _deep_grey_with_alpha(image)
     elif image.mode == "P" or "transparency" in image.info:
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     elif image.mode == "1":
-        image = image.convert("L")  # black and white can be averaged only as greys
+        image = image.convert("L")  # 1-bit pixels can be averaged only as grey levels
     if image.size == size:
         return image
     return image.resize(size, Image.Resampling.BILINEAR, _middle(image.width, image.height, size))
 
 
 def _middle(width_px: int, height_px: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box of the aspect ratio of `size` in the middle of a picture: left, top, right, bottom."""
+    """The largest centred box of the aspect ratio of `size`: left, top, right, bottom."""
     scale = min(width_px / size[0], height_px / size[1])
-    # Rounding must not take it over the edge: Pillow refuses such a box.
+    # Rounding must not take the box beyond the edge, which Pillow refuses.
     half_width, half_height = min(size[0] * scale, width_px) / 2, min(size[1] * scale, height_px) / 2
     centre_x, centre_y = width_px / 2, height_px / 2
     return centre_x - half_width, centre_y - half_height, centre_x + half_width, centre_y + half_height
 
 
 def _shallow(deep: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit grey; Pillow's own conversion would cut, not scale."""
+    """Convert 16-bit to 8-bit grey; Pillow's own conversion would clip, not scale."""
     return Image.fromarray((np.asarray(deep, np.float32) / 257.0 + 0.5).astype(np.uint8))
 
 
 def _deep_grey_with_alpha(image: Image.Image) -> Image.Image:
-    """16-bit grey, one value of which is transparent."""
+    """Convert 16-bit grey with one transparent value to 8-bit grey with alpha."""
     opaque = np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
     return Image.merge("LA", (_shallow(image), Image.fromarray(opaque)))

@@ -1,6 +1,6 @@
-"""Fitted exit scores: from the margins of this head and of the one before, whether going on is worth it.
+"""Fitted exit scores, which predict from the margins of this head and the previous one whether going on pays.
 
-What is stored is plain numbers, one row of weights an exit; `training.predicting` fits them. Numpy alone.
+The weights are plain numbers, one row per exit, fitted by `training.predicting`. No torch here.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ FEATURES = (
     "agrees_x_logit_margin",
     "agrees_x_previous_logit_margin",
 )
-"""What a predictor sees of an exit: the margin of this head, whether the head before gave the same class, and the
-margin that it had; the products give a line of its own to rows where both agree. At exit 1 there is no head before:
-all but the first are 0. More features (log-odds, entropy, the head's 128 inputs) made no better scores, see
-`docs/scores.md`."""
+"""The inputs of a predictor at one exit: this head's margin, whether the previous head predicted the same class, and
+its margin; with the products, rows where both agree have a linear function of their own. At exit 1, which has no
+previous head, all but the first are 0. More features (log-odds, entropy, the head's 128 inputs) did not improve the
+scores, see `docs/scores.md`."""
 HISTORY_WIDTH = 2  # the last prediction, and its margin
-NOBODY = -1.0  # the prediction of a head that has not spoken, or whose logits were not finite
+NOBODY = -1.0  # the prediction where there was no head, or where its logits were not finite
 
 
 def no_history(n_rows: int) -> Floats:
@@ -35,7 +35,7 @@ def no_history(n_rows: int) -> Floats:
 
 
 def see(logits: Logits, history: Floats) -> tuple[Floats, Floats]:
-    """Return the features [rows, FEATURES] of one exit's logits [rows, classes], and the rows' new histories.
+    """Return the features [rows, FEATURES] of one exit's logits [rows, classes], and the new histories of the rows.
 
     The margin of rows whose logits are not finite is -inf.
     """
@@ -64,16 +64,16 @@ def features_of(logits: Sequence[Logits] | NDArray[Any]) -> Floats:
 
 
 class Predictor:
-    """A score that is linear in `FEATURES`, or the difference of two probabilities that are.
+    """A score that is linear in `FEATURES`, or the difference of two probabilities whose log-odds are.
 
     Args:
-        gain: [N, FEATURES + 1], the bias last: the log-odds that going on helps, this exit being wrong and a later one
-            right. Alone, the score is minus that: how likely stopping is as good as going on.
-        loss: [N, FEATURES + 1] or None: the log-odds that going on harms, this exit being right and the last one wrong.
-            With it, the score is P(harms) - P(helps): the accuracy that is expected to be lost by going on.
+        gain: [N, FEATURES + 1], the bias last: the log-odds that going on helps, because this exit is wrong and a later
+            one right. Without `loss` the score is its negative, the log-odds that going on does not help.
+        loss: [N, FEATURES + 1] or None: the log-odds that going on harms, because this exit is right and the last one
+            wrong. With it, the score is P(harms) - P(helps), the expected loss of accuracy by going on.
 
     Raises:
-        ValueError: the shapes do not fit, or a number is not finite.
+        ValueError: the shapes do not match, or a number is not finite.
     """
 
     history_width = HISTORY_WIDTH
@@ -112,13 +112,13 @@ class Predictor:
 
 
 def _linear(weights: Floats, features: NDArray[np.floating[Any]]) -> Floats:
-    # A matrix product may sum in another order for another number of rows; so that each row's sum has one order:
+    # Not a matrix product, whose order of summation may depend on the number of rows.
     total: Floats = (features * weights[:-1]).sum(axis=1) + weights[-1]
     return total
 
 
 def _probability(log_odds: Floats) -> Floats:
-    # tanh neither over- nor underflows, but near 0 it is too coarse to rank by: exp is not.
+    # Not by tanh, which neither over- nor underflows, either, but near 0 is too coarse for ranking.
     small = np.exp(-np.abs(log_odds))
     probability: Floats = np.where(log_odds < 0, small, 1.0) / (1.0 + small)
     return probability

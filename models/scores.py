@@ -1,8 +1,8 @@
-"""Exit scores as a server asks for them: exit by exit, with what a row remembers of the exits it has passed.
+"""Exit scores computed exit by exit, with a history per row of the exits passed.
 
-One contract for all, used the same by calibration, evaluation and the service. A `Score` is called with the exit, its
-logits and the rows' histories, and returns scores and new histories. A history is a fixed number of float64 a row, and
-nothing else is kept between exits: rows may be regrouped at will as long as each takes its own along. Numpy alone.
+Calibration, evaluation and the service use the same interface. A `Score` is called with the exit, its logits and the
+rows' histories, and returns scores and new histories. A history is a fixed number of float64 per row. Nothing else is
+kept between exits, so rows may be regrouped freely as long as each keeps its history. No torch here.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +17,15 @@ from models.shares import Floats
 
 
 class Score(Protocol):
-    """How sure an exit is that a row may leave, given what the exits before it said.
+    """An exit's confidence that a row may leave, given the results of earlier exits.
 
-    A row's score depends on that row alone, bit for bit, whatever batch it is in. It is never NaN, and -inf where
-    logits are not finite. One score may be used by several threads at once.
+    A row's score depends only on that row, bit for bit, whatever its batch. It is never NaN, and -inf if the logits are
+    not finite. Several threads may use one score concurrently.
     """
 
     @property
     def history_width(self) -> int:
-        """Numbers that a row carries from exit to exit; 0 where a score looks at one head alone."""
+        """Numbers that a row carries from exit to exit; 0 if the score uses one head only."""
         ...
 
     def start(self, n_rows: int) -> Floats:
@@ -38,17 +38,17 @@ class Score(Protocol):
         Args:
             exit_index: from 0; exits come in order.
             logits: [rows, classes] of that exit.
-            history: [rows, history_width] as the exit before returned it, or `start`; it is not changed.
+            history: [rows, history_width] as the previous exit or `start` returned it; it is not changed.
 
         Returns:
-            scores [rows], higher = surer, and the rows' new histories [rows, history_width].
+            scores [rows], higher is more confident, and the new histories [rows, history_width].
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class HeadScore:
-    """A score of one head's logits alone (`models.exits.SCORES`)."""
+    """A score of one head's logits only (`models.exits.SCORES`)."""
 
     function: Callable[[Logits], Floats]
     history_width: int = 0
@@ -60,7 +60,7 @@ class HeadScore:
         return self.function(logits), history
 
     def read(self, logits: Logits) -> tuple[NDArray[np.intp], Floats, Floats]:
-        """Return leading classes, their confidences and the scores, [rows] each: all that a server asks of a head."""
+        """Return the top classes, their confidences and the scores, [rows] each: all that a server needs."""
         if self.function is probability_margin:
             return read_softmax(logits)
         return logits.argmax(axis=1), confidence(logits), self.function(logits)
@@ -68,9 +68,9 @@ class HeadScore:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How many exits in a row have agreed with this one (PABEE, NeurIPS 2020); the logit margin breaks ties.
+    """The number of consecutive exits that agree with this one (PABEE, NeurIPS 2020); the logit margin breaks ties.
 
-    Counts alone give no more operating points than exits, so equal counts are ranked by the margin m, as m / (1 + m).
+    Counts alone allow no more operating points than exits, so equal counts are ranked by the margin m, as m / (1 + m).
     History: the last prediction and the count.
     """
 
@@ -90,7 +90,7 @@ class Vote:
     """The share of exits so far that agree with the most common answer; the logit margin breaks ties.
 
     Shares of n exits are multiples of 1/n, and the margin m moves a score by less than one of them: m / (1 + m) / n.
-    History: the predictions so far, -1 where there is none.
+    History: the predictions so far, -1 if there is none.
     """
 
     history_width: int  # the number of exits
@@ -113,7 +113,7 @@ def _predictions(logits: Logits) -> Floats:
 
 
 def _within_one(logits: Logits) -> Floats:
-    """Rank rows by their logit margin, in [0, 1); -inf where logits are not finite."""
+    """Map the logit margin to [0, 1), in the same order; -inf if the logits are not finite."""
     margin = logit_margin(logits)
     with np.errstate(invalid="ignore"):
         return np.where(np.isfinite(margin), margin / (1.0 + margin), -np.inf)

@@ -1,4 +1,4 @@
-"""Running a network for the shapes of its values alone."""
+"""Runs a network for the shapes of its values only."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +15,7 @@ _LAYERS = frozenset({F.batch_norm, F.interpolate, F.conv2d, torch.conv2d})
 
 @contextmanager
 def without_data(images: Tensor) -> Iterator[None]:
-    """Within it operations give shapes alone. On the meta device they do so anyway, three times as fast."""
+    """Let operations compute shapes only. On the meta device they do so anyway, three times as fast."""
     with ExitStack() as modes:
         if images.device.type != "meta":
             modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -24,9 +24,9 @@ def without_data(images: Tensor) -> Iterator[None]:
 
 
 class _SameShapes(TorchFunctionMode):
-    """What a layer gave for arguments of some shapes, another gives for the same.
+    """Caches the result of a layer by the shapes of its arguments.
 
-    PyTorch works shapes out in Python, milliseconds for each layer of hundreds.
+    PyTorch computes shapes in Python, which takes milliseconds for each of hundreds of layers.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _SameShapes(TorchFunctionMode):
         key = func, _described(args), _described(kwargs)
         if key not in self.known:
             self.known[key] = func(*args, **kwargs)
-        # A tensor of its own: what is changed in place is told by which tensor it is.
+        # A new tensor, because in-place changes are recognised by the tensor's identity.
         return torch.empty_like(self.known[key])
 
 

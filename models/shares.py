@@ -1,6 +1,6 @@
-"""Exit shares for a budget: in which shares images are to leave, so that they cost a given amount on average.
+"""Exit shares for a budget: the shares of images to leave at each exit, for a given mean cost.
 
-Numpy alone. Exits are counted from the first; shares are of all images and sum to 1.
+Shares are of all images, first exit first, and sum to 1. No torch here.
 """
 
 import math
@@ -17,7 +17,7 @@ def check_costs(costs_cumulative: Sequence[float]) -> list[float]:
     """Return cumulative costs [N] as floats.
 
     Raises:
-        ValueError: there is none, or they are not positive, finite and strictly increasing.
+        ValueError: there are none, or they are not positive, finite and strictly increasing.
     """
     costs = [float(cost) for cost in costs_cumulative]
     if not costs or costs[0] <= 0 or not math.isfinite(costs[-1]) or not all(a < b for a, b in pairwise(costs)):
@@ -26,7 +26,7 @@ def check_costs(costs_cumulative: Sequence[float]) -> list[float]:
 
 
 def truncated_geometric_shares(p: float, n_exits: int) -> Floats:
-    """Return shares [N] where every exit but the last takes the share `p` of those that reach it (BoostNet Eq. 9)."""
+    """Return shares [N] where at every exit but the last a share `p` of those that reach it leave (BoostNet Eq. 9)."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"the exit probability must be in [0, 1], not {p}")
     reaching = np.power(1.0 - p, np.arange(n_exits), dtype=np.float64)
@@ -36,7 +36,7 @@ def truncated_geometric_shares(p: float, n_exits: int) -> Floats:
 def ratio_shares(ratio: float, n_exits: int) -> Floats:
     """Return shares [N] proportional to ratio^n, the form behind published curves (MSDNet's code); 1 is uniform.
 
-    Ratio 0 sends everything to exit 1 and infinity to exit N.
+    Ratio 0 sends all images to exit 1, infinity to exit N.
     """
     if not ratio >= 0.0:
         raise ValueError(f"the ratio of exit shares must be 0 or more, not {ratio}")
@@ -48,9 +48,9 @@ def ratio_shares(ratio: float, n_exits: int) -> Floats:
 
 
 def _cost_and_slope(going_on: float, costs: list[float]) -> tuple[float, float]:
-    """Horner's scheme for the mean cost, sum over n of x^(n-1) c_n, and its derivative (BoostNet Eq. 9).
+    """Return the mean cost, the sum over n of x^(n-1) c_n, and its derivative, by Horner's scheme (BoostNet Eq. 9).
 
-    c_n is the cost of part n alone, x = 1 - p the share that goes on from each exit.
+    c_n is the cost of part n only, and x = 1 - p the share that goes on from each exit.
     """
     cost = slope = 0.0
     for part in reversed([costs[0], *(b - a for a, b in pairwise(costs))]):
@@ -60,12 +60,12 @@ def _cost_and_slope(going_on: float, costs: list[float]) -> tuple[float, float]:
 
 
 def solve_exit_probability(costs_cumulative: Sequence[float], budget: float) -> float:
-    """Return the p in [0, 1] whose expected cost is `budget` (BoostNet Eq. 9).
+    """Return the p in [0, 1] of expected cost `budget` (BoostNet Eq. 9).
 
-    Newton's method from 0.5, kept inside a shrinking bracket by bisection.
+    By Newton's method from 0.5, with bisection where it would leave a shrinking bracket.
 
     Raises:
-        ValueError: the budget lies outside [cost of exit 1, cost of exit N], where no p exists.
+        ValueError: the budget is outside [cost of exit 1, cost of exit N], where no p exists.
     """
     costs = check_costs(costs_cumulative)
     _check_budget(costs, budget)
@@ -92,7 +92,7 @@ def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
     """Return the ratio whose `ratio_shares` cost `budget` on average, by bisection over ratio / (1 + ratio).
 
     Raises:
-        ValueError: the budget lies outside [cost of exit 1, cost of exit N].
+        ValueError: the budget is outside [cost of exit 1, cost of exit N].
     """
     costs = check_costs(costs_cumulative)
     _check_budget(costs, budget)
@@ -107,6 +107,8 @@ def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
 
 
 def _check_budget(costs: Sequence[float], budget: float) -> None:
-    """Raise ValueError where a budget lies outside [cost of exit 1, cost of exit N]."""
+    """Raise ValueError if the budget is outside [cost of exit 1, cost of exit N]."""
     if not costs[0] <= budget <= costs[-1]:
-        raise ValueError(f"budget {budget:g} is outside what the exits cost: give {costs[0]:g} to {costs[-1]:g}")
+        raise ValueError(
+            f"budget {budget:g} is outside the range of the exits' costs: give {costs[0]:g} to {costs[-1]:g}"
+        )
