@@ -243,7 +243,7 @@ def _inplace_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]] 
 
 
 def _fix_sizes(node: fx.Node, rows: fx.Node, value: Any, other_value: Any) -> None:
-    """Write sizes into the graph, so that no exit waits for a map of which the shape alone is read."""
+    """Replace sizes by constants or `rows`, so that no stage needs a map only for its shape."""
     if node is rows or (size := _size(value, other_value, rows)) is None:
         return
     for user in list(node.users):

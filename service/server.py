@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 STOPS = [signal.SIGTERM, signal.SIGINT]
-if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # it is ignored under nohup
     STOPS.append(signal.SIGHUP)
-REMEDIES = {  # for errors that choosing another port does not solve
+REMEDIES = {  # by errno; for others: to choose another port
     errno.EADDRNOTAVAIL: "Give an address of this machine with --host (0.0.0.0: all of them).",
     errno.EACCES: "Ports below 1024 need privileges: choose another with --port.",
 }

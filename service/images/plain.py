@@ -14,13 +14,13 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from service.images.jpeg_scans import BEGINNING as JPEG
 from service.images.jpeg_scans import is_endless
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 RGB_OF_8_BITS = struct.pack(">5B", 8, 2, 0, 0, 0)  # bits, colour type, compression, filter, no interlacing
 CHUNK_FRAME_BYTES = 12  # length and kind before its data, a checksum after
 DONE = (-1, 0)  # result of Pillow's decoders: no more bytes needed, no error
-JPEG_BEGINNING = b"\xff\xd8\xff"
 # JPEGs of other colour spaces, or with metadata that may contain an orientation, are left to Pillow.
 PLAIN_COLOURS = frozenset({"YCbCr", "Gray"})
 SAYS_MORE = (b"Exif", b"http://ns.adobe.com/xap/")
@@ -72,7 +72,7 @@ class PlainJpeg:
 
     def decode(self, body: bytes) -> NDArray[np.uint8] | None:
         """As `PlainPng.decode`."""
-        if not body.startswith(JPEG_BEGINNING) or any(name in body for name in SAYS_MORE):
+        if not body.startswith(JPEG) or any(name in body for name in SAYS_MORE):
             return None
         try:
             height_px, width_px, colours, _ = simplejpeg.decode_jpeg_header(body)

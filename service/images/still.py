@@ -2,6 +2,8 @@
 
 from PIL import GifImagePlugin, Image, JpegImagePlugin
 
+from service.images.jpeg_scans import BEGINNING as JPEG
+
 
 class StillGif(GifImagePlugin.GifImageFile):
     """A GIF reader that ignores the disposal method, as files with a second frame are refused.
@@ -27,4 +29,4 @@ class StillJpeg(JpegImagePlugin.JpegImageFile):
 
 
 Image.register_open(StillGif.__name__, StillGif, lambda beginning: beginning.startswith((b"GIF87a", b"GIF89a")))
-Image.register_open(StillJpeg.__name__, StillJpeg, lambda beginning: beginning.startswith(b"\xff\xd8\xff"))
+Image.register_open(StillJpeg.__name__, StillJpeg, lambda beginning: beginning.startswith(JPEG))
