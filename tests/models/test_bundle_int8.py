@@ -53,7 +53,7 @@ def test_every_file_of_it_is_checked(path):
     ("change", "reason"),
     [
         (lambda int8: int8["stages"].pop(), "3 stages for 4 exits"),
-        (lambda int8: int8["exits"].pop(), "accuracy of every exit"),
+        (lambda int8: int8["exits"].pop(), "every exit's accuracy"),
         (lambda int8: int8["stages"][1]["inputs"][0].update(dtype="float32"), "no earlier stage gives in that form"),
         (lambda int8: int8["stages"][0].update(file="stages_int8/other.onnx"), "files must list"),
         (lambda int8: int8["stages"][0].update(file="../other.onnx"), "not a plain relative path"),
