@@ -180,6 +180,8 @@ def _classify_here(
                         ends.append(_failed(path, _unreadable(error)))
                     except ImageError as error:
                         ends.append(_failed(path, str(error)))
+                    except EngineError as error:  # the stages cannot be run any more
+                        ends.append(_failed(path, f"No answer: {error}."))
                 yield from (end() for end in ends)
         finally:
             engine.drain(1.0)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 
 from service import command
 from service.command_line import load_settings
+from service.engine.engine import Engine
+from service.runners.base import RowState, RunnerError, StageOutput
+from service.runners.onnx import OnnxRunner
 from tests.bundles import random_images
 from tests.service.apps import PNG, png
 from tests.service.process import REPOSITORY, environment
@@ -52,6 +56,32 @@ def test_the_command_prints_a_table_from_a_bundle(
     assert "notes.txt: The 10 bytes sent are not" in told.err
     assert "absent.png: The file cannot be read: No such file" in told.err
     assert f"{bad.parent}: This is a folder: give the images in it" in told.err
+
+
+def test_an_engine_that_refuses_is_no_crash(
+    folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three failures in a row the engine refuses all further images."""
+    start, prepare = Engine.start, OnnxRunner.prepare
+    started: list[Engine] = []
+
+    def start_well(engine: Engine) -> None:
+        start(engine)
+        started.append(engine)
+
+    def fail_later(runner: OnnxRunner, stage: int, rows: Sequence[RowState]) -> Callable[[], StageOutput]:
+        if started:
+            raise RunnerError("no memory")
+        return prepare(runner, stage, rows)
+
+    monkeypatch.setattr(Engine, "start", start_well)
+    monkeypatch.setattr(OnnxRunner, "prepare", fail_later)
+    monkeypatch.setattr(command, "AT_ONCE", 1)
+    files = [str(path) for path in pictures * 4]
+    assert command.main([*files, "--bundle", str(folder)]) == 1
+    told = capsys.readouterr().err
+    assert told.count(": No answer: ") == len(files)
+    assert "No answer: no stage can be run: every batch fails (no memory)." in told
 
 
 def test_the_command_asks_a_server_the_same(
