@@ -1,7 +1,7 @@
-"""A further output per earlier exit, trained with the network: does going on mend this exit's answer?
+"""Gates: one more output per earlier exit, trained with the network to predict whether a later exit will be right.
 
-Each gate is a linear layer on what its head's last layer reads. Gates are of training alone: they are taken off before
-a network is counted, staged or served; `python -m training signals` tells what their answers are worth as exit scores.
+Each gate is a linear layer on the input of its head's last layer. Gates exist in training only: they are removed before
+a network's cost is counted and before it is staged; `python -m training signals` evaluates them as exit scores.
 """
 
 from functools import partial
@@ -13,10 +13,10 @@ from torch.nn import functional
 
 
 class HeadInputs:
-    """Keeps what the last layer of every head read in the last forward pass, [rows, width] each.
+    """Keeps the input [rows, width] of every head's last layer in the latest forward pass.
 
     Args:
-        network: of `models.registry`: its `heads` each end in a layer called `classifier`.
+        network: of `models.registry`, where each of `heads` ends in a layer called `classifier`.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -31,7 +31,7 @@ class HeadInputs:
         self.kept[i] = inputs[0]
 
     def take(self) -> list[Tensor]:
-        """Return them in order of the exits, and hold on to none."""
+        """Return the inputs in order of the exits, and drop the references to them."""
         kept, self.kept = self.kept, {}
         return [kept[i] for i in range(len(self.classifiers))]
 
@@ -41,7 +41,7 @@ class HeadInputs:
 
 
 class Gates(nn.Module):
-    """The gates of a network with N exits: N - 1 of them, since at the last exit nobody goes on."""
+    """The N - 1 gates of a network with N exits: there is none at the last, which has no exit after it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class Gates(nn.Module):
         self.outputs = nn.ModuleList(nn.Linear(c.in_features, 1) for c in self.inputs.classifiers[:-1])
 
     def forward(self) -> Tensor:
-        """Log-odds [N - 1, rows] that going on mends the answer, for the rows of the network's last forward pass."""
+        """Log-odds [N - 1, rows] of `mended`, for the rows of the network's latest forward pass."""
         taken = self.inputs.take()
         return torch.stack([gate(x).squeeze(1) for gate, x in zip(self.outputs, taken, strict=False)])
 
     def loss(self, exit_logits: list[Tensor], labels: Tensor) -> Tensor:
-        """Cross-entropy of the gates, summed over the exits; `exit_logits` tell, without gradient, what is right."""
+        """Binary cross-entropy of the gates, summed over them; the targets follow from `exit_logits` and `labels`."""
         return (
             functional.binary_cross_entropy_with_logits(self().float(), mended(exit_logits, labels), reduction="none")
             .mean(1)
@@ -64,7 +64,7 @@ class Gates(nn.Module):
 
 @torch.no_grad()
 def mended(exit_logits: list[Tensor], labels: Tensor) -> Tensor:
-    """1 where an exit is wrong and a later one is right, else 0: float32 [N - 1, rows]."""
+    """1 where an exit is wrong and a later one is right, otherwise 0: float32 [N - 1, rows]."""
     right = torch.stack([x.argmax(1) == labels for x in exit_logits])
     later = torch.stack([right[i + 1 :].any(0) for i in range(len(right) - 1)])
     return (~right[:-1] & later).float()

@@ -1,7 +1,7 @@
 """The training loop: per batch one forward pass, one summed loss and one optimiser step.
 
 Every random draw comes from (seed, epoch or step, rank), never from the state of a generator, so a run stopped at any
-step and resumed gives the same numbers as one that was not.
+step and resumed gives the same numbers as an uninterrupted one.
 """
 
 import json
@@ -41,18 +41,19 @@ CHECKED_STEPS = 50  # between checks that the loss is finite; each check synchro
 
 
 class Trainer:
-    """A run in a folder: started anew or resumed from its checkpoint, trained until done or told to stop.
+    """A run in a folder: starts it or resumes it from its checkpoint, and trains until done or stopped.
 
     Args:
-        images: the set to train on; the recipe's share of its training part is held out.
-        seed: for the split, the initial weights, the order of images and the augmentation.
+        images: the image set; of its training images, the recipe's `held_out_images` are held out.
+        seed: of the split, the initial weights, the order of images and the augmentation.
         command: the command line, recorded in run.json.
-        start: a bundle whose weights to start from; by default they are random.
+        start: a bundle with the initial weights; by default they are random.
 
     Raises:
         RunError: the folder is damaged or holds a run with another recipe, seed, image set, number of processes or
             start; or the bundle's weights don't fit, or were trained on images to be held out.
-        DataError: the images don't fit the recipe, or the run that is resumed.
+        RecipeError: the recipe's network or objective can't be built, or doesn't take images of this size.
+        DataError: the images don't fit the recipe, or are not those of the run that is resumed.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Trainer:
                 description["from"] = identity_of(self.start)
                 description["before"] = training_of(self.start)
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.folder.forget_calibration()  # of a run here whose checkpoint somebody has removed
+            self.folder.forget_calibration()  # left over if a run's checkpoint was removed
             self.folder.head_inputs.unlink(missing_ok=True)
             self.folder.trim_log(0)
             split.save(self.folder.split)
@@ -148,7 +149,7 @@ class Trainer:
         for what, is_same in same.items():
             if not is_same:
                 raise RunError(f"{self.folder.path}: holds a run with another {what}; give the same, or another folder")
-        self.precision = made_by.get("precision", self.precision)  # the machine may be another one
+        self.precision = made_by.get("precision", self.precision)  # `auto` might resolve differently on this machine
         split = Split.load(self.folder.split, len(images.train_labels))
         state = self.folder.load_checkpoint()
         self.folder.restore_weights(self.network, state)
@@ -159,14 +160,14 @@ class Trainer:
         return split
 
     def train(self, time_limit_s: float | None = None) -> Literal["finished", "time limit", "signal"]:
-        """Train to the last epoch, until the time limit, or until SIGINT or SIGTERM, and say which.
+        """Train to the last epoch, until the time limit, or until SIGINT or SIGTERM; return which ended it.
 
-        A checkpoint is saved after every epoch and on stopping; training again in the same folder goes on from there.
+        A checkpoint is saved after every epoch and on stopping; a later run in the same folder resumes from it.
         """
         progress = self.progress
         if self.processes.is_first:
             self.folder.trim_log(progress.step // self.steps_per_epoch)
-        sums = torch.tensor(progress.epoch_sums or 0.0, device=self.processes.device)  # of the epoch under way
+        sums = torch.tensor(progress.epoch_sums or 0.0, device=self.processes.device)  # over the current epoch
         began, seconds_before = time.monotonic(), progress.seconds
         epoch_began, epoch_rows = began, 0
         with self._bar() as bar, StopRequest() as request:
@@ -219,7 +220,7 @@ class Trainer:
         return statistics, len(labels) * self.processes.count
 
     def _move_temperatures(self, step: int) -> None:
-        """Where a schedule moves them: to where they are at `step`, from the first values to the final ones."""
+        """If the recipe has final temperatures, set those of `step`, on the line from the first ones to the last."""
         share = step / max(1, self.total_steps - 1)
         moved = temperatures_at(self.recipe.objective, len(boosting_of(self.network).temperatures), share)
         if moved is not None:
@@ -232,7 +233,7 @@ class Trainer:
 
     @torch.inference_mode()
     def held_out_accuracy(self) -> list[float]:
-        """Top-1 accuracy at every exit on the held-out images, which the processes share out."""
+        """Top-1 accuracy at every exit on the held-out images, which are divided among the processes."""
         network = self.averaging.evaluated.eval()
         own = torch.arange(len(self.held_out))[self.processes.rank :: self.processes.count].to(self.processes.device)
         n_right = []
@@ -282,7 +283,7 @@ class Trainer:
             self.processes.average_buffers(self.averaging.evaluated)
 
     def _bar(self) -> "tqdm[Any]":
-        """On a terminal: images done, rate and time left. Elsewhere the line an epoch has to do."""
+        """Progress in images, with rate and time left; shown on a terminal only (elsewhere, one line per epoch)."""
         return tqdm(
             total=self.batches.rows_before(self.total_steps),
             initial=self.batches.rows_before(self.progress.step),

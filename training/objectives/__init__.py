@@ -1,10 +1,10 @@
-"""What is minimised. An objective prepares the network it trains and turns a batch into one loss.
+"""Training objectives: each prepares the network that it trains, and computes one loss per batch.
 
 boosted   sum of the cross-entropies of the ensembled logits F_n = t_n F_(n-1) + f_n (BoostNet)
 joint     the same sum with t = 0: plain multi-exit training, the baseline
-weighted  joint, every image's losses weighted by a network that learns beside it which exit it helps (L2W-DEN)
+weighted  joint, with each image's losses weighted by a second network that is trained alongside (L2W-DEN)
 
-Temperatures may move while training: learned with the network, or on a line to other ones (`temperatures_at`).
+Temperatures may change in training: learned with the network, or moved linearly to final ones (`temperatures_at`).
 """
 
 from torch import nn
@@ -40,9 +40,9 @@ __all__ = [
 
 
 def build_objective(objective: Objective, network: nn.Module | None = None) -> Loss:
-    """The loss of an objective; `network` is the `trainable` one: gates are part of it, `weighted` tries steps of it.
+    """Build an objective's loss for a `trainable` network, which holds the gates and on which `weighted` tries steps.
 
-    What `weighted` predicts weights with is drawn from torch's generator, as first weights are.
+    The weight predictor of `weighted` is initialised from torch's global generator, as networks are.
     """
     if objective.name == "weighted":
         assert network is not None

@@ -1,4 +1,4 @@
-"""The network that an objective trains: made from a recipe, given what is trained with it alone, freed of it again."""
+"""The network that an objective trains: building it, adding what only training needs, and removing that again."""
 
 import copy
 from typing import Any
@@ -11,11 +11,11 @@ from models.registry import build_network
 from training.gates import Gates
 from training.recipe import Objective, Recipe, RecipeError
 
-SIZES_PX = range(32, 513, 32)  # that are tried for a network that does not take the one it is given
+SIZES_PX = range(32, 513, 32)  # tried for the error message, when a network does not take the size it is given
 
 
 def network_arguments(recipe: Recipe, n_classes: int) -> dict[str, Any]:
-    """Arguments of the network that a recipe trains (see `models.registry`): its own, and those its objective sets."""
+    """Arguments for `models.registry.build_network`: the recipe's own, and those that its objective sets."""
     objective = recipe.objective
     return {
         **recipe.network.arguments,
@@ -39,11 +39,11 @@ def network_of(recipe: Recipe, n_classes: int) -> nn.Module:
 
 
 def trainable(network: nn.Module, objective: Objective) -> nn.Module:
-    """Give a network what is trained with it and not served: temperatures that are learned, gates.
+    """Add to a network what its objective trains but does not serve: learned temperatures, gates.
 
     Raises:
-        RecipeError: its temperatures can't be learned from where they start, or can't move to where they are to end;
-            or it has one exit, and gates are for those before the last.
+        RecipeError: the initial temperatures can't be learned, or the final ones don't fit the exits; or gates are
+            asked for, but the network has only one exit.
     """
     try:
         temperatures_at(objective, len(boosting_of(network).temperatures), 1.0)
@@ -63,7 +63,7 @@ def trainable(network: nn.Module, objective: Objective) -> nn.Module:
 
 
 def served(network: nn.Module) -> nn.Module:
-    """Take off again what is trained with a network and not served; its temperatures stay where they are."""
+    """Remove what `trainable` added; learned temperatures are fixed at their present values."""
     network.boosting = boosting_of(network).fixed()
     gates = getattr(network, "gates", None)
     if isinstance(gates, Gates):
@@ -73,14 +73,14 @@ def served(network: nn.Module) -> nn.Module:
 
 
 def boosting_of(network: nn.Module) -> Boosting:
-    """How a network of `models.registry` sums up its heads."""
+    """The module that sums the heads of a network of `models.registry`."""
     boosting = network.boosting
     assert isinstance(boosting, Boosting)
     return boosting
 
 
 def temperatures_at(objective: Objective, n_exits: int, share: float) -> tuple[float, ...] | None:
-    """The temperatures when this share of a run is done, 0 to 1; None where no schedule moves them."""
+    """The temperatures when this share (0 to 1) of a run is done; None if the objective has no final temperatures."""
     if objective.final_temperatures is None:
         return None
     ends = (temperatures_per_exit(t, n_exits) for t in (objective.temperatures, objective.final_temperatures))
@@ -88,10 +88,10 @@ def temperatures_at(objective: Objective, n_exits: int, share: float) -> tuple[f
 
 
 def check_image_size(network: nn.Module, image_size_px: int) -> None:
-    """Let a network on the processor see one empty image, which takes less than to work its shapes out.
+    """Check that a network on the CPU takes images of this size, by running it on a blank one.
 
     Raises:
-        RecipeError: it does not take images of that size.
+        RecipeError: it does not; the message lists sizes that it takes.
     """
     was_training = network.training
     network.eval()
@@ -109,9 +109,9 @@ def check_image_size(network: nn.Module, image_size_px: int) -> None:
 
 
 def freeze_unread(network: nn.Module, image_size_px: int) -> None:
-    """Let weights that no exit reads, as some small networks have, want no gradient: processes would wait for it."""
+    """Turn off gradients of weights that no exit reads, as some small networks have: DDP would wait for them."""
     copied = copy.deepcopy(network).cpu().train()
-    with torch.random.fork_rng(devices=[]):  # what it draws, training is to draw as well
+    with torch.random.fork_rng(devices=[]):  # this pass must not change what training draws
         torch.stack([x.sum() for x in copied(torch.zeros(2, 3, image_size_px, image_size_px))]).sum().backward()
     for (name, weight), other in zip(network.named_parameters(), copied.parameters(), strict=True):
         weight.requires_grad_(other.grad is not None or name.startswith("gates."))

@@ -1,9 +1,9 @@
 """Learning to weight samples for early exits (L2W-DEN, ECCV 2022): the objective `weighted`.
 
-Joint training shows every exit every image, but when served, easy images leave early, and deep exits see hard ones
-alone. Here a small network, the weight predictor, says from an image's losses how much each of them counts. It learns
-by trial, beside the network: a step on one batch with its weights should lower the loss on another batch of which each
-exit is asked only for the images that would leave there. It is of training alone, and not served.
+Joint training shows every image to every exit, but in service easy images leave early, and deep exits see only hard
+ones. Here a small network, the weight predictor, maps an image's losses to a weight for each of them. It is trained
+alongside, by meta-learning: a step on one batch with its weights should lower the loss on another batch, in which each
+exit answers only for the images that would leave there. It is not served.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ from training.recipe import Weighting
 from training.schedule import cosine
 
 HIDDEN = 500  # width of the predictor's one hidden layer, as published
-MEAN_OVER = {"mat": [0, 1], "col": [1], "row": [0]}  # of [rows, exits]: all of it, an image's exits, an exit's images
+MEAN_OVER = {"mat": [0, 1], "col": [1], "row": [0]}  # axes of [rows, exits]: both, an image's exits, an exit's images
 
 
 class WeightPredictor(nn.Module):
-    """Weights of a batch's losses: 1 + delta (o - mean o), with an output o from -1 to 1 for each of an image's losses.
+    """Predicts weights of a batch's losses: 1 + delta (o - mean o), with an output o in [-1, 1] for every loss.
 
-    So they are 1 on average (over what `mean` says) and less than 2 delta from it.
+    So their mean is 1 (over the axes that `weighting.mean` names), and each is less than 2 delta from it.
     """
 
     def __init__(self, n_exits: int, weighting: Weighting) -> None:
@@ -43,7 +43,7 @@ class WeightPredictor(nn.Module):
 
 
 def exit_shares(n_exits: int, ratio: float) -> list[float]:
-    """The share of images that is to leave at each exit: every exit has `ratio` times the one before it."""
+    """Shares of the images that are to leave at each exit: every share is `ratio` times the one before it."""
     powers = [ratio**n for n in range(1, n_exits + 1)]
     return [power / sum(powers) for power in powers]
 
@@ -52,8 +52,8 @@ def exit_shares(n_exits: int, ratio: float) -> list[float]:
 def leaving_at(logits: list[Tensor], ratio: float) -> Tensor:
     """The exit, from 0, at which each row of a batch would leave: int64 [rows].
 
-    Exit by exit, the surest of those still there leave (by largest softmax) until its share is full; the last takes the
-    rest.
+    Exit by exit, the most confident of the remaining rows (by largest softmax) leave until its share is full; the rest
+    leave at the last exit.
     """
     n_rows, n_exits = len(logits[0]), len(logits)
     exits = torch.full((n_rows,), n_exits - 1, device=logits[0].device)
@@ -65,18 +65,18 @@ def leaving_at(logits: list[Tensor], ratio: float) -> Tensor:
 
 
 def early_exit_loss(logits: list[Tensor], labels: Tensor, ratio: float, label_smoothing: float = 0.0) -> Tensor:
-    """The sum over the exits of the mean loss of the images that leave there; an exit where none does adds nothing."""
+    """The sum over exits of the mean loss of the images that leave there; an exit where none leaves adds nothing."""
     exits = leaving_at(logits, ratio)
     losses = losses_by_exit(logits, labels, label_smoothing)
-    n_leaving = (exits == torch.arange(len(logits), device=exits.device)[:, None]).sum(1)  # bincount makes a GPU wait
+    n_leaving = (exits == torch.arange(len(logits), device=exits.device)[:, None]).sum(1)  # bincount synchronises
     return (losses.gather(0, exits[None])[0] / n_leaving[exits]).sum()
 
 
 class WeightedLosses:
-    """The summed loss of `joint`, each image's losses at the exits times the weights that a predictor gives them.
+    """The summed loss of `joint`, with each image's loss at each exit weighted by a `WeightPredictor`.
 
     Args:
-        network: of which steps are tried; none of its weights or statistics is ever changed by that.
+        network: steps are tried on it, without changing its weights or statistics.
     """
 
     def __init__(self, network: nn.Module, n_exits: int, weighting: Weighting, label_smoothing: float = 0.0) -> None:
@@ -94,16 +94,17 @@ class WeightedLosses:
         return (weights * losses).mean(1).sum(), statistics_of(losses)
 
     def before(self, step: int, batch: Batch, batches: Batches, optimiser: torch.optim.SGD) -> None:
-        """Every `meta_interval` steps, let the predictor learn by this step: judge it by the batch that is its pair."""
+        """Every `meta_interval` steps, train the predictor: try the step on `batch`, and judge it by its partner."""
         if step % self.weighting.meta_interval == 0:
             self.try_step(batch, batches[batches.partner(step)], optimiser)
             self.learn(step / batches.total_steps, batches.processes)
 
     def try_step(self, batch: Batch, judge: Batch, optimiser: torch.optim.SGD) -> None:
-        """Work out the predictor's gradient, of the early-exit loss on `judge` after a step on `batch`.
+        """Set the predictor's gradient: that of the early-exit loss on `judge` after a step on `batch`.
 
-        All in float32, outside autocast: in bf16 the gradient was off by nearly its own size at the beginning of a run
-        and by 3 to 8 % after four epochs (docs/rivals.md), for an eighth of the time; forward mode has no autocast.
+        In float32, because forward mode does not support autocast, and because in bf16 the gradient was off by nearly
+        its own size at the beginning of a run and by 3 to 8 % after four epochs, to save an eighth of the time
+        (docs/rivals.md).
         """
         named = {name: p for name, p in self.network.named_parameters() if p.requires_grad}
         start = {name: p.detach().requires_grad_() for name, p in named.items()}
@@ -115,9 +116,9 @@ class WeightedLosses:
         logits = self._logits({name: moved[p] for name, p in named.items()}, judge[0])
         judged = early_exit_loss(logits, judge[1], self.weighting.ratio, self.label_smoothing)
 
-        # The gradient of the step is linear in the weights: d judged / d weight[n, i] is 1 / rows times the change of
-        # loss n of image i along d judged / d gradient. So one pass in forward mode gives what would else be a backward
-        # pass of a backward pass, at two thirds of its time and without its memory.
+        # The gradient of the step is linear in the weights: d judged / d weight[n, i] is 1 / rows times the derivative
+        # of loss n of image i along d judged / d gradient. So one forward-mode pass replaces a backward pass through a
+        # backward pass, at two thirds of its time and without its memory.
         along = dict(zip(named, torch.autograd.grad(judged, gradients), strict=True))
         with torch.no_grad():
             changes: Tensor = jvp(
@@ -129,7 +130,7 @@ class WeightedLosses:
         weights.backward(changes / changes.shape[1])
 
     def learn(self, share: float, processes: Processes) -> None:
-        """Take the step of the mean gradient of all processes, when this share of the run is done."""
+        """Take the predictor's step with the mean gradient of all processes; `share` of the run is done."""
         processes.average_gradients(self.predictor)
         for group in self.optimiser.param_groups:
             group["lr"] = cosine(self.weighting.learning_rate, share)
@@ -143,7 +144,7 @@ class WeightedLosses:
         self.optimiser.load_state_dict(state["predictor_optimiser"])
 
     def _logits(self, weights: dict[str, Tensor], images: Tensor) -> list[Tensor]:
-        """Of the network with these weights; the batch statistics that it gathers are thrown away."""
+        """The network's logits with these weights; updates of its batch statistics are discarded."""
         statistics = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
         logits: list[Tensor] = functional_call(self.network, (weights, statistics), (images,))
         return logits
