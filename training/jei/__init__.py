@@ -1,9 +1,9 @@
-"""JEI-DNN (ICLR 2024): the last layers of a frozen network's heads, and gates that say who leaves, trained in turns.
+"""JEI-DNN (ICLR 2024): alternately trains gates, which decide who exits, and the last layers of a frozen network.
 
-inputs       what every head's last layer reads of every image, seen once and kept
-gates        the exit model, what a gate is to say, and the fit that makes it say so
-heads        the loss and the steps of the last layers
-alternation  gates and heads in turns; which of them is kept
-run          a calibrated run in, a calibrated run out, which is evaluated and exported as any other
-report       what came of it, beside the run it started from
+inputs       the inputs of the heads' last layers for every image: computed once, then cached
+gates        the gates' targets and class weights, and fitting them
+heads        the last layers of the heads: their loss, optimiser and batches
+alternation  the alternation of the two, and which turn of it is kept
+run          makes a calibrated run with gates from an evaluated run; it is evaluated and exported as any other
+report       the gated run beside the run it was made from
 """

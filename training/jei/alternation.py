@@ -1,7 +1,7 @@
-"""Gates and heads in turns: gates are fitted to what heads show, heads trained where gates let images leave.
+"""Alternation: gates are fitted to the heads' outputs, then heads are trained on the images that the gates send them.
 
-A turn is a fit of all gates and then `TURN_STEPS` steps of the heads. After each fit the held-out images tell how often
-gated answers are right, and the best turn is kept.
+A turn fits all gates, then takes `TURN_STEPS` steps of the heads. After each fit the accuracy of gated answers is
+measured on held-out images, and the best turn is kept.
 """
 
 import copy
@@ -34,7 +34,7 @@ class Alternated:
 
 
 class _Turns:
-    """Fits gates to heads as they stand, judges both, and holds on to the best."""
+    """Fits gates to the current heads, measures both, and keeps a copy of the best."""
 
     def __init__(self, rows: HeadRows, heads: Heads, cost_shares: Sequence[float], settings: Settings) -> None:
         self.rows, self.heads, self.cost_shares, self.settings = rows, heads, cost_shares, settings
@@ -43,7 +43,7 @@ class _Turns:
         self.best: tuple[Heads, FoldedGates] | None = None
 
     def take(self, step: int, losses: Sequence[float]) -> Floats:
-        """Return the new gates [N, 5]."""
+        """Fit gates to the heads after `step` steps and return them [N, 5]; `losses` are those since the last turn."""
         s = self.settings
         heldout, correct = self.heads.show(self.rows.heldout)
         if s.gates_on == "heldout":
@@ -61,13 +61,13 @@ class _Turns:
 def alternate(
     rows: HeadRows, heads: Heads, cost_shares: Sequence[float], settings: Settings, steps: Steps | None = None
 ) -> Alternated:
-    """Train `heads` in place, and gates with them; returns the best of all turns.
+    """Train `heads` in place, alternating with gates; return the heads and gates of the best turn.
 
     Args:
-        cost_shares: of stopping at each exit, cumulative, of that of the last [N].
+        cost_shares: [N], cumulative cost of stopping at each exit, as a share of the last exit's.
 
     Raises:
-        RunError: the loss is no finite number any more.
+        RunError: the loss is no longer finite.
     """
     steps = steps or Steps()
     draws = torch.Generator().manual_seed(settings.seed)
@@ -102,9 +102,9 @@ def alternate(
 
 
 def warm_up(rows: HeadRows, heads: Heads, steps: Steps, draws: torch.Generator) -> None:
-    """Train fresh layers without gates, the earlier exits' losses counting more: N for exit 1, then one less each.
+    """Train fresh layers without gates; the loss of exit 1 has weight N, each later one's weight is one less.
 
-    A layer is frozen as it was best on held-out images once it has not become better for `WARMUP_PATIENCE` epochs.
+    A layer whose held-out loss has not improved for `WARMUP_PATIENCE` epochs is frozen at its best state.
     """
     n_exits = len(heads.layers)
     counts = torch.arange(n_exits, 0, -1.0)
@@ -137,7 +137,7 @@ def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def folded_scores(gates: FoldedGates, shown: Shown) -> Floats:
-    """Scores [M, N] of the held-out images, each by gates that it had no part in."""
+    """Scores [M, N] of the held-out images, each by gates that were not fitted to it."""
     scores = np.empty(shown.losses.shape)
     for rows, weights in gates.parts():
         scores[rows] = gate_scores(weights, shown.features[rows])

@@ -1,4 +1,4 @@
-"""What a gate is to say, and the fit that makes it say so."""
+"""The gates' targets and class weights, and fitting gates to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from models.gates import GATE_FEATURES
 from training.predicting import N_FOLDS, logistic_regression
 
 Floats = NDArray[np.float64]
-MOST_WEIGHT = 5.0  # of an image at which a gate is to open, against one at which it is not
+MOST_WEIGHT = 5.0  # of an image at which a gate should open; others have weight 1
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What N heads show of M images, for gates to be fitted on."""
+    """Outputs of N heads for M images, to which gates are fitted."""
 
     features: Floats  # [M, N, GATE_FEATURES]
     losses: Floats  # [M, N]: cross-entropy in nats
@@ -26,28 +26,28 @@ class Shown:
 
 
 def best_exits(losses: Floats, cost_shares: Sequence[float], trade_off: float) -> NDArray[np.intp]:
-    """The exit [M], from 0, at which cross-entropy plus `trade_off` times the cost is least.
+    """The exit [M], from 0, at which cross-entropy plus `trade_off` times the cost share is least.
 
     Args:
         losses: [M, N].
-        cost_shares: of stopping at each exit, cumulative, of that of the last; [N], the last is 1.
+        cost_shares: [N], cumulative cost of stopping at each exit, as a share of the last exit's; the last is 1.
     """
     best: NDArray[np.intp] = (losses + trade_off * np.asarray(cost_shares)).argmin(axis=1)
     return best
 
 
 def gate_targets(best: NDArray[np.intp], n_exits: int) -> NDArray[np.bool_]:
-    """Whether each gate [M, N - 1] is to open: at an image's best exit, and at all after it."""
+    """Whether each gate should open for each image [M, N - 1]: those of its best exit and of all later ones."""
     targets: NDArray[np.bool_] = np.arange(n_exits - 1) >= best[:, None]
     return targets
 
 
 def class_weights(best: NDArray[np.intp], n_exits: int) -> Floats:
-    """What an image at which a gate is to open counts [N - 1]: as many times as other exits are the best of more
-    images than this one, as published; at most `MOST_WEIGHT`.
+    """Weights [N - 1] of images at which a gate should open: as published, the number of images whose best exit is
+    another, over the number whose best exit is this one, but at most `MOST_WEIGHT`.
 
-    An exit that is the best of all has no others to be weighed against, and counts 1: as published it would be 0, so
-    that its gate learned nothing, stayed at one half, and let go on whom it is best to keep."""
+    Where an exit is the best for all images, the weight is 1: the published one is 0, with which the gate would learn
+    nothing, stay at one half, and send images on that should leave."""
     n_best = np.bincount(best, minlength=n_exits)[:-1]
     n_others = len(best) - n_best
     return np.where(n_others == 0, 1.0, np.minimum(MOST_WEIGHT, n_others / np.maximum(n_best, 1e-9)))
@@ -58,11 +58,11 @@ def fit_gates(
 ) -> Floats:
     """Fit all gates to images: weights [N, 5], the bias last, zeros at the last exit.
 
-    Each is a logistic regression on five numbers, so the published loss (binary cross-entropy, class weights) has one
-    minimum, and Newton steps go all the way to it where the published code takes 200 steps of SGD a turn.
+    Each is a logistic regression with five weights, so the published loss (binary cross-entropy, class weights) has one
+    minimum. Newton's method reaches it; the published code takes 200 steps of SGD a turn towards it.
 
     Args:
-        weights_from: images that the class weights are counted on; by default the same.
+        weights_from: images whose best exits determine the class weights; by default the same.
     """
     n_exits = shown.losses.shape[1]
     targets = gate_targets(best_exits(shown.losses, cost_shares, trade_off), n_exits)
@@ -76,19 +76,19 @@ def fit_gates(
 
 @dataclass(frozen=True)
 class FoldedGates:
-    """Gates fitted on all held-out images, and on all but each fold of them."""
+    """Gates fitted to all held-out images and, for each fold, to all but the images in it."""
 
     weights: Floats  # [N, 5]
     by_fold: Floats  # [folds, N, 5]
-    fold: NDArray[np.intp]  # [M]: the fold that an image is in
+    fold: NDArray[np.intp]  # [M]: each image's fold
 
     def parts(self) -> list[tuple[NDArray[np.bool_], Floats]]:
-        """Images [M] and the gates that had no part of them, fold by fold."""
+        """For each fold, a mask [M] of its images and the gates that were not fitted to them."""
         return [(self.fold == k, weights) for k, weights in enumerate(self.by_fold)]
 
 
 def fit_on_heldout(heldout: Shown, cost_shares: Sequence[float], trade_off: float, seed: int) -> FoldedGates:
-    """Fit gates to the held-out images, so that each of these can be judged by gates that it had no part in."""
+    """Fit gates to the held-out images by cross-fitting: each image has gates that were not fitted to it."""
     n_folds = min(N_FOLDS, len(heldout.losses))
     fold = np.random.default_rng(seed).permutation(len(heldout.losses)) % n_folds
     by_fold = [fit_gates(heldout.of(fold != k), cost_shares, trade_off) for k in range(n_folds)]
@@ -96,6 +96,6 @@ def fit_on_heldout(heldout: Shown, cost_shares: Sequence[float], trade_off: floa
 
 
 def fit_on_training(train: Shown, heldout: Shown, cost_shares: Sequence[float], trade_off: float) -> FoldedGates:
-    """Fit gates to the training images, as published: no held-out image has a part in them but for class weights."""
+    """Fit gates to the training images, as published; held-out images determine only the class weights."""
     weights = fit_gates(train, cost_shares, trade_off, heldout)
     return FoldedGates(weights, weights[None], np.zeros(len(heldout.losses), dtype=np.intp))

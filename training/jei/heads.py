@@ -1,4 +1,4 @@
-"""The last layers of all heads by themselves, as they are trained on what the frozen network gives them."""
+"""The last layers of all heads, trained on stored inputs from the frozen rest of the network."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -15,15 +15,15 @@ from models.gates import exit_probabilities, see_softmax
 from training.jei.gates import Shown
 from training.jei.inputs import Rows
 
-EPSILON = 1e-6  # nats; under a weighted loss that vanishes, and with it the weights
+EPSILON = 1e-6  # nats; avoids a division by 0 where the weighted loss vanishes
 SHOWN_ROWS = 5000
 
 
 class Heads(nn.Module):
-    """Last layers, and the ensemble that sums them up: an exit's logits are F_n = t_n F_(n-1) + s_n f_n, as served.
+    """Last layers, and the ensemble that sums their outputs: exit n has logits F_n = t_n F_(n-1) + s_n f_n, as served.
 
-    The loss of exit n is of F_n, and its gradient is stopped at F_(n-1), as when the network was trained: each layer
-    learns what those before it leave to learn, and none is moved by the loss of a later exit.
+    The loss of exit n is that of F_n, with the gradient stopped at F_(n-1), as when the network was trained: each layer
+    learns what the layers before it got wrong, and the loss of an exit does not change earlier layers.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], boosting: Boosting) -> None:
@@ -33,7 +33,7 @@ class Heads(nn.Module):
         self.train().requires_grad_()
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Map what each head's last layer reads, N of [rows, width], to logits [N, rows, classes]."""
+        """Map the inputs of the last layers, N of [rows, width], to logits [N, rows, classes]."""
         return torch.stack(self.boosting([layer(x) for layer, x in zip(self.layers, inputs, strict=True)]))
 
     def start_afresh(self, seed: int) -> None:
@@ -45,7 +45,7 @@ class Heads(nn.Module):
 
     @torch.no_grad()
     def show(self, rows: Rows) -> tuple[Shown, NDArray[np.bool_]]:
-        """What the heads show of images, and whether each exit's answer is right [M, N]."""
+        """Return the gates' features and losses for M images, and whether each exit's answer is right [M, N]."""
         features, losses, correct = [], [], []
         for part in torch.arange(len(rows)).split(SHOWN_ROWS):
             logits, labels = self([x[part] for x in rows.inputs]), rows.labels[part]
@@ -61,16 +61,16 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gated_loss(losses: Tensor, probabilities: Tensor, detached: bool = True) -> Tensor:
-    """The loss of one batch: each exit's, as often as gates let an image leave there.
+    """The loss of one batch: every image's losses at the exits, weighted by its probability of leaving there.
 
-    Every image keeps its total: sum_l P_l CE_l is scaled by sum_l CE_l / sum_l P_l CE_l, a number through which no
-    gradient may flow. In the published code it does: then the two cancel out, every image's loss is sum_l CE_l whatever
-    the gates say, and so is its gradient.
+    An image's total is kept: sum_l P_l CE_l is scaled by sum_l CE_l / sum_l P_l CE_l, through which no gradient may
+    flow. In the published code it does flow: then the two cancel, and both loss and gradient of every image are those
+    of sum_l CE_l, whatever the gates say.
 
     Args:
         losses: cross-entropies [N, rows].
-        probabilities: that an image leaves at an exit [N, rows], without gradient.
-        detached: False is the published form, to compare with.
+        probabilities: P_l, that an image leaves at an exit [N, rows]; without gradient.
+        detached: False is the published form, for comparison.
     """
     weighted = (probabilities * losses).sum(0)
     scale = losses.sum(0) / (weighted + EPSILON)
@@ -78,7 +78,7 @@ def gated_loss(losses: Tensor, probabilities: Tensor, detached: bool = True) -> 
 
 
 def leaving(gates: NDArray[np.float64], logits: Tensor) -> Tensor:
-    """How likely images leave at each exit [N, rows] by gates [N, 5], from logits [N, rows, classes]; no gradient."""
+    """Probabilities [N, rows] of leaving at each exit, by gates [N, 5] from logits [N, rows, classes]; no gradient."""
     n_exits, n_rows, n_classes = logits.shape
     features = see_softmax(logits.detach().numpy().reshape(-1, n_classes)).reshape(n_exits, n_rows, -1).swapaxes(0, 1)
     return torch.from_numpy(exit_probabilities(gates, features)).T.to(logits.dtype)
@@ -86,7 +86,7 @@ def leaving(gates: NDArray[np.float64], logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Steps:
-    """How the last layers are trained; the defaults are those published."""
+    """Batch size and SGD settings for the last layers; the defaults are the published ones."""
 
     batch_rows: int = 64
     learning_rate: float = 0.01
@@ -100,12 +100,12 @@ class Steps:
         )
 
     def rate(self, epoch: int, epochs: int) -> float:
-        """A cosine from the first epoch to the last, counted from 0."""
+        """Learning rate of an epoch (from 0): half a cosine from `learning_rate` to `last_rate` in the last epoch."""
         share = epoch / max(1, epochs - 1)
         return float(self.last_rate + 0.5 * (self.learning_rate - self.last_rate) * (1 + np.cos(np.pi * share)))
 
 
 def batches(rows: Rows, batch_rows: int, generator: torch.Generator) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """One epoch in a new order: inputs, N of [batch, width], and labels [batch]."""
+    """Yield the batches of one epoch in a new random order: inputs, N of [batch, width], and labels [batch]."""
     for part in torch.randperm(len(rows), generator=generator).split(batch_rows):
         yield [x[part] for x in rows.inputs], rows.labels[part]

@@ -1,6 +1,6 @@
-"""What the last layer of every head reads, of all images: the frozen part of the network runs over each of them once.
+"""The inputs of every head's last layer, for all images: the frozen part of the network runs once, before training.
 
-Kept beside the run, so that another trade-off starts in seconds.
+They are cached in the run's folder, so that trying another trade-off starts in seconds.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from training.image_set import ImageSet
 
 @dataclass(frozen=True)
 class Rows:
-    """M images as the last layers of N heads see them."""
+    """The inputs of the last layers of N heads for M images, and the labels."""
 
     inputs: list[Tensor]  # float32 [M, width] of each exit; widths may differ
     labels: Tensor  # int64 [M]
@@ -32,7 +32,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeadRows:
-    train: Rows  # every image as often as there were passes
+    train: Rows  # every image once per pass
     heldout: Rows
     test: Rows
 
@@ -40,10 +40,10 @@ class HeadRows:
 def head_rows(
     folder: RunFolder, record: CalibrationRecord, images: ImageSet, device: torch.device, passes: int, seed: int
 ) -> HeadRows:
-    """Run a network over its training, held-out and test images, in evaluation mode; on the CPU afterwards.
+    """Run a network in evaluation mode over its training, held-out and test images; the result is on the CPU.
 
     Args:
-        passes: over the training images, each augmented anew as in training; 0: one pass over the images as they are.
+        passes: over the training images, each with a new augmentation as in training; 0: one pass without any.
         seed: of the augmentation.
 
     Raises:
@@ -51,7 +51,7 @@ def head_rows(
     """
     split = checked_split(folder, folder.read_description()["data"], images)
     key: dict[str, Any] = {"step": record.step, "half_weights": record.half_weights, "passes": passes, "seed": seed}
-    key["test_sha256"] = images.test_sha256  # the split tells other training images; test images may come and go
+    key["test_sha256"] = images.test_sha256  # other training images fail `checked_split`; test images may change
     cache = folder.head_inputs
     if (kept := _read(cache, key)) is not None:
         return kept
@@ -90,11 +90,11 @@ def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tens
 
 
 def _read(cache: Path, key: dict[str, Any]) -> HeadRows | None:
-    """What was kept, if it is of the same network, the same passes and the same test images."""
+    """Read the cache; None if it is missing, damaged, or was made with another key."""
     try:
         state = torch.load(cache, weights_only=True)
         if state.pop("key") != key:
             return None
         return HeadRows(**{name: Rows(**rows) for name, rows in state.items()})
-    except Exception:  # torch raises half a dozen kinds for a damaged file: it is made again
+    except Exception:  # torch raises half a dozen kinds for a damaged file
         return None

@@ -1,4 +1,4 @@
-"""`gates.json` of a gated run: its gates, how they were made, and what the published decision came to."""
+"""`gates.json` of a gated run: its gates and how they were made; and the published decision of when to leave."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from training.ensemble import Ensemble
 from training.jei.gates import FoldedGates
 
 GATES = "gates.json"
-SCORE = "jei_gates"  # what the exit score is called
-# As published the heads have half of the batches of 15 epochs, and gates the others.
+SCORE = "jei_gates"  # name of the exit score
+# As published, the heads are trained on half of the batches of 15 epochs, and the gates on the other half.
 EPOCHS = 8
 HeadsStart = Literal["kept", "trained", "fresh"]
 GatesOn = Literal["heldout", "training"]
@@ -25,10 +25,10 @@ GatesOn = Literal["heldout", "training"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for."""
+    """Settings of `python -m training gate`."""
 
     trade_off: float  # nats of cross-entropy that the full network's cost is worth
-    heads: HeadsStart = "trained"  # kept: gates alone; else where the last layers start
+    heads: HeadsStart = "trained"  # kept: only gates are trained; otherwise the last layers' initial weights
     gates_on: GatesOn = "heldout"
     epochs: int = EPOCHS
     detached: bool = True  # see `gated_loss`
@@ -37,27 +37,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Turn:
-    """After a fit of the gates: gated answers of held-out images, at the published decision."""
+    """Results of a turn: held-out images leave by its gates, at the published decision."""
 
-    step: int
+    step: int  # of the heads, when the gates were fitted
     accuracy: float  # share
-    cost_share: float  # mean cost of the full network's
-    loss: float | None  # mean over the steps of the turn before; None before the first
+    cost_share: float  # mean cost, as a share of the full network's
+    loss: float | None  # mean over the steps since the previous turn; None for the first
 
 
 class GateRecord(BaseModel):
-    """What `calibrate`, `evaluate` and `export` need to know of gates."""
+    """The gates of a run, for `calibrate`, `evaluate` and `export`."""
 
     model_config = ConfigDict(extra="forbid")
 
     settings: Settings
-    source: str  # the run that it was made from, by its folder's name
-    gates: list[list[float]]  # [N, 5]: a row an exit, the bias last
+    source: str  # name of the folder of the run that it was made from
+    gates: list[list[float]]  # [N, 5]: a row per exit, the bias last
     gates_by_fold: list[list[list[float]]]  # [folds, N, 5]
     fold: list[int]  # of every held-out image
-    ensemble: Ensemble | None  # that the gates were fitted to; None: as trained
+    ensemble: Ensemble | None  # with which the gates were fitted; None: as trained
     turns: tuple[Turn, ...]
-    kept: int
+    kept: int  # index of the turn whose gates these are
 
     @classmethod
     def load(cls, folder: RunFolder) -> Self | None:
@@ -83,7 +83,7 @@ class GateRecord(BaseModel):
         return GateScore(np.array(self.gates))
 
     def heldout_scores(self, logits: list[NDArray[Any]]) -> NDArray[np.float32]:
-        """Scores [M, N] of the held-out images' logits, each by gates that it had no part in."""
+        """Scores [M, N] of the held-out images' logits, each by gates that were not fitted to it."""
         folded = FoldedGates(np.array(self.gates), np.array(self.gates_by_fold), np.array(self.fold))
         features = np.stack([see_softmax(x) for x in logits], axis=1)
         scores = np.empty(features.shape[:2], dtype=np.float32)
@@ -92,7 +92,7 @@ class GateRecord(BaseModel):
         return scores
 
     def told(self, heldout: Outcome, test: Outcome) -> dict[str, Any]:
-        """What a bundle tells of how its gates were made, and what the published decision comes to."""
+        """For a bundle's training record: how its gates were made, and the results of the published decision."""
         s = self.settings
         decided = {
             name: {"executed_mflops": done.mean_cost, "accuracy": done.accuracy, "shares": list(done.shares)}
@@ -102,15 +102,15 @@ class GateRecord(BaseModel):
         return {**made, "steps": self.turns[self.kept].step, "seed": s.seed, "published_decision": decided}
 
     def manifest_fields(self) -> dict[str, Any]:
-        """The gates as a bundle's manifest has them."""
+        """The gates in the form of a bundle's manifest."""
         return {"features": list(GATE_FEATURES), "gain": self.gates, "loss": None}
 
 
 def published_thresholds(n_exits: int) -> NDArray[np.float64]:
-    """Those [N] of a gate's score at which an image leaves as published: at the first exit with pi_l of one half."""
+    """Thresholds [N] of the published decision: leave at the first exit where pi_l reaches one half."""
     return np.array([PUBLISHED_THRESHOLD] * (n_exits - 1) + [-np.inf])
 
 
 def published_decision(scores: NDArray[Any], correct: NDArray[np.bool_], costs: Sequence[float]) -> Outcome:
-    """What images with scores [M, N] do at those thresholds."""
+    """Accuracy, cost and exits of images with scores [M, N] under the published decision."""
     return outcome(scores, correct, costs, published_thresholds(len(costs)))

@@ -1,4 +1,4 @@
-"""What gates are worth beside the run they were made from: at the published decision, and at any budget."""
+"""Compares a gated run with the run it was made from: at the published decision, and over all budgets."""
 
 import csv
 from collections.abc import Sequence
@@ -29,14 +29,14 @@ from training.signals import apply, crossfit_columns
 
 @dataclass(frozen=True)
 class Beside:
-    """One way for images to leave, and how far ahead it is of both policies on the network as it was; in shares."""
+    """One exit policy of the gated run, and its lead over two policies on the source run; accuracies are shares."""
 
     name: str
-    heldout_mflops: float | None  # executed; None: any
+    heldout_mflops: float | None  # executed; None: the mean over budgets is compared
     heldout_accuracy: float | None
     test_mflops: float | None
     test_accuracy: float | None
-    over_chosen: Estimate  # over the policy that the source run's evaluation chose
+    over_chosen: Estimate  # lead over the policy that the source run's evaluation chose
     over_paper: Estimate
 
 
@@ -45,16 +45,16 @@ class Report:
     chosen: Policy  # of the source run
     rows: tuple[Beside, ...]
     curves: dict[str, NDArray[np.float64]]  # by name: mean cost and accuracy on test images [2, points]
-    published: tuple[float, float]  # the same of the published decision
-    shares: tuple[float, ...]  # of the test images, by exit, with that decision
-    calibration_error: float  # of the confidence at the exit taken, over all test images at once
+    published: tuple[float, float]  # mean cost and accuracy of the published decision
+    shares: tuple[float, ...]  # of the test images that leave at each exit, by the published decision
+    calibration_error: float  # of the confidence at the exit taken by that decision, over all test images
 
 
 def report_of(source: RunFolder, target: RunFolder, gates: GateRecord, shown: tuple[Shown, Shown]) -> Report:
     """Compare a gated run with the run it was made from, on the same test images.
 
     Args:
-        shown: what its heads show of held-out and of test images.
+        shown: its heads' outputs for held-out and for test images.
 
     Raises:
         RunError: the source run is not evaluated.
@@ -99,7 +99,7 @@ def report_of(source: RunFolder, target: RunFolder, gates: GateRecord, shown: tu
 
 
 def _mean_lead(done: Behaviour, over: Behaviour, costs: tuple[float, ...]) -> Estimate:
-    this, that = Policy("this", ""), Policy("that", "")  # the two networks' policies may be called the same
+    this, that = Policy("this", ""), Policy("that", "")  # the two networks' policies may have the same name
     return mean_leads({this: done, that: over}, that, costs)[this]
 
 
@@ -120,7 +120,7 @@ def _led(
     costs: tuple[float, ...],
     budgets: list[float],
 ) -> Behaviour:
-    """What test images do by scores [M, N], with thresholds that those of the held-out images set."""
+    """Behaviour of test images with scores [M, N], under thresholds fitted to the held-out images' scores."""
     frontier = build_frontier(of_heldout, heldout.correct, costs, family)
     thresholds = np.array([frontier.at(frontier.position_at_cost(budget)).thresholds for budget in budgets])
     return behaviour(of_test, test.correct, costs, thresholds)
@@ -129,8 +129,8 @@ def _led(
 def _why(
     gates: GateRecord, shown: tuple[Shown, Shown], correct: NDArray[np.bool_]
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Scores of held-out and test images that tell what of the gates' score is worth what: each gate without those
-    before it, and the same four numbers fitted to another end."""
+    """Ablations of the gates' score, for held-out and test images: each gate without those before it, and the gates'
+    features fitted to another target."""
     heldout, test = (part.features for part in shown)
     alone = np.empty(heldout.shape[:2])
     for k, weights in enumerate(gates.gates_by_fold):
@@ -178,7 +178,7 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """gates.csv: a line a way to leave; leads are shares, with their standard error and 95 % interval."""
+    """Write gates.csv, a row per policy; leads are shares, with their standard error and 95 % interval."""
     with path.open("w", newline="") as file:
         rows = []
         for row in report.rows:
@@ -192,7 +192,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def plot_report(report: Report, gates: GateRecord, path: Path) -> None:
-    """How the turns went, and where it ends: accuracy over cost beside the network as it was."""
+    """Plot the course of the turns, and accuracy over cost beside the source run."""
     s, title = gates.settings, f"JEI-DNN gates, trade-off {gates.settings.trade_off:g}, heads {gates.settings.heads}"
     has_turns = s.heads != "kept"
     with figure_axes(path, title, n_columns=2 if has_turns else 1) as axes:

@@ -1,4 +1,4 @@
-"""A calibrated run in, a run with gates out: calibrated too, to be evaluated and exported as any other."""
+"""Makes a calibrated run with gates from an evaluated run; it is then evaluated and exported as any other."""
 
 import shutil
 from typing import Any
@@ -27,22 +27,22 @@ def gate_run(
     passes: int,
     device: torch.device,
 ) -> tuple[GateRecord, tuple[Shown, Shown]]:
-    """Train gates, and with them the last layers of the heads, on a run; write the run that has both.
+    """Train gates, and with them the heads' last layers, on the run `source`; write the result to `target`.
 
     Args:
         passes: over the training images, see `head_rows`.
 
     Returns:
-        the gates, and what the heads show of held-out and of test images.
+        the gates, and the heads' outputs for held-out and for test images.
 
     Raises:
-        RunError, DataError: the run is not evaluated, has one exit or gates already, or is of other images; the
-            target holds a run.
+        RunError, DataError: the source is not evaluated, has only one exit, has gates already, or was trained on other
+            images; or the target holds a run.
     """
     record = CalibrationRecord.load(source)
-    if GateRecord.load(source) is not None:  # which evaluating it would not mend
+    if GateRecord.load(source) is not None:  # before the next check, whose advice to evaluate it would not help
         raise RunError(f"{source.path}: already has gates; give the run it was made from, which has none")
-    Evaluation.load(source, record)  # which policy gates are compared with, asked for before anything is trained
+    Evaluation.load(source, record)  # the report needs it: fail before training, not after
     if target.description.exists():
         raise RunError(f"{target.path}: holds a run already; give another folder")
     costs = cost_of(source, record).executed
@@ -70,7 +70,7 @@ def gate_run(
 
 
 def _write(source: RunFolder, target: RunFolder, heads: Heads, gates: GateRecord) -> None:
-    """The run as if it had been trained so: its description comes last, and with it the run is there."""
+    """Write the files of a trained run. run.json is written last: without it, the folder does not count as a run."""
     target.path.mkdir(parents=True, exist_ok=True)
     state: dict[str, Any] = source.load_checkpoint()
     for i, layer in enumerate(heads.layers):
@@ -85,12 +85,12 @@ def _write(source: RunFolder, target: RunFolder, heads: Heads, gates: GateRecord
 def _calibrate(
     target: RunFolder, record: CalibrationRecord, rows: HeadRows, heads: nn.Module, gates: GateRecord
 ) -> None:
-    """What `training.calibration.calibrate` would find, from what the heads read: the network need not run again."""
+    """Do as `training.calibration.calibrate` does, but from the heads' stored inputs, without running the network."""
     with torch.no_grad():
         heldout, test = (list(heads(part.inputs)) for part in (rows.heldout, rows.test))
     outputs = outputs_of(heldout, rows.heldout.labels)
     outputs.scored(SCORE, gates.heldout_scores([x.numpy() for x in heldout])).save(target.heldout)
     scores = score_exits(gates.score(), [x.numpy() for x in test])
     outputs_of(test, rows.test.labels).scored(SCORE, scores).save(target.test)
-    told = record.model_copy(update={"scores": [*outputs.scores, SCORE]})
-    target.calibration.write_text(told.model_dump_json(indent=2) + "\n")
+    record = record.model_copy(update={"scores": [*outputs.scores, SCORE]})
+    target.calibration.write_text(record.model_dump_json(indent=2) + "\n")
