@@ -10,7 +10,7 @@ from models.boosting import Boosting
 from models.exits import take_exits
 from models.gates import GATE_FEATURES
 from training.jei import alternation
-from training.jei.alternation import alternate, folded_scores
+from training.jei.alternation import alternate
 from training.jei.gates import (
     Shown,
     best_exits,
@@ -73,7 +73,7 @@ def test_an_open_gate_counts_as_many_times_as_the_exit_is_rarely_the_best() -> N
 def test_where_an_exit_is_the_best_of_all_images_they_leave_there() -> None:
     seen = shown(200)
     gates = fit_on_heldout(seen, COSTS, 1000.0, seed=0)  # whoever goes on pays more than any loss
-    kept = folded_scores(gates, seen).astype(np.float32)  # as a run keeps them
+    kept = gates.scores(seen.features).astype(np.float32)  # as a run keeps them
     done = published_decision(kept, np.ones((200, N_EXITS), np.bool_), COSTS)
     assert done.shares[0] == 1.0
 
@@ -106,12 +106,12 @@ def test_class_weights_may_be_of_other_images() -> None:
 def test_held_out_images_are_judged_by_gates_they_had_no_part_in() -> None:
     seen = shown(500)
     gates = fit_on_heldout(seen, COSTS, 0.3, seed=0)
-    judged = folded_scores(gates, seen)
+    judged = gates.scores(seen.features)
     changed = Shown(seen.features, seen.losses.copy())
     changed.losses[gates.fold == 2] = np.random.default_rng(9).random((int((gates.fold == 2).sum()), N_EXITS)) * 3
     other = fit_on_heldout(changed, COSTS, 0.3, seed=0)
     assert np.array_equal(other.by_fold[2], gates.by_fold[2])
-    assert np.array_equal(folded_scores(other, changed)[gates.fold == 2], judged[gates.fold == 2])
+    assert np.array_equal(other.scores(changed.features)[gates.fold == 2], judged[gates.fold == 2])
     assert not np.array_equal(other.weights, gates.weights)
     assert np.bincount(gates.fold).tolist() == [100] * 5
 
@@ -170,7 +170,7 @@ def test_the_best_turn_is_kept_whatever_came_after(monkeypatch: pytest.MonkeyPat
     assert made.turns[made.kept].accuracy == max(turn.accuracy for turn in made.turns)
     assert made.kept > 0  # these heads had all to learn
     now, correct = made.heads.show(seen.heldout)
-    exits = take_exits(folded_scores(made.gates, now), published_thresholds(N_EXITS))
+    exits = take_exits(made.gates.scores(now.features), published_thresholds(N_EXITS))
     assert correct[np.arange(300), exits].mean() == pytest.approx(made.turns[made.kept].accuracy)
     again = alternate(seen, heads(), COSTS, settings)
     assert (again.turns, again.kept) == (made.turns, made.kept)

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.gates import gate_scores
 from training.checkpoint import RunError
-from training.jei.gates import Floats, FoldedGates, Shown, fit_on_heldout, fit_on_training
+from training.jei.gates import Floats, FoldedGates, fit_on_heldout, fit_on_training
 from training.jei.heads import Heads, Steps, batches, cross_entropies, gated_loss, leaving
 from training.jei.inputs import HeadRows
 from training.jei.record import Settings, Turn, published_decision
@@ -51,7 +50,7 @@ class _Turns:
         else:
             train, _ = self.heads.show(self.rows.train)
             gates = fit_on_training(train, heldout, self.cost_shares, s.trade_off)
-        done = published_decision(folded_scores(gates, heldout), correct, self.cost_shares)
+        done = published_decision(gates.scores(heldout.features), correct, self.cost_shares)
         self.turns.append(Turn(step, done.accuracy, done.mean_cost, float(np.mean(losses)) if losses else None))
         if self.best is None or done.accuracy > self.turns[self.kept].accuracy:
             self.kept, self.best = len(self.turns) - 1, (copy.deepcopy(self.heads), gates)
@@ -134,11 +133,3 @@ def _step(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
-
-
-def folded_scores(gates: FoldedGates, shown: Shown) -> Floats:
-    """Scores [M, N] of the held-out images, each by gates that were not fitted to it."""
-    scores = np.empty(shown.losses.shape)
-    for rows, weights in gates.parts():
-        scores[rows] = gate_scores(weights, shown.features[rows])
-    return scores

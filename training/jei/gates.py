@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.gates import GATE_FEATURES
+from models.gates import GATE_FEATURES, gate_scores
 from training.predicting import N_FOLDS, logistic_regression
 
 Floats = NDArray[np.float64]
@@ -82,9 +82,12 @@ class FoldedGates:
     by_fold: Floats  # [folds, N, 5]
     fold: NDArray[np.intp]  # [M]: each image's fold
 
-    def parts(self) -> list[tuple[NDArray[np.bool_], Floats]]:
-        """For each fold, a mask [M] of its images and the gates that were not fitted to them."""
-        return [(self.fold == k, weights) for k, weights in enumerate(self.by_fold)]
+    def scores(self, features: Floats) -> Floats:
+        """Scores [M, N] of the held-out images' features [M, N, 4], each by gates that were not fitted to it."""
+        scores = np.empty(features.shape[:2])
+        for k, weights in enumerate(self.by_fold):
+            scores[self.fold == k] = gate_scores(weights, features[self.fold == k])
+        return scores
 
 
 def fit_on_heldout(heldout: Shown, cost_shares: Sequence[float], trade_off: float, seed: int) -> FoldedGates:

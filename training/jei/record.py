@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from models.exits import Outcome, outcome
-from models.gates import GATE_FEATURES, PUBLISHED_THRESHOLD, GateScore, gate_scores, see_softmax
+from models.gates import GATE_FEATURES, PUBLISHED_THRESHOLD, GateScore, see_softmax
 from training.checkpoint import RunError, RunFolder
 from training.ensemble import Ensemble
 from training.jei.gates import FoldedGates
@@ -82,14 +82,10 @@ class GateRecord(BaseModel):
     def score(self) -> GateScore:
         return GateScore(np.array(self.gates))
 
-    def heldout_scores(self, logits: list[NDArray[Any]]) -> NDArray[np.float32]:
+    def heldout_scores(self, logits: list[NDArray[Any]]) -> NDArray[np.float64]:
         """Scores [M, N] of the held-out images' logits, each by gates that were not fitted to it."""
         folded = FoldedGates(np.array(self.gates), np.array(self.gates_by_fold), np.array(self.fold))
-        features = np.stack([see_softmax(x) for x in logits], axis=1)
-        scores = np.empty(features.shape[:2], dtype=np.float32)
-        for rows, weights in folded.parts():
-            scores[rows] = gate_scores(weights, features[rows])
-        return scores
+        return folded.scores(np.stack([see_softmax(x) for x in logits], axis=1))
 
     def told(self, heldout: Outcome, test: Outcome) -> dict[str, Any]:
         """For a bundle's training record: how its gates were made, and the results of the published decision."""
