@@ -1,6 +1,6 @@
-"""What no server can do, but every policy is to be seen beside: two oracles above it, and chance below.
+"""Bounds to compare policies with, which no server can reach: two oracles above, and random exits below.
 
-Each is a set of operating points in order of cost: the exit at which each of M images leaves, for each of P points.
+The oracles are operating points in order of cost: for each of P points, the exit at which each of M images leaves.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Answers = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BoundPoint:
-    """A point of a curve that no server can follow."""
+    """An operating point of a bound."""
 
     executed_mflops: float
     published_mflops: float
@@ -23,18 +23,17 @@ class BoundPoint:
 
 
 def oracle_exits(correct: Answers) -> Exits:
-    """The best that any rule for leaving could do with these heads: exits [M, N], from 0, known only with the labels.
+    """The best that any exit rule could do with these heads, knowing the labels: exits [M, N], from 0.
 
-    Each image is worth going on with only to the first exit that is right. Ordered by what that costs, point n sends
-    every image that is right by exit n to its first right exit and lets the rest leave at exit 1; between points the
-    bound is a straight line, and no rule beats it. It counts lucky answers: an image that one head gets right and the
-    next ones wrong again.
+    No image needs to go further than to its first right exit. Point n sends every image that some exit up to n gets
+    right to the first such exit, and lets the rest leave at exit 1. Between points the bound is a straight line, and no
+    rule is above it. It counts lucky answers, too: those that are right at one exit and wrong again at later ones.
     """
     return _up_to_each_exit(correct)
 
 
 def steady_exits(correct: Answers) -> Exits:
-    """The same for a rule that goes on only for answers that stay: to the first exit from which on all are right."""
+    """The same for a rule that goes on only for lasting answers: to the first exit from which on all are right."""
     return _up_to_each_exit(np.minimum.accumulate(correct[:, ::-1], axis=1)[:, ::-1])
 
 
@@ -47,7 +46,7 @@ def _up_to_each_exit(worth: Answers) -> Exits:
 def bound_curve(
     exits: Exits, correct: Answers, executed: Sequence[float], published: Sequence[float]
 ) -> tuple[BoundPoint, ...]:
-    """What points at which images leave at `exits` [M, P] cost and get right."""
+    """Cost and accuracy of P operating points at which images leave at `exits` [M, P]."""
     accuracy = np.take_along_axis(correct, exits, axis=1).mean(axis=0)
     spent = (np.asarray(costs)[exits].mean(axis=0) for costs in (executed, published))
     return tuple(BoundPoint(*values) for values in zip(*(a.tolist() for a in (*spent, accuracy)), strict=True))
@@ -56,6 +55,6 @@ def bound_curve(
 def random_curve(
     shares: NDArray[np.float64], correct: Answers, executed: Sequence[float], published: Sequence[float]
 ) -> tuple[BoundPoint, ...]:
-    """The least that a rule for leaving should do: images leave in the same shares [P, N], but any of them."""
+    """The least that an exit rule should reach: the same `shares` [P, N] leave at each exit, but chosen at random."""
     columns = (shares @ np.asarray(values) for values in (executed, published, correct.mean(axis=0)))
     return tuple(BoundPoint(*values) for values in zip(*(column.tolist() for column in columns), strict=True))

@@ -1,4 +1,4 @@
-"""What every exit says of images the network was not trained on: the raw material of thresholds and of evaluation."""
+"""Calibration: the outputs of every exit for held-out and test images, from which thresholds and results are made."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,9 +36,9 @@ class ExitOutputs:
     predictions: NDArray[np.int64]  # [M, N]
     correct: NDArray[np.bool_]  # [M, N]: the prediction is the label
     correct_top5: NDArray[np.bool_]  # [M, N]: the label is among the five largest logits
-    # By name: [M, N], higher = surer; all of `models.scores.plain_scores`, and `jei_gates` where a run has gates.
+    # By name: [M, N], higher = more confident; all of `models.scores.plain_scores`, and `jei_gates` if a run has gates.
     scores: dict[str, NDArray[np.float32]]
-    features: NDArray[np.float32]  # [M, N, FEATURES], see `models.predictor`: what fitted scores are fitted on
+    features: NDArray[np.float32]  # [M, N, FEATURES], the input of fitted scores, see `models.predictor`
 
     @property
     def confidence(self) -> NDArray[np.float64]:
@@ -47,7 +47,7 @@ class ExitOutputs:
         return confidence
 
     def scored(self, name: str, scores: NDArray[np.floating[Any]]) -> "ExitOutputs":
-        """The same with one score more."""
+        """Return a copy with one more score."""
         return replace(self, scores={**self.scores, name: scores.astype(np.float32)})
 
     def save(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class ExitOutputs:
 
 
 class CalibrationRecord(BaseModel):
-    """What was calibrated, on what: the later steps need no image set, and notice a network that was trained on."""
+    """What was calibrated, and on which images, so that later steps need no image set and notice further training."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -93,8 +93,8 @@ class CalibrationRecord(BaseModel):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     half_weights: bool = False  # see `load_trained`
-    temperatures: tuple[float, ...] = ()  # as trained, at its end; older records have none
-    ensemble: Ensemble | None = None  # as fitted to the held-out images; None: as trained
+    temperatures: tuple[float, ...] = ()  # at the end of training; older records have none
+    ensemble: Ensemble | None = None  # fitted to the held-out images; None: as trained
 
     @classmethod
     def load(cls, folder: RunFolder) -> "CalibrationRecord":
@@ -126,17 +126,17 @@ def calibrate(
     half_weights: bool = False,
     refit: bool = True,
 ) -> CalibrationRecord:
-    """Run a trained network over its stored held-out images and over the test images, and keep what each exit says.
+    """Run a trained network over its stored held-out images and over the test images, and save the exits' outputs.
 
-    calibration.json is written last, and with it the run is calibrated; results of an evaluation before are removed.
-    Both are read with the test transform. The published code reads the held-out images through random crops and flips
-    instead, which makes them look harder than the test images are.
+    Results of an earlier evaluation are removed; calibration.json is written last and marks the run as calibrated.
+    Both sets are read with the test transform. The published code reads the held-out images through random crops and
+    flips instead, which makes them look harder than the test images are.
 
     Args:
         half_weights: see `load_trained`.
         refit: fit the ensemble to the held-out images first, see `training.ensemble`; False leaves it as trained. The
-            same images set the thresholds later: two numbers an exit, fitted to thousands, leave them no less honest.
-            A run with gates (`training.jei`) keeps the ensemble that they were fitted to.
+            same images set the thresholds later; two numbers per exit, fitted to thousands of images, hardly overfit.
+            A run with gates (`training.jei`) keeps the ensemble with which the gates were fitted.
 
     Raises:
         RunError, DataError: the run has no checkpoint, or `images` is not the set it was trained on.
@@ -146,7 +146,7 @@ def calibrate(
     network, progress = load_trained(folder, len(images.class_names), half_weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = boosting_of(network)
-    network.boosting = Boosting([0.0] * len(trained.temperatures))  # so that the heads' own logits come out
+    network.boosting = Boosting([0.0] * len(trained.temperatures))  # makes the network return each head's own logits
     heads, labels = exit_logits(network, _part(images, split.held_out, device), folder.heldout.stem)
     gates = GateRecord.load(folder)
     if gates is not None:
@@ -187,7 +187,7 @@ def calibrate(
 
 
 def _part(images: ImageSet, held_out: NDArray[np.int64] | None, device: torch.device) -> DeviceImages:
-    """The held-out images, or without them the test images."""
+    """The held-out images or, if `held_out` is None, the test images."""
     if held_out is None:
         return DeviceImages(images.test_images, images.test_labels, images.mean, images.std, device)
     pixels, labels = images.train_images[held_out], images.train_labels[held_out]
@@ -200,8 +200,8 @@ def load_trained(
     """Rebuild the network of a run with its trained weights, in evaluation mode, on the CPU.
 
     Args:
-        half_weights: round the weights to what half precision holds, as a bundle of half the size will have them.
-        ensemble: to sum up its heads with in place of the one it was trained with.
+        half_weights: round the weights to half precision, so that a bundle can store them in half the space.
+        ensemble: sums the heads in place of the ensemble that the network was trained with.
     """
     state = folder.load_checkpoint()
     recipe, progress = folder.read_recipe(), Progress.of(state["progress"])
@@ -219,14 +219,14 @@ def load_trained(
 
 @torch.no_grad()
 def round_to_half(network: nn.Module) -> None:
-    """Round convolutions' and linear layers' weights in place; normalisation, whose range is wide, stays as it is."""
+    """Round the weights of convolutions and linear layers in place, but not normalisation, whose range is wide."""
     for weight in network.parameters():
         if weight.ndim > 1:
             weight.copy_(weight.half())
 
 
 def run_exits(network: nn.Module, images: DeviceImages, description: str) -> ExitOutputs:
-    """Answers and scores of a network [exits N] for images [M], in float32, a batch at a time."""
+    """Answers and scores of a network with N exits for M images, computed in float32, batch by batch."""
     return outputs_of(*exit_logits(network, images, description))
 
 
@@ -245,7 +245,7 @@ def outputs_of(exit_logits: Sequence[Tensor], exit_labels: Tensor) -> ExitOutput
     """Answers and scores from the logits [M, classes] of every exit."""
     logits, labels = [x.numpy() for x in exit_logits], exit_labels.numpy()
     predictions = np.stack([x.argmax(axis=1) for x in logits], axis=1)
-    # Counting classes above the label's own needs no sort; among equals the label wins.
+    # Counting the classes above the label needs no sort; ties count in the label's favour.
     n_above = np.stack([(x > x[np.arange(len(labels)), labels][:, None]).sum(axis=1) for x in logits], axis=1)
     scores = {name: score_exits(score, logits).astype(np.float32) for name, score in plain_scores(len(logits)).items()}
     features = features_of(logits).astype(np.float32)
@@ -253,7 +253,11 @@ def outputs_of(exit_logits: Sequence[Tensor], exit_labels: Tensor) -> ExitOutput
 
 
 def checked_split(folder: RunFolder, made_with: dict[str, object], images: ImageSet) -> Split:
-    """The stored split, if it is whole and belongs to these images: a wrong one would calibrate on trained images."""
+    """Load the stored split and check that it belongs to these images: another would calibrate on training images.
+
+    Raises:
+        RunError, DataError: it is damaged or another run's; or the images are not those the run was trained on.
+    """
     split = Split.load(folder.split, len(images.train_labels))
     if images.name != made_with["name"]:
         raise DataError(
@@ -272,7 +276,7 @@ def checked_split(folder: RunFolder, made_with: dict[str, object], images: Image
 def parts_of(
     images: ImageSet, split: Split, augmentation: Augmentation, device: torch.device
 ) -> tuple[DeviceImages, DeviceImages, DeviceImages]:
-    """Training images, which are augmented as in training but never mixed, held-out and test images."""
+    """Training, held-out and test images; the training images have the augmentation of training, except CutMix."""
     a = augmentation
     pixels, labels = images.train_images[split.train], images.train_labels[split.train]
     moved = a.crop_padding_px, a.crop_area, a.cutout_px

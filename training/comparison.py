@@ -1,9 +1,9 @@
-"""Exit policies on test images at equal measured cost, with paired bootstrap intervals.
+"""Compares exit policies on test images at equal measured cost, with paired bootstrap intervals.
 
-Every policy has its thresholds from held-out images; what it costs and gets right is measured on test images. Between
-its operating points a policy's accuracy is interpolated over its measured cost, and past its dearest one it stays: a
-budget is a ceiling. The same resamples of the images are drawn for all policies, so that differences are paired, and
-a resample changes what a policy costs as well as what it gets right.
+A policy's thresholds come from held-out images; its cost and accuracy are measured on test images. Between its
+operating points, accuracy is interpolated over measured cost; beyond the most expensive one it stays constant, as a
+budget is a ceiling. All policies are measured on the same resamples of the images, so that differences are paired; a
+resample changes a policy's cost as well as its accuracy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ INTERVAL = (2.5, 97.5)  # percentiles
 class Estimate:
     """A number measured on the test images, and its spread over resamples of them. Accuracies are shares."""
 
-    mean: float
+    mean: float  # on the images themselves
     error: float  # standard error
     low: float  # 95 % interval
     high: float
@@ -41,7 +41,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Compared:
-    """One policy at every cost compared at, and on average over them."""
+    """One policy at every cost of the comparison, and on average over them."""
 
     policy: Policy
     accuracy: tuple[float, ...]
@@ -54,8 +54,8 @@ class Compared:
 class Comparison:
     costs_mflops: tuple[float, ...]  # measured, executed
     policies: tuple[Compared, ...]
-    # How far the policy chosen comes from chance (the same shares, any images) to either oracle, 0 to 1: the mean over
-    # the costs. See `training.bounds`.
+    # How far the chosen policy gets from random exits (in the same shares) to either oracle, 0 to 1: the mean over the
+    # costs. See `training.bounds`.
     headroom: Estimate
     steady_headroom: Estimate
 
@@ -65,10 +65,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What is done with each of M test images at each of B operating points, in order of cost."""
+    """Cost and correctness of each of M test images at each of B operating points, in order of cost."""
 
     costs: NDArray[np.float32]  # [M, B], millions of multiply-adds
-    right: NDArray[np.float32]  # [M, B], 0 or 1, or how likely
+    right: NDArray[np.float32]  # [M, B], 0 or 1, or a probability
 
     @classmethod
     def of_exits(cls, exits: NDArray[np.intp], correct: NDArray[np.bool_], costs: Sequence[float]) -> "Behaviour":
@@ -78,7 +78,7 @@ class Behaviour:
 
     @classmethod
     def at_random(cls, shares: NDArray[np.float64], correct: NDArray[np.bool_], costs: Sequence[float]) -> "Behaviour":
-        """Images leave in the shares [B, N], every one with the same likelihood."""
+        """Every image leaves at exit n with the probability `shares` [B, N]."""
         spent = np.broadcast_to(shares @ np.asarray(costs), (len(correct), len(shares)))
         return cls(spent.astype(np.float32), (correct @ shares.T).astype(np.float32))
 
@@ -89,7 +89,7 @@ def behaviour(
     costs: Sequence[float],
     thresholds: NDArray[np.float64],
 ) -> Behaviour:
-    """Let images with scores [M, N] leave under each of B threshold vectors [B, N], none falling along B."""
+    """Behaviour of images with scores [M, N] under B threshold vectors [B, N], which must not decrease along B."""
     left = left_by(scores, thresholds)
     exits = (left[:, None, :] <= np.arange(len(thresholds))[:, None]).sum(axis=2)
     return Behaviour.of_exits(exits, correct, costs)
@@ -107,8 +107,8 @@ def compare(
 
     Args:
         behaviours: of every policy on the same M images.
-        chosen: the policy whose way to the oracles is measured.
-        shares: in which images leave with it [B, N].
+        chosen: the policy whose headroom is measured.
+        shares: of the images that leave at each exit with it [B, N].
         correct: [M, N].
         costs: cumulative [N].
         seed: of the resamples.
@@ -136,7 +136,7 @@ def compare(
 def mean_leads(
     behaviours: Mapping[Policy, Behaviour], over: Policy, costs: Sequence[float], seed: int = 0
 ) -> dict[Policy, Estimate]:
-    """The lead of every policy over one of them, on average over the costs compared at."""
+    """The lead of every policy over one of them, on average over the costs of `compare`."""
     grid = np.linspace(costs[0], costs[-1], N_COSTS + 1)[1:]
     weights = resamples(len(behaviours[over].costs), seed)
     reference = _at_costs(behaviours[over], weights, grid)
@@ -145,7 +145,7 @@ def mean_leads(
 
 
 def lead_at(point: Behaviour, over: Behaviour, seed: int = 0) -> Estimate:
-    """The lead of one operating point [M, 1] over a policy at the very cost that the point was measured to have."""
+    """The lead of one operating point [M, 1] over a policy at the same measured cost."""
     weights = resamples(len(point.costs), seed)
     spent, right = ((weights @ of).astype(np.float64)[:, 0] / len(of) for of in (point.costs, point.right))
     leads = right - np.array([_at_costs(over, w[None], c[None])[0, 0] for w, c in zip(weights, spent, strict=True)])
@@ -153,7 +153,7 @@ def lead_at(point: Behaviour, over: Behaviour, seed: int = 0) -> Estimate:
 
 
 def resamples(n_images: int, seed: int) -> NDArray[np.float32]:
-    """Return how often each of M images is drawn, as shares [1 + N_RESAMPLES, M]; the first row is the images as is."""
+    """Return how often each of M images is drawn, [1 + N_RESAMPLES, M]; the first row is 1 for every image."""
     generator = np.random.default_rng(seed)
     weights = np.empty((1 + N_RESAMPLES, n_images), dtype=np.float32)
     weights[0] = 1.0
@@ -163,7 +163,7 @@ def resamples(n_images: int, seed: int) -> NDArray[np.float32]:
 
 
 def _at_costs(done: Behaviour, weights: NDArray[np.float32], grid: Curve) -> Curve:
-    """Accuracy [resamples, costs] of one policy, interpolated over what it cost in each resample."""
+    """Accuracy [resamples, costs] of one policy, interpolated over its cost in each resample."""
     n_images, n_points = done.costs.shape
     sums = (weights @ np.concatenate([done.costs, done.right], axis=1)).astype(np.float64) / n_images
     spent, accuracy = sums[:, :n_points], sums[:, n_points:]

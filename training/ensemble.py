@@ -1,9 +1,9 @@
-"""The boosted ensemble, fitted once more after training: how much of the exits before an exit's answer takes in.
+"""Refits the boosted ensemble after training: the weights of each head and of the exits before it.
 
-Training fixes t in F_n = t F_(n-1) + f_n, and leaves logits that are too sure of themselves, deep exits most. Held-out
-images tell better: with the heads as trained, F_n = t_n F_(n-1) + s_n f_n, where t_n and s_n minimise the cross-entropy
-of exit n, one exit after the other. That is temperature scaling (Guo et al., ICML 2017) of every exit and, of the one
-before it, its best weight: two numbers an exit, which cost nothing to serve.
+Training fixes t in F_n = t F_(n-1) + f_n, and leaves overconfident logits, deep exits most. Here the heads stay as
+trained, and t_n and s_n in F_n = t_n F_(n-1) + s_n f_n are fitted to held-out images: they minimise the cross-entropy
+of exit n, one exit after the other. This is temperature scaling (Guo et al., ICML 2017) of every exit, together with
+the best weight of the exit before it: two numbers per exit, which cost nothing to serve.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from models.boosting import Boosting
 
-# Of a Gaussian prior about the values of training, in images: 0.3 is one standard deviation. So many images tell
-# nothing against thousands, and keep a few dozen, all of them answered right, from driving the scales to infinity.
+# Weight, in images, of a Gaussian prior around the values of training (standard deviation 0.3). Beside thousands of
+# images it is negligible; with a few dozen, all answered right, it keeps the scales from growing without limit.
 PRIOR_IMAGES = 11.0
 
 
 class Ensemble(BaseModel):
-    """What the heads' logits are summed up with; see `models.boosting.Boosting`."""
+    """The weights with which the heads' logits are summed; see `models.boosting.Boosting`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,9 +36,9 @@ def fit_ensemble(head_logits: Sequence[Tensor], labels: Tensor, temperatures: Se
     """Fit temperatures and scales to images that the heads were not trained on.
 
     Args:
-        head_logits: of N heads, each [images, classes], not summed up.
+        head_logits: each head's own logits (not the ensemble's), N of [images, classes].
         labels: int64 [images].
-        temperatures: those of training, t_1..t_N, from which the fit starts.
+        temperatures: t_1..t_N of training, from which the fit starts.
     """
     fitted: list[tuple[float, float]] = []
     previous = torch.zeros_like(head_logits[0], dtype=torch.float64)
@@ -51,7 +51,7 @@ def fit_ensemble(head_logits: Sequence[Tensor], labels: Tensor, temperatures: Se
 
 
 def _fit_exit(previous: Tensor, head: Tensor, labels: Tensor, start: Tensor) -> tuple[float, float]:
-    """Minimise the cross-entropy of t x previous + s x head over (t, s): convex, so a few Newton-like steps do."""
+    """Minimise the cross-entropy of t x previous + s x head over (t, s): a convex problem, solved by L-BFGS."""
     weights = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 

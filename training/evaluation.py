@@ -1,8 +1,8 @@
-"""How good a trained network is: at every exit (anytime), and on average for a budget (budgeted batch).
+"""Evaluates a trained network: at every exit (anytime), and on average over images at a budget (budgeted batch).
 
 Thresholds come from held-out images; accuracy and cost are measured on test images, never targeted. Costs are in
-millions of multiply-adds an image, in both conventions of `models.cost`: `executed` is what the stages run and a server
-charges, `published` what papers count. Budgets and thresholds are of executed cost.
+millions of multiply-adds per image, in both conventions of `models.cost`: `executed` is what the stages run and a
+server charges, `published` what papers count. Budgets and thresholds refer to the executed cost.
 """
 
 import json
@@ -43,14 +43,14 @@ N_BUDGETS = 41  # evenly spaced from the cost of exit 1 to that of exit N
 
 @dataclass(frozen=True)
 class ExitResult:
-    """One exit, when every image leaves there. Accuracies are shares, 0 to 1."""
+    """Results of one exit if every image leaves there. Accuracies are shares, 0 to 1."""
 
     exit: int  # from 1
     published_mflops: float
     executed_mflops: float
     published_macs_m: float
     executed_macs_m: float
-    parameters: int  # up to here
+    parameters: int  # up to this exit
     heldout_accuracy: float
     test_accuracy: float
     test_top5_accuracy: float
@@ -59,7 +59,7 @@ class ExitResult:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """One operating point: what was asked for, what held-out images promised, what test images did."""
+    """One operating point: the budget, the result expected from held-out images, and that of test images."""
 
     budget_mflops: float  # executed
     heldout_mflops: float
@@ -72,7 +72,7 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """One exit score with one family of thresholds, both from the held-out images."""
+    """Results of one policy. Its thresholds, and its score if that is fitted, come from the held-out images."""
 
     policy: Policy
     crossfit_accuracy: float  # mean over the budgets, on held-out images that did not set the thresholds
@@ -81,22 +81,22 @@ class PolicyResult:
     points: tuple[BudgetResult, ...]
 
     def shown(self, n_points: int = 9) -> list[BudgetResult]:
-        """A few points from the cheapest to the one past which more is not spent, for tables."""
+        """For tables, a few points from the cheapest to the first at which the policy spends the most it ever does."""
         end = next(i for i, point in enumerate(self.points) if point.heldout_mflops == self.points[-1].heldout_mflops)
         return [self.points[i] for i in sorted({round(end * k / (n_points - 1)) for k in range(n_points)})]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    policy: Policy  # the one chosen, on held-out images alone
-    predictor: dict[str, Any] | None  # the weights of its score if it is a fitted one, as the manifest holds them
+    policy: Policy  # chosen on held-out images alone
+    predictor: dict[str, Any] | None  # the weights of its score if that is fitted, in the form of the manifest
     exits: tuple[ExitResult, ...]
     policies: tuple[PolicyResult, ...]
     comparison: Comparison  # on test images, at equal measured cost
     # On test images, see `training.bounds`.
-    oracle: tuple[BoundPoint, ...]  # who must go how deep is known beforehand
-    steady_oracle: tuple[BoundPoint, ...]  # the same, but for answers that stay alone
-    random: tuple[BoundPoint, ...]  # as many leave at each exit as with the policy chosen, but any
+    oracle: tuple[BoundPoint, ...]  # the best exit of every image is known beforehand
+    steady_oracle: tuple[BoundPoint, ...]  # the same, counting only answers that stay right at all later exits
+    random: tuple[BoundPoint, ...]  # as many images leave at each exit as with the chosen policy, but at random
 
     @property
     def chosen(self) -> PolicyResult:
@@ -106,7 +106,7 @@ class Evaluation:
         return next(result for result in self.policies if result.policy == policy)
 
     def manifest_fields(self) -> dict[str, Any]:
-        """What a bundle's manifest says of the exits and of how images leave."""
+        """The fields of a bundle's manifest about the exits and the exit policy."""
         exits = [
             {
                 "published_mflops": result.published_mflops,
@@ -122,9 +122,9 @@ class Evaluation:
         return {"exits": exits, **policy}
 
     def save(self, folder: RunFolder, record: CalibrationRecord) -> None:
-        """Write results.json (all of it) into the run's folder; see `training.tables` for the .csv files."""
-        told = {"step": record.step, "epochs": record.epochs, **asdict(self)}
-        folder.results.write_text(json.dumps(told, indent=1) + "\n")
+        """Write results.json into the run's folder; see `training.tables` for the .csv files."""
+        values = {"step": record.step, "epochs": record.epochs, **asdict(self)}
+        folder.results.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: RunFolder, record: CalibrationRecord) -> "Evaluation":
@@ -136,10 +136,10 @@ class Evaluation:
         if not folder.results.is_file():
             raise RunError(f"{folder.path}: not evaluated yet; run `python -m training evaluate` first")
         try:
-            told = json.loads(folder.results.read_text())
-            step = told.pop("step")
-            told.pop("epochs")
-            evaluation = TypeAdapter(cls).validate_python(told)
+            values = json.loads(folder.results.read_text())
+            step = values.pop("step")
+            values.pop("epochs")
+            evaluation = TypeAdapter(cls).validate_python(values)
         except (ValueError, KeyError, AttributeError, ValidationError) as error:
             raise RunError(f"{folder.results}: damaged, or from another version; evaluate again") from error
         if step != record.step:
@@ -148,25 +148,25 @@ class Evaluation:
 
 
 def calibration_of(heldout: ExitOutputs) -> Calibration:
-    """What a bundle keeps of the held-out images: every score, fitted ones without an image's own part in it."""
+    """A bundle's calibration, from the held-out images: every score, fitted ones by cross-fitting."""
     return Calibration({name: fitted.heldout for name, fitted in fit_scores(heldout).items()}, heldout.correct)
 
 
 def cost_of(folder: RunFolder, record: CalibrationRecord) -> NetworkCost:
-    """Count what the network of a run costs at each exit; no weights are needed."""
+    """Count the cost of a run's network at each exit, without loading its weights."""
     with torch.device("meta"):
         network = network_of(folder.read_recipe(), len(record.class_names))
     return measure_cost(network, record.image_size_px)
 
 
 def evaluate(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost, gates: GateRecord | None = None) -> Evaluation:
-    """Measure a network from what its exits said of held-out and test images, and choose how images leave.
+    """Evaluate a network from its exits' outputs for held-out and test images, and choose its exit policy.
 
-    Score and family are chosen by cross-fitting on the held-out images alone, so that the test images measure it
-    fairly.
+    Score and family are chosen by cross-fitting on the held-out images alone, so that the test images measure the
+    chosen policy fairly.
 
     Args:
-        gates: of a run that was gated: its images leave by them, whatever other scores are worth.
+        gates: of a gated run: its score is always that of the gates, even if another is better.
     """
     costs = _Costs(tuple(n / 1e6 for n in cost.executed), tuple(n / 1e6 for n in cost.published))
     budgets = np.linspace(costs.executed[0], costs.executed[-1], N_BUDGETS).tolist()
@@ -227,7 +227,7 @@ def _exits(heldout: ExitOutputs, test: ExitOutputs, cost: NetworkCost) -> tuple[
 
 
 def plain_predictor(predictor: Predictor | None) -> dict[str, Any] | None:
-    """The weights of a fitted score as a manifest has them."""
+    """The weights of a fitted score in the form of the manifest."""
     if predictor is None:
         return None
     loss = None if predictor.loss is None else predictor.loss.tolist()
@@ -241,7 +241,7 @@ def _measure(
     correct: NDArray[np.bool_],
     costs: _Costs,
 ) -> tuple[tuple[BudgetResult, ...], Behaviour]:
-    """What test images with scores [M, N] do at every budget, in sum and image by image."""
+    """Results of test images with scores [M, N] at every budget: in total, and image by image."""
     promised = [frontier.at(frontier.position_at_cost(budget)) for budget in budgets]
     thresholds = np.array([point.thresholds for point in promised])
     measured = outcomes(scores, correct, costs.executed, thresholds)

@@ -1,4 +1,4 @@
-"""Which exit score, with which family of thresholds: compared and chosen on held-out images alone, by cross-fitting."""
+"""Exit policies: compares scores and threshold families on held-out images alone, by cross-fitting, and chooses one."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ from training.calibration import ExitOutputs
 from training.predicting import FITTED, crossfit
 
 Rows = NDArray[np.intp]
-N_HALVINGS = 4  # random halvings of the held-out images, each used both ways round
+N_HALVINGS = 4  # random halvings of the held-out images; in each, either half sets thresholds for the other
 N_CROSSFIT_POINTS = 33
 
 
 @dataclass(frozen=True, order=True)
 class Policy:
-    """How images leave: an exit score, and the family of thresholds it is compared with."""
+    """An exit policy: a score, and the family of the thresholds that it is compared with."""
 
     score: str
     family: str  # a key of `models.frontier.FAMILIES`
 
 
 PAPER = Policy("max_softmax", "geometric")
-"""That of MSDNet and BoostNet: what every other one is measured against."""
+"""The policy of the MSDNet and BoostNet papers: all others are compared with it."""
 
 
 def name_of(policy: Policy) -> str:
-    """A policy as people read it."""
+    """A policy's name for tables and plots."""
     return f"{policy.score.replace('_', ' ')}, {policy.family}"
 
 
@@ -41,18 +41,18 @@ def all_policies(heldout: ExitOutputs) -> list[Policy]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is kept of the held-out images to serve a score with."""
+    """A score as it is served: its values on held-out images and, if it is fitted, its predictor."""
 
-    heldout: NDArray[np.float32]  # [M, N]: no image scored by what was fitted on it
-    predictor: Predictor | None  # fitted on all of them
+    heldout: NDArray[np.float32]  # [M, N]; of a fitted score, by cross-fitting
+    predictor: Predictor | None  # fitted to all held-out images
 
     def of(self, name: str, outputs: ExitOutputs) -> NDArray[np.floating[Any]]:
-        """The scores [M, N] of other images."""
+        """The scores [M, N] of other images; `name` is this score's."""
         return outputs.scores[name] if self.predictor is None else self.predictor.of_all_features(outputs.features)
 
 
 def fit_scores(heldout: ExitOutputs) -> dict[str, Fitted]:
-    """Every score by name, those to be fitted fitted on the held-out images. The same images give the same numbers."""
+    """Every score by name; those that need fitting are fitted to the held-out images, deterministically."""
     plain = {name: Fitted(values, None) for name, values in heldout.scores.items()}
     features, correct = heldout.features, heldout.correct
     return plain | {
@@ -62,11 +62,11 @@ def fit_scores(heldout: ExitOutputs) -> dict[str, Fitted]:
 
 
 Source = Callable[[Rows, Rows], tuple[NDArray[Any], NDArray[Any]]]
-"""Scores of the images that set thresholds, and of those judged by them, where the latter had no part in either."""
+"""Maps (rows that set thresholds, rows to be judged) to the scores of both; nothing is fitted to the judged rows."""
 
 
 def source_of(name: str, heldout: ExitOutputs) -> Source:
-    """A score as a source; one that is to be fitted is fitted anew on the images that set the thresholds."""
+    """A score as a `Source`. One that needs fitting is fitted anew to the images that set the thresholds."""
     if name not in FITTED:
         values = heldout.scores[name]
         return lambda fitted, judged: (values[fitted], values[judged])
@@ -87,14 +87,14 @@ def crossfit_rightness(
     families: Iterable[str] = tuple(FAMILIES),
     seed: int = 0,
 ) -> dict[str, NDArray[np.float64]]:
-    """How often each of M images is answered right over the budgets, with thresholds that other images set.
+    """How often each of M images is answered right, over all budgets, with thresholds fitted to other images.
 
-    The images are halved at random, thresholds from one half judged on the other, both ways round, several times. Every
-    halving is the same for every score and family, so that differences are paired.
+    The images are split in half at random, several times; each half is judged by thresholds from the other. The
+    halvings are the same for every score and family, so that differences are paired.
 
     Returns:
-        by family [M], each 0 to 1: mean over budgets and halvings, corrected for what the image's half spent more or
-        less than the budget, along the slope of its curve.
+        by family [M]: mean over budgets and halvings of whether the image is right, 0 or 1. Where a half spends more
+        or less than the budget, this is corrected along the frontier's curve of accuracy over cost.
     """
     n_images = len(correct)
     right = {family: np.zeros(n_images) for family in families}
@@ -123,16 +123,16 @@ def _accuracy_at(frontier: Frontier, cost: float) -> float:
 
 
 def choose_family(rightness: dict[Policy, NDArray[np.float64]], score: str) -> Policy:
-    """Return the policy of this score that is right the most often."""
+    """Return the policy with this score that is right most often."""
     return max((policy for policy in rightness if policy.score == score), key=lambda policy: rightness[policy].mean())
 
 
 def choose(rightness: dict[Policy, NDArray[np.float64]]) -> Policy:
-    """Return the policy whose lead over the paper's is the largest that one standard error leaves of it.
+    """Return the policy with the largest lead over the paper's, less one standard error of that lead.
 
-    The best mean alone would often be a wide guess. Where no lead is left, it is the paper's own. A score that is
-    fitted or remembers earlier exits must also be ahead of the best that needs neither, by one standard error of
-    their difference.
+    The error is subtracted because the best mean alone may be luck. If no lead remains, the paper's policy is chosen. A
+    score that is fitted or remembers earlier exits must also be ahead of the best that does neither, by one standard
+    error of their difference.
     """
 
     def sure_lead(policy: Policy, over: Policy = PAPER) -> float:

@@ -1,7 +1,7 @@
 """Fits exit scores that predict whether going on is worth it, on held-out images alone.
 
-Logistic regressions, one an exit, on the features of `models.predictor`. Thresholds are never set by scores of images
-that a predictor was fitted on: `crossfit` scores every image by a predictor fitted on others.
+There is one logistic regression per exit, on the features of `models.predictor`. Thresholds are never fitted to scores
+of images that the predictor itself was fitted to: `crossfit` scores every image by a predictor fitted to others.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ MAX_STEPS = 50
 
 
 def mends(correct: Answers) -> Answers:
-    """Where going on mends the answer [M, N]: this exit is wrong, and a later one right."""
+    """Whether going on mends the answer [M, N]: this exit is wrong, and a later one is right."""
     later = np.stack([correct[:, i + 1 :].any(axis=1) for i in range(correct.shape[1])], axis=1)
     mending: Answers = ~correct & later
     return mending
 
 
 def fit_as_good(features: NDArray[Any], correct: Answers) -> Predictor:
-    """Fit "stopping is as good as going on": this exit is right, or no later one is.
+    """Fit the probability that stopping is as good as going on: this exit is right, or no later one is.
 
     Args:
         features: [M, N, FEATURES].
@@ -36,7 +36,7 @@ def fit_as_good(features: NDArray[Any], correct: Answers) -> Predictor:
 
 
 def fit_expected_gain(features: NDArray[Any], correct: Answers) -> Predictor:
-    """Fit the accuracy that going on to the last exit is expected to win, as P(it mends) - P(it spoils)."""
+    """Fit the expected gain in accuracy of going on to the last exit: P(it mends the answer) - P(it spoils it)."""
     last = correct[:, -1:]
     return Predictor(fit_exits(features, ~correct & last), fit_exits(features, correct & ~last))
 
@@ -49,7 +49,7 @@ FITTED: dict[str, Callable[[NDArray[Any], Answers], Predictor]] = {
 
 
 def crossfit(name: str, features: NDArray[Any], correct: Answers, seed: int = 0) -> NDArray[np.float64]:
-    """Score every image [M, N] by a predictor that was fitted on the other folds."""
+    """Score every image by a predictor that was fitted to the other folds: [M, N]."""
     n_images = len(features)
     n_folds = min(N_FOLDS, n_images)
     fold = np.random.default_rng(seed).permutation(n_images) % n_folds
@@ -61,9 +61,9 @@ def crossfit(name: str, features: NDArray[Any], correct: Answers, seed: int = 0)
 
 
 def fit_exits(features: NDArray[Any], happens: Answers, ridge_images: float = RIDGE) -> NDArray[np.float64]:
-    """Weights and bias [N, F + 1], on features [M, N, F], of the log-odds of `happens` [M, N].
+    """Fit weights and bias [N, F + 1] of the log-odds of `happens` [M, N] on features [M, N, F].
 
-    None at the last exit, where all stop.
+    They are zero at the last exit, where every image stops.
     """
     weights = np.zeros((features.shape[1], features.shape[2] + 1))
     for i in range(features.shape[1] - 1):
@@ -77,13 +77,13 @@ def logistic_regression(
     ridge_images: float = RIDGE,
     counts: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
-    """Fit the log-odds of `happens` [M] as weights and bias [F + 1] on features [M, F], by damped Newton steps.
+    """Fit weights and bias [F + 1] of the log-odds of `happens` [M] on features [M, F], by damped Newton steps.
 
-    A ridge keeps weights finite where features are constant, equal or separate the images; rows that are not finite
-    are left out.
+    A ridge penalty keeps the weights finite if features are constant, collinear or separate the images. Rows that are
+    not finite are left out.
 
     Args:
-        counts: how many images each counts as [M]; by default one.
+        counts: weight of each image [M]; by default 1.
     """
     usable = np.isfinite(features).all(axis=1)
     x, y = features[usable], happens[usable].astype(np.float64)
@@ -94,7 +94,7 @@ def logistic_regression(
     scale[scale < 1e-9] = 1.0
     z = np.column_stack([(x - mean) / scale, np.ones(len(x))])
     ridge = np.full(z.shape[1], ridge_images)
-    ridge[-1] = 1e-3  # the bias is free but for sets where nothing ever happens, or always
+    ridge[-1] = 1e-3  # small: the bias needs it only where `happens` is always false or always true
 
     def loss_of(weights: NDArray[np.float64]) -> float:
         log_odds = z @ weights
