@@ -1,11 +1,11 @@
-"""From the float stages of a bundle to int8 ones: weights and activations in bytes, for CPUs.
+"""Quantises the float stages of a bundle to int8 (weights and activations), for CPUs.
 
-Static quantisation by ONNX Runtime: a scale a tensor for activations, and one an output channel for weights. Weights
-keep to 7 bits: a CPU without 8-bit dot products (AVX2, and AVX-512 without VNNI) adds products in pairs in 16 bits,
-which full 8 bits overflow, and every CPU is to give the same answers. The first convolution stays float, as three
-channels gain nothing, and so does what a head says: its pooling, its linear layer and the boosted sum.
+Static quantisation by ONNX Runtime, with one scale per tensor for activations and one per output channel for weights.
+Weights use only 7 bits: CPUs without 8-bit dot products (AVX2, and AVX-512 without VNNI) add pairs of products in 16
+bits, which 8-bit weights would overflow, and answers must be the same on every CPU. The first convolution stays float,
+as three channels gain nothing, and so does the end of a head: pooling, linear layer and boosted sum.
 
-What a row carries from stage to stage travels as bytes too, channels last, as the int8 kernels read it.
+The state that a row carries between stages is stored as bytes, too, channels last, as the int8 kernels read it.
 """
 
 import logging
@@ -32,8 +32,8 @@ from training.stage_sessions import StageSessions, Values
 
 FOLDER = "stages_int8"
 OPERATORS = ["Conv", "Relu", "Concat"]
-FEWEST_CHANNELS = 4  # that a convolution reads, for int8 to gain over float
-SAME_SCALE = 1e-3  # relative: both sides of a border see the same values, but for their last bits
+FEWEST_CHANNELS = 4  # input channels from which a convolution gains from int8
+SAME_SCALE = 1e-3  # relative tolerance: both sides of a border have seen the same values, except for their last bits
 CHANNELS_LAST, CHANNELS_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
@@ -42,11 +42,11 @@ def quantise_stages(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> 
 
     Args:
         bundle: with float stages.
-        images: uint8 [images, height, width, 3]; the range that an activation takes over them is what its bytes span.
+        images: uint8 [images, height, width, 3]; the range of an activation over them becomes the range of its bytes.
         folder: of the bundle that is being made.
 
     Returns:
-        What a manifest says of the stages, as `training.export.export_stages` does.
+        Descriptions of the stages for the manifest, as from `training.export.export_stages`.
     """
     stages = bundle.manifest.stages
     sessions = StageSessions(bundle.path, stages)
@@ -67,7 +67,7 @@ def quantise_stages(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> 
         for value in stage.outputs:
             if value.name in borders:
                 _give_bytes(model, value)
-        del model.graph.value_info[:]  # of values that are no more as they were
+        del model.graph.value_info[:]  # types and shapes of values that have changed
         onnx.checker.check_model(model, full_check=True)
         file = f"{FOLDER}/stage_{number}.onnx"
         onnx.save(model, folder / file)
@@ -87,7 +87,7 @@ def quantise_stages(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """How bytes stand for numbers: (byte - zero_point) x scale."""
+    """The quantisation of a tensor: a byte stands for (byte - zero_point) x scale."""
 
     scale: NDArray[np.float32]
     zero_point: NDArray[np.uint8]
@@ -101,7 +101,7 @@ class _Scale:
 
 
 def _fold(bundle_path: Path, stage: StageInfo) -> onnx.ModelProto:
-    """A stage's graph with its weights in it, and every normalisation folded into the convolution before it."""
+    """Load a stage's graph, weights included, with every normalisation folded into the convolution before it."""
     model = onnx.load(bundle_path / stage.file, load_external_data=False)
     load_external_data_for_model(model, str(bundle_path))
     options = ort.SessionOptions()
@@ -145,7 +145,7 @@ def _quantise(model: onnx.ModelProto, feeds: Sequence[Values]) -> onnx.ModelProt
 
 @contextmanager
 def _quiet_quantiser() -> Iterator[None]:
-    """Silence its advice to fold normalisation first, which is done, and to leave none of the weights out."""
+    """Silence the quantiser's warnings, such as its advice to pre-process the model, which `_fold` has done."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -156,7 +156,7 @@ def _quiet_quantiser() -> Iterator[None]:
 
 
 def _byte_borders(stages: Sequence[StageInfo], models: Sequence[onnx.ModelProto]) -> dict[str, _Scale]:
-    """Values that the stage which gives them and all that read them quantise alike: they can travel as bytes."""
+    """Find the values that can pass between stages as bytes: producer and all consumers quantise them alike."""
     borders = {}
     for stage, model in zip(stages, models, strict=True):
         for value in stage.outputs:
@@ -172,12 +172,12 @@ def _byte_borders(stages: Sequence[StageInfo], models: Sequence[onnx.ModelProto]
 
 
 def _giver(model: onnx.ModelProto, name: str) -> onnx.NodeProto | None:
-    """The DequantizeLinear that gives a value, if it is one that does."""
+    """The DequantizeLinear that produces a value; None if another kind of node does."""
     return next((n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.output[0] == name), None)
 
 
 def _only_reader(model: onnx.ModelProto, name: str, op_type: str) -> onnx.NodeProto | None:
-    """The one node that reads a value, if there is but one, of that type."""
+    """The node that reads a value, if there is exactly one and it is of that type."""
     readers = [node for node in model.graph.node if name in node.input]
     return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
@@ -191,10 +191,10 @@ def _scale_of(model: onnx.ModelProto, node: onnx.NodeProto | None) -> _Scale | N
 
 
 def _take_bytes(model: onnx.ModelProto, value: ValueInfo, scale: _Scale) -> None:
-    """Let a graph read a value as bytes, where it has quantised it itself so far."""
+    """Change a graph's input to bytes, and remove the node that quantised it."""
     graph = model.graph
     quantise = _only_reader(model, value.name, "QuantizeLinear")
-    assert quantise is not None  # else it were no border
+    assert quantise is not None  # see `_byte_borders`
     by_name = {tensor.name: tensor for tensor in graph.initializer}
     for name, array in {quantise.input[1]: scale.scale, quantise.input[2]: scale.zero_point}.items():
         by_name[name].CopyFrom(numpy_helper.from_array(np.asarray(array), name))
@@ -206,10 +206,10 @@ def _take_bytes(model: onnx.ModelProto, value: ValueInfo, scale: _Scale) -> None
 
 
 def _give_bytes(model: onnx.ModelProto, value: ValueInfo) -> None:
-    """Let a graph give a value as bytes, where it has widened it so far."""
+    """Change a graph's output to bytes, and remove the node that widened it if nothing else reads its result."""
     graph = model.graph
     widen = _giver(model, value.name)
-    assert widen is not None  # else it were no border
+    assert widen is not None  # see `_byte_borders`
     widened = f"{value.name}_widened"
     _rename_reads(graph, value.name, widened)
     widen.output[0] = widened
@@ -233,7 +233,7 @@ def _rename_reads(graph: onnx.GraphProto, old: str, new: str) -> None:
 
 
 def _declare_bytes(declared: Any, value: ValueInfo) -> None:
-    """Change a graph's own word on what one of its inputs or outputs is."""
+    """Declare one of a graph's inputs or outputs as bytes."""
     info = next(info for info in declared if info.name == value.name)
     rows = info.type.tensor_type.shape.dim[0].dim_param
     shape = _describe(value, {value.name: None})["shape"]

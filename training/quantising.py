@@ -1,7 +1,7 @@
-"""Adds int8 stages to a bundle, and measures them anew: accuracy, scores and frontier. The bundle is all it takes.
+"""Adds int8 stages to a bundle and measures their accuracy, scores and frontier. It needs no run, only the bundle.
 
-The ranges of activations come from images that were trained on, so that the held-out ones stay unseen; thresholds come
-from these, and the test images decide nothing.
+Activation ranges come from training images, so that the held-out images, which set the thresholds, stay unseen until
+then. The test images decide nothing.
 """
 
 import re
@@ -44,7 +44,7 @@ HEADING = "## In int8\n"
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """Test images, each leaving when sure, at thresholds for a budget."""
+    """Result of the test images with early exit, at the thresholds for one budget."""
 
     fraction: float  # the budget, of the full network's cost
     executed_mflops: float
@@ -53,7 +53,7 @@ class BudgetPoint:
 
 @dataclass(frozen=True)
 class PrecisionResult:
-    """What the stages of one precision do."""
+    """Results of the stages of one precision; accuracies are shares."""
 
     heldout_accuracy: tuple[float, ...]  # by exit
     test_accuracy: tuple[float, ...]
@@ -62,7 +62,7 @@ class PrecisionResult:
 
 @dataclass(frozen=True)
 class Quantised:
-    """The bundle that was made, and what was measured side by side."""
+    """The bundle that was made, and the results of both precisions."""
 
     bundle: Bundle
     fp32: PrecisionResult
@@ -70,15 +70,15 @@ class Quantised:
 
 
 def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quantised:
-    """Write a bundle with int8 stages beside its float ones; one that stands at `output` is replaced.
+    """Write a bundle with int8 stages beside its float ones; a bundle at `output` is replaced.
 
     Args:
-        path: the bundle; int8 stages that it has already are made again.
-        images: what it was trained on.
-        n_images: of the training images, drawn at random, to find the ranges of activations with.
+        path: the bundle; if it has int8 stages, they are made anew.
+        images: those that it was trained on.
+        n_images: number of training images, drawn at random, that determine the activation ranges.
 
     Raises:
-        TrainingError: these are not the images it was trained on, or something of it cannot be quantised.
+        TrainingError: the bundle was not trained on these images, or can't be loaded or written.
     """
     try:
         bundle = load_bundle(path)
@@ -98,7 +98,7 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
             calibration_of(int8_heldout).save(contents / CALIBRATION_INT8)
             fp32, _ = _result(bundle.manifest, heldout, test)
             int8, refitted = _result(bundle.manifest, int8_heldout, int8_test)
-            # Gates stay as they are: to fit them anew would take the loss of every image, and a trade-off.
+            # Gates are not refitted: that would need the loss of every image, and a trade-off.
             manifest = bundle.manifest.model_dump(exclude={"format_version", "version", "files"})
             predictor = plain_predictor(refitted) if gates is None else manifest["predictor"]
             manifest["int8"] = {
@@ -111,7 +111,7 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
                 "range_images": len(drawn),
                 "made_with": f"onnxruntime {ort.__version__}, QDQ, weights of 7 bits a channel, activations of 8",
             }
-            _tell(contents / "README.md", fp32, int8, bundle.manifest.data.test_images, len(drawn))
+            _write_section(contents / "README.md", fp32, int8, bundle.manifest.data.test_images, len(drawn))
             written = write_bundle(output, manifest, bundle.calibration, contents, replace=True)
             return Quantised(written, fp32, int8)
     except (BundleError, StageLoadError) as error:
@@ -119,7 +119,11 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
 
 
 def _split_of(bundle: Bundle, images: ImageSet) -> Split:
-    """The split that a bundle was trained with, drawn again."""
+    """Draw the split that a bundle was trained with again.
+
+    Raises:
+        DataError: these are not the images that it was trained on.
+    """
     manifest = bundle.manifest
     data, seed = manifest.data, manifest.training.get("seed")
     side = (manifest.input.height_px, manifest.input.width_px)
@@ -148,7 +152,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _refuse_strange(bundle: Bundle, heldout: ExitOutputs) -> None:
-    """The float stages must answer the held-out images as they did when they were calibrated."""
+    """Raise a DataError if the float stages' held-out answers differ from those in the bundle's calibration."""
     differ = float((heldout.correct != bundle.calibration.correct).mean())
     if differ > MOST_DIFFERENT:
         raise DataError(
@@ -160,7 +164,7 @@ def _refuse_strange(bundle: Bundle, heldout: ExitOutputs) -> None:
 def _measure(
     folder: Path, stages: Sequence[StageInfo], images: ImageSet, split: Split, precision: str, gates: GateScore | None
 ) -> tuple[ExitOutputs, ExitOutputs]:
-    """What stages say of held-out and test images."""
+    """Outputs of these stages for held-out and for test images."""
     sessions = StageSessions(folder, stages)
 
     def outputs(part: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> ExitOutputs:
@@ -175,7 +179,7 @@ def _measure(
 
 
 def _result(manifest: Manifest, heldout: ExitOutputs, test: ExitOutputs) -> tuple[PrecisionResult, Predictor | None]:
-    """What stages of one precision do with the manifest's score and thresholds, both fitted to them anew."""
+    """Results of one precision with the manifest's score and family; predictor and thresholds are fitted anew."""
     costs = [exit_.executed_mflops for exit_ in manifest.exits]
     score = fit_scores(heldout)[manifest.score]
     frontier = build_frontier(score.heldout, heldout.correct, costs, manifest.family)
@@ -192,15 +196,15 @@ def _shares(correct: NDArray[np.bool_]) -> tuple[float, ...]:
     return tuple(correct.mean(axis=0).tolist())
 
 
-def _tell(card: Path, fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_images: int) -> None:
-    """Put the section on int8 at the end of a model card, in the place of an older one."""
-    told = card.read_text(encoding="utf-8") if card.is_file() else ""
-    told = re.sub(rf"\n*{re.escape(HEADING)}.*", "", told, flags=re.DOTALL)
-    card.write_text(f"{told.rstrip()}\n\n{int8_section(fp32, int8, n_test, n_images)}", encoding="utf-8")
+def _write_section(card: Path, fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_images: int) -> None:
+    """Append the section on int8 to a model card, replacing an older one."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = re.sub(rf"\n*{re.escape(HEADING)}.*", "", text, flags=re.DOTALL)
+    card.write_text(f"{text.rstrip()}\n\n{int8_section(fp32, int8, n_test, n_images)}", encoding="utf-8")
 
 
 def int8_section(fp32: PrecisionResult, int8: PrecisionResult, n_test: int, n_images: int) -> str:
-    """What a model card says of int8 stages, as markdown."""
+    """The section on int8 stages for a model card, in markdown."""
     exits = "\n".join(
         f"| {number} | {100 * a:.2f} | {100 * b:.2f} | {100 * (b - a):+.2f} |"
         for number, (a, b) in enumerate(zip(fp32.test_accuracy, int8.test_accuracy, strict=True), start=1)
