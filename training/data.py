@@ -1,4 +1,4 @@
-"""Reads the image set that `--data` names, whatever its form."""
+"""Reads the image set that `--data` names, in any known form."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from training.image_set import DataError, ImageSet
 
 
 def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
-    """Read the image set at `path`, whatever its form.
+    """Read the image set at `path`, in any known form.
 
-    Forms: CIFAR-100 as the official `cifar-100-python.tar.gz`, its unpacked folder, or a folder of lossless WebP strips
-    (`cifar100-images-*.zip` with `cifar100-labels.npz`); and a folder of pictures, read at `image_size_px` (shorter
-    side resized, centre cropped), see `training.image_folder`.
+    These are CIFAR-100 as the official `cifar-100-python.tar.gz`, its unpacked folder, or a folder of lossless WebP
+    strips (`cifar100-images-*.zip` with `cifar100-labels.npz`); and a folder of pictures, read at `image_size_px`
+    (shorter side resized, centre cropped), see `training.image_folder`.
 
     Raises:
-        DataError: nothing of these forms is there, or it is damaged.
+        DataError: there is no image set of a known form, or it is damaged.
     """
     path = Path(path)
     if not path.exists():

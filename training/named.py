@@ -1,4 +1,4 @@
-"""TOML files that ship with the project, found by name; people's own, by path."""
+"""Finds TOML files: those that ship with the project by name, others by path."""
 
 from pathlib import Path
 
@@ -6,10 +6,13 @@ from training.errors import TrainingError
 
 
 def find_toml(name_or_path: str, folder: Path, kind: str, error: type[TrainingError]) -> Path:
-    """Return the file of a `kind` by the name of one that ships in `folder`, or by a path that ends in .toml.
+    """Return a file in `folder` by its name without .toml, or any file by a path that ends in .toml.
+
+    Args:
+        kind: what such a file is, for the message.
 
     Raises:
-        error: there is none; the message lists those that ship.
+        error: there is no such file; the message lists those in `folder`.
     """
     path = Path(name_or_path)
     if path.suffix != ".toml":

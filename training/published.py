@@ -1,8 +1,8 @@
-"""Published CIFAR-100 results that ours are drawn beside.
+"""Published CIFAR-100 results, for plots beside ours.
 
-Costs are in the published convention: average multiply-adds an image, in millions, with every operation of the program
-up to the exit counted. The published anytime networks were trained on all 50,000 images and the best epoch was chosen
-on the test images; ours hold 5,000 images out and report the last epoch.
+Costs are in the published convention: average multiply-adds per image, in millions, counting every operation of the
+program up to the exit. The published anytime networks were trained on all 50,000 images, and their best epoch was
+chosen on the test images; ours hold out 5,000 images and report the last epoch.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class PublishedCurve:
     label: str
-    source: str  # and how the numbers were read
+    source: str  # where the numbers are from, and how they were read
     mflops: tuple[float, ...]
     accuracy: tuple[float, ...]  # top-1, 0 to 1
 

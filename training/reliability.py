@@ -1,4 +1,4 @@
-"""Whether confidence can be believed: of images answered with a confidence of 0.8, are 80 % right?"""
+"""Reliability of confidence: of images answered with a confidence of 0.8, are 80 % right?"""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""Does anything tell better than the logit margin whether going on helps? Signals, judged on a run as policies are.
+"""Signals: other predictors of whether going on helps, compared with the logit margin as exit policies are.
 
-Every signal is a score an exit, minus the log-odds that going on mends its answer, by a logistic regression on what the
-heads say or on what their last layers read (a gate). Those fitted on held-out images are judged by cross-fitting; those
-fitted on training images, augmented as in training, have seen none of the held-out ones.
+A fitted signal is an exit score: minus the log-odds that going on mends the answer, by a logistic regression on the
+heads' outputs or on the inputs of their last layers (a gate). Those fitted to held-out images are judged by
+cross-fitting; those fitted to training images, augmented as in training, have seen no held-out image.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,31 +42,31 @@ Columns = NDArray[np.floating[Any]]  # [images, N, F]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a network shows of M images at N exits."""
+    """Outputs of a network with N exits for M images, and the inputs of its heads' last layers."""
 
     outputs: ExitOutputs
-    inputs: NDArray[np.float32]  # [M, N, width]: what the last layer of every head reads; 0 beyond a narrower one's
+    inputs: NDArray[np.float32]  # [M, N, width]; narrower heads are padded with 0
 
     @property
     def mends(self) -> NDArray[np.bool_]:
-        """Where going on mends the answer [M, N]."""
+        """Whether going on mends the answer [M, N]."""
         return mends(self.outputs.correct)
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A score, and the images that it was fitted on."""
+    """A score, and the images that it was fitted to."""
 
     name: str
-    fitted_on: str  # "held-out images", "training images", or "" where nothing is fitted
+    fitted_on: str  # "held-out images", "training images", or "" if nothing is fitted
     source: Source
-    heldout: NDArray[np.float64]  # [M, N]: of held-out images, none scored by what was fitted on it
-    test: NDArray[np.float64]
+    heldout: NDArray[np.float64]  # [M, N]; by cross-fitting if it was fitted to held-out images
+    test: NDArray[np.float64]  # [M, N]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a signal is worth with `ratio` thresholds: points of top-1 as shares, on average over all budgets."""
+    """A signal's leads with `ratio` thresholds: differences in top-1 as shares, on average over all budgets."""
 
     signal: Signal
     over_paper: tuple[float, float]  # on held-out images: the lead over max softmax, geometric, and its standard error
@@ -75,10 +75,10 @@ class Judged:
 
 
 def judge(folder: RunFolder, images: ImageSet, device: torch.device, n_train: int | None = None) -> list[Judged]:
-    """Fit and judge every signal on a run that was calibrated.
+    """Fit and judge every signal on a calibrated run.
 
     Args:
-        n_train: training images to fit gates on; by default all.
+        n_train: number of training images to fit gates to; by default all.
 
     Raises:
         RunError, DataError: the run is not calibrated, or `images` is not the set it was trained on.
@@ -119,19 +119,19 @@ def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tens
 
 
 def _side_by_side(inputs: Sequence[Tensor]) -> Tensor:
-    """What N heads read, [rows, N, width] of the widest: on photographs' networks they differ."""
+    """Stack inputs of N heads to [rows, N, width of the widest]; in networks for photographs the widths differ."""
     width = max(x.shape[1] for x in inputs)
     return torch.stack([functional.pad(x, (0, width - x.shape[1])) for x in inputs], 1)
 
 
 def plain_signals(heldout: Seen, test: Seen) -> list[Signal]:
-    """The published score and the logit margin: what the others are compared with."""
+    """The published score and the logit margin, with which the others are compared."""
     names = PAPER.score, MARGIN.score
     return [_given(name, "", heldout.outputs.scores[name], test.outputs.scores[name]) for name in names]
 
 
 def fitted_signals(train: Seen, heldout: Seen, test: Seen) -> list[Signal]:
-    """Everything that is fitted after training."""
+    """All signals that are fitted after training."""
 
     def of_both(columns: Callable[[Seen], Columns]) -> tuple[Columns, Columns]:
         return columns(heldout), columns(test)
@@ -157,7 +157,7 @@ def fitted_signals(train: Seen, heldout: Seen, test: Seen) -> list[Signal]:
 
 
 def trained_gate(folder: RunFolder, heldout: Seen, test: Seen) -> list[Signal]:
-    """What the network's own gates say, if it was trained with them (`training.gates`)."""
+    """The outputs of the network's own gates, if it was trained with them (`training.gates`)."""
     state = folder.load_checkpoint()["network"]
     if "gates.outputs.0.weight" not in state:
         return []
@@ -172,7 +172,7 @@ def trained_gate(folder: RunFolder, heldout: Seen, test: Seen) -> list[Signal]:
 
 
 def _gate_signals(name: str, heldout: Seen, test: Seen, *said: NDArray[np.float64]) -> list[Signal]:
-    """A gate's answer alone, and beside both margins, by a regression on held-out images."""
+    """Two signals from a gate's log-odds: alone, and with both margins in a regression on held-out images."""
     alone = _given(name, "training images", *(-log_odds for log_odds in said))
     beside = [
         np.concatenate([_two_margins(part), log_odds[:, :, None]], axis=2)
@@ -223,12 +223,12 @@ def apply(weights: NDArray[np.float64], columns: Columns) -> NDArray[np.float64]
 
 
 def _given(name: str, fitted_on: str, heldout: NDArray[Any], test: NDArray[Any]) -> Signal:
-    """A signal that held-out images had no part in."""
+    """A signal that was not fitted to held-out images."""
     return Signal(name, fitted_on, lambda fitted, judged: (heldout[fitted], heldout[judged]), heldout, test)
 
 
 def _fitted(name: str, heldout: Seen, columns: tuple[Columns, Columns], ridge: float = RIDGE) -> Signal:
-    """A signal fitted on the held-out images, from columns of those and of the test images."""
+    """A signal fitted to the held-out images; `columns` are its inputs for those and for the test images."""
     of_heldout, of_test = columns
     happens = heldout.mends
 
@@ -241,7 +241,7 @@ def _fitted(name: str, heldout: Seen, columns: tuple[Columns, Columns], ridge: f
 
 
 def crossfit_columns(columns: Columns, happens: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
-    """Scores [M, N] of the very images that are fitted on, none by weights that it had a part in."""
+    """Scores [M, N] of images by cross-fitting: each by weights that were not fitted to it."""
     fold = np.random.default_rng(0).permutation(len(columns)) % N_FOLDS
     scores = np.empty(happens.shape)
     for k in range(N_FOLDS):

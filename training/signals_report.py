@@ -1,4 +1,4 @@
-"""Signals as people read them: a table on the terminal and as CSV."""
+"""Results of signals as a table on the terminal and as CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from training.signals import Judged
 
 
 def write_signals(results: Sequence[Judged], path: Path) -> None:
-    """A line a signal; leads in points of top-1."""
+    """Write a row per signal; leads are in points of top-1."""
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         kinds = ("heldout_lead_over_paper", "heldout_lead_over_margin", "test_lead_over_margin")

@@ -1,4 +1,4 @@
-"""A study: the same recipe trained with one thing changed at a time, and what each change is worth at every exit."""
+"""A study: one recipe trained in several variants, and what each change gains at every exit."""
 
 import csv
 import tomllib
@@ -36,24 +36,24 @@ class Variant(BaseModel):
 
 
 class Study(BaseModel):
-    """Variants of one recipe, each trained with the same seeds: splits, first weights and batches are the same."""
+    """Variants of one recipe, trained with the same seeds and so with the same splits, initial weights and batches."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     description: str
     recipe: str
-    set: list[str] = []
+    set: list[str] = []  # changes for all variants
     baseline: str  # the variant that the others are compared with
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0], min_length=1)
     variants: dict[str, Variant]
 
     @classmethod
     def load(cls, name_or_path: str) -> "Study":
-        """Read a study by the name of one that ships, or by path.
+        """Read a bundled study by name, or any study by path.
 
         Raises:
-            StudyError: there is none, or it is wrong.
-            RecipeError: a variant changes the recipe into one that can't be used.
+            StudyError: there is no such study, or it is not valid.
+            RecipeError: there is no such recipe, or a variant's changes to it are not valid.
         """
         path = find_toml(name_or_path, STUDY_FOLDER, "study", StudyError)
         try:
@@ -71,7 +71,7 @@ class Study(BaseModel):
         return Recipe.load(self.recipe, [*self.set, *self.variants[variant].set])
 
     def runs(self, folder: Path, seeds: Sequence[int] | None = None) -> Iterator[tuple[str, int, RunFolder]]:
-        """All variants of the first seed, then of the next: comparisons are whole as early as can be."""
+        """Yield all variants with the first seed, then with the next: so comparisons are complete early."""
         for seed in seeds or self.seeds:
             for name in self.variants:
                 yield name, seed, RunFolder(folder / f"{name}-seed{seed}")
@@ -86,10 +86,10 @@ def run_study(
     seeds: Sequence[int] | None = None,
     image_size_px: int = DEFAULT_SIZE_PX,
 ) -> None:
-    """Train and calibrate what is still missing; a study that was stopped goes on where it was.
+    """Train and calibrate all runs that are not finished yet; a study that was stopped is resumed.
 
     Args:
-        seeds: those of its seeds to train now; by default all. So several machines or cores can share a study.
+        seeds: which of the study's seeds to train; by default all. So several machines can divide a study.
         image_size_px: side at which an image folder is read.
 
     Raises:
@@ -111,14 +111,14 @@ def run_study(
             CalibrationRecord.load(run)
         except RunError:
             images = images or load_image_set(data, image_size_px)
-            calibrate(run, images, device, refit=False)  # what is compared is what training made
+            calibrate(run, images, device, refit=False)  # a study compares networks as trained
 
 
 def is_trained(run: RunFolder, recipe: Recipe) -> bool:
-    """Whether a run has come to its end.
+    """Whether a run has trained to its last epoch.
 
     Raises:
-        StudyError: it is a run of another recipe.
+        StudyError: it has another recipe.
     """
     if not run.checkpoint.is_file():
         return False
@@ -132,7 +132,7 @@ def is_trained(run: RunFolder, recipe: Recipe) -> bool:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What became of a variant, over the seeds that are there."""
+    """Results of a variant, over the seeds whose runs are finished."""
 
     name: str
     label: str
@@ -140,14 +140,14 @@ class VariantResult:
     seeds: list[int]
     held_out_accuracy: NDArray[np.float64]  # [seeds, exits]
     test_accuracy: NDArray[np.float64]  # [seeds, exits]
-    valid_shares: NDArray[np.float64]  # [seeds, epochs, exits], of each epoch's samples
-    gain: NDArray[np.float64]  # [seeds, exits]: test accuracy less the baseline's of the same seed
+    valid_shares: NDArray[np.float64]  # [seeds, epochs, exits], of each epoch's samples, see `training.objectives.Loss`
+    gain: NDArray[np.float64]  # [seeds, exits]: test accuracy minus the baseline's with the same seed
     gain_error: NDArray[np.float64]  # [exits]: standard error of the mean gain, over test images (paired)
     minutes: float  # of training, mean over the seeds
 
 
 def results_of(study: Study, folder: Path) -> list[VariantResult]:
-    """Read what the runs of a study have come to; variants with no finished run are left out.
+    """Read the results of a study's finished runs; variants without one are left out.
 
     Raises:
         StudyError: the baseline has no finished run.
@@ -187,7 +187,7 @@ def _result(
 
 
 def write_table(results: Sequence[VariantResult], path: Path) -> None:
-    """Every number of a study, a line per variant, seed and exit."""
+    """Write the results as CSV, a row per variant, seed and exit; valid shares are the last epoch's."""
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["variant", "seed", "exit", "held_out_accuracy", "test_accuracy", "gain", "valid_share"])

@@ -1,4 +1,4 @@
-"""A study as people read it: a table on the terminal and a figure."""
+"""A study's results as tables on the terminal and as figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from training.study import VariantResult
 
 
 def print_study(results: Sequence[VariantResult], console: Console) -> None:
-    """Held-out and test accuracy of every variant, and its gain over the baseline with one standard error."""
+    """Print every variant's accuracy, gain over the baseline with one standard error, and share of valid samples."""
     n_exits = results[0].gain.shape[1]
     for title, part in (("held-out images", "held_out_accuracy"), ("test images", "test_accuracy")):
         table = Table(title=f"Top-1 on {title}, %, by exit (mean over seeds)")
@@ -43,7 +43,7 @@ def print_study(results: Sequence[VariantResult], console: Console) -> None:
 
 
 def plot_study(path: Path, title: str, results: Sequence[VariantResult]) -> None:
-    """Test accuracy and gain over the baseline, by exit: means over seeds, every seed a faint line of its own."""
+    """Plot test accuracy and gain over the baseline, by exit: means over seeds, and every seed as a faint line."""
     with figure_axes(path, title, n_columns=2) as (accuracies, gains):
         for i, result in enumerate(results):
             exits = np.arange(1, result.gain.shape[1] + 1)
@@ -60,7 +60,7 @@ def plot_study(path: Path, title: str, results: Sequence[VariantResult]) -> None
 
 
 def plot_valid_shares(path: Path, title: str, results: Sequence[VariantResult]) -> None:
-    """Share of valid samples at every exit by epoch (BoostNet, Fig. 3), a panel an exit from the second on.
+    """Plot the share of valid samples by epoch (BoostNet, Fig. 3), a panel per exit from the second on.
 
     Exit 1 has 90 % by definition.
     """
@@ -83,7 +83,7 @@ def plot_valid_shares(path: Path, title: str, results: Sequence[VariantResult]) 
 
 
 def _legend_below(axes: Axes) -> None:
-    """Variants are many and their lines everywhere: the legend goes under the whole figure."""
+    """Put the legend below the figure: inside, it would hide the lines of many variants."""
     figure = axes.get_figure()
     assert figure is not None
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)

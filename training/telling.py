@@ -1,4 +1,4 @@
-"""What a run tells a person: what it is about to do, how an epoch went, and that its loss was lost."""
+"""Messages of a training run: its summary at the start, a line per epoch, and the error if it diverges."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,7 +19,7 @@ def summary(images: DeviceImages, n_held_out: int, o: Optimisation, steps_per_ep
 
 
 def classes_without(images: ImageSet, split: Split) -> list[str]:
-    """A line on the classes that no image is left to train on, and one on those that no image tests."""
+    """Notes on classes without training images and on classes without test images, if there are any."""
     notes = []
     for part, labels, what in (
         ("training", images.train_labels[split.train], "all are held out: add images, or hold out fewer"),
@@ -32,7 +32,7 @@ def classes_without(images: ImageSet, split: Split) -> list[str]:
 
 
 def epoch_line(epoch: int, epochs: int, losses: Sequence[float], accuracy: Sequence[float], rest: str) -> str:
-    """How epoch number `epoch` went: the mean loss over the exits, and held-out accuracy by exit (0 to 1)."""
+    """The line of an epoch: mean loss over the exits, and held-out accuracy by exit, in % (`accuracy`: 0 to 1)."""
     percent = " ".join(f"{100 * x:.1f}" for x in accuracy)
     loss = sum(losses) / len(losses)
     return f"epoch {epoch} of {epochs}: loss {loss:.3f}, held-out top-1 per exit {percent}; {rest}"
@@ -43,7 +43,12 @@ def speed(images_per_s: float, images_left: float) -> str:
 
 
 def images_left(augmentation: Augmentation, step: int, total_steps: int, rows: float, size_px: int) -> float:
-    """Images still to train on, each as many as its pixels make of one as large as those of the last step."""
+    """Images still to train on, in units of images of the latest step's size: an image counts by its pixels.
+
+    Args:
+        rows: mean images per step.
+        size_px: of all images, unless the recipe has `sizes_px`.
+    """
     sizes = augmentation.sizes_px or [size_px]
     now = sizes[max(0, step - 1) * len(sizes) // total_steps]
     parts = [total_steps * i / len(sizes) for i in range(len(sizes) + 1)]
@@ -52,7 +57,7 @@ def images_left(augmentation: Augmentation, step: int, total_steps: int, rows: f
 
 
 def diverged(folder: RunFolder, step: int, total_steps: int, learning_rate: float) -> RunError:
-    """The error of a run whose loss or weights are no finite numbers any more."""
+    """The error of a run whose loss or weights are no longer finite."""
     kept = "the last checkpoint is kept" if folder.checkpoint.is_file() else "nothing was saved"
     return RunError(
         f"{folder.path}: at step {step} of {total_steps} the loss or the weights are no longer finite; {kept}. "
