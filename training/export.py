@@ -1,8 +1,8 @@
-"""From a trained network to stage graphs: one ONNX file a stage, all reading one file of weights.
+"""Exports a trained network as stage graphs: one ONNX file per stage, all reading the same file of weights.
 
-The weights are stored once, as trained, in a safetensors file; the graphs refer to them by file and offset (ONNX
+The weights are stored once, as trained, in a safetensors file. The graphs refer to them by file and offset (ONNX
 external data), and the runtime folds normalisation into convolutions when it loads them. Weights that half precision
-holds exactly are stored so, in half the space, and the runtime widens them once, when it loads.
+represents exactly are stored as such, in half the space, and the runtime widens them once, on loading.
 """
 
 import json
@@ -36,7 +36,7 @@ def export_stages(
     folder: Path,
     weights_name: str = "weights.safetensors",
 ) -> list[dict[str, Any]]:
-    """Write `folder/stages/stage_K.onnx` for every exit K, and the weights they share.
+    """Write `folder/stages/stage_K.onnx` for every exit K, and the weights that they share.
 
     Stage 1 takes images as uint8 [rows, height, width, 3] and normalises them. Every value has a free first axis
     (rows) and the name it has in `models.staging`.
@@ -44,11 +44,11 @@ def export_stages(
     Args:
         network: any network that `models.staging.split` takes; it maps float images [rows, 3, height, width].
         image_size_px: one side of a square, or (height, width).
-        folder: the bundle's; made if it isn't there.
+        folder: the bundle's; created if it is missing.
 
     Returns:
-        Per stage what a bundle's manifest says of it: `file`, `inputs` and `outputs` (each `name`, `shape` without the
-        rows, `dtype`; the logits come first), `state_bytes_per_row` (kept of a row that goes on after this stage).
+        For each stage, its description in the manifest: `file`, `inputs` and `outputs` (each `name`, `shape` without
+        the rows, `dtype`; the logits first), `state_bytes_per_row` (kept for a row that goes on after this stage).
 
     Raises:
         StagingError: the network cannot be cut into stages.
@@ -96,23 +96,23 @@ def _to_onnx(stage: Stage, inputs: tuple[Tensor, ...]) -> ir.Model:
             output_names=list(stage.outputs),
             dynamic_shapes={name: {0: rows} for name in stage.inputs},
             opset_version=OPSET,
-            optimize=False,  # else the exporter folds normalisation into copies of the weights
+            optimize=False,  # otherwise the exporter folds normalisation into copies of the weights
             verbose=False,
         )
-    assert program is not None  # None is for the exporter that torch replaced
+    assert program is not None  # only the old exporter (dynamo=False) returns None
     model = program.model
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
-    ClearMetadataAndDocStringPass()(model)  # of stack traces with this machine's paths
+    ClearMetadataAndDocStringPass()(model)  # they hold stack traces with this machine's paths
     made = [value for node in model.graph for value in node.outputs]
     for value in (*model.graph.inputs, *model.graph.initializers.values(), *made):
-        value.metadata_props.clear()  # the exporter's notes to itself: half of the file
+        value.metadata_props.clear()  # the exporter's internal notes, which take half of the file
     return model
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence the exporter's remarks on its own internals and on torchvision, which isn't used."""
+    """Silence the exporter's warnings about its internals and about torchvision, which is not used."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -125,7 +125,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _read_offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: name to (offset from the start of the file, length), in bytes."""
+    """Location of each tensor in a safetensors file: name to (offset from the start of the file, length), in bytes."""
     with path.open("rb") as file:
         (header_bytes,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(header_bytes))
@@ -138,7 +138,7 @@ def _read_offsets(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _as_stored(weight: Tensor) -> Tensor:
-    """A copy: in half precision where that changes no value (see `training.calibration.round_to_half`)."""
+    """Copy a weight, in half precision if that changes no value (see `training.calibration.round_to_half`)."""
     if weight.dtype == torch.float32 and weight.ndim > 1 and torch.equal(weight.half().float(), weight):
         return weight.half().contiguous()
     return weight.clone().contiguous()
@@ -158,7 +158,7 @@ def _refer_to_weights(model: ir.Model, weights_name: str, offsets: dict[str, tup
 
 
 def _widen(graph: ir.Graph, name: str, value: ir.Value, stored: ir.ExternalTensor) -> None:
-    """Let a float32 weight be made of its stored half-precision values when the graph is loaded."""
+    """Compute a float32 weight in the graph, by a cast of its stored half-precision values."""
     source = ir.Value(
         name=f"{name}_stored", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16), const_value=stored
     )

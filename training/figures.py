@@ -1,4 +1,4 @@
-"""What every plot of the project has in common."""
+"""The common style of the project's plots."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def figure_axes(path: Path, title: str, n_columns: int = 1, width: float = 6.4) -> Iterator[list[Axes]]:
-    """Axes to draw on, `width` inches each; the figure is written when they are left. No window system is asked for."""
+    """Axes to draw on, each `width` inches wide; the figure is saved at the end of the context. Needs no display."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width * n_columns, 4.4), layout="constrained")
         axes = figure.subplots(1, n_columns, squeeze=False)[0]

@@ -22,10 +22,10 @@ from training.recipe import RECIPE_FOLDER, Recipe
 
 
 def bundle_name(name: str | None, output: Path) -> str:
-    """What a bundle is called: as its folder, where nobody says otherwise, with dashes for what a name may not hold.
+    """The given name or, by default, that of the folder `output`, with dashes in place of characters not allowed.
 
     Raises:
-        RunError: the name given is none.
+        RunError: the given name is not allowed.
     """
     if name is None:
         return re.sub(r"[^A-Za-z0-9_.+-]+", "-", output.resolve().name).strip("-.+") or "network"
@@ -35,18 +35,17 @@ def bundle_name(name: str | None, output: Path) -> str:
 
 
 def pack(folder: RunFolder, output: Path, name: str, description: str | None = None, images: str | None = None) -> str:
-    """Write the bundle of a run; a bundle that stands at `output` is replaced once the new one is complete.
+    """Write the bundle of a run; a bundle at `output` is replaced once the new one is complete.
 
     Args:
-        description: one line for the manifest and the model card; by default the recipe's own, or where that is of
-            other images network, images and classes.
-        images: what the images are and their terms, for the model card.
+        description: one line for the manifest and the model card; by default, see `describe`.
+        images: what the images are and their licence terms, for the model card.
 
     Returns:
         Its version.
 
     Raises:
-        RunError: a step before is missing, or the network can't be bundled.
+        RunError: an earlier step is missing, or the network can't be bundled.
     """
     made_by, recipe = folder.read_description(), folder.read_recipe()
     record = CalibrationRecord.load(folder)
@@ -82,7 +81,7 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
 
 
 def describe(recipe: Recipe, images: str, n_classes: int) -> str:
-    """One line: the recipe's own description; but those of recipes that ship tell of other images than a folder's."""
+    """One line: the recipe's description or, if that is a shipped recipe's and names other images, a generic one."""
     shipped = {Recipe.load(file.stem).description for file in RECIPE_FOLDER.glob("*.toml")}
     if images == "cifar100" or recipe.description not in shipped:
         return recipe.description
@@ -119,7 +118,7 @@ def _facts(recipe: Recipe, record: CalibrationRecord, evaluation: Evaluation) ->
 
 
 def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[str, Any]:
-    # Where the images lay on the machine that trained is nobody's business.
+    # The path of the images on the training machine is private.
     command = re.sub(r"(--data[ =])\S+", r"\1DATA", made_by["command"])
     return {
         "recipe": made_by["recipe"],
@@ -134,6 +133,6 @@ def _training_info(made_by: dict[str, Any], record: CalibrationRecord) -> dict[s
         "torch": made_by["torch"],
         "python": made_by["python"],
         "temperatures": list(record.temperatures),
-        # What its recipe's `auto` came to, and where it went on from a bundle.
+        # What precision `auto` resolved to; and the bundle that training started from, with its record.
         **{name: made_by[name] for name in ("precision", "from", "before") if name in made_by},
     }

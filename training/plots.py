@@ -1,4 +1,4 @@
-"""Plots of a run, as PNG: learning, accuracy per exit, and the budget curve beside what is published."""
+"""Plots of a run, as PNG: training, accuracy per exit, and the budget curve beside published ones."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +37,7 @@ def plot_run(folder: RunFolder, evaluation: Evaluation, record: CalibrationRecor
 
 
 def plot_training(path: Path, title: str, log: Sequence[dict[str, Any]]) -> None:
-    """Loss and held-out accuracy of every exit by epoch."""
+    """Plot loss and held-out accuracy of every exit by epoch."""
     epochs = [record["epoch"] for record in log]
     with figure_axes(path, title, n_columns=2) as (losses, accuracies):
         for i in range(len(log[0]["losses"])):
@@ -51,7 +51,7 @@ def plot_training(path: Path, title: str, log: Sequence[dict[str, Any]]) -> None
 
 
 def epochs_of(description: dict[str, Any], epochs: float) -> str:
-    """The epochs of a run as people read them, those first of the runs that its weights come from: "40 + 12"."""
+    """A run's epochs for titles, after those of the runs that its initial weights come from: "40 + 12"."""
     parts = [epochs]
     while (description := description.get("before") or {}).get("epochs"):
         parts.insert(0, description["epochs"])
@@ -59,7 +59,7 @@ def epochs_of(description: dict[str, Any], epochs: float) -> str:
 
 
 def plot_anytime(path: Path, title: str, evaluation: Evaluation, is_cifar100: bool) -> None:
-    """Test accuracy of every exit over its cost, published convention, beside published networks."""
+    """Plot test accuracy of every exit over its cost (published convention), beside published networks."""
     with figure_axes(path, title) as (axes,):
         _draw_published(axes, CIFAR100_ANYTIME if is_cifar100 else ())
         costs = [result.published_mflops for result in evaluation.exits]
@@ -69,7 +69,7 @@ def plot_anytime(path: Path, title: str, evaluation: Evaluation, is_cifar100: bo
 
 
 def plot_budgeted(path: Path, title: str, evaluation: Evaluation, is_cifar100: bool) -> None:
-    """Test accuracy over the mean cost that test images had, published convention, beside published curves."""
+    """Plot test accuracy over the mean cost of test images (published convention), beside published curves."""
     with figure_axes(path, title) as (axes,):
         _draw_published(axes, CIFAR100_BUDGETED if is_cifar100 else ())
         for i, policy in enumerate(dict.fromkeys((evaluation.policy, PAPER))):
@@ -94,7 +94,7 @@ def plot_budgeted(path: Path, title: str, evaluation: Evaluation, is_cifar100: b
 
 
 def plot_frontier(path: Path, title: str, evaluation: Evaluation) -> None:
-    """What a server gets for a budget: test accuracy over executed cost, between the two oracles."""
+    """Plot what a budget buys: test accuracy over executed cost, with the bounds of `training.bounds`."""
     with figure_axes(path, title) as (axes,):
         _draw_bounds(axes, evaluation)
         points = evaluation.chosen.points
@@ -119,7 +119,7 @@ def plot_frontier(path: Path, title: str, evaluation: Evaluation) -> None:
 
 
 def plot_policies(path: Path, title: str, evaluation: Evaluation) -> None:
-    """Every policy at equal measured cost on test images: accuracy, and the lead over the paper's with its interval."""
+    """Plot every policy's test accuracy at equal measured cost, and its lead over the paper's (with an interval)."""
     costs = evaluation.comparison.costs_mflops
     scores = list(dict.fromkeys(compared.policy.score for compared in evaluation.comparison.policies))
     lines = dict(zip(FAMILIES, ("-", "--", ":"), strict=True))
@@ -146,7 +146,7 @@ def plot_policies(path: Path, title: str, evaluation: Evaluation) -> None:
         leads.set(xlabel="mean million multiply-adds an image (executed)", ylabel=f"points over {name_of(PAPER)}")
         for family, line in list(lines.items())[1:]:
             leads.plot([], [], color="0.4", linestyle=line, linewidth=0.9, label=f"... with {family} thresholds")
-        leads.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside: curves may lie anywhere
+        leads.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the plot, where it hides no curve
 
 
 def _draw_bounds(axes: Axes, evaluation: Evaluation) -> None:

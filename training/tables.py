@@ -1,4 +1,4 @@
-"""Results as tables: on the terminal, and as .csv files in the folder of a run."""
+"""Results as tables on the terminal, and as .csv files in a run's folder."""
 
 import csv
 from dataclasses import asdict
@@ -15,8 +15,8 @@ from training.quantising import Quantised
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print accuracy per exit, the policies compared, and the budget curve of the one chosen."""
-    anytime = Table(title="Every image at one exit (M = million multiply-adds an image)", title_justify="left")
+    """Print accuracy per exit, the comparison of policies, and the budget curve of the chosen one."""
+    anytime = Table(title="Every image at one exit (M = million multiply-adds per image)", title_justify="left")
     accuracies = ("held-out top-1", "test top-1", "test top-5", "test ECE")
     for heading in ("exit", "published M", "executed M", *accuracies):
         anytime.add_column(heading, justify="right")
@@ -35,7 +35,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(_policies(evaluation))
 
     budgeted = Table(
-        title=f"Each image leaves when sure ({name_of(evaluation.policy)}), measured on test images",
+        title=f"With early exit ({name_of(evaluation.policy)}), measured on test images",
         title_justify="left",
     )
     for heading in ("budget M", "executed M", "published M", "top-1", "leaving at exit 1, 2, ... %"):
@@ -61,7 +61,7 @@ def print_precisions(made: Quantised, console: Console) -> None:
         anytime.add_row(str(number), _percent(fp32), _percent(int8), f"{100 * (int8 - fp32):+.2f}")
     console.print(anytime)
 
-    budgeted = Table(title="Each image leaves when sure, measured on test images", title_justify="left")
+    budgeted = Table(title="With early exit, measured on test images", title_justify="left")
     for heading in ("budget", "fp32 executed M", "fp32 top-1", "int8 executed M", "int8 top-1", "points"):
         budgeted.add_column(heading, justify="right")
     for a, b in zip(made.fp32.budgets, made.int8.budgets, strict=True):
@@ -80,17 +80,17 @@ def _policies(evaluation: Evaluation) -> Table:
     costs = evaluation.comparison.costs_mflops
     table = Table(
         title=f"Points over {name_of(PAPER)}: cross-fitted on held-out images, and on test images\n"
-        f"at {len(costs)} equal measured costs up to {costs[-1]:.1f} M, on average and at the worst of them",
+        f"at {len(costs)} equal measured costs up to {costs[-1]:.1f} M: the mean, and the worst of them",
         title_justify="left",
-        caption=f"chosen on the held-out images: {name_of(evaluation.policy)}; of the way from chance to the oracle\n"
-        f"it goes {_percent_of(evaluation.comparison.headroom)}, to the one that counts only answers that stay "
+        caption=f"chosen on the held-out images: {name_of(evaluation.policy)}; of the distance from random exits to\n"
+        f"the oracle it covers {_percent_of(evaluation.comparison.headroom)}; if only answers that stay right count, "
         f"{_percent_of(evaluation.comparison.steady_headroom)}",
         caption_justify="left",
     )
     for heading in ("score", "thresholds"):
         table.add_column(heading, no_wrap=True)
     for heading in ("held out", "test", "test, worst"):
-        table.add_column(heading, justify="right")  # folded where it must be, never cut
+        table.add_column(heading, justify="right")  # may wrap, but is never cut
     for result in evaluation.policies:
         compared = evaluation.comparison.of(result.policy)
         lead, worst = compared.mean_lead, min(compared.lead, key=lambda difference: difference.mean)
@@ -109,7 +109,7 @@ def write_tables(folder: RunFolder, evaluation: Evaluation) -> list[str]:
     """Write anytime.csv (by exit), budgeted.csv (by policy and budget) and policies.csv (by policy at equal cost).
 
     Returns:
-        their names.
+        the names of the files.
     """
     budgeted: list[dict[str, Any]] = []
     for result in evaluation.policies:
