@@ -1,4 +1,4 @@
-"""A running average of the weights, which is evaluated and shipped in place of the last step's."""
+"""A running average of the weights, which is evaluated and exported instead of the weights of the last step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class Averaging:
 
     Args:
         network: the network that is trained.
-        decay: weight of the average so far at every step; 0 keeps no average, and `evaluated` is the network itself.
+        decay: weight of the previous average at every step; 0 keeps no average, and `evaluated` is the network itself.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -22,23 +22,23 @@ class Averaging:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network to measure and to ship."""
+        """The network to evaluate and to export."""
         return self._network if self._average is None else self._average.module
 
     def update(self) -> None:
-        """Take the weights after a step into the average."""
+        """Add the weights to the average; call it after every step."""
         if self._average is not None:
             self._average.update_parameters(self._network)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: `network` is evaluated; with an average, `trained` is what training goes on with."""
+        """For a checkpoint: `network` is evaluated; with an average, `trained` has the weights to resume from."""
         if self._average is None:
             return {"network": self._network.state_dict()}
         average = {"network": self.evaluated.state_dict(), "n_averaged": int(self._average.n_averaged)}
         return {**average, "trained": self._network.state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint whose `network` has been given to the network already."""
+        """Restore the average from a checkpoint; the network must have loaded the checkpoint's `network` already."""
         if self._average is not None:
             self._average.module.load_state_dict(state["network"])
             self._average.n_averaged.fill_(state["n_averaged"])

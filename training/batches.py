@@ -1,4 +1,4 @@
-"""Which images a step trains on, and how they are augmented: all of it follows from (seed, step, rank)."""
+"""The batches of a run: their images and augmentation are a function of (seed, step, rank)."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ Batch = tuple[Tensor, Tensor]  # images [rows, 3, height, width] and labels, as 
 
 
 class Batches:
-    """The batches of a run by their step, this process's rows of them: `batches[step]` is the same every time.
+    """This process's rows of every batch of a run; `batches[step]` is the same at every call.
 
     Args:
         images: those to train on.
-        seed: of the order and the augmentation.
+        seed: of their order and augmentation.
     """
 
     def __init__(self, images: DeviceImages, recipe: Recipe, seed: int, processes: Processes) -> None:
@@ -33,7 +33,7 @@ class Batches:
         return self.images.augmented(self.rows_of(step), draws, size_px)
 
     def rows_of(self, step: int) -> Tensor:
-        """Rows of the images that `step` trains on: every epoch has its shuffle, shared by all processes."""
+        """Indices of the images for this process in `step`; every epoch is shuffled anew, alike in all processes."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         if epoch != self._order_epoch:
             generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
@@ -48,9 +48,9 @@ class Batches:
         return epoch * min(len(self.images), self.steps_per_epoch * self.n_rows) + batch * self.n_rows
 
     def partner(self, step: int) -> int:
-        """The step whose batch makes a pair with that of `step`, in the same epoch: 0 with 1, 2 with 3, and so on.
+        """The step in the same epoch whose batch forms a pair with that of `step`: 0 with 1, 2 with 3, and so on.
 
-        Where an epoch's steps are odd in number, its last one has the one before it, which has another.
+        If the number of steps is odd, the last one gets the one before it, whose own partner is another step.
         """
         epoch, batch = divmod(step, self.steps_per_epoch)
         other = batch ^ 1

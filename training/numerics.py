@@ -1,4 +1,4 @@
-"""In what arithmetic a run computes: what its recipe asks for, on the device at hand."""
+"""The precision in which a run computes: the recipe's, resolved for the device."""
 
 from typing import Literal
 
@@ -10,9 +10,9 @@ Precision = Literal["fp32", "bf16"]
 
 
 def precision_of(numerics: Numerics, device: torch.device) -> Precision:
-    """Resolve `auto`: bf16 where the device computes in it, fp32 where it would be emulated, many times slower.
+    """Resolve `auto`: bf16 if the device computes in it, fp32 if bf16 would be emulated, many times slower.
 
-    Among CPUs, those with AVX-512 count as able (AMX or AVX512-BF16 make it fast, and without them it costs little).
+    Of CPUs, those with AVX-512 get bf16: it is fast with AMX or AVX512-BF16, and costs little without them.
     """
     if numerics.precision != "auto":
         return numerics.precision
@@ -22,5 +22,5 @@ def precision_of(numerics: Numerics, device: torch.device) -> Precision:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The forward pass in `precision`; losses and the boosted sum stay float32, see `models.boosting`."""
+    """Autocast of the forward pass to `precision`; losses and the boosted sum stay float32, see `models.boosting`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

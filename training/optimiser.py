@@ -9,7 +9,7 @@ from training.recipe import Optimisation
 
 
 def optimiser_of(network: nn.Module, o: Optimisation) -> torch.optim.SGD:
-    """SGD in one pass over the weights; decay spares learned temperatures, which it would pull to 1/2."""
+    """Fused SGD. Learned temperatures have no weight decay, which would pull them to 1/2."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
@@ -26,9 +26,9 @@ def optimiser_of(network: nn.Module, o: Optimisation) -> torch.optim.SGD:
 
 
 def after_step(optimiser: torch.optim.SGD, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-    """Where the optimiser's next step would bring its weights with these gradients: nothing is changed.
+    """Return the weights after the optimiser's next step with these gradients, without taking it.
 
-    At its rate, with its decay and momentum as they are now. What is returned can be differentiated by `gradients`.
+    Learning rate, weight decay and momentum are the current ones. The result is differentiable in `gradients`.
     """
     moved = {}
     for group in optimiser.param_groups:

@@ -1,4 +1,4 @@
-"""The learning rate at every step, as a pure function: a resumed run needs no scheduler state."""
+"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 import math
 
@@ -6,7 +6,7 @@ from training.recipe import Optimisation
 
 
 def learning_rate(optimisation: Optimisation, step: int, steps_per_epoch: int) -> float:
-    """The rate of `step` (from 0). `multistep` changes after whole epochs, the others at every step."""
+    """The learning rate of `step` (from 0). `multistep` changes after whole epochs, the others at every step."""
     peak = optimisation.learning_rate
     total = optimisation.epochs * steps_per_epoch
     if optimisation.schedule == "multistep":
@@ -21,5 +21,5 @@ def learning_rate(optimisation: Optimisation, step: int, steps_per_epoch: int) -
 
 
 def cosine(peak: float, share: float) -> float:
-    """From the peak to 0 along half a cosine, when `share` of it is done."""
+    """The rate when `share` of the decay from `peak` to 0, along half a cosine, is done."""
     return 0.5 * peak * (1 + math.cos(math.pi * share))
