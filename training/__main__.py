@@ -40,7 +40,7 @@ A run that is stopped by --time-limit, Ctrl-C or SIGTERM resumes where it was wh
 run that is killed resumes from the end of its last epoch.
 To compare recipes, `python -m training study` trains variants of one and reports the effect of each change."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # on a disk: errors of writes, which name no file
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # disk full: errors of writes, which name no file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -98,12 +98,12 @@ def train(
     command = f"{typed('train', 'RUN', '--recipe', Path(recipe).name)} --data DATA --seed {seed}"
     command += "".join(f" --set {shlex.quote(setting)}" for setting in settings or [])
     command += f" --from {shlex.quote(start.resolve().name)}" if start else ""
-    with alone_in(run) if _tells() else nullcontext():
+    with alone_in(run) if _reports() else nullcontext():
         group = Processes.join(torch_device.type)
         try:
             command += f" --processes {group.count}" if group.count > 1 else ""
             images = load_image_set(data, image_size_px)
-            if images.listing and image_size_px != DEFAULT_SIZE_PX:  # of a folder: CIFAR-100 is as large as it is
+            if images.listing and image_size_px != DEFAULT_SIZE_PX:  # CIFAR-100, which has no listing, has a fixed size
                 command += f" --image-size {image_size_px}"
             trainer = Trainer(loaded, images, RunFolder(run), seed, group, command, start)
             if group.is_first:
@@ -111,7 +111,7 @@ def train(
                 notes = *images.notes, *classes_without(images, trainer.split)
                 for note in (*notes, summary(*about, trainer.steps_per_epoch, trainer.precision)):
                     typer.echo(f"{run}: {note}")
-            del images  # those to train on are the trainer's own by now
+            del images  # the trainer has its own copy
             ended = trainer.train(None if time_limit_minutes is None else 60 * time_limit_minutes)
             reached = f"step {trainer.progress.step} of {trainer.total_steps}"
             del trainer  # before the group ends, see `leave`
@@ -178,7 +178,7 @@ def evaluate(run: RunArgument) -> None:
     outputs = ExitOutputs.load(folder.heldout), ExitOutputs.load(folder.test)
     evaluation = evaluate_outputs(*outputs, cost_of(folder, record), GateRecord.load(folder))
     tables, plots = write_tables(folder, evaluation), plot_run(folder, evaluation, record)
-    evaluation.save(folder, record)  # last: with it the run is evaluated, and can be exported
+    evaluation.save(folder, record)  # last: it marks the run as evaluated
     print_evaluation(evaluation, Console())
     typer.echo(
         f"{run}: wrote results.json, {', '.join([*tables, *plots])}; next: {typed('export', run)} --output FOLDER"
@@ -206,24 +206,24 @@ def export(
 app.add_typer(tools)
 
 
-def _tells() -> bool:
-    """Whether this is the first of the processes that train together, or the only one."""
+def _reports() -> bool:
+    """Whether this process reports for its group: it is the first of those that train together, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def run_command() -> None:
-    """Run the command line; bad input is told in a sentence, with status 2."""
+    """Run the command line; errors that the user can fix are reported in one sentence, with status 2."""
     try:
         app()
     except (TrainingError, OSError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            told: object = f"{error.strerror}: make room and give the same command again"
+            message: object = f"{error.strerror}: make room and give the same command again"
         elif isinstance(error, OSError) and error.filename is None:
-            raise  # not about a file that somebody named
+            raise  # names no file, so it is not the user's error
         else:
-            told = error if isinstance(error, TrainingError) else f"{error.filename}: {error.strerror}"
-        if _tells():
-            typer.echo(f"error: {told}", err=True)
+            message = error if isinstance(error, TrainingError) else f"{error.filename}: {error.strerror}"
+        if _reports():
+            typer.echo(f"error: {message}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

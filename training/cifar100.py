@@ -1,4 +1,4 @@
-"""CIFAR-100 in memory, from its official files or from strips of WebP."""
+"""Reads CIFAR-100 into memory, from its official files or from strips of WebP."""
 
 import io
 import pickle
@@ -24,7 +24,7 @@ _PICKLED_BY_CIFAR = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads the official CIFAR pickles, which hold only dictionaries, lists, strings and one numpy array."""
+    """Reads the official CIFAR pickles (dictionaries, lists, strings and one array) and refuses to run other code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLED_BY_CIFAR:
@@ -33,7 +33,11 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_tar(path: Path) -> ImageSet:
-    """From the official archive."""
+    """Read the official archive.
+
+    Raises:
+        DataError: it is damaged, or another archive.
+    """
     parts = {}
     try:
         with tarfile.open(path) as archive:
@@ -48,7 +52,11 @@ def read_tar(path: Path) -> ImageSet:
 
 
 def read_parts(parts: dict[str, bytes], source: Path) -> ImageSet:
-    """From the contents of the official files, by `PARTS`; `source` is named where they are damaged."""
+    """Read the contents of the official files, by `PARTS`.
+
+    Raises:
+        DataError: they are damaged; the message names `source`.
+    """
     try:
         content = {name: _ArraysOnly(io.BytesIO(data), encoding="bytes").load() for name, data in parts.items()}
         images = {
@@ -63,7 +71,11 @@ def read_parts(parts: dict[str, bytes], source: Path) -> ImageSet:
 
 
 def read_strips(folder: Path) -> ImageSet:
-    """From a folder of lossless WebP strips."""
+    """Read a folder of lossless WebP strips.
+
+    Raises:
+        DataError: files are missing or damaged.
+    """
     strips: dict[str, np.ndarray] = {}
     try:
         for archive in sorted(folder.glob("cifar100-images-*.zip")):

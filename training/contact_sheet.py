@@ -1,4 +1,4 @@
-"""A contact sheet: test images that leave at the first exit above those that go all the way (BoostNet, Fig. 5)."""
+"""A contact sheet: test images that leave at the first exit, above others that leave late (BoostNet, Fig. 5)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +19,22 @@ from training.policies import fit_scores
 
 @dataclass(frozen=True)
 class Sheet:
-    """Which test images are shown: rows [rows_each, classes] of the test part, those that leave first and last."""
+    """The test images shown: `easy` ones leave at the first exit, `hard` ones at the last; indices [rows, classes]."""
 
     classes: list[int]
     easy: NDArray[np.intp]
     hard: NDArray[np.intp]
-    last_exit: int  # from 1: the deepest that enough images reach
+    last_exit: int  # from 1: the deepest at which enough images leave
 
 
 def choose_images(
     exits: NDArray[np.intp], correct: NDArray[np.bool_], labels: NDArray[np.int64], n_classes: int, rows_each: int
 ) -> Sheet:
-    """Choose the first images in the set's own order, of the first classes that have enough at either end: no picking.
+    """Choose the first images, in the order of the set, of the first classes with enough at both ends: no hand-picking.
 
     Args:
-        exits: [M] 0-based, where each image leaves.
-        correct: [M] whether its answer there is right; only such are shown.
+        exits: [M], from 0, at which each image leaves.
+        correct: [M], whether its answer there is right; only such images are shown.
 
     Raises:
         RunError: no class has enough images at both ends.
@@ -58,7 +58,7 @@ def choose_images(
 
 
 def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: int = 10, rows_each: int = 3) -> Path:
-    """Draw `sheet.png` into a run's folder: the chosen policy at a budget, a fraction of the full network's cost.
+    """Draw `sheet.png` into a run's folder, for the chosen policy at a fraction of the full network's cost.
 
     Raises:
         RunError: the run has not been evaluated, or `images` is not the set it was calibrated on.
@@ -84,7 +84,7 @@ def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: 
 
 def _draw(axes: Axes, images: ImageSet, sheet: Sheet) -> None:
     size_px, (n_rows, n_columns) = images.image_size_px, sheet.easy.shape
-    gap_px = size_px // 2  # between those that leave first and those that leave last
+    gap_px = size_px // 2  # between easy and hard images
     mosaic = np.full(((2 * n_rows * size_px) + gap_px, n_columns * size_px, 3), 255, np.uint8)
     for start_px, rows in ((0, sheet.easy), (n_rows * size_px + gap_px, sheet.hard)):
         for (i, j), row in np.ndenumerate(rows):

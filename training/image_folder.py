@@ -1,4 +1,4 @@
-"""A folder of pictures in memory: a folder a class, pictures of any size in it, brought to one size."""
+"""Reads a folder with one folder of pictures per class into memory, with all pictures at the same size."""
 
 import hashlib
 import os
@@ -16,22 +16,23 @@ from training.image_set import DataError, ImageSet
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
-# Whatever a file is called: those that are served. Pillow's reader of PostScript, for one, runs what is in the file.
+# Contents accepted, whatever the suffix: those that are served. Other readers of Pillow are unsafe; that of PostScript
+# runs the file as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-SET_APART = 5  # where nobody has put test images apart, one of so many of every class is one
-MOST_TOLD = 5  # names in one message
+SET_APART = 5  # without a test folder, one in this many images of every class is a test image
+MOST_TOLD = 5  # names listed in one message
 Labelled = list[tuple[Path, int]]
 
 
 def holds_classes(path: Path) -> bool:
-    """Whether there are folders with pictures in `path`, one a class."""
+    """Whether `path` has at least two folders with pictures, one per class."""
     return sum(any(_is_picture(file) for file in folder.iterdir()) for folder in _folders_in(path)) >= 2
 
 
 def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
     """Read `train/CLASS/*` and `val/CLASS/*` or `test/CLASS/*`; or `CLASS/*`, a fifth of which becomes the test part.
 
-    Hidden files and folders are passed over, as are files that are no pictures.
+    Hidden files and folders are ignored, and so are files that are not pictures (with a note).
 
     Raises:
         DataError: classes or pictures are missing, or pictures can't be read.
@@ -46,7 +47,7 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
         train, test = _set_apart(_pictures_in(root, class_names), root)
         notes = [
             f"{name} has no train/ and val/: {len(test):,} of its {len(train) + len(test):,} images, a fifth of "
-            "every class, are kept for the test"
+            "every class, are set aside as test images"
         ]
     named = {label for _, label in train}
     if absent := [class_names[label] for label in range(len(class_names)) if label not in named]:
@@ -55,9 +56,9 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
     others = [path for path in root.rglob("*") if path.is_file() and _is_visible(path, root) and path not in read]
     if kinds := sorted({path.suffix or path.name for path in others if not _is_picture(path)}):
         n_files = sum(not _is_picture(path) for path in others)
-        notes.append(f"files passed over, which are no JPEG, PNG, WebP or BMP: {n_files:,} ({some(kinds)})")
+        notes.append(f"ignored files that are not JPEG, PNG, WebP or BMP: {n_files:,} ({some(kinds)})")
     if strays := sorted(path.relative_to(root).as_posix() for path in others if _is_picture(path)):
-        notes.append(f"images passed over, which are not directly in a class folder: {len(strays):,} ({some(strays)})")
+        notes.append(f"ignored images that are not directly in a class folder: {len(strays):,} ({some(strays)})")
     damaged: dict[Path, Exception] = {}
     images = [_read(files, image_size_px, part, damaged) for files, part in ((train, "train"), (test, "test"))]
     if damaged:
@@ -84,7 +85,7 @@ def _folders_in(path: Path) -> list[Path]:
 
 
 def _is_class(folder: Path) -> bool:
-    """Whether pictures lie in it and no folders: trains may be a class, too."""
+    """Whether a folder has pictures and no folders in it: `train` may be a class (of trains), too."""
     return not _folders_in(folder) and any(map(_is_picture, folder.iterdir()))
 
 
@@ -100,7 +101,7 @@ def _class_names(folder: Path) -> list[str]:
     names = sorted(entry.name for entry in _folders_in(folder))
     if len(names) < 2:
         raise DataError(f"{folder}: {len(names)} class folders; there must be at least 2")
-    if strange := [ascii(name) for name in names if not name.isprintable()]:  # as bytes that are no UTF-8 come out
+    if strange := [ascii(name) for name in names if not name.isprintable()]:  # such as bytes that are not UTF-8
         raise DataError(f"{folder}: class folders with unprintable names: {some(strange)}; rename them")
     return names
 
@@ -131,7 +132,7 @@ def _test_pictures(folder: Path, class_names: Sequence[str]) -> Labelled:
 
 
 def _set_apart(found: Labelled, root: Path) -> tuple[Labelled, Labelled]:
-    """Cut off test images, by a digest of their names: most stay where they are when a folder grows."""
+    """Set test images aside by a digest of their names, so that most stay in their part when the folder grows."""
     test: set[Path] = set()
     for _, of_class in groupby(found, key=lambda pair: pair[1]):
         by_digest = sorted(
@@ -144,7 +145,7 @@ def _set_apart(found: Labelled, root: Path) -> tuple[Labelled, Labelled]:
 
 
 def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Exception]) -> np.ndarray:
-    """The pictures, uint8 [images, size, size, 3], decoded on all cores; what can't be read is noted in `damaged`."""
+    """Decode pictures on all cores to uint8 [images, size, size, 3]; errors are collected in `damaged`, by path."""
     try:
         images = np.empty((len(files), image_size_px, image_size_px, 3), np.uint8)
     except MemoryError:
@@ -160,7 +161,7 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
             with Image.open(path, formats=FORMATS) as opened:
                 image = loaded(opened)
                 images[row] = np.asarray(fitted(image, (image_size_px, image_size_px), orientation_of(image)))
-        except Exception as error:  # Pillow's readers raise whatever they trip over in damaged files
+        except Exception as error:  # Pillow raises many kinds of errors for damaged files
             damaged[path] = error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -168,17 +169,17 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
             for _ in tqdm(pool.map(read, range(len(files))), f"reading {part}", len(files), unit="image", disable=None):
                 pass
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C ends it now, not when all is read
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C, don't read the rest first
             raise
     return images
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, and the number of the others."""
     more = f" and {len(names) - MOST_TOLD:,} more" if len(names) > MOST_TOLD else ""
     return printable(", ".join(names[:MOST_TOLD])) + more
 
 
 def printable(name: str) -> str:
-    """A file's name as a terminal takes it: bytes that are no UTF-8 as their numbers."""
+    """A file's name for the terminal: bytes that are not UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode()

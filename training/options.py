@@ -1,4 +1,4 @@
-"""Options that several commands of `python -m training` share, and what they stand for."""
+"""Options that several commands of `python -m training` share, and what they resolve to."""
 
 import shlex
 from enum import StrEnum
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def shipped(folder: str) -> str:
-    """The names of what ships in a folder of this package, for a help text."""
+    """The names of the TOML files in a folder of this package, for help texts."""
     return ", ".join(sorted(file.stem for file in (Path(__file__).parent / folder).glob("*.toml")))
 
 
@@ -37,7 +37,7 @@ class Device(StrEnum):
         return torch.device("cuda" if found and self is not Device.cpu else "cpu")
 
 
-MAX_SEED = 2**31 - 1  # which every generator takes
+MAX_SEED = 2**31 - 1  # accepted by every random generator
 DEFAULT_SIZE_PX = 224  # side at which an image folder is read
 RunArgument = Annotated[Path, typer.Argument(help="Folder of the run.")]
 DataOption = Annotated[
@@ -50,19 +50,19 @@ DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one.
 
 
 def typed(*words: object) -> str:
-    """A command of `python -m training` as a shell takes it, whatever its paths are called."""
+    """A command of `python -m training`, quoted for a shell."""
     return "python -m training " + shlex.join(map(str, words))
 
 
 def images_of(folder: "RunFolder", data: Path) -> "ImageSet":
-    """The images of a run, at the size at which it was trained on them."""
+    """Read the images of a run, at the size at which it was trained."""
     from training.data import load_image_set
 
     return load_image_set(data, folder.read_description()["data"].get("image_size_px", DEFAULT_SIZE_PX))
 
 
 def side_px(bundle: Path) -> int:
-    """The side of the images that a bundle's network takes, at which an image folder is to be read."""
+    """The side of the images that a bundle's network takes, for reading an image folder."""
     from models.bundle import BundleError, load_bundle
 
     try:

@@ -1,4 +1,4 @@
-"""The commands of `python -m training` beside its four steps: bundles made anew, and what to learn from runs."""
+"""The commands of `python -m training` besides its four steps: for bundles, other training methods and analysis."""
 
 import shlex
 from pathlib import Path

@@ -48,7 +48,7 @@ def test_a_fifth_of_every_class_is_set_apart_where_nobody_did(classes: Path) -> 
     assert sorted(colours(images.train_images) + colours(images.test_images)) == everything
     assert images.train_labels.tolist() == [colour // 50 for colour in colours(images.train_images)]
     assert images.notes == (
-        "mine has no train/ and val/: 5 of its 28 images, a fifth of every class, are kept for the test",
+        "mine has no train/ and val/: 5 of its 28 images, a fifth of every class, are set aside as test images",
     )
 
 
@@ -80,8 +80,8 @@ def test_strays_are_passed_over_and_told(classes: Path) -> None:
     assert images.class_names == NAMES
     assert len(images.train_images) + len(images.test_images) == 28
     assert images.notes[1:] == (
-        "files passed over, which are no JPEG, PNG, WebP or BMP: 3 (.csv, .tif, LICENSE)",
-        "images passed over, which are not directly in a class folder: 1 (two words/deeper/lost.png)",
+        "ignored files that are not JPEG, PNG, WebP or BMP: 3 (.csv, .tif, LICENSE)",
+        "ignored images that are not directly in a class folder: 1 (two words/deeper/lost.png)",
     )
 
 
