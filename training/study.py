@@ -18,8 +18,9 @@ from training.data import load_image_set
 from training.errors import TrainingError
 from training.launching import launch
 from training.named import find_toml
+from training.objectives import boosting_of, network_of
 from training.options import DEFAULT_SIZE_PX, MAX_SEED
-from training.recipe import Recipe
+from training.recipe import Recipe, changes
 
 STUDY_FOLDER = Path(__file__).parent / "studies"
 
@@ -52,7 +53,7 @@ class Study(BaseModel):
         """Read a bundled study by name, or any study by path.
 
         Raises:
-            StudyError: there is no such study, or it is not valid.
+            StudyError: there is no such study, it is not valid, or its variants differ in the number of exits.
             RecipeError: there is no such recipe, or a variant's changes to it are not valid.
         """
         path = find_toml(name_or_path, STUDY_FOLDER, "study", StudyError)
@@ -63,8 +64,13 @@ class Study(BaseModel):
         if study.baseline not in study.variants:
             variants = ", ".join(study.variants)
             raise StudyError(f"{path}: baseline {study.baseline!r} is not a variant; choose from {variants}")
-        for name in study.variants:
-            study.recipe_of(name)
+        exits = {name: _count_exits(study.recipe_of(name)) for name in study.variants}
+        if len(set(exits.values())) > 1:
+            counts = ", ".join(f"{name} {n}" for name, n in exits.items())
+            raise StudyError(
+                f"{path}: variants are compared exit by exit, but differ in the number of exits ({counts}); "
+                "change the variants, or make a study for each number"
+            )
         return study
 
     def recipe_of(self, variant: str) -> Recipe:
@@ -75,6 +81,11 @@ class Study(BaseModel):
         for seed in seeds or self.seeds:
             for name in self.variants:
                 yield name, seed, RunFolder(folder / f"{name}-seed{seed}")
+
+
+def _count_exits(recipe: Recipe) -> int:
+    with torch.device("meta"):
+        return len(boosting_of(network_of(recipe, n_classes=2)).temperatures)
 
 
 def run_study(
@@ -122,7 +133,7 @@ def is_trained(run: RunFolder, recipe: Recipe) -> bool:
     """
     if not run.checkpoint.is_file():
         return False
-    if run.read_recipe() != recipe:
+    if changes(run.read_recipe(), recipe):
         raise StudyError(
             f"{run.path}: trained with another recipe than the study's; remove it, or choose another folder"
         )

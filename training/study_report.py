@@ -62,13 +62,14 @@ def plot_study(path: Path, title: str, results: Sequence[VariantResult]) -> None
 def plot_valid_shares(path: Path, title: str, results: Sequence[VariantResult]) -> None:
     """Plot the share of valid samples by epoch (BoostNet, Fig. 3), a panel per exit from the second on.
 
-    Exit 1 has 90 % by definition.
+    Exit 1 has 90 % by definition, and is drawn only if it is the only one.
     """
     n_exits = results[0].gain.shape[1]
-    with figure_axes(path, title, n_columns=n_exits - 1, width=3.0) as panels:
+    first = min(1, n_exits - 1)
+    with figure_axes(path, title, n_columns=n_exits - first, width=3.0) as panels:
         for i, result in enumerate(results):
             epochs = np.arange(1, result.valid_shares.shape[1] + 1)
-            for exit_index, axes in enumerate(panels, start=1):
+            for exit_index, axes in enumerate(panels, start=first):
                 shares = 100 * result.valid_shares[:, :, exit_index]
                 axes.plot(epochs, shares.mean(0), "o-", color=f"C{i}", markersize=3, label=result.label)
                 if len(result.seeds) > 1:

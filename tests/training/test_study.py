@@ -16,7 +16,16 @@ from training.calibration import ExitOutputs, calibrate
 from training.checkpoint import RunFolder
 from training.loop import Trainer
 from training.processes import Processes
-from training.study import STUDY_FOLDER, Study, StudyError, results_of, run_study, write_table
+from training.study import (
+    STUDY_FOLDER,
+    Study,
+    StudyError,
+    VariantResult,
+    is_trained,
+    results_of,
+    run_study,
+    write_table,
+)
 from training.study_report import plot_study, plot_valid_shares, print_study
 
 CPU = torch.device("cpu")
@@ -115,6 +124,23 @@ def test_a_run_of_another_recipe_is_not_taken_for_the_studys(tmp_path: Path, stu
         run_study(study, tmp_path / "runs", tmp_path / "cifar", CPU, n_processes=1)
 
 
+def test_a_recipe_whose_description_alone_has_changed_is_the_same(tmp_path: Path, study: Study) -> None:
+    images = tiny.image_set(tmp_path / "cifar")
+    _, _, run = next(study.runs(tmp_path / "runs"))
+    recipe = study.recipe_of("joint")
+    Trainer(recipe, images, run, 0, Processes(0, 1, CPU)).train()
+    assert is_trained(run, recipe.model_copy(update={"description": "reworded"}))
+
+
+def test_valid_shares_of_a_network_with_one_exit_are_drawn(tmp_path: Path) -> None:
+    accuracy = np.full((1, 1), 0.5)
+    result = VariantResult(
+        "only", "only", True, [0], accuracy, accuracy, np.full((1, 2, 1), 0.9), accuracy - 0.5, np.zeros(1), 1.0
+    )
+    plot_valid_shares(tmp_path / "valid.png", "one exit", [result])
+    assert (tmp_path / "valid.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_that_fails_ends_the_study(tmp_path: Path, study: Study, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(StudyError, match="joint-seed0: ended early; give the same command again"):
         run_study(study, tmp_path / "runs", tiny.write_images(tmp_path / "own"), CPU, 1, image_size_px=64)
@@ -135,6 +161,10 @@ def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> No
         ),
         (("objective.name='joint'", "objective.name='joined'"), r"objective\.name"),
         (("seeds = [0, 1]", "seeds = []"), "seeds"),
+        (
+            ("objective.name='joint'", "network.arguments.n_blocks=3"),
+            r"differ in the number of exits \(joint 3, boosted 2\)",
+        ),
     ],
 )
 def test_a_wrong_study_is_explained_before_anything_is_trained(
