@@ -5,7 +5,7 @@ from typing import Any
 
 from training.calibration import CalibrationRecord
 from training.evaluation import Evaluation
-from training.recipe import Recipe
+from training.recipe import Augmentation, Recipe
 
 CIFAR100 = """CIFAR-100: 60,000 colour images of 32 x 32 pixels in 100 classes. It has no formal licence; cite
 Alex Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, technical report, University of Toronto, 2009.
@@ -232,16 +232,21 @@ def _optimisation(recipe: Recipe, precision: str) -> str:
         f"SGD, {o.schedule.replace('_', ' ')} schedule with a peak rate of {o.learning_rate:g}, "
         f"batches of {o.batch_rows}, momentum {o.momentum:g}{' (Nesterov)' if o.nesterov else ''},\n"
         f"weight decay {o.weight_decay:g}, {precision}; "
-        + "; ".join([*(text for text, on in extras.items() if on), _augmentation(recipe)])
+        + "; ".join([*(text for text, on in extras.items() if on), augmentation_text(recipe.augmentation)])
     )
 
 
-def _augmentation(recipe: Recipe) -> str:
-    a = recipe.augmentation
-    crops = f"random crops with {a.crop_padding_px} px of padding"
+def augmentation_text(a: Augmentation) -> str:
+    """The augmentation of a recipe in words."""
+    parts = []
     if a.crop_area is not None:
-        crops = f"random crops of {a.crop_area[0]:.0%} to {a.crop_area[1]:.0%} of the area"
+        parts.append(f"random crops of {a.crop_area[0]:.0%} to {a.crop_area[1]:.0%} of the area")
         if a.sizes_px:
-            crops += f", resized to {', '.join(map(str, a.sizes_px))} px in equal parts of the run"
-    cutout = f", squares of {a.cutout_px} px cut out" if a.cutout_px else ""
-    return f"{crops}{cutout}, and horizontal flips."
+            parts.append(f"resized to {', '.join(map(str, a.sizes_px))} px in equal parts of the run")
+    elif a.crop_padding_px:
+        parts.append(f"random crops with {a.crop_padding_px} px of padding")
+    if a.cutout_px:
+        parts.append(f"squares of {a.cutout_px} px cut out")
+    if a.cutmix:
+        parts.append(f"CutMix in {a.cutmix:.0%} of the batches")
+    return ", ".join([*parts, "and horizontal flips." if parts else "horizontal flips."])
