@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png", ".webp", ".bmp"}
 # runs the file as a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SET_APART = 5  # without a test folder, one in this many images of every class is a test image
-MOST_TOLD = 5  # names listed in one message
+MOST_NAMES = 5  # names listed in one message
 Labelled = list[tuple[Path, int]]
 
 
@@ -176,8 +176,8 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
 
 def some(names: Sequence[str]) -> str:
     """The first few names, and the number of the others."""
-    more = f" and {len(names) - MOST_TOLD:,} more" if len(names) > MOST_TOLD else ""
-    return printable(", ".join(names[:MOST_TOLD])) + more
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return printable(", ".join(names[:MOST_NAMES])) + more
 
 
 def printable(name: str) -> str:

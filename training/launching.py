@@ -24,9 +24,9 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
 
     SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop, as they also do when this process
-    is gone. When one fails, the others are terminated. Bad input is found by all and reported by process 0, which has
-    `TELLING_S` to do so; the same time is waited for the cause when a process has lost another. What a process can't
-    report of its own end (a signal) is reported here. Both signal handlers are restored afterwards.
+    is gone. When one fails, the others are terminated once the cause is reported, or after `TELLING_S`. Bad input is
+    found by all and reported by process 0. What a process can't report of its own end (a signal) is reported here. Both
+    signal handlers are restored afterwards.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -56,8 +56,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             if not failed and any(statuses):
                 ends_s = time.monotonic() + TELLING_S
             failed |= {rank: status for rank, status in enumerate(statuses) if status and rank not in failed}
-            is_told = failed.get(0) == BAD_INPUT or set(failed.values()) - {BAD_INPUT, LOST_ANOTHER}
-            if ends_s < inf and (is_told or time.monotonic() >= ends_s):
+            is_reported = failed.get(0) == BAD_INPUT or set(failed.values()) - {BAD_INPUT, LOST_ANOTHER}
+            if ends_s < inf and (is_reported or time.monotonic() >= ends_s):
                 end()
                 ends_s = inf
     finally:
@@ -66,8 +66,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     if not failed:
         return 0
     rank = next((rank for rank, status in failed.items() if status != LOST_ANOTHER), min(failed))
-    if untold := _untold(rank, failed):
-        typer.echo(f"error: {untold}", err=True)
+    if unreported := _unreported(rank, failed):
+        typer.echo(f"error: {unreported}", err=True)
     return abs(failed[rank])
 
 
@@ -76,7 +76,7 @@ def orphaned() -> bool:
     return os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid())
 
 
-def _untold(rank: int, failed: Mapping[int, int]) -> str | None:
+def _unreported(rank: int, failed: Mapping[int, int]) -> str | None:
     """Why a group failed, if process `rank`, the cause, did not report it; None if it did."""
     status = failed[rank]
     if status < 0:

@@ -17,7 +17,7 @@ from training.optimiser import optimiser_of
 from training.recipe import Recipe
 
 WEIGHTS = "weights.safetensors"
-TOLD = ("seed", "processes", "commit", "command", "torch", "python", "machine")  # of how a run was made
+KEPT = ("seed", "processes", "commit", "command", "torch", "python", "machine")  # fields of run.json that a bundle has
 
 
 def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
@@ -40,7 +40,7 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
     try:
         recipe, seed = Recipe.model_validate(made_by["recipe"]), int(made_by["seed"])
         epochs, seconds = float(made_by["epochs"]), float(made_by["seconds"])
-        told = {key: made_by[key] for key in TOLD}
+        kept = {key: made_by[key] for key in KEPT}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{bundle_path}: its manifest does not record how it was trained ({error}); only bundles made "
@@ -83,7 +83,7 @@ def unpack(bundle_path: Path, folder: RunFolder, images: ImageSet) -> None:
         }
     )
     description: dict[str, Any] = {
-        **told,
+        **kept,
         "recipe": recipe.model_dump(),
         "data": images.described(split),
         **{name: made_by[name] for name in ("precision", "from", "before") if name in made_by},

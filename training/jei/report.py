@@ -151,18 +151,18 @@ def print_report(report: Report, gates: GateRecord, console: Console) -> None:
     title = f"JEI-DNN gates, trade-off {s.trade_off:g}, heads {s.heads}, gates fitted on {s.gates_on} images"
     kept = ""
     if s.heads != "kept":
-        kept = f"\nturn {gates.kept + 1} of {turns} was kept" + (": the heads as they started" * (gates.kept == 0))
+        kept = f"\nturn {gates.kept + 1} of {turns} was kept" + (", with the initial heads" * (gates.kept == 0))
     table = Table(
-        title=f"{title}: points of top-1 over the network as it was",
+        title=f"{title}: points of top-1 over the source run",
         title_justify="left",
-        caption="at equal measured cost, on test images; with thresholds the mean over 20 costs. With the published\n"
-        f"decision {' '.join(f'{100 * share:.1f}' for share in report.shares)} % leave at exit 1, 2, ..., and their "
-        f"confidence is off by {100 * report.calibration_error:.1f} points{kept}",
+        caption="at equal measured cost, on test images ('any': the mean over 20 costs). With the published decision,\n"
+        f"{' '.join(f'{100 * share:.1f}' for share in report.shares)} % leave at exit 1, 2, ..., "
+        f"and the calibration error is {100 * report.calibration_error:.1f} points{kept}",
         caption_justify="left",
     )
     over = [f"over {name_of(policy)}" for policy in (report.chosen, PAPER)]
-    for heading in ("images leave by", "held out, M", "top-1", "test, M", "top-1", *over):
-        table.add_column(heading, justify="left" if heading == "images leave by" else "right")
+    for heading in ("policy", "held out, M", "top-1", "test, M", "top-1", *over):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
     for row in report.rows:
         table.add_row(
             row.name,
