@@ -1,1 +1,1 @@
-"""What measures the engine and the service. Ratios come from one run, interleaved; every table names its images."""
+"""Benchmarks of engine and service. Ratios compare interleaved runs of one session; every table names its images."""

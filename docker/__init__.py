@@ -1,1 +1,1 @@
-"""How the server is packed, run and watched: images, the compose stack, Prometheus, Grafana, and what checks them."""
+"""Deployment: images, the compose stack, Prometheus and Grafana, and the checks of all these."""

@@ -1,1 +1,1 @@
-"""This service beside the servers people use today: `python -m benchmarks.league --help`."""
+"""Compares this service with servers in common use: `python -m benchmarks.league --help`."""

@@ -30,13 +30,13 @@ from training.sources import commit
 
 ZOO = Path(__file__).resolve().parents[2] / "models" / "zoo"
 BUNDLES = [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]
-INT8 = {"exitserve-int8": ["--precision", "int8"]}  # one more row, of bundles that have such stages
+INT8 = {"exitserve-int8": ["--precision", "int8"]}  # an extra row for bundles with int8 stages
 QUICK = {"rounds": 2, "seconds": 3.0, "points": 5}
 THOROUGH = {"rounds": 5, "seconds": 10.0, "points": 8}
 
 
 class Network:
-    """A bundle, ready to be served by all."""
+    """A bundle, prepared for all servers."""
 
     def __init__(self, bundle: Bundle, pictures: Pictures, places: Places, variants: dict[str, list[str]]) -> None:
         self.bundle, self.pictures, self.places, self.variants = bundle, pictures, places, variants
@@ -46,7 +46,7 @@ class Network:
 def prepare(
     path: Path, data: list[Path], python: Path, folder: Path, port: int, fraction: float, variants: dict[str, list[str]]
 ) -> Network:
-    """Write the whole graph and say how this network is served."""
+    """Write the network's whole graph and choose the settings with which all servers serve it."""
     bundle = load_bundle(path)
     size = bundle.manifest.input
     graph = folder / f"{bundle.manifest.name}.onnx"
@@ -71,17 +71,17 @@ def prepare(
 
 
 def why_not(peer: Peer, python: Path) -> str | None:
-    """Why a peer cannot take part; None where it can."""
+    """Why a peer cannot be measured; None if it can."""
     return next((why for package in peer.imports if (why := environment.missing(python, package)) is not None), None)
 
 
 def known_settings() -> str:
-    """The service's own help: which settings this version has."""
+    """The `--help` text of the service, which lists the settings of this version."""
     return subprocess.run([sys.executable, "-m", "service", "--help"], capture_output=True, text=True).stdout
 
 
 def read_variants(given: list[str]) -> dict[str, list[str]]:
-    """From NAME=SETTINGS to settings by name, and those left out that this version does not know."""
+    """Parse NAME=SETTINGS into settings by name; typer.BadParameter if malformed or a setting does not exist."""
     variants, known = {}, known_settings() if given else ""
     for text in given:
         name, separator, settings = text.partition("=")
@@ -98,7 +98,7 @@ def read_variants(given: list[str]) -> dict[str, list[str]]:
 def one_round(
     network: Network, peer: Peer, round_: int, records: Records, plan: Plan, how: dict[str, Any], logs: Path
 ) -> None:
-    """Measure one server once and append what was found."""
+    """Measure one server once and append the result to the records."""
     reason = why_not(peer, network.places.python)
     finding = None
     started_s = time.monotonic()
@@ -113,22 +113,22 @@ def one_round(
     images = network.pictures.description
     how = {**how, "version": network.bundle.manifest.version, "settings": network.variants.get(peer.name)}
     records.add(Record(network.name, images, peer.name, peer.title, round_, finding, reason, how))
-    told = f"{finding['max_rate_per_s']:.0f} images/s" if finding is not None else f"skipped: {reason}"
-    print(f"{network.name} round {round_} {peer.name}: {told} [{time.monotonic() - started_s:.0f} s]", flush=True)
+    outcome = f"{finding['max_rate_per_s']:.0f} images/s" if finding is not None else f"skipped: {reason}"
+    print(f"{network.name} round {round_} {peer.name}: {outcome} [{time.monotonic() - started_s:.0f} s]", flush=True)
 
 
 def main(
     bundle: Annotated[list[Path] | None, typer.Option(help="Bundle; repeatable. By default, those that ship.")] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Image set, as training takes it; repeatable. Each bundle uses the one with its classes."),
+        typer.Option(help="Image set, as for training; repeatable. Each bundle uses the one with its classes."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="2 rounds of 3 s per rate instead of 5 of 10 s.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; in each, all servers take turns.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; each measures every server once.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.2, help="Seconds per run at one rate.")] = None,
-    points: Annotated[int | None, typer.Option(min=1, help="Rates tried to find the highest.")] = None,
-    warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds of load that are not counted.")] = 2.0,
-    limit_ms: Annotated[float, typer.Option(help="Limit of the 99th percentile of latency, in ms.")] = 100.0,
+    points: Annotated[int | None, typer.Option(min=1, help="Most rates to try in the search for the highest.")] = None,
+    warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds of load before measuring.")] = 2.0,
+    limit_ms: Annotated[float, typer.Option(help="Limit for the 99th percentile of latency, in ms.")] = 100.0,
     fraction: Annotated[
         float, typer.Option(help="This service's budget, as a fraction of the full network's cost.")
     ] = 0.4,
@@ -136,19 +136,19 @@ def main(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="One more row of this service, NAME=SETTINGS, such as 'small=--max-batch-rows 8'; repeatable."
+            help="Another row for this service, as NAME=SETTINGS, e.g. 'small=--max-batch-rows 8'; repeatable."
         ),
     ] = None,
-    python: Annotated[Path | None, typer.Option(help="Python with the other servers' packages.")] = None,
-    venv: Annotated[Path, typer.Option(help="Where to install these packages otherwise.")] = Path("build/league-venv"),
-    folder: Annotated[Path, typer.Option(help="Where results, logs and the plot go.")] = Path("build/league"),
+    python: Annotated[Path | None, typer.Option(help="Python interpreter with the other servers' packages.")] = None,
+    venv: Annotated[Path, typer.Option(help="Otherwise: folder to install them in.")] = Path("build/league-venv"),
+    folder: Annotated[Path, typer.Option(help="Folder for results, logs and the plot.")] = Path("build/league"),
     output: Annotated[Path | None, typer.Option(help="Also write the Markdown tables to this file.")] = None,
-    port: Annotated[int, typer.Option(help="First of the ports used.")] = 8570,
+    port: Annotated[int, typer.Option(help="First port to use.")] = 8570,
 ) -> None:
-    """Measure this service and the servers people use today, in turns, on the same network, images and cores.
+    """Measure this service and servers in common use, in turns, on the same network, images and cores.
 
-    Everything found is appended to FOLDER/results.jsonl, server by server: the same command goes on where it was cut
-    short; another plan, network or commit wants another folder. Keep the machine idle meanwhile.
+    Each result is appended to FOLDER/results.jsonl, so the same command resumes an interrupted run. Another plan,
+    network or commit needs another folder. Keep the machine idle meanwhile.
     """
     preset = QUICK if quick else THOROUGH
     plan = Plan(
@@ -159,7 +159,7 @@ def main(
         resolution=1.04,
     )
     variants = read_variants(variant or [])
-    manifests = [load_bundle(path, verify=False).manifest for path in bundle or BUNDLES]  # before minutes of installing
+    manifests = [load_bundle(path, verify=False).manifest for path in bundle or BUNDLES]  # before the long install
     for path in data or []:
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; give CIFAR-100's tar.gz or folder, or an image folder")
@@ -189,7 +189,7 @@ def main(
 
 
 def write_tables(records: Records, folder: Path, output: Path | None) -> str:
-    """Write what has been found so far, so that a run which is cut short leaves its tables too; returns them."""
+    """Write the tables after every server, so that an interrupted run has them too; returns the Markdown."""
     text = markdown(records)
     for path in filter(None, (folder / "table.md", output)):
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""The peers' own environment: their packages never meet the project's."""
+"""A virtual environment for the peers, separate from the project's."""
 
 import subprocess
 import sys
@@ -9,9 +9,9 @@ REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
 
 def make(folder: Path) -> Path:
-    """Return the Python of a virtual environment with `requirements.txt`, made first where it is not there.
+    """Return the interpreter of a virtual environment with `requirements.txt`, creating it if necessary.
 
-    Where they cannot be installed together, those that can be alone are; `missing` tells of the others.
+    If the packages cannot be installed together, they are installed one by one; `missing` finds those that failed.
     """
     python = folder / "bin" / "python"
     done = folder / ".installed"
@@ -30,14 +30,14 @@ def make(folder: Path) -> Path:
 
 @cache
 def library_folder(python: Path) -> str:
-    """Where `python`'s own libraries are: a program that embeds Python must not find those of another release."""
-    asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR') or '')"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    """The folder of `python`'s shared libraries, so that programs that embed Python load the right release."""
+    command = [str(python), "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR') or '')"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @cache
 def missing(python: Path, package: str) -> str | None:
-    """Why `package` cannot be imported by `python`; None where it can."""
+    """Why `python` cannot import `package`; None if it can."""
     done = subprocess.run([str(python), "-c", f"import {package}"], capture_output=True, text=True, timeout=120)
     if done.returncode == 0:
         return None

@@ -1,4 +1,4 @@
-"""The whole network as one ONNX graph, made of a bundle's stage graphs: what a server without exits would serve."""
+"""Joins a bundle's stage graphs into one ONNX graph, as a server without early exits would serve it."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from models.bundle import Bundle
 
 
 def write_whole_graph(bundle: Bundle, path: Path) -> None:
-    """Chain the stages of a bundle and write one self-contained graph: uint8 images [rows, H, W, 3] -> last logits.
+    """Chain a bundle's stages and write one self-contained graph: uint8 images [rows, H, W, 3] -> the last logits.
 
-    The very nodes and weights that the service runs, without the cuts: the runtime optimises it as one network.
+    It has the nodes and weights that the service runs, but the runtime can optimise it as one network.
     """
     whole: onnx.ModelProto | None = None
     for k, stage in enumerate(bundle.manifest.stages):
-        # Initializers of two stages may share a name; the values that pass between stages must keep theirs.
+        # Stages may share names of initializers, so these get a prefix; values passed between stages keep their names.
         model = onnx.load(str(bundle.path / stage.file), load_external_data=False)
         onnx.load_external_data_for_model(model, str(bundle.path))
         model = compose.add_prefix(model, f"s{k}_", rename_inputs=False, rename_outputs=False)

@@ -1,4 +1,4 @@
-"""Everything that one server is asked in one round."""
+"""The measurement of one server in one round."""
 
 import asyncio
 import socket
@@ -20,55 +20,55 @@ from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
 from benchmarks.load.result import Result
 
-START_S = 120.0  # longest start
-IN_FLIGHT = 64  # of the closed loop that finds where to search
+START_S = 120.0  # a server must answer within this time
+IN_FLIGHT = 64  # in the closed loop whose rate the search starts from
 CLIENTS, LEAVING = 40, 36
 LEAVE_AFTER_S = 0.01
-STOP_S = 30.0  # longest stop
+STOP_S = 30.0  # after SIGTERM, a server must have ended within this time
 
 
 class PeerError(Exception):
-    """A server cannot be measured; the message says why, with the end of its log."""
+    """A server cannot be measured; the message has the reason and the end of its log."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How long and how finely to measure."""
 
-    seconds: float  # of one run at one rate
+    seconds: float  # duration of one run at one rate
     warm_up_s: float
-    limit_ms: float  # of the 99th percentile
-    max_points: int  # rates tried to find the highest
+    limit_ms: float  # of the 99th percentile of latency
+    max_points: int  # most rates to try in the search for the highest
     resolution: float  # stop when the highest passing and the lowest failing rate are this close (1.05: 5 %)
 
 
 @dataclass
 class Finding:
-    """One server, one round. Latencies are ms from the moment a request was meant to be sent."""
+    """Results of one server in one round. Latencies are in ms from when a request was due to be sent."""
 
     start_s: float  # until its first answer
     closed_loop_per_s: float
-    max_rate_per_s: float = 0.0  # the highest offered rate, all answered, p99 within the limit; 0: none was
-    at_50: dict[str, float] = field(default_factory=dict)  # at 50 % of it: rate, p50_ms, p99_ms, failures
+    max_rate_per_s: float = 0.0  # the highest offered rate with p99 within the limit; 0: no rate tried was
+    at_50: dict[str, float] = field(default_factory=dict)  # at 50 % of it: rate_per_s, p50_ms, p99_ms, failures
     at_80: dict[str, float] = field(default_factory=dict)
     cpu_ms_per_image: float = 0.0  # of all its processes, at 80 %
     client_cpu_us_per_image: float = 0.0
-    accuracy: float | None = None  # of all answers of the runs above; None: labels not known
+    accuracy: float | None = None  # over all answers of the runs above; None: no labels
     n_judged: int = 0
     mmacs_per_answer: float = 0.0  # millions of multiply-adds
-    after_hang_up_ms: float = 0.0  # median of several
+    after_hang_up_ms: float = 0.0  # see `_hang_up`
     lost_at_stop: int = 0  # of 40 in flight at SIGTERM: no answer at all, or an error other than 503
-    refused_at_stop: int = 0  # told 503
-    stop_s: float | None = None  # None: it had to be killed
-    memory_mib: float = 0.0  # the most seen between runs
-    points: list[dict[str, Any]] = field(default_factory=list)  # every rate that was tried
+    refused_at_stop: int = 0  # answered with 503
+    stop_s: float | None = None  # from SIGTERM to its end; None: it had to be killed
+    memory_mib: float = 0.0  # maximum, sampled between runs
+    points: list[dict[str, Any]] = field(default_factory=list)  # every rate tried in the search
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Measurement:
-    """One server while it runs."""
+    """Starts, measures and stops one server."""
 
     def __init__(self, peer: Peer, places: Places, pictures: Pictures, full_mmacs: float, plan: Plan) -> None:
         self.peer, self.pictures, self.plan, self.full_mmacs = peer, pictures, plan, full_mmacs
@@ -80,14 +80,14 @@ class Measurement:
         self._seed = 0
 
     def run(self, log: Path, start_rate_per_s: float | None) -> Finding:
-        """Start the server, ask it everything, stop it.
+        """Start the server, measure it and stop it.
 
         Args:
-            log: where what it prints goes.
-            start_rate_per_s: where to look first for the highest rate, from an earlier round.
+            log: file for its output.
+            start_rate_per_s: where the search for the highest rate starts; None: near the closed loop's rate.
 
         Raises:
-            PeerError: it does not start, or breaks.
+            PeerError: it does not start, or fails under load.
         """
         started_s = time.monotonic()
         tree = Tree.start(self.peer.command(self._places), environment(self.peer, self._places), log)
@@ -95,7 +95,7 @@ class Measurement:
             return uvloop.run(self._measure(tree, started_s, start_rate_per_s))
         except PeerError:
             raise
-        except Exception as error:  # whatever one server does, the others are still measured
+        except Exception as error:  # one server's failure must not end the comparison
             raise PeerError(f"{type(error).__name__}: {error}; its log ends: {_tail(log)}") from error
         finally:
             tree.kill()
@@ -105,10 +105,10 @@ class Measurement:
         start_s = time.monotonic() - started_s
         await closed_loop(self.url, self.requests, IN_FLIGHT, self.plan.warm_up_s)
         closed = await closed_loop(self.url, self.requests, IN_FLIGHT, self.plan.seconds)
-        # A slow server may answer all of them only after the time is up.
+        # A slow server may answer only after `seconds`, a rate of 0, but the search needs a positive one.
         found = Finding(start_s, max(closed.achieved_rate, 1 / self.plan.seconds))
         if not closed.answered.any():
-            raise PeerError(f"it answers nobody under load ({closed.failures}); its log ends: {_tail(tree.log)}")
+            raise PeerError(f"it answers no request under load ({closed.failures}); its log ends: {_tail(tree.log)}")
         self._judge(closed)
         found.memory_mib = tree.memory_mib()
         found.max_rate_per_s = await self._highest_rate(tree, found, start_rate_per_s or 0.9 * found.closed_loop_per_s)
@@ -147,7 +147,7 @@ class Measurement:
         raise PeerError(f"it did not start; its log ends: {_tail(tree.log)}")
 
     async def _at_rate(self, rate: float, whole: bool) -> Result:
-        """One run; unless `whole`, it ends as soon as it is sure to fail."""
+        """One run at `rate`; unless `whole`, it ends as soon as it is certain to miss the limit."""
         self._seed += 1
         arrivals = poisson(rate, self.plan.seconds, self._seed)
         if whole:
@@ -156,7 +156,7 @@ class Measurement:
         return await open_loop(self.url, self.requests, arrivals, drain_s=5, limit_s=limit_s, allowed_late=0.01)
 
     async def _highest_rate(self, tree: Tree, found: Finding, rate: float) -> float:
-        """Widen from `rate` until it lies between a passing and a failing one, then bisect."""
+        """Step up or down from `rate` until one rate passes and one fails, then bisect between them."""
         passing, failing = 0.0, float("inf")
         for _ in range(self.plan.max_points):
             result = await self._at_rate(rate, whole=False)
@@ -181,7 +181,7 @@ class Measurement:
         return passing
 
     def _judge(self, result: Result) -> None:
-        """Count what its answers said."""
+        """Add the answers of a run to the accuracy and the mean cost."""
         labels = self.pictures.labels
         for i in np.flatnonzero(result.answered):
             answer = self.peer.read(result.bodies[i])
@@ -190,7 +190,7 @@ class Measurement:
                 self._n_right += answer.class_id == labels[int(result.image_index[i])]
 
     async def _hang_up(self, repeats: int = 5) -> float:
-        """Median ms that one new request takes, sent when 36 of 40 clients have just hung up."""
+        """Median latency in ms of a new request that is sent just after 36 of 40 clients have hung up."""
         times = []
         for _ in range(repeats):
             clients = [await _connect(self.url) for _ in range(CLIENTS)]
@@ -207,7 +207,7 @@ class Measurement:
         return statistics.median(times)
 
     async def _stop(self, tree: Tree, found: Finding) -> None:
-        """SIGTERM while 40 clients have a request in flight."""
+        """Send SIGTERM while 40 requests are in flight; count those lost, and time the stop."""
         clients = [await _connect(self.url) for _ in range(CLIENTS)]
         for (_, writer), request in zip(clients, _cycle(self.requests, CLIENTS), strict=True):
             writer.write(request)
@@ -235,7 +235,7 @@ async def _connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter
 
 
 async def _status(reader: asyncio.StreamReader) -> int:
-    """Of the answer; 0 where the connection ended or nothing came."""
+    """Status of the answer; 0 if the connection ended or no answer came in time."""
     try:
         async with asyncio.timeout(STOP_S):
             line = await reader.readline()

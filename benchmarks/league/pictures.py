@@ -1,4 +1,4 @@
-"""The images that are sent to every server, as files, with their labels where these are known."""
+"""The image files that are sent to every server, with their labels where known."""
 
 import io
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ JPEG_QUALITY = 90
 
 @dataclass(frozen=True)
 class Pictures:
-    """Image files of the network's size."""
+    """Encoded images of the network's input size."""
 
     description: str
     content_type: str
     files: Sequence[bytes]
-    labels: Sequence[int] | None  # None: not known
+    labels: Sequence[int] | None  # None: unknown
 
 
 def read_pictures(bundle: Bundle, folders: Sequence[Path], n_images: int) -> Pictures:
-    """Test images of the one of `folders` whose classes are the bundle's, drawn at random once and for all.
+    """Up to `n_images` random test images (fixed seed) of the first of `folders` with the bundle's classes.
 
-    A folder is an image folder with `val/CLASS/` or `test/CLASS/`, whose JPEGs of the network's size are sent as they
-    are, or CIFAR-100 as training takes it. Where none fits, the sample pictures that ship are sent, scaled and
-    without labels.
+    A folder is an image folder with `val/CLASS/` or `test/CLASS/`, whose files are sent unchanged if their size and
+    format fit, or an image set as for training, such as CIFAR-100. If none matches, the bundled sample images are used,
+    scaled and without labels.
 
     Raises:
-        DataError: a folder is no image set.
+        DataError: a folder is not an image set.
     """
     size = bundle.manifest.input
     rng = np.random.default_rng(0)

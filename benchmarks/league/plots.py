@@ -1,4 +1,4 @@
-"""The league as a picture: images/s within the limit, the accuracy beside each bar."""
+"""Plots the results: bars of images/s within the latency limit, labelled with the accuracy."""
 
 from pathlib import Path
 from statistics import median
@@ -14,7 +14,7 @@ OURS, THEIRS = "#0b6e99", "#b8b8b8"
 
 
 def plot(records: Records, path: Path) -> None:
-    """Draw one panel a network to a PNG; servers that could not be measured stand there with a cross."""
+    """Draw one panel per network into a PNG; servers without results are marked with a cross."""
     networks = records.networks()
     most = max(len(records.peers(network)) for network in networks)
     figure, axes = pyplot.subplots(
@@ -38,7 +38,7 @@ def plot(records: Records, path: Path) -> None:
             ours = "ExitServe" in title
             axis.barh(row, middle, xerr=spread, color=OURS if ours else THEIRS, capsize=3)
             known = [f["accuracy"] for f in findings if f["accuracy"] is not None]
-            accuracy = f"{100 * median(known):.1f} %" if known else "accuracy not known"
+            accuracy = f"{100 * median(known):.1f} %" if known else "accuracy unknown"
             axis.text(max(found) + 0.02 * widest, row, f"{middle:.0f}/s, {accuracy}", va="center", fontsize=8)
         axis.set_yticks(range(len(order)), [title.replace("**", "") for _, title in order])
         axis.set_xlim(0, 1.35 * widest)

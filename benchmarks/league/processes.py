@@ -1,4 +1,4 @@
-"""A server as a tree of processes: started, watched and stopped from outside. Linux: it reads /proc."""
+"""Starts, monitors and stops a server with all its processes. Linux only: reads /proc."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from benchmarks.processes import REPOSITORY, cpu_s, stat
 
 @dataclass
 class Tree:
-    """One server's processes; those that leave the tree for a session of their own are found while it runs."""
+    """The processes of one server, found anew at each call by parent and by session."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -39,7 +39,7 @@ class Tree:
         return self.process.poll()
 
     def pids(self) -> list[int]:
-        """Of all its processes: descendants of the first one, and whoever is in its session."""
+        """Ids of the running processes: the first one, its descendants, and all in its session."""
         parents: dict[int, int] = {}
         found = set()
         for path in Path("/proc").iterdir():
@@ -56,11 +56,11 @@ class Tree:
         return sorted(pid for pid in found if pid in parents)
 
     def cpu_s(self) -> float:
-        """User and system time used up to now by those that run, and by their children that have ended."""
+        """User and system time so far of the running processes and of their children that have ended."""
         return sum(cpu_s(pid) for pid in self.pids())
 
     def memory_mib(self) -> float:
-        """Proportional set size now: what processes share is counted once."""
+        """Current proportional set size, which counts shared memory once."""
         total_kib = 0
         for pid in self.pids():
             try:
@@ -71,7 +71,7 @@ class Tree:
         return total_kib / 1024
 
     def terminate(self) -> None:
-        """SIGTERM to the first process, as an operator's tool sends it."""
+        """Send SIGTERM to the first process, as a process manager does."""
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float) -> bool:
@@ -83,7 +83,7 @@ class Tree:
         return True
 
     def kill(self) -> None:
-        """End whatever of it still runs."""
+        """Kill all of its processes that still run, and wait for them to end."""
         pids = self.pids()
         for pid in pids:
             _signal(pid, signal.SIGKILL)

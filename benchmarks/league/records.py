@@ -1,4 +1,4 @@
-"""What was found, one JSON line for every server and round, so that a run that was cut short goes on where it was."""
+"""Results, one JSON line per server and round, so that an interrupted run can be resumed."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from training.errors import TrainingError
 
 
 class MixedError(TrainingError):
-    """What is to be measured does not go with what was; the message says why not, and what to do."""
+    """New results would not be comparable with those in the file; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One server, one round, of one network; either `finding` (of `measurement.Finding`) or why there is none."""
+    """One server in one round on one network: `finding` (see `measurement.Finding`), or `skipped`, the reason."""
 
     network: str
     images: str
@@ -24,11 +24,11 @@ class Record:
     round: int
     finding: dict[str, Any] | None
     skipped: str | None
-    how: dict[str, Any] = field(default_factory=dict)  # it was measured, see `Records.require`; empty: not known
+    how: dict[str, Any] = field(default_factory=dict)  # circumstances, see `Records.require`; empty: unknown
 
 
 class Records:
-    """All lines of a file, which is appended to. A last one that was being written when all ended is dropped."""
+    """The lines of a file that is appended to. An incomplete last line, of an interrupted write, is removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,16 +41,16 @@ class Records:
     def require(
         self, how: Mapping[str, Any], versions: Mapping[str, str], variants: Mapping[str, Sequence[str]]
     ) -> None:
-        """Check that all was measured as what comes will be: rounds of another plan, or of another state of the
-        sources or of a network, are not to be taken for rounds of this one.
+        """Check that all records were measured with this plan, on these sources and networks, as others would not be
+        comparable.
 
         Args:
-            how: it will be measured, as JSON keeps it.
-            versions: of the networks, by name; those of others may be any.
-            variants: settings of the service's further rows, by name, likewise.
+            how: plan and circumstances of this run, in JSON types.
+            versions: of the networks, by name; other networks' records are not checked for it.
+            variants: settings of this service's additional rows, by name; likewise.
 
         Raises:
-            MixedError: it was not.
+            MixedError: a record differs.
         """
         for record in self.all:
             was = record.how
@@ -60,12 +60,12 @@ class Records:
                 "settings": variants.get(record.peer, was.get("settings")),
             }
             if was != now:
-                told = ", ".join(
-                    f"{name} {was.get(name)} and not {now[name]}" for name in now if was.get(name) != now[name]
+                differences = ", ".join(
+                    f"{name} {was.get(name)}, now {now[name]}" for name in now if was.get(name) != now[name]
                 )
                 raise MixedError(
-                    f"{self.path}: {record.peer} on {record.network} was measured otherwise ({told}); give another "
-                    "--folder, or remove this one"
+                    f"{self.path}: {record.peer} on {record.network} was measured under other conditions "
+                    f"({differences}); give another --folder, or remove this one"
                 )
 
     def add(self, record: Record) -> None:
@@ -74,21 +74,21 @@ class Records:
             file.write(json.dumps(asdict(record)) + "\n")
 
     def has(self, network: str, peer: str, round_: int) -> bool:
-        """Whether it was found; what was skipped is tried again."""
+        """Whether there is a finding; a skipped server is tried again."""
         return any((r.network, r.peer, r.round) == (network, peer, round_) and r.finding for r in self.all)
 
     def findings(self, network: str, peer: str) -> list[dict[str, Any]]:
         return [r.finding for r in self.all if (r.network, r.peer) == (network, peer) and r.finding is not None]
 
     def how(self, network: str, name: str) -> Any:
-        """One of the circumstances under which a network was measured; None where it is not known."""
+        """One of the circumstances under which a network was measured; None if not recorded."""
         return next(r.how.get(name) for r in self.all if r.network == network)
 
     def networks(self) -> list[str]:
         return list(dict.fromkeys(r.network for r in self.all))
 
     def peers(self, network: str) -> list[tuple[str, str]]:
-        """Names and titles, in the order in which they were first measured."""
+        """Names and titles, in order of first measurement."""
         return list(dict.fromkeys((r.peer, r.title) for r in self.all if r.network == network))
 
     def reason(self, network: str, peer: str) -> str:

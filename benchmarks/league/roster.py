@@ -1,4 +1,4 @@
-"""Who takes part: how each server is started, asked and read. How it is configured, and why, its own file says."""
+"""The servers: how each is started, called and parsed. `peers/` has their configurations, with the reasons."""
 
 import json
 import sys
@@ -14,31 +14,31 @@ PEERS = "benchmarks.league.peers"
 
 @dataclass(frozen=True)
 class Places:
-    """What a command may refer to."""
+    """What the peers' commands and environments are built from."""
 
-    python: Path  # of the peers' environment
+    python: Path  # interpreter of the peers' environment
     setup: Setup
     n_exits: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said of an image."""
+    """A server's answer for one image."""
 
     class_id: int
-    mflops: float | None = None  # None: the whole network
+    mflops: float | None = None  # None: that of the whole network
 
 
 Command = Callable[[Places], list[str]]
 
 
 def read_json(body: bytes) -> Answer:
-    told = json.loads(body)
-    return Answer(told["class_id"], told.get("mflops"))
+    document = json.loads(body)
+    return Answer(document["class_id"], document.get("mflops"))
 
 
 def read_triton(body: bytes) -> Answer:
-    """A request that is all tensor is answered so: a JSON head, then the outputs' bytes in its order."""
+    """Parse the answer to a binary request: a JSON header, then the outputs' bytes in the order of the header."""
     head, start = json.JSONDecoder().raw_decode(body.decode("latin-1"))
     for output in head["outputs"]:
         n_bytes = output["parameters"]["binary_data_size"]
@@ -50,7 +50,7 @@ def read_triton(body: bytes) -> Answer:
 
 @dataclass(frozen=True)
 class Peer:
-    """One row of the league."""
+    """One server, a row of the tables."""
 
     name: str
     title: str
@@ -59,7 +59,7 @@ class Peer:
     headers: Mapping[str, str] = field(default_factory=dict)
     environment: Callable[[Places], Mapping[str, str]] = lambda places: {}
     read: Callable[[bytes], Answer] = read_json
-    imports: Sequence[str] = ()  # packages it needs in the peers' environment; none: it runs in the project's own
+    imports: Sequence[str] = ()  # packages needed in the peers' environment; none: it runs in the project's
 
 
 def _module(name: str, *arguments: str) -> Command:
@@ -94,7 +94,7 @@ def _fastapi_torch(places: Places) -> list[str]:
 def service(
     name: str, title: str, fraction: float | None, arguments: Sequence[str] = (), path: str = "/classify"
 ) -> Peer:
-    """This service at a budget, with further settings; None for the fraction the league is run at."""
+    """This service at a budget, with further settings; `fraction` None means that of the setup."""
 
     def command(places: Places) -> list[str]:
         share = places.setup.budget_fraction if fraction is None else fraction
@@ -105,7 +105,7 @@ def service(
 
 
 def roster(n_exits: int, variants: Mapping[str, Sequence[str]]) -> list[Peer]:
-    """Everyone, this service first; `variants` are further rows of it, by name, with the settings they add."""
+    """All servers, this one first; `variants` has extra settings by name, each for one more row of this service."""
     return [
         service("exitserve", "**ExitServe**", None),
         *(service(name, f"**ExitServe**, {' '.join(added)}", None, added) for name, added in variants.items()),
@@ -138,7 +138,7 @@ def roster(n_exits: int, variants: Mapping[str, Sequence[str]]) -> list[Peer]:
             "Triton (PyTriton)",
             _module("triton"),
             "/v2/models/classify/infer",
-            # The body is the image alone, without a JSON head.
+            # The body is the image alone, without a JSON header.
             headers={"Inference-Header-Content-Length": "0"},
             environment=lambda places: {"LD_LIBRARY_PATH": library_folder(places.python)},
             read=read_triton,
@@ -148,13 +148,13 @@ def roster(n_exits: int, variants: Mapping[str, Sequence[str]]) -> list[Peer]:
 
 
 def environment(peer: Peer, places: Places) -> dict[str, str]:
-    """The variables a server is started with: what it serves, and one thread for every library that would take more."""
+    """The environment variables of a server: its setup, and one thread each for libraries that would start more."""
     own_folder = places.python.parent
     return {
         "LEAGUE_SETUP": json.dumps(asdict(places.setup)),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        # Some start processes by the name `python3`.
+        # Some peers start processes as `python3`.
         "PATH": f"{own_folder}:/usr/local/bin:/usr/bin:/bin"
         if peer.imports
         else f"{Path(sys.executable).parent}:/usr/bin:/bin",

@@ -1,4 +1,4 @@
-"""The league as markdown, ready to be pasted into docs/benchmarks.md."""
+"""The results as Markdown tables for docs/benchmarks.md."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -10,50 +10,50 @@ Finding = dict[str, Any]
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """Median, and where it moved lowest to highest."""
-    told, low, high = (format(value, form) for value in (median(values), min(values), max(values)))
-    return told if low == high else f"{told} ({low} to {high})"
+    """The median, and the range in brackets unless all values are printed alike."""
+    middle, low, high = (format(value, form) for value in (median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _stop(findings: Sequence[Finding]) -> str:
     lost = max(f["lost_at_stop"] for f in findings)
     refused = max(f["refused_at_stop"] for f in findings)
     killed = any(f["stop_s"] is None for f in findings)
-    return f"{lost}{f' ({refused} told 503)' if refused else ''}{', did not end' if killed else ''}"
+    return f"{lost}{f' ({refused} answered 503)' if refused else ''}{', had to be killed' if killed else ''}"
 
 
 def _load(key: str) -> Callable[[Sequence[Finding]], str]:
-    def told(findings: Sequence[Finding]) -> str:
+    def cell(findings: Sequence[Finding]) -> str:
         values = [(f[key]["p50_ms"], f[key]["p99_ms"], f[key]["failures"]) for f in findings]
         failures = sum(failed for _, _, failed in values)
         latencies = f"{median(v[0] for v in values):.1f} / {median(v[1] for v in values):.1f}"
         return latencies + (f" ({failures} failed)" if failures else "")
 
-    return told
+    return cell
 
 
 def _accuracy(findings: Sequence[Finding]) -> str:
     known = [f["accuracy"] for f in findings if f["accuracy"] is not None]
-    return f"{100 * median(known):.1f}" if known else "not known"
+    return f"{100 * median(known):.1f}" if known else "unknown"
 
 
-# The first one's heading has the limit.
+# `markdown` replaces the first heading, adding the latency limit.
 COLUMNS: dict[str, Callable[[Sequence[Finding]], str]] = {
     "images/s": lambda fs: _spread([f["max_rate_per_s"] for f in fs], ".0f"),
     "top-1, %": _accuracy,
-    "M multiply-adds an answer": lambda fs: f"{median(f['mmacs_per_answer'] for f in fs):.1f}",
+    "M multiply-adds per answer": lambda fs: f"{median(f['mmacs_per_answer'] for f in fs):.1f}",
     "p50 / p99 at 50 %, ms": _load("at_50"),
-    "at 80 %": _load("at_80"),
-    "CPU, ms an image": lambda fs: _spread([f["cpu_ms_per_image"] for f in fs], ".2f"),
-    "new answer after hang-ups, ms": lambda fs: f"{median(f['after_hang_up_ms'] for f in fs):.0f}",
-    "lost at SIGTERM, of 40": _stop,
+    "at 80 %, ms": _load("at_80"),
+    "CPU, ms per image": lambda fs: _spread([f["cpu_ms_per_image"] for f in fs], ".2f"),
+    "new request after hang-ups, ms": lambda fs: f"{median(f['after_hang_up_ms'] for f in fs):.0f}",
+    "lost at SIGTERM (of 40)": _stop,
     "memory, MiB": lambda fs: f"{max(f['memory_mib'] for f in fs):.0f}",
     "start, s": lambda fs: f"{median(f['start_s'] for f in fs):.1f}",
 }
 
 
 def markdown(records: Records) -> str:
-    """One table a network: the best first, and those that could not be measured last, with the reason."""
+    """One table per network, fastest server first; servers without results are listed below it with the reason."""
     parts = []
     for network in records.networks():
         images = next(r.images for r in records.all if r.network == network)
@@ -82,7 +82,7 @@ def markdown(records: Records) -> str:
 
 
 def _ratios(records: Records, network: str) -> list[str]:
-    """How this service's rate stands to the others', round by round, since rounds differ by the machine's mood."""
+    """Ratios of this service's rate to the others', within rounds, since the machine's speed varies between them."""
     ours = {r.round: r.finding for r in records.all if (r.network, r.peer) == (network, "exitserve") and r.finding}
     lines = []
     for name, title in records.peers(network):
@@ -94,4 +94,4 @@ def _ratios(records: Records, network: str) -> list[str]:
         ]
         if ratios and name != "exitserve":
             lines.append(f"{title} {_spread(ratios, '.2f')}")
-    return [f"* ExitServe's images/s over others', round by round: {'; '.join(lines)}."] if lines else []
+    return [f"* ExitServe's images/s divided by the others', within rounds: {'; '.join(lines)}."] if lines else []

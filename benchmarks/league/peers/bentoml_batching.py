@@ -1,6 +1,6 @@
-"""BentoML: a service that decodes and answers, and one that runs batches, a worker a core, behind BentoML's dispatcher.
+"""BentoML: an API service that decodes images, and behind it a batching service with one worker per core.
 
-Batching needs a service of its own, called by the first: a batchable call takes lists, and the clients send one image.
+Two services are needed because a batchable call takes a list, whereas clients send one image.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""FastAPI with micro-batching, as one would write it with care: a queue, and a thread a core that runs what waits.
+"""FastAPI with carefully written micro-batching: a queue, and one thread per core that runs batches from it.
 
-A batch takes whatever waits when a thread is free, `max_rows` at most. It waits for no more: under load the queue fills
-while the threads work.
+A free thread takes all queued images, at most `max_rows`, without waiting for more: under load the queue fills while
+the threads work.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.league.peers.serving import Network, Setup, decode
 
-SMALL_PIXELS = 128 * 128  # below, handing the decoding to a thread costs more than it
+SMALL_PIXELS = 128 * 128  # up to this size, handing over to a thread costs more than decoding
 Waiting = tuple[NDArray[np.uint8], "asyncio.Future[dict[str, Any]]"]
 
 setup = Setup.from_environment()
@@ -28,7 +28,7 @@ queue: "asyncio.Queue[Waiting]" = asyncio.Queue()
 
 
 async def work() -> None:
-    """Run batches, one after the other; there is one of these for each thread."""
+    """Run batches one after another; one such task runs per thread."""
     loop = asyncio.get_running_loop()
     while True:
         batch = [await queue.get()]

@@ -1,4 +1,4 @@
-"""Plain FastAPI: the network in torch, in the route, one image at a time. A uvicorn worker a core."""
+"""Plain FastAPI: the network in torch, in the route, one image at a time, with one uvicorn worker per core."""
 
 from pathlib import Path
 from typing import Any

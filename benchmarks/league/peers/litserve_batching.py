@@ -1,7 +1,7 @@
-"""LitServe: one API process and a worker process a core, batched by LitServe's own loop.
+"""LitServe: one API process and one worker process per core, batched by LitServe's own loop.
 
-The raw body comes in through a FastAPI dependency, which LitServe hands to the worker as it is: its form parsing would
-cost more. `fast_queue` (ZeroMQ) is on, as LitServe advises for throughput.
+A FastAPI dependency passes the raw body to the worker, because LitServe's form parsing would cost more. `fast_queue`
+(ZeroMQ) is on, as LitServe recommends for throughput.
 """
 
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ class Classifier(ls.LitAPI):
         return decode(request, setup)
 
     def batch(self, inputs: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        return inputs  # stacked by the network
+        return inputs  # `Network.classify` stacks them
 
     def predict(self, x: list[NDArray[np.uint8]]) -> list[dict[str, Any]]:
         return self.network.classify(x)

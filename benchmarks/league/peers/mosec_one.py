@@ -1,4 +1,4 @@
-"""mosec, one stage: a worker process a core behind mosec's own front, which batches."""
+"""mosec with one stage: one worker process per core behind mosec's own front end, which batches."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from benchmarks.league.peers.serving import Network, Setup, decode
 
 class Classifier(Worker):
     def __init__(self) -> None:
-        self.told = Setup.from_environment()
+        self.served = Setup.from_environment()
         self.network = Network(self.told)
 
     def deserialize(self, data: bytes) -> NDArray[np.uint8]:
-        return decode(data, self.told)
+        return decode(data, self.served)
 
     def forward(self, data: list[NDArray[np.uint8]]) -> list[dict[str, Any]]:
         return self.network.classify(data)

@@ -1,4 +1,4 @@
-"""Ray Serve: its HTTP proxy and a replica a core, each batching what it is given (`serve.batch`)."""
+"""Ray Serve: its HTTP proxy and one replica per core, each of which batches its requests (`serve.batch`)."""
 
 import signal
 import threading
@@ -16,7 +16,7 @@ setup = Setup.from_environment()
 @serve.deployment(
     num_replicas=setup.n_workers,
     max_ongoing_requests=16 * setup.max_rows,
-    ray_actor_options={"num_cpus": 0.5},  # a share to schedule by: each replica computes on one thread
+    ray_actor_options={"num_cpus": 0.5},  # for scheduling only: each replica computes on one thread
 )
 class Classifier:
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""What every peer shares: what it is told to serve, the decoding of images, and the whole network on ONNX Runtime.
+"""Shared by all peers: the setup, decoding, and the whole network on ONNX Runtime.
 
-Decoding is Pillow's and pixels stay uint8: the graph normalises, so that no peer pays for doing so in numpy.
+Pillow decodes, and pixels stay uint8: the graph normalises them, so no peer spends time on it in numpy.
 """
 
 import io
@@ -18,7 +18,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Setup:
-    """What the league tells a peer, the same for all."""
+    """The settings of the comparison, the same for every peer."""
 
     bundle: str  # folder
     graph: str  # file: the whole network, uint8 images [rows, H, W, 3] -> logits [rows, classes]
@@ -28,7 +28,7 @@ class Setup:
     n_workers: int  # one per core, each with one thread
     max_rows: int  # the largest batch
     wait_ms: float  # longest wait for a batch to fill
-    budget_fraction: float  # for whoever stops early
+    budget_fraction: float  # for peers with early exits
 
     @classmethod
     def from_environment(cls) -> "Setup":
@@ -36,7 +36,7 @@ class Setup:
 
 
 def decode(body: bytes, setup: Setup) -> NDArray[np.uint8]:
-    """The pixels of an image file, uint8 [H, W, 3]; files have the network's size already."""
+    """Decode an image file to uint8 [H, W, 3]; ValueError if it is not of the network's size."""
     pixels = np.asarray(Image.open(io.BytesIO(body)).convert("RGB"))
     if pixels.shape != (setup.height_px, setup.width_px, 3):
         raise ValueError(f"an image of {pixels.shape}")
@@ -44,16 +44,16 @@ def decode(body: bytes, setup: Setup) -> NDArray[np.uint8]:
 
 
 def session_options() -> ort.SessionOptions:
-    """One thread, which does not spin: workers a core each were the fastest way to use two cores."""
+    """One thread without spinning: one such worker per core was the fastest way to use two cores."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False  # batches of every size
+    options.enable_mem_pattern = False  # batch sizes vary
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
 class Network:
-    """The whole network, warm; `classify` may be called from several threads at once."""
+    """The whole network, warmed up; `classify` is thread-safe."""
 
     def __init__(self, setup: Setup) -> None:
         self._session = ort.InferenceSession(setup.graph, session_options(), providers=["CPUExecutionProvider"])
@@ -62,13 +62,13 @@ class Network:
             self.classify([np.zeros((setup.height_px, setup.width_px, 3), np.uint8)] * n_rows)
 
     def classify(self, images: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]:
-        """One answer an image."""
+        """One answer per image."""
         (logits,) = self._session.run(None, {self._input: np.stack(images)})
         return answers(logits)
 
 
 def answers(logits: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """Class and softmax of logits [rows, classes], as JSON takes them."""
+    """Top class and its softmax for logits [rows, classes], in JSON types."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     confidences = (shifted.max(axis=1) / shifted.sum(axis=1)).tolist()
     classes = logits.argmax(axis=1).tolist()

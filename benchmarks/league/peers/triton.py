@@ -1,8 +1,8 @@
-"""Triton, as `nvidia-pytriton` packs it: its front and dynamic batcher, and a Python function that runs batches.
+"""Triton as packaged by `nvidia-pytriton`: its front end and dynamic batcher, and a Python function that runs batches.
 
-The package brings no ONNX Runtime backend, so the network runs in a Python function, as PyTriton means it. One,
-which halves its batch over a thread a core: a second one has to find the first within a second of starting, and often
-did not.
+The package has no ONNX Runtime backend, so the network runs in a Python function, as PyTriton intends. There is one
+such function, which splits its batch over one thread per core: a second one must find the first within a second of
+starting, and often failed to.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ def run(bodies: NDArray[np.object_]) -> list[dict[str, Any]]:
 
 @batch
 def classify(image: NDArray[np.object_]) -> dict[str, NDArray[np.generic]]:
-    """From image files, bytes [rows, 1], to classes and confidences, each [rows, 1]."""
+    """Classify image files, bytes [rows, 1]; returns classes and confidences, each [rows, 1]."""
     parts = np.array_split(image[:, 0], min(len(image), setup.n_workers))
     answers = [answer for part in threads.map(run, parts) for answer in part]
     return {
