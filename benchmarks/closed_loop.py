@@ -1,4 +1,4 @@
-"""A number of images always in work in an engine, and what became of them. Needs no more than the engine does."""
+"""Closed-loop load on an engine: a constant number of images in flight. Imports nothing that the engine does not."""
 
 import threading
 import time
@@ -18,20 +18,20 @@ from service.engine.rows import Answer, Told
 from service.errors import EngineError
 
 Images = NDArray[np.uint8]
-SAMPLED = 8  # one answer in so many is looked at, as that takes time of the engine's thread
-STALLED_S = 60.0  # without an answer: none will come any more
+SAMPLED = 8  # one answer in 8 is recorded, since recording takes time of the engine's thread
+STALLED_S = 60.0  # after this time without an answer, the run is given up
 
 
 @dataclass(frozen=True)
 class Round:
-    """One engine serving all images once."""
+    """Results of one run."""
 
     images_per_s: float
-    shares: list[float]  # of the images, by exit
+    shares: list[float]  # share of the images by exit
     mean_mflops: float
-    mean_batch_rows: float  # in the batch an image left from
-    median_ms: float  # in the engine
-    idle_mflops: float  # run for images that had answered, an image
+    mean_batch_rows: float  # of the batch that an image left from
+    median_ms: float  # time in the engine
+    idle_mflops: float  # per image, run for images that were already answered
 
 
 class Load:
@@ -39,16 +39,16 @@ class Load:
 
     Args:
         images: [any, H, W, 3], sent in turn.
-        n_images: how many are sent; all once by default.
+        n_images: number to send; by default, each once.
     """
 
     def __init__(self, engine: Engine, images: Images, n_in_flight: int, n_images: int | None = None) -> None:
-        self._batch_rows = 0  # summed over one answer in `SAMPLED`; no answer is kept: the collector would walk over
-        self._ms = array("d")  # them again and again, and no server keeps any
+        self._batch_rows = 0  # sum over one answer in `SAMPLED`; answers are not kept, as a server keeps none either,
+        self._ms = array("d")  # and the garbage collector would traverse them again and again
         self._engine = engine
         self._images = images
         self._n_images = n_images or len(images)
-        self._room: SimpleQueue[int] = SimpleQueue()  # images that may be sent: as many as were answered
+        self._room: SimpleQueue[int] = SimpleQueue()  # how many images may be sent, per batch of answers
         self._room.put(n_in_flight)
         self._done = threading.Event()
         self._n_ended = 0
@@ -59,13 +59,13 @@ class Load:
 
         Raises:
             EngineError: an image was not answered.
-            TimeoutError: nothing has happened for long.
+            TimeoutError: no answer for `STALLED_S`.
         """
         before, spent_mflops = self._engine.stats(), self._engine.budget_state().spent_answered_mflops
         started = time.perf_counter()
         n_sent = 0
         take = self._take
-        while n_sent < self._n_images:  # as many at once as were answered at once: so the HTTP processes send them
+        while n_sent < self._n_images:  # in groups as they were answered, as HTTP workers do
             n_more = min(self._wait_for_room(), self._n_images - n_sent)
             which: list[int] = []
             while len(which) < n_more:
@@ -104,12 +104,12 @@ class Load:
             raise TimeoutError(f"no answer for {STALLED_S:.0f} s") from None
 
     def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
-        """On the engine's thread, whose time this takes."""
-        told: list[Any] = [outcome for _, outcome in outcomes]
-        if set(map(type, told)) != {Answer}:
-            self._failed = next(outcome for outcome in told if isinstance(outcome, EngineError))
-            told = [outcome for outcome in told if isinstance(outcome, Answer)]
-        for answer in told[-self._n_ended % SAMPLED :: SAMPLED]:
+        """Receive outcomes, on the engine's thread."""
+        answers: list[Any] = [outcome for _, outcome in outcomes]
+        if set(map(type, answers)) != {Answer}:
+            self._failed = next(outcome for outcome in answers if isinstance(outcome, EngineError))
+            answers = [outcome for outcome in answers if isinstance(outcome, Answer)]
+        for answer in answers[-self._n_ended % SAMPLED :: SAMPLED]:
             self._batch_rows += answer.batch_rows
             self._ms.append(answer.queue_ms + answer.compute_ms)
         self._n_ended += len(outcomes)
@@ -119,7 +119,7 @@ class Load:
 
 
 def ideal_rate(row_seconds: Sequence[float], shares: Sequence[float], n_lanes: int) -> float:
-    """Images/s where every stage costs its row time, and only images that reach it pay."""
+    """Images/s if each stage takes its `row_seconds` for exactly the images that reach it, on `n_lanes` lanes."""
     reaching, seconds = 1.0, 0.0
     for stage_seconds, share in zip(row_seconds, shares, strict=True):
         seconds += reaching * stage_seconds

@@ -1,10 +1,10 @@
-"""How much early exits are worth: the engine at a budget, compared with the same engine with exits off.
+"""The speed-up by early exits: the engine at a budget, compared with the same engine with exits off.
 
     python -m benchmarks.engine --bundle models/zoo/cifar100-msdnet --data cifar-100-python.tar.gz
 
-All serve the same images in turns, so that changes in the machine's speed affect all alike. The ratio is printed with
-the ideal (what the engine's own stage times allow at the exits these images really took: no copies, no decisions, full
-batches) and the floor (multiply-adds at the machine's measured matrix product rate). Keep the machine otherwise idle.
+Both serve the same images in turns, so that changes in the machine's speed affect both. The ratio is printed with the
+ideal (what the engine's stage times allow at the exits that these images took: no copies, no decisions, full batches)
+and the floor (multiply-adds at the machine's measured matrix product rate). Keep the machine otherwise idle.
 """
 
 import json
@@ -37,7 +37,7 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Report:
-    """The whole measurement; rates are images/s, medians over rounds, with the lowest and the highest."""
+    """Results for one scheduling policy; rates are images/s, medians over rounds."""
 
     bundle: str
     images: str
@@ -48,10 +48,10 @@ class Report:
     with_exits: list[Round]
     exits_off: list[Round]
     stage_row_seconds: list[float]  # per row, full batches, all lanes busy; median of rounds
-    ideals: list[float]  # images/s by round, at the shares that were taken
+    ideals: list[float]  # images/s by round, at the measured exit shares
     ideals_off: list[float]
     matrix_product_gmacs_per_s: float  # all cores
-    floor_images_per_s: float  # multiply-adds of the mean cost at that rate
+    floor_images_per_s: float  # at the mean cost and that rate of multiply-adds
 
     @property
     def rate(self) -> float:
@@ -71,13 +71,13 @@ class Report:
 
     @property
     def speed_up(self) -> float:
-        """Median over rounds of the ratio of neighbours in time."""
+        """Median of the ratios within rounds."""
         pairs = zip(self.with_exits, self.exits_off, strict=True)
         return median(on.images_per_s / off.images_per_s for on, off in pairs)
 
 
 def matrix_product_gmacs_per_s(size: int = 1536, repeats: int = 8) -> float:
-    """Billions of float32 multiply-adds a second in one large matrix product on all cores, the best of `repeats`."""
+    """10^9 float32 multiply-adds per second in a large matrix product on all cores, the best of `repeats`."""
     a = np.ones((size, size), np.float32)
     best_s = float("inf")
     for _ in range(repeats):
@@ -88,7 +88,7 @@ def matrix_product_gmacs_per_s(size: int = 1536, repeats: int = 8) -> float:
 
 
 def read_images(data: Path | None, bundle: Bundle, n_images: int) -> tuple[str, Images]:
-    """Real test images where `data` is given, else noise, which no exit was calibrated on."""
+    """A description and up to `n_images` test images of `data`; without it, noise, which no exit was calibrated on."""
     size = bundle.manifest.input
     if data is None:
         shape = (n_images, size.height_px, size.width_px, 3)
@@ -108,13 +108,13 @@ def measure(
     policies: Sequence[str],
     **options: Any,
 ) -> list[Report]:
-    """Serve the images `rounds` times by each policy with exits, and as often without, all in turns; a report each."""
+    """Serve the images `rounds` times with each policy and with exits off, in turns; returns a report per policy."""
     budget_mflops = budget_of(bundle, fraction)
     engines = [build_engine(bundle, budget_mflops, policy=policy, **options) for policy in policies]
     engines.append(build_engine(bundle, budget_mflops, exits=False, **options))
     results: list[list[Round]] = [[] for _ in engines]
-    # What a row of a full batch takes while all lanes run, stages in turns as often as at the budget: where they wait
-    # for memory it matters which of them share it. Before and after every round, as machines change their speed.
+    # Seconds per row of full batches with all lanes busy. The mix of stages is that of the budget, since stages that
+    # run together compete for memory. Measured before and after every round, as the machine's speed varies.
     runner = OnnxRunner(bundle, engines[0].max_rows, engines[0].n_lanes)
     row_seconds: list[list[float]] = []
     off_row_seconds: list[list[float]] = []
@@ -132,7 +132,7 @@ def measure(
     try:
         for engine in engines:
             engine.start()
-            Load(engine, images[: len(images) // 4], n_in_flight).run()  # steering settles, caches fill
+            Load(engine, images[: len(images) // 4], n_in_flight).run()  # until steering settles and caches are filled
         settle_memory()  # as the server does
         for _ in range(rounds):
             in_between(partial(one_round, range(len(policies))), budget_mflops, row_seconds)
@@ -174,9 +174,7 @@ def show(report: Report, console: Console) -> None:
     last = [rounds[-1] for rounds, _ in pairs]
     table.add_row("images/s, median of rounds", *spread)
     table.add_row("speed-up", f"{report.speed_up:.2f} x", "1")
-    table.add_row(
-        "ideal of its stage times, images/s", *(f"{median(i):.0f}" for i in (report.ideals, report.ideals_off))
-    )
+    table.add_row("ideal by stage times, images/s", *(f"{median(i):.0f}" for i in (report.ideals, report.ideals_off)))
     table.add_row(
         "share of the ideal reached",
         *(
@@ -184,40 +182,40 @@ def show(report: Report, console: Console) -> None:
             for shares in (report.share_of_ideal, report.share_of_ideal_off)
         ),
     )
-    table.add_row("floor of the multiply-adds, images/s", f"{report.floor_images_per_s:.0f}", "")
+    table.add_row("floor by multiply-adds, images/s", f"{report.floor_images_per_s:.0f}", "")
     table.add_row("mean cost, M multiply-adds", *(f"{r.mean_mflops:.2f}" for r in last))
-    table.add_row("run for answered images, M", *(f"{r.idle_mflops:.2f}" for r in last))
+    table.add_row("run for images already answered, M", *(f"{r.idle_mflops:.2f}" for r in last))
     table.add_row("exit shares, %", *(" ".join(f"{100 * share:.0f}" for share in r.shares) for r in last))
-    table.add_row("rows in an answer's last batch", *(f"{r.mean_batch_rows:.1f}" for r in last))
+    table.add_row("mean rows in an image's last batch", *(f"{r.mean_batch_rows:.1f}" for r in last))
     table.add_row("median time in the engine, ms", *(f"{r.median_ms:.1f}" for r in last))
     console.print(table)
     times = ", ".join(f"{1e3 * seconds:.2f}" for seconds in report.stage_row_seconds)
-    console.print(f"stage times a row, ms: {times}; matrix product {report.matrix_product_gmacs_per_s:.0f} G MAC/s")
+    console.print(f"stage times per row, ms: {times}; matrix product {report.matrix_product_gmacs_per_s:.0f} G MAC/s")
 
 
 def known_policy(name: str) -> str:
     if name not in (*POLICIES, "all"):
-        raise typer.BadParameter(f"there are {', '.join(POLICIES)}, and 'all'")
+        raise typer.BadParameter(f"{name!r}: choose {', '.join(POLICIES)}, or 'all'")
     return name
 
 
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
     data: Annotated[
-        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
+        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Image set, as for training; default: noise.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Budget, as a fraction of the full network's cost.")] = 0.4,
     images: Annotated[int, typer.Option(min=4, help="Images per round.")] = 2_000,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each engine.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per engine.")] = 7,
     in_flight: Annotated[int, typer.Option(min=1, help="Images kept in flight.")] = 256,
     lanes: Annotated[int | None, typer.Option(min=1, help="Concurrent batches; by default, one per core.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 32,
     policy: Annotated[
-        str, typer.Option(callback=known_policy, help=f"Scheduling policy: {', '.join(POLICIES)}, or 'all' in turns.")
+        str, typer.Option(callback=known_policy, help=f"Scheduling policy: {', '.join(POLICIES)}, or 'all', in turns.")
     ] = "default",
     json_path: JsonPath = None,
 ) -> None:
-    """Measure the engine at a budget against the same engine with exits off."""
+    """Compare the engine at a budget with the same engine with exits off."""
     loaded = load_bundle(bundle)
     description, pixels = read_images(data, loaded, images)
     options = {"n_lanes": lanes, "max_rows": max_rows, "max_in_flight_rows": in_flight}

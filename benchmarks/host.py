@@ -1,10 +1,10 @@
-"""The cost of the engine's own threads: images/s with a network that takes no time, and the latency of one image alone.
+"""The host cost of the engine: images/s with a network that takes no time, and the latency of a single image.
 
     make compile
     python -m benchmarks.host
 
-Needs no GPU: slots, buckets, lanes and copies are those of `torch-cuda`, on the host, and only the stages do nothing.
-Python and what is compiled of it (`make compile`) are measured in turns, each in a process of its own.
+Needs no GPU: slots, buckets, lanes and copies are those of `torch-cuda`, on the host; only the stages do nothing.
+The Python modules and the compiled ones (`make compile`) are measured in turns, each run in its own process.
 """
 
 import json
@@ -25,21 +25,21 @@ from benchmarks.processes import REPOSITORY
 from service.compiled import compiled_sources
 
 MEASURES = ("Python", "compiled")
-N_IMAGES = 2048  # to run more through the network first takes longer than all that is measured
+N_IMAGES = 2048  # with more, preparing the case (the network runs on all images) would take longer than measuring
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One process, at 40 % budget."""
+    """Results of one process."""
 
-    images_per_s: float
-    us_an_image: float  # of processor time, all threads and whoever submits the images
-    alone_ms: float  # median of an image that has the engine to itself, at 40 % budget
+    images_per_s: float  # at a 40 % budget
+    us_an_image: float  # processor time of all threads, including the one that submits the images
+    alone_ms: float  # median latency of a single image in an idle engine, at a 40 % budget
     alone_whole_ms: float  # the same through all stages
 
 
 def measure(**amounts: int) -> Measured:
-    """Measure in this process; the plan's `amounts` are those of `benchmarks.gpu` but for these."""
+    """Measure in this process; `amounts` replace those of `benchmarks.gpu`'s plan."""
     import torch
 
     from benchmarks.gpu_cases import NETWORKS, Plan
@@ -61,28 +61,28 @@ def measure(**amounts: int) -> Measured:
 
 
 def load_sources() -> None:
-    """Have this process import the service's sources, whether they are compiled or not."""
+    """Make this process import the service's Python sources even where compiled modules exist."""
 
     def sources_in(folder: str) -> FileFinder:
         if not Path(folder).is_relative_to(REPOSITORY / "service"):
-            raise ImportError("left to Python")
+            raise ImportError("not in service/: left to the default finder")
         return FileFinder(folder, (SourceFileLoader, [".py"]))
 
     sys.path_hooks.insert(0, sources_in)
     sys.path_importer_cache.clear()
     for name in [name for name in sys.modules if name.startswith("service.")]:
-        del sys.modules[name]  # it may have come compiled
+        del sys.modules[name]  # may be a compiled module
 
 
 def measure_apart(what: str, **amounts: int) -> Measured:
     command = [sys.executable, "-m", "benchmarks.host", "--one", what]
     command += [f"--{name.replace('_', '-')}={amount}" for name, amount in amounts.items()]
-    told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return Measured(**json.loads(told.splitlines()[-1]))
+    output = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return Measured(**json.loads(output.splitlines()[-1]))
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Processes of each.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes per variant.")] = 5,
     n_images: Annotated[int, typer.Option(min=1, help="Distinct images, sent repeatedly.")] = N_IMAGES,
     max_rows: Annotated[
         int | None, typer.Option(min=1, help="Most rows in a batch; by default, as in `benchmarks.gpu`.")
@@ -93,7 +93,7 @@ def main(
     json_path: JsonPath = None,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure the engine without a network, as Python and compiled."""
+    """Measure the engine without a network: its Python modules and, if present, its compiled ones."""
     given = {"n_images": n_images, "max_rows": max_rows, "in_flight": in_flight}
     amounts = {name: amount for name, amount in given.items() if amount is not None}
     if one is not None:
@@ -109,8 +109,8 @@ def main(
     table = Table("", *kinds, title="The engine without a network, 32 px, 40 % budget: medians (lowest to highest)")
     for title, name, digits in (
         ("images/s", "images_per_s", 0),
-        ("processor time an image, us", "us_an_image", 1),
-        ("one image alone, p50 ms", "alone_ms", 2),
+        ("processor time per image, us", "us_an_image", 1),
+        ("one image alone, p50, ms", "alone_ms", 2),
         ("the same, all stages", "alone_whole_ms", 2),
     ):
         cells = []
@@ -120,7 +120,7 @@ def main(
         table.add_row(title, *cells)
     Console().print(table)
     if len(kinds) == 1:
-        print("Nothing is compiled here: `make compile`, then this compares.")
+        print("There are no compiled modules to compare with: run `make compile` first.")
     if json_path:
         json_path.write_text(json.dumps({kind: [asdict(measured) for measured in found[kind]] for kind in kinds}))
 

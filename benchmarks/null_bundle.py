@@ -1,6 +1,6 @@
-"""A bundle of a network that computes nothing, so that what is left to measure is the server around it.
+"""Makes a bundle whose network computes nothing, for measuring the server around it.
 
-Its first stage hands ten bytes of the picture on as logits; every image leaves there. What it answers means nothing.
+Its first stage returns ten bytes of the image as logits, and every image leaves there. Its answers mean nothing.
 """
 
 import tempfile
@@ -18,17 +18,17 @@ from models.scores import plain_scores, score_exits
 
 CLASSES = 10
 HELD_OUT = 1_000
-EXITS = ({"mflops": 1.0}, {"mflops": 2.0})  # said to cost something, as every budget is above nothing
+EXITS = ({"mflops": 1.0}, {"mflops": 2.0})  # nominal costs, because a budget must be above 0
 
 
 def write_null_bundle(folder: Path, size_px: int = 32) -> Bundle:
-    """Put the bundle at `folder`, and return it: two exits, ten classes, images of `size_px`."""
+    """Write the bundle to `folder` and return it: two exits, ten classes, images of `size_px`."""
     rng = np.random.default_rng(0)
     logits = [rng.normal(size=(HELD_OUT, CLASSES)).astype(np.float32)] * len(EXITS)
     scores = {name: score_exits(score, logits) for name, score in plain_scores(len(EXITS)).items()}
     calibration = Calibration(
         {name: values.astype(np.float32) for name, values in scores.items()},
-        np.ones((HELD_OUT, len(EXITS)), bool),  # nothing is gained by going on
+        np.ones((HELD_OUT, len(EXITS)), bool),  # later exits are no better
     )
     with tempfile.TemporaryDirectory() as contents:
         stages = [_stage(Path(contents), number, size_px) for number in range(1, len(EXITS) + 1)]
@@ -40,7 +40,7 @@ Value = dict[str, Any]
 
 
 def _stage(contents: Path, number: int, size_px: int) -> dict[str, Any]:
-    """Write a stage that takes what the one before hands on (the image, then ten numbers); returns its description."""
+    """Write a stage (the first takes the image, others ten numbers); returns its entry in the manifest."""
     image: Value = {"name": "images", "shape": [size_px, size_px, 3], "dtype": "uint8"}
     logits: Value = {"name": f"logits_{number}", "shape": [CLASSES], "dtype": "float32"}
     carried: Value = {"name": "carried", "shape": [CLASSES], "dtype": "float32"}

@@ -1,4 +1,4 @@
-"""How much a server still answers when offered more than its capacity: `python -m benchmarks.overload --help`."""
+"""Throughput under overload, at rates up to 3 times the capacity: `python -m benchmarks.overload --help`."""
 
 import json
 import os
@@ -22,15 +22,15 @@ from benchmarks.options import JsonPath
 from benchmarks.processes import REPOSITORY, cpu_with_children_s, served
 
 SAMPLES = REPOSITORY / "service" / "web" / "samples"
-TIMES = (0.9, 1.0, 1.5, 2.0, 3.0)  # of what the server can do
-N_IN_FLIGHT = 64  # of the closed loop that finds what the server can do
+TIMES = (0.9, 1.0, 1.5, 2.0, 3.0)  # offered rates, as multiples of the capacity
+N_IN_FLIGHT = 64  # in the closed loop that measures the capacity
 
 
 @dataclass(frozen=True)
 class Run:
-    """One rate for some seconds."""
+    """Results at one rate."""
 
-    times: float  # of what the server can do
+    times: float  # offered rate, as a multiple of the capacity
     answered_per_s: float
     refused_per_s: float
     other: int  # neither answered nor refused with 429
@@ -38,12 +38,12 @@ class Run:
     refusal_p99_ms: float
     answer_p99_ms: float
     server_cpu_share: float  # of one core
-    client_cpu_share: float  # likewise: on cores that both share, what the server lacks
+    client_cpu_share: float  # likewise; on shared cores, it is missing to the server
 
 
 def run_of(times: float, result: Result, server_cpu_s: float) -> Run:
     refused = result.statuses == 429
-    # From the moment of sending: how late the client itself was is no fault of the server's.
+    # From sending, not from when it was due: the client's own delay says nothing about refusals.
     waits_ms = (result.done_s - result.sent_s)[refused] * 1e3 if refused.any() else np.array([np.nan])
     return Run(
         times=times,
@@ -65,14 +65,14 @@ def measure(url: str, pid: int, requests: list[bytes], times: float, rate: float
 
 
 def show(runs: Sequence[Run], capacity: float, console: Console) -> dict[str, Any]:
-    """Print a row a rate, medians over the rounds; returns what it shows."""
+    """Print one row per rate, medians over the rounds; returns them in JSON types."""
     rows = []
     for times in sorted({run.times for run in runs}):
         same = [run for run in runs if run.times == times]
         rows.append({name: median(getattr(run, name) for run in same) for name in Run.__dataclass_fields__})
     peak = max(row["answered_per_s"] for row in rows)
-    table = Table(title=f"asked for times {capacity:.0f} images/s, which a closed loop was answered")
-    names = "asked|answered/s|of the peak|refused/s|refusal p50, p99 ms|answer p99 ms|CPU|client's"
+    table = Table(title=f"offered rates as multiples of {capacity:.0f} images/s, the closed-loop capacity")
+    names = "offered|answered/s|of the peak|refused/s|refusal p50, p99 ms|answer p99 ms|server CPU|client CPU"
     for name in names.split("|"):
         table.add_column(name, justify="right")
     table.add_column("other")
@@ -98,15 +98,15 @@ def main(
     images: Annotated[Path, typer.Option(help="Folder of PNG files, sent in turn.")] = SAMPLES,
     budget: Annotated[float, typer.Option(help="Budget, as a fraction of the full cost.")] = 0.4,
     seconds: Annotated[float, typer.Option(min=1.0, help="Seconds per rate and round.")] = 10.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the rates take turns.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; each measures every rate once.")] = 3,
     http_workers: Annotated[int, typer.Option(min=0, help="The server's --http-workers.")] = 0,
     share_cores: Annotated[bool, typer.Option(help="Let client and server share all cores.")] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Ask a server for 0.9, 1, 1.5, 2 and 3 times what it can do, at times fixed beforehand (open loop).
+    """Load a server at 0.9, 1, 1.5, 2 and 3 times its capacity, at times fixed beforehand (open loop).
 
-    The client has the last core to itself and the server the others, unless they are to share: else a client that sends
-    three times as much would take from the server what it is measured by.
+    The client runs on the last core and the server on the others, unless --share-cores is given: otherwise a client
+    that sends three times as much would take CPU time from the server that it measures.
     """
     cores = sorted(os.sched_getaffinity(0))
     ours, theirs = (set(cores), set(cores)) if share_cores or len(cores) < 2 else ({cores[-1]}, set(cores[:-1]))
@@ -119,7 +119,7 @@ def main(
         os.sched_setaffinity(0, ours)
         url = address + "/classify"
         requests = [http_request(url, body, "image/png") for body in bodies]
-        uvloop.run(closed_loop(url, requests, N_IN_FLIGHT, min(seconds, 3.0)))  # until the pace is known
+        uvloop.run(closed_loop(url, requests, N_IN_FLIGHT, min(seconds, 3.0)))  # until the server knows its pace
         capacity = uvloop.run(closed_loop(url, requests, N_IN_FLIGHT, seconds)).achieved_rate
         turns = [(times, number) for number in range(rounds) for times in TIMES]
         runs = [measure(url, pid, requests, times, times * capacity, seconds, number) for times, number in turns]

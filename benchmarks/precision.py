@@ -1,8 +1,8 @@
-"""How much faster int8 stages are than float ones: both in turns, stage by stage, on one thread.
+"""Compares int8 stages with float ones, stage by stage, in turns, on one thread.
 
     python -m benchmarks.precision --bundle models/zoo/cifar100-msdnet
 
-A stage's time does not depend on what the image shows, so the images are noise. The best of many runs counts; keep the
+A stage's time does not depend on the image's content, so the images are noise. The best of many runs counts. Keep the
 machine otherwise idle.
 """
 
@@ -21,7 +21,7 @@ from service.runners.onnx import OnnxRunner
 
 
 def stage_seconds(bundles: list[Bundle], n_rows: int, n_runs: int) -> list[list[float]]:
-    """The best time of every stage [bundle][stage] at a batch of `n_rows`, measured in turns."""
+    """Best times in seconds [bundle][stage] for a batch of `n_rows`, with the bundles measured in turns."""
     runners = [OnnxRunner(bundle, n_rows, n_lanes=1) for bundle in bundles]
     best = [[float("inf")] * runner.n_stages for runner in runners]
     shape = bundles[0].manifest.stages[0].inputs[0].shape
@@ -43,14 +43,14 @@ def main(
     rows: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch size; repeatable. By default, 1, 8 and 32.")
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each stage.")] = 20,
 ) -> None:
-    """Measure the stages of both precisions, in milliseconds an image."""
+    """Measure the stages in both precisions, in milliseconds per image."""
     loaded = load_bundle(bundle)
     bundles = [loaded, loaded.at("int8")]
     for n_rows in rows or (1, 8, 32):
         fp32, int8 = stage_seconds(bundles, n_rows, runs)
-        table = Table(title=f"{loaded.manifest.name}, batches of {n_rows}: ms an image", title_justify="left")
+        table = Table(title=f"{loaded.manifest.name}, batches of {n_rows}: ms per image", title_justify="left")
         for heading in ("stage", "fp32", "int8", "times as fast"):
             table.add_column(heading, justify="right")
         parts = [(str(number), a, b) for number, (a, b) in enumerate(zip(fp32, int8, strict=True), start=1)]

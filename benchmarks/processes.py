@@ -1,4 +1,4 @@
-"""The service in a process of its own, and what processes take of the processors. Linux: it reads /proc."""
+"""Runs the service as a child process and reads processes' CPU time. Linux only: reads /proc."""
 
 import os
 import subprocess
@@ -13,9 +13,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @contextmanager
 def on_cores(cores: Set[int] | None) -> Iterator[None]:
-    """Processes that this thread starts meanwhile run on these cores alone, and so do theirs; None: on any it may."""
+    """Pin processes that this thread starts meanwhile, and their children, to `cores`; None: do not pin them."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, before if cores is None else cores)  # a new process has those of the one that starts it
+    os.sched_setaffinity(0, before if cores is None else cores)  # child processes inherit the affinity
     try:
         yield
     finally:
@@ -24,11 +24,11 @@ def on_cores(cores: Set[int] | None) -> Iterator[None]:
 
 @contextmanager
 def served(arguments: Sequence[str], cores: Set[int] | None = None) -> Iterator[tuple[str, int]]:
-    """Serve on a free port, without an access log; yields the address, once it is ready, and the process id.
+    """Serve on a free port, without an access log; yields the address and the process id once it is ready.
 
     Args:
         arguments: of `python -m service`.
-        cores: it runs on these alone.
+        cores: it is pinned to these.
     """
     command = [sys.executable, "-m", "service", "--port", "0", "--access-log", "off", *arguments]
     with on_cores(cores):
@@ -38,7 +38,7 @@ def served(arguments: Sequence[str], cores: Set[int] | None = None) -> Iterator[
             assert process.stdout is not None
             line = process.stdout.readline()
             if "http://" not in line:
-                sys.exit("error: the server did not start; what it says stands above")
+                sys.exit("error: the server did not start; its message is above")
             yield next(word for word in line.split() if word.startswith("http://")), process.pid
         finally:
             process.terminate()
@@ -50,18 +50,18 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system time of one process and of its children that have ended; 0 where there is none."""
+    """User and system time of a process and of its children that have ended; 0 if there is no such process."""
     fields = stat(pid)
     return 0.0 if fields is None else sum(int(ticks) for ticks in fields[11:15]) / TICKS_PER_S
 
 
 def cpu_with_children_s(pid: int) -> float:
-    """The same with its children that run: with HTTP workers, the whole server."""
+    """The same including running children: with HTTP workers, the whole server."""
     return sum(map(cpu_s, (pid, *children(pid))))
 
 
 def stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the name: state, parent, group, session, ..., user, system and children's."""
+    """The fields of /proc/PID/stat after the name (state, parent, group, session, ...); None if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.load URL --rate 500 --seconds 20 --images FOLDER`: see `benchmarks.load`."""
+"""`python -m benchmarks.load URL --rate 500 --seconds 20 --images FOLDER`: see `main`."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ CONTENT_TYPES = {
 
 
 def read_requests(url: str, folder: Path) -> list[bytes]:
-    """One request for every image file in a folder, those below it included."""
+    """One request for every image file in a folder and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in CONTENT_TYPES)
     if not files:
         raise typer.BadParameter(f"{folder} holds no image ({', '.join(CONTENT_TYPES)})", param_hint="--images")
@@ -36,9 +36,9 @@ def read_requests(url: str, folder: Path) -> list[bytes]:
 
 
 def show(result: Result, rate: float, console: Console) -> dict[str, Any]:
-    """Print a table; returns what it shows."""
+    """Print the summary as a table; returns the summary."""
     summary = result.summary(rate)
-    table = Table("", "", title="open loop: latency counts from the moment a request was meant to be sent")
+    table = Table("", "", title="open loop: latency counts from when a request was due to be sent")
     table.add_row("offered, requests/s", f"{rate:.1f}")
     table.add_row("answered with 200, requests/s", f"{summary['achieved_per_s']:.1f}")
     table.add_row("sent / answered with 200", f"{summary['sent']} / {summary['answered']}")
@@ -47,28 +47,28 @@ def show(result: Result, rate: float, console: Console) -> dict[str, Any]:
     for p in (50, 95, 99):
         table.add_row(f"latency of answers, p{p}, ms", f"{summary[f'p{p}_ms']:.2f}")
     table.add_row("latency of answers, longest, ms", f"{summary['max_ms']:.2f}")
-    table.add_row("sent late by the client (in the latencies), p99, ms", f"{summary['late_sending_p99_ms']:.2f}")
+    table.add_row("client's delay in sending (part of the latencies), p99, ms", f"{summary['late_sending_p99_ms']:.2f}")
     share, each_us = summary["client_cpu_share"], summary["client_cpu_us_per_request"]
-    table.add_row("the client's own CPU", f"{share:.1%} of a core, {each_us:.0f} us a request")
+    table.add_row("the client's own CPU", f"{share:.1%} of a core, {each_us:.0f} us per request")
     console.print(table)
     return summary
 
 
 def main(
-    url: Annotated[str, typer.Argument(help="Where to POST images, as http://127.0.0.1:8000/classify.")],
-    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second, on average.")] = 100.0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="For how long to send.")] = 10.0,
+    url: Annotated[str, typer.Argument(help="Address to POST images to, e.g. http://127.0.0.1:8000/classify.")],
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests per second, on average.")] = 100.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to send.")] = 10.0,
     images: Annotated[Path, typer.Option(help="Folder of image files, sent in turn as raw bodies.")] = SAMPLES,
-    burst: Annotated[int, typer.Option(min=1, help="Requests at once; 1 makes independent (Poisson) arrivals.")] = 1,
-    connections: Annotated[int, typer.Option(min=1, help="Most connections at once.")] = 1024,
+    burst: Annotated[int, typer.Option(min=1, help="Requests sent at once; 1: independent (Poisson) arrivals.")] = 1,
+    connections: Annotated[int, typer.Option(min=1, help="Most concurrent connections.")] = 1024,
     drain: Annotated[float, typer.Option(help="Seconds to wait for the last answers.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="Of the arrival times.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the arrival times.")] = 0,
     json_path: JsonPath = None,
 ) -> None:
-    """Send images to a server at times fixed beforehand, and tell how long its answers took.
+    """Send images to a server at times fixed beforehand, and report how long its answers took.
 
-    No coordinated omission: requests are sent when their time has come, however slow the server is, and latency counts
-    from that time. A row of failures is never left out of the table.
+    No coordinated omission: requests are sent when due, however slow the server is, and latency counts from when they
+    were due. The table lists every kind of failure.
     """
     requests = read_requests(url, images)
     arrivals = bursts(rate, seconds, burst, seed) if burst > 1 else poisson(rate, seconds, seed)

@@ -1,7 +1,7 @@
-"""Keep-alive HTTP/1.1 connections that cost little: one request at a time each, and of an answer only what is needed.
+"""Cheap keep-alive HTTP/1.1 connections, with one request at a time each and minimal parsing of answers.
 
-Client and server share a machine's cores here, so each microsecond of the client's is one that the server lacks. A full
-client library takes several hundred a request.
+Client and server share the machine's cores, so every microsecond that the client uses is missing to the server. A full
+client library takes several hundred per request.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 CLOSED = 0  # in place of a status: the connection ended before the answer
-# Servers end idle connections after a few seconds (uvicorn after 5): one that old may go while a request is on its way.
+# Servers close idle connections after a few seconds (uvicorn after 5), possibly while a request is on its way.
 MAX_IDLE_S = 2.0
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding:\s*chunked", re.IGNORECASE)
@@ -23,7 +23,7 @@ OnAnswer = Callable[[int, int, bytes], None]  # (index of the request, status or
 
 
 def http_request(url: str, body: bytes, content_type: str, headers: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a POST to `url`; made once an image, so that sending is one write."""
+    """The bytes of a POST to `url`, built once per image, so that sending is one write."""
     parts = urlsplit(url)
     named = {"Host": parts.netloc, "Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}
     lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())
@@ -36,7 +36,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, pool: "Pool") -> None:
         self.pool = pool
-        self.index: int | None = None  # of the request in flight
+        self.index: int | None = None  # request in flight
         self.idle_since_s = 0.0
         self._transport: asyncio.Transport
         self._received = b""
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
                 return
             body = _join_chunks(received[end_of_head + 4 :])
         else:
-            return  # it ends with the connection
+            return  # the answer ends with the connection
         self._answered(head, body)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -98,12 +98,12 @@ def _join_chunks(data: bytes) -> bytes:
 
 
 class Pool:
-    """As many connections as requests are in flight, up to a most; the one used last is used again first.
+    """A connection per request in flight, up to a maximum; the most recently used one is reused first.
 
     Args:
         host, port: of the server.
-        on_answer: told of every answer, and of every request whose connection ended first.
-        max_connections: beyond it requests wait here, on the client's side (and their latency grows with it).
+        on_answer: called for every answer, and for every request whose connection ended first.
+        max_connections: requests beyond it wait in the client, which counts in their latency.
     """
 
     def __init__(self, host: str, port: int, on_answer: OnAnswer, max_connections: int) -> None:
@@ -116,7 +116,7 @@ class Pool:
         self._closed = False
 
     async def open(self, n_connections: int) -> None:
-        """Open some ahead. Raises OSError where nothing listens."""
+        """Open connections in advance; OSError if nothing listens."""
         for _ in range(n_connections):
             self._park(await self._connect())
 
@@ -133,7 +133,7 @@ class Pool:
         self._open_for_waiting()
 
     def close(self) -> None:
-        """End all connections; what was in flight is not heard of again."""
+        """Abort all connections; requests in flight are not reported."""
         self._closed = True
         for connection in list(self._all):
             connection.close()
@@ -145,7 +145,7 @@ class Pool:
         return connection
 
     def _open_for_waiting(self) -> None:
-        """Open one more connection where one is needed and allowed."""
+        """Open another connection if one is needed and allowed."""
         if len(self._all) + self._n_opening < self.max_connections and self._n_opening < len(self._waiting):
             self._n_opening += 1
             task = asyncio.get_running_loop().create_task(self._open_one())
@@ -172,7 +172,7 @@ class Pool:
             connection.idle_since_s = perf_counter()
             self._idle.append(connection)
 
-    # --- told by connections ------------------------------------------------------------------------------------
+    # --- called by connections ----------------------------------------------------------------------------------
 
     def answered(self, connection: Connection, index: int, status: int, body: bytes, closing: bool) -> None:
         if closing:
@@ -189,6 +189,6 @@ class Pool:
         index, connection.index = connection.index, None
         if self._closed:
             return
-        self._open_for_waiting()  # it may have been the one that they waited for
+        self._open_for_waiting()  # the lost connection no longer counts against the maximum
         if index is not None:
             self.on_answer(index, CLOSED, b"")

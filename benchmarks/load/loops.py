@@ -1,7 +1,7 @@
-"""Sends requests: at times fixed beforehand (open loop), or each as soon as another is answered (closed loop).
+"""Sends requests at times fixed beforehand (open loop), or each as soon as another is answered (closed loop).
 
-No coordinated omission: in an open loop an answer's latency counts from the moment when its request was *meant* to be
-sent, so a server that stalls is charged for all who would have come meanwhile.
+No coordinated omission: in an open loop latency counts from when a request was *due* to be sent, so a server that
+stalls is charged for all requests due meanwhile.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from benchmarks.load.connection import CLOSED, Pool
 from benchmarks.load.result import Result
 
 RETRY_S = 0.02
-UNANSWERED = -1  # in place of a status: no answer by the end
+UNANSWERED = -1  # in place of a status: no answer before the run ended
 
 
 class _Record:
-    """What became of every request; grows by appending, indexed by request."""
+    """Times, statuses and bodies of all requests so far, indexed by request."""
 
     def __init__(self) -> None:
         self.intended_s: list[float] = []
@@ -61,7 +61,7 @@ class _Record:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Keep the garbage collector from stalling the client."""
+    """Prevent stalls of the client by garbage collection."""
     gc.collect()
     gc.disable()
     try:
@@ -83,8 +83,8 @@ async def open_loop(
     """Send `requests` in turn, one at each of `arrivals`, and wait up to `drain_s` for the last answers.
 
     Args:
-        limit_s, allowed_late: sending stops once more than this share of all requests took longer than `limit_s`
-            or failed: what comes after cannot change that.
+        limit_s, allowed_late: sending stops early once more than the share `allowed_late` of all planned requests
+            failed or took longer than `limit_s`, since the rest cannot change that.
 
     Raises:
         OSError: nothing listens at `url`.
@@ -118,8 +118,8 @@ async def open_loop(
             if record.n_done == len(record.statuses):
                 finished.set()
         else:
-            # The loop's timers tick in milliseconds: what falls due meanwhile is sent together, late by as much,
-            # and charged for it.
+            # The event loop's timers have millisecond resolution: requests due in between are sent together, and the
+            # delay counts in their latency.
             loop.call_later(max(0.001, planned[next_index] - now_s), send_due)
 
     sending_ended = asyncio.Event()
@@ -131,14 +131,14 @@ async def open_loop(
             if planned:
                 send_due()
                 await sending_ended.wait()
-                seconds = time.perf_counter() - started  # or until the last answer: not for as long as one is missed
-                with suppress(TimeoutError):  # who has no answer by then is unanswered
+                seconds = time.perf_counter() - started  # `on_answer` extends it to the last answer
+                with suppress(TimeoutError):  # the rest stay UNANSWERED
                     async with asyncio.timeout(drain_s):
                         await finished.wait()
             cpu_s = time.process_time() - cpu_s
         finally:
             pool.close()
-            await asyncio.sleep(0)  # transports end in the iteration after they are told to
+            await asyncio.sleep(0)  # aborted transports close in the next iteration
     return record.result(len(requests), seconds, cpu_s, stopped_early=next_index < len(planned))
 
 
@@ -151,7 +151,7 @@ async def closed_loop(
 ) -> Result:
     """Keep `n_in_flight` requests in flight for some seconds; latency counts from sending.
 
-    Whoever is refused tries again after `RETRY_S`; whose connection ends, does not.
+    After an error status the next request waits `RETRY_S`; after a lost connection one less is kept in flight.
 
     Raises:
         OSError: nothing listens at `url`.
@@ -200,7 +200,7 @@ async def closed_loop(
         finally:
             timer.cancel()
             pool.close()
-            await asyncio.sleep(0)  # transports end in the iteration after they are told to
+            await asyncio.sleep(0)  # aborted transports close in the next iteration
     return record.result(len(requests), sending_s, cpu_s, stopped_early=False)
 
 

@@ -1,4 +1,4 @@
-"""What a run of load found."""
+"""The result of a run of the load generator."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ STATUS_NAMES = {0: "connection ended", -1: "unanswered"}
 
 @dataclass(frozen=True)
 class Result:
-    """Every request of one run: R of them, in order of sending. Times are seconds from the start."""
+    """All R requests of one run, in order of sending. Times are in seconds from the start."""
 
-    intended_s: Times  # [R] when it was meant to be sent
+    intended_s: Times  # [R] when they were due to be sent
     sent_s: Times  # [R]
-    done_s: Times  # [R] NaN where no answer came
-    statuses: NDArray[np.int16]  # [R] of HTTP; 0: its connection ended first, -1: no answer by the end
-    image_index: NDArray[np.int64]  # [R] which of the images
-    bodies: list[bytes]  # [R] of the answers
-    seconds: float  # from the start until sending stopped, in an open loop until the last answer where that is later
+    done_s: Times  # [R] NaN without an answer
+    statuses: NDArray[np.int16]  # [R] HTTP status; 0: the connection ended first, -1: no answer before the run ended
+    image_index: NDArray[np.int64]  # [R] image sent
+    bodies: list[bytes]  # [R] bodies of the answers
+    seconds: float  # from the start until sending stopped; in an open loop until the last answer, if later
     client_cpu_s: float
-    stopped_early: bool  # too many were late: see `open_loop`
+    stopped_early: bool  # because too many were late, see `open_loop`
 
     @property
     def n_sent(self) -> int:
@@ -32,38 +32,38 @@ class Result:
 
     @property
     def answered(self) -> NDArray[np.bool_]:
-        """[R] answered with status 200."""
+        """[R] whether answered with status 200."""
         return np.equal(self.statuses, 200)
 
     @property
     def achieved_rate(self) -> float:
-        """Answers with status 200 a second."""
+        """Answers with status 200 per second."""
         in_time = self.answered & (self.done_s <= self.seconds)
         return float(in_time.sum()) / self.seconds if self.seconds else 0.0
 
     @property
     def latency_ms(self) -> Times:
-        """[R] from the intended moment to the answer; infinite where there was none or it was an error."""
+        """[R] from when the request was due to its answer; infinite for failures."""
         return np.where(self.answered, (self.done_s - self.intended_s) * 1e3, np.inf)
 
     def percentile_ms(self, percent: float, of_all: bool = True) -> float:
-        """A percentile of the latency; `of_all` counts failures as infinitely late, else only answers count."""
+        """A percentile of the latency, over all requests (failures are infinitely late) or over answers only."""
         latencies = self.latency_ms if of_all else self.latency_ms[self.answered]
         return float(np.percentile(latencies, percent, method="higher")) if len(latencies) else float("nan")
 
     @property
     def failures(self) -> dict[str, int]:
-        """How many ended otherwise than with status 200, by what they ended with."""
+        """Numbers of requests without a 200 answer, by status or cause."""
         found = Counter(int(status) for status in self.statuses if status != 200)
         return {STATUS_NAMES.get(status, str(status)): found[status] for status in sorted(found)}
 
     @property
     def late_sending_ms(self) -> float:
-        """99th percentile of how late the client itself was; it is part of the latencies."""
+        """99th percentile of the client's own delay in sending, which is part of the latencies."""
         return float(np.percentile((self.sent_s - self.intended_s) * 1e3, 99)) if self.n_sent else 0.0
 
     def summary(self, offered_rate: float | None = None) -> dict[str, Any]:
-        """The numbers a person wants; latencies are those of the answers, failures are counted beside them."""
+        """The main numbers in JSON types. Latencies are over answers only; `failures` has the counts of the rest."""
         return {
             "offered_per_s": offered_rate,
             "achieved_per_s": self.achieved_rate,

@@ -75,7 +75,7 @@ def test_images_are_read_at_the_bundles_size_and_others_are_refused(bundle_path:
     bundle = load_bundle(bundle_path)
     found = images_for(bundle, write_pictures(tmp_path / "its own", CLASS_NAMES))
     assert found.test_images.shape == (len(CLASS_NAMES), 32, 32, 3)
-    with pytest.raises(DataError, match="other: classes other than those of"):
+    with pytest.raises(DataError, match="other: its classes are not those of"):
         images_for(bundle, write_pictures(tmp_path / "other", ["cat", "dog"]))
-    with pytest.raises(DataError, match=r"images of 32 x 32 px, where .* takes 224 x 224"):
+    with pytest.raises(DataError, match=r"images of 32 x 32 px, but .* takes 224 x 224"):
         images_for(load_bundle(REPOSITORY / "models/zoo/imagenette-msdnet"), tiny.write_folder(tmp_path / "cifar"))
