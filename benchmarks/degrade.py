@@ -1,10 +1,10 @@
-"""A latency target in action: open-loop traffic above the capacity at a full budget, and then below it again.
+"""A latency target in action: open-loop traffic rises above the capacity at the full budget, then falls below it.
 
     python -m benchmarks.degrade --target-ms 50 --data cifar-100-python.tar.gz
 
-Images arrive at random (Poisson), whether or not answers keep up, and latency counts from the moment at which each was
-due. First the capacity at the full budget is measured, exits on, with as many images in flight as it takes; rates are
-multiples of it. Keep the machine otherwise idle.
+Images arrive at random (Poisson), whether or not answers keep up, and latency counts from when each was due. Rates are
+multiples of the capacity at the full budget, which is measured first, with exits on and enough images in flight to
+saturate the engine. Keep the machine otherwise idle.
 """
 
 import json
@@ -37,15 +37,15 @@ from service.settled_memory import settle_memory
 
 @dataclass(frozen=True)
 class Slice:
-    """What happened to the images that were due in one stretch of time."""
+    """Results for the images that were due in one interval."""
 
     from_s: float
     offered_per_s: float
     answered_per_s: float
     refused: int
-    p50_ms: float  # of those answered; NaN without any
+    p50_ms: float  # over answers; NaN if there are none
     p95_ms: float
-    working_mflops: float  # the rest as the engine said at the slice's end
+    working_mflops: float  # this and the rest: the engine's state at the end of the slice
     expected_accuracy: float
     limited: bool
 
@@ -63,10 +63,10 @@ class Report:
 
 
 class Traffic:
-    """Sends images at given moments, and keeps how long each took."""
+    """Sends images at given times and records their latencies."""
 
     def __init__(self, engine: Engine, images: NDArray[np.uint8]) -> None:
-        self.took_s: list[tuple[float, float]] = []  # when each was due, from the start, and its time; refused: NaN
+        self.took_s: list[tuple[float, float]] = []  # (when it was due, from the start; its latency, NaN if it failed)
         self._engine = engine
         self._images = images
         self._started_s = 0.0
@@ -74,7 +74,7 @@ class Traffic:
         self._changed = threading.Condition()
 
     def run(self, due_s: Sequence[float], slice_s: float, at_slice: Callable[[], None]) -> None:
-        """Send an image at each moment, from now on; `at_slice` is called as often as slices end."""
+        """Send an image at each of `due_s`, counted from now, and call `at_slice` at the end of every slice."""
         self._started_s = time.perf_counter()
         next_slice_s = slice_s
         for i, due in enumerate(due_s):
@@ -117,7 +117,7 @@ class Traffic:
 
 
 def arrivals(phases: Sequence[tuple[float, float]], capacity_per_s: float, seed: int) -> list[float]:
-    """Moments of a Poisson process whose rate changes from phase to phase."""
+    """Times in seconds of a Poisson process whose rate changes with the phase."""
     rng = np.random.default_rng(seed)
     due_s: list[float] = []
     began_s = 0.0
@@ -129,7 +129,7 @@ def arrivals(phases: Sequence[tuple[float, float]], capacity_per_s: float, seed:
 
 
 def slices(took_s: Sequence[tuple[float, float]], states: Sequence[BudgetState], slice_s: float) -> list[Slice]:
-    """Sort what happened by when each image was due."""
+    """Group the latencies by when the images were due; `states` has one state per slice."""
     found = []
     due, took = np.array(took_s).reshape(-1, 2).T
     for i, state in enumerate(states):
@@ -163,14 +163,14 @@ def measure(
     n_lanes: int | None = None,
     seed: int = 0,
 ) -> Report:
-    """Measure the capacity at the ceiling, `fraction` of the full cost, then send the phases."""
+    """Measure the capacity at the highest budget, `fraction` of the full cost, then run the phases."""
     budget_mflops = budget_of(bundle, fraction)
     latency_s = None if target_ms is None else target_ms / 1e3
-    engine = build_engine(bundle, budget_mflops, n_lanes=n_lanes)  # refuses for the target alone, or 1,024 in flight
+    engine = build_engine(bundle, budget_mflops, n_lanes=n_lanes)  # refuses for the target alone, or at 1,024
     try:
         engine.start()
         in_flight = 4 * engine.n_lanes * engine.max_rows
-        Load(engine, images[: len(images) // 4], in_flight).run()  # steering settles, caches fill
+        Load(engine, images[: len(images) // 4], in_flight).run()  # until steering settles and caches are filled
         settle_memory()  # as the server does
         capacity_per_s = Load(engine, images, in_flight).run().images_per_s
         engine.set_budget(budget_mflops, latency_s)
@@ -191,7 +191,7 @@ def measure(
 
 
 def show(report: Report, console: Console) -> None:
-    """Print a report as a table, a row a slice."""
+    """Print a report as a table, one row per slice."""
     target = "no latency target" if report.target_ms is None else f"95 % within {report.target_ms:g} ms"
     title = (
         f"{report.bundle}: {report.images}, {report.n_lanes} lanes, {target}; "
@@ -205,7 +205,7 @@ def show(report: Report, console: Console) -> None:
         "p50 ms",
         "p95 ms",
         "working M",
-        "expected right",
+        "expected accuracy",
         "limited",
     )
     table = Table(*names, title=title)
@@ -225,24 +225,24 @@ def show(report: Report, console: Console) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Save load, p95, working budget and expected accuracy over time as a figure."""
+    """Plot load, p95, working budget and expected accuracy over time into a file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(4, 1, sharex=True)
     middle_s = [row.from_s + (report.slices[1].from_s if len(report.slices) > 1 else 1.0) / 2 for row in report.slices]
     axes[0].plot(middle_s, [row.offered_per_s for row in report.slices], label="offered")
-    axes[0].plot(middle_s, [row.answered_per_s for row in report.slices], "--", label="answered in all")
+    axes[0].plot(middle_s, [row.answered_per_s for row in report.slices], "--", label="answered")
     axes[0].axhline(report.capacity_per_s, color="grey", linestyle=":", label="capacity at the ceiling")
     axes[1].plot(middle_s, [row.p95_ms for row in report.slices], label="p95")
     if report.target_ms is not None:
         axes[1].axhline(report.target_ms, color="grey", linestyle=":", label="target")
     axes[2].plot(middle_s, [row.working_mflops for row in report.slices], label="working budget")
-    axes[2].axhline(report.budget_mflops, color="grey", linestyle=":", label="as it was set")
+    axes[2].axhline(report.budget_mflops, color="grey", linestyle=":", label="budget as set")
     axes[3].plot(middle_s, [100 * row.expected_accuracy for row in report.slices], label="expected accuracy")
-    for axis, label in zip(axes, ("images/s", "ms", "M an image", "% right"), strict=True):
+    for axis, label in zip(axes, ("images/s", "ms", "M per image", "% right"), strict=True):
         axis.set_ylabel(label)
-        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside it: lines go everywhere
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # outside, where it covers no line
     for axis in axes[:3]:
         axis.set_ylim(bottom=0)
     axes[0].set_title(report.bundle)
@@ -251,10 +251,10 @@ def draw(report: Report, path: Path) -> None:
 
 
 def read_phases(text: str) -> list[tuple[float, float]]:
-    """Read e.g. `5x0.4,15x1.5`: seconds, and multiples of the capacity.
+    """Parse phases such as `5x0.4,15x1.5`: seconds, and multiples of the capacity.
 
     Raises:
-        typer.BadParameter: it is not that.
+        typer.BadParameter: malformed, or a number out of range.
     """
     try:
         phases = [
@@ -270,7 +270,7 @@ def read_phases(text: str) -> list[tuple[float, float]]:
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
     data: Annotated[
-        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
+        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Image set, as for training; default: noise.")
     ] = None,
     target_ms: Annotated[
         float, typer.Option(min=0.0, help="Latency target for 95 % of images, in ms; 0: none.")
@@ -287,7 +287,7 @@ def main(
         Path | None, typer.Option(callback=writable, help="Save a plot to this file, e.g. docs/figures/degrade.svg.")
     ] = None,
 ) -> None:
-    """Show how the budget follows a latency target under load, and returns."""
+    """Show how a latency target lowers the budget under load, and how the budget recovers."""
     when = read_phases(phases)
     loaded = load_bundle(bundle)
     description, pixels = read_images(data, loaded, images)

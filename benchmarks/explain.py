@@ -1,7 +1,6 @@
-"""Draws the pictures of docs/how-it-works.md from the bundle that ships: `python -m benchmarks.explain`.
+"""Draws the figures of docs/how-it-works.md from the bundle that ships: `python -m benchmarks.explain`.
 
-The held-out scores in the bundle go through the scheduler and the budget that serve; nothing but what a batch takes
-is made up.
+The bundle's held-out scores pass through the service's own scheduler and budget. Only the batch times are assumed.
 """
 
 from pathlib import Path
@@ -22,11 +21,11 @@ FOLDER = Path("docs/figures")
 MAX_ROWS = 32
 WARM_UP_BATCHES, SHOWN_BATCHES = 400, 60
 FRACTION = 0.4
-PART_S = 0.3e-3  # a batch takes so long, and each row of it as long again: assumed, and said in the text
+PART_S = 0.3e-3  # assumed time of a batch, and again of each of its rows; the document states it
 
 
 def draw_shares(bundle: Bundle, path: Path) -> None:
-    """Where held-out images leave, and how often they are right, by average cost."""
+    """Exit shares and accuracy of held-out images by average cost."""
     frontier = bundle.frontier()
     n_exits = len(bundle.costs_mflops)
     with figure_axes(path, "What the budget changes (5,000 held-out images)", n_columns=2) as (left, right):
@@ -36,18 +35,21 @@ def draw_shares(bundle: Bundle, path: Path) -> None:
         left.set(xlabel="average cost, M multiply-adds", ylabel="images that leave, %", ylim=(0, 100))
         left.margins(x=0)
         left.legend(loc="lower left", reverse=True, frameon=True)
-        right.plot(frontier.cost, 100 * np.array(frontier.accuracy), label="each image leaves when sure")
+        right.plot(frontier.cost, 100 * np.array(frontier.accuracy), label="each image leaves when confident")
         accuracy = [100 * entry.heldout_accuracy for entry in bundle.manifest.exits]
         right.plot(bundle.costs_mflops, accuracy, "o--", color="grey", label="all images leave at one exit")
-        right.set(xlabel="average cost, M multiply-adds", ylabel="right answers, %")
+        right.set(xlabel="average cost, M multiply-adds", ylabel="accuracy, %")
         right.legend(loc="lower right")
 
 
 def draw_batches(bundle: Bundle, path: Path) -> None:
-    """Batches as the scheduler makes them, one lane, many images waiting: which stage, and how many rows."""
+    """Stage and rows of consecutive batches as the scheduler forms them, with one lane and images always waiting."""
     batches = run_batches(bundle, WARM_UP_BATCHES + SHOWN_BATCHES)[WARM_UP_BATCHES:]
     colours = _colours(len(bundle.costs_mflops))
-    with figure_axes(path, f"{SHOWN_BATCHES} batches in a row, at {FRACTION:.0%} of the full cost", 2) as (left, right):
+    with figure_axes(path, f"{SHOWN_BATCHES} consecutive batches, at {FRACTION:.0%} of the full cost", 2) as (
+        left,
+        right,
+    ):
         for stage, colour in enumerate(colours):
             chosen = [(i, rows) for i, (at, rows, _) in enumerate(batches) if at == stage]
             left.bar(
@@ -56,13 +58,13 @@ def draw_batches(bundle: Bundle, path: Path) -> None:
             rows, stayed = (sum(b[which] for b in batches if b[0] == stage) for which in (1, 2))
             right.bar(stage + 1, rows, color=colour, alpha=0.35)
             right.bar(stage + 1, stayed, color=colour)
-        left.set(xlabel="batch", ylabel="images in it", ylim=(0, 40))
+        left.set(xlabel="batch", ylabel="images in the batch", ylim=(0, 40))
         left.legend(ncols=len(colours), loc="upper center", columnspacing=0.8, handlelength=1)
-        right.set(xlabel="stage", ylabel="images that ran it (pale), and went on (full)")
+        right.set(xlabel="stage", ylabel="images that ran it (pale) and continued (full)")
 
 
 def run_batches(bundle: Bundle, n_batches: int) -> list[tuple[int, int, int]]:
-    """Serve held-out images, in an order drawn once, on one lane: (stage, rows, rows that went on) of every batch."""
+    """Serve randomly drawn held-out images on one lane; returns (stage, rows, rows that continued) of every batch."""
     scores = bundle.calibration.scores[bundle.manifest.score].tolist()
     costs = bundle.costs_mflops
     budget = BudgetController(bundle.frontier(), costs, FRACTION * costs[-1])
@@ -92,12 +94,17 @@ def run_batches(bundle: Bundle, n_batches: int) -> list[tuple[int, int, int]]:
 
 
 def draw_costs(bundle: Bundle, path: Path) -> None:
-    """What stopping at each exit costs: by the network's own program, and by what the stages run."""
+    """The cost of stopping at each exit: of the network's program up to it, and of the stages that are executed."""
     at = np.arange(1, len(bundle.costs_mflops) + 1)
-    with figure_axes(path, "What stopping at an exit costs") as (axes,):
+    with figure_axes(path, "Cost of stopping at an exit") as (axes,):
         for shift, label, costs, colour in (
-            (-0.2, "the network's program up to there", [e.published_mflops for e in bundle.manifest.exits], "silver"),
-            (0.2, "what its stages run", bundle.costs_mflops, _colours(3)[0]),
+            (
+                -0.2,
+                "the network's program up to the exit",
+                [e.published_mflops for e in bundle.manifest.exits],
+                "silver",
+            ),
+            (0.2, "the stages up to the exit, as executed", bundle.costs_mflops, _colours(3)[0]),
         ):
             bars = axes.bar(at + shift, costs, 0.4, label=label, color=colour)
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
@@ -111,7 +118,7 @@ def _colours(n: int) -> list[tuple[float, float, float, float]]:
 
 
 def main() -> None:
-    """Draw the pictures of docs/how-it-works.md anew, into docs/figures."""
+    """Redraw the figures of docs/how-it-works.md in docs/figures."""
     bundle = load_bundle(BUNDLE)
     draw_shares(bundle, FOLDER / "how-shares.png")
     draw_batches(bundle, FOLDER / "how-batches.png")

@@ -1,10 +1,10 @@
-"""The cost of HTTP and decoding: the service with a null network, which answers at its first exit and computes nothing.
+"""The cost of HTTP and decoding: the service with a network that computes nothing and always answers at exit 1.
 
     python -m benchmarks.http_cost
 
-Everything else is the service's own: uvicorn, routes, decoding, metrics, the engine with its scheduler and budget. Told
-are the processor time a request of the whole process, of the engine without HTTP, and their difference; and for how
-long the event loop was kept from its work while images are decoded, as ticks on the loop itself saw it.
+Everything else is the service's own: uvicorn, routes, decoding, metrics, the engine with its scheduler and budget. The
+results are the CPU time per request of the whole process, that of the engine without HTTP, and their difference; and
+for how long decoding blocks the event loop, measured by ticks on the loop itself.
 """
 
 import asyncio
@@ -58,7 +58,7 @@ BUDGET_FRACTION = 0.4
 
 
 class NullRunner:
-    """A network that computes nothing and is sure of class 0; see `service.runners.base.Runner`."""
+    """A network that computes nothing and always answers class 0, confidently; see `service.runners.base.Runner`."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.n_stages, self.n_lanes, self.max_rows = len(bundle.manifest.stages), 1, MAX_ROWS
@@ -76,7 +76,7 @@ class NullRunner:
 
 
 def null_engine(bundle: Bundle, observer: Observer | None = None) -> Engine:
-    """The engine as the service makes it, over a null network."""
+    """The engine as the service builds it, with a null network."""
     runner, costs_mflops = NullRunner(bundle), bundle.costs_mflops
     burst_images = default_burst_images(runner.n_lanes, MAX_ROWS)
     return Engine(
@@ -90,7 +90,7 @@ def null_engine(bundle: Bundle, observer: Observer | None = None) -> Engine:
 
 
 class Ticks:
-    """Ticks on the event loop: how far apart they came, and how much of that the loop's own thread computed."""
+    """A timer on the event loop: measures gaps between its ticks, and the CPU time of the loop's thread in them."""
 
     def __init__(self) -> None:
         self.longest_gap_s = self.longest_work_s = 0.0
@@ -98,13 +98,13 @@ class Ticks:
         self._last = (0.0, 0.0)
 
     def start(self) -> None:
-        """On the loop's thread, whose processor time is read."""
+        """Start ticking. To be called on the loop's thread, whose CPU time is read."""
         self.longest_gap_s = self.longest_work_s = 0.0
         self._running, self._last = True, (time.perf_counter(), time.thread_time())
         asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def stop(self) -> tuple[float, float]:
-        """Any thread; returns the longest gap and the most work in one, in seconds. Ticks cost processor time."""
+        """Stop, since ticks cost CPU time; returns the longest gap and the most CPU time in one, in s. Thread-safe."""
         self._running = False
         return self.longest_gap_s, self.longest_work_s
 
@@ -117,8 +117,8 @@ class Ticks:
             asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
 
-def serve(bundle_path: Path, listener: socket.socket, told: "Connection[Any, Any]") -> None:
-    """The service over a null network, until the other end of `told` is closed; answers "start" and "stop" of ticks."""
+def serve(bundle_path: Path, listener: socket.socket, parent: "Connection[Any, Any]") -> None:
+    """Serve a null network until `parent` is closed; "start" and "stop" received on it control the ticks."""
     bundle = load_bundle(bundle_path)
     metrics, targets = Metrics(bundle.manifest), Targets(bundle.frontier(), bundle.costs_mflops)
     settings = load_settings(["--bundle", str(bundle_path), "--access-log", "off"])
@@ -128,7 +128,7 @@ def serve(bundle_path: Path, listener: socket.socket, told: "Connection[Any, Any
     def on_started(error: Exception | None) -> None:
         loops.append(asyncio.get_running_loop())
         settle_memory()
-        told.send(None if error is None else str(error))
+        parent.send(None if error is None else str(error))
 
     engine = null_engine(bundle, metrics)
     metrics.watch(engine.stats, engine.budget_state, bundle)
@@ -139,39 +139,39 @@ def serve(bundle_path: Path, listener: socket.socket, told: "Connection[Any, Any
     def listen_to_parent() -> None:
         while True:
             try:
-                word = told.recv()
+                word = parent.recv()
             except (EOFError, OSError):
                 server.should_exit = True
                 return
             if word == "start":
                 loops[0].call_soon_threadsafe(ticks.start)
-                told.send((0.0, 0.0))
+                parent.send((0.0, 0.0))
             else:
-                told.send(ticks.stop())
+                parent.send(ticks.stop())
 
     threading.Thread(target=listen_to_parent, daemon=True).start()
     server.run(sockets=[listener])
 
 
 class NullServer:
-    """`serve` in a process of its own."""
+    """Runs `serve` in a child process."""
 
     def __init__(self, bundle_path: Path) -> None:
         spawn = multiprocessing.get_context("spawn")
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/classify"
-        self._told, theirs = spawn.Pipe()
+        self._child, theirs = spawn.Pipe()
         self.process = spawn.Process(target=serve, args=(bundle_path, listener, theirs))
         self.process.start()
         theirs.close()
         listener.close()
-        if (error := self._told.recv()) is not None:
+        if (error := self._child.recv()) is not None:
             raise RuntimeError(error)
 
     def ask(self, word: str) -> tuple[float, float]:
-        """ "start" or "stop": the longest gap and the most work in one gap, in seconds, since the start."""
-        self._told.send(word)
-        gap_s, work_s = self._told.recv()
+        """Send "start" or "stop"; the latter returns the longest gap and the most CPU time in one, in seconds."""
+        self._child.send(word)
+        gap_s, work_s = self._child.recv()
         return gap_s, work_s
 
     def cpu_s(self) -> float:
@@ -179,7 +179,7 @@ class NullServer:
         return cpu_s(self.process.pid)
 
     def stop(self) -> None:
-        self._told.close()
+        self._child.close()
         self.process.join(20)
         if self.process.is_alive():
             self.process.kill()
@@ -187,19 +187,19 @@ class NullServer:
 
 @dataclass(frozen=True)
 class Cost:
-    """One bundle's images through a null network; medians over rounds."""
+    """Results for one bundle's images with a null network; single numbers are medians over rounds."""
 
     images: str
     requests_per_s: float  # in a closed loop
-    process_us: float  # processor time a request, of the whole server process
-    engine_us: float  # of the engine alone, images handed to it in this process
-    http_us: list[float]  # what is left: HTTP and decoding, by round
+    process_us: float  # CPU time per request of the whole server process
+    engine_us: float  # of the engine alone, with images submitted in this process
+    http_us: list[float]  # the difference: HTTP and decoding, by round
     longest_gap_ms: list[float]  # of the event loop at half that rate, by round
-    longest_work_ms: list[float]  # of that, what its own thread computed
+    longest_work_ms: list[float]  # the most CPU time of the loop's thread in one gap, by round
 
 
 def engine_us(bundle: Bundle, n_images: int) -> float:
-    """Processor time an image takes in the engine alone, with a null network, 32 in flight."""
+    """CPU time per image of the engine alone, with a null network and 32 images in flight."""
     engine = null_engine(bundle)
     engine.start()
     size = bundle.manifest.input
@@ -223,7 +223,7 @@ def engine_us(bundle: Bundle, n_images: int) -> float:
 
 
 def measure(bundle_path: Path, data: Sequence[Path], seconds: float, rounds: int) -> Cost:
-    """Both measurements for one bundle, in turns."""
+    """Measure one bundle: the server, the engine alone and the event loop's gaps, in turns."""
     bundle = load_bundle(bundle_path)
     pictures = read_pictures(bundle, data, 500)
     server = NullServer(bundle_path)
@@ -253,13 +253,13 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def show(costs: Sequence[Cost], console: Console) -> None:
-    table = Table("", *(cost.images for cost in costs), title="the service over a null network; medians of rounds")
+    table = Table("", *(cost.images for cost in costs), title="the service with a null network; medians of rounds")
     table.add_row("requests/s, closed loop, client beside it", *(f"{cost.requests_per_s:.0f}" for cost in costs))
-    table.add_row("CPU of the server process, us a request", *(f"{cost.process_us:.0f}" for cost in costs))
-    table.add_row("CPU of the engine alone, us an image", *(f"{cost.engine_us:.0f}" for cost in costs))
-    table.add_row("HTTP and decoding: the difference, us", *(_spread(cost.http_us) for cost in costs))
+    table.add_row("CPU of the server process, us per request", *(f"{cost.process_us:.0f}" for cost in costs))
+    table.add_row("CPU of the engine alone, us per image", *(f"{cost.engine_us:.0f}" for cost in costs))
+    table.add_row("HTTP and decoding (the difference), us", *(_spread(cost.http_us) for cost in costs))
     table.add_row("event loop's longest gap at half load, ms", *(_spread(cost.longest_gap_ms) for cost in costs))
-    table.add_row("... of which its own thread computed, ms", *(_spread(cost.longest_work_ms) for cost in costs))
+    table.add_row("most CPU time of the loop's thread in a gap, ms", *(_spread(cost.longest_work_ms) for cost in costs))
     console.print(table)
 
 
@@ -272,7 +272,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure what HTTP and decoding cost a request, and how long the event loop is kept from its work."""
+    """Measure the CPU time of HTTP and decoding per request, and how long the event loop is blocked."""
     bundles = bundle or [ZOO / "cifar100-msdnet", ZOO / "imagenette-msdnet"]
     costs = [measure(path, data or [], seconds, rounds) for path in bundles]
     show(costs, Console())

@@ -1,11 +1,11 @@
-"""What `python -m service plan` predicts for this machine, compared with what the engine then does on it.
+"""Compares the predictions of `python -m service plan` for this machine with the engine running on it.
 
     python -m benchmarks.plan_check --data cifar-100-python.tar.gz
 
-Every round measures stage times, serves real images (at saturation, then at half and at four fifths of the rate just
-reached, as a Poisson stream), and measures stage times again; the prediction is made from the mean of the two tables.
-So both see the machine of the same minute. In process: no HTTP, no decoding. What the thread that sends takes more
-than it does at saturation, since it wakes for every image, is told to the planner as HTTP's cost would be.
+Every round measures stage times, serves images (at saturation, then as Poisson streams of a half and four fifths of the
+rate just reached), and measures stage times again. The prediction uses the mean of both tables, so that it refers to
+the machine's speed in the same minute. There is no HTTP and no decoding. In a stream, the sending thread wakes for
+every image; the CPU time that this takes beyond saturation is given to the planner in place of the cost of HTTP.
 """
 
 import json
@@ -39,13 +39,13 @@ from service.plan.simulation import Network, Setup
 from service.plan.stage_times import StageTimes
 from service.settled_memory import settle_memory
 
-LOADS = (0.5, 0.8)  # of the rate reached at saturation
-SETTLING_S = 1.0  # of a stream, not counted
+LOADS = (0.5, 0.8)  # shares of the rate at saturation
+SETTLING_S = 1.0  # at the start of a stream, not counted
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One quantity, predicted and seen, in one round."""
+    """One quantity in one round, predicted and measured."""
 
     what: str
     predicted: float
@@ -53,24 +53,24 @@ class Pair:
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was seen."""
+        """Relative error of the prediction."""
         return self.predicted / self.live - 1
 
 
 class Stream:
-    """Images submitted at given times, whatever becomes of those before."""
+    """Submits images at given times, whether or not earlier ones are answered."""
 
     def __init__(self, engine: Engine, images: Images) -> None:
-        self.latencies_s: list[tuple[float, float]] = []  # (when it was due, how long it then took)
+        self.latencies_s: list[tuple[float, float]] = []  # (when the image was due, its latency)
         self.n_refused = 0
-        self.sender_s = 0.0  # processor time of the thread that sends, an image
+        self.sender_s = 0.0  # CPU time of the sending thread, per image
         self._engine, self._images = engine, images
         self._n_left = 0
         self._done = Event()
         self._failed: EngineError | None = None
 
     def run(self, arrivals_s: Sequence[float]) -> tuple[float, float]:
-        """Median and 99th percentile of the latency in ms, counted from the moment an image was due.
+        """Median and 99th percentile of the latency in ms, counted from when an image was due.
 
         Raises:
             EngineError: an image was not answered.
@@ -94,13 +94,13 @@ class Stream:
         p50, p99 = np.percentile(counted, [50, 99]).tolist()
         return 1e3 * p50, 1e3 * p99
 
-    def _take(self, told: list[tuple[Any, Told]]) -> None:
+    def _take(self, outcomes: list[tuple[Any, Told]]) -> None:
         now_s = time.perf_counter()
-        for due_s, outcome in told:
-            if isinstance(outcome, EngineError):  # to be raised by who sends: on the engine's thread it would end that
+        for due_s, outcome in outcomes:
+            if isinstance(outcome, EngineError):  # raised by `run`: raising it here would end the engine's thread
                 self._failed = outcome
             self.latencies_s.append((due_s, now_s - due_s))
-        self._end(len(told))
+        self._end(len(outcomes))
 
     def _end(self, n_images: int) -> None:
         self._n_left -= n_images
@@ -109,7 +109,7 @@ class Stream:
 
 
 def mean_of(tables: Sequence[StageTimes]) -> StageTimes:
-    """The mean of tables of the same network, measured at the same batch sizes."""
+    """The mean of tables that were measured on the same network, at the same batch sizes."""
     documents = [table.model_dump() for table in tables]
     mean = dict(documents[0])
     for name in (
@@ -131,7 +131,7 @@ def mean_of(tables: Sequence[StageTimes]) -> StageTimes:
 def check(
     bundle: Bundle, engine: Engine, images: Images, budget_mflops: float, seconds: float, seed: int
 ) -> tuple[list[Pair], int]:
-    """One round; returns the pairs, and how many images the live engine refused."""
+    """Run one round; returns the pairs, and how many images the live engine refused."""
     n_lanes, max_rows = engine.n_lanes, engine.max_rows
     before = measure(bundle, n_lanes, max_rows, budget_mflops)
     sender_before_s = time.thread_time()
@@ -143,7 +143,7 @@ def check(
         stream = Stream(engine, images)
         n_images = round(rate * (seconds + SETTLING_S))
         live.append(stream.run(poisson(rate, n_images, seed).tolist()))
-        extra_s.append(max(0.0, stream.sender_s - sender_s))  # it sleeps and wakes for every image
+        extra_s.append(max(0.0, stream.sender_s - sender_s))  # for waking at every image
         n_refused += stream.n_refused
     times = mean_of([before, measure(bundle, n_lanes, max_rows, budget_mflops)])
     calibration = bundle.calibration
@@ -161,8 +161,8 @@ def check(
 
 
 def show(rounds: Sequence[Sequence[Pair]], title: str, console: Console) -> None:
-    """Print medians over the rounds, and of the errors all of them."""
-    table = Table("", "predicted", "live", "error", "of each round", title=title)
+    """Print medians over the rounds, and the errors of every round."""
+    table = Table("", "predicted", "live", "error", "error by round", title=title)
     for pairs in zip(*rounds, strict=True):
         errors = [pair.error for pair in pairs]
         table.add_row(
@@ -178,7 +178,7 @@ def show(rounds: Sequence[Sequence[Pair]], title: str, console: Console) -> None
 def main(
     bundle: Annotated[Path, typer.Option(help="Folder of the bundle.")] = Path("models/zoo/cifar100-msdnet"),
     data: Annotated[
-        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Real images, as training takes them.")
+        Path | None, typer.Option(envvar="EXITSERVE_DATA", help="Image set, as for training; default: noise.")
     ] = None,
     fraction: Annotated[float, typer.Option(help="Budget, as a fraction of the full network's cost.")] = 0.4,
     images: Annotated[int, typer.Option(min=2, help="Images at saturation.")] = 4_000,
@@ -189,14 +189,14 @@ def main(
     int8: Annotated[bool, typer.Option(help="Use the bundle's int8 stages.")] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Compare the planner's prediction with the engine on this machine."""
+    """Compare the planner's predictions with the engine on this machine."""
     loaded = load_bundle(bundle).at("int8" if int8 else "fp32")
     description, pixels = read_images(data, loaded, images)
     budget_mflops = budget_of(loaded, fraction)
     engine = build_engine(loaded, budget_mflops, device="cpu", n_lanes=lanes, max_rows=max_rows)
     engine.start()
     try:
-        Load(engine, pixels[: len(pixels) // 2], 4 * engine.n_lanes * max_rows).run()  # steering settles
+        Load(engine, pixels[: len(pixels) // 2], 4 * engine.n_lanes * max_rows).run()  # until steering settles
         settle_memory()  # as the server does
         results = [check(loaded, engine, pixels, budget_mflops, seconds, seed) for seed in range(rounds)]
     finally:
@@ -207,7 +207,7 @@ def main(
     )
     show(found, title, Console())
     if n_refused := sum(n for _, n in results):
-        Console().print(f"{n_refused} images were refused live: the streams were more than this machine could do")
+        Console().print(f"{n_refused} images were refused live: the streams exceeded the capacity of this machine")
     if json_path is not None:
         json_path.write_text(json.dumps([[asdict(pair) for pair in pairs] for pairs in found], indent=2) + "\n")
 

@@ -1,11 +1,11 @@
-"""What steering keeps and what it costs: the real core, budget and scheduler under a virtual clock, on real scores.
+"""How well steering keeps budgets, and at what cost: the real core, budget and scheduler under a virtual clock.
 
     python -m benchmarks.steering --data cifar-100-python.tar.gz
 
-Test images, or without any a bundle's held-out ones, come in many random orders, and batches take random times. At the
-end, and at every answer before, the last 1,000 answers are compared with the budget (four times the images in flight
-where more than 1,024 are); and what was answered with what fixed thresholds of the same mean cost answer. Nothing is
-timed: the same seed gives the same table on any machine.
+Exit scores are those of test images, or by default of a bundle's held-out ones. The images come in many random orders,
+and batches take random times. At every answer, the mean cost of the last 1,000 (or of four times the images in flight,
+if more than 1,024 are) is compared with the budget, and finally the accuracy with that of fixed thresholds of the same
+mean cost. Nothing is timed: the same seed gives the same table on any machine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,23 +33,23 @@ from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
 from training.stage_sessions import StageSessions
 
-SETTLING_ANSWERS = 2_000  # before the window is looked at, and more where many are in flight:
-SETTLING_ROUNDS, ROUNDS = 4, 12  # so many times those, and of all
-GMACS_PER_S = 30.0  # of a lane; what it is changes nothing but the unit of time
-FIXED_SHARE = 0.1  # of a full batch's time, which a batch of any size takes
-SPREAD = (0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.2, 1.6, 3.0)  # of batches' times; the last is a stall
+SETTLING_ANSWERS = 2_000  # answers before `lowest` and `highest` count, at least
+SETTLING_ROUNDS, ROUNDS = 4, 12  # the same, and all answers of a run, at least, in multiples of the images in flight
+GMACS_PER_S = 30.0  # of a lane; arbitrary: it only scales time
+FIXED_SHARE = 0.1  # of a full batch's time, taken by a batch of any size
+SPREAD = (0.7, 0.8, 0.9, 1.0, 1.0, 1.1, 1.2, 1.6, 3.0)  # factors of batches' times; the last is a stall
 N_POSITIONS = 65
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """How images come, and what they meet."""
+    """How images arrive, and the lanes that serve them."""
 
     name: str
     n_lanes: int
     max_rows: int
-    n_in_flight: int | None = None  # so many always; None: as they come, at `load`
-    load: float = 0.0  # of what the lanes can do
+    n_in_flight: int | None = None  # constant number (closed loop); None: Poisson arrivals at `load`
+    load: float = 0.0  # share of the lanes' capacity
 
 
 TRAFFICS = (
@@ -59,7 +59,7 @@ TRAFFICS = (
     Traffic("Poisson, 60 %, 2 lanes", 2, 32, load=0.6),
     Traffic("256 clients, 2 lanes", 2, 32, 256),
     Traffic("256 clients, 8 lanes", 8, 32, 256),
-    Traffic("1,000 clients, 2 lanes of 128", 2, 128, 1_000),  # as many as the rule of the last 1,000 holds for
+    Traffic("1,000 clients, 2 lanes of 128", 2, 128, 1_000),  # about the most for which the window is 1,000 answers
     Traffic("2,048 clients, 2 lanes of 256", 2, 256, 2_048),
     Traffic("4,096 clients, 2 lanes of 512", 2, 512, 4_096),
     Traffic("8,192 clients, 2 lanes of 1,024", 2, 1_024, 8_192),
@@ -68,17 +68,17 @@ TRAFFICS = (
 
 @dataclass(frozen=True)
 class Order:
-    """What one order of the images came to. Averages are over the budget."""
+    """Results for one order of the images. Mean costs are divided by the budget."""
 
-    at_end: float  # the last 1,000 answers, or more, see `ledger.window_for`
-    lowest: float  # any so many of them, once settled
+    at_end: float  # over the last window: 1,000 answers or more, see `ledger.window_for`
+    lowest: float  # over any window, once settled
     highest: float
-    lost: float  # share of the images that fixed thresholds of the same mean cost get right beyond ours
-    cut_short: float  # share of the images that the ledger ended
+    lost: float  # accuracy of fixed thresholds of the same mean cost, minus ours
+    cut_short: float  # share of the images that left for the budget alone
 
 
 def network_of(bundle: Bundle, data: Path | None = None) -> tuple[Network, str]:
-    """A bundle's exits on the test images of `data`, or on the held-out ones that its frontier was made from."""
+    """A bundle's exit scores on the test images of `data`, or on its held-out ones; returns a description, too."""
     calibration, costs_mflops, frontier = bundle.calibration, bundle.costs_mflops, bundle.frontier()
     if data is None:
         scores = calibration.scores[bundle.manifest.score]
@@ -91,7 +91,7 @@ def network_of(bundle: Bundle, data: Path | None = None) -> tuple[Network, str]:
 
 
 def times_of(network: Network, traffic: Traffic) -> StageTimes:
-    """Stages take what they cost, and a tenth of a full batch's time for any batch."""
+    """Stage times proportional to cost, plus a tenth of a full batch's time for a batch of any size."""
     stage_seconds = []
     for mflops in np.diff([0.0, *network.costs_mflops]).tolist():
         full_s = traffic.max_rows * mflops / GMACS_PER_S / 1e3
@@ -113,7 +113,7 @@ def times_of(network: Network, traffic: Traffic) -> StageTimes:
 
 
 def simulate(network: Network, traffic: Traffic, budget_mflops: float, n_images: int, seed: int) -> Order:
-    """Send images in one order."""
+    """Run the images once, in the random order of `seed`."""
     in_flight = traffic.n_in_flight or MANY_IN_FLIGHT
     setup = Setup(budget_mflops, traffic.n_lanes, traffic.n_lanes, traffic.max_rows, max_in_flight=in_flight)
     simulation = Simulation(network, times_of(network, traffic), setup, seed)
@@ -134,8 +134,8 @@ def judge(
     fixed_accuracy: Callable[[NDArray[np.intp], float], float],
     window_answers: int = ROLLING_ANSWERS,
 ) -> Order:
-    """What a run came to; `fixed_accuracy` says what fixed thresholds get right of images at a mean cost."""
-    sums = np.cumsum([0, *record.spent])  # whole numbers
+    """Evaluate a run; `fixed_accuracy` maps row indices and a mean cost to the accuracy of fixed thresholds."""
+    sums = np.cumsum([0, *record.spent])  # integers: exact
     windows = (sums[window_answers:] - sums[:-window_answers]) / window_answers / 1e6 / budget_mflops
     settled = windows[max(0, n_settling - window_answers) :]
     rows, exits = np.array(record.row), np.array(record.exit) - 1
@@ -151,7 +151,7 @@ def judge(
 
 
 def accuracy_at(network: Network, rows: NDArray[np.intp], cost_mflops: float) -> float:
-    """What fixed thresholds get right of these very images where these cost so much on average."""
+    """Accuracy on these rows of the fixed thresholds that cost `cost_mflops` on average on them."""
     scores, correct = network.scores[rows], network.correct[rows]
     costs, accuracies = zip(*_fixed(network.frontier, scores, correct, network.costs_mflops), strict=True)
     return float(np.interp(cost_mflops, costs, accuracies))
@@ -172,7 +172,7 @@ def show(title: str, found: list[tuple[float, Traffic, list[Order]]], console: C
         "window at the end",
         "at any answer",
         "points lost",
-        "cut, %",
+        "cut short, %",
         title=title,
     )
     for fraction, traffic, orders in found:
@@ -195,7 +195,7 @@ def main(
         Path | None,
         typer.Option(
             envvar="EXITSERVE_DATA",
-            help="Test images, as training takes them; by default, the bundle's held-out scores.",
+            help="Image set, as for training; by default, the bundle's held-out scores.",
         ),
     ] = None,
     fractions: Annotated[
@@ -204,7 +204,7 @@ def main(
     orders: Annotated[int, typer.Option(min=2, help="Random orders per case.")] = 12,
     images: Annotated[int, typer.Option(min=SETTLING_ANSWERS + 1, help="Images per order.")] = 7_000,
 ) -> None:
-    """Tell how steering keeps budgets, and what accuracy that costs, under a virtual clock."""
+    """Show how well steering keeps budgets, and what accuracy that costs, under a virtual clock."""
     loaded = load_bundle(bundle)
     budgets = {fraction: budget_of(loaded, fraction) for fraction in numbers(fractions, "0.25,0.4")}
     network, name = network_of(loaded, data)
@@ -214,7 +214,7 @@ def main(
         done = [simulate(network, traffic, budgets[fraction], images, seed) for seed in range(orders)]
         found.append((fraction, traffic, done))
     title = f"{loaded.manifest.name} {loaded.manifest.version}: {orders} orders of {images:,} of {name}"
-    show(f"{title}, averages over the budget", found, Console())
+    show(f"{title}, mean costs divided by the budget", found, Console())
 
 
 if __name__ == "__main__":

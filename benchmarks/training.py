@@ -1,10 +1,10 @@
-"""How fast a recipe trains, compared with a plain PyTorch loop that trains the same network.
+"""Compares the training speed of a recipe with that of a plain PyTorch loop for the same network.
 
     python -m benchmarks.training --recipe cifar100-fast --processes 2
 
-The plain loop is written the way most are: a DataLoader with worker processes that crops, flips and normalises image by
-image, float32, torch's own memory layout, one process with a thread per core. Both train on the same noise images
-(SYNTHETIC: only speed is measured) in turns, so that the machine's speed affects both alike. Multiply-adds are three
+The plain loop is the usual one: a DataLoader whose worker processes crop, flip and normalise image by image, float32,
+torch's default memory layout, one process with a thread per core. Both train on the same noise images (SYNTHETIC: only
+speed is measured) in turns, so that changes in the machine's speed affect both. Multiply-adds are counted as three
 times those of a forward pass: once forward, twice backward. Keep the machine otherwise idle.
 """
 
@@ -40,14 +40,14 @@ from training.recipe import Recipe
 
 FORWARD_AND_BACKWARD = 3
 N_CLASSES = 100
-HELD_OUT = 128  # images that are not trained on
-WARM_UP_BATCHES = 3  # of the plain loop, not counted
+HELD_OUT = 128  # images not used for training
+WARM_UP_BATCHES = 3  # at the start of the plain loop, not timed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Report:
-    """The whole measurement. Rates are images/s, one per round."""
+    """Results. Rates are images/s, one per round."""
 
     recipe: str
     device: str
@@ -55,10 +55,10 @@ class Report:
     batch_rows: int
     processes: int
     workers: int  # of the plain loop's DataLoader
-    mmacs_forward: float  # an image's multiply-adds in a forward pass, millions
+    mmacs_forward: float  # millions of multiply-adds of one image's forward pass
     ours: list[float]
     plain: list[float]
-    peak_gmacs_per_s: dict[str, float]  # of large matrix products on the whole machine, by precision
+    peak_gmacs_per_s: dict[str, float]  # in large matrix products, by precision
     precision: str
 
     @property
@@ -88,7 +88,7 @@ class UsualDataset(Dataset[tuple[torch.Tensor, int]]):
 
 
 def plain_rate(recipe: Recipe, images: np.ndarray, labels: np.ndarray, device: torch.device, workers: int) -> float:
-    """Images/s of the plain loop over all images once, after its first batches."""
+    """Images/s of the plain loop in one epoch, without its first batches."""
     o = recipe.optimisation
     network = network_of(recipe, N_CLASSES).to(device).train()
     optimiser = torch.optim.SGD(network.parameters(), o.learning_rate, o.momentum, weight_decay=o.weight_decay)
@@ -113,7 +113,7 @@ def plain_rate(recipe: Recipe, images: np.ndarray, labels: np.ndarray, device: t
 
 
 def our_rate(recipe_name: str, settings: list[str], data: Path, device: torch.device, processes: int) -> float:
-    """Images/s of the project's own command: its second epoch over the same images, evaluation left out."""
+    """Images/s of the project's `train` command in its second epoch over the same images, without evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         changes = [f"--set={s}" for s in (*settings, "optimisation.epochs=2", f"held_out_images={HELD_OUT}")]
@@ -124,7 +124,7 @@ def our_rate(recipe_name: str, settings: list[str], data: Path, device: torch.de
 
 
 def peak_gmacs_per_s(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """Multiply-adds per second of large matrix products, billions: what this machine can do at most."""
+    """10^9 multiply-adds per second in large matrix products, the machine's practical peak; best of `repeats`."""
     if device.type == "cuda":
         size *= 4
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -144,7 +144,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def write_noise(path: Path, n_images: int) -> Path:
-    """Noise in the official form of CIFAR-100, so that the project's command reads it as it reads the real set."""
+    """Write noise in CIFAR-100's file format, so that `train` reads it like the real set; returns `path`."""
     draw = np.random.default_rng(0)
     path.mkdir()
     for part, n in (("train", n_images), ("test", 100)):
@@ -164,11 +164,11 @@ def measure(
     n_images: int,
     rounds: int,
 ) -> Report:
-    """Train in turns: ours, plain, ours, ..."""
+    """Time the project's training and the plain loop in turns."""
     recipe = Recipe.load(recipe_name, settings)
     fewest = HELD_OUT + (WARM_UP_BATCHES + 1) * recipe.optimisation.batch_rows
     if n_images < fewest:
-        raise DataError(f"{n_images} images: give {fewest} or more, or the plain loop has none to count")
+        raise DataError(f"{n_images} images are too few for the plain loop to time a batch: give {fewest} or more")
     ours, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = write_noise(Path(folder) / "noise", n_images)
@@ -205,24 +205,24 @@ def show(report: Report, console: Console) -> None:
     gmacs = [FORWARD_AND_BACKWARD * report.mmacs_forward * median(rates) / 1e3 for rates, _ in columns]
     table.add_row("G multiply-adds/s", *(f"{g:.1f}" for g in gmacs))
     peaks = [report.peak_gmacs_per_s[precision] for _, precision in columns]
-    table.add_row("measured matrix peak of its precision", *(f"{p:.0f}" for p in peaks))
+    table.add_row("measured peak of matrix products at its precision", *(f"{p:.0f}" for p in peaks))
     table.add_row("share of that peak", *(f"{g / p:.0%}" for g, p in zip(gmacs, peaks, strict=True)))
     table.add_row("processes / DataLoader workers", str(report.processes), str(report.workers))
     console.print(table)
 
 
 def main(
-    recipe: Annotated[str, typer.Option(help="A recipe of 32-px images.")] = "cifar100-fast",
+    recipe: Annotated[str, typer.Option(help="A recipe for 32-px images.")] = "cifar100-fast",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Change a field of the recipe.")] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes of this project; by default, one per core or GPU.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Workers of the plain loop's DataLoader.")] = 2,
     images: Annotated[int, typer.Option(min=1, help="Images per epoch.")] = 4_096,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per side.")] = 3,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure how fast a recipe trains, beside a plain PyTorch loop of the same network."""
+    """Compare the training speed of a recipe with that of a plain PyTorch loop for the same network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     n_processes = processes or (torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1)
     report = measure(recipe, settings or [], device, n_processes, workers, images, rounds)
