@@ -1,13 +1,13 @@
-"""The GPU engine, checked and measured: `python -m benchmarks.gpu`, in under 8 minutes on a machine with a GPU.
+"""Checks and measures the GPU engine: `python -m benchmarks.gpu`, in under 8 minutes on a machine with a GPU.
 
-It needs torch, numpy, pydantic and safetensors, and no installation. For each network, in a process of its own, it
-first compares answers with the same network in float32, run eagerly; then it measures, what matters most first. What
-one part has found is written before the next begins; a part that fails is told in the page, and the others still run.
-Images (but for `--images`), labels and the larger network's weights are SYNTHETIC: exits are calibrated on these very
-images, so that budgets are kept, and nothing here says anything about accuracy.
+It runs from the sources and needs torch, numpy, pydantic and safetensors. For each network, in a process of its own, it
+compares the answers with those of the same network in float32, run eagerly, and then measures, the most important parts
+first. The results of a part are written before the next begins. The report names parts that fail; the others still run.
+Images (except those of `--images`), labels and the larger network's weights are SYNTHETIC. Exits are calibrated on the
+same images, so that budgets are kept. Nothing here says anything about accuracy.
 
-    --device cpu --quick    a dry run of the same code on the processor, whose numbers mean nothing
-    --network cifar         one network alone
+    --device cpu --quick    a dry run of the same code on the CPU, whose numbers mean nothing
+    --network cifar         one network only
 """
 
 import argparse
@@ -26,8 +26,8 @@ from benchmarks.gpu_cases import NETWORKS
 from benchmarks.gpu_page import write_up
 from benchmarks.gpu_parts import measure_network, save
 
-LIMIT_S = 470.0  # for all, of 8 minutes
-SPARE_S = 15.0  # to start a process, and to end one that hangs
+LIMIT_S = 470.0  # for everything: just below 8 minutes
+SPARE_S = 15.0  # for starting a process, or killing one that hangs
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--seconds", type=float, default=LIMIT_S, help="time limit for everything (default: %(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), help="precision of maps (default: float16)"
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="precision of feature maps (default: float16)"
     )
     parser.add_argument("--lanes", type=int, default=2, help="concurrent batches (default: %(default)s)")
     parser.add_argument(
@@ -51,28 +51,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
     parser.add_argument(
-        "--skip", action="append", default=[], metavar="PART", help="skip this part, named as in the report"
+        "--skip", action="append", default=[], metavar="PART", help="skip this part, named as in the report; repeatable"
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="PART", help="run only this part and what it needs"
+        "--only", action="append", default=[], metavar="PART", help="run only this part and what it needs; repeatable"
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), help="folder for gpu.md and gpu.json")
-    parser.add_argument("--part-of", type=Path, help=argparse.SUPPRESS)  # this process measures, and writes there
+    parser.add_argument("--part-of", type=Path, help=argparse.SUPPRESS)  # measure here, write to this file
     given = parser.parse_args(arguments)
     given.network = given.network or (["tiny"] if given.quick else ["cifar", "imagenet"])
     return given
 
 
 def run_apart(network: str, seconds: float, arguments: Sequence[str], out: Path) -> dict[str, Any]:
-    """Measure a network in a process of its own, `seconds` at most; returns its report, as far as it has come."""
+    """Measure a network in a child process, for at most `seconds`; returns its report, perhaps incomplete."""
     part = out / f"{network}.json"
     part.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--seconds", f"{seconds:.0f}"]  # the last one counts
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--seconds", f"{seconds:.0f}"]  # overrides
     try:
         done = subprocess.run([*command, "--network", network, "--part-of", str(part)], timeout=seconds + SPARE_S)
-        ended = "" if done.returncode == 0 else f"its process ended with {done.returncode}"
+        ended = "" if done.returncode == 0 else f"its process ended with exit code {done.returncode}"
     except subprocess.TimeoutExpired:
-        ended = f"its process was ended after {seconds + SPARE_S:.0f} s"
+        ended = f"its process was killed after {seconds + SPARE_S:.0f} s"
     report: dict[str, Any] = {"network": network, "failed": {}}
     if part.exists():
         report = json.loads(part.read_text())
@@ -82,14 +82,14 @@ def run_apart(network: str, seconds: float, arguments: Sequence[str], out: Path)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check, measure, print and write; returns the exit code: 1 where a part failed or answers differ too much."""
+    """Check, measure and write the report; returns the exit code, 1 if a part failed or answers differ too much."""
     given = parse(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         why = f"torch {torch.__version__} sees no GPU"
         sys.stderr.write(f"error: {why}; --device cpu --quick is a dry run without one\n")
         return 2
     if given.part_of is not None:
-        faulthandler.dump_traceback_later(given.seconds + 5, exit=True)  # tells where it hangs
+        faulthandler.dump_traceback_later(given.seconds + 5, exit=True)  # shows where a hanging process is
         try:
             measure_network(given)
         finally:

@@ -1,4 +1,4 @@
-"""What the GPU benchmark runs: networks, SYNTHETIC images, and what the same network answers in float32, eagerly."""
+"""Inputs of the GPU benchmark: networks, SYNTHETIC images, and reference answers in float32, computed eagerly."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,26 +41,26 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is done."""
+    """Device and amounts of a measurement."""
 
     device: Device
     dtype: torch.dtype
     max_rows: int
     n_images: int
     in_flight: int
-    whole_rows: Sequence[int]  # batches in which the whole network is tried
-    seconds: float  # of each round of a rate
-    repeats: int  # of each program
-    n_alone: int  # images asked one at a time
+    whole_rows: Sequence[int]  # batch sizes in which the whole network is measured
+    seconds: float  # of each round that measures a rate
+    repeats: int  # runs of each program that is timed
+    n_alone: int  # images sent one at a time
     n_lanes: int = 2
     tensorrt: bool = False
-    images: Path | None = None  # .npz with `images`, in the place of synthetic ones where they fit the bundle
-    until_s: float = inf  # on `perf_counter`: later nothing is begun that may take long
+    images: Path | None = None  # .npz with `images` to use instead of synthetic ones
+    until_s: float = inf  # `perf_counter` time after which nothing long is begun
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, images of its size, and where they leave at every budget."""
+    """A network, images of its size, their reference logits and the frontier calibrated on them."""
 
     name: str
     network: nn.Module
@@ -72,13 +72,13 @@ class Case:
     costs_mflops: list[float]
     stage_macs: list[int]
     frontier: Frontier
-    bundle: Bundle | None = None  # with the same network as ONNX stages
+    bundle: Bundle | None = None  # the same network as ONNX stages
     kind: str = "SYNTHETIC images"
 
     def runner(
         self, plan: Plan, network: nn.Module | None = None, full_only: bool = False, **options: Any
     ) -> TorchCudaRunner:
-        """A runner that is warm; `full_only`: prepared for full batches and no others."""
+        """A runner after warm-up; `full_only`: prepared for full batches only."""
         given: dict[str, Any] = {"device": plan.device, "dtype": plan.dtype, "n_lanes": plan.n_lanes}
         given |= {"max_rows": plan.max_rows, "max_in_flight_rows": plan.in_flight} | options
         network = network or self.network
@@ -95,7 +95,7 @@ class Case:
         scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
         names = [str(i) for i in range(self.logits[0].shape[1])]
         score = HeadScore(SCORES[self.score])
-        # Run kernel by kernel, a lane's first batches of each size take seconds: cuDNN's plans are kept by thread.
+        # Without graphs, a lane's first batch of each size takes seconds, as cuDNN caches its plans by thread.
         return Engine(runner, budget, scheduler, score, names, plan.in_flight, observer=observer, hang_s=120.0)
 
 
@@ -111,7 +111,7 @@ def make_images(n_images: int, side_px: int) -> Images:
 
 @torch.no_grad()
 def random_network(arguments: dict[str, Any], images: Images, device: torch.device) -> nn.Module:
-    """A network with random weights, whose maps do not vanish and whose exits say something."""
+    """A network with random weights, scaled so that its maps do not vanish and its logits differ."""
     torch.manual_seed(0)
     network = build_network("msdnet", arguments).to(device)
     for module in network.modules():
@@ -131,7 +131,7 @@ def make_case(
     cost = measure_cost(network, images.shape[1])
     costs_mflops = [executed / 1e6 for executed in cost.executed]
     scores = score_exits(HeadScore(SCORES[score]), logits)
-    # Each exit is right of a larger share of images: so the frontier reaches from the first exit to the last.
+    # Each exit is right for more images than the one before, so the frontier reaches from the first exit to the last.
     luck = np.random.default_rng(1).random((len(images), 1))
     correct = luck < np.linspace(0.5, 0.9, len(logits))
     stage_macs = [b - a for a, b in pairwise([0, *cost.executed_macs])]
@@ -166,14 +166,14 @@ def make_imagenet(plan: Plan) -> Case:
 
 @dataclass(frozen=True)
 class Network:
-    """How a case is made, and the amounts of its plan."""
+    """The function that makes a case, and the amounts of its plan."""
 
     make: Callable[[Plan], Case]
     amounts: Mapping[str, Any]
 
 
-# Small networks fill a GPU with batches of hundreds alone, and what Python takes for a batch they hide with a thousand.
-# Two batches a lane are in work, and beside them the queues before the stages are to be full.
+# Small networks need batches of hundreds to fill a GPU, and of a thousand to hide Python's time per batch. The images
+# in flight suffice for two batches per lane and full queues before the stages.
 REAL = {"seconds": 0.6, "repeats": 20, "n_alone": 200}
 NETWORKS = {
     "cifar": Network(
@@ -187,7 +187,7 @@ NETWORKS = {
     "tiny": Network(
         make_tiny,
         {"max_rows": 4, "n_images": 32, "in_flight": 16, "whole_rows": (2, 4), "seconds": 0.05}
-        | {"repeats": 2, "n_alone": 30},  # more than the burst pays for
+        | {"repeats": 2, "n_alone": 30},  # more than the burst covers
     ),
 }
 
@@ -208,7 +208,7 @@ def reference(
 
 
 def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
-    """Every image through every stage, against the reference: labels, exits at 40 % budget, logits and scores."""
+    """Run all images through all stages and compare labels, exits, logits and scores with the reference."""
     found: list[list[NDArray[np.float32]]] = [[] for _ in case.logits]
     for start in range(0, len(case.images), runner.max_rows):
         rows: Sequence[RowState] = [runner.first_state(image) for image in case.images[start : start + runner.max_rows]]
@@ -245,7 +245,7 @@ def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
         "same_at_other_budgets": {f"{fraction:.0%}": float(same_at(fraction).mean()) for fraction in (0.25, 0.6)},
         "wanted": WANTED_SAME,
         "met": bool(same.mean() >= WANTED_SAME),
-        "close_calls": float(close_call.mean()),  # the decision is nearer than the rounding: either may come out
+        "close_calls": float(close_call.mean()),  # margins within the rounding error: either outcome is right
         "same_of_the_others": float(clear.mean()) if len(clear) else None,
         "worst_logit_error_of_largest": float(errors.max() / max(np.abs(x).max() for x in case.logits)),
         "median_score_error": float(np.median(score_error)),

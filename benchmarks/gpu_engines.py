@@ -1,4 +1,4 @@
-"""Engines of the GPU benchmark: images/s at every budget, one image alone, and the whole network with exits off."""
+"""The engine in the GPU benchmark: images/s by budget, the latency of one image, and the network with exits off."""
 
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ ROUNDS = 3
 
 
 class BusyTime:
-    """An observer that adds up what the batches of an engine take on the device, by the runner's own times."""
+    """An observer that adds up the device time of an engine's batches, from measured times by stage and bucket."""
 
     def __init__(self, seconds: dict[tuple[int, int], float], buckets: Sequence[int]) -> None:
         self._seconds, self._buckets = seconds, buckets
@@ -52,10 +52,10 @@ def measure_engine(
     device_s: dict[tuple[int, int], float],
     fractions: Sequence[float] = FRACTIONS,
 ) -> list[dict[str, Any]]:
-    """Images/s of an engine at every budget, beside the ideal of its stage times at the exits that were taken.
+    """Images/s of an engine at every budget, with the ideal by its stage times at the exits that were taken.
 
     Args:
-        device_s: by stage (from 1) and rows; empty where they are not known.
+        device_s: device times in seconds by (stage, rows), stages from 1; empty if unknown.
     """
     busy = BusyTime(device_s, runner.buckets)
     engine = case.engine(runner, policy, plan, busy)
@@ -85,11 +85,11 @@ def measure_engine(
                     "ideal_images_per_s": ideal,
                     "share_of_ideal": median(rates) / ideal if ideal else None,
                     "rows_a_batch": sum(found.mean_batch_rows for found in rounds) / ROUNDS,
-                    # Lost to launches, waiting and the engine.
+                    # The time lost to launches, waits and the engine.
                     "device_idle": max(0.0, 1 - busy.busy_s / wall_s) if device_s else None,
                     "batches": busy.batches,
                     "median_ms": median(found.median_ms for found in rounds),
-                    "host_us_an_image": 1e6 * cpu_s / ROUNDS / n_images,  # of all threads; waiting for the device too
+                    "host_us_an_image": 1e6 * cpu_s / ROUNDS / n_images,  # of all threads, with waits for the device
                     "shares": shares,
                 }
             )
@@ -99,13 +99,14 @@ def measure_engine(
 
 
 def measure_alone(case: Case, runner: SlotRunner[Any], plan: Plan) -> dict[str, float]:
-    """Milliseconds of an image that has the engine to itself: at 40 % budget, and through the whole network."""
-    engine, told = case.engine(runner, "default", plan), {}
+    """Latency in ms of single images in an idle engine: at a 40 % budget, and through the whole network."""
+    engine = case.engine(runner, "default", plan)
+    percentiles_ms: dict[str, float] = {}
     try:
         engine.start()
         for what, fraction, options in (
             ("at 40 %", 0.4, Options()),
-            ("whole network", 1.0, Options(exit=runner.n_stages)),  # a lower budget would pay for as many as its burst
+            ("whole network", 1.0, Options(exit=runner.n_stages)),  # a lower budget covers only its burst
         ):
             engine.set_budget(fraction * case.costs_mflops[-1])
             milliseconds = []
@@ -114,15 +115,16 @@ def measure_alone(case: Case, runner: SlotRunner[Any], plan: Plan) -> dict[str, 
                 answer = engine.submit(case.images[i % len(case.images)], options).result(60)
                 milliseconds.append(1e3 * (time.perf_counter() - started))
                 if options.exit not in (None, answer.exit):
-                    raise EngineError(f"an image left at exit {answer.exit} that was to leave at {options.exit}")
-            told[f"{what}, p50"], told[f"{what}, p90"] = np.percentile(milliseconds, [50, 90]).tolist()
+                    raise EngineError(f"an image left at exit {answer.exit}, but exit {options.exit} was requested")
+            p50_ms, p90_ms = np.percentile(milliseconds, [50, 90]).tolist()
+            percentiles_ms |= {f"{what}, p50": p50_ms, f"{what}, p90": p90_ms}
     finally:
         engine.drain(10)
-    return told
+    return percentiles_ms
 
 
 class LastExit(nn.Module):
-    """A network without its exits: as one stage, it is one graph."""
+    """A network that returns only its last logits, so that it is cut into a single stage, one graph."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -134,18 +136,18 @@ class LastExit(nn.Module):
 
 
 def measure_whole(case: Case, plan: Plan, n_rows: int, ways: Ways | None = None) -> dict[str, Any]:
-    """Images/s of the whole network as one graph, exits off, in batches of `n_rows`, no engine: the bar to beat.
+    """Images/s of the whole network as one graph, without exits or engine, in batches of `n_rows`: the baseline.
 
     Args:
-        ways: in which its kernels differ from torch's; by default as the engine's do.
+        ways: which kernels replace torch's; by default, those of the engine.
     """
     runner = case.runner(plan, LastExit(case.network), full_only=True, max_rows=n_rows, ways=ways)
     rows = runner.first_states(case.images, [i % len(case.images) for i in range(n_rows)])
     for row in rows:
-        row.keeps_picture = True  # they cross the bus each time
+        row.keeps_picture = True  # so that every run copies it to the device
 
     def keep_running(until_s: float) -> int:
-        """As the engine's lanes do: the next batch is on the device before this one is waited for."""
+        """Run batches as the engine's lanes do, launching the next before waiting for one; returns how many."""
         n_batches, running = 0, runner.launch(0, rows)
         while time.perf_counter() < until_s:
             following = runner.launch(0, rows, running)
@@ -164,7 +166,7 @@ def measure_whole(case: Case, plan: Plan, n_rows: int, ways: Ways | None = None)
 
 
 class Idle:
-    """A device whose programs do nothing; copies and waiting are what they are."""
+    """A device whose programs do nothing, while copies and waits are real."""
 
     def __init__(self, device: Device) -> None:
         self.kind, self.pins, self._device = device.kind, device.pins, device
@@ -203,17 +205,17 @@ class _IdleStream:
 
 
 def idle_runner(case: Case, plan: Plan) -> SlotRunner[Any]:
-    """One whose network takes no time; of every image it tells what held-out images were told."""
+    """A runner whose network takes no time and whose scores are drawn from those of the case."""
     runner = case.runner(plan, device=Idle(plan.device))
     scores = score_exits(HeadScore(SCORES[case.score]), case.logits)
-    told = np.zeros((plan.max_rows, N_NUMBERS))
-    told[:, 2] = np.random.default_rng(2).choice(scores.ravel(), plan.max_rows)
+    verdicts = np.zeros((plan.max_rows, N_NUMBERS))
+    verdicts[:, 2] = np.random.default_rng(2).choice(scores.ravel(), plan.max_rows)
     with torch.inference_mode():
-        for lane in runner.lanes:  # each batch is told the same, wherever its bucket ends
-            lane.results.on_device[: told.nbytes].copy_(torch.from_numpy(told.view(np.uint8).ravel()))
+        for lane in runner.lanes:  # the same for all batches, as programs do not overwrite them
+            lane.results.on_device[: verdicts.nbytes].copy_(torch.from_numpy(verdicts.view(np.uint8).ravel()))
     return runner
 
 
 def measure_idle(case: Case, plan: Plan, runner: SlotRunner[Any] | None = None) -> list[dict[str, Any]]:
-    """The engine where the network takes no time: what its own threads allow at most, at 40 % budget."""
+    """The engine with a network that takes no time: the limit set by its own threads, at a 40 % budget."""
     return measure_engine(case, runner or idle_runner(case, plan), "default", plan, {}, (0.4,))

@@ -1,4 +1,4 @@
-"""ONNX Runtime in the GPU benchmark: the same checks and rates, where it, onnx and a bundle with stages are there."""
+"""ONNX Runtime in the GPU benchmark: the same checks and rates, if it is installed and the case has a bundle."""
 
 import time
 from math import inf
@@ -7,14 +7,14 @@ from typing import Any, Literal
 from benchmarks.gpu_cases import Case, Plan, check_answers
 from benchmarks.gpu_engines import measure_alone, measure_engine
 
-ONNX_S = 60.0  # that it may take
+ONNX_S = 60.0  # time that must be left to begin
 
 
 def measure_onnx(case: Case, plan: Plan) -> dict[str, dict[str, Any]]:
-    """What each provider does with the case's bundle, by provider; `skipped` says why one was not measured."""
+    """Results by execution provider; `skipped` has the reason why one was not measured."""
     if plan.device.kind.type == "cpu":
         return {"onnx on cpu": _measure(case, plan, "cpu")}
-    skipped = {"skipped": "its engines take minutes to build: ask for it with --tensorrt"}
+    skipped = {"skipped": "its engines take minutes to build; --tensorrt includes it"}
     tensorrt = _measure(case, plan, "tensorrt") if plan.tensorrt else skipped
     return {"onnx on cuda": _measure(case, plan, "cuda"), "onnx on tensorrt": tensorrt}
 
@@ -35,7 +35,7 @@ def _measure(case: Case, plan: Plan, on: Literal["cpu", "cuda", "tensorrt"]) -> 
         seen = runner.warm_up(inf)
     except (RunnerError, StageLoadError) as error:
         return {"skipped": str(error)}
-    # As the caller sees it: ONNX Runtime has no other times to tell of what it has captured.
+    # Wall times of calls, since ONNX Runtime does not time its captured graphs.
     call_s = {(stage + 1, rows): s for stage, by_rows in enumerate(seen) for rows, s in by_rows.items()}
     return {
         "graphs": runner.cuda_graphs,

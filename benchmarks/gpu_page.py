@@ -1,4 +1,4 @@
-"""The GPU benchmark's findings as a page of Markdown, however many of its parts have run."""
+"""The report of the GPU benchmark as Markdown, whether or not all of its parts have run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def write_up(report: dict[str, Any]) -> str:
     """The report as a page of Markdown tables."""
     title = "DRY RUN of the GPU benchmark: these numbers mean nothing" if report["dry"] else "The GPU engine"
-    parts = [f"# {title}\n", f"{report['seconds']:.0f} s in all.\n"]
+    parts = [f"# {title}\n", f"Total time: {report['seconds']:.0f} s.\n"]
     for case in report["networks"]:
         found = case.get("found", {})
         parts += [_about(case, found), _failures(case), _rates(case, found), _alone(found)]
@@ -48,7 +48,7 @@ def _answers(answers: dict[str, Any]) -> str:
     elsewhere = ", ".join(f"{same:.2%} at {budget}" for budget, same in answers["same_at_other_budgets"].items())
     return (
         f"Same label and exit as float32: {answers['same_label_and_exit']:.2%} at 40% budget ({answers['wanted']:.1%}: "
-        f"{'met' if answers['met'] else 'NOT MET'}), {elsewhere}; of those that are no close call "
+        f"{'met' if answers['met'] else 'NOT MET'}), {elsewhere}; of the others, without close calls "
         f"({1 - answers['close_calls']:.1%}): {'-' if others is None else f'{others:.2%}'}; worst logit error "
         f"{answers['worst_logit_error_of_largest']:.1e} of the largest logit."
     )
@@ -56,7 +56,7 @@ def _answers(answers: dict[str, Any]) -> str:
 
 def _failures(case: dict[str, Any]) -> str:
     lines = [f"* **Failed**, {part}: {why.strip().splitlines()[0]}\n" for part, why in case["failed"].items()]
-    lines += [f"* Not begun, {part}: {why}\n" for part, why in case.get("not_begun", {}).items()]
+    lines += [f"* **Not run**, {part}: {why}\n" for part, why in case.get("not_begun", {}).items()]
     return "".join(lines)
 
 
@@ -76,7 +76,7 @@ def _rates(case: dict[str, Any], found: dict[str, Any]) -> str:
         lines.append([AS_TORCH, "-", "-", _spread(plain), times, "", "", plain["rows"], "", ""])
     engines = {name.removeprefix(ENGINE): told for name, told in found.items() if name.startswith(ENGINE)}
     engines |= {name: told["rates"] for name, told in found.get("onnx", {}).items() if "rates" in told}
-    engines |= {"the engine where the network takes no time": found.get("engine without a network", [])}
+    engines |= {"engine without a network": found.get("engine without a network", [])}
     for name, rows in engines.items():
         for row in rows:
             shares = ["-" if row[key] is None else f"{row[key]:.0%}" for key in ("share_of_ideal", "device_idle")]
@@ -84,8 +84,8 @@ def _rates(case: dict[str, Any], found: dict[str, Any]) -> str:
             rate = [f"{row['budget']:.0%}", f"{row['cost']:.0%}", _spread(row), times]
             ends = [f"{row['rows_a_batch']:.0f}", f"{row['median_ms']:.1f}", f"{row['host_us_an_image']:.0f}"]
             lines.append([name, *rate, *shares, *ends])
-    head = ["engine", "budget", "cost", "images/s", "of the best whole", "of ideal", "device idle", "rows", "median ms"]
-    return _table([*head, "host us an image"], lines) if lines else ""
+    head = ["engine", "budget", "cost", "images/s", "over best whole", "of ideal", "device idle", "rows", "median ms"]
+    return _table([*head, "host us per image"], lines) if lines else ""
 
 
 def _alone(found: dict[str, Any]) -> str:
@@ -114,7 +114,7 @@ def _compilers(found: dict[str, Any]) -> list[str]:
             for row in rows:
                 then = row.get("failed") or f"{row['ms']:.3f}"
                 lines.append([row["stage"], f"{row['plain_ms']:.3f}", then, f"{row['seconds_to_make']:.1f}"])
-            parts.append(_table(["stage, full batches", "as it is, ms", f"{name}, ms", "seconds to make"], lines))
+            parts.append(_table(["stage, full batches", "as served, ms", f"{name}, ms", "seconds to compile"], lines))
     return parts
 
 

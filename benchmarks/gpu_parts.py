@@ -1,4 +1,4 @@
-"""What the GPU benchmark does with one network, part by part: what one has found is written before the next begins."""
+"""The parts of the GPU benchmark for one network; the results of each are written before the next begins."""
 
 import argparse
 import json
@@ -28,23 +28,23 @@ from service.runners.torch_cuda.kernels import Ways
 from service.runners.torch_cuda.runner import TorchCudaRunner
 
 T = TypeVar("T")
-OPTIONAL_S = 60.0  # left at least, for a part that may take long and that nobody has asked for
+OPTIONAL_S = 60.0  # time that must be left to begin an optional part that may take long
 Report = dict[str, Any]
 
 
 def save(path: Path, report: Report) -> None:
-    """Write it whole or not at all: the process may be ended at any moment."""
+    """Write atomically, as the process may be killed at any moment."""
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(report, indent=2) + "\n")
     beside.replace(path)
 
 
 class Parts:
-    """Runs parts, and keeps what they have found in `report` and in a file.
+    """Runs parts and records their results in `report` and in a file.
 
     Args:
-        skip: by name.
-        only: these alone, and those that make what others need; none: all.
+        skip: names of parts not to run.
+        only: names of the parts to run, besides those that prepare others; empty: all.
 
     Attributes:
         goes_on: False once the device is lost.
@@ -57,12 +57,12 @@ class Parts:
         self._path, self._device, self._skip, self._only = path, device, skip, only
 
     def make(self, name: str, part: Callable[[], T]) -> T | None:
-        """The same for a part that makes what later ones need, and of which nothing is told but its time."""
-        return self.run(name, part, told=False)
+        """Run a part that prepares something for later ones; the report has only its time."""
+        return self.run(name, part, reported=False)
 
-    def run(self, name: str, part: Callable[[], T], told: bool = True) -> T | None:
-        """Run a part; returns what it found and tells it by its name, or tells why it failed and returns None."""
-        if told and self._only and name not in self._only:
+    def run(self, name: str, part: Callable[[], T], reported: bool = True) -> T | None:
+        """Run a part and record its result under its name, or why it failed; returns the result, None if none."""
+        if reported and self._only and name not in self._only:
             return None
         if name in self._skip or not self.goes_on:
             self.report["not_begun"][name] = "as asked" if name in self._skip else "the device was lost before"
@@ -73,9 +73,9 @@ class Parts:
         found: T | None = None
         try:
             found = part()
-            if told:
+            if reported:
                 self.report["found"][name] = found
-        except Exception as error:  # whatever it is, it is no reason to end
+        except Exception as error:  # other parts must still run
             sys.stderr.write(traceback.format_exc())
             self.report["failed"][name] = f"{type(error).__name__}: {error}"
             self.goes_on = not (isinstance(error, FatalRunnerError) or self._device.is_lost())
@@ -86,17 +86,17 @@ class Parts:
 
 
 def clocks() -> str:
-    """The card's name, clocks, temperature and power at this moment, as its driver tells them."""
-    asked = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    """The GPU's name, driver, current clocks, temperature and power, from nvidia-smi."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        return f"nvidia-smi tells nothing ({error})"
+        return f"nvidia-smi failed ({error})"
 
 
 def measure_network(given: argparse.Namespace) -> None:
-    """Check and measure one network, and write what is found to `given.part_of`."""
+    """Check and measure one network, and write the report to `given.part_of`."""
     until_s = time.perf_counter() + given.seconds
     on_gpu = given.device == "cuda"
     device: Cuda | Host = Cuda(search_s=given.seconds / 6) if on_gpu else Host()
@@ -107,7 +107,7 @@ def measure_network(given: argparse.Namespace) -> None:
     report: Report = {
         "network": given.network[-1],
         "torch": f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
-        "device": clocks() if on_gpu else "the processor, without graphs or streams",
+        "device": clocks() if on_gpu else "the CPU, without graphs or streams",
         "dtype": str(dtype),
         "lanes": given.lanes,
         "engine": compiled.state(),

@@ -1,10 +1,10 @@
-"""What several engines make of one GPU, a process each: `python -m benchmarks.gpu_processes`.
+"""Throughput of several engines on one GPU, one per process: `python -m benchmarks.gpu_processes`.
 
-A process has one interpreter. Where that is the bound, one engine leaves the GPU idle, and others can use it, each with
-a budget of its own: what each keeps on average, all do. The processes warm up one after the other, then all answer at
-once for a while. Needs what `benchmarks.gpu` needs.
+A process has one interpreter. If Python is the bottleneck, one engine leaves the GPU partly idle, and more engines use
+more of it. Each keeps its own budget, so together they keep it on average. The processes warm up one after another,
+then all serve at the same time. Requirements are those of `benchmarks.gpu`.
 
-    --device cpu --quick    a dry run on the processor, whose numbers mean nothing
+    --device cpu --quick    a dry run on the CPU, whose numbers mean nothing
 """
 
 import argparse
@@ -45,16 +45,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--processes", default="1,2,4", help="numbers of processes, measured in turn (default: %(default)s)"
     )
     parser.add_argument("--images", type=Path, help=".npz with `images` [n, 32, 32, 3] for the CIFAR-size network")
-    parser.add_argument("--json", type=Path, help="write the measurement to this file")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # this process is one of them
+    parser.add_argument("--json", type=Path, help="also write all results to this JSON file")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # serve in this process
     given = parser.parse_args(arguments)
     given.network = given.network or ("tiny" if given.quick else "cifar")
     return given
 
 
 def answer_as_told(given: argparse.Namespace) -> None:
-    """One engine: says that it is warm, then for every line read answers for about so many seconds, and says how it
-    did."""
+    """Run one engine: print a line once warm; for every line of stdin, a number of seconds, serve for about as long and
+    print the result."""
     on_gpu = given.device == "cuda"
     network = NETWORKS[given.network]
     device: Cuda | Host = Cuda() if on_gpu else Host()
@@ -79,7 +79,7 @@ def answer_as_told(given: argparse.Namespace) -> None:
 
 
 def measure(n_processes: int, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Images/s of so many engines together, and what an image cost on average, a share of the full network."""
+    """Total images/s of `n_processes` engines, and their mean cost per image as a share of the full network's."""
     command = [sys.executable, "-m", "benchmarks.gpu_processes", "--one", *arguments]
     rates, costs = [], []
     with ExitStack() as ends:
@@ -97,11 +97,11 @@ def measure(n_processes: int, arguments: Sequence[str], seconds: float) -> dict[
                 assert process.stdin is not None
                 process.stdin.write(f"{seconds}\n")
                 process.stdin.flush()
-            told = [json.loads(_line(process)) for process in processes]
-            n_images = sum(one["images"] for one in told)
-            if n_round:  # in the first they did not know yet how fast they are beside each other
-                rates.append(n_images / max(one["seconds"] for one in told))
-                costs.append(sum(one["images"] * one["cost"] for one in told) / n_images)
+            results = [json.loads(_line(process)) for process in processes]
+            n_images = sum(result["images"] for result in results)
+            if n_round:  # the first only adapts their rates to running together
+                rates.append(n_images / max(result["seconds"] for result in results))
+                costs.append(sum(result["images"] * result["cost"] for result in results) / n_images)
     spread = [min(rates), max(rates)]
     return {
         "what": what,
@@ -116,7 +116,7 @@ def _line(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"error: an engine's process ended with {process.wait()}; its last words are above")
+        raise SystemExit(f"error: an engine's process ended with exit code {process.wait()}; its last output is above")
     return line
 
 

@@ -1,7 +1,7 @@
-"""Pictures scaled on the device beside Pillow: `python -m benchmarks.gpu_resize PHOTOS.zip ...`, zips of JPEG files.
+"""Compares scaling by torch-cuda with Pillow's: `python -m benchmarks.gpu_resize PHOTOS.zip ...`, zips of JPEG files.
 
-Each photo is made a picture of another, odd size, and classified twice: scaled by Pillow on the host, and as the runner
-torch-cuda does it (here on the processor, in float32 and in float16). Then: what scaling costs the host.
+Prints the host's time for decoding with and without scaling. Then each photo is resized to a random size and classified
+twice: scaled by Pillow, and by the code of the runner torch-cuda (here on the CPU, in float32 and in float16).
 """
 
 import argparse
@@ -36,7 +36,7 @@ def scaled(image: Image.Image, shape: Sequence[int]) -> Pixels:
 
 
 def labels(runner: OnnxRunner, images: Pixels) -> NDArray[np.int64]:
-    """What every exit answers, [images, exits]."""
+    """The class that every exit predicts, [images, exits]."""
     found = []
     for start in range(0, len(images), runner.max_rows):
         rows: Sequence[RowState] = [runner.first_state(image) for image in images[start : start + runner.max_rows]]

@@ -1,4 +1,4 @@
-"""Programs of the GPU benchmark: each stage and bucket, beside its roofline and beside what compilers make of it."""
+"""Stage times in the GPU benchmark: every stage and bucket, with its roofline, and as compiled by others."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from service.runners.torch_cuda.runner import TorchCudaRunner
 
 
 def program_seconds(lane: Lane, stage: int, bucket: int, plan: Plan) -> float:
-    """What one run of a program takes on the device, several being put on the stream one after the other."""
+    """Mean device time in seconds of one run of a program, over `plan.repeats` runs queued on the stream."""
     program = lane.programs[stage, bucket]
     with torch.inference_mode(), lane.stream.use():
         program()
@@ -34,13 +34,13 @@ def program_seconds(lane: Lane, stage: int, bucket: int, plan: Plan) -> float:
 
 
 def measure_peaks(plan: Plan) -> tuple[float, float]:
-    """Multiply-adds/s of a large matrix product of random numbers, and bytes/s of a large copy, as found here."""
+    """Measure multiply-adds/s in a large matrix product of random numbers, and bytes/s in a large copy."""
     side, n_bytes = (8192, 2**30) if plan.device.kind.type == "cuda" else (256, 2**20)
     a = torch.randn((side, side), device=plan.device.kind).to(plan.dtype)
     source = torch.zeros(n_bytes, dtype=torch.uint8, device=plan.device.kind)
     target = torch.empty_like(source)
     if plan.device.kind.type == "cuda":
-        torch.cuda.synchronize()  # they were made on another stream
+        torch.cuda.synchronize()  # tensors were created on another stream
 
     def best_s(work: Callable[[], object]) -> float:
         stream, seconds = plan.device.open_stream(), []
@@ -56,7 +56,7 @@ def measure_peaks(plan: Plan) -> tuple[float, float]:
 
 
 def stage_bytes(runner: TorchCudaRunner, index: int) -> tuple[int, int]:
-    """What a stage cannot help but move: of every row what it reads and writes, and once its weights."""
+    """The least memory traffic of a stage in bytes: (per row, what it reads and writes; per batch, its weights)."""
     stage = runner.stages[index]
     carried = [name for name in (*stage.inputs, *stage.outputs) if name in runner.values]
     image_bytes = prod(runner.image_shape) if index == 0 else 0
@@ -65,7 +65,7 @@ def stage_bytes(runner: TorchCudaRunner, index: int) -> tuple[int, int]:
 
 
 def measure_stages(case: Case, runner: TorchCudaRunner, plan: Plan, peaks: tuple[float, float]) -> list[dict[str, Any]]:
-    """Each stage and bucket: on the device, beside its roofline, and as the caller sees it."""
+    """For each stage and bucket: device time, roofline, and wall time of a call."""
     seen = runner.warm_up(inf)
     rows = []
     for stage, macs in enumerate(case.stage_macs):
@@ -80,26 +80,26 @@ def measure_stages(case: Case, runner: TorchCudaRunner, plan: Plan, peaks: tuple
                     "device_ms": 1e3 * seconds,
                     "roofline_ms": 1e3 * roofline_s,
                     "share_of_roofline": roofline_s / seconds,
-                    "call_ms": 1e3 * seen[stage][bucket],  # copies, launch, wait and gathering of verdicts included
+                    "call_ms": 1e3 * seen[stage][bucket],  # including copies, launch, wait and results
                 }
             )
     return rows
 
 
 def measure_compilers(runner: TorchCudaRunner, name: str, plan: Plan) -> list[dict[str, Any]]:
-    """What a compiler makes of every stage in full batches: how long that takes, and how long the stage takes then."""
+    """Compile every stage for full batches; returns the stages' times before and after, and the compilation times."""
     compiler = COMPILERS[name]
     lane, bucket = runner.lanes[0], runner.max_rows
     rows: list[dict[str, Any]] = []
     for stage in range(runner.n_stages):
         if rows and time.perf_counter() + 2 * rows[-1]["seconds_to_make"] > plan.until_s:
-            break  # an unfinished one would take with it what is known
+            break  # running out of time here would lose the results so far
         row: dict[str, Any] = {"stage": stage + 1, "plain_ms": 1e3 * program_seconds(lane, stage, bucket, plan)}
         plain, started = lane.programs[stage, bucket], time.perf_counter()
         try:
             try_compiler(runner, stage, compiler)
             row["ms"] = 1e3 * program_seconds(lane, stage, bucket, plan)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # compilers raise many kinds
             if plan.device.is_lost():
                 raise
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
