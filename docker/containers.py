@@ -1,5 +1,5 @@
-"""What `docker.check` runs on: images built by buildah on a Debian made here, containers run by podman, the stack
-brought up by Debian's docker-compose on podman's socket.
+"""Tools for `docker.check`: buildah builds images on a Debian base made here, podman runs containers, and Debian's
+docker-compose starts the stack through podman's socket.
 """
 
 import http.client
@@ -25,7 +25,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends prometheus \
  && mkdir /prometheus && chown 65534:65534 /prometheus
 ENTRYPOINT ["prometheus"]
 """
-# Reads what Grafana would read, as Grafana's user, and answers as it would.
+# Stand-in: reads the files that Grafana reads, as Grafana's user, and answers health checks.
 GRAFANA_IMAGE = """\
 FROM {base}
 RUN apt-get update && apt-get install --yes --no-install-recommends python3 wget \\
@@ -52,11 +52,11 @@ runtime = "runc"
 
 
 class CheckError(Exception):
-    """A check failed; the message says which and what was seen."""
+    """A check failed; the message says which, and what was found."""
 
 
 class Machine:
-    """Runs programs in an environment of its own, so that nothing of this machine's leaks into what is built."""
+    """Runs programs with a minimal environment, so that this machine's settings do not affect the images."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -78,7 +78,7 @@ class Machine:
         return done.stdout.strip()
 
     def build(self, dockerfile: Path, tag: str, context: Path, *options: str) -> None:
-        # pip trusts what this machine trusts, for networks with an authority of their own.
+        # pip gets this machine's CA certificates, for networks with their own certificate authority.
         pip, authorities = self.scratch / "pip.conf", Path("/etc/ssl/certs/ca-certificates.crt")
         trust: list[str] = []
         if authorities.exists():
@@ -112,7 +112,7 @@ class Machine:
         return self.run("podman", "inspect", self.container(service), "--format", template)
 
     def log(self, service: str) -> str:
-        """What it has written on standard error."""
+        """A container's standard error."""
         command = ("podman", "logs", self.container(service))
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stderr
 
@@ -124,7 +124,7 @@ def say(what: str) -> None:
 
 def expect(condition: bool, what: str, seen: object = "") -> None:
     if not condition:
-        raise CheckError(f"not so: {what}. {seen}")
+        raise CheckError(f"expected: {what}; found: {seen}")
     say(f"  ok: {what}")
 
 
@@ -138,7 +138,7 @@ def wait_for(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -
         except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.5)
-    raise CheckError(f"not within {limit_s:g} s: {what}")
+    raise CheckError(f"expected within {limit_s:g} s: {what}")
 
 
 def build(machine: Machine) -> None:
@@ -160,9 +160,9 @@ def build(machine: Machine) -> None:
         )
         size_bytes = int(machine.run("podman", "inspect", f"{IMAGE}:{target}", "--format", "{{.Size}}"))
         say(f"  ok: docker/Dockerfile, target {target}: {size_bytes / 1e6:.0f} MB")
-        asked = "import service.engine.core; from service.compiled import state; print(state())"
-        told = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", asked)
-        expect(told.startswith("the engine runs compiled"), "its engine is compiled, and can be loaded", told)
+        code = "import service.engine.core; from service.compiled import state; print(state())"
+        output = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", code)
+        expect(output.startswith("the engine runs compiled"), "its engine is compiled and loads", output)
         if target != "cpu":
             check_cuda_libraries(machine, target)
     for name, text in (("prometheus", PROMETHEUS_IMAGE), ("grafana", GRAFANA_IMAGE)):
@@ -177,21 +177,21 @@ def check_cuda_libraries(machine: Machine, target: str) -> None:
     links = (
         "for file in /opt/exitserve/lib/python3*/site-packages/onnxruntime/capi/*_cuda.so "
         "/opt/cuda/nvidia/cu13/lib/*.so.* /opt/cuda/nvidia/cudnn/lib/*.so.*; "
-        "do case $file in *rdma*) ;; *) ldd $file;; esac; done"  # RDMA is for disks that are not this machine's
+        "do case $file in *rdma*) ;; *) ldd $file;; esac; done"  # RDMA is for remote storage only
     )
     linked = machine.run("podman", "run", "--rm", "--entrypoint", "sh", f"{IMAGE}:{target}", "-c", links)
     missing = {line.split()[0] for line in linked.splitlines() if "not found" in line}
-    expect(missing == {"libcuda.so.1"}, "it lacks nothing but the driver", missing)
+    expect(missing == {"libcuda.so.1"}, "only the driver's library is missing", missing)
     if target == "cuda-torch":
-        asked = "import torch; torch.cuda._compile_kernel; print(torch.version.cuda, torch.backends.cudnn.version())"
-        told = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", asked)
-        expect(told.startswith("13."), "its torch is one for CUDA", told)
-        say(f"      CUDA and cuDNN {told}")
+        code = "import torch; torch.cuda._compile_kernel; print(torch.version.cuda, torch.backends.cudnn.version())"
+        versions = machine.run("podman", "run", "--rm", "--entrypoint", "python", f"{IMAGE}:{target}", "-c", code)
+        expect(versions.startswith("13."), "its torch is built for CUDA 13", versions)
+        say(f"      CUDA and cuDNN {versions}")
 
 
 @contextmanager
 def podman_service(machine: Machine) -> Iterator[None]:
-    """podman's socket, and the health checks that it leaves to systemd, which need not be there."""
+    """Run podman's API service, and its health checks, which podman itself leaves to systemd; clean up at the end."""
     command = ("podman", "system", "service", "--time", "0", f"unix://{machine.socket}")
     service = subprocess.Popen(command, env=machine.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     over = threading.Event()

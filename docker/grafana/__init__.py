@@ -1,1 +1,1 @@
-"""The dashboard as code: `dashboard` writes it, `ask` asks its queries."""
+"""The dashboard as code: `dashboard` generates it, `ask` runs its queries."""

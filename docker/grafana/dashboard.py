@@ -1,7 +1,7 @@
 """Writes the Grafana dashboard from panels.toml: `make dashboard`.
 
-Built with the types of Grafana's own foundation SDK, so that an option that does not exist cannot get in. A test says
-whether dashboards/exitserve.json is up to date.
+Built with the types of Grafana's foundation SDK, which rule out options that do not exist. A test checks that
+dashboards/exitserve.json is up to date.
 """
 
 import json
@@ -66,7 +66,7 @@ class Panels(_Strict):
 
 
 def build(panels: Panels) -> models.Dashboard:
-    """The dashboard, in Grafana's own types."""
+    """Build the dashboard in Grafana's types."""
     dashboard = (
         dashboards.Dashboard("ExitServe")
         .uid("exitserve")
@@ -187,7 +187,7 @@ def _targets(panel: Panel) -> list[Builder[Dataquery]]:
 
 
 def render() -> str:
-    """The dashboard as Grafana reads it from a file."""
+    """The dashboard as the JSON file that Grafana reads."""
     panels = Panels.model_validate(tomllib.loads(PANELS.read_text(encoding="utf-8")))
     return json.dumps(build(panels), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
 
