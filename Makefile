@@ -71,7 +71,7 @@ league: $(VENV)/.dev   ## compare the service with servers in common use, on DAT
 	$(BIN)/python -m benchmarks.league --quick $(foreach set,$(DATA) $(PHOTOS),--data $(set)) --output build/league/table.md
 
 train: $(VENV)/.dev    ## train RECIPE on DATA into RUN; the same command resumes
-	@test -n '$(DATA)' || { echo 'error: set DATA to the images: make train DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)'; exit 2; }
+	@test -n '$(DATA)' || { echo 'error: no images given: make train DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)'; exit 2; }
 	$(BIN)/python -m training train $(RUN) --recipe $(RECIPE) --data $(DATA)
 
 # World-readable files, for the containers' users, who read them through mounts; only the owner may enter the folder.

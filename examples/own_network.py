@@ -1,20 +1,20 @@
-"""Your own network, from a PyTorch module to a running server.
+"""From your own PyTorch module to a running server.
 
     python -m examples.own_network --output runs/own-network
     python -m service --bundle runs/own-network
 
-`ResidualNetwork` below knows nothing of ExitServe: it is a module that returns the list of its logits, cheapest first.
-Everything after it works for any such module: it is trained, run over held-out images, cut into stages, exported and
-packed. Without `--data` the images are SYNTHETIC: simple shapes, drawn here, so that nothing has to be downloaded. The
-network is then of no use except to show the steps. `--data` takes a folder with train/CLASS/* and val/CLASS/*.
+`ResidualNetwork` below does not depend on ExitServe: it is a module that returns a list of logits, cheapest exit first.
+The code after it works for any such module: it is trained, evaluated on held-out images, cut into stages, exported and
+packed. Without `--data`, the images are SYNTHETIC: simple shapes drawn here, so that nothing has to be downloaded; the
+network then only serves to show the steps. `--data` takes a folder with train/CLASS/* and val/CLASS/*.
 
-A network that is already trained is packed as it is. Its thresholds are set by the images in train/, so those must be
-images that it was NOT trained on (it is more confident on training images than on new ones). val/ measures it:
+With `--epochs 0`, a trained network is packed as it is. The images in train/ then set its thresholds, so it must NOT
+have been trained on them (networks are more confident on training images than on new ones). val/ measures its accuracy:
 
     python -m examples.own_network --network my_network.py:load --epochs 0 --data IMAGES --image-size 224 --output ...
 
-The requirements on a network are checked before any training, see `training.checking`. Training is kept short here: it
-cannot be stopped and resumed, as `python -m training train` can.
+`training.checking` has the requirements on a network, which are checked before training. Training here is minimal:
+unlike `python -m training train`, it cannot be resumed.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from training.packing import bundle_name
 from training.telling import classes_without
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
-LEAST_IMAGES = 10  # to train with: a fifth is held out, and thresholds want two
+LEAST_IMAGES = 10  # for training: a fifth is held out, and thresholds need two images
 
 
 class ResidualBlock(nn.Module):
@@ -70,7 +70,7 @@ class ResidualNetwork(nn.Module):
 
     def __init__(self, n_classes: int, image_size_px: int = 32) -> None:
         super().__init__()
-        stride = max(1, image_size_px // 32)  # larger images are made small at once
+        stride = max(1, image_size_px // 32)  # larger images are downsampled at once
         self.stem = nn.Sequential(
             nn.Conv2d(3, 16, max(3, stride), stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         )
@@ -90,7 +90,7 @@ class ResidualNetwork(nn.Module):
 
 
 def draw_shapes(n_images: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Draw turned, moved, noisy shapes: images [n_images, 32, 32, 3] and their labels. Some are hard to see."""
+    """Draw noisy shapes, randomly rotated and placed: images [n_images, 32, 32, 3] and labels. Some are hard to see."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, len(SHAPES), n_images)
     angle, size = rng.uniform(0, 2 * np.pi, (n_images, 1, 1)), rng.uniform(7, 13, (n_images, 1, 1))
@@ -139,7 +139,7 @@ def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int
     network.train()
     for epoch in range(1, epochs + 1):
         losses = []
-        # Of about the same size: in a last one of a single image BatchNorm1d would have no statistics to take.
+        # Batches of about equal size: BatchNorm1d fails on a batch of a single image.
         for rows in torch.randperm(len(images), generator=generator).tensor_split(n_batches):
             pixels, labels = images.augmented(rows, generator)
             loss = torch.stack([functional.cross_entropy(logits, labels) for logits in network(pixels)]).sum()
@@ -152,7 +152,7 @@ def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int
 
 
 def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: dict[str, Any], output: Path) -> None:
-    """Run the exits over held-out and test images, cut the network into stages, and pack what a server needs."""
+    """Evaluate the exits on held-out and test images, export the network in stages, and write the bundle."""
     height_px, width_px = images.train_images.shape[1:3]
     held_out_pixels, held_out_labels = images.train_images[split.held_out], images.train_labels[split.held_out]
     held_out = run_exits(network, on_cpu(images, held_out_pixels, held_out_labels), "held out")
@@ -166,7 +166,7 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
         manifest = {
             "name": name,
             "description": describe(network, images),
-            "architecture": "onnx",  # a network that ExitServe has no code of: its stages are all there is
+            "architecture": "onnx",  # not one of ExitServe's architectures: the bundle has only its stages
             "arguments": {},
             "class_names": images.class_names,
             "input": {"height_px": height_px, "width_px": width_px, "mean": [*images.mean], "std": [*images.std]},
@@ -187,31 +187,31 @@ def make_bundle(network: nn.Module, images: ImageSet, split: Split, training: di
 
 
 def load_network(place: str, n_classes: int) -> nn.Module:
-    """Call what `place`, FILE.py:NAME, names with the number of classes; it returns the network.
+    """Import `place`, FILE.py:NAME, call it with the number of classes, and return the network that it returns.
 
     Raises:
-        ImportError: there is no such file or name, or what it returns is no module.
+        ImportError: there is no such file or name, or it does not return a module.
     """
     file, _, name = place.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ImportError(f"--network {place}: there is no file {file!r}; write FILE.py:NAME")
-    sys.path.insert(0, str(path.resolve().parent))  # where its own imports are
+    sys.path.insert(0, str(path.resolve().parent))  # for its own imports
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"--network {place}: {file} is no Python file")
+        raise ImportError(f"--network {place}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, name):
-        raise ImportError(f"--network {place}: {file} has nothing called {name!r}")
+        raise ImportError(f"--network {place}: {file} does not define {name!r}")
     network: Any = getattr(module, name)(n_classes)
     if not isinstance(network, nn.Module):
-        raise ImportError(f"--network {place}: {name}({n_classes}) returns no torch.nn.Module")
+        raise ImportError(f"--network {place}: {name}({n_classes}) does not return a torch.nn.Module")
     return network
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """How an option's whole number is read."""
+    """Return a parser for integer options of at least `minimum`."""
 
     def number(text: str) -> int:
         if int(text) < minimum:
@@ -222,7 +222,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def describe(network: nn.Module, images: ImageSet) -> str:
-    return f"{type(network).__name__}, an example of a network of one's own, calibrated on {images.name}."
+    return f"{type(network).__name__}, packed by examples/own_network.py, calibrated on {images.name}."
 
 
 def table(evaluation: Evaluation) -> str:
@@ -237,8 +237,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--network",
         metavar="FILE.py:NAME",
-        help="use instead of the example's: called with the number of classes, it returns a module that takes images "
-        "normalised as ImageNet's are and returns its logits, classes in the order of their folders' names",
+        help="function to use instead of the example's network: called with the number of classes, it returns a module "
+        "that takes images normalised like ImageNet's and returns a list of logits, classes ordered by folder name",
     )
     parser.add_argument(
         "--image-size", type=at_least(8), default=64, help="side in pixels at which --data is read (default: 64)"
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--images", type=at_least(LEAST_IMAGES), default=6000, help="synthetic images to draw (default: 6000)"
     )
-    parser.add_argument("--epochs", type=at_least(0), default=8, help="0: leave the network as it is (default: 8)")
+    parser.add_argument("--epochs", type=at_least(0), default=8, help="epochs of training; 0: none (default: 8)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     sample = options.output.with_name(f"{options.output.name}-sample.png")
     Image.fromarray(images.test_images[0]).save(sample)
-    print(f"\na sample, {images.class_names[images.test_labels[0]]!r}: {sample}. Now serve, and ask:")
+    print(f"\na sample, {images.class_names[images.test_labels[0]]!r}: {sample}. To serve and classify it:")
     print(f"  python -m service --bundle {shlex.quote(str(options.output))}")
     body = shlex.quote(f"@{sample}")
     print(f"  curl --data-binary {body} -H 'Content-Type: image/png' http://127.0.0.1:8000/classify")

@@ -143,7 +143,8 @@ def test_make_train_without_images_asks_for_them(tmp_path: Path) -> None:
     asked = ["make", "--no-print-directory", "train", "DATA=", f"VENV={tmp_path}"]  # make may have started the tests
     done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stdout == "error: set DATA to the images: make train DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)\n"
+    images = "DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)"
+    assert done.stdout == f"error: no images given: make train {images}\n"
 
 
 def test_every_source_file_that_is_named_is_there() -> None:

@@ -187,7 +187,7 @@ def test_a_network_that_is_trained_already_is_packed_as_it_is_with_an_image_fold
         ("nowhere.py:load", "there is no file"),
         ("my_network.py", "write FILE.py:NAME"),
         ("my_network.py:other", "nothing called 'other'"),
-        ("my_network.py:nothing", "returns no torch.nn.Module"),
+        ("my_network.py:nothing", "does not return a torch.nn.Module"),
     ],
 )
 def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch, capsys, place, reason):
