@@ -1,7 +1,7 @@
-"""A real but tiny bundle for tests: the whole path from a network to a folder that a server loads, in seconds.
+"""A real but tiny bundle for tests, made in seconds with the code that makes all bundles.
 
-Its weights are random, and so are its images: what it answers means nothing, but that its exits agree more often the
-surer they are, as trained ones do. Labels are what the last exit answers, with noise.
+Weights and images are random, so its answers mean nothing. Like those of trained networks, though, its exits agree
+more often the more confident they are. Labels are the last exit's answers, with noise.
 """
 
 import fcntl
@@ -63,15 +63,15 @@ def random_images(n_images: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def tiny_bundle(folder: Path) -> Path:
-    """Put a tiny bundle at `folder` (made, or empty) and return it; four exits, 32 px, ten classes, about 0.5 MFLOPs.
+    """Put a tiny bundle into `folder` (new or empty) and return it; four exits, 32 px, ten classes, about 0.5 MFLOPs.
 
-    Copied from one that is built when its makers change (about ten seconds), so a test may damage its own.
+    It is a copy, which tests may damage, of a cached one that is rebuilt when its sources change (about ten seconds).
     """
     return Path(shutil.copytree(_built(), folder, dirs_exist_ok=True))
 
 
 def tiny_int8_bundle(folder: Path) -> Path:
-    """The same with int8 stages beside the float ones."""
+    """The same bundle with int8 stages besides the float ones."""
     return Path(shutil.copytree(_quantised(), folder, dirs_exist_ok=True))
 
 
@@ -84,15 +84,15 @@ def tiny_network() -> nn.Module:
     images = _normalised(random_images(256, seed=1))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # one pass sets the statistics, and with them maps that do not vanish with depth
+            module.momentum = 1.0  # one pass sets the statistics, so that maps do not vanish with depth
     network.train()(images)
     network.eval()
     heads = [module for module in network.modules() if isinstance(module, nn.Linear)]
     for depth, head in enumerate(heads):
-        head.weight.mul_(15.0 * 0.7**depth)  # sure of some images, and less and less to add
+        head.weight.mul_(15.0 * 0.7**depth)  # confident about some images; later heads add less and less
         head.bias.zero_()
     ensembled = network(images)
-    heads[0].bias.copy_(-ensembled[0].mean(dim=0))  # so that every class is answered
+    heads[0].bias.copy_(-ensembled[0].mean(dim=0))  # so that every class is predicted
     for head, (before, after) in zip(heads[1:], pairwise(ensembled), strict=True):
         head.bias.copy_(-(after - TEMPERATURE * before).mean(dim=0))
     return network
@@ -103,9 +103,9 @@ def _normalised(images: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def tiny_images() -> ImageSet:
-    """The images of the tiny bundle, split as a run would split them; labels are what its last exit answers, or noise.
+    """The images of the tiny bundle, split like those of a run.
 
-    Only held-out ones have labels that mean as much: it was trained on nothing.
+    Held-out images are labelled with the last exit's answer, or noise; training images, which are unused, with 0.
     """
     split = Split.make(N_TRAIN + N_HELDOUT, N_HELDOUT, SEED)
     held_out = random_images(N_HELDOUT, seed=2)
@@ -125,7 +125,7 @@ def tiny_images() -> ImageSet:
 
 @functools.cache
 def _built() -> Path:
-    """The tiny bundle that the sources as they stand make: built by the first test run that asks for it."""
+    """The tiny bundle of the current sources, built by the first test that needs it."""
     sources = [*sorted((REPOSITORY / "models").glob("*.py")), REPOSITORY / "training/export.py", Path(__file__)]
     folder = _cache("tiny-bundle", sources)
     with _one_at_a_time(folder), tempfile.TemporaryDirectory() as contents:
@@ -151,7 +151,7 @@ def _quantised() -> Path:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Of several processes that run tests one builds, and the others find what it has built."""
+    """Lock `folder`, so that one of several test processes builds the bundle and the others find it."""
     folder.parent.mkdir(exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -188,7 +188,7 @@ def _build(folder: Path, contents: Path) -> None:
     ]
     manifest = {
         "name": "tiny-random",
-        "description": "Random weights, synthetic images and labels: for tests alone.",
+        "description": "Random weights, synthetic images and labels: only for tests.",
         "architecture": "msdnet",
         "arguments": ARGUMENTS,
         "class_names": CLASS_NAMES,
@@ -220,7 +220,7 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def seal(path: Path, manifest: dict[str, Any] | None = None) -> None:
-    """Make sizes, digests and version fit the files again: what a forger would do."""
+    """Update sizes, digests and version to match the changed files, as a forger would."""
     manifest = manifest or read_manifest(path)
     for file, info in manifest["files"].items():
         data = (path / file).read_bytes()

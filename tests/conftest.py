@@ -1,11 +1,11 @@
-"""For all tests."""
+"""Configuration and fixtures of all tests."""
 
 import os
 from collections.abc import Generator
 from pathlib import Path
 
-# Before anything imports torch. Networks of the tests are tiny: a second thread gains nothing, and beside a busy core
-# it makes every operation wait. Commands that tests start inherit it.
+# Set before torch is imported, and inherited by the commands that tests start. The tests' networks are tiny: a second
+# thread gains nothing, and delays every operation if its core is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
@@ -15,31 +15,31 @@ from hypothesis import settings
 from service.compiled import staleness
 from tests.waiting import LIMIT_S
 
-# Examples may take as long as a busy machine needs: no test asserts its own speed. They are the same in every run, so
-# that a commit passes or fails for good; EXITSERVE_RANDOM=1 draws others.
+# Examples have no deadline, since no test asserts speed. They are the same in every run, so that a commit's result is
+# reproducible; EXITSERVE_RANDOM=1 draws others.
 settings.register_profile("default", deadline=None, derandomize=not os.environ.get("EXITSERVE_RANDOM"))
 settings.load_profile("default")
 
-# Nor does a client give up, as those of httpx do after 5 s unless told otherwise.
+# For the same reason clients wait longer than httpx's default of 5 s.
 for step in ("connect", "read", "write", "pool"):
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, step, LIMIT_S)
 
 
 def pytest_configure() -> None:
-    """Test what is written, not what was compiled before it was written."""
+    """Refuse compiled modules that are older than their sources."""
     if stale := staleness():
         raise pytest.UsageError(stale)
 
 
-@pytest.hookimpl(wrapper=True, optionalhook=True)  # there need be no xdist for tests one by one
+@pytest.hookimpl(wrapper=True, optionalhook=True)  # xdist need not be installed
 def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
-    """One more than there are cores to use: a test waits for servers now and then."""
+    """One worker more than there are usable cores, because tests sometimes wait for servers."""
     return (yield) + 1
 
 
 @pytest.fixture
 def bundle_path(tmp_path: Path) -> Path:
-    """A tiny real bundle of the test's own, to serve or to damage; see `tests.bundles`."""
-    from tests.bundles import tiny_bundle  # here, since it takes seconds to import torch
+    """A tiny real bundle that the test may change or damage; see `tests.bundles`."""
+    from tests.bundles import tiny_bundle  # imported here, as it imports torch, which takes seconds
 
     return tiny_bundle(tmp_path / "tiny")

@@ -1,4 +1,4 @@
-"""Where tests find the real images; a test that wants them skips with a reason where they are absent."""
+"""Finds the real images; tests that need them are skipped, with the reason, if they are absent."""
 
 import os
 from functools import cache
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def data_folder() -> Path:
     """CIFAR-100 as `training.data.load_image_set` takes it: EXITSERVE_DATA, or `../shared/data` beside the repository.
 
-    Skips the test that asks where neither is there.
+    Skips the calling test if neither exists.
     """
     named = os.environ.get("EXITSERVE_DATA")
     path = Path(named) if named else REPOSITORY.parent / "shared" / "data"
@@ -26,7 +26,7 @@ def data_folder() -> Path:
 
 @cache
 def cifar100_test() -> tuple[np.ndarray, np.ndarray]:
-    """The 10,000 test images, uint8 [10000, 32, 32, 3], and their labels, int64 [10000]; read once a session.
+    """The 10,000 test images, uint8 [10000, 32, 32, 3], and their labels, int64 [10000]; read once per session.
 
     Both are read-only, since all tests share them.
     """

@@ -1,4 +1,4 @@
-"""A network defined outside the rooms goes through staging, training, export and a real server unchanged."""
+"""A network defined outside the packages goes through staging, training, export and a real server unchanged."""
 
 import io
 from pathlib import Path
@@ -55,14 +55,14 @@ def test_a_server_answers_as_the_network_does(bundle_path, tmp_path):
         assert server.stop() == 0
 
 
-def test_larger_images_are_made_small_at_once():
+def test_larger_images_are_downsampled_in_the_first_layer():
     """So that they cost what small ones do from the first block on."""
     network = ResidualNetwork(5, 64)
     assert network.stem(torch.zeros(2, 3, 64, 64)).shape == (2, 16, 32, 32)
     assert [logits.shape for logits in network(torch.zeros(2, 3, 64, 64))] == [(2, 5)] * 3
 
 
-def test_no_batch_is_of_one_image_alone():
+def test_no_batch_has_a_single_image():
     """Which a normalisation over the batch refuses, in the midst of the training."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8), torch.nn.BatchNorm1d(8))
     images, labels = draw_shapes(65, seed=1)
@@ -158,9 +158,7 @@ def own_file(tmp_path: Path) -> Path:
     return tmp_path / "my_network.py"
 
 
-def test_a_network_that_is_trained_already_is_packed_as_it_is_with_an_image_folder_of_ones_own(
-    tmp_path, own_file, capsys
-):
+def test_a_trained_network_is_packed_unchanged_with_an_image_folder(tmp_path, own_file, capsys):
     images, labels = draw_shapes(300, seed=4)
     for part, rows in (("train", range(240)), ("val", range(240, 300))):
         for row in rows:
@@ -186,11 +184,11 @@ def test_a_network_that_is_trained_already_is_packed_as_it_is_with_an_image_fold
     [
         ("nowhere.py:load", "there is no file"),
         ("my_network.py", "write FILE.py:NAME"),
-        ("my_network.py:other", "nothing called 'other'"),
+        ("my_network.py:other", "does not define 'other'"),
         ("my_network.py:nothing", "does not return a torch.nn.Module"),
     ],
 )
-def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch, capsys, place, reason):
+def test_a_network_that_cannot_be_imported_is_reported_in_one_line(own_file, monkeypatch, capsys, place, reason):
     monkeypatch.chdir(own_file.parent)
     assert main(["--network", place, "--epochs", "0", "--images", "60", "--output", "bundle"]) == 2
     told = capsys.readouterr().err
@@ -211,7 +209,7 @@ def test_a_network_that_cannot_be_had_is_told_in_one_line(own_file, monkeypatch,
         ("at_no_cost", "exit 2 costs no more than exit 1 (counted: convolutions"),
     ],
 )
-def test_a_network_that_cannot_be_packed_is_told_before_it_is_trained(own_file, capsys, monkeypatch, name, reason):
+def test_a_network_that_cannot_be_packed_is_reported_before_training(own_file, capsys, monkeypatch, name, reason):
     monkeypatch.setattr("examples.own_network.train", lambda *_: pytest.fail("trained"))
     assert main(["--network", f"{own_file}:{name}", "--images", "60", "--output", str(own_file.parent / "bundle")]) == 2
     told = capsys.readouterr().err
@@ -220,7 +218,7 @@ def test_a_network_that_cannot_be_packed_is_told_before_it_is_trained(own_file, 
     assert told.count("\n") == 1
 
 
-def test_a_place_that_is_taken_is_told_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+def test_an_output_that_is_no_bundle_is_refused_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("examples.own_network.train", lambda *_: pytest.fail("trained"))
     (tmp_path / "letter.txt").touch()
     (tmp_path / "file").touch()
@@ -233,13 +231,13 @@ def test_a_place_that_is_taken_is_told_before_anything_is_trained(tmp_path, caps
 
 
 @pytest.mark.parametrize("option", ["--epochs=-1", "--images=9", "--image-size=0", "--epochs=many"])
-def test_a_number_that_cannot_be_is_told(option, tmp_path, capsys):
+def test_an_option_out_of_range_is_refused(option, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--output", str(tmp_path / "bundle"), option])
     assert option.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_folder_of_few_images_is_told_and_what_was_passed_over(tmp_path, capsys):
+def test_too_few_images_are_refused(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "few" / name).mkdir(parents=True)
         for i in range(5):
@@ -249,7 +247,7 @@ def test_a_folder_of_few_images_is_told_and_what_was_passed_over(tmp_path, capsy
     assert "8 training images; give 10 or more" in capsys.readouterr().err
 
 
-def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
+def test_a_missing_image_folder_is_reported_in_one_line(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "bundle"), "--data", str(tmp_path / "nowhere")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ")
@@ -257,7 +255,7 @@ def test_a_folder_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
     assert told.count("\n") == 1
 
 
-def test_a_bundle_that_cannot_be_written_is_told_in_one_line(tmp_path, capsys):
+def test_a_bundle_that_cannot_be_written_is_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["--output", str(tmp_path / "file" / "bundle"), "--images", "60", "--epochs", "1"]) == 2
     told = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The real application around a real engine, in this process; requests pass no socket."""
+"""The real application with a real engine, in this process; requests do not pass through sockets."""
 
 import asyncio
 import io
@@ -37,7 +37,7 @@ def build_app(
     on_started: Callable[[Exception | None], object] = lambda error: None,
     **settings: Any,
 ) -> Gate:
-    """The application as `python -m service` makes it, on two lanes and the CPU; `keep` is given its engine."""
+    """Build the application like `python -m service`, on two CPU lanes; `keep` is called with its engine."""
     chosen = Settings(**{"bundle": folder, "lanes": 2, "device": "cpu", "budget_fraction": 0.6, **settings})
     bundle = at_precision(load_bundle(folder), chosen.precision, chosen.runner, chosen.device)
     targets = Targets(bundle.frontier(), bundle.costs_mflops)
@@ -64,7 +64,7 @@ def build_app(
 
 
 class Http:
-    """A client of an application that runs on an event loop of its own, in a thread."""
+    """Runs an application on an event loop in its own thread, and is its client."""
 
     def __init__(self, app: Gate, client: tuple[str, int], url: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -121,7 +121,7 @@ class Http:
 def serving(
     app: Gate, client: tuple[str, int] = ("127.0.0.1", 50_000), url: str = "http://127.0.0.1:8000", ready: bool = True
 ) -> Iterator[Http]:
-    """Run an application from start to stop, and talk to it as a client at the given address."""
+    """Run an application from startup to shutdown; yields a client with the address `client`."""
     http = Http(app, client, url)
     try:
         if ready:
@@ -142,7 +142,7 @@ def encoded(pixels: NDArray[np.uint8], file_format: str, **options: Any) -> byte
 
 
 def problem(response: httpx.Response, status: int, kind: str) -> dict[str, Any]:
-    """Check that a response is a whole problem document of that kind, and return it."""
+    """Check that a response is a complete problem document of that kind, and return it."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     document: dict[str, Any] = response.json()

@@ -1,4 +1,4 @@
-"""A real headless chromium, and what tests ask of the page it shows."""
+"""A real headless Chromium, and queries about the page it shows."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-PATIENCE_S = 60  # of a busy machine; conditions end every wait
+PATIENCE_S = 60  # for busy machines; waits end as soon as their condition holds
 INTERACTIVE = {"button", "checkbox", "combobox", "link", "slider", "textbox", "DisclosureTriangle"}
 
-# For every text that can be seen: its contrast, with the ground behind it put together from the ancestors'.
+# The contrast of every visible text, with the background composed from its ancestors.
 CONTRASTS = """
 const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
 const rgba = (colour) => {
@@ -76,9 +76,9 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def touch(self, element: WebElement, path_px: Sequence[tuple[int, int]]) -> float:
-        """Put a finger on an element's middle, move it through these offsets from there, and lift it.
+        """Touch the middle of an element, move through these offsets from there, and release.
 
-        Returns how far the page was scrolled as the finger came down, in pixels.
+        Returns the page's scroll position at the start of the touch, in pixels.
         """
         self.script("arguments[0].scrollIntoView({ block: 'center', behavior: 'instant' })", element)
         scrolled_px: float = self.script("return scrollY")
@@ -114,17 +114,17 @@ class Browser:
         )
 
     def messages(self) -> list[str]:
-        """What the console has said since it was asked last, policy violations and failed requests among it."""
+        """New messages of the console, including policy violations and failed requests."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> set[str]:
-        """The hosts that have been asked for anything since this was asked last; empty for data and blob URLs."""
+        """Hosts of all requests since the last call; empty for data and blob URLs."""
         sent = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [entry["params"]["request"]["url"] for entry in sent if entry["method"] == "Network.requestWillBeSent"]
         return {urlsplit(url).netloc for url in urls}
 
     def accessible_nodes(self) -> list[dict[str, Any]]:
-        """Role and name of everything that assistive technology is told of."""
+        """Role and name of everything that is exposed to assistive technology."""
         tree = self.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
         return [
             {"role": node["role"]["value"], "name": node.get("name", {}).get("value", "")}
@@ -137,7 +137,7 @@ class Browser:
         return found
 
     def screenshot(self, path: Path) -> None:
-        """The whole page, at its width."""
+        """Save a screenshot of the whole page at its current width."""
         width, height, before = self.script("return [innerWidth, document.documentElement.scrollHeight, innerHeight]")
         self.resize(width, height)
         self.driver.save_screenshot(str(path))
@@ -146,7 +146,7 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Start chromium; skips the test where it or its driver is not installed."""
+    """Start Chromium; skips the test if it or its driver is not installed."""
     binary = shutil.which("chromium") or shutil.which("google-chrome")
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
@@ -157,7 +157,7 @@ def chromium() -> Iterator[Browser]:
     options.add_argument("--hide-scrollbars")
     options.add_argument("--disable-dev-shm-usage")  # containers have little of it
     if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # it refuses to run as root otherwise
+        options.add_argument("--no-sandbox")  # needed to run as root
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, Service(driver_path))
     try:

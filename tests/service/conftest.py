@@ -1,4 +1,4 @@
-"""For all tests of the service."""
+"""Fixtures of all tests of the service."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny real bundle, which the tests of a file share and leave as it is; `bundle_path` is one of a test's own."""
-    from tests.bundles import tiny_bundle  # here, since it takes seconds to import torch
+    """A tiny real bundle, shared by a file's tests, which must not change it; `bundle_path` is private to a test."""
+    from tests.bundles import tiny_bundle  # imported here, as it imports torch, which takes seconds
 
     return tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Bundle:
-    """The same, loaded."""
+    """The bundle in `folder`, loaded."""
     return load_bundle(folder)
 
 
 @pytest.fixture(scope="module")
 def here(folder: Path) -> "Iterator[Here]":
-    """A server of that bundle on a real socket, which the tests of a file share."""
+    """A server of that bundle on a real socket, shared by a file's tests."""
     from tests.service.sockets import serving
 
     with serving(folder) as served:
@@ -39,7 +39,7 @@ def here(folder: Path) -> "Iterator[Here]":
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    """A real one, which the tests of a file share."""
+    """A real browser, shared by a file's tests."""
     from tests.service.browser import chromium
 
     with chromium() as browser:
@@ -48,7 +48,7 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture
 def line(here: "Here") -> "Iterator[Line]":
-    """A connection to it."""
+    """A connection to that server."""
     line = here.connect()
     yield line
     line.close()

@@ -1,4 +1,4 @@
-"""Two proxies in front of one real engine, as two workers have them, but in this process."""
+"""Two proxies of one real engine, like those of two HTTP workers, but in this process."""
 
 import asyncio
 import socket
@@ -27,7 +27,7 @@ IMAGES = random_images(64, seed=77)
 
 
 class Front:
-    """A hub around a real engine, and two proxies on an event loop of their own."""
+    """A hub with a real engine, and two proxies on their own event loop."""
 
     def __init__(self, bundle_path: Path) -> None:
         bundle = load_bundle(bundle_path)
@@ -36,7 +36,7 @@ class Front:
         layout = Layout(n_workers=2, n_slots=N_SLOTS, height_px=32, width_px=32, n_exits=n_exits)
         self.memory = SharedMemory.create(layout)
         metrics = Metrics(bundle.manifest, [self.memory.tally(worker) for worker in range(2)])
-        # More than exits drawn at random cost: images that ask for one are to get there.
+        # Above the mean cost of random exits, so that images that request an exit reach it.
         budget_mflops = 0.8 * bundle.costs_mflops[-1]
         self.engine: Engine = build_engine(bundle, budget_mflops, n_lanes=2, max_in_flight_rows=48, observer=metrics)
         self.engine.start()
@@ -93,7 +93,7 @@ class Front:
 
 
 async def settled(proxy: RemoteEngine) -> None:
-    """Wait until all slots are free again: every answer or release has come."""
+    """Wait until all slots are free, so that every answer or release has arrived."""
     while len(proxy._free) < N_SLOTS:
         await asyncio.sleep(0.001)
 

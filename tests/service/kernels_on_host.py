@@ -1,6 +1,6 @@
-"""The kernels' own text, compiled for the processor: threads of a warp that talk take turns, from one word to the next.
+"""Runs the CUDA kernels' own source on the CPU. Threads of a warp that exchange data run in turns between exchanges.
 
-`compile_on_host` takes the place of `torch.cuda._compile_kernel`; the arguments and the grid are those of the GPU's.
+`compile_on_host` replaces `torch.cuda._compile_kernel`; arguments and grid are the same as on the GPU.
 """
 
 import ctypes
@@ -68,7 +68,7 @@ static void multiply(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
 }
 """
 
-# A kernel whose threads talk has one warp a block; the threads of all others run one after the other.
+# Kernels whose threads exchange data have one warp per block; the threads of all others run one after another.
 LAUNCH = r"""
 static void** a;
 static unsigned n_blocks;
@@ -86,7 +86,7 @@ extern "C" void launch(unsigned blocks, unsigned threads, void** arguments) {
         for (unsigned lane = 0; lane < threads; lane++) {
             getcontext(&lanes[lane]);
             lanes[lane].uc_stack.ss_sp = stacks[lane], lanes[lane].uc_stack.ss_size = sizeof stacks[lane];
-            lanes[lane].uc_link = &launched;  // which the first ends in, when all others have done all but that
+            lanes[lane].uc_link = &launched;  // where the first lane returns, when the others have finished
             makecontext(&lanes[lane], all_blocks, 0);
         }
         swapcontext(&launched, &lanes[0]);
@@ -94,11 +94,11 @@ extern "C" void launch(unsigned blocks, unsigned threads, void** arguments) {
 }
 """
 
-needs_compiler = pytest.mark.skipif(which("g++") is None, reason="no C++ compiler is there")
+needs_compiler = pytest.mark.skipif(which("g++") is None, reason="there is no C++ compiler")
 
 
 def compile_on_host(folder: Path) -> Callable[[str, str], Any]:
-    """Return what compiles kernels, once each, into `folder`."""
+    """Return a function that compiles kernels into `folder`, each once."""
 
     def compile_kernel(source: str, name: str) -> Callable[..., None]:
         library = folder / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}.so"

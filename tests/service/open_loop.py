@@ -1,4 +1,4 @@
-"""Traffic that does not wait for answers, under a virtual clock: the real gate, scheduler, budget and degrading."""
+"""Open-loop traffic under a virtual clock: the real admission, scheduler, budget and latency control."""
 
 import heapq
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ NO_ACCOUNT = Account(0)
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One image and what became of it."""
+    """One image and its outcome."""
 
     came_s: float
-    took_s: float  # NaN where it was refused
+    took_s: float  # NaN if refused
     right: bool
     spent: int
     allowance: int
-    working_mflops: float  # when it came
-    is_lowest: bool  # the working budget, when it came
+    working_mflops: float  # on arrival
+    is_lowest: bool  # whether the working budget was the lowest on arrival
 
 
 @dataclass
 class Record:
-    arrivals: list[Arrival] = field(default_factory=list)  # in the order in which they answered or were refused
+    arrivals: list[Arrival] = field(default_factory=list)  # in order of answer or refusal
     n_images: int = 0
 
     def between(self, from_s: float, to_s: float) -> "Record":
@@ -79,16 +79,16 @@ class _Row(Image):
 
 
 def _tell_nobody(outcomes: object) -> None:
-    """The sink of requests that are there to be counted at the gate."""
+    """Sink of the requests, which only count for admission."""
 
 
 def seconds_per_row(mflops_per_s: float) -> list[float]:
-    """By stage."""
+    """Seconds per row, by stage."""
     return [float(mflops) / mflops_per_s for mflops in np.diff([0.0, *COSTS_MFLOPS])]
 
 
 def capacity(frontier: Frontier, n_lanes: int, mflops_per_s: float) -> float:
-    """Images a second at the frontier's end, in large batches."""
+    """Images/s at the frontier's end, in large batches."""
     return n_lanes * mflops_per_s / frontier.cost[-1]
 
 
@@ -105,10 +105,10 @@ def simulate_open_loop(
     mflops_per_s: float = 13_000.0,
     batch_s: float = BATCH_S,
 ) -> Record:
-    """Send Poisson traffic in phases of (seconds, images a second), and answer all that is let in.
+    """Send Poisson traffic in phases of (seconds, images/s), and answer all images that are admitted.
 
-    A batch takes `batch_s` and, for every row, the stage's cost at `mflops_per_s`. Batches are handed over ahead, one
-    a lane, as the engine does.
+    A batch takes `batch_s` and, for every row, the stage's cost at `mflops_per_s`. As in the engine, each lane gets its
+    next batch ahead of time.
     """
     rng = np.random.default_rng(seed)
     came: list[float] = []

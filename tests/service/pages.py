@@ -1,4 +1,4 @@
-"""The page at `/`, and what a person does there."""
+"""The page at `/`, and the actions of its users."""
 
 import base64
 from pathlib import Path

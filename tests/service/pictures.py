@@ -13,5 +13,5 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> byt
 
 
 def in_more_passes(progressive: bytes, n_more: int) -> bytes:
-    """A progressive JPEG whose last scan comes `n_more` times more, in a few bytes each where it is of one colour."""
+    """Repeat the last scan of a progressive JPEG `n_more` times; each takes few bytes if the image has one colour."""
     return progressive[:-2] + n_more * progressive[progressive.rindex(b"\xff\xda") : -2] + progressive[-2:]

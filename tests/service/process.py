@@ -1,4 +1,4 @@
-"""A real server process on a free port, as an operator would start it."""
+"""Starts a real server process on a free port, from the command line."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This environment without its own server settings."""
+    """The environment of this process, without settings of the server, plus `variables`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EXITSERVE_")}
     return {**kept, "PYTHONUNBUFFERED": "1", **variables}
 
@@ -43,7 +43,7 @@ def environment(**variables: str) -> dict[str, str]:
 def running_server(
     bundle: Path, log: Path, *arguments: str, program: Sequence[str] = PROGRAM, **variables: str
 ) -> Iterator[ServerProcess]:
-    """Start `program`, the server, and wait for the line that says it is ready; kill it at the end if it still runs."""
+    """Start the server `program` and wait until it prints that it is ready; kill it at the end if it still runs."""
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*program, "--bundle", str(bundle), "--port", "0", *arguments],

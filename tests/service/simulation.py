@@ -1,4 +1,4 @@
-"""Traffic under a virtual clock: the real scheduler and the real budget, images that are rows of scores."""
+"""Closed-loop traffic under a virtual clock: the real scheduler and budget, with rows of scores as images."""
 
 import heapq
 from collections.abc import Callable, Iterator
@@ -47,14 +47,16 @@ class Image:
 
 @dataclass(slots=True)
 class Run:
-    """What happened, answer by answer."""
+    """Results, by answer."""
 
     spent: list[int] = field(default_factory=list)
     allowances: list[int] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     right: list[bool] = field(default_factory=list)
     exits: list[int] = field(default_factory=list)
-    rolling: list[float] = field(default_factory=list)  # the last 1,000's average over the budget of that moment
+    rolling: list[float] = field(
+        default_factory=list
+    )  # mean cost of the last 1,000 answers, divided by the current budget
     longest_wait_s: float = 0.0
 
 
@@ -66,7 +68,7 @@ def simulate(
     max_rows: int = 32,
     at_answer: Callable[[int], None] = lambda n_answers: None,
 ) -> Run:
-    """Send every image, each client one at a time; batches take 0.3 ms and 1 ms per 13 mflops of every row."""
+    """Send all images, one at a time per client; a batch takes 0.3 ms, and 1 ms per 13 MFLOPs of each row."""
     n_exits = len(budget.costs)
     seconds_per_row = np.diff([0.0, *(cost / 1e6 for cost in budget.costs)]) / 13_000
     costs = CostTable([{1: 3e-4 + row_s, max_rows: 3e-4 + row_s * max_rows} for row_s in seconds_per_row.tolist()])
@@ -110,7 +112,7 @@ def simulate(
 
 
 def worst_window(run: Run) -> int:
-    """The most that any window of consecutive answers spent beyond its allowances (Kadane's algorithm)."""
+    """The most that any window of consecutive answers exceeded its allowances by (Kadane's algorithm)."""
     worst = current = 0
     for spent, allowance in zip(run.spent, run.allowances, strict=True):
         current = max(0, current + spent - allowance)

@@ -1,4 +1,4 @@
-"""What both runners are put through that keep the state of rows in slots: regrouping, lanes side by side, an engine."""
+"""Tests shared by the two runners that keep row states in slots: regrouping, parallel lanes, a whole engine."""
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ from tests.service.engine.test_engine import balanced, running
 
 MAX_ROWS = 16
 Check = Callable[[int, Sequence[int], StageOutput], None]
-"""Given a stage (from 0), which images ran together, and what came of them."""
+"""Called with a stage (from 0), the indices of the images that ran together, and the output."""
 
 
 def all_free(slots: Slots) -> bool:
@@ -32,12 +32,12 @@ def all_free(slots: Slots) -> bool:
 
 
 def close(found: NDArray[Any], expected: NDArray[Any], tolerance: float = 1e-4) -> None:
-    """Check that numbers differ by no more than so much of the largest."""
+    """Check that numbers differ by at most `tolerance` times the largest expected magnitude."""
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * float(np.abs(expected).max()))
 
 
 def logits_of(runner: Runner, images: Iterable[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """The logits [n_images, classes] of every exit, of images that run all stages together."""
+    """The logits [n_images, classes] of every exit, with all images in one batch per stage."""
     rows: Sequence[RowState] = [runner.first_state(image) for image in images]
     logits = []
     for stage in range(runner.n_stages):
@@ -48,7 +48,7 @@ def logits_of(runner: Runner, images: Iterable[NDArray[np.uint8]]) -> list[NDArr
 
 
 def regroup_at_random(runner: SlotRunner[Any], images: NDArray[np.uint8], seed: int, check: Check) -> None:
-    """Run images through all stages in batches of random sizes, shuffled by odd seeds; a fifth leaves at each exit."""
+    """Run images in batches of random sizes, shuffled if `seed` is odd; a fifth leaves at each exit."""
     rng = np.random.default_rng(seed)
     waiting = [(i, runner.first_state(image)) for i, image in enumerate(images)]
     for stage in range(runner.n_stages):
@@ -68,7 +68,7 @@ def regroup_at_random(runner: SlotRunner[Any], images: NDArray[np.uint8], seed: 
 
 
 def run_side_by_side(runner: SlotRunner[Any], images: NDArray[np.uint8], check: Check) -> None:
-    """Run images on one thread more than there are lanes, each in two batches a stage."""
+    """Run images in one thread more than there are lanes, in two batches per stage each."""
 
     def through(part: int) -> None:
         ids = range(part, len(images), 13)
@@ -87,7 +87,7 @@ def run_side_by_side(runner: SlotRunner[Any], images: NDArray[np.uint8], check: 
 def engine_around(
     runner: Runner, bundle: Bundle, policy: str = "default", steer: bool = True, **options: Any
 ) -> Engine:
-    """An engine that keeps 60 % of the full network's cost."""
+    """An engine with a budget of 60 % of the full cost."""
     budget = BudgetController(bundle.frontier(), bundle.costs_mflops, 0.6 * bundle.costs_mflops[-1], 1000, steer)
     scheduler: Scheduler[Any] = Scheduler(runner.n_stages, runner.max_rows, policy=policy)
     return Engine(runner, budget, scheduler, bundle.score(), bundle.manifest.class_names, **options)
@@ -100,7 +100,7 @@ def answer_all(
     logits: Sequence[NDArray[np.float32]],
     tolerance: float,
 ) -> None:
-    """Check an engine's answers against every exit's logits: exits, regrouping, clients that leave, and wishes."""
+    """Check an engine's answers against the logits of their exits, with regrouping, cancellations and a pinned exit."""
     engine = engine_around(runner, bundle)
     with running(engine):
         futures = [engine.submit(image, Options(top_k=1 + i % 3)) for i, image in enumerate(images)]
@@ -123,5 +123,5 @@ def answer_all(
         stats = engine.stats()
     assert balanced(stats)
     del futures, future, pinned
-    # But for what idle lanes still remember of their last batch.
+    # Except for slots that idle lanes keep for their last batches.
     assert runner.slots.n_free >= runner.slots.n_slots - 2 * runner.n_lanes * runner.max_rows

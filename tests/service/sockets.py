@@ -1,4 +1,4 @@
-"""The real application in this process, behind real sockets: a server on a thread, and connections byte by byte."""
+"""The real application in this process, behind real sockets: a server in a thread, and byte-level connections."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from tests.waiting import LIMIT_S
 
 
 class Served(Server):
-    """The server on a thread, which no signal reaches."""
+    """The server, without signal handlers, so that it can run in a thread."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -52,7 +52,7 @@ class Here:
 
 
 class Line:
-    """One connection, byte by byte."""
+    """One connection, read and written at byte level."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket, self._file = sock, sock.makefile("rb")

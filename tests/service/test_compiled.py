@@ -1,4 +1,4 @@
-"""Compiled code is told of, and code that is older than its source is warned of; `make compile` and `make pure`."""
+"""Compiled modules: their state is reported, stale ones cause a warning; `make compile` and `make pure`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def write(path: Path, at_s: float) -> Path:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """Two modules, one of them compiled, and a third that another Python's compiler has seen."""
+    """Three modules: one not compiled, one compiled, and one compiled for another Python."""
     package = tmp_path / "service"
     for name in ("budget/ledger.py", "runners/slots.py", "engine/core.py"):
         write(package / name, EARLIER_S)
@@ -38,7 +38,7 @@ def package(tmp_path: Path) -> Path:
     return package
 
 
-def test_what_this_python_would_load_is_found(package: Path) -> None:
+def test_only_modules_compiled_for_this_python_count(package: Path) -> None:
     assert compiled_sources(package) == {package / "runners/slots.py": package / f"runners/slots{SUFFIX}"}
     assert state(package) == "the engine runs compiled: 1 modules"
     assert staleness(package) is None
@@ -46,7 +46,7 @@ def test_what_this_python_would_load_is_found(package: Path) -> None:
     assert state(package) == "the engine runs as Python, not compiled"
 
 
-def test_a_source_that_has_changed_since_is_named(package: Path) -> None:
+def test_a_source_changed_after_compilation_is_named(package: Path) -> None:
     write(package / "budget/ledger.py", LATER_S)
     assert stale_sources(package) == []
     write(package / "runners/slots.py", LATER_S)
@@ -56,19 +56,19 @@ def test_a_source_that_has_changed_since_is_named(package: Path) -> None:
     assert all(word in told for word in ("service/runners/slots.py:", "`make compile`", "`make pure`"))
 
 
-def test_compiling_again_may_renew_the_library_alone(package: Path) -> None:
+def test_recompiling_may_renew_only_the_shared_library(package: Path) -> None:
     write(package / "runners/slots.py", LATER_S)
     write(package / f"{LIBRARY}{SUFFIX}", LATER_S)
     assert stale_sources(package) == []
 
 
-def test_compiled_code_whose_source_has_gone_is_named(package: Path) -> None:
+def test_compiled_code_without_a_source_is_named(package: Path) -> None:
     (package / "runners/slots.py").unlink()
     assert stale_sources(package) == [package / "runners/slots.py"]
 
 
-def test_what_is_said_of_this_installation_is_so() -> None:
-    """True of an engine compiled or not: CI runs it both ways."""
+def test_the_reported_state_of_this_installation_is_true() -> None:
+    """CI runs it both with the engine compiled and without."""
     compiled = compiled_sources()
     for source in (PACKAGE / f"{name}.py" for name in ("budget/ledger", "engine/core", "runners/slots", "settings")):
         found = PathFinder.find_spec(source.stem, [str(source.parent)])
@@ -80,16 +80,16 @@ def test_what_is_said_of_this_installation_is_so() -> None:
 
 @pytest.fixture
 def stale_copy(tmp_path: Path) -> Path:
-    """The server with a module changed since it was compiled: one that it does not load, as there is no code here."""
+    """A copy of the server with a stale compiled module, an empty file for a module that it does not import."""
     for name in ("service", "models"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=SCRATCH)
     write(tmp_path / f"service/command{SUFFIX}", COMPILED_S)
     return tmp_path
 
 
-def test_a_server_says_what_it_runs_and_warns_of_what_is_older(stale_copy: Path, bundle_path: Path) -> None:
+def test_a_server_logs_its_state_and_warns_of_stale_modules(stale_copy: Path, bundle_path: Path) -> None:
     log = stale_copy / "log"
-    script = stale_copy / "serve.py"  # so that its folder is where Python looks first
+    script = stale_copy / "serve.py"  # so that its folder comes first on sys.path
     script.write_text("import runpy; runpy.run_module('service', run_name='__main__')")
     with running_server(bundle_path, log, program=(sys.executable, str(script))) as server:
         assert server.stop() == 0
@@ -98,7 +98,7 @@ def test_a_server_says_what_it_runs_and_warns_of_what_is_older(stale_copy: Path,
     assert told == [("warning", staleness(stale_copy / "service")), ("info", "the engine runs compiled: 1 modules")]
 
 
-def test_tests_of_what_is_older_are_refused(stale_copy: Path) -> None:
+def test_pytest_refuses_stale_modules(stale_copy: Path) -> None:
     for name in ("conftest.py", "waiting.py", "service/test_compiled.py"):
         (stale_copy / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(REPOSITORY / "tests" / name, stale_copy / "tests" / name)
@@ -110,7 +110,7 @@ def test_tests_of_what_is_older_are_refused(stale_copy: Path) -> None:
 
 
 def make(verb: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The Makefile's own verb on a folder that has nothing but this Python."""
+    """Run a target of the Makefile in a folder with a minimal virtual environment of this Python."""
     (folder / "venv/bin").mkdir(parents=True)
     (folder / "venv/bin/python").symlink_to(sys.executable)
     shutil.copyfile(REPOSITORY / "Makefile", folder / "Makefile")
@@ -120,7 +120,7 @@ def make(verb: str, folder: Path, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(asked, cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=60)
 
 
-def test_make_compile_without_a_compiler_says_so_and_leaves_what_there_is(package: Path) -> None:
+def test_make_compile_without_a_compiler_fails_and_keeps_compiled_modules(package: Path) -> None:
     done = make("compile", package.parent, CC="no-such-compiler")
     assert done.returncode == 2
     assert done.stdout.startswith("error: no C compiler that finds Python.h. Install both (")
@@ -133,5 +133,5 @@ def test_make_pure_leaves_the_sources(package: Path) -> None:
     assert sorted(path.name for path in package.rglob("*.*")) == ["core.py", "ledger.py", "slots.py"]
 
 
-def test_setup_names_the_library_as_it_is_looked_for() -> None:
+def test_setup_names_the_library_as_the_service_expects_it() -> None:
     assert f'group_name="service.{LIBRARY.removesuffix("__mypyc")}"' in (REPOSITORY / "setup.py").read_text()

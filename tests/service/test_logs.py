@@ -1,4 +1,4 @@
-"""What a server prints: its log, and nothing beside it."""
+"""The output of a server: its log and nothing else."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import sys
 from service.logs import JsonFormatter
 from tests.service.process import REPOSITORY, environment
 
-# An EXIF note whose entries lie: Pillow warns of each, in words that are new each time.
+# EXIF data with invalid entries: Pillow warns of each, with a different text each time.
 PROGRAM = """
 import io, struct, sys
 from PIL import Image
@@ -28,15 +28,15 @@ print(len(getattr(sys.modules["PIL.TiffImagePlugin"], "__warningregistry__", {})
 """
 
 
-def test_odd_pictures_leave_nothing_beside_the_log_and_nothing_in_memory() -> None:
+def test_warnings_of_pillow_are_neither_printed_nor_kept_in_memory() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stderr == ""
-    assert int(done.stdout) <= 1  # its version, which Python keeps there
+    assert int(done.stdout) <= 1  # the registry's own "version" entry
 
 
-def test_a_line_is_not_lost_for_a_name_that_is_no_utf_8() -> None:
+def test_file_names_that_are_not_utf_8_can_be_logged() -> None:
     record = logging.LogRecord("service", logging.ERROR, __file__, 1, "not read: %s", ("b\udcff",), None)
     line = JsonFormatter().format(record)
     assert line.isascii()

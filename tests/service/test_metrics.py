@@ -1,4 +1,4 @@
-"""What Prometheus reads: equal to the answers, of bounded size, and nothing in it from a client."""
+"""The metrics page: its counts equal the answers, its size is bounded, and it contains nothing from clients."""
 
 import shutil
 import subprocess
@@ -85,7 +85,7 @@ def test_every_exit_has_a_bucket_of_its_own(http: Http) -> None:
         assert cumulative == sum(answer["exit"] <= exit_ for answer in answers)
 
 
-def test_gauges_are_those_of_the_budget(http: Http) -> None:
+def test_gauges_equal_the_budgets_state(http: Http) -> None:
     state = http.put("/budget", json={"fraction": 0.45}).json()
     samples = scrape(http)
     assert value(samples, "budget_mflops") == pytest.approx(state["average_mflops"])
@@ -101,7 +101,7 @@ def test_gauges_are_those_of_the_budget(http: Http) -> None:
     assert (info["name"], info["version"]) == (model["name"], model["version"])
 
 
-def test_no_client_can_make_it_grow(http: Http) -> None:
+def test_client_input_creates_no_new_series(http: Http) -> None:
     before = set(scrape(http))
     for word in ("x" * 50, "exit", "../../etc"):
         http.post(f"/classify?{word}={word}", content=word.encode(), headers={"Content-Type": f"image/{word}"})
@@ -144,14 +144,14 @@ def test_exits_that_cost_nearly_the_same_share_a_bucket() -> None:
     assert _cost_bounds([100.02, 100.06, 200.0]) == [100.1, 200.1]
 
 
-def test_it_can_be_read_before_the_engine_is_there(tmp_path: Path) -> None:
+def test_it_can_be_scraped_before_the_engine_has_started(tmp_path: Path) -> None:
     with serving(build_app(tiny_bundle(tmp_path / "bundle")), ready=False) as http:
         text = http.get("/metrics").text
         assert "exitserve_requests_total" in text
         assert "exitserve_ready 0.0" in text
 
 
-def test_it_says_whether_images_are_taken(http: Http) -> None:
+def test_the_ready_gauge_is_set(http: Http) -> None:
     assert value(scrape(http), "ready") == 1
 
 

@@ -1,4 +1,4 @@
-"""`python -m service`: the `classify` command, and what every command does where it cannot print."""
+"""`python -m service`: the `classify` command, and how every command handles output that cannot be written."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_an_engine_that_refuses_is_no_crash(
     assert "No answer: no stage can be run: every batch fails (no memory)." in told
 
 
-def test_the_command_asks_a_server_the_same(
+def test_the_command_gets_the_same_answers_from_a_server(
     here: Here, folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = []
@@ -127,7 +127,7 @@ def test_the_command_counts_images_on_a_terminal(
     assert "of 3 images" not in told.out
 
 
-def test_it_is_part_of_the_service_command_and_takes_no_torch(folder: Path, pictures: list[Path]) -> None:
+def test_it_is_a_subcommand_of_the_service_and_imports_no_torch(folder: Path, pictures: list[Path]) -> None:
     code = (
         "import sys; from service.__main__ import main; "
         f"assert main(['classify', {str(pictures[0])!r}, '--bundle', {str(folder)!r}]) == 0; "
@@ -150,7 +150,7 @@ def test_one_picture_may_come_from_standard_input(
         assert (line["image"], line["error"]) == ("-", None)
 
 
-def test_what_was_answered_before_the_server_is_lost_is_printed(
+def test_answers_received_before_the_server_is_lost_are_printed(
     here: Here, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = httpx.post(here.url + "/classify", content=BODIES[0], headers=PNG).content
@@ -178,11 +178,11 @@ def test_what_was_answered_before_the_server_is_lost_is_printed(
     assert told.err.startswith("\r1 of 3 images\r\033[Kerror: http://127.0.0.1:")
 
 
-# --- what all commands share --------------------------------------------------------------------------------------
+# --- common to all commands ---------------------------------------------------------------------------------------
 
 
 def shell(line: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run the program by a line of the shell, which says where its standard streams go."""
+    """Run the program through the shell, with `line` redirecting its standard streams."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {line}', "sh", *program(*arguments)],
         cwd=REPOSITORY,
@@ -195,7 +195,7 @@ def shell(line: str, *arguments: str, **more: str) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(("line", "why"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")])
-def test_a_command_that_cannot_print_says_so_in_one_line(
+def test_an_unwritable_standard_output_is_reported_in_one_line(
     folder: Path, pictures: list[Path], line: str, why: str, unbuffered: str
 ) -> None:
     for arguments in (["classify", str(pictures[0]), "--bundle", str(folder)], ["--version"])[: 1 if unbuffered else 2]:
@@ -204,7 +204,7 @@ def test_a_command_that_cannot_print_says_so_in_one_line(
 
 
 @pytest.mark.parametrize(("encoding", "form"), [("latin-1", []), ("utf-8", ["--json"])])
-def test_a_files_name_may_be_what_cannot_be_printed(
+def test_file_names_that_cannot_be_encoded_are_escaped(
     folder: Path, tmp_path: Path, encoding: str, form: list[str]
 ) -> None:
     path = os.fsdecode(os.fsencode(tmp_path) + b"/f\xff\xe9\x9b\xaa.png")
@@ -220,13 +220,13 @@ def test_a_files_name_may_be_what_cannot_be_printed(
     assert b"udcff" in done.stdout
 
 
-def test_closed_standard_input_is_told_of(folder: Path) -> None:
+def test_closed_standard_input_is_reported(folder: Path) -> None:
     done = shell("<&- >/dev/null", "classify", "-", "--bundle", str(folder))
     assert (done.returncode, done.stderr) == (1, "-: The file cannot be read: Bad file descriptor.\n")
 
 
 @pytest.mark.parametrize(("workers", "line"), [("0", ">/dev/full"), ("0", ""), ("2", ">&- <&-")])
-def test_a_server_that_cannot_say_it_is_ready_serves(
+def test_a_server_serves_even_if_it_cannot_print_that_it_is_ready(
     folder: Path, tmp_path: Path, pictures: list[Path], workers: str, line: str
 ) -> None:
     log = tmp_path / "log"
@@ -256,7 +256,7 @@ def test_a_server_that_cannot_say_it_is_ready_serves(
     assert "stopped: 1 answered, 0 abandoned, 0 failed" in log.read_text()
 
 
-def test_a_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subcommand_must_precede_all_options(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--port", "9102", "classify", "x.png"], ["--url", "http://127.0.0.1:1", "classify", "x.png"]):
         with pytest.raises(SystemExit) as exit_info:
             load_settings(arguments)
@@ -265,7 +265,7 @@ def test_a_command_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
         assert "'classify' must come first, before any option: python -m service classify ..." in told
 
 
-def test_it_tells_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_prints_its_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as exit_info:
         load_settings(["--version"])
     assert exit_info.value.code == 0

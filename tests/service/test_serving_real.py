@@ -1,5 +1,5 @@
-"""Served answers are the network's own: each compared with the PyTorch network evaluated whole, whatever it shared a
-batch with. With the tiny bundle always; with the trained one and CIFAR-100's test images where they are there."""
+"""Served answers equal those of the PyTorch network evaluated as a whole, whatever images shared a batch. Always with
+the tiny bundle; with the trained one and CIFAR-100's test images if available."""
 
 import asyncio
 from collections import Counter
@@ -33,7 +33,7 @@ TIE = 1e-4
 
 @dataclass(frozen=True)
 class Offline:
-    """Images, and what the whole network says of them at every exit [N]."""
+    """Images, and the whole network's logits and scores for them at all N exits."""
 
     bundle: Bundle
     bodies: list[bytes]
@@ -49,7 +49,7 @@ def offline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     else:
         if not (ZOO_BUNDLE / "manifest.json").exists():
             pytest.skip(f"no trained bundle at {ZOO_BUNDLE.relative_to(REPOSITORY)}")
-        path, images = ZOO_BUNDLE, cifar100_test()[0][:n_images].copy()  # torch wants them writable
+        path, images = ZOO_BUNDLE, cifar100_test()[0][:n_images].copy()  # torch needs them writable
     bundle = load_bundle(path)
     logits = evaluate(bundle, images)
     return Offline(bundle, [png(image) for image in images], logits, score_exits(bundle.score(), logits))
@@ -57,7 +57,7 @@ def offline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @torch.no_grad()
 def evaluate(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """Logits [images, classes] of every exit, by the PyTorch network as a whole."""
+    """Logits [images, classes] of every exit, from the PyTorch network as a whole."""
     manifest = bundle.manifest
     network = build_network(manifest.architecture, manifest.arguments)
     network.load_state_dict(load_file(bundle.path / "weights.safetensors"))
@@ -102,7 +102,7 @@ def set_budget(server: ServerProcess, fraction: float) -> dict[str, Any]:
 
 
 def assert_answers_are_the_networks(answers: list[dict[str, Any]], offline: Offline) -> None:
-    """Label and confidence are those of the whole network at the exit taken."""
+    """Label and confidence equal those of the whole network at the exit taken."""
     for i, answer in enumerate(answers):
         logits = offline.logits[answer["exit"] - 1][i]
         expected = float(confidence(logits[None])[0])
@@ -115,7 +115,7 @@ def assert_answers_are_the_networks(answers: list[dict[str, Any]], offline: Offl
 
 
 def test_labels_exits_and_confidences_equal_the_whole_networks(server: ServerProcess, offline: Offline) -> None:
-    """With the whole network's cost as budget the thresholds stand still at the frontier's end, and so are known."""
+    """With the full cost as budget, thresholds stay at the frontier's end, so the expected exits are known."""
     set_budget(server, 1.0)
     frontier = offline.bundle.frontier()
     thresholds = np.array(frontier.at(1.0).thresholds)
@@ -131,7 +131,9 @@ def test_labels_exits_and_confidences_equal_the_whole_networks(server: ServerPro
 
 
 @pytest.mark.parametrize("fraction", [0.4, 0.6])
-def test_under_a_budget_too_and_every_count_agrees(server: ServerProcess, offline: Offline, fraction: float) -> None:
+def test_answers_under_a_budget_are_the_networks_and_all_counts_agree(
+    server: ServerProcess, offline: Offline, fraction: float
+) -> None:
     state = set_budget(server, fraction)
     ledger, exits = state["ledger"], exit_counts(server)
     answers = ask_all(server, offline.bodies)
@@ -159,7 +161,7 @@ def exit_counts(server: ServerProcess) -> Counter[tuple[int, str]]:
     )
 
 
-def test_an_answer_is_the_same_alone_and_in_company(server: ServerProcess, offline: Offline) -> None:
+def test_an_answer_does_not_depend_on_other_requests(server: ServerProcess, offline: Offline) -> None:
     set_budget(server, 1.0)
     together = ask_all(server, offline.bodies[:32])
     for body, answer in zip(offline.bodies[:32], together, strict=True):

@@ -1,4 +1,4 @@
-"""Settings: where they come from, which are refused, and that the error says what to do."""
+"""Settings: their sources, which values are refused, and that errors name the fix."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
     assert load_settings(["--access-log", "json"]).access_log == "json"
 
 
-def test_help_teaches_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         load_settings(["--help"])
     assert exit_info.value.code == 0
@@ -74,7 +74,7 @@ def test_an_error_names_the_setting_and_the_fix(arguments: list[str], field: str
     assert reason in message
 
 
-def test_all_errors_are_told_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(["--port", "x", "--lanes", "-1"])
     assert "--port" in str(caught.value)
@@ -91,7 +91,7 @@ def test_all_errors_are_told_at_once() -> None:
         (["clasify", "cat.png"], "'clasify' is neither a command (serve, classify, plan)"),
     ],
 )
-def test_what_is_unknown_is_refused_with_what_was_meant(
+def test_unknown_options_are_refused_with_a_suggestion(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -100,7 +100,7 @@ def test_what_is_unknown_is_refused_with_what_was_meant(
     assert told in capsys.readouterr().err
 
 
-def test_a_misspelt_variable_is_told_and_those_of_others_are_not() -> None:
+def test_misspelt_variables_are_reported_but_not_those_of_other_programs() -> None:
     others = ("EXITSERVE_DATA", "EXITSERVE_ZOO", "EXITSERVE_IMAGE", "EXITSERVE_ADDRESS", "EXITSERVE_MEMORY", "PROT")
     right = ("EXITSERVE_PORT", "EXITSERVE_ADMIN_TOKEN")
     assert not list(mistaken_variables(dict.fromkeys((*others, *right), "1")))
@@ -109,7 +109,7 @@ def test_a_misspelt_variable_is_told_and_those_of_others_are_not() -> None:
     assert "did you mean EXITSERVE_BUDGET_FRACTION?" in told
 
 
-def test_the_token_is_never_on_the_command_line_nor_in_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_no_option_and_never_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--admin-token " not in command_line().format_help()
     monkeypatch.setenv("EXITSERVE_ADMIN_TOKEN", "correct-horse-battery")
     settings = load_settings([])

@@ -1,4 +1,4 @@
-"""What Python's collector leaves alone once the server is warm, and what it must not leave alone for long."""
+"""Garbage collection in a warm server: what it skips, and what it must still collect."""
 
 import platform
 import subprocess
@@ -13,20 +13,20 @@ import gc
 from collections import deque
 from service.settled_memory import settle_memory
 
-warm = [[] for _ in range(400_000)]  # as what a server has loaded
+warm = [[] for _ in range(400_000)]  # stands for what a server has loaded
 settle_memory()
 in_work, most = deque(maxlen=100_000), 0
 for n in range(1_500_000):
     circle = []
     circle.append(circle)
-    in_work.append(circle)  # long enough to be old when it ends
+    in_work.append(circle)  # kept until it is in the oldest generation
     if n % 10_000 == 0:
         most = max(most, len(gc.get_objects()))
 print(most)
 """
 
 
-def test_requests_that_end_in_a_circle_do_not_pile_up() -> None:
+def test_reference_cycles_of_requests_are_collected() -> None:
     run = subprocess.run(
         [sys.executable, "-c", CIRCLES], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
     )
@@ -49,7 +49,7 @@ print(looks.count("start"))
     ("max_in_flight", "n_objects", "n_looks"),
     [(0, 4_900, 0), (0, 5_100, 1), (8_192, 32_000, 0), (8_192, 33_000, 1), (1_000_000, 101_000, 1)],
 )
-def test_what_comes_and_goes_with_the_images_in_work_is_not_looked_at(
+def test_objects_of_images_in_flight_do_not_trigger_a_collection(
     max_in_flight: int, n_objects: int, n_looks: int
 ) -> None:
     command = [sys.executable, "-c", IN_FLIGHT, str(max_in_flight), str(n_objects)]
@@ -68,15 +68,15 @@ def resident_mb():
 
 use_one_heap()
 blocks = [bytearray(1000) for _ in range(100_000)]
-blocks = blocks[::5000]  # the few that stay keep the heap from shrinking
+blocks = blocks[::5000]  # the remaining few keep the heap from shrinking by itself
 before_mb = resident_mb()
 settle_memory()
 print(before_mb - resident_mb())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps it, and can be told")
-def test_what_loading_has_left_is_given_back() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_memory_freed_after_loading_is_returned_to_the_system() -> None:
     run = subprocess.run(
         [sys.executable, "-c", LEFT_OVER], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""A real process: nothing that clients do stops it, and told to stop it loses no request."""
+"""A real server process: it survives whatever clients do, and loses no request when it is stopped."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from tests.service.process import PROGRAM, ServerProcess, running_server
 from tests.waiting import LIMIT_S, wait_until
 
 BODY = png(random_images(1, seed=41)[0])
-HOURS_S = "3600"  # nothing ends for this limit
+HOURS_S = "3600"  # a limit that no test reaches
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def log(tmp_path: Path) -> Path:
 
 
 class SlowClient:
-    """A request that the server has accepted, since it has asked for the body; half of that is still on its way."""
+    """A request that the server has accepted, by asking for the body, of which only the first part has been sent."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT_S)
@@ -96,9 +96,9 @@ def test_accepted_requests_are_answered_before_it_stops(bundle_path: Path, log: 
 
 
 @pytest.mark.parametrize("arguments", [(), ("--http-workers", "2")])
-def test_a_terminal_that_closes_tells_it_to_stop(bundle_path: Path, log: Path, arguments: tuple[str, ...]) -> None:
-    """It and its shell may both say so, to all processes; that is no second signal."""
-    program = ("env", "--default-signal=HUP", *PROGRAM)  # whatever runs the tests
+def test_sighup_stops_it_even_when_sent_twice(bundle_path: Path, log: Path, arguments: tuple[str, ...]) -> None:
+    """A closing terminal and its shell may both send SIGHUP to all processes; it does not count as a second signal."""
+    program = ("env", "--default-signal=HUP", *PROGRAM)  # even if the tests run with SIGHUP ignored
     with running_server(bundle_path, log, *arguments, program=program) as server, slow_clients(server, 8) as clients:
         processes = [server.process.pid, *children(server.process.pid)]
         for _ in range(2):
@@ -114,9 +114,7 @@ def test_a_terminal_that_closes_tells_it_to_stop(bundle_path: Path, log: Path, a
 
 
 @pytest.mark.parametrize("arguments", [(), ("--http-workers", "2")])
-def test_started_by_nohup_it_goes_on_without_its_terminal(
-    bundle_path: Path, log: Path, arguments: tuple[str, ...]
-) -> None:
+def test_under_nohup_it_ignores_sighup(bundle_path: Path, log: Path, arguments: tuple[str, ...]) -> None:
     with running_server(bundle_path, log, *arguments, program=("nohup", *PROGRAM)) as server:
         processes = [server.process.pid, *children(server.process.pid)]
         for pid in processes:
@@ -129,7 +127,7 @@ def test_started_by_nohup_it_goes_on_without_its_terminal(
 
 
 def form() -> tuple[str, bytes]:
-    """The image as browsers send it: content type and body."""
+    """The image as an HTML form: content type and body."""
     request = httpx.Request("POST", "http://localhost", files={"image": ("a.png", BODY, "image/png")})
     return request.headers["content-type"], request.read()
 
@@ -139,10 +137,10 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--http-workers", "2")])
-def test_what_its_sockets_hold_at_the_signal_is_answered(
+def test_requests_unread_in_its_sockets_at_the_signal_are_answered(
     bundle_path: Path, log: Path, arguments: tuple[str, ...]
 ) -> None:
-    """Sent before the signal, read by nobody yet: on connections that are open, and on some that are not accepted."""
+    """Sent before the signal but not read yet, both on open connections and on ones that are not accepted yet."""
     heads = [("/classify", "image/png", BODY), ("/classify/stream", "image/png", BODY), ("/classify", *form())]
     requests = [
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n".encode()
@@ -155,7 +153,7 @@ def test_what_its_sockets_hold_at_the_signal_is_answered(
             return stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT_S))
 
         connections = [connect() for _ in range(20)]
-        for connection in connections:  # accepted, and known to the server
+        for connection in connections:  # until the server has accepted them
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             heard = b""
             while not heard.endswith(b'{"status":"alive"}'):
@@ -167,25 +165,25 @@ def test_what_its_sockets_hold_at_the_signal_is_answered(
         for i, connection in enumerate(connections):
             connection.sendall(requests[i % len(requests)])
         server.process.send_signal(signal.SIGTERM)
-        if arguments:  # workers hear of it from their parent
+        if arguments:  # workers are told by their parent
             wait_until("the parent has heard", lambda: "stopping:" in log.read_text())
         for pid in readers:
             os.kill(pid, signal.SIGCONT)
         told = []
         for connection in connections:
             with connection.makefile("rb") as file:
-                answer = file.read()  # to the end: it closes what it has answered
+                answer = file.read()  # to the end: the server closes it after the answer
             assert answer.startswith(b"HTTP/1.1 200 "), answer[:200]
             assert b'"label"' in answer
             told.append(b"\r\nconnection: close\r\n" in answer.lower())
-        # One process may answer, before it hears the signal, what it reads in the same turn of its loop; not what it
-        # has yet to accept.
+        # Without workers, requests read in the same turn of the event loop as the signal may be answered before it is
+        # handled; connections that are accepted later cannot.
         assert all(told if arguments else told[20:])
         assert server.process.wait(LIMIT_S) == 0
     assert "Traceback" not in log.read_text()
 
 
-def test_in_a_flood_every_request_hears_something(bundle_path: Path, log: Path) -> None:
+def test_in_a_flood_every_request_gets_an_answer(bundle_path: Path, log: Path) -> None:
     async def flood(server: ServerProcess) -> list[int]:
         async with httpx.AsyncClient(base_url=server.url, limits=httpx.Limits(max_connections=50)) as client:
             statuses: list[int] = []
@@ -194,7 +192,7 @@ def test_in_a_flood_every_request_hears_something(bundle_path: Path, log: Path) 
                 while True:
                     try:
                         response = await client.post("/classify", content=BODY, headers=PNG)
-                    except httpx.TransportError:  # it has stopped, and was never asked
+                    except httpx.TransportError:  # the server has stopped and did not receive the request
                         return
                     statuses.append(response.status_code)
                     if response.status_code != 200:
@@ -212,19 +210,19 @@ def test_in_a_flood_every_request_hears_something(bundle_path: Path, log: Path) 
         assert set(statuses) <= {200, 503}
         assert statuses.count(503) <= 50
         assert server.process.wait(LIMIT_S) == 0
-    # Every answer it gave was received.
+    # Every answer that it sent was received.
     assert f"stopped: {statuses.count(200)} answered, 0 abandoned, 0 failed" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 
-def test_a_client_that_never_finishes_cannot_hold_it(bundle_path: Path, log: Path) -> None:
+def test_a_client_that_never_finishes_its_body_does_not_block_the_stop(bundle_path: Path, log: Path) -> None:
     arguments = ("--drain-s", "1", "--body-timeout-s", HOURS_S)
     with running_server(bundle_path, log, *arguments) as server, slow_clients(server, 1):
         assert server.stop() == 1
     assert "1 requests were not answered" in log.read_text()
 
 
-def test_a_client_too_slow_is_told(bundle_path: Path, log: Path) -> None:
+def test_a_client_that_sends_too_slowly_gets_408(bundle_path: Path, log: Path) -> None:
     with running_server(bundle_path, log, "--body-timeout-s", "0.8") as server, slow_clients(server, 1) as [client]:
         status, document = client.response()
         assert status == 408
@@ -232,7 +230,7 @@ def test_a_client_too_slow_is_told(bundle_path: Path, log: Path) -> None:
         assert httpx.post(server.url + "/classify", content=BODY, headers=PNG).status_code == 200
 
 
-def test_a_full_server_refuses_before_it_reads(bundle_path: Path, log: Path) -> None:
+def test_a_full_server_refuses_before_reading_the_body(bundle_path: Path, log: Path) -> None:
     with running_server(bundle_path, log, "--max-in-flight", "3") as server:
         with slow_clients(server, 3) as clients:
             refused = httpx.post(server.url + "/classify", content=BODY, headers=PNG)
@@ -248,7 +246,7 @@ def test_a_full_server_refuses_before_it_reads(bundle_path: Path, log: Path) -> 
         assert server.stop() == 0
 
 
-def test_a_second_signal_ends_it_at_once(bundle_path: Path, log: Path) -> None:
+def test_a_second_signal_stops_it_at_once(bundle_path: Path, log: Path) -> None:
     arguments = ("--drain-s", HOURS_S, "--body-timeout-s", HOURS_S)
     with running_server(bundle_path, log, *arguments) as server, slow_clients(server, 3):
         server.process.send_signal(signal.SIGTERM)
@@ -256,7 +254,7 @@ def test_a_second_signal_ends_it_at_once(bundle_path: Path, log: Path) -> None:
         assert server.stop() == 128 + signal.SIGTERM
 
 
-def test_a_client_that_hangs_up_is_counted_and_the_server_goes_on(bundle_path: Path, log: Path) -> None:
+def test_clients_that_hang_up_are_counted_as_abandoned(bundle_path: Path, log: Path) -> None:
     with running_server(bundle_path, log) as server:
         with slow_clients(server, 5):
             pass
@@ -279,7 +277,7 @@ def test_a_client_that_hangs_up_is_counted_and_the_server_goes_on(bundle_path: P
         b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 5000 + b"\r\n",
     ],
 )
-def test_junk_on_the_wire_does_not_stop_it(junk_server: ServerProcess, junk: bytes) -> None:
+def test_malformed_requests_do_not_stop_it(junk_server: ServerProcess, junk: bytes) -> None:
     with socket.create_connection(("127.0.0.1", junk_server.port), timeout=1) as connection:
         connection.sendall(junk)
         connection.shutdown(socket.SHUT_WR)

@@ -1,4 +1,4 @@
-"""What is in work when the time for answers is over hears so, whichever way it came and however far it has got."""
+"""Requests that are unfinished when the drain time ends get a 503, on every route and at every stage of processing."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def brief(folder: Path) -> Iterator[Here]:
-    """A server that waits for nobody."""
+    """A server with a drain time of 0.1 s."""
     with serving(folder) as served:
         served.server.drain_s = 0.1
         yield served
@@ -44,7 +44,7 @@ def to(method_and_path: str, kind: str, n_bytes: int) -> bytes:
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_body_that_still_comes_at_the_end_is_told(folder: Path, tmp_path: Path, workers: str) -> None:
+def test_unfinished_bodies_get_503_when_the_drain_ends(folder: Path, tmp_path: Path, workers: str) -> None:
     arguments = ("--drain-s", str(DRAIN_S), "--body-timeout-s", "3600", "--http-workers", workers)
     form = "multipart/form-data; boundary=XX"
     with running_server(folder, tmp_path / "log", *arguments) as server, contextlib.ExitStack() as stack:
@@ -59,7 +59,7 @@ def test_a_body_that_still_comes_at_the_end_is_told(folder: Path, tmp_path: Path
             sock = socket.create_connection(("127.0.0.1", server.port), LIMIT_S)
             lines.append(stack.enter_context(contextlib.closing(Line(sock))))
             lines[-1].send(head.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n"))
-            assert sock.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")  # it is in work
+            assert sock.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")  # it is accepted
             lines[-1].send(b"{")
         told_s = monotonic()
         server.process.terminate()
@@ -84,8 +84,8 @@ def drain(here: Here) -> None:
     here.loop.call_soon_threadsafe(here.server.begin_drain)
 
 
-def test_an_image_that_is_in_the_engine_is_told(brief: Here, caplog: pytest.LogCaptureFixture) -> None:
-    """The short way, where no task waits for it; and the long way, of a form or a wish to be told more."""
+def test_images_in_the_engine_get_503_when_the_drain_ends(brief: Here, caplog: pytest.LogCaptureFixture) -> None:
+    """On both paths: the fast one without an ASGI task, and the one through FastAPI."""
     go_on = keep_busy(brief.engine)
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(contextlib.closing(brief.connect())) for _ in range(2)]
@@ -105,7 +105,7 @@ def test_an_image_that_is_in_the_engine_is_told(brief: Here, caplog: pytest.LogC
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_a_stream_that_has_begun_ends_with_a_problem(
+def test_a_started_stream_ends_with_a_problem(
     brief: Here, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def follow(*_: Any) -> AsyncIterator[Step]:

@@ -1,4 +1,4 @@
-"""A real process: it starts fast and without torch, or says in one line what is wrong."""
+"""A real server process: it starts fast and without torch, or reports in one line what is wrong."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ def test_it_answers_soon_after_its_start_and_without_torch(bundle_path: Path, lo
         response = httpx.post(server.url + "/classify", content=BODY, headers=PNG)
         assert response.status_code == 200
         assert httpx.get(server.url + "/readyz").status_code == 200
-        # Processor time: beside other work, how long it takes says nothing.
+        # CPU time, since the wall time depends on what else runs.
         assert cpu_seconds(server.process.pid) < STARTED_WITHIN_S
         assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
         assert server.stop() == 0
@@ -51,7 +51,7 @@ def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_taken_port_is_told_in_one_line(bundle_path: Path) -> None:
+def test_a_port_in_use_is_reported_in_one_line(bundle_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = start("--bundle", str(bundle_path), "--port", str(port))
@@ -72,7 +72,7 @@ def test_a_taken_port_is_told_in_one_line(bundle_path: Path) -> None:
         (("--host", "192.0.2.1"), "by --host"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(bundle_path: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_wrong_settings_are_reported_in_one_line(bundle_path: Path, arguments: tuple[str, ...], told: str) -> None:
     result = start("--bundle", str(bundle_path), "--port", "0", *arguments)
     assert result.returncode in (1, 2)
     assert result.stderr.startswith("error: ")
@@ -82,7 +82,7 @@ def test_wrong_settings_are_told_in_one_line(bundle_path: Path, arguments: tuple
 
 
 @pytest.mark.parametrize("damage", ["absent", "manifest", "stage"])
-def test_an_unusable_bundle_is_told_in_one_line(bundle_path: Path, damage: str) -> None:
+def test_an_unusable_bundle_is_reported_in_one_line(bundle_path: Path, damage: str) -> None:
     if damage == "absent":
         bundle_path = bundle_path / "nowhere"
     elif damage == "manifest":
@@ -113,8 +113,8 @@ sys.exit(__main__.main(["--bundle", old, *arguments]))
 """
 
 
-def test_one_that_is_replaced_while_it_is_opened_is_not_served(bundle_path: Path, tmp_path: Path) -> None:
-    """Nobody could tell by its answers: the stages of one bundle, with the thresholds of another."""
+def test_a_bundle_that_is_replaced_while_it_is_opened_is_not_served(bundle_path: Path, tmp_path: Path) -> None:
+    """It would mix the stages of one bundle with the thresholds of another, which its answers would not show."""
     new = Path(shutil.copytree(bundle_path, tmp_path / "new"))
     (new / "README.md").write_text("trained on")
     seal(new)
@@ -130,18 +130,18 @@ def test_one_that_is_replaced_while_it_is_opened_is_not_served(bundle_path: Path
 
 @contextmanager
 def loading(folder: Path, *before: str) -> Iterator[subprocess.Popen[str]]:
-    """A server in the midst of its start: it reads its token from a pipe into which nobody writes."""
+    """A server that is still starting: it reads its token from a pipe to which nothing is written."""
     pipe = folder / "token"
     os.mkfifo(pipe)
     arguments = [*before, *command("--port", "0", "--admin-token-file", str(pipe))]
     started = subprocess.Popen(arguments, cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
-    with started, pipe.open("w"):  # opened once the server reads
+    with started, pipe.open("w"):  # opens when the server reads
         yield started
         started.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_told_to_stop_while_it_loads_it_ends_at_once_without_a_trace(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_while_loading_ends_it_at_once_without_a_traceback(tmp_path: Path, number: signal.Signals) -> None:
     with loading(tmp_path) as started:
         started.send_signal(number)
         _, log = started.communicate(timeout=LIMIT_S)
@@ -157,8 +157,8 @@ def may_be_first() -> bool:
 
 
 @pytest.mark.skipif(not may_be_first(), reason="to be the first process of a namespace needs unshare, as root")
-def test_so_it_does_as_the_first_process_of_a_container(tmp_path: Path) -> None:
-    """To which the kernel passes no signal that nobody handles."""
+def test_a_signal_while_loading_ends_it_as_pid_1_of_a_container(tmp_path: Path) -> None:
+    """To PID 1, the kernel delivers only signals that have a handler."""
     with loading(tmp_path, *IN_A_CONTAINER) as unshare:
         (first,) = map(int, Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split())
         os.kill(first, signal.SIGTERM)
@@ -216,7 +216,7 @@ def test_all_threads_share_one_heap(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_command_whose_reader_leaves_says_nothing(bundle_path: Path, more: list[str]) -> None:
+def test_a_broken_pipe_prints_no_error(bundle_path: Path, more: list[str]) -> None:
     """As in `... | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)

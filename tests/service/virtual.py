@@ -1,4 +1,4 @@
-"""The engine's core under a virtual clock: real books, real queues, and stages whose logits the test decides."""
+"""The engine's core under a virtual clock: the real ledger and queues, and stages with prescribed logits."""
 
 import functools
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ N_EXITS = len(COSTS_MFLOPS)
 
 @dataclass
 class World:
-    """Images that get surer by `step` of logit an exit, run in batches of which each takes `stage_s`."""
+    """Runs images whose top logit grows by 1 at each exit, in batches that take `stage_s` each."""
 
     core: Core
     stage_s: float = 0.010
@@ -50,14 +50,14 @@ class World:
     def ran(self, batch: Batch) -> None:
         n_rows = len(batch.rows)
         logits = np.zeros((n_rows, len(CLASS_NAMES)), np.float32)
-        logits[:, 1] = 1.0 + batch.stage  # sureness: softmax maximum .58, .79, .91, .96, .99, .995
+        logits[:, 1] = 1.0 + batch.stage  # confidence (softmax maximum): .58, .79, .91, .96, .99, .995
         sure = confidence(logits).tolist()
         block = Block({"state": np.zeros((n_rows, 1))}, n_rows)
         batch.result = BatchResult(logits, block, 0.0, [1] * n_rows, [float(batch.stage)] * n_rows, sure)
         batch.ended_s = self.now_s
 
     def run(self) -> None:
-        """Run until nothing waits; deadlines are met to the moment."""
+        """Run until all queues are empty; deadlines expire exactly on time."""
         while (batch := self.start()) is not None:
             done_s = self.now_s + self.stage_s
             self.wait_until(done_s)
