@@ -1,4 +1,4 @@
-"""`python -m training`, started as a person starts it."""
+"""Starts `python -m training` from the command line."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from tests.data import REPOSITORY
 
-PATIENCE_S = 120  # for a busy machine; it takes a few
+PATIENCE_S = 120  # for busy machines; usually a few seconds
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

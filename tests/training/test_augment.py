@@ -9,18 +9,18 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
 def device_images(n: int = 6, height: int = 5, width: int = 7, padding: int = 2) -> tuple[np.ndarray, DeviceImages]:
-    # Bright throughout, so that a black border is seen; every pixel names its image, row and column.
+    # No black pixels, so that a black border shows; random values identify the image, row and column of a pixel.
     pixels = np.random.default_rng(0).integers(1, 256, (n, height, width, 3), dtype=np.uint8)
     return pixels, DeviceImages(pixels, np.arange(n), MEAN, STD, CPU, padding)
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:
-    """Slowly: [height, width, 3] of bytes to [3, height, width]."""
+    """Reference implementation: uint8 [height, width, 3] to normalised [3, height, width]."""
     return ((pixels / 255.0 - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1)
 
 
 def shifted(image: np.ndarray, dy: int, dx: int, flip: bool, padding: int) -> np.ndarray:
-    """Slowly: one crop of the padded image, mirrored or not."""
+    """Reference implementation: one crop of the padded image, optionally mirrored."""
     height, width, _ = image.shape
     padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)
     padded[padding : padding + height, padding : padding + width] = image
@@ -28,8 +28,8 @@ def shifted(image: np.ndarray, dy: int, dx: int, flip: bool, padding: int) -> np
     return crop[:, ::-1] if flip else crop
 
 
-def test_without_a_border_images_are_not_copied() -> None:
-    """Photographs fill the memory: twice as many would not fit."""
+def test_without_padding_images_are_not_copied() -> None:
+    """A copy of a set of photographs might not fit into memory."""
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     assert np.shares_memory(DeviceImages(pixels, np.arange(3), MEAN, STD, CPU).padded.numpy(), pixels)
 
@@ -62,13 +62,13 @@ def test_every_augmented_row_is_one_crop_of_its_own_image() -> None:
         ]
         assert len(matches) == 1
         seen.update(matches)
-    assert len(seen) > 40  # of 50 crops: rows draw for themselves
+    assert len(seen) > 40  # of 50 possible crops, as every row draws its own
 
 
-def test_crops_and_flips_are_drawn_evenly() -> None:
+def test_crops_and_flips_are_uniformly_distributed() -> None:
     pixels = np.zeros((1, 9, 9, 3), np.uint8)
-    pixels[0, 4, 4] = 255  # where it lands tells the offset ...
-    pixels[0, 4, 5] = 128  # ... and on which side this one is, the flip
+    pixels[0, 4, 4] = 255  # its place shows the offset ...
+    pixels[0, 4, 5] = 128  # ... and the side of this one shows the flip
     images = DeviceImages(pixels, np.zeros(1, np.int64), (0, 0, 0), (1, 1, 1), CPU, padding_px=3)
     n = 7000
     batch, _ = images.augmented(torch.zeros(n, dtype=torch.int64), torch.Generator().manual_seed(5))
@@ -101,21 +101,21 @@ def test_without_padding_only_flips_remain(seed: int) -> None:
 
 
 def a_ramp(size_px: int) -> np.ndarray:
-    """An image whose red tells the row and whose green tells the column."""
+    """An image whose red channel encodes the row and whose green channel the column."""
     ramp = np.linspace(0, 250, size_px).round().astype(np.uint8)
     image = np.zeros((1, size_px, size_px, 3), np.uint8)
     image[0, :, :, 0], image[0, :, :, 1] = ramp[:, None], ramp[None, :]
     return image
 
 
-def test_resized_crops_keep_the_share_of_the_area_that_is_asked_for() -> None:
+def test_resized_crops_have_areas_in_the_given_range() -> None:
     n = 400
     images = DeviceImages(a_ramp(64), np.zeros(1, np.int64), (0, 0, 0), (1, 1, 1), CPU, crop_area=(0.3, 0.6))
     batch, labels = images.augmented(torch.zeros(n, dtype=torch.int64), torch.Generator().manual_seed(1), size_px=32)
     assert batch.shape == (n, 3, 32, 32)
     assert len(labels) == n
     assert batch.is_contiguous(memory_format=torch.channels_last)
-    # Steps from pixel to pixel are as many image pixels wide as the crop is larger than 32 px.
+    # The step between output pixels, in image pixels, is the size of the crop divided by 32.
     height = (batch[:, 0, 31, 16] - batch[:, 0, 0, 16]) * 255 / 250 * 32 / 31
     width = (batch[:, 1, 16, 31] - batch[:, 1, 16, 0]) * 255 / 250 * 32 / 31
     flipped, area, ratio = width < 0, height * width.abs(), width.abs() / height
@@ -133,27 +133,25 @@ def test_a_crop_of_the_whole_area_is_the_image() -> None:
     image = a_ramp(16)
     images = DeviceImages(image, np.zeros(1, np.int64), (0, 0, 0), (1, 1, 1), CPU, crop_area=(1.0, 1.0))
     batch, _ = images.augmented(torch.zeros(50, dtype=torch.int64), torch.Generator().manual_seed(2))
-    # Its sides differ, and what would stick out is cut: the longer side is whole.
+    # If its sides differ, the crop is clipped to the image, so the longer side is complete.
     rows = (batch[:, 0, -1, 8] - batch[:, 0, 0, 8]) * 255
     columns = (batch[:, 1, 8, -1] - batch[:, 1, 8, 0]).abs() * 255
     assert torch.all(torch.maximum(rows, columns) > 248)
 
 
-def test_cutout_paints_one_square_in_the_mean_colour() -> None:
+def test_cutout_fills_one_square_with_the_mean_colour() -> None:
     white = np.full((1, 20, 20, 3), 255, np.uint8)
     images = DeviceImages(white, np.zeros(1, np.int64), (0.5, 0.5, 0.5), (1, 1, 1), CPU, padding_px=0, cutout_px=6)
     batch, _ = images.augmented(torch.zeros(300, dtype=torch.int64), torch.Generator().manual_seed(3))
     painted = batch[:, 0] == 0
     assert torch.equal(painted, batch[:, 1] == 0)
     rows, columns = painted.any(2).sum(1), painted.any(1).sum(1)
-    assert torch.equal(
-        painted.sum((1, 2)), rows * columns
-    )  # a rectangle: a square, or what is left of it at the border
+    assert torch.equal(painted.sum((1, 2)), rows * columns)  # a rectangle: a square, clipped at the border
     assert rows.max() == columns.max() == 6
     assert rows.min() == columns.min() == 3
 
 
-def test_cutmix_puts_a_rectangle_of_another_image_and_its_share_of_the_label() -> None:
+def test_cutmix_pastes_a_rectangle_and_mixes_labels_by_area() -> None:
     n = 8
     pixels = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None] * 30, (n, 20, 16, 3)).copy()
     images = DeviceImages(pixels, np.arange(n), (0, 0, 0), (1, 1, 1), CPU, cutmix=1.0, n_classes=n + 1)
@@ -163,16 +161,16 @@ def test_cutmix_puts_a_rectangle_of_another_image_and_its_share_of_the_label() -
         assert labels.shape == (n, n + 1)
         assert torch.allclose(labels.sum(1), torch.ones(n))
         of_pixels = torch.stack([(batch[:, 0] * 255 / 30).round() == k for k in range(n)], -1).float().mean((1, 2))
-        assert torch.allclose(labels[:, :n], of_pixels, atol=1e-6)  # every pixel votes for the image that it is from
+        assert torch.allclose(labels[:, :n], of_pixels, atol=1e-6)  # labels are shares of pixels by their source image
         own = labels.diagonal()
         shares.append(1 - float(own.min()))
-    # Uniform side squared, cut at the border: most areas are met, none is preferred by much.
+    # The side is uniform, the rectangle is clipped at the border: areas of almost all sizes occur.
     assert min(shares) < 0.05
     assert max(shares) > 0.8
     assert 0.25 < np.mean(shares) < 0.45
 
 
-def test_cutmix_mixes_its_share_of_the_batches() -> None:
+def test_cutmix_applies_to_its_share_of_the_batches() -> None:
     images = DeviceImages(
         np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), (0,) * 3, (1,) * 3, CPU, cutmix=0.3, n_classes=4
     )

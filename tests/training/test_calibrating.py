@@ -36,7 +36,7 @@ def folder(tmp_path: Path, trained: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(trained, tmp_path / "run")))
 
 
-def test_what_is_stored_is_what_the_network_says_of_each_image(folder: RunFolder, images: ImageSet) -> None:
+def test_stored_outputs_equal_the_networks(folder: RunFolder, images: ImageSet) -> None:
     record = calibrate(folder, images, CPU)
     split = Split.load(folder.split, tiny.N_TRAIN)
     assert (record.step, record.epochs) == (8, 2.0)
@@ -51,7 +51,7 @@ def test_what_is_stored_is_what_the_network_says_of_each_image(folder: RunFolder
     for path, pixels, labels in parts:
         outputs = ExitOutputs.load(path)
         assert np.array_equal(outputs.labels, labels)
-        # Slowly, one image at a time, normalised by hand.
+        # Reference: one image at a time, normalised here.
         for row in range(0, len(labels), 7):
             normal = (pixels[row] / 255.0 - np.array(images.mean)) / np.array(images.std)
             batch = torch.from_numpy(normal.transpose(2, 0, 1)[None].astype(np.float32))
@@ -75,7 +75,7 @@ def test_calibrating_twice_gives_the_same(folder: RunFolder, images: ImageSet) -
     assert np.array_equal(first.features, second.features)
 
 
-def test_as_trained_leaves_the_ensemble_alone(folder: RunFolder, images: ImageSet) -> None:
+def test_without_refit_the_ensemble_is_unchanged(folder: RunFolder, images: ImageSet) -> None:
     record = calibrate(folder, images, CPU, refit=False)
     assert record.ensemble is None
     network, _ = load_trained(folder, n_classes=4)
@@ -91,7 +91,7 @@ def test_confidence_is_the_largest_softmax_output() -> None:
     assert outputs.confidence[:, 0] == pytest.approx(logits[0].softmax(1).amax(1).numpy(), abs=1e-6)
 
 
-def test_top5_counts_the_label_among_the_five_largest() -> None:
+def test_top5_is_whether_the_label_is_among_the_five_largest() -> None:
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(2, 50, 9)).astype(np.float32)
     labels = draw.integers(0, 9, 50)
@@ -101,7 +101,7 @@ def test_top5_counts_the_label_among_the_five_largest() -> None:
         assert outputs.correct_top5[:, i].tolist() == expected
 
 
-def test_a_split_that_is_not_the_run_s_is_refused(folder: RunFolder, images: ImageSet) -> None:
+def test_another_runs_split_is_refused(folder: RunFolder, images: ImageSet) -> None:
     Split.make(tiny.N_TRAIN, tiny.N_HELDOUT, seed=99).save(folder.split)
     with pytest.raises(RunError, match="not the split that this run was trained with"):
         calibrate(folder, images, CPU)
@@ -115,8 +115,8 @@ def test_other_images_are_refused(folder: RunFolder, images: ImageSet, tmp_path:
         calibrate(folder, images, CPU)
 
 
-def test_images_that_came_or_went_since_are_refused(folder: RunFolder, images: ImageSet) -> None:
-    """As many as before, so the split fits: but who was held out would be another."""
+def test_images_changed_since_training_are_refused(folder: RunFolder, images: ImageSet) -> None:
+    """Their number is the same, so the split would fit, but other images would be held out."""
     with pytest.raises(DataError, match="added, removed or renamed since"):
         calibrate(folder, ImageSet(**{**vars(images), "listing": "other.png"}), CPU)
 
@@ -126,7 +126,7 @@ def test_another_number_of_classes_is_refused(folder: RunFolder, images: ImageSe
         load_trained(folder, n_classes=5)
 
 
-def test_a_network_trained_on_since_must_be_calibrated_again(folder: RunFolder, images: ImageSet) -> None:
+def test_after_further_training_calibration_must_be_repeated(folder: RunFolder, images: ImageSet) -> None:
     calibrate(folder, images, CPU)
     CalibrationRecord.load(folder)
     state = folder.load_checkpoint()
@@ -136,8 +136,8 @@ def test_a_network_trained_on_since_must_be_calibrated_again(folder: RunFolder, 
         CalibrationRecord.load(folder)
 
 
-def test_a_second_calibration_wants_another_evaluation(folder: RunFolder, images: ImageSet) -> None:
-    """Its answers may be others at the same step, with `refit` or `half_weights`: old results are not theirs."""
+def test_a_new_calibration_invalidates_the_evaluation(folder: RunFolder, images: ImageSet) -> None:
+    """At the same step, `refit` or `half_weights` may change the answers, so the old results do not apply."""
     record = calibrate(folder, images, CPU)
     folder.results.write_text("of the calibration before")
     calibrate(folder, images, CPU, refit=False)
@@ -145,7 +145,7 @@ def test_a_second_calibration_wants_another_evaluation(folder: RunFolder, images
         Evaluation.load(folder, record)
 
 
-def test_a_calibration_that_is_cut_short_leaves_a_run_that_is_not_calibrated(
+def test_an_interrupted_calibration_leaves_the_run_uncalibrated(
     folder: RunFolder, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrate(folder, images, CPU)
@@ -162,7 +162,7 @@ def test_a_calibration_that_is_cut_short_leaves_a_run_that_is_not_calibrated(
         CalibrationRecord.load(folder)
 
 
-def test_what_is_no_run_is_told(folder: RunFolder, images: ImageSet, tmp_path: Path) -> None:
+def test_missing_or_damaged_runs_are_reported(folder: RunFolder, images: ImageSet, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no run there \(run\.json is missing\)"):
         calibrate(RunFolder(tmp_path / "nowhere"), images, CPU)
     whole = folder.description.read_text()
@@ -176,7 +176,7 @@ def test_what_is_no_run_is_told(folder: RunFolder, images: ImageSet, tmp_path: P
         calibrate(folder, images, CPU)
 
 
-def test_missing_and_damaged_files_are_told(folder: RunFolder, images: ImageSet) -> None:
+def test_missing_and_damaged_results_are_reported(folder: RunFolder, images: ImageSet) -> None:
     with pytest.raises(RunError, match="not calibrated yet"):
         CalibrationRecord.load(folder)
     with pytest.raises(RunError, match=r"heldout\.npz is missing"):

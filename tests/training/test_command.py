@@ -1,4 +1,4 @@
-"""The four steps as a person types them."""
+"""The four steps from the command line."""
 
 import json
 import resource
@@ -44,7 +44,7 @@ def no_data_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EXITSERVE_DATA", raising=False)
 
 
-def test_help_teaches_the_four_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_the_four_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, "--help") == 0
     told = capsys.readouterr().out
     positions = [told.index(f"{n}. python -m training {step}") for n, step in enumerate(STEPS, start=1)]
@@ -111,7 +111,7 @@ def test_from_images_to_a_bundle(
     split = Split.load(run / "split.npz", tiny.N_TRAIN)
     assert manifest.data.split_sha256 == split.sha256
 
-    # What is served says of the held-out images what the calibration says.
+    # The exported stages give the held-out images the scores and answers of the calibration.
     images, _ = tiny.coloured(tiny.N_TRAIN, 1)
     state = {manifest.stages[0].inputs[0].name: images[split.held_out]}
     logits = []
@@ -133,11 +133,11 @@ def test_from_images_to_a_bundle(
     assert "Partly trained" not in card
     assert "2 epochs on 64 images in 0." in card  # not in 0.0 hours
     assert " minutes on " in card
-    # Nothing that leaves the house tells where things lay on this machine.
+    # No exported file contains paths of this machine.
     for path in output.rglob("*"):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes()
 
-    # A second export replaces the bundle; the same run gives the same files, but for what is to be said.
+    # A second export replaces the bundle with the same files, except for the given texts.
     texts = ("--description", "Colours", "--images", "Noise.")
     assert command(monkeypatch, "export", run, "--output", output, *texts) == 0
     again = load_bundle(output).manifest
@@ -149,9 +149,7 @@ def test_from_images_to_a_bundle(
     assert "\nNoise.\n" in card
 
 
-def test_the_command_that_is_kept_reads_a_folder_at_the_size_it_was_read_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recorded_command_reads_images_at_the_same_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, data, run = (
         tiny.write_recipe(tmp_path / "my tiny.toml"),
         tiny.write_images(tmp_path / "own"),
@@ -184,19 +182,19 @@ def test_a_partly_trained_network_says_so(
         ("v1.2+a_b", "My Net", "v1.2+a_b"),
     ],
 )
-def test_a_bundle_is_called_as_its_folder_unless_told(
+def test_a_bundle_is_named_after_its_folder_by_default(
     name: str | None, folder: str, expected: str, tmp_path: Path
 ) -> None:
     assert bundle_name(name, tmp_path / folder) == expected
 
 
 @pytest.mark.parametrize("name", ["", "My Net", ".hidden", "a/b", "сеть"])
-def test_a_name_that_no_bundle_may_have_is_told(name: str, tmp_path: Path) -> None:
+def test_an_invalid_bundle_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"--name .*: give letters, digits and"):
         bundle_name(name, tmp_path)
 
 
-def test_steps_out_of_order_are_told_what_comes_first(
+def test_steps_out_of_order_name_the_missing_step(
     tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -221,7 +219,7 @@ def test_steps_out_of_order_are_told_what_comes_first(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_bad_input_is_one_sentence_with_status_2(
+def test_bad_input_gives_a_one_line_error_and_status_2(
     tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -244,7 +242,7 @@ def test_bad_input_is_one_sentence_with_status_2(
     assert not run.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_by_name(
+def test_a_folder_that_cannot_be_written_is_named(
     tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file"
@@ -253,7 +251,7 @@ def test_a_folder_that_cannot_be_written_is_told_by_name(
     assert capsys.readouterr().err == f"error: {file / 'run'}: Not a directory\n"
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     tmp_path: Path, data: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -264,7 +262,7 @@ def test_a_full_disk_is_told(
     assert told == "error: No space left on device: make room and give the same command again\n"
 
 
-def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.save_checkpoint({"step": 1})
@@ -282,8 +280,8 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -
     assert [path.name for path in folder.path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_the_checkpoint_of_a_run_holds_no_code(tmp_path: Path, data: Path, recipe: Path, monkeypatch) -> None:
+def test_checkpoints_load_without_executing_code(tmp_path: Path, data: Path, recipe: Path, monkeypatch) -> None:
     run = tmp_path / "run"
     command(monkeypatch, "train", run, "--recipe", recipe, "--data", data, "--time-limit", 0)
-    state = RunFolder(run).load_checkpoint()  # weights_only: a pickle that asks for more is refused
+    state = RunFolder(run).load_checkpoint()  # weights_only: other pickles are refused
     assert state.keys() == {"network", "optimiser", "progress"}

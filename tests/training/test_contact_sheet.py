@@ -1,4 +1,4 @@
-"""What is on the sheet: images of the right exits, answered right, in the set's own order."""
+"""Which images the contact sheet shows: correctly classified ones of the right exits, in the set's order."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ EXITS = np.tile([0, 0, 3, 3, 0, 3, 2, 1], 3)
 RIGHT = np.ones(24, np.bool_)
 
 
-def test_the_first_images_of_either_end_are_shown_if_they_are_right() -> None:
+def test_it_shows_the_first_correct_images_of_the_first_and_last_exit() -> None:
     right = RIGHT.copy()
     right[8] = False  # the first easy image of class 1 is answered wrong
     right[[18, 19]] = False  # class 2 has one hard image left: too few
@@ -32,7 +32,7 @@ def test_the_first_images_of_either_end_are_shown_if_they_are_right() -> None:
     assert sheet.last_exit == 4
 
 
-def test_where_too_few_go_all_the_way_the_deepest_exit_with_enough_is_shown() -> None:
+def test_it_uses_the_deepest_exit_with_enough_correct_images() -> None:
     exits = np.where(EXITS == 3, 2, EXITS)
     exits[2] = 3
     assert choose_images(exits, RIGHT, LABELS, n_classes=3, rows_each=3).last_exit == 3
@@ -53,7 +53,7 @@ def test_it_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_is_drawn_once_evaluated_and_with_its_own_images_alone(tmp_path: Path) -> None:
+def test_it_needs_an_evaluated_run_and_its_own_images(tmp_path: Path) -> None:
     images, folder = tiny.image_set(tmp_path / "cifar"), RunFolder(tmp_path / "run")
     Trainer(tiny.recipe(), images, folder, 0, Processes(0, 1, torch.device("cpu"))).train()
     record = calibrate(folder, images, torch.device("cpu"))

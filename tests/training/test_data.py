@@ -92,7 +92,7 @@ def test_orientation_in_a_photo_is_followed(tmp_path: Path) -> None:
 
 
 def pictures() -> dict[str, tuple[Image.Image, dict[str, object]]]:
-    """Noise in every form that pixels come in, with a gradient of transparency where there is any."""
+    """Noise images in all pixel modes, with a transparency gradient where the mode has one."""
     draw = np.random.default_rng(0)
     noise = Image.fromarray(draw.integers(0, 256, (47, 61, 3), dtype=np.uint8))
     alpha = Image.fromarray(np.tile(np.arange(61, dtype=np.uint8) * 4, (47, 1)))
@@ -113,7 +113,7 @@ def pictures() -> dict[str, tuple[Image.Image, dict[str, object]]]:
     }
 
 
-def test_pictures_are_trained_on_as_they_are_served(tmp_path: Path) -> None:
+def test_training_and_serving_decode_images_alike(tmp_path: Path) -> None:
     for folder in ("train/a", "train/b", "val/a"):
         save_image(tmp_path / folder / "0.png", (8, 8), (0, 0, 0))
     for name, (picture, options) in pictures().items():
@@ -130,9 +130,7 @@ class _Bomb:
         return os.system, ("touch fired",)
 
 
-def test_a_pickle_that_asks_for_code_is_refused_and_does_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     parts = tiny.official_parts()
     parts["meta"] = pickle.dumps({b"fine_label_names": _Bomb()})
@@ -173,14 +171,14 @@ def label_out_of_range(parts: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, drop, garble, other_keys, label_out_of_range])
-def test_a_damaged_archive_is_told_by_name_with_the_fix(tmp_path: Path, damage) -> None:
+def test_a_damaged_archive_is_named_with_the_fix(tmp_path: Path, damage) -> None:
     parts = tiny.official_parts()
     damage(parts)
     with pytest.raises(DataError, match=r"cifar.tar.gz: .*download"):
         load_image_set(tiny.write_tar(tmp_path / "cifar.tar.gz", parts))
 
 
-def test_what_is_no_image_set_is_told_so(tmp_path: Path) -> None:
+def test_paths_that_are_no_image_set_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         load_image_set(tmp_path / "nowhere")
     with pytest.raises(DataError, match="not an image set"):
@@ -206,7 +204,7 @@ def test_what_is_no_image_set_is_told_so(tmp_path: Path) -> None:
         load_image_set(tmp_path)
 
 
-def test_folders_that_do_not_fit_together_are_told(tmp_path: Path) -> None:
+def test_inconsistent_train_and_test_folders_are_refused(tmp_path: Path) -> None:
     for place in ("train/cat", "train/dog", "val/cat", "val/dgo"):
         save_image(tmp_path / place / "a.png", (8, 8), (0, 0, 0))
     with pytest.raises(DataError, match=r"val: dgo: no such class in train/"):
@@ -219,7 +217,7 @@ def test_folders_that_do_not_fit_together_are_told(tmp_path: Path) -> None:
     assert load_image_set(tmp_path, image_size_px=8).class_names == ["cat", "dog"]
 
 
-def test_a_split_places_every_image_once_and_comes_back_from_disk(tmp_path: Path) -> None:
+def test_a_split_contains_every_image_once_and_can_be_reloaded(tmp_path: Path) -> None:
     split = Split.make(1000, 100, seed=3)
     both = np.concatenate([split.train, split.held_out])
     assert len(split.held_out) == 100

@@ -32,7 +32,7 @@ EXECUTED_M, PUBLISHED_M = (10.0, 20.0, 40.0), (12.0, 21.0, 40.0)
 
 
 def outputs(n_images: int, seed: int) -> ExitOutputs:
-    """Three exits, each righter than the last; `logit_margin` knows well who is right, `max_softmax` hardly."""
+    """Three exits, increasingly accurate; `logit_margin` predicts correctness well, `max_softmax` hardly."""
     draw = np.random.default_rng(seed)
     ease = draw.normal(size=(n_images, 1)) + draw.normal(size=(n_images, 3)) * 0.3
     correct = ease + np.array([0.0, 0.5, 1.0]) > 0
@@ -79,8 +79,8 @@ def test_every_exit_is_measured(evaluation: Evaluation) -> None:
     assert [r.heldout_accuracy for r in evaluation.exits] == heldout.correct.mean(0).tolist()
 
 
-def test_a_score_that_knows_more_is_chosen(evaluation: Evaluation) -> None:
-    """A score fitted on the margin knows as much as the margin."""
+def test_the_more_informative_score_is_chosen(evaluation: Evaluation) -> None:
+    """A score fitted on the margin is as informative as the margin."""
     assert evaluation.policy.score in ("logit_margin", "as_good", "expected_gain")
     assert evaluation.chosen.crossfit_lead > 5 * evaluation.chosen.crossfit_lead_error > 0
     paper = evaluation.result(PAPER)
@@ -92,7 +92,7 @@ def test_a_score_that_knows_more_is_chosen(evaluation: Evaluation) -> None:
     assert 0 < lead.low < lead.mean < lead.high
 
 
-def test_the_choice_never_sees_the_test_images(evaluation: Evaluation) -> None:
+def test_the_choice_does_not_use_the_test_images(evaluation: Evaluation) -> None:
     heldout, test = outputs(1000, 1), outputs(2000, 2)
     swapped = {"logit_margin": test.scores["max_softmax"], "max_softmax": test.scores["logit_margin"]}
     misled = evaluate(heldout, replace(test, scores=swapped, correct=~test.correct), COST)
@@ -101,8 +101,8 @@ def test_the_choice_never_sees_the_test_images(evaluation: Evaluation) -> None:
     assert [r.crossfit_lead for r in misled.policies] == [r.crossfit_lead for r in evaluation.policies]
 
 
-def test_thresholds_never_see_the_test_images(evaluation: Evaluation) -> None:
-    """Of every policy: what held-out images promise is the same, whatever images measure it."""
+def test_no_policys_thresholds_use_the_test_images(evaluation: Evaluation) -> None:
+    """The held-out results of every policy are the same, whatever the test images."""
     other = evaluate(outputs(1000, 1), outputs(500, 9), COST)
     for one, another in zip(evaluation.policies, other.policies, strict=True):
         for point, same in zip(one.points, another.points, strict=True):
@@ -110,7 +110,7 @@ def test_thresholds_never_see_the_test_images(evaluation: Evaluation) -> None:
     assert evaluation.chosen.points[20].test_accuracy != other.chosen.points[20].test_accuracy
 
 
-def test_a_bundle_gets_what_was_chosen(evaluation: Evaluation) -> None:
+def test_the_bundle_gets_the_chosen_policy(evaluation: Evaluation) -> None:
     fields = evaluation.manifest_fields()
     heldout = outputs(1000, 1)
     calibration = calibration_of(heldout)
@@ -136,7 +136,7 @@ def test_budgets_are_kept_on_held_out_images_and_measured_on_test_images(evaluat
     assert evaluation.chosen.points[0].test_shares == (1.0, 0.0, 0.0)
 
 
-def test_tables_show_the_curve_from_end_to_end_once(evaluation: Evaluation) -> None:
+def test_tables_cover_the_curve_without_repetition(evaluation: Evaluation) -> None:
     shown = evaluation.chosen.shown(5)
     costs = [point.heldout_mflops for point in shown]
     assert costs == sorted(set(costs))
@@ -158,7 +158,7 @@ def test_the_policy_chosen_lies_between_the_two_oracles(evaluation: Evaluation) 
 
 
 def test_no_rule_beats_the_oracle() -> None:
-    """Against every one of the 3^7 ways seven images can leave."""
+    """Checked against all 3^7 ways in which seven images can leave."""
     correct = np.random.default_rng(3).random((7, 3)) < 0.5
     curve = bound_curve(oracle_exits(correct), correct, EXECUTED_M, PUBLISHED_M)
     steady = bound_curve(steady_exits(correct), correct, EXECUTED_M, PUBLISHED_M)
@@ -172,11 +172,13 @@ def test_no_rule_beats_the_oracle() -> None:
         assert accuracy <= np.interp(cost, xs, ys) + 1e-9
         reached.add((round(cost, 6), round(accuracy, 6)))
     assert all((round(x, 6), round(y, 6)) in reached for x, y in zip(xs, ys, strict=True))
-    assert steady[-1].accuracy == (correct[:, 0] | correct[:, -1]).mean()  # all that stay right, or leave at exit 1
+    assert (
+        steady[-1].accuracy == (correct[:, 0] | correct[:, -1]).mean()
+    )  # images that are right at the first or the last exit
     assert all(p.accuracy <= np.interp(p.executed_mflops, xs, ys) + 1e-9 for p in steady)
 
 
-def test_results_come_back_from_disk(tmp_path: Path, evaluation: Evaluation, record: CalibrationRecord) -> None:
+def test_results_can_be_reloaded(tmp_path: Path, evaluation: Evaluation, record: CalibrationRecord) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(RunError, match="not evaluated yet"):
         Evaluation.load(folder, record)
@@ -216,7 +218,7 @@ def test_plots_are_drawn(tmp_path: Path, evaluation: Evaluation) -> None:
     assert (tmp_path / "own.png").read_bytes() != (tmp_path / "budgeted.png").read_bytes()
 
 
-def test_a_narrow_terminal_cuts_no_number(evaluation: Evaluation) -> None:
+def test_narrow_terminals_do_not_truncate_numbers(evaluation: Evaluation) -> None:
     compared = evaluation.comparison.policies[0]
     wide = replace(compared.mean_lead, mean=0.1234, error=0.5678)
     policies = tuple(

@@ -1,4 +1,4 @@
-"""Exported stages answer as the network does, at every batch size, and hold no weight twice."""
+"""Exported stages answer like the network at every batch size, and store no weight twice."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ from training.calibration import round_to_half
 from training.export import Normalise, export_stages
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
-# Three exits, so that one stands between two others, and few layers, each of which takes long to export.
+# Three exits, so that there is one in the middle, and few layers, as each takes long to export.
 ARGUMENTS = {
     "config": "C-batch-4",
     "n_blocks": 3,
@@ -38,7 +38,7 @@ Values = dict[str, NDArray[Any]]
 
 
 class Exported:
-    """A network, the folder it was exported to, and what runs from there."""
+    """A network, the folder it was exported to, and its stages loaded from there."""
 
     def __init__(self, network: nn.Module, size_px: int | tuple[int, int], folder: Path) -> None:
         self.network, self.folder = randomise_statistics(network).eval(), folder
@@ -88,7 +88,7 @@ def test_an_answer_does_not_depend_on_the_batch(exported):
             assert np.array_equal(alone[0], whole[row])
 
 
-def test_values_are_what_the_description_says(exported):
+def test_values_match_their_description(exported):
     _, state = exported.run(random_images(3))
     for session, stage in zip(exported.sessions, exported.stages, strict=True):
         assert [value.name for value in session.get_inputs()] == [value["name"] for value in stage["inputs"]]
@@ -102,7 +102,7 @@ def test_values_are_what_the_description_says(exported):
     assert json.loads(json.dumps(exported.stages)) == exported.stages
 
 
-def test_state_bytes_are_those_of_what_later_stages_read(exported):
+def test_state_bytes_count_what_later_stages_read(exported):
     _, state = exported.run(random_images(1))
     made: set[str] = set()
     for number, stage in enumerate(exported.stages, start=1):
@@ -124,8 +124,8 @@ def test_weights_are_stored_once_as_trained(exported):
     assert held < 0.02 * sum(value.nbytes for value in trained.values())
 
 
-def test_any_onnx_tool_reads_a_stage_beside_its_weights(exported):
-    """The references are ONNX's own: the `onnx` package resolves them, and its checker takes the result."""
+def test_onnx_tools_can_read_a_stage_with_its_external_weights(exported):
+    """References use ONNX's external data: the `onnx` package resolves them, and its checker accepts the result."""
     images = random_images(2)
     model = onnx.load(exported.folder / "stages/stage_1.onnx", load_external_data=False)
     load_external_data_for_model(model, str(exported.folder))
@@ -134,8 +134,8 @@ def test_any_onnx_tool_reads_a_stage_beside_its_weights(exported):
     assert np.array_equal(session.run(["logits_1"], {"images": images})[0], exported.run(images)[0][0])
 
 
-def test_normalisation_is_folded_away_at_load(exported, tmp_path):
-    """ONNX Runtime fuses normalisation into convolutions though their weights lie in another file."""
+def test_batch_normalisation_is_folded_into_convolutions_at_load(exported, tmp_path):
+    """ONNX Runtime fuses it even though the weights are in another file."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -150,7 +150,7 @@ def test_normalisation_is_folded_away_at_load(exported, tmp_path):
     assert optimized["FusedConv"] + optimized["Conv"] == stored["Conv"]
 
 
-def test_graphs_tell_nothing_of_the_machine_that_made_them(exported):
+def test_graphs_contain_nothing_about_this_machine(exported):
     for path in (exported.folder / "stages").iterdir():
         content = path.read_bytes()
         assert str(Path(__file__).parents[2]).encode() not in content
@@ -159,7 +159,7 @@ def test_graphs_tell_nothing_of_the_machine_that_made_them(exported):
 
 
 class Preprocesses(TwoExits):
-    """Has a part of the name that normalisation has in a stage, and in it weights of the same names."""
+    """Has a submodule named like a stage's normalisation, with weights of the same names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Preprocesses(TwoExits):
 
 
 @pytest.mark.parametrize("network", [InPlace, Chunks, Preprocesses], ids=lambda kind: kind.__name__)
-def test_networks_of_others_are_exported(network, tmp_path):
+def test_networks_defined_elsewhere_are_exported(network, tmp_path):
     torch.manual_seed(1)
     exported = Exported(network(), (8, 12), tmp_path)
     images = random_images(5, 8, 12)
@@ -188,7 +188,7 @@ def test_normalise_equals_its_definition():
     np.testing.assert_allclose(actual, expected.transpose(0, 3, 1, 2), rtol=0, atol=1e-6)
 
 
-def test_what_cannot_be_staged_leaves_nothing_behind(tmp_path):
+def test_a_network_that_cannot_be_staged_leaves_no_files(tmp_path):
     class NoList(TwoExits):
         def forward(self, images):
             return super().forward(images)[1]
@@ -198,7 +198,7 @@ def test_what_cannot_be_staged_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_a_stage_that_is_missing_or_damaged_is_told(exported, tmp_path):
+def test_a_missing_or_damaged_stage_is_reported(exported, tmp_path):
     with pytest.raises(StageLoadError, match=r"nowhere.onnx: No such file.*restore"):
         load_stage_session(exported.folder, "stages/nowhere.onnx")
     (tmp_path / "stage_1.onnx").write_bytes((exported.folder / "stages/stage_1.onnx").read_bytes())
@@ -209,7 +209,7 @@ def test_a_stage_that_is_missing_or_damaged_is_told(exported, tmp_path):
         load_stage_session(tmp_path, "stage_1.onnx")
 
 
-def test_weights_that_half_precision_holds_take_half_the_space_and_give_the_same_answers(tmp_path):
+def test_half_precision_weights_take_half_the_space_and_give_the_same_answers(tmp_path):
     torch.manual_seed(1)
     network = build_network("msdnet", {**ARGUMENTS, "n_blocks": 2, "temperatures": 0.5})
     round_to_half(network)
@@ -223,7 +223,7 @@ def test_weights_that_half_precision_holds_take_half_the_space_and_give_the_same
     images = random_images(5)
     for served, whole in zip(halved.run(images)[0], halved.run_whole(images), strict=True):
         np.testing.assert_allclose(served, whole, rtol=0, atol=1e-5)
-    # Loading widens the weights and folds normalisation into them: nothing of it is left to do for an image.
+    # Loading widens the weights and folds normalisation into them, so neither is done per image.
     for stage in halved.stages:
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimised.onnx")

@@ -1,6 +1,6 @@
-"""A small image set in CIFAR-100's official form and a recipe that trains on it in a second.
+"""A small image set in CIFAR-100's file format, and a recipe that trains on it in a second.
 
-Its network has two exits and few layers: what an export costs goes by both.
+The network has two exits and few layers, as both determine the time of an export.
 """
 
 import io
@@ -67,7 +67,7 @@ def write_recipe(path: Path, epochs: int = 2, n_exits: int = 2) -> Path:
 
 
 def coloured(n_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy images [n, 32, 32, 3] whose mean colour tells their class, and the labels."""
+    """Noisy images [n, 32, 32, 3] whose mean colour depends on their class, and the labels."""
     draw = np.random.default_rng(seed)
     labels = np.arange(n_images) % len(CLASS_NAMES)
     pixels = COLOURS[labels][:, None, None] + draw.normal(0, 60, (n_images, 32, 32, 3))
@@ -75,7 +75,7 @@ def coloured(n_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def official_parts(n_train: int = N_TRAIN, n_test: int = N_TEST) -> dict[str, bytes]:
-    """The files train, test and meta as Python 2 pickled them: byte keys, channels first, numpy's old module names."""
+    """The files train, test and meta as pickled by Python 2: byte keys, channels first, numpy's old module names."""
     contents: dict[str, Any] = {"meta": {b"fine_label_names": [name.encode() for name in CLASS_NAMES]}}
     for part, n_images, seed in (("train", n_train, 1), ("test", n_test, 2)):
         images, labels = coloured(n_images, seed)
@@ -104,7 +104,7 @@ def write_folder(path: Path) -> Path:
 
 
 def write_images(folder: Path) -> Path:
-    """A folder a class with 150 images of 32 px: 120 to train on, 30 kept for the test, or nearly so."""
+    """Write 150 images of 32 px into a folder per class; when read, about 120 are for training and 30 for testing."""
     for row, (image, label) in enumerate(zip(*coloured(150, 1), strict=True)):
         of_class = folder / CLASS_NAMES[label]
         of_class.mkdir(parents=True, exist_ok=True)
