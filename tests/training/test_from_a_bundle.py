@@ -1,6 +1,6 @@
-"""What is made of a bundle: the run that it was made of, whose numbers come again, and runs from its weights.
+"""Runs from bundles: `unpack` recreates the run with the same numbers, and training can start from its weights.
 
-Held-out images stay held out, and other classes get fresh last layers.
+Held-out images stay held out, and other classes get new last layers.
 """
 
 import json
@@ -44,7 +44,7 @@ def exported(folder: RunFolder, images: ImageSet, bundle: Path, half_weights: bo
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory, images: ImageSet) -> RunFolder:
-    """A run that is trained."""
+    """A trained run."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "first")
     Trainer(tiny.recipe(), images, folder, 0, ALONE, "python -m training train RUN").train()
     return folder
@@ -59,18 +59,18 @@ def started(path: Path, images: ImageSet, bundle: Path | None, recipe: Recipe | 
     return Trainer(recipe or tiny.recipe(), images, RunFolder(path), seed, ALONE, "train RUN", bundle)
 
 
-def test_what_is_unpacked_calibrates_to_the_same_numbers(
+def test_an_unpacked_run_calibrates_to_the_same_numbers(
     first: RunFolder, images: ImageSet, bundle: Path, tmp_path: Path
 ) -> None:
     again = RunFolder(tmp_path / "again")
     unpack(bundle, again, images)
     record, before = calibrate(again, images, CPU), CalibrationRecord.load(first)
-    same = {"ensemble": None, "seconds": 0.0}  # a manifest tells whole seconds
+    same = {"ensemble": None, "seconds": 0.0}  # the manifest has whole seconds
     assert record.model_copy(update=same) == before.model_copy(update=same)
     for one, other in ((first.heldout, again.heldout), (first.test, again.test)):
         made_first, made_again = ExitOutputs.load(one), ExitOutputs.load(other)
         assert np.array_equal(made_first.predictions, made_again.predictions)
-        for name, scores in made_first.scores.items():  # the fit ends within its own tolerance
+        for name, scores in made_first.scores.items():  # equal within the tolerance of the fit
             np.testing.assert_allclose(made_again.scores[name], scores, atol=1e-3)
 
 
@@ -82,7 +82,7 @@ def test_the_bundle_answers_with_the_fitted_ensemble(first: RunFolder, bundle: P
     assert manifest["arguments"]["head_scales"] == list(ensemble.head_scales)
 
 
-def test_a_run_is_never_written_over(first: RunFolder, images: ImageSet, bundle: Path) -> None:
+def test_an_existing_run_is_not_overwritten(first: RunFolder, images: ImageSet, bundle: Path) -> None:
     with pytest.raises(RunError, match="holds a run already"):
         unpack(bundle, first, images)
 
@@ -111,7 +111,7 @@ def test_a_bundle_that_was_not_trained_here_is_refused(tmp_path: Path, images: I
 
 
 @pytest.mark.parametrize(("field", "value"), [("processes", None), ("seed", None), ("epochs", "two")])
-def test_a_manifest_that_tells_half_of_how_it_was_made_is_refused(
+def test_a_manifest_with_an_incomplete_training_record_is_refused(
     images: ImageSet, bundle: Path, tmp_path: Path, field: str, value: str | None
 ) -> None:
     changed = Path(shutil.copytree(bundle, tmp_path / "bundle"))
@@ -125,8 +125,8 @@ def test_a_manifest_that_tells_half_of_how_it_was_made_is_refused(
     assert not (tmp_path / "again").exists()
 
 
-def test_a_run_made_again_is_at_its_end_whatever_it_minimised(images: ImageSet, bundle: Path, tmp_path: Path) -> None:
-    """The predictor of `weighted` is in no bundle: it would begin anew."""
+def test_an_unpacked_run_is_finished_whatever_its_objective(images: ImageSet, bundle: Path, tmp_path: Path) -> None:
+    """Bundles do not contain the predictor of `weighted`, so training could not resume."""
     changed, again = Path(shutil.copytree(bundle, tmp_path / "bundle")), RunFolder(tmp_path / "again")
     manifest = read_manifest(changed)
     manifest["training"]["recipe"]["objective"]["name"] = "weighted"
@@ -137,7 +137,7 @@ def test_a_run_made_again_is_at_its_end_whatever_it_minimised(images: ImageSet, 
     assert trainer.train() == "finished"
 
 
-def test_training_goes_on_from_the_weights_of_the_bundle(
+def test_training_starts_from_the_weights_of_the_bundle(
     tmp_path: Path, first: RunFolder, images: ImageSet, bundle: Path
 ) -> None:
     trainer = started(tmp_path / "second", images, bundle)
@@ -151,7 +151,7 @@ def test_training_goes_on_from_the_weights_of_the_bundle(
     description = trainer.folder.read_description()
     assert description["from"] == f"first-bundle {version}"
     assert str(tmp_path) not in json.dumps(description)
-    # And from what that makes: half-precision weights are widened.
+    # And from the resulting bundle, whose half-precision weights are widened.
     again = exported(trainer.folder, images, tmp_path / "second-bundle", half_weights=True)
     training = json.loads((again / "manifest.json").read_text())["training"]
     assert training["from"] == f"first-bundle {version}"
@@ -160,7 +160,7 @@ def test_training_goes_on_from_the_weights_of_the_bundle(
     assert CalibrationRecord.load(trainer.folder).split_sha256 == CalibrationRecord.load(first).split_sha256
     unpacked = RunFolder(tmp_path / "unpacked")
     unpack(again, unpacked, images)
-    for name in ("from", "before", "precision"):  # its past stays known
+    for name in ("from", "before", "precision"):  # its history is kept
         assert unpacked.read_description()[name] == description[name]
     third = started(tmp_path / "third", images, again).network.state_dict()
     for name, value in trainer.network.state_dict().items():
@@ -168,7 +168,7 @@ def test_training_goes_on_from_the_weights_of_the_bundle(
         assert np.allclose(third[name], value, atol=1e-3)
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_own_weights(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
+def test_a_stopped_run_resumes_from_its_own_weights(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
     started(tmp_path / "whole", images, bundle).train()
     while started(tmp_path / "pieces", images, bundle).train(time_limit_s=0) == "time limit":
         pass
@@ -178,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_own_weights(tmp_path: Path, ima
         started(tmp_path / "pieces", images, None)
 
 
-def test_images_that_a_network_was_trained_on_are_not_held_out(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
+def test_images_the_network_was_trained_on_must_not_be_held_out(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
     with pytest.raises(RunError, match=r"--seed 0 --set held_out_images=40"):
         started(tmp_path / "run", images, bundle, seed=1)
     renamed = ImageSet(**{**vars(images), "listing": "other.png"})
@@ -201,15 +201,13 @@ def test_other_classes_get_a_fresh_last_layer(tmp_path: Path, first: RunFolder, 
     given = first.load_checkpoint()["network"]
     for name, value in network.items():
         assert torch.equal(value, plain[name] if ".classifier." in name else given[name]), name
-    # Classes may be others where they are as many.
+    # The same number of different classes also gets new last layers.
     four = ImageSet(**{**vars(images), "name": "others", "class_names": ["a", "b", "c", "d"]})
     network = started(tmp_path / "four", four, bundle).network.state_dict()
     assert not torch.equal(network["heads.0.classifier.weight"], given["heads.0.classifier.weight"])
 
 
-def test_what_is_learned_beside_the_network_starts_as_its_recipe_says(
-    tmp_path: Path, images: ImageSet, bundle: Path
-) -> None:
+def test_temperatures_and_gates_start_from_the_recipe(tmp_path: Path, images: ImageSet, bundle: Path) -> None:
     recipe = tiny.recipe(objective={"learned_temperatures": True, "temperatures": [0.3], "gates": 0.1})
     trainer = started(tmp_path / "run", images, bundle, recipe)
     assert trainer.network.boosting.temperatures == pytest.approx((0.3, 0.3))
@@ -227,6 +225,6 @@ def test_another_network_is_refused(tmp_path: Path, images: ImageSet, bundle: Pa
         started(tmp_path / "run", images, tmp_path)
 
 
-def test_plots_count_the_epochs_of_the_runs_before() -> None:
+def test_plots_list_the_epochs_of_previous_runs() -> None:
     assert epochs_of({}, 2.5) == "2.5"
     assert epochs_of({"before": {"epochs": 40.0, "before": {"epochs": 5.0}}}, 12.0) == "5 + 40 + 12"

@@ -1,4 +1,4 @@
-"""`python -m training gate`: from a run to a run with gates, and on to a bundle that is served by them."""
+"""`python -m training gate`: makes a run with gates from a run, and then a bundle that is served with them."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ TIE = 1e-4  # a score this close to a threshold may fall to either side
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the images, an evaluated run, and the run that was gated with fresh heads."""
+    """A folder with the images, an evaluated run, and a gated run with new heads."""
     folder = tmp_path_factory.mktemp("gated")
     data = tiny.write_folder(folder / "cifar-100-python")
     recipe = tiny.write_recipe(folder / "tiny.toml", epochs=6, n_exits=3)
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_gates_are_told_drawn_and_kept(made: Path) -> None:
+def test_gates_are_tabulated_plotted_and_saved(made: Path) -> None:
     for name in ("gates.json", "gates.csv", "gates.png"):
         assert (made / "gated" / name).stat().st_size > 0
     told = (made / "gated" / "gates.csv").read_text().splitlines()
@@ -51,20 +51,18 @@ def test_gates_are_told_drawn_and_kept(made: Path) -> None:
     gates = GateRecord.load(RunFolder(made / "gated"))
     assert gates is not None
     assert (gates.settings.trade_off, gates.settings.heads, gates.source) == (0.2, "fresh", "run")
-    # Two steps are less than a turn: the gates of the start, and of the end.
+    # Two steps are less than a turn, so there are only the gates of the start and of the end.
     assert [turn.step for turn in gates.turns] == [0, 2]
 
 
-def test_nothing_but_the_last_layers_moved(made: Path) -> None:
+def test_only_the_last_layers_change(made: Path) -> None:
     before, after = (RunFolder(made / name).load_checkpoint()["network"] for name in ("run", "gated"))
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {f"heads.{i}.classifier.{name}" for i in range(3) for name in ("weight", "bias")}
 
 
-def test_what_was_kept_of_the_heads_says_what_the_whole_network_says(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The calibration that `gate` writes without running the network is the one that `calibrate` makes with it."""
+def test_cached_head_inputs_give_the_whole_networks_calibration(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gate` writes a calibration without running the network; `calibrate` gives the same."""
     folder = RunFolder(made / "gated")
     before = [ExitOutputs.load(path) for path in (folder.heldout, folder.test)]
     record = CalibrationRecord.load(folder)
@@ -72,14 +70,14 @@ def test_what_was_kept_of_the_heads_says_what_the_whole_network_says(
     assert command(monkeypatch, "calibrate", folder.path, "--data", data, "--device", "cpu") == 0
     after = [ExitOutputs.load(path) for path in (folder.heldout, folder.test)]
     for old, new in zip(before, after, strict=True):
-        assert (old.correct == new.correct).mean() > 0.97  # rounding may turn an answer that was close
+        assert (old.correct == new.correct).mean() > 0.97  # rounding may change close answers
         for name, values in old.scores.items():
             close = np.isclose(values, new.scores[name], atol=1e-3)
             assert close.mean() > 0.97, name
     assert CalibrationRecord.load(folder) == record
 
 
-def test_a_gated_run_becomes_a_bundle_whose_images_leave_by_its_gates(
+def test_the_bundle_of_a_gated_run_exits_by_its_gates(
     made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, output = made / "gated", made / "zoo" / "gated"
@@ -103,7 +101,7 @@ def test_a_gated_run_becomes_a_bundle_whose_images_leave_by_its_gates(
     assert told["published_decision"]["test"]["accuracy"] == pytest.approx(decided.accuracy)
     assert f"{decided.mean_cost:.2f} M" in card
 
-    # Over the engine images leave where the score over the whole network's logits says.
+    # In the engine, images leave where the score of the whole network's logits predicts.
     pixels, _ = tiny.coloured(tiny.N_TEST, 2)
     folder = RunFolder(run)
     record = CalibrationRecord.load(folder)
@@ -134,7 +132,7 @@ def test_a_gated_run_becomes_a_bundle_whose_images_leave_by_its_gates(
     assert isinstance(quantised.score(), GateScore)
 
 
-def test_another_trade_off_reads_what_the_heads_read_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gating_reuses_the_cached_head_inputs(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = made / "run" / "head_inputs.pt"
     written = cache.stat().st_mtime_ns
     data, output = made / "cifar-100-python", made / "kept"
@@ -146,7 +144,7 @@ def test_another_trade_off_reads_what_the_heads_read_again(made: Path, monkeypat
     assert (output / "gates.png").stat().st_size > 0
 
 
-def test_a_damaged_cache_is_made_again_and_one_of_other_passes_too(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_is_rebuilt(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, data = made / "run" / "head_inputs.pt", made / "cifar-100-python"
     gate = ("gate", made / "run", "--data", data, "--heads", "kept", "--device", "cpu", "--output")
     assert command(monkeypatch, *gate, made / "plain", "--passes", 0) == 0
@@ -156,8 +154,8 @@ def test_a_damaged_cache_is_made_again_and_one_of_other_passes_too(made: Path, m
     assert first["gates"] == second["gates"]
 
 
-def test_other_test_images_are_read_and_not_those_that_were_kept(made: Path, tmp_path: Path) -> None:
-    """A folder's test images may come and go, after which it is calibrated again."""
+def test_changed_test_images_are_not_taken_from_the_cache(made: Path, tmp_path: Path) -> None:
+    """The test images may change, after which the run is calibrated again."""
     folder = RunFolder(Path(shutil.copytree(made / "run", tmp_path / "run")))
     images, record = load_image_set(made / "cifar-100-python"), CalibrationRecord.load(folder)
     kept = head_rows(folder, record, images, torch.device("cpu"), 1, 0)
@@ -168,7 +166,7 @@ def test_other_test_images_are_read_and_not_those_that_were_kept(made: Path, tmp
     assert torch.allclose(rows.test.inputs[0], kept.test.inputs[0][last], atol=1e-5)
 
 
-def test_what_cannot_be_gated_is_told(
+def test_runs_that_cannot_be_gated_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, output = made / "cifar-100-python", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Outputs that learn whether going on helps: what they are taught, what they teach, and that none is served."""
+"""Gates trained beside the heads to predict whether going on helps: targets, gradients, and that none is served."""
 
 from pathlib import Path
 
@@ -28,13 +28,13 @@ def gated(recipe: tiny.Recipe = GATED) -> torch.nn.Module:
     return trainable(network_of(recipe, 4), recipe.objective).train()
 
 
-def test_going_on_mends_where_this_exit_is_wrong_and_a_later_one_right() -> None:
+def test_going_on_helps_where_this_exit_is_wrong_and_a_later_one_right() -> None:
     answers = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0]])  # three exits, four images of class 0
     logits = [functional.one_hot(row, 2).float() for row in answers]
     assert mended(logits, torch.zeros(4, dtype=torch.int64)).tolist() == [[0, 0, 1, 1], [0, 1, 0, 1]]
 
 
-def test_gates_read_what_the_last_layer_of_their_head_reads() -> None:
+def test_gates_have_the_input_of_their_heads_last_layer() -> None:
     network, (images, _) = gated(), batch()
     kept = HeadInputs(network)
     network.eval()(images)
@@ -63,15 +63,15 @@ def test_their_loss_is_added_with_its_weight_and_reaches_the_network() -> None:
     network.zero_grad()
     expected.backward()
     assert any(torch.any(p.grad != 0) for p in network.stem.parameters() if p.grad is not None)
-    assert all(head.classifier.weight.grad is None for head in network.heads)  # answers are not taught by gates
+    assert all(head.classifier.weight.grad is None for head in network.heads)  # classifiers get no gradient
 
 
-def test_a_network_of_one_exit_has_none() -> None:
+def test_a_network_with_one_exit_has_no_gates() -> None:
     with pytest.raises(RecipeError, match=r"objective\.gates: the network has one exit"):
         gated(tiny.recipe(n_exits=1, objective={"gates": 0.3}))
 
 
-def test_the_network_that_is_served_has_none_and_answers_the_same() -> None:
+def test_the_served_network_has_no_gates_and_the_same_answers() -> None:
     network, (images, _) = gated().eval(), batch()
     before = network(images)
     after = served(network)
@@ -84,7 +84,7 @@ def test_the_network_that_is_served_has_none_and_answers_the_same() -> None:
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.8])
-def test_a_run_with_gates_can_be_stopped_and_read_without_them(tmp_path: Path, ema_decay: float) -> None:
+def test_a_run_with_gates_resumes_and_loads_without_them(tmp_path: Path, ema_decay: float) -> None:
     images = tiny.image_set(tmp_path / "cifar")
     recipe = tiny.recipe(objective={"gates": 0.3}, optimisation={"ema_decay": ema_decay})
     Trainer(recipe, images, RunFolder(tmp_path / "whole"), 0, ALONE).train()

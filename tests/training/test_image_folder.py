@@ -1,4 +1,4 @@
-"""Folders of pictures as people have them: without a test part, with strays, with names of all kinds, damaged."""
+"""Image folders found in practice: without a test set, with stray files, unusual names or damaged images."""
 
 import os
 import threading
@@ -23,7 +23,7 @@ def save(path: Path, colour: int = 0, size: tuple[int, int] = (8, 8)) -> None:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Class folders alone: 10, 15 and 3 pictures, each of a colour of its own."""
+    """Only class folders, with 10, 15 and 3 images, each of a different colour."""
     root = tmp_path / "mine"
     for label, (name, n_images) in enumerate(zip(NAMES, (10, 15, 3), strict=True)):
         for i in range(n_images):
@@ -39,7 +39,7 @@ def read(root: Path) -> ImageSet:
     return load_image_set(root, image_size_px=8)
 
 
-def test_a_fifth_of_every_class_is_set_apart_where_nobody_did(classes: Path) -> None:
+def test_a_fifth_of_every_class_becomes_the_test_set_if_there_is_none(classes: Path) -> None:
     images = read(classes)
     assert images.class_names == NAMES
     assert np.bincount(images.test_labels, minlength=3).tolist() == [2, 3, 0]
@@ -52,7 +52,7 @@ def test_a_fifth_of_every_class_is_set_apart_where_nobody_did(classes: Path) -> 
     )
 
 
-def test_what_is_set_apart_is_the_same_every_time_and_hardly_moves_as_a_class_grows(classes: Path) -> None:
+def test_the_test_set_is_reproducible_and_stable_as_classes_grow(classes: Path) -> None:
     before = read(classes)
     assert colours(before.test_images) == colours(read(classes).test_images)
     save(classes / NAMES[0] / "picture 10.png", colour=10)
@@ -61,7 +61,7 @@ def test_what_is_set_apart_is_the_same_every_time_and_hardly_moves_as_a_class_gr
     assert before.sha256 != after.sha256
 
 
-def test_a_set_is_told_from_one_with_as_many_images_and_other_names(classes: Path) -> None:
+def test_the_digest_depends_on_file_names_and_not_on_times(classes: Path) -> None:
     before = read(classes).sha256
     os.utime(classes / NAMES[2] / "picture 0.png", (0, 0))
     assert read(classes).sha256 == before
@@ -69,7 +69,7 @@ def test_a_set_is_told_from_one_with_as_many_images_and_other_names(classes: Pat
     assert read(classes).sha256 != before
 
 
-def test_strays_are_passed_over_and_told(classes: Path) -> None:
+def test_stray_files_are_skipped_and_reported(classes: Path) -> None:
     (classes / ".ipynb_checkpoints").mkdir()
     (classes / NAMES[0] / "._picture 0.png").write_bytes(b"what macOS leaves")
     (classes / NAMES[0] / "list.csv").touch()
@@ -85,7 +85,7 @@ def test_strays_are_passed_over_and_told(classes: Path) -> None:
     )
 
 
-def test_trains_may_be_a_class(classes: Path) -> None:
+def test_class_folders_may_be_called_train_and_test(classes: Path) -> None:
     (classes / NAMES[0]).rename(classes / "train")
     (classes / NAMES[1]).rename(classes / "test")
     images = read(classes)
@@ -93,7 +93,7 @@ def test_trains_may_be_a_class(classes: Path) -> None:
     assert len(images.train_labels) + len(images.test_labels) == 28
 
 
-def test_links_are_followed(classes: Path, tmp_path: Path) -> None:
+def test_symbolic_links_are_followed(classes: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     for name in NAMES[:2]:
         (tmp_path / "linked" / name).symlink_to(classes / name)
@@ -103,7 +103,7 @@ def test_links_are_followed(classes: Path, tmp_path: Path) -> None:
     assert 100 in colours(images.train_images) + colours(images.test_images)
 
 
-def test_every_damaged_picture_is_named_at_once(classes: Path) -> None:
+def test_all_damaged_images_are_reported_together(classes: Path) -> None:
     for i in range(15):
         (classes / NAMES[1] / f"picture {i}.png").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"png: not a readable image .*; so are .*\.png.* and 9 more; remove"):
@@ -113,7 +113,7 @@ def test_every_damaged_picture_is_named_at_once(classes: Path) -> None:
         read(classes)
 
 
-def test_damaged_pictures_of_both_parts_are_told_together(tmp_path: Path) -> None:
+def test_damaged_images_of_both_parts_are_reported_together(tmp_path: Path) -> None:
     for part in ("train", "val"):
         for name in ("a", "b"):
             save(tmp_path / "set" / part / name / "whole.png")
@@ -122,10 +122,10 @@ def test_damaged_pictures_of_both_parts_are_told_together(tmp_path: Path) -> Non
         read(tmp_path / "set")
 
 
-def test_what_a_file_is_counts_and_not_what_it_is_called(classes: Path) -> None:
-    """Pillow reads dozens of formats, by programs of others or by running what is in the file: these are not asked."""
+def test_the_content_of_a_file_decides_not_its_suffix(classes: Path) -> None:
+    """Pillow reads dozens of formats, some through external programs or by executing the file: these are not used."""
     target = classes / NAMES[2] / "odd.png"
-    Image.new("RGB", (8, 8), (250, 0, 0)).save(target, "GIF")  # which is served, too
+    Image.new("RGB", (8, 8), (250, 0, 0)).save(target, "GIF")  # a format that the server accepts, too
     assert 250 in colours(read(classes).train_images)
     Image.new("RGB", (8, 8)).save(target, "TIFF")
     with pytest.raises(DataError, match=r"odd\.png: not a readable image \(cannot identify"):
@@ -135,7 +135,7 @@ def test_what_a_file_is_counts_and_not_what_it_is_called(classes: Path) -> None:
         read(classes)
 
 
-def test_names_that_are_no_utf_8_are_told_all_the_same(classes: Path) -> None:
+def test_names_that_are_not_utf_8_are_reported_escaped(classes: Path) -> None:
     (classes / NAMES[0] / "deeper").mkdir()
     save(classes / NAMES[0] / "deeper" / os.fsdecode(b"caf\xe9.png"))
     root = classes.rename(classes.with_name(os.fsdecode(b"mes images \xe9t\xe9")))
@@ -145,7 +145,7 @@ def test_names_that_are_no_utf_8_are_told_all_the_same(classes: Path) -> None:
     "\n".join([images.name, *images.notes]).encode()
 
 
-def test_pictures_of_any_size_become_one(classes: Path) -> None:
+def test_images_of_any_size_are_resized(classes: Path) -> None:
     save(classes / NAMES[2] / "tiny.png", 250, (1, 1))
     save(classes / NAMES[2] / "line.png", 251, (1, 4000))
     save(classes / NAMES[2] / "large.png", 252, (5000, 3000))
@@ -162,14 +162,14 @@ def test_pictures_of_any_size_become_one(classes: Path) -> None:
         ([b"a", b"b\nc"], r"unprintable names: 'b\\nc'"),
     ],
 )
-def test_what_is_no_set_of_classes_is_told(tmp_path: Path, names: list[bytes], message: str) -> None:
+def test_folders_that_are_no_image_set_are_refused(tmp_path: Path, names: list[bytes], message: str) -> None:
     for name in names:
         save(tmp_path / "set" / os.fsdecode(name) / "a.png")
     with pytest.raises(DataError, match=message):
         read(tmp_path / "set")
 
 
-def test_images_that_memory_does_not_hold_are_told_with_their_size(classes: Path) -> None:
+def test_image_sets_larger_than_memory_are_refused_with_their_size(classes: Path) -> None:
     with pytest.raises(DataError, match=r"23 images of 80000000 x 80000000 px take .* GB of memory"):
         load_image_set(classes, image_size_px=80_000_000)
 
@@ -180,7 +180,7 @@ def test_ctrl_c_ends_reading_at_once(classes: Path, monkeypatch: pytest.MonkeyPa
     def interrupted(image: Image.Image, size: tuple[int, int], orientation: int) -> Image.Image:
         n_read.append(1)
         if started.is_set():
-            time.sleep(0.1)  # each takes a while, as real ones do: else all are over before anybody can be told
+            time.sleep(0.1)  # as slow as real images: otherwise all would be read before the interrupt
         started.set()
         raise KeyboardInterrupt
 

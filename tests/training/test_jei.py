@@ -1,4 +1,4 @@
-"""JEI-DNN's targets, class weights, losses and turns, by themselves."""
+"""JEI-DNN's targets, class weights, losses and turns, each alone."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ N_EXITS, WIDTH, N_CLASSES = 3, 6, 4
 
 
 def shown(n_images: int, seed: int = 0) -> Shown:
-    """Images whose losses fall with depth, the more so the less sure exit 1 is."""
+    """Images whose losses fall with depth, by more the less confident exit 1 is."""
     draw = np.random.default_rng(seed)
     features = draw.random((n_images, N_EXITS, len(GATE_FEATURES)))
     losses = 2.0 * (1 - features[:, :1, 0]) * np.array([1.0, 0.7, 0.4]) + 0.3 * draw.random((n_images, N_EXITS))
@@ -37,7 +37,7 @@ def shown(n_images: int, seed: int = 0) -> Shown:
 
 
 def rows(n_images: int, seed: int) -> Rows:
-    """What three heads read: the class, plainer with depth."""
+    """Inputs of three heads that show the class more clearly with depth."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(n_images) % N_CLASSES
     told = functional.one_hot(labels, WIDTH).float()
@@ -54,7 +54,7 @@ def heads(seed: int = 0) -> Heads:
         return Heads([nn.Linear(WIDTH, N_CLASSES) for _ in range(N_EXITS)], Boosting([0.5] * N_EXITS))
 
 
-def test_an_image_is_best_off_where_loss_and_cost_are_least_and_gates_open_from_there_on() -> None:
+def test_the_best_exit_minimises_loss_plus_cost_and_gates_open_from_there_on() -> None:
     losses = np.array([[0.1, 0.1, 0.1], [2.0, 0.2, 0.1], [2.0, 1.9, 0.1]])
     best = best_exits(losses, COSTS, 0.5)
     assert best.tolist() == [0, 1, 2]
@@ -63,22 +63,22 @@ def test_an_image_is_best_off_where_loss_and_cost_are_least_and_gates_open_from_
     assert gate_targets(best, 3).tolist() == [[True, True], [False, True], [False, False]]
 
 
-def test_an_open_gate_counts_as_many_times_as_the_exit_is_rarely_the_best() -> None:
+def test_class_weights_are_the_odds_against_each_exit_being_best_up_to_five() -> None:
     best = np.array([0] * 6 + [1] * 1 + [3] * 3)
     weights = class_weights(best, 4)
-    assert weights == pytest.approx([4 / 6, 5.0, 5.0])  # 9 and infinitely many are cut to 5
-    assert class_weights(np.ones(10, np.intp), 3).tolist() == [5.0, 1.0]  # with no others to count, not 0
+    assert weights == pytest.approx([4 / 6, 5.0, 5.0])  # 9 and infinity are clipped to 5
+    assert class_weights(np.ones(10, np.intp), 3).tolist() == [5.0, 1.0]  # and not 0 without negatives
 
 
-def test_where_an_exit_is_the_best_of_all_images_they_leave_there() -> None:
+def test_all_images_leave_at_an_exit_that_is_best_for_all() -> None:
     seen = shown(200)
-    gates = fit_on_heldout(seen, COSTS, 1000.0, seed=0)  # whoever goes on pays more than any loss
-    kept = gates.scores(seen.features).astype(np.float32)  # as a run keeps them
+    gates = fit_on_heldout(seen, COSTS, 1000.0, seed=0)  # going on costs more than any loss
+    kept = gates.scores(seen.features).astype(np.float32)  # as stored in a run
     done = published_decision(kept, np.ones((200, N_EXITS), np.bool_), COSTS)
     assert done.shares[0] == 1.0
 
 
-def test_gates_are_at_the_minimum_of_the_published_loss() -> None:
+def test_fitted_gates_minimise_the_published_loss() -> None:
     seen = shown(3000)
     fitted = fit_gates(seen, COSTS, 0.3)
     best = best_exits(seen.losses, COSTS, 0.3)
@@ -91,19 +91,19 @@ def test_gates_are_at_the_minimum_of_the_published_loss() -> None:
         loss = functional.binary_cross_entropy_with_logits(x @ layer[:-1] + layer[-1], wanted, pos_weight=weight)
         loss.backward()
         assert layer.grad is not None
-        assert layer.grad.abs().max() < 3e-3  # but for the ridge of 3 images
+        assert layer.grad.abs().max() < 3e-3  # not exactly 0, because of the ridge of 3 images
         assert 0.05 < wanted.mean() < 0.95
 
 
-def test_class_weights_may_be_of_other_images() -> None:
+def test_class_weights_may_come_from_other_images() -> None:
     train, heldout = shown(800), shown(400, 5)
-    heldout.losses[:] = 1.0  # each is best off at exit 1
+    heldout.losses[:] = 1.0  # exit 1 is best for each
     weights = fit_on_training(train, heldout, COSTS, 0.3).weights
     assert np.array_equal(weights, fit_gates(train, COSTS, 0.3, heldout))
     assert (weights[0] != fit_gates(train, COSTS, 0.3)[0]).all()
 
 
-def test_held_out_images_are_judged_by_gates_they_had_no_part_in() -> None:
+def test_held_out_images_are_scored_by_gates_fitted_without_them() -> None:
     seen = shown(500)
     gates = fit_on_heldout(seen, COSTS, 0.3, seed=0)
     judged = gates.scores(seen.features)
@@ -126,7 +126,7 @@ def gradient_of(detached: bool, weighted: bool = True) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in layers.parameters() if p.grad is not None])
 
 
-def test_gates_weigh_the_loss_of_the_heads_and_in_the_published_form_they_do_not() -> None:
+def test_detached_gates_weight_the_heads_loss_and_the_published_form_does_not() -> None:
     unweighted = gradient_of(detached=True, weighted=False)
     assert unweighted.abs().max() > 0.01
     assert (gradient_of(detached=True) - unweighted).abs().max() > 0.01
@@ -134,7 +134,7 @@ def test_gates_weigh_the_loss_of_the_heads_and_in_the_published_form_they_do_not
 
 
 @pytest.mark.parametrize("detached", [True, False])
-def test_the_loss_of_a_batch_keeps_its_size_and_is_a_number_where_nobody_leaves(detached: bool) -> None:
+def test_the_gated_loss_is_normalised_and_finite_without_leaving_images(detached: bool) -> None:
     losses = torch.tensor([[0.5, 2.0], [0.25, 1.0]], requires_grad=True)
     assert gated_loss(losses, torch.tensor([[0.9, 0.2], [0.1, 0.8]]), detached).item() == pytest.approx(
         3.75 / 2, rel=1e-4
@@ -150,25 +150,25 @@ def test_the_loss_of_a_batch_keeps_its_size_and_is_a_number_where_nobody_leaves(
     assert torch.isfinite(certain.grad).all()
 
 
-def test_no_layer_is_moved_by_the_loss_of_a_later_exit() -> None:
+def test_heads_get_no_gradient_from_later_exits() -> None:
     part, layers = rows(16, 3), heads()
     cross_entropies(layers(part.inputs), part.labels)[2].sum().backward()
     assert [layer.weight.grad is None or not layer.weight.grad.any() for layer in layers.layers] == [True, True, False]
 
 
-def test_heads_answer_as_the_ensemble_does() -> None:
+def test_heads_give_the_ensembles_logits() -> None:
     part, layers = rows(16, 3), heads()
     first, second, third = (layer(x) for layer, x in zip(layers.layers, part.inputs, strict=True))
     assert torch.allclose(layers(part.inputs)[2], third + 0.5 * (second + 0.5 * first), atol=1e-6)
 
 
-def test_the_best_turn_is_kept_whatever_came_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_turn_with_the_best_held_out_accuracy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alternation, "TURN_STEPS", 5)
     seen, settings = head_rows(), Settings(0.3, "trained", epochs=3)
     made = alternate(seen, heads(), COSTS, settings)
     assert [turn.step for turn in made.turns] == [0, 5, 10, 15, 20, 25, 30]
     assert made.turns[made.kept].accuracy == max(turn.accuracy for turn in made.turns)
-    assert made.kept > 0  # these heads had all to learn
+    assert made.kept > 0  # these heads start untrained
     now, correct = made.heads.show(seen.heldout)
     exits = take_exits(made.gates.scores(now.features), published_thresholds(N_EXITS))
     assert correct[np.arange(300), exits].mean() == pytest.approx(made.turns[made.kept].accuracy)
@@ -179,7 +179,7 @@ def test_the_best_turn_is_kept_whatever_came_after(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("gates_on", ["heldout", "training"])
-def test_heads_that_are_kept_do_not_move(gates_on: str) -> None:
+def test_with_heads_kept_their_weights_are_unchanged(gates_on: str) -> None:
     layers = heads()
     made = alternate(head_rows(), layers, COSTS, Settings(0.3, "kept", gates_on))  # type: ignore[arg-type]
     assert len(made.turns) == 1
@@ -187,7 +187,7 @@ def test_heads_that_are_kept_do_not_move(gates_on: str) -> None:
         assert torch.equal(before, after)
 
 
-def test_fresh_heads_forget_what_they_were_and_learn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_heads_do_not_depend_on_the_given_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alternation, "TURN_STEPS", 10)
     seen = head_rows()
     made = [alternate(seen, heads(seed), COSTS, Settings(0.3, "fresh", epochs=1)) for seed in (0, 1)]
@@ -196,7 +196,7 @@ def test_fresh_heads_forget_what_they_were_and_learn_again(monkeypatch: pytest.M
     assert correct.mean(axis=0)[-1] > 0.8
 
 
-def test_more_is_paid_for_accuracy_the_less_a_cost_weighs() -> None:
+def test_a_lower_trade_off_spends_more_compute() -> None:
     costs = [
         alternate(head_rows(), heads(), COSTS, Settings(trade_off, "kept")).turns[0].cost_share
         for trade_off in (0.0, 0.3, 10.0)

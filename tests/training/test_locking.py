@@ -1,4 +1,4 @@
-"""A run's folder is trained in by one command at a time."""
+"""Only one command at a time trains in a run's folder."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from training.checkpoint import RunError
 from training.locking import alone_in
 
 
-def test_a_folder_is_one_s_alone_until_it_is_left(tmp_path: Path) -> None:
+def test_a_folder_is_locked_until_its_owner_leaves_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with alone_in(run):
         (run / "checkpoint.pt").touch()
@@ -23,7 +23,7 @@ def test_a_folder_is_one_s_alone_until_it_is_left(tmp_path: Path) -> None:
         pass
 
 
-def test_one_that_is_killed_keeps_nobody_away(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     if (child := os.fork()) == 0:
         with alone_in(tmp_path / "run"):
             os._exit(0)
@@ -32,7 +32,7 @@ def test_one_that_is_killed_keeps_nobody_away(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "lock").read_text() == str(os.getpid())
 
 
-def test_a_folder_in_which_nothing_was_done_is_not_left_behind(tmp_path: Path) -> None:
+def test_an_unused_folder_is_removed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="refused"), alone_in(tmp_path / "run"):
         raise RunError("refused")
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(path: Path) -> list[dict]:
-    """The log without what a clock put there."""
+    """The log without times and speeds."""
     return [
         {key: value for key, value in record.items() if key not in ("seconds", "images_per_s")}
         for record in RunFolder(path).read_log()
@@ -49,7 +49,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(tmp_path: Path, images: ImageSet, precision: str) -> None:
+def test_a_run_stopped_at_every_step_ends_like_an_uninterrupted_one(
+    tmp_path: Path, images: ImageSet, precision: str
+) -> None:
     recipe = tiny.recipe(numerics={"precision": precision}, optimisation={"schedule": "one_cycle"})
     assert trainer(tmp_path / "whole", images, recipe).train() == "finished"
     n_times = 0
@@ -60,7 +62,7 @@ def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(tmp_path: Path, im
     assert_same_run(tmp_path / "whole", tmp_path / "pieces")
 
 
-def test_a_run_killed_as_it_wrote_its_log_goes_on(tmp_path: Path, images: ImageSet) -> None:
+def test_a_run_killed_while_writing_its_log_resumes(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "whole", images).train()
     for _ in range(STEPS_PER_EPOCH + 1):
         run = trainer(tmp_path / "cut", images)
@@ -92,7 +94,7 @@ def test_the_loss_logged_is_the_mean_over_the_epoch_whether_resumed_or_not(
         assert record["valid_shares"] == pytest.approx(valid_shares.tolist(), abs=1e-4)
 
 
-def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, images: ImageSet) -> None:
+def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path, images: ImageSet) -> None:
     recipe = tiny.recipe(optimisation={"ema_decay": 0.8})
     whole = trainer(tmp_path / "whole", images, recipe)
     expected = {name: value.clone() for name, value in whole.network.state_dict().items()}
@@ -102,7 +104,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, images: 
         nonlocal n_updates
         n_updates += 1
         update()
-        first = whole.progress.step == 0  # the average begins with the weights after the first step
+        first = whole.progress.step == 0  # the average starts from the weights after the first step
         for name, value in whole.network.state_dict().items():
             expected[name] = value.clone() if first else (0.8 * expected[name] + 0.2 * value).to(value.dtype)
 
@@ -121,7 +123,7 @@ def test_averaged_weights_are_what_is_measured_and_kept(tmp_path: Path, images: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on_from_there(
+def test_a_signal_saves_and_the_run_resumes(
     tmp_path: Path, images: ImageSet, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer._step
@@ -142,7 +144,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_run_killed_between_its_log_and_its_checkpoint_tells_every_epoch_once(
+def test_a_run_killed_between_log_and_checkpoint_logs_every_epoch_once(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = Trainer._save
@@ -169,7 +171,7 @@ def test_training_learns(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "run", images, recipe).train()
     log = RunFolder(tmp_path / "run").read_log()
     assert all(later < first for first, later in zip(log[0]["losses"], log[-1]["losses"], strict=True))
-    assert log[-1]["held_out_accuracy"][-1] > 0.6  # of 4 classes told by their colour
+    assert log[-1]["held_out_accuracy"][-1] > 0.6  # of 4 classes that differ in colour
 
 
 def test_the_seed_decides_the_run(tmp_path: Path, images: ImageSet) -> None:
@@ -184,7 +186,7 @@ def test_the_seed_decides_the_run(tmp_path: Path, images: ImageSet) -> None:
 def test_the_seed_decides_order_and_augmentation_by_themselves(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First weights and split may be the same, as where runs start from a bundle."""
+    """Even if first weights and split are the same, as in runs that start from a bundle."""
     rows_seen, pixels_seen = [], []
     augmented = DeviceImages.augmented
 
@@ -200,11 +202,11 @@ def test_the_seed_decides_order_and_augmentation_by_themselves(
         run._step(5)
     assert rows_seen[0] != rows_seen[1]
     assert rows_seen[0] == [*rows_seen[2], *rows_seen[3]]
-    for one, other in combinations(pixels_seen, 2):  # processes draw for themselves, too
+    for one, other in combinations(pixels_seen, 2):  # and so does every process
         assert not torch.equal(one, other)
 
 
-def test_every_training_image_is_seen_once_an_epoch_and_no_held_out_one(tmp_path: Path, images: ImageSet) -> None:
+def test_every_epoch_has_every_training_image_once_and_no_held_out_one(tmp_path: Path, images: ImageSet) -> None:
     run = trainer(tmp_path / "run", images)
     epochs = [
         torch.cat([run.batches.rows_of(step) for step in range(first, first + STEPS_PER_EPOCH)])
@@ -217,7 +219,7 @@ def test_every_training_image_is_seen_once_an_epoch_and_no_held_out_one(tmp_path
     assert not set(run.split.train) & set(run.split.held_out)
 
 
-def test_the_description_tells_what_made_the_run_and_no_path(tmp_path: Path, images: ImageSet) -> None:
+def test_the_description_records_how_the_run_was_made_without_paths(tmp_path: Path, images: ImageSet) -> None:
     run = trainer(tmp_path / "run", images, seed=7)
     text = (tmp_path / "run" / "run.json").read_text()
     described = json.loads(text)
@@ -229,7 +231,7 @@ def test_the_description_tells_what_made_the_run_and_no_path(tmp_path: Path, ima
     assert str(tmp_path) not in text
 
 
-def test_auto_computes_in_bf16_only_where_the_device_does_and_a_resumed_run_keeps_what_it_began_with(
+def test_auto_precision_is_bf16_only_if_supported_and_kept_on_resume(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny.recipe(numerics={"precision": "auto"})

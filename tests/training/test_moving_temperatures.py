@@ -1,4 +1,4 @@
-"""Temperatures that are learned or scheduled: trained, stopped and gone on with, and served as plain numbers."""
+"""Learned or scheduled temperatures: training, resuming, and bundles with their values as numbers."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def trainer(path: Path, images: ImageSet, recipe: Recipe) -> Trainer:
 
 @pytest.mark.parametrize("recipe", [LEARNED, SCHEDULED], ids=["learned", "scheduled"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.8])
-def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(
+def test_a_run_stopped_at_every_step_ends_like_an_uninterrupted_one(
     tmp_path: Path, images: ImageSet, recipe: Recipe, ema_decay: float
 ) -> None:
     recipe = recipe.model_copy(update={"optimisation": recipe.optimisation.model_copy(update={"ema_decay": ema_decay})})
@@ -63,7 +63,7 @@ def test_learned_temperatures_move_without_weight_decay(tmp_path: Path, images: 
     assert all(abs(t - 0.5) > 1e-4 for t in boosting_of(run.network).temperatures[1:])
 
 
-def test_a_schedule_goes_on_a_line_from_the_first_values_to_the_final_ones(
+def test_a_schedule_is_linear_from_first_to_final_values(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, seen = trainer(tmp_path / "run", images, SCHEDULED), []
@@ -75,13 +75,13 @@ def test_a_schedule_goes_on_a_line_from_the_first_values_to_the_final_ones(
     assert len(seen) == STEPS
 
 
-def test_a_run_that_was_stopped_is_read_with_the_temperatures_it_had(tmp_path: Path, images: ImageSet) -> None:
+def test_a_stopped_run_is_loaded_with_its_current_temperatures(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "run", images, SCHEDULED).train(time_limit_s=0)  # one step
     record = calibrate(RunFolder(tmp_path / "run"), images, CPU, refit=False)
     assert record.temperatures == pytest.approx((0.8, 0.8))
 
 
-def test_a_bundle_has_them_as_plain_numbers_and_gives_the_run_back(tmp_path: Path, images: ImageSet) -> None:
+def test_a_bundle_stores_temperatures_as_numbers_and_recreates_the_run(tmp_path: Path, images: ImageSet) -> None:
     folder, bundle = RunFolder(tmp_path / "run"), tmp_path / "bundle"
     trainer(folder.path, images, LEARNED).train()
     record = calibrate(folder, images, CPU, refit=False)
@@ -102,11 +102,11 @@ def test_a_bundle_has_them_as_plain_numbers_and_gives_the_run_back(tmp_path: Pat
         ExitOutputs.load(folder.test).scores["logit_margin"],
         atol=1e-4,
     )
-    calibrate(again, images, CPU)  # and fitted anew as any
+    calibrate(again, images, CPU)  # and refitted like any run
     assert CalibrationRecord.load(again).ensemble is not None
 
 
-def test_without_a_schedule_nothing_moves() -> None:
+def test_without_a_schedule_temperatures_are_constant() -> None:
     assert temperatures_at(tiny.recipe().objective, 2, 0.5) is None
 
 
@@ -117,7 +117,7 @@ def test_without_a_schedule_nothing_moves() -> None:
         ({"learned_temperatures": True, "final_temperatures": [0.1]}, "not both"),
     ],
 )
-def test_what_does_not_go_together_is_said(objective: dict, message: str) -> None:
+def test_contradictory_settings_are_refused(objective: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.recipe(objective=objective)
 
@@ -128,9 +128,7 @@ def test_learning_from_zero_is_refused(tmp_path: Path, images: ImageSet) -> None
         trainer(tmp_path / "run", images, recipe)
 
 
-def test_as_many_final_temperatures_as_exits_are_wanted_before_anything_is_trained(
-    tmp_path: Path, images: ImageSet
-) -> None:
+def test_a_wrong_number_of_final_temperatures_is_refused_before_training(tmp_path: Path, images: ImageSet) -> None:
     recipe = tiny.recipe(objective={"final_temperatures": [0.1, 0.2, 0.3]})
     with pytest.raises(RecipeError, match=r"objective\.final_temperatures: 3 temperatures for 2 exits"):
         trainer(tmp_path / "run", images, recipe)

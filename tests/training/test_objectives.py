@@ -49,7 +49,7 @@ def test_without_temperature_and_rescaling_it_is_a_plain_network_with_exits() ->
         assert torch.allclose(gradient, plain_gradients[name], rtol=1e-4, atol=1e-7), name
 
 
-def test_boosted_losses_are_those_of_the_ensemble_and_stop_at_their_own_head() -> None:
+def test_boosted_losses_are_the_ensembles_and_reach_only_their_own_head() -> None:
     images, labels = batch()
     objective = {"temperatures": [0.5], "gradient_rescaling": "off"}
     network = trained_network(objective)
@@ -68,7 +68,7 @@ def test_boosted_losses_are_those_of_the_ensemble_and_stop_at_their_own_head() -
     assert any(torch.any(reached[name] != 0) for name in reached if name.startswith("heads.2"))
 
 
-def test_without_the_cut_a_loss_reaches_the_heads_before_its_own() -> None:
+def test_without_detaching_a_loss_reaches_earlier_heads() -> None:
     images, labels = batch()
     network = trained_network({"stop_gradient": False})
     reached = gradients(network, functional.cross_entropy(network(images)[2], labels))
@@ -82,7 +82,7 @@ def test_the_loss_is_the_sum_over_the_exits() -> None:
     assert total.item() == pytest.approx(per_exit.sum().item())
 
 
-def test_label_smoothing_reaches_every_exit() -> None:
+def test_label_smoothing_applies_to_every_exit() -> None:
     images, labels = batch()
     network = trained_network({})
     smoothed = build_objective(tiny.recipe(objective={"label_smoothing": 0.2}).objective)

@@ -1,4 +1,4 @@
-"""The optimiser of a recipe: its steps, against those worked out by hand."""
+"""The optimiser of a recipe: its steps, compared with a direct computation."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ RATE, MOMENTUM, DECAY = 0.2, 0.7, 0.05
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_it_takes_the_steps_of_the_recipe(nesterov: bool) -> None:
-    """g' = g + decay x weight, v = momentum x v + g', and a step along v, or with Nesterov along g' + momentum x v."""
+    """g' = g + decay x weight; v = momentum x v + g'; the step is along v, or with Nesterov along g' + momentum x v."""
     fields = {"learning_rate": RATE, "momentum": MOMENTUM, "weight_decay": DECAY, "nesterov": nesterov}
     network = nn.Linear(1, 1)
     optimiser = optimiser_of(network, tiny.recipe(optimisation=fields).optimisation)

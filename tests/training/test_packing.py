@@ -1,4 +1,4 @@
-"""What a bundle is said to be."""
+"""The description of a bundle."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ CIFAR = Recipe.load("cifar100-fast").description
         (tiny.recipe(), "flowers", "tiny"),
     ],
 )
-def test_a_recipe_for_other_images_does_not_describe_these(recipe: Recipe, images: str, told: str) -> None:
+def test_a_recipes_description_is_not_used_for_other_images(recipe: Recipe, images: str, told: str) -> None:
     assert describe(recipe, images, 3) == told
 
 

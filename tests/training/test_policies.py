@@ -1,4 +1,4 @@
-"""Choosing how images leave: honest about noise, and unmoved by images that measure it."""
+"""Choosing the exit policy: noise does not mislead the choice, and test images do not affect it."""
 
 import numpy as np
 import pytest
@@ -18,14 +18,14 @@ def rightness_of(scores: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarra
     return crossfit_rightness(lambda fitted, judged: (scores[fitted], scores[judged]), correct, COSTS, BUDGETS)
 
 
-def test_crossfitting_is_honest_about_a_score_that_is_noise() -> None:
+def test_crossfitting_finds_no_benefit_in_a_noise_score() -> None:
     draw = np.random.default_rng(0)
     correct = draw.random((400, 3)) < [0.5, 0.6, 0.7]
     noise = rightness_of(draw.normal(size=(400, 3)), correct)
     knows = rightness_of(np.where(correct, 1.0, 0.0) + 0.01 * draw.random((400, 3)), correct)
     for family, right in noise.items():
         assert right.shape == (400,)
-        # Noise leaves at random: no better than mixing the exits, whose accuracies lie between these.
+        # Exits at random are no better than a mixture of the exits, whose accuracy is between theirs.
         assert correct[:, 0].mean() - 0.02 < right.mean() < correct[:, 2].mean() + 0.02
         assert knows[family].mean() > right.mean() + 0.05
 
@@ -39,22 +39,22 @@ def test_a_lead_within_one_standard_error_does_not_move_the_choice() -> None:
         better: base + 0.004 + 0.05 * draw.normal(size=1000),
         lucky: base + draw.normal(size=1000),
     }
-    rightness[lucky] += 0.02 - (rightness[lucky] - base).mean()  # a lead of two points, with an error of three
+    rightness[lucky] += 0.02 - (rightness[lucky] - base).mean()  # a lead of two points with a standard error of three
     assert choose(rightness) == better
     assert choose({paper: base, lucky: rightness[lucky]}) == paper
 
 
-def test_a_score_that_is_fitted_or_remembers_must_be_surely_ahead_of_a_plain_one() -> None:
+def test_fitted_and_stateful_scores_must_be_significantly_better_than_plain_ones() -> None:
     draw = np.random.default_rng(2)
     base = draw.random(1000)
     plain, fitted = Policy("logit_margin", "ratio"), Policy("as_good", "ratio")
     rightness = {PAPER: base, plain: base + 0.01 + 0.01 * draw.normal(size=1000)}
     noise = draw.normal(size=1000)
     noise -= noise.mean()
-    assert choose({**rightness, fitted: rightness[plain] + 0.002 + 0.1 * noise}) == plain  # an error of 0.003
+    assert choose({**rightness, fitted: rightness[plain] + 0.002 + 0.1 * noise}) == plain  # a standard error of 0.003
     assert choose({**rightness, fitted: rightness[plain] + 0.004 + 0.1 * noise}) == fitted
 
-    # Steadier, so surer of its lead over the paper's, but no better than the plain one.
+    # More consistent, so its lead over the paper's has a smaller error, but it is no better than the plain one.
     sign = np.where(np.arange(1000) % 2, 1.0, -1.0)
     rough, steady = (
         {PAPER: base, plain: base + 0.1 + 0.6 * sign},
@@ -72,7 +72,7 @@ def features_of_margin(margin: np.ndarray) -> np.ndarray:
     return features
 
 
-def test_logistic_regression_finds_what_made_the_answers() -> None:
+def test_logistic_regression_recovers_the_true_weights() -> None:
     draw = np.random.default_rng(2)
     x = draw.normal(size=(40_000, 3)) * [1.0, 10.0, 0.1] + [0.0, 5.0, 0.0]
     log_odds = 0.8 * x[:, 0] - 0.15 * x[:, 1] + 4.0 * x[:, 2] + 0.3
@@ -81,7 +81,7 @@ def test_logistic_regression_finds_what_made_the_answers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["separable", "constant", "never", "huge", "missing", "none"])
-def test_logistic_regression_is_finite_whatever_it_gets(kind: str) -> None:
+def test_logistic_regression_is_finite_for_degenerate_data(kind: str) -> None:
     x = np.random.default_rng(3).normal(size=(50, 2))
     happens = x[:, 0] > 0
     if kind == "constant":
@@ -101,7 +101,7 @@ def test_logistic_regression_is_finite_whatever_it_gets(kind: str) -> None:
 
 
 def heads(n_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features and answers of three heads whose margins say how likely they, and no later one, are right."""
+    """Features and correctness of three heads whose margins predict whether they are right."""
     draw = np.random.default_rng(seed)
     ease = draw.normal(size=(n_images, 1))
     correct = ease + 0.5 * draw.normal(size=(n_images, 3)) + [0.0, 0.4, 0.8] > 0
@@ -123,7 +123,7 @@ def test_fitted_scores_are_calibrated_on_other_images() -> None:
 
 
 @pytest.mark.parametrize("name", FITTED)
-def test_no_image_has_a_part_in_its_own_score(name: str) -> None:
+def test_crossfitted_scores_do_not_depend_on_an_images_own_answers(name: str) -> None:
     features, correct = heads(60, 6)
     before = crossfit(name, features, correct)
     image = int(np.flatnonzero(~correct[:, 0] & correct[:, 2])[0])
@@ -139,8 +139,8 @@ def test_no_image_has_a_part_in_its_own_score(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FITTED)
-def test_no_label_of_an_image_has_a_part_in_what_it_is_scored(name: str) -> None:
-    """Neither where a predictor is fitted on all held-out images, nor where half of them is judged by the other."""
+def test_no_score_depends_on_the_images_own_label(name: str) -> None:
+    """Both with a predictor fitted on all held-out images, and with one half scored by the other."""
     features, correct = heads(60, 3)
     judged, fitted = np.arange(0, 60, 2), np.arange(1, 60, 2)
     scores_of = source_of(name, outputs_with(features, correct))
@@ -164,7 +164,7 @@ def outputs_with(features: np.ndarray, correct: np.ndarray) -> ExitOutputs:
 
 
 def test_policies_are_compared_at_equal_measured_cost() -> None:
-    """One policy spends its budget twice over: at equal cost it is not better for that."""
+    """A policy that spends twice its budget is no better at equal cost."""
     features, correct = heads(3000, 7)
     scores = features[:, :, MARGIN]
     cuts = np.quantile(scores[:, 0], np.linspace(0, 1, 30)).tolist()
@@ -183,8 +183,8 @@ def test_policies_are_compared_at_equal_measured_cost() -> None:
     assert compared.of(PAPER).mean_lead.mean == compared.of(PAPER).mean_lead.error == 0
 
 
-def test_paired_intervals_are_those_of_theory() -> None:
-    """Two policies that always cost the same: the lead's error is that of a paired difference."""
+def test_paired_intervals_match_theory() -> None:
+    """For two policies of the same cost, the error of the lead is that of a paired difference."""
     draw = np.random.default_rng(8)
     n_images = 4000
     correct = np.stack([draw.random(n_images) < 0.7] * 3, axis=1)
@@ -204,7 +204,7 @@ def test_paired_intervals_are_those_of_theory() -> None:
     assert lead.error < single
 
 
-def test_resamples_draw_as_many_images_as_there_are() -> None:
+def test_every_resample_has_as_many_images_as_the_set() -> None:
     weights = resamples(100, seed=0)
     assert weights.shape == (1 + N_RESAMPLES, 100)
     assert (weights[0] == 1).all()

@@ -1,4 +1,4 @@
-"""Training in two processes, started as a person starts them."""
+"""Training in two processes, started from the command line."""
 
 import os
 import re
@@ -24,10 +24,10 @@ CPU = torch.device("cpu")
 
 
 def train_as_two(recipe: Recipe, images: ImageSet, folder: Path) -> list[Trainer]:
-    """What two processes are to do, in this one: each its own rows, then both the step of their mean gradient.
+    """Compute in this process what two should: gradients on their own rows, then the same step with the mean gradient.
 
-    Not that of one batch of all rows: each normalises by the statistics of its own, of which both keep the mean after
-    every epoch.
+    This differs from one batch of all rows: each process normalises by the statistics of its own rows, and the running
+    statistics are averaged after every epoch.
     """
     pair = [Trainer(recipe, images, RunFolder(folder / f"rank {rank}"), 0, Processes(0, 1, CPU)) for rank in (0, 1)]
     for rank, one in enumerate(pair):
@@ -46,7 +46,9 @@ def train_as_two(recipe: Recipe, images: ImageSet, folder: Path) -> list[Trainer
             torch.optim.SGD.step(one.optimiser)
             Averaging.update(one.averaging)
         if (step + 1) % pair[0].steps_per_epoch == 0:
-            networks_of = [dict.fromkeys((one.network, one.averaging.evaluated)) for one in pair]  # one may be both
+            networks_of = [
+                dict.fromkeys((one.network, one.averaging.evaluated)) for one in pair
+            ]  # may be the same network
             for networks in zip(*networks_of, strict=True):
                 for both in zip(*(network.buffers() for network in networks), strict=True):
                     mean = torch.stack(both).double().mean(0)
@@ -83,7 +85,7 @@ def test_two_processes_take_the_mean_of_their_steps(tmp_path: Path, settings: li
     assert ("trained" in state) == bool(one.recipe.optimisation.ema_decay)
 
 
-def test_sigterm_saves_both_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_sigterm_saves_both_processes_and_the_same_command_resumes(tmp_path: Path) -> None:
     data, recipe = tiny.write_folder(tmp_path / "cifar"), tiny.write_recipe(tmp_path / "tiny.toml", epochs=100_000)
     run = RunFolder(tmp_path / "run")
     train = ("train", run.path, "--recipe", recipe, "--data", data, "--processes", 2, "--device", "cpu")
@@ -108,7 +110,7 @@ def test_sigterm_saves_both_and_the_same_command_goes_on(tmp_path: Path) -> None
     assert run.load_checkpoint()["progress"]["step"] == step + 1
 
 
-def test_bad_input_to_two_processes_is_told_once(tmp_path: Path) -> None:
+def test_bad_input_to_two_processes_is_reported_once(tmp_path: Path) -> None:
     recipe = tiny.write_recipe(tmp_path / "tiny.toml")
     told = start("train", tmp_path / "run", "--recipe", recipe, "--data", tmp_path / "nowhere", "--processes", 2)
     _, err = told.communicate(timeout=PATIENCE_S)
@@ -118,7 +120,7 @@ def test_bad_input_to_two_processes_is_told_once(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_the_first_tells_what_others_find_before_it(
+def test_an_error_is_reported_by_the_first_process_even_if_others_exit_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     python = tmp_path / "python"
@@ -129,7 +131,7 @@ def test_the_first_tells_what_others_find_before_it(
     assert capfd.readouterr().err == "error: told\n"
 
 
-def test_when_one_crashes_the_others_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_one_process_crashes_the_others_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\n[ $RANK = 0 ] || exit 1\nexec sleep 600\n")
     python.chmod(0o755)
@@ -153,7 +155,7 @@ def test_when_one_crashes_the_others_are_ended(tmp_path: Path, monkeypatch: pyte
         ('[ "$EXITSERVE_LAUNCHER" = $PPID ]', 0, None),
     ],
 )
-def test_the_launcher_tells_what_the_processes_can_not(
+def test_the_launcher_reports_failures_that_processes_cannot(
     script: str,
     status: int,
     told: str | None,
@@ -167,13 +169,13 @@ def test_the_launcher_tells_what_the_processes_can_not(
     monkeypatch.setattr("sys.executable", str(python))
     began = time.monotonic()
     assert launch(2, ["train"]) == status
-    assert time.monotonic() - began < TELLING_S / 2  # whoever has told is not waited for
+    assert time.monotonic() - began < TELLING_S / 2  # it does not wait for a process that has reported
     errors = [line for line in capfd.readouterr().err.splitlines() if line != "error: told"]
     assert len(errors) == (told is not None)
     assert told is None or re.match(f"error: {told}", errors[0])
 
 
-def test_a_process_that_lost_another_ends_in_silence_where_a_launcher_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_loses_another_exits_silently_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.delenv(LAUNCHER, raising=False)
@@ -186,16 +188,16 @@ def test_a_process_that_lost_another_ends_in_silence_where_a_launcher_tells(monk
     assert ended == [LOST_ANOTHER]
 
 
-def test_processes_whose_launcher_is_gone_save_and_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_save_and_stop_when_their_launcher_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = load_image_set(tiny.write_folder(tmp_path / "cifar"))
     run = RunFolder(tmp_path / "run")
-    monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # which is not the one that started this process
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))  # not the parent of this process
     assert Trainer(tiny.recipe(), images, run, 0, Processes(0, 1, CPU)).train() == "signal"
     assert run.load_checkpoint()["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_too_few_gpus_are_found_by_every_process(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_detects_too_few_gpus(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, str(rank))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
@@ -205,8 +207,8 @@ def test_too_few_gpus_are_found_by_every_process(rank: int, monkeypatch: pytest.
         Processes.join("cuda")
 
 
-def test_whoever_launches_hears_signals_as_before() -> None:
-    """A study calibrates after it has trained: Ctrl-C and SIGTERM are to end that too."""
+def test_launching_restores_the_signal_handlers() -> None:
+    """A study calibrates after training, and Ctrl-C and SIGTERM must end that, too."""
     numbers = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
     assert launch(1, ["train", "--help"]) == 0

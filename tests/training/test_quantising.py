@@ -1,4 +1,4 @@
-"""Int8 stages: made of a bundle alone, measured anew, refused for images that are not its own."""
+"""Int8 stages: made from a bundle alone, measured themselves, and refused for other images than the bundle's."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ def logits_of(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.floa
     return StageSessions(bundle.path, bundle.manifest.stages).run(images, "test")
 
 
-def test_int8_answers_nearly_as_float_does(loaded):
+def test_int8_answers_are_close_to_float_ones(loaded):
     images = random_images(400, seed=7)
     for float_logits, int8_logits in zip(logits_of(loaded, images), logits_of(loaded.at("int8"), images), strict=True):
         assert int8_logits.dtype == np.float32
@@ -71,8 +71,8 @@ def test_weights_are_bytes_of_seven_bits_and_heads_stay_float(loaded):
         assert weights[gemm.input[1]].dtype == np.float32
 
 
-def test_ranges_come_of_images_that_were_trained_on(tmp_path, images, monkeypatch):
-    """The held-out ones set thresholds, and the test images measure: neither may have had a part in the network."""
+def test_ranges_come_from_training_images_only(tmp_path, images, monkeypatch):
+    """Held-out images set thresholds and test images measure accuracy, so neither may influence the network."""
     seen = []
 
     def noted(bundle: Bundle, pixels: NDArray[np.uint8], folder: Path) -> list[dict[str, object]]:
@@ -87,7 +87,7 @@ def test_ranges_come_of_images_that_were_trained_on(tmp_path, images, monkeypatc
     assert {picture.tobytes() for picture in seen[0]} <= known
 
 
-def test_what_rows_carry_travels_as_bytes_but_for_the_logits(loaded):
+def test_row_state_is_stored_as_bytes_except_for_logits(loaded):
     stages, int8 = loaded.manifest.stages, loaded.at("int8").manifest.stages
     for before, after in zip(stages, int8, strict=True):
         for value, quantised in zip(before.outputs, after.outputs, strict=True):
@@ -98,7 +98,7 @@ def test_what_rows_carry_travels_as_bytes_but_for_the_logits(loaded):
         assert before.state_bytes_per_row / 4 <= after.state_bytes_per_row <= before.state_bytes_per_row / 3
 
 
-def test_accuracies_and_scores_are_its_own(loaded, images):
+def test_accuracies_and_scores_are_measured_on_int8_stages(loaded, images):
     int8 = loaded.at("int8")
     assert (int8.manifest.version, int8.costs_mflops) == (loaded.manifest.version, loaded.costs_mflops)
     assert int8.manifest.score == loaded.manifest.score
@@ -114,13 +114,13 @@ def test_accuracies_and_scores_are_its_own(loaded, images):
     assert int8.manifest.int8.range_images == N_TRAIN
 
 
-def test_the_float_side_stays_as_it_was_and_the_card_tells_of_both(loaded, tmp_path, images):
+def test_float_stages_are_unchanged_and_the_card_describes_both(loaded, tmp_path, images):
     before = load_bundle(tiny_bundle(tmp_path / "before"))
     assert {f: i for f, i in loaded.manifest.files.items() if f in before.manifest.files and f != "README.md"} == {
         f: i for f, i in before.manifest.files.items() if f != "README.md"
     }
     assert loaded.at("fp32").manifest.stages == before.manifest.stages
-    # Made again in place, nothing is there twice.
+    # Quantising in place again leaves no duplicates.
     again = quantise(tiny_int8_bundle(tmp_path / "again"), images, N_TRAIN, tmp_path / "again")
     assert again.bundle.manifest.version == loaded.manifest.version
     card = (tmp_path / "again" / "README.md").read_text()

@@ -27,7 +27,7 @@ def test_every_recipe_that_ships_loads_and_builds_its_network(name: str) -> None
     assert len(logits) > 1
 
 
-def test_the_paper_s_recipe_is_the_paper_s() -> None:
+def test_the_papers_recipe_has_the_papers_settings() -> None:
     boosted, joint = Recipe.load("cifar100-paper"), Recipe.load("cifar100-paper-joint")
     o = boosted.optimisation
     assert (o.epochs, o.batch_rows, o.learning_rate, o.milestones, o.decay) == (300, 64, 0.1, [150, 225], 0.1)
@@ -38,7 +38,7 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
     assert joint.optimisation == o
 
 
-def test_the_recipe_of_l2w_den_is_its_authors() -> None:
+def test_the_l2w_den_recipe_has_its_authors_settings() -> None:
     recipe = Recipe.load("cifar100-weighted-paper")
     o = recipe.optimisation
     assert (o.epochs, o.batch_rows, o.learning_rate, o.schedule) == (300, 512, 0.8, "cosine")
@@ -70,7 +70,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: tuple[str, str], message
 
 
 @pytest.mark.parametrize(("load", "error"), [(Recipe.load, RecipeError), (Study.load, StudyError)])
-def test_a_file_in_another_encoding_is_told(
+def test_a_file_in_another_encoding_is_refused(
     tmp_path: Path, load: Callable[[str], object], error: type[TrainingError]
 ) -> None:
     path = tmp_path / "mine.toml"
@@ -90,17 +90,17 @@ def test_a_file_in_another_encoding_is_told(
         "objective.temperatures=[nan]",
     ],
 )
-def test_a_number_that_training_can_not_take_is_told_by_its_field(setting: str) -> None:
+def test_an_invalid_number_names_its_field(setting: str) -> None:
     with pytest.raises(RecipeError, match=setting.partition("=")[0]):
         Recipe.load("cifar100-fast", [setting])
 
 
-def test_nesterov_wants_momentum() -> None:
+def test_nesterov_requires_momentum() -> None:
     with pytest.raises(RecipeError, match="set momentum above 0, or nesterov = false"):
         Recipe.load("cifar100-fast", ["optimisation.momentum=0", "optimisation.nesterov=true"])
 
 
-def test_every_field_of_a_recipe_is_explained() -> None:
+def test_every_field_of_a_recipe_is_documented() -> None:
     told = (REPOSITORY / "docs" / "training.md").read_text()
     for section, field in Recipe.model_fields.items():
         fields = dict(getattr(field.annotation, "model_fields", {section: None}))
@@ -139,7 +139,7 @@ def test_too_many_temperatures_are_a_recipe_error() -> None:
     ("n_images", "batch_rows", "steps"),
     [(45000, 128, 352), (64, 16, 4), (67, 16, 4), (68, 16, 5), (15, 16, 1), (3, 16, 0)],
 )
-def test_a_last_batch_of_less_than_a_quarter_is_left_out(n_images: int, batch_rows: int, steps: int) -> None:
+def test_a_last_batch_below_a_quarter_is_dropped(n_images: int, batch_rows: int, steps: int) -> None:
     optimisation = tiny.recipe(optimisation={"batch_rows": batch_rows}).optimisation
     assert optimisation.steps_per_epoch(n_images) == steps
 
@@ -175,13 +175,13 @@ def test_a_setting_that_does_not_fit_is_explained(tmp_path: Path, setting: str, 
         Recipe.load(str(path), [setting])
 
 
-def test_sizes_divide_the_run_in_equal_parts() -> None:
+def test_image_sizes_divide_the_run_into_equal_parts() -> None:
     resized = Augmentation(crop_padding_px=0, crop_area=(0.3, 1.0), sizes_px=[16, 24, 32])
     assert [resized.size_px(step, 7) for step in range(7)] == [16, 16, 16, 24, 24, 32, 32]
     assert Augmentation().size_px(3, 7) is None
 
 
-def test_gates_and_mixed_images_do_not_go_together() -> None:
+def test_gates_and_mixed_images_cannot_be_combined() -> None:
     tiny.recipe(objective={"gates": 0.3})
     with pytest.raises(ValueError, match="leave out cutmix"):
         tiny.recipe(objective={"gates": 0.3}, augmentation={"cutmix": 0.5})

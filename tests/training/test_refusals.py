@@ -1,4 +1,4 @@
-"""Runs that are refused, or end themselves: before anything is spoilt, and with the cause in a sentence."""
+"""Runs that are refused or stop themselves, before any damage, with a one-line reason."""
 
 import json
 from pathlib import Path
@@ -46,13 +46,13 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path, images: ImageSet, 
         trainer(tmp_path / "run", images, recipe, seed=int(what == "seed"))
 
 
-def test_another_description_is_no_other_recipe(tmp_path: Path, images: ImageSet) -> None:
+def test_another_description_does_not_make_another_recipe(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "run", images).train(time_limit_s=0)
     recipe = tiny.recipe().model_copy(update={"description": "said better"})
     assert trainer(tmp_path / "run", images, recipe).train() == "finished"
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_checkpoint_before(
+def test_a_nan_loss_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Trainer._step
@@ -68,8 +68,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_checkpoint_before(
     assert [record["epoch"] for record in numbers(tmp_path / "run")] == [1]
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, images: ImageSet) -> None:
-    """The last step of an epoch may be the one that ends them: its loss was taken before."""
+def test_nan_weights_are_not_saved(tmp_path: Path, images: ImageSet) -> None:
+    """The last step of an epoch may produce them, after its loss was computed."""
     run = trainer(tmp_path / "run", images)
     step = run.optimiser.step
 
@@ -84,12 +84,12 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, images: Image
     assert not run.folder.checkpoint.exists()
 
 
-def test_far_too_high_a_rate_is_told(tmp_path: Path, images: ImageSet) -> None:
+def test_a_diverging_learning_rate_is_reported(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(RunError, match="no longer finite"):
         trainer(tmp_path / "run", images, tiny.recipe(optimisation={"learning_rate": 1e30})).train()
 
 
-def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path, images: ImageSet) -> None:
+def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "run", images).train()
     (tmp_path / "run" / "checkpoint.pt").unlink()
     of_the_run_before = [tmp_path / "run" / name for name in ("calibration.json", "results.json", "head_inputs.pt")]
@@ -101,7 +101,7 @@ def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path, images: ImageSet
     assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == 1
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path: Path, images: ImageSet) -> None:
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path, images: ImageSet) -> None:
     trainer(tmp_path / "run", images).train(time_limit_s=0)
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path, images: ImageSet) -> None:
         trainer(tmp_path / "run", images)
 
 
-def test_what_does_not_go_together_is_told_before_training(tmp_path: Path, images: ImageSet) -> None:
+def test_contradictory_options_are_refused_before_training(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(DataError, match="cannot hold out 104 of 104"):
         trainer(tmp_path / "a", images, Recipe.model_validate({**tiny.recipe().model_dump(), "held_out_images": 104}))
     with pytest.raises(DataError, match="don't go together"):

@@ -1,4 +1,4 @@
-"""What tells whether going on helps: fitted on some images, judged on others, and beside the logit margin."""
+"""Signals for whether going on helps: fitted on some images, evaluated on others, compared with the logit margin."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ COSTS = (10.0, 20.0, 40.0)
 
 
 def seen(n_images: int, seed: int, tells: float) -> Seen:
-    """Images whose first input says with this strength whether going on mends, and whose logits say nothing."""
+    """Images whose first head input predicts with the given strength whether going on helps, with random logits."""
     draw = np.random.default_rng(seed)
     correct = draw.random((n_images, 3)) < [0.4, 0.5, 0.7]
     names = ("max_softmax", "logit_margin", "probability_margin", "entropy")
@@ -40,22 +40,22 @@ def seen(n_images: int, seed: int, tells: float) -> Seen:
     return Seen(outputs, inputs)
 
 
-def test_going_on_mends_an_answer_that_is_wrong_where_a_later_one_is_right() -> None:
+def test_going_on_helps_if_an_answer_is_wrong_and_a_later_one_right() -> None:
     part = seen(50, 0, 0.0)
     for row, answers in zip(part.mends, part.outputs.correct, strict=True):
         assert row.tolist() == [not answers[n] and bool(answers[n + 1 :].any()) for n in range(3)]
 
 
-def test_a_fit_gives_the_log_odds_of_what_happens() -> None:
+def test_a_fit_gives_the_log_odds_of_the_event() -> None:
     part = seen(20_000, 1, 2.0)
     log_odds = apply(fit_exits(part.inputs, part.mends), part.inputs)
-    for n in range(2):  # calibrated in the mean, and surer of what it says than chance
+    for n in range(2):  # calibrated on average, and better than chance
         assert (1 / (1 + np.exp(-log_odds[:, n]))).mean() == pytest.approx(part.mends[:, n].mean(), rel=0.01)
         assert log_odds[part.mends[:, n], n].mean() > log_odds[~part.mends[:, n], n].mean() + 2
-    assert np.all(log_odds[:, 2] == 0)  # at the last exit all stop
+    assert np.all(log_odds[:, 2] == 0)  # nothing follows the last exit
 
 
-def test_what_heads_read_is_found_where_it_tells_and_only_there() -> None:
+def test_informative_head_inputs_are_detected_and_noise_is_not() -> None:
     for tells, n_sure in ((3.0, 0.05), (0.0, 0.0)):
         train, heldout, test = (seen(n, i, tells) for i, n in enumerate((2000, 600, 600)))
         signals = [*plain_signals(heldout, test), *fitted_signals(train, heldout, test)]
@@ -68,17 +68,17 @@ def test_what_heads_read_is_found_where_it_tells_and_only_there() -> None:
         if tells:
             assert gate.over_margin[0] > n_sure + 3 * gate.over_margin[1]
             assert gate.test_over_margin.mean > n_sure + 3 * gate.test_over_margin.error
-        for result in [logits] if tells else results:  # noise leads nothing by much
+        for result in [logits] if tells else results:  # noise has no large lead
             assert abs(result.over_margin[0]) < max(0.01, 4 * result.over_margin[1])
 
 
-# One whose heads are as wide as the maps they read, as those for photographs are.
+# A network whose heads are as wide as the maps that they read, like those for photographs.
 WIDENING = {"config": "I-4", "n_blocks": 3, "base": 1, "step": 1, "n_channels": 8, "growth_rate": 4}
 WIDENING |= {"growth_factors": [1], "bottleneck_factors": [1]}
 
 
 @pytest.mark.parametrize(("gates", "network"), [(0.0, {}), (0.3, {"arguments": WIDENING})])
-def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float, network: dict[str, Any]) -> None:
+def test_signals_of_a_run_are_printed_and_saved(tmp_path: Path, gates: float, network: dict[str, Any]) -> None:
     images, folder = tiny.image_set(tmp_path / "cifar"), RunFolder(tmp_path / "run")
     recipe = tiny.recipe(objective={"gates": gates}, network=network)
     Trainer(recipe, images, folder, 0, Processes(0, 1, CPU)).train()
@@ -97,5 +97,5 @@ def test_signals_of_a_run_are_told_and_written(tmp_path: Path, gates: float, net
     console = Console(record=True, width=200, file=io.StringIO())
     print_signals(results, console)
     assert f"{100 * results[-1].over_margin[0]:+.2f}" in console.export_text()
-    with pytest.raises(DataError, match="added, removed or renamed"):  # held-out images can't be told any more
+    with pytest.raises(DataError, match="added, removed or renamed"):  # the held-out images are no longer known
         judge(folder, replace(images, train_labels=images.train_labels[::-1].copy()), CPU)

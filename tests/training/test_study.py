@@ -1,4 +1,4 @@
-"""Variants of a recipe, really trained, on a small image set."""
+"""Studies: variants of a recipe, trained on a small image set."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ def study(tmp_path: Path) -> Study:
     return Study.load(str(path))
 
 
-def test_what_is_missing_is_trained_and_every_variant_is_compared_seed_by_seed(tmp_path: Path, study: Study) -> None:
+def test_missing_runs_are_trained_and_variants_compared_by_seed(tmp_path: Path, study: Study) -> None:
     data, folder = tiny.write_folder(tmp_path / "cifar"), tmp_path / "runs"
     images = tiny.load_image_set(data)
     missing = "joint", 1
@@ -116,7 +116,7 @@ def test_a_seed_that_the_study_does_not_have_is_refused(tmp_path: Path, study: S
         run_study(study, tmp_path / "runs", tmp_path, CPU, n_processes=1, seeds=[1, 7])
 
 
-def test_a_run_of_another_recipe_is_not_taken_for_the_studys(tmp_path: Path, study: Study) -> None:
+def test_a_run_of_another_recipe_is_not_used(tmp_path: Path, study: Study) -> None:
     images = tiny.image_set(tmp_path / "cifar")
     _, _, run = next(study.runs(tmp_path / "runs"))
     Trainer(study.recipe_of("boosted"), images, run, 0, Processes(0, 1, CPU)).train(time_limit_s=0)
@@ -167,7 +167,7 @@ def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> No
         ),
     ],
 )
-def test_a_wrong_study_is_explained_before_anything_is_trained(
+def test_an_invalid_study_is_reported_before_training(
     tmp_path: Path, study: Study, change: tuple[str, str], message: str
 ) -> None:
     path = tmp_path / "wrong.toml"
@@ -177,5 +177,5 @@ def test_a_wrong_study_is_explained_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("path", sorted(STUDY_FOLDER.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_studies_that_ship_can_be_read(path: Path) -> None:
+def test_the_studies_that_ship_can_be_loaded(path: Path) -> None:
     assert Study.load(path.stem).baseline

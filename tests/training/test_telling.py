@@ -1,4 +1,4 @@
-"""What a run says of the time it needs."""
+"""The messages of a run: speed and remaining time, and classes without images."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from training.telling import classes_without, images_left, speed
 GROWING = Augmentation(crop_padding_px=0, crop_area=(0.3, 1.0), sizes_px=[100, 100, 200])
 
 
-def test_images_of_one_size_count_one_each() -> None:
+def test_images_of_one_size_count_equally() -> None:
     assert images_left(Augmentation(), 30, 120, 64.0, 32) == 90 * 64
     assert images_left(Augmentation(), 120, 120, 64.0, 32) == 0
 
@@ -19,8 +19,8 @@ def test_images_of_one_size_count_one_each() -> None:
     ("step", "steps_worth"),
     [(1, 79 + 40 * 4), (40, 40 + 40 * 4), (80, 40 * 4), (81, 39), (100, 20), (120, 0)],
 )
-def test_larger_images_to_come_count_as_many_as_their_pixels(step: int, steps_worth: float) -> None:
-    """At step 80 the speed is still that of small ones; 40 steps with four times the pixels are left."""
+def test_later_larger_images_count_by_their_pixels(step: int, steps_worth: float) -> None:
+    """At step 80, the speed is still that of small images; 40 steps with four times the pixels remain."""
     assert images_left(GROWING, step, 120, 10.0, 200) == pytest.approx(10 * steps_worth)
 
 
@@ -28,7 +28,7 @@ def test_speed_and_time_left() -> None:
     assert speed(50.0, 9000.0) == "50 images/s, 3 min left"
 
 
-def test_classes_without_an_image_to_train_on_or_to_test_are_named() -> None:
+def test_classes_without_training_or_test_images_are_named() -> None:
     blank = np.zeros((4, 8, 8, 3), np.uint8)
     labels = np.array([0, 0, 1, 2])
     images = ImageSet("mine", blank, labels, blank, np.array([0, 2, 2, 2]), ["a", "b", "c"], (0, 0, 0), (1, 1, 1))

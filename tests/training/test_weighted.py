@@ -1,4 +1,4 @@
-"""L2W-DEN: weights that are learned beside the network. Small networks in float64 stand for large ones in float32."""
+"""L2W-DEN: loss weights that are learned beside the network. Most tests use small networks in float64."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from training.optimiser import after_step, optimiser_of
 from training.processes import Processes
 from training.recipe import Optimisation, Recipe, RecipeError, Weighting
 
-# What torch loads for forward mode declares itself with what torch calls deprecated.
+# Modules that torch imports for forward mode use functions that torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 CLASSES = 4
@@ -60,7 +60,7 @@ def weighted(network: nn.Module, weighting: Weighting | None = None) -> Weighted
 
 
 def trained_on(network: nn.Module, o: Optimisation, n_steps: int) -> torch.optim.SGD:
-    """An optimiser that has taken so many steps of plain joint training."""
+    """An optimiser after `n_steps` steps of plain joint training."""
     optimiser = optimiser_of(network, o)
     for step in range(n_steps):
         rows, labels = batch(100 + step)
@@ -80,7 +80,7 @@ NAMES = ["momentum", "Nesterov", "plain"]
 
 @pytest.mark.parametrize("n_steps", [0, 3], ids=["first step", "later"])
 @pytest.mark.parametrize("o", SETTINGS, ids=NAMES)
-def test_the_tried_step_is_the_one_that_sgd_would_take(o: Optimisation, n_steps: int) -> None:
+def test_the_tried_step_equals_sgds(o: Optimisation, n_steps: int) -> None:
     network = branching()
     optimiser = trained_on(network, o, n_steps)
     rows, labels = batch(0)
@@ -97,7 +97,7 @@ def test_the_tried_step_is_the_one_that_sgd_would_take(o: Optimisation, n_steps:
 def judged_after(
     losses: WeightedLosses, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], optimiser: torch.optim.SGD
 ) -> Tensor:
-    """The meta objective as a function of the predictor alone, with the graph of the step: what the paper writes."""
+    """The paper's meta objective as a function of the predictor, differentiable through the step."""
     network = losses.network
     named = dict(network.named_parameters())
     buffers = {name: b.clone() for name, b in network.named_buffers()}
@@ -113,7 +113,7 @@ def judged_after(
 
 @pytest.mark.parametrize("mean", ["mat", "col", "row"])
 @pytest.mark.parametrize("o", SETTINGS, ids=NAMES)
-def test_the_predictors_gradient_is_that_of_the_loss_after_the_step(o: Optimisation, mean: str) -> None:
+def test_the_predictors_gradient_is_that_of_the_loss_after_the_tried_step(o: Optimisation, mean: str) -> None:
     network = branching()
     optimiser = trained_on(network, o, 3)
     losses = weighted(network, Weighting(mean=mean))
@@ -121,13 +121,13 @@ def test_the_predictors_gradient_is_that_of_the_loss_after_the_step(o: Optimisat
     losses.try_step(one, other, optimiser)
     ours = [p.grad.clone() for p in losses.predictor.parameters() if p.grad is not None]
 
-    # Through the graph of the step: a backward pass of a backward pass.
+    # Reference 1: double backward through the graph of the step.
     parameters = list(losses.predictor.parameters())
     through = torch.autograd.grad(judged_after(losses, one, other, optimiser), parameters)
     for gradient, expected in zip(ours, through, strict=True):
         assert torch.allclose(gradient, expected, rtol=1e-9, atol=1e-13)
 
-    # And by trying it: along a random direction, and along the gradient itself.
+    # Reference 2: finite differences along a random direction and along the gradient.
     draws = torch.Generator().manual_seed(3)
     random = [torch.randn(p.shape, generator=draws).double() for p in parameters]
     for direction in (random, ours):
@@ -144,7 +144,7 @@ def test_the_predictors_gradient_is_that_of_the_loss_after_the_step(o: Optimisat
         tried = (ends[0] - ends[1]) / 2e-5
         expected = sum(float((g * d).sum()) for g, d in zip(ours, direction, strict=True)) / length
         assert tried == pytest.approx(expected, rel=1e-4, abs=1e-10)
-    assert math.sqrt(sum(float((g * g).sum()) for g in ours)) > 1e-4  # it is no matter of zeros
+    assert math.sqrt(sum(float((g * g).sum()) for g in ours)) > 1e-4  # not trivially zero
 
 
 @given(
@@ -154,11 +154,11 @@ def test_the_predictors_gradient_is_that_of_the_loss_after_the_step(o: Optimisat
     st.sampled_from([("mat", (0, 1)), ("col", 0), ("row", 1)]),
     st.integers(0, 2**31),
 )
-def test_weights_are_one_on_average_and_within_twice_delta_of_it(
+def test_weights_average_one_and_differ_from_it_by_less_than_twice_delta(
     n_rows: int, n_exits: int, delta: float, mean: tuple[str, tuple[int, ...] | int], seed: int
 ) -> None:
     torch.manual_seed(seed)
-    name, over = mean  # of [exits, rows]: all, an image's exits, an exit's images
+    name, over = mean  # axes of [exits, rows] to average over
     predictor = WeightPredictor(n_exits, Weighting(delta=delta, mean=name)).double()  # type: ignore[arg-type]
     losses = 20 * torch.rand(n_exits, n_rows).double().requires_grad_()
     weights = predictor(losses)
@@ -166,35 +166,37 @@ def test_weights_are_one_on_average_and_within_twice_delta_of_it(
     assert torch.allclose(weights.mean(over), torch.ones(()).double())
     assert ((weights - 1).abs() < 2 * delta).all()
     assert weights.requires_grad
-    assert torch.autograd.grad(weights.square().sum(), losses, allow_unused=True) == (None,)  # the losses are input
+    assert torch.autograd.grad(weights.square().sum(), losses, allow_unused=True) == (
+        None,
+    )  # no gradient reaches the losses
 
 
-def test_shares_fall_by_the_ratio_from_exit_to_exit() -> None:
+def test_exit_shares_are_a_geometric_series() -> None:
     assert exit_shares(5, 0.75) == pytest.approx([0.328, 0.246, 0.184, 0.138, 0.104], abs=5e-4)  # as published
     assert exit_shares(4, 1.0) == [0.25] * 4
     assert sum(exit_shares(7, 1.7)) == pytest.approx(1)
 
 
 def sure(rows: list[list[float]]) -> list[Tensor]:
-    """Logits of two classes at each exit, by how sure it is of each row."""
+    """Logits of two classes at each exit, from its confidence margin for each row."""
     return [torch.tensor([[0.0, s] for s in exit_rows]) for exit_rows in rows]
 
 
-def test_the_surest_of_those_still_there_leave_until_an_exits_share_is_full() -> None:
+def test_the_most_confident_remaining_images_leave_at_each_exit() -> None:
     logits = sure(
         [
-            [9.0, 1.0, 8.0, 2.0, 3.0, 7.0, 0.5],  # 7 rows, a ratio of 1: two leave at each of the first two
-            [9.0, 3.0, 8.0, 6.0, 1.0, 2.0, 5.0],  # the surest two have gone: 3 and 6 are next
-            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # takes the rest, sure or not
+            [9.0, 1.0, 8.0, 2.0, 3.0, 7.0, 0.5],  # 7 rows and a ratio of 1: two leave at each of the first two exits
+            [9.0, 3.0, 8.0, 6.0, 1.0, 2.0, 5.0],  # of the rows that remain, rows 3 and 6 are the most confident
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # the rest leave at the last exit
         ]
     )
     assert leaving_at(logits, 1.0).tolist() == [0, 2, 0, 1, 2, 2, 1]
-    assert leaving_at(logits, 1e-9).tolist() == [0, 0, 0, 0, 0, 0, 2]  # a share of nearly 1 of 7 rows is 6 of them
-    assert leaving_at([x[:1] for x in logits], 0.75).tolist() == [2]  # a third of one image is none
+    assert leaving_at(logits, 1e-9).tolist() == [0, 0, 0, 0, 0, 0, 2]  # nearly all leave at exit 1: 6 of 7 rows
+    assert leaving_at([x[:1] for x in logits], 0.75).tolist() == [2]  # an exit's share of one image rounds down to none
     assert leaving_at(logits[:1], 0.75).tolist() == [0] * 7
 
 
-def test_the_early_exit_loss_is_the_sum_of_means_over_those_who_leave() -> None:
+def test_the_early_exit_loss_is_the_sum_of_mean_losses_at_the_exits_taken() -> None:
     draws = torch.Generator().manual_seed(4)
     logits = [torch.randn(10, 3, generator=draws) for _ in range(4)]
     labels = torch.randint(0, 3, (10,), generator=draws)
@@ -202,11 +204,13 @@ def test_the_early_exit_loss_is_the_sum_of_means_over_those_who_leave() -> None:
     assert exits.bincount(minlength=4).tolist() == [3, 2, 2, 3]
     expected = [functional.cross_entropy(x[exits == n], labels[exits == n]) for n, x in enumerate(logits)]
     assert early_exit_loss(logits, labels, 0.75).item() == pytest.approx(sum(expected).item(), rel=1e-6)  # type: ignore[union-attr]
-    alone = early_exit_loss([x[:1] for x in logits], labels[:1], 0.75)  # goes to the last exit: the others are empty
+    alone = early_exit_loss(
+        [x[:1] for x in logits], labels[:1], 0.75
+    )  # leaves at the last exit; the others have no images
     assert alone.item() == pytest.approx(functional.cross_entropy(logits[3][:1], labels[:1]).item(), rel=1e-6)
 
 
-def test_what_is_minimised_is_the_weighted_sum_and_joint_where_all_weights_are_one() -> None:
+def test_the_loss_is_the_weighted_sum_and_the_joint_loss_for_weights_of_one() -> None:
     torch.manual_seed(0)
     network = Branching().train()
     rows, labels = batch(0)[0].float(), batch(0)[1]
@@ -215,7 +219,7 @@ def test_what_is_minimised_is_the_weighted_sum_and_joint_where_all_weights_are_o
     total, statistics = losses(network, rows, labels)
     assert total.item() == pytest.approx((losses.predictor(found) * found).mean(1).sum().item(), rel=1e-6)
     assert total.item() != pytest.approx(found.mean(1).sum().item(), rel=1e-4)
-    assert torch.allclose(statistics[0], found.mean(1), rtol=1e-6)  # what is logged is what joint logs
+    assert torch.allclose(statistics[0], found.mean(1), rtol=1e-6)  # the logged losses are unweighted, as for joint
     total.backward()
     assert all(p.grad is not None for p in network.parameters())
     assert all(p.grad is None for p in losses.predictor.parameters())
@@ -225,7 +229,7 @@ def test_what_is_minimised_is_the_weighted_sum_and_joint_where_all_weights_are_o
     assert losses(network, rows, labels)[0].item() == pytest.approx(found.mean(1).sum().item(), rel=1e-6)
 
 
-def test_trying_a_step_leaves_network_and_optimiser_as_they_were() -> None:
+def test_trying_a_step_changes_neither_network_nor_optimiser() -> None:
     network = branching()
     optimiser = trained_on(network, SETTINGS[0], 2)
     optimiser.zero_grad()
@@ -235,7 +239,7 @@ def test_trying_a_step_leaves_network_and_optimiser_as_they_were() -> None:
     losses.try_step(batch(1), batch(2), optimiser)
     network_state, optimiser_state = before
     assert network_state.keys() == network.state_dict().keys()
-    for name, value in network.state_dict().items():  # batch statistics and their count among them
+    for name, value in network.state_dict().items():  # including batch statistics and their counts
         assert torch.equal(value, network_state[name]), name
     for key, state in optimiser_state["state"].items():
         assert torch.equal(state["momentum_buffer"], optimiser.state_dict()["state"][key]["momentum_buffer"])
@@ -245,7 +249,7 @@ def test_trying_a_step_leaves_network_and_optimiser_as_they_were() -> None:
     assert network.training
 
 
-def test_a_first_step_tried_leaves_the_optimiser_without_a_state() -> None:
+def test_trying_the_first_step_creates_no_optimiser_state() -> None:
     network = branching()
     optimiser = optimiser_of(network, SETTINGS[0])
     weighted(network).try_step(batch(1), batch(2), optimiser)
@@ -254,10 +258,8 @@ def test_a_first_step_tried_leaves_the_optimiser_without_a_state() -> None:
 
 @pytest.mark.parametrize("rescaling", ["off", "coarsest", "all"])
 @pytest.mark.parametrize("architecture", ["msdnet", "ranet"])
-def test_forward_mode_agrees_with_a_backward_pass_of_a_backward_pass_in_a_real_network(
-    architecture: str, rescaling: str
-) -> None:
-    """With gradients rescaled, which no forward pass tells: forward mode has to go along with them."""
+def test_forward_mode_agrees_with_double_backward_in_real_networks(architecture: str, rescaling: str) -> None:
+    """Gradient rescaling is invisible in the forward pass, and forward mode must apply it as well."""
     arguments: dict[str, object] = (
         {"config": "C-m1", "n_channels": 4, "growth_rate": 4} if architecture == "ranet" else {}
     )
@@ -283,7 +285,7 @@ def test_forward_mode_agrees_with_a_backward_pass_of_a_backward_pass_in_a_real_n
         assert (p.grad - gradient).norm() < 1e-3 * gradient.norm()
 
 
-def test_a_predictor_that_learns_makes_steps_that_the_judge_likes_better() -> None:
+def test_learning_the_predictor_lowers_the_meta_objective() -> None:
     network = branching()
     optimiser = trained_on(network, SETTINGS[0], 3)
     losses = weighted(network, Weighting(learning_rate=1e-2, weight_decay=0.0))
@@ -295,7 +297,7 @@ def test_a_predictor_that_learns_makes_steps_that_the_judge_likes_better() -> No
     assert judged[-1] < judged[0] - 0.01
 
 
-def test_its_rate_falls_along_a_cosine() -> None:
+def test_the_predictors_learning_rate_follows_a_cosine() -> None:
     losses = weighted(branching(), Weighting(learning_rate=0.2))
     for share, rate in ((0.0, 0.2), (0.5, 0.1), (1.0, 0.0)):
         losses.learn(share, ALONE)
@@ -319,12 +321,12 @@ def test_its_rate_falls_along_a_cosine() -> None:
         ({"objective": {"name": "weighted", "weighting": {"delta": 1.5}}}, r"objective\.weighting\.delta"),
     ],
 )
-def test_what_does_not_go_with_weights_is_said(sections: dict, message: str) -> None:
+def test_settings_that_contradict_the_weighting_are_refused(sections: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny.recipe(**sections)
 
 
-def test_an_unknown_field_of_the_weighting_is_told_by_name(tmp_path: Path) -> None:
+def test_an_unknown_field_of_the_weighting_is_named(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "tiny.toml")
     with pytest.raises(RecipeError, match=r"objective\.weighting\.rate: there is no such field; choose from .*ratio"):
         Recipe.load(str(path), ["objective.name='weighted'", "objective.weighting.rate=1.0"])

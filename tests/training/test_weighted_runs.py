@@ -1,4 +1,4 @@
-"""Runs of the objective `weighted`: stopped and gone on with, averaged, in two processes, exported and served."""
+"""Runs with the objective `weighted`: resumed, with averaged weights, in two processes, exported and served."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ from training.processes import Processes
 from training.recipe import Recipe
 from training.unpacking import WEIGHTS, read_weights
 
-# What torch loads for forward mode declares itself with what torch calls deprecated.
+# Modules that torch imports for forward mode use functions that torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def losses_of(run: Trainer) -> WeightedLosses:
 
 
 def tensors(state: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by where it is."""
+    """All tensors of a checkpoint, by path."""
     if isinstance(state, torch.Tensor):
         return {name: state}
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
@@ -75,7 +75,9 @@ def tensors(state: Any, name: str = "") -> dict[str, torch.Tensor]:
     ],
     ids=["as published", "every third step, bf16, Nesterov", "smoothed, mixed, averaged"],
 )
-def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(tmp_path: Path, images: ImageSet, recipe: Recipe) -> None:
+def test_a_run_stopped_at_every_step_ends_like_an_uninterrupted_one(
+    tmp_path: Path, images: ImageSet, recipe: Recipe
+) -> None:
     assert trainer(tmp_path / "whole", images, recipe).train() == "finished"
     n_times = 0
     while trainer(tmp_path / "pieces", images, recipe).train(time_limit_s=0) == "time limit":
@@ -89,7 +91,7 @@ def test_a_run_stopped_at_every_step_ends_as_one_that_was_not(tmp_path: Path, im
         assert torch.equal(value, pieces[name]), name
 
 
-def test_the_predictor_learns_every_so_many_steps_by_the_other_batch_of_the_pair(
+def test_the_predictor_learns_at_its_interval_from_the_other_batch_of_the_pair(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -109,11 +111,11 @@ def test_the_predictor_learns_every_so_many_steps_by_the_other_batch_of_the_pair
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
     assert changed == [True, False, False, True, False, False, True, False]
     for (batch, judge), (step, other) in zip(tried, [(0, 1), (3, 2), (6, 7)], strict=True):
-        assert torch.equal(batch, run.batches[step][0])  # augmented as the step itself has it
+        assert torch.equal(batch, run.batches[step][0])  # with the same augmentation as in the step
         assert torch.equal(judge, run.batches[other][0])
 
 
-def test_every_batch_of_an_epoch_has_another_one_of_it_for_a_pair(tmp_path: Path, images: ImageSet) -> None:
+def test_every_batch_is_paired_with_another_of_its_epoch(tmp_path: Path, images: ImageSet) -> None:
     run = trainer(tmp_path / "run", images, weighted())
     assert [run.batches.partner(step) for step in range(STEPS)] == [1, 0, 3, 2, 5, 4, 7, 6]
     odd = trainer(tmp_path / "odd", images, weighted(optimisation={"batch_rows": 20}))
@@ -121,13 +123,13 @@ def test_every_batch_of_an_epoch_has_another_one_of_it_for_a_pair(tmp_path: Path
     assert [odd.batches.partner(step) for step in range(6)] == [1, 0, 1, 4, 3, 4]
 
 
-def test_one_batch_an_epoch_has_no_other(tmp_path: Path, images: ImageSet) -> None:
+def test_a_single_batch_per_epoch_is_refused(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(DataError, match="batches an epoch"):
         trainer(tmp_path / "run", images, weighted(optimisation={"batch_rows": 64}))
     trainer(tmp_path / "joint", images, tiny.recipe(objective={"name": "joint"}, optimisation={"batch_rows": 64}))
 
 
-def test_it_starts_where_joint_training_does_and_goes_another_way(tmp_path: Path, images: ImageSet) -> None:
+def test_it_starts_like_joint_training_and_takes_other_steps(tmp_path: Path, images: ImageSet) -> None:
     joint, ours = (
         trainer(tmp_path / name, images, recipe)
         for name, recipe in (("joint", tiny.recipe(objective={"name": "joint"})), ("weighted", weighted()))
@@ -136,13 +138,13 @@ def test_it_starts_where_joint_training_does_and_goes_another_way(tmp_path: Path
     for one, other in zip(joint.network.parameters(), ours.network.parameters(), strict=True):
         assert torch.equal(one, other)
     statistics = [run._step(0)[0] for run in (joint, ours)]
-    assert torch.equal(*statistics)  # the same images, and the losses as they are, not weighted
+    assert torch.equal(*statistics)  # the same images, and unweighted losses
     assert not all(
         torch.equal(a, b) for a, b in zip(joint.network.parameters(), ours.network.parameters(), strict=True)
     )
 
 
-def test_two_processes_share_a_predictor_that_takes_the_mean_of_their_gradients(tmp_path: Path) -> None:
+def test_two_processes_train_one_predictor_with_mean_gradients(tmp_path: Path) -> None:
     data, recipe = tiny.write_folder(tmp_path / "cifar"), tiny.write_recipe(tmp_path / "tiny.toml", epochs=1)
     settings = ["objective.name='weighted'", "objective.weighting.learning_rate=0.01", "optimisation.momentum=0.0"]
     train = ("train", tmp_path / "two", "--recipe", recipe, "--data", data, "--processes", 2, "--device", "cpu")
@@ -151,7 +153,7 @@ def test_two_processes_share_a_predictor_that_takes_the_mean_of_their_gradients(
     assert told.returncode == 0, err
     assert err == ""
 
-    # The same in one process: both ranks try their step, then both predictors and both networks take the mean.
+    # Reference in one process: both ranks try their step; then predictors and networks step with mean gradients.
     loaded, images = Recipe.load(str(recipe), settings), load_image_set(data)
     pair = [Trainer(loaded, images, RunFolder(tmp_path / f"rank {rank}"), 0, ALONE) for rank in (0, 1)]
     for rank, one in enumerate(pair):
@@ -187,9 +189,7 @@ def test_two_processes_share_a_predictor_that_takes_the_mean_of_their_gradients(
         assert torch.allclose(state["network"][name], value, rtol=1e-3, atol=1e-4), name
 
 
-def test_a_bundle_of_it_serves_what_was_trained_and_has_nothing_of_the_predictor(
-    tmp_path: Path, images: ImageSet
-) -> None:
+def test_its_bundle_serves_the_network_without_the_predictor(tmp_path: Path, images: ImageSet) -> None:
     folder, bundle = RunFolder(tmp_path / "run"), tmp_path / "bundle"
     recipe = weighted(optimisation={"ema_decay": 0.5})
     trainer(folder.path, images, recipe).train()
