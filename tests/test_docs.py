@@ -1,4 +1,4 @@
-"""What README and docs tell people to type works: every call is made, every command knows its options."""
+"""The commands in README and docs work: every call is made, and every command knows its options."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ STARTS = ("curl ", "for image in ", "python ", ".venv/bin/python ", "make ", "do
 
 
 class Typed(NamedTuple):
-    """A command on a page, and the answer printed below it, if there is one."""
+    """A command in a document, and the answer printed below it, if any."""
 
     page: str
     command: str
@@ -28,7 +28,7 @@ class Typed(NamedTuple):
 
 
 def commands() -> Iterator[Typed]:
-    """Every line in a code block that is a command; one that goes on over a line's end is joined."""
+    """All commands in code blocks, with continued lines joined."""
     for page in PAGES:
         lines = re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
         for i, line in enumerate(lines):
@@ -50,7 +50,7 @@ def name_of(typed: Typed) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that the pages speak of, where they say that they are."""
+    """A folder with the files that the documents mention, in their places."""
     folder = tmp_path_factory.mktemp("reader")
     samples = REPOSITORY / "examples" / "images"
     for name in ("examples", "README.md"):
@@ -73,7 +73,7 @@ CALLS = chosen("curl ", "for image in ", ".venv/bin/python -m service classify",
 
 
 @pytest.mark.parametrize("typed", CALLS, ids=name_of)
-def test_every_call_is_answered_as_the_page_says(server: ServerProcess, folder: Path, typed: Typed) -> None:
+def test_every_call_gets_the_documented_answer(server: ServerProcess, folder: Path, typed: Typed) -> None:
     page, call, answer = typed
     if "curl" in call and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
@@ -81,7 +81,7 @@ def test_every_call_is_answered_as_the_page_says(server: ServerProcess, folder: 
     here = here.replace("curl ", "curl --fail-with-body --silent --show-error ")
     here = re.sub(r"^(\.venv/bin/)?python ", f"PYTHONPATH={REPOSITORY} {sys.executable} ", here)
     if "--url" not in here and "classify" in here and "curl" not in here:
-        here += f" --url {server.url}"  # the network is loaded once, by the server
+        here += f" --url {server.url}"  # so that the network is loaded only once
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", here], cwd=folder, capture_output=True, text=True, timeout=60
     )
@@ -119,7 +119,7 @@ def test_every_command_knows_its_options(typed: Typed) -> None:
         assert (REPOSITORY / "training" / "recipes" / f"{recipe[1]}.toml").is_file()
 
 
-def test_every_verb_is_the_makefiles_and_every_link_leads_somewhere() -> None:
+def test_every_make_target_and_every_link_exists() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for page, command, _ in chosen("make "):
         assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), f"{page}: {command}"
@@ -131,23 +131,23 @@ def test_every_verb_is_the_makefiles_and_every_link_leads_somewhere() -> None:
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The names that GitHub gives a page's headings."""
+    """The anchors that GitHub generates for a document's headings."""
     headings = re.findall(r"^#{1,6} (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_make_train_without_images_asks_for_them(tmp_path: Path) -> None:
+def test_make_train_without_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("bin/python", ".dev"):  # so that nothing is installed
+    for name in ("bin/python", ".dev"):  # so that make installs nothing
         (tmp_path / name).touch()
-    asked = ["make", "--no-print-directory", "train", "DATA=", f"VENV={tmp_path}"]  # make may have started the tests
+    asked = ["make", "--no-print-directory", "train", "DATA=", f"VENV={tmp_path}"]  # in case make has started the tests
     done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     images = "DATA=cifar-100-python.tar.gz (or a folder with train/ and val/)"
     assert done.stdout == f"error: no images given: make train {images}\n"
 
 
-def test_every_source_file_that_is_named_is_there() -> None:
+def test_every_source_file_that_is_named_exists() -> None:
     there = [
         path.relative_to(REPOSITORY).as_posix() for folder in ROOMS for path in (REPOSITORY / folder).rglob("*.py")
     ]

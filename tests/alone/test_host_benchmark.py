@@ -1,4 +1,4 @@
-"""The benchmark of the engine's own threads, with one process of each kind."""
+"""The benchmark of the engine's host cost, with one process per variant."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from service.compiled import compiled_sources
 from tests.bundles import REPOSITORY
 
 
-def test_it_measures_python_and_what_is_compiled_of_it(tmp_path: Path) -> None:
+def test_it_measures_python_and_compiled_modules(tmp_path: Path) -> None:
     path = tmp_path / "host.json"
     less = ["--rounds", "1", "--n-images", "64", "--max-rows", "64", "--in-flight", "512"]
     command = [sys.executable, "-m", "benchmarks.host", *less, "--json", str(path)]
@@ -20,11 +20,11 @@ def test_it_measures_python_and_what_is_compiled_of_it(tmp_path: Path) -> None:
     assert list(found) == (["Python", "compiled"] if compiled_sources() else ["Python"])
     for [measured] in found.values():
         cores_busy = 1e-6 * measured["us_an_image"] * measured["images_per_s"]
-        assert 0.02 < cores_busy < 2 * (os.cpu_count() or 1)  # medians of rounds: not exactly those that there are
+        assert 0.02 < cores_busy < 2 * (os.cpu_count() or 1)  # medians over rounds, so not exactly bounded by the cores
         assert 0 < measured["alone_ms"] < measured["alone_whole_ms"]
 
 
-def test_sources_are_loaded_where_they_are_compiled_too() -> None:
+def test_sources_are_loaded_even_if_compiled() -> None:
     code = "from benchmarks import host; host.load_sources(); from service.engine import core; print(core.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()) == REPOSITORY / "service/engine/core.py"

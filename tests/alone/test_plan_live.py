@@ -1,5 +1,5 @@
-"""The planner beside the real engine, threads and clock and all. Stages only wait, as long as their table says: so they
-take the same time on every machine, and a busy one does not change what is compared; but threads of others would."""
+"""The planner compared with the real engine, its threads and the real clock. Stages only sleep for the times of their
+table, so they take the same time on every machine; only competing threads would disturb the comparison."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ TIMES = StageTimes(
     machine="none: chosen by a test",
     n_lanes=N_LANES,
     n_cores=N_LANES,
-    lanes_take_cores=False,  # they wait
+    lanes_take_cores=False,  # they sleep
     stage_seconds=[{1: 0.015, MAX_ROWS: 0.06}] * len(COSTS_MFLOPS),
     copy_row_seconds=[0.0] * len(COSTS_MFLOPS),
     host_image_seconds=0.0,
@@ -33,7 +33,7 @@ TIMES = StageTimes(
 
 
 class WaitingRunner:
-    """Stages that wait; an image is its number, and its logits are that number."""
+    """Stages that sleep; an image contains its number, and its logits are that number."""
 
     n_stages, n_lanes, max_rows = len(COSTS_MFLOPS), N_LANES, MAX_ROWS
     slept_s = overslept_s = 0.0
@@ -57,7 +57,7 @@ class WaitingRunner:
 
 
 class KnownScore:
-    """What the population's images score, by their number."""
+    """The scores of the population's images, by number."""
 
     history_width = 0
 
@@ -79,7 +79,7 @@ def test_the_engine_answers_as_fast_as_predicted():
     record = Simulation(network, TIMES, setup).saturate(N_IMAGES, N_IN_FLIGHT)
     predicted_per_s = N_IMAGES / record.answered_s[-1]
     numbers = np.random.default_rng(1).integers(0, len(scores), (N_IMAGES, 1)).astype(np.float32)
-    for _ in range(3):  # a machine that is busy with something else makes it slower, and never faster
+    for _ in range(3):  # other load makes it slower, never faster
         runner = WaitingRunner()
         engine = Engine(
             runner,
@@ -103,5 +103,5 @@ def test_the_engine_answers_as_fast_as_predicted():
     assert np.median(latencies_ms) == pytest.approx(live.median_ms, rel=0.15)
     shares = np.bincount(record.exit)[1:] / N_IMAGES
     assert shares @ COSTS_MFLOPS == pytest.approx(np.array(live.shares) @ COSTS_MFLOPS, rel=0.03)
-    # Who shares a batch moves the thresholds, so that one exit's share is up to 0.06 off in one run of ten.
+    # The composition of batches moves the thresholds, so one exit's share is up to 0.06 off in one run of ten.
     assert shares == pytest.approx(live.shares, abs=0.1)

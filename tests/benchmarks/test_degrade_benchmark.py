@@ -1,4 +1,4 @@
-"""The benchmark of the latency target runs from its command line; what it says comes from what happened."""
+"""The benchmark of the latency target runs from its command line, and its results match what happened."""
 
 import json
 from math import isnan, nan
@@ -19,7 +19,7 @@ def app():
     return app
 
 
-def test_the_command_sends_what_it_says_and_writes_what_it_found(app, tmp_path):
+def test_the_command_runs_its_phases_and_writes_its_results(app, tmp_path):
     out, figure = tmp_path / "degrade.json", tmp_path / "degrade.svg"
     arguments = ["--bundle", str(tiny_bundle(tmp_path / "tiny")), "--images", "400", "--phases", "1x0.02,1x0.05"]
     arguments += [
@@ -67,7 +67,7 @@ def test_arrivals_are_poisson_in_each_phase():
 
 
 @pytest.mark.parametrize("phases", ["", "5", "5x", "5x0", "0x1", "-1x1", "nanx1", "5x1;3x2"])
-def test_phases_that_make_no_sense_are_refused_with_an_example(app, phases):
+def test_malformed_phases_are_refused_with_an_example(app, phases):
     done = CliRunner().invoke(app, ["--phases", phases])
     assert done.exit_code == 2
     assert "5x0.4" in done.output

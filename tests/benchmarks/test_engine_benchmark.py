@@ -10,7 +10,7 @@ from benchmarks.engine import ideal_rate, main, matrix_product_gmacs_per_s
 from tests.bundles import tiny_bundle
 
 
-def test_the_command_measures_a_bundle_and_writes_what_it_found(tmp_path):
+def test_the_command_measures_a_bundle_and_writes_its_results(tmp_path):
     app = Typer()
     app.command()(main)
     out = tmp_path / "engine.json"
@@ -30,10 +30,10 @@ def test_the_command_measures_a_bundle_and_writes_what_it_found(tmp_path):
     assert max(report["ideals"]) > min(report["ideals_off"]) > 0
 
 
-def test_the_ideal_charges_a_stage_to_those_that_reach_it():
-    # All pay 1 ms, half pay 2 ms more, a quarter 4 ms more: 3 ms an image on each of two lanes.
+def test_the_ideal_counts_each_stage_for_the_images_that_reach_it():
+    # All images take 1 ms, half 2 ms more, a quarter 4 ms more: 3 ms per image on each of two lanes.
     assert ideal_rate([0.001, 0.002, 0.004], [0.5, 0.25, 0.25], n_lanes=2) == pytest.approx(2 / 0.003)
 
 
-def test_the_matrix_product_rate_is_a_rate():
+def test_the_matrix_product_rate_is_positive():
     assert matrix_product_gmacs_per_s(size=64, repeats=2) > 0

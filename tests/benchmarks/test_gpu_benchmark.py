@@ -1,4 +1,4 @@
-"""The GPU benchmark, dry: the same code on the processor, without what a fresh clone on a GPU machine may lack."""
+"""Dry runs of the GPU benchmark on the CPU, with only the packages that it requires."""
 
 import json
 import os
@@ -31,8 +31,8 @@ MISSING += ("pydantic_settings", "onnx", "onnxscript", "onnx_ir")
 COMPILING = "by torch.compile"
 
 
-def test_it_checks_measures_and_writes_and_says_that_it_is_a_dry_run(tmp_path: Path) -> None:
-    """Where nothing can be imported but torch, numpy, pydantic, safetensors and what these need themselves."""
+def test_a_dry_run_checks_and_measures_and_is_marked_as_such(tmp_path: Path) -> None:
+    """With only torch, numpy, pydantic, safetensors and their dependencies importable."""
     for name in MISSING:
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no module named {name}')")
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--quick", "--skip", COMPILING]
@@ -71,12 +71,12 @@ def test_it_checks_measures_and_writes_and_says_that_it_is_a_dry_run(tmp_path: P
     wholes = [found[f"whole network, {n_rows} rows"] for n_rows in (2, 4)]
     assert all(0 < whole["lowest_and_highest"][0] <= whole["images_per_s"] for whole in wholes)
     assert found["alone_ms"]["whole network, p50"] > 0
-    assert all("cudnn_convolution_relu" in row["failed"] for row in found["by cuDNN"])  # there is none on processors
+    assert all("cudnn_convolution_relu" in row["failed"] for row in found["by cuDNN"])  # which CPUs do not have
     assert found["onnx"] == {"onnx on cpu": {"skipped": "this network has no ONNX stages"}}
     assert "Not measured, onnx on cpu: this network has no ONNX stages" in page
 
 
-def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_is_reported_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("CUDA error: invalid argument\nand more")
 
@@ -93,7 +93,7 @@ def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path, monkeypatc
     assert "One image alone" not in page
 
 
-def test_after_a_lost_device_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_lost_device_no_part_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(*_: object) -> None:
         raise FatalRunnerError("an illegal memory access was encountered")
 
@@ -106,10 +106,10 @@ def test_after_a_lost_device_nothing_is_begun(tmp_path: Path, monkeypatch: pytes
     assert "the device was lost before" in write_up({"dry": False, "seconds": 1.0, "networks": [case]})
 
 
-def test_a_part_can_be_asked_for_alone(tmp_path: Path) -> None:
+def test_only_runs_a_single_part(tmp_path: Path) -> None:
     told = tmp_path / "tiny.json"
     half = ["--dtype", "float16", "--only", "answers", "--only", "answer"]
-    both = ["--network=cifar", "--network", "tiny"]  # what was asked for, and then the one of this process
+    both = ["--network=cifar", "--network", "tiny"]  # the requested ones, then that of this process
     assert main(["--device", "cpu", "--quick", "--part-of", str(told), *half, *both]) == 0
     case = json.loads(told.read_text())
     assert case["network"] == "tiny"
@@ -120,7 +120,7 @@ def test_a_part_can_be_asked_for_alone(tmp_path: Path) -> None:
     assert " at 25%, " in write_up({"dry": False, "seconds": 1.0, "networks": [case]})
 
 
-def test_a_process_that_does_not_end_is_ended_and_told(tmp_path: Path) -> None:
+def test_a_process_that_hangs_is_killed_and_reported(tmp_path: Path) -> None:
     report = run_apart("tiny", -4.0, ["--device", "cpu", "--quick"], tmp_path)
     ((part, why),) = report["failed"].items()
     assert part.startswith("the whole, while ")
@@ -128,7 +128,7 @@ def test_a_process_that_does_not_end_is_ended_and_told(tmp_path: Path) -> None:
     assert "**Failed**, the whole" in write_up({"dry": False, "seconds": 1.0, "networks": [report]})
 
 
-def test_images_may_be_given_and_leave_where_the_bundle_says(tmp_path: Path) -> None:
+def test_given_images_leave_by_the_bundles_calibration(tmp_path: Path) -> None:
     images = make_images(6, 32)[::-1]
     np.savez(tmp_path / "test.npz", images=images)
     plan = Plan(Host(), torch.float32, **NETWORKS["tiny"].amounts, images=tmp_path / "test.npz")
@@ -161,9 +161,7 @@ def test_an_image_that_is_not_answered_ends_the_load() -> None:
         Load(Failing(), make_images(5, 4), 2).run()  # type: ignore[arg-type]
 
 
-def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_runtime_is_checked_and_measured_if_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
     plan = Plan(Host(), torch.float32, **NETWORKS["tiny"].amounts)
     case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), plan)
@@ -181,9 +179,9 @@ def test_onnx_runtime_is_checked_and_measured_where_it_is_there(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_provider_that_is_not_there_is_left_out_with_its_reason(tmp_path: Path) -> None:
+def test_an_unavailable_provider_is_skipped_with_its_reason(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
-    calls = cast(CudaCalls, SimpleNamespace())  # none is made
+    calls = cast(CudaCalls, SimpleNamespace())  # not called
     plan = Plan(Cuda(calls=calls), torch.float32, **NETWORKS["tiny"].amounts, tensorrt=True)
     host = replace(plan, device=Host())
     case = make_case("tiny", load_network(bundle), MEAN, STD, "logit_margin", make_images(32, 32), host)
@@ -193,7 +191,7 @@ def test_a_provider_that_is_not_there_is_left_out_with_its_reason(tmp_path: Path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_how_to_try_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_the_error_names_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path / "out")]) == 2
     assert "sees no GPU; --device cpu --quick is a dry run without one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Several engines on one device, a process each: a dry run of the benchmark on the processor."""
+"""Several engines on one device, one per process: a dry run of the benchmark on the CPU."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from benchmarks.gpu_processes import main
 from tests.data import REPOSITORY
 
 
-def test_engines_side_by_side_answer_and_keep_their_budget(tmp_path: Path) -> None:
+def test_parallel_engines_answer_and_keep_their_budget(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_processes", "--device", "cpu", "--quick", "--processes", "2"]
     command += ["--json", str(tmp_path / "told.json")]
     told = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -28,6 +28,6 @@ def test_engines_side_by_side_answer_and_keep_their_budget(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_fails_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "sees no GPU; --device cpu --quick is a dry run without one" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What HTTP costs is measured against a null network that really answers."""
+"""The cost of HTTP is measured with a server whose null network answers every request."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of HTTP workers measures what it says: a network that costs nothing, and every request answered."""
+"""The benchmark of HTTP workers: its network computes nothing, and every request is answered."""
 
 import json
 import os
@@ -32,11 +32,11 @@ def test_every_image_leaves_the_null_network_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("told", "ms"), [("850.50us", 0.8505), ("12.30ms", 12.3), ("1.02s", 1020.0), ("2.00m", 120e3)])
-def test_the_clients_times_are_read(told: str, ms: float) -> None:
+def test_wrks_latencies_are_parsed(told: str, ms: float) -> None:
     assert milliseconds(told) == pytest.approx(ms)
 
 
-def test_a_process_and_its_own_run_on_the_cores_they_are_given_and_the_next_on_all() -> None:
+def test_processes_and_their_children_are_pinned_only_inside_the_context() -> None:
     usable = os.sched_getaffinity(0)
     core = max(usable)
     show = "import os; print(os.sched_getaffinity(0))"
@@ -49,7 +49,7 @@ def test_a_process_and_its_own_run_on_the_cores_they_are_given_and_the_next_on_a
     assert os.sched_getaffinity(0) == usable
 
 
-def test_cores_are_those_of_this_machine() -> None:
+def test_cores_that_may_not_be_used_are_refused() -> None:
     core = min(os.sched_getaffinity(0))
     assert cores_of(None) is None
     assert cores_of(str(core)) == {core}
@@ -58,7 +58,7 @@ def test_cores_are_those_of_this_machine() -> None:
             cores_of(text)
 
 
-def test_it_measures(tmp_path: Path) -> None:
+def test_the_command_measures_servers_with_and_without_workers(tmp_path: Path) -> None:
     if shutil.which("wrk") is None:
         pytest.skip("the load client wrk is not installed")
     path = tmp_path / "report.json"

@@ -1,4 +1,4 @@
-"""The league runs from its command line with the servers that need no further package, and goes on where it was."""
+"""The comparison with other servers runs and resumes from its command line, with the peers that need no packages."""
 
 import json
 import socket
@@ -37,14 +37,14 @@ def port() -> Iterator[int]:
     return free
 
 
-def test_this_service_and_one_peer_are_measured_and_not_again(tmp_path: Path, port: int) -> None:
+def test_this_service_and_one_peer_are_measured_once(tmp_path: Path, port: int) -> None:
     app = Typer()
     app.command()(main)
     bundle = tiny_bundle(tmp_path / "tiny")
     arguments = ["--bundle", str(bundle), "--python", sys.executable, "--folder", str(tmp_path / "league")]
     arguments += ["--rounds", "1", "--seconds", "0.4", "--points", "1", "--warm-up", "0.1", "--port", str(port)]
     arguments += ["--only", "exitserve", "--only", "fastapi-batching", "--output", str(tmp_path / "table.md")]
-    # On a loaded machine the one rate that is tried must pass as well.
+    # The single rate that is tried must pass even on a loaded machine.
     arguments += ["--limit-ms", "20000"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
@@ -59,7 +59,7 @@ def test_this_service_and_one_peer_are_measured_and_not_again(tmp_path: Path, po
         assert found["cpu_ms_per_image"] > 0
         assert found["memory_mib"] > 20
         assert 0 <= found["lost_at_stop"] + found["refused_at_stop"] <= 40
-        assert found["accuracy"] is None  # samples have no labels here
+        assert found["accuracy"] is None  # the sample images have no labels
     full = load_bundle(bundle).costs_mflops[-1]
     ours, peer = (record.finding for record in records.all)
     assert ours
@@ -77,7 +77,7 @@ def test_this_service_and_one_peer_are_measured_and_not_again(tmp_path: Path, po
     assert "limit_ms 20000.0, now 100.0" in str(other.exception)
 
 
-def test_what_is_not_there_is_told_before_anything_is_installed(tmp_path: Path) -> None:
+def test_missing_bundles_and_images_are_reported_before_installing(tmp_path: Path) -> None:
     bundle, absent, venv = tiny_bundle(tmp_path / "bundle"), tmp_path / "absent", tmp_path / "venv"
     with pytest.raises(BundleError, match="no such folder"):
         main(bundle=[absent], venv=venv, folder=tmp_path / "league")
@@ -86,7 +86,7 @@ def test_what_is_not_there_is_told_before_anything_is_installed(tmp_path: Path) 
     assert not venv.exists()
 
 
-def test_the_whole_graph_answers_as_the_stages_do(tmp_path: Path) -> None:
+def test_the_whole_graph_gives_the_stages_logits(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
     write_whole_graph(bundle, tmp_path / "whole.onnx")
     whole = ort.InferenceSession(str(tmp_path / "whole.onnx"), providers=["CPUExecutionProvider"])
@@ -100,7 +100,7 @@ def test_the_whole_graph_answers_as_the_stages_do(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits, values[bundle.manifest.stages[-1].outputs[0].name], atol=1e-5)
 
 
-def test_a_server_that_does_not_start_is_told_with_its_own_words(tmp_path: Path, port: int) -> None:
+def test_a_server_that_does_not_start_is_reported_with_its_output(tmp_path: Path, port: int) -> None:
     setup = Setup("", "", port, 32, 32, 1, 8, 1.0, 0.4)
     broken = Peer("broken", "Broken", lambda places: [sys.executable, "-c", "raise SystemExit('no such backend')"])
     plan = Plan(seconds=0.1, warm_up_s=0.1, limit_ms=100, max_points=1, resolution=1.1)
@@ -109,7 +109,7 @@ def test_a_server_that_does_not_start_is_told_with_its_own_words(tmp_path: Path,
         Measurement(broken, Places(Path(sys.executable), setup, 4), pictures, 1.0, plan).run(tmp_path / "log", None)
 
 
-def test_images_are_sent_as_they_lie_in_the_folder_whose_classes_are_the_bundles(tmp_path: Path) -> None:
+def test_image_files_of_the_set_with_the_bundles_classes_are_sent_unchanged(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
     sent = read_pictures(bundle, [], 5)
     for k, name in enumerate(bundle.manifest.class_names):
@@ -123,7 +123,7 @@ def test_images_are_sent_as_they_lie_in_the_folder_whose_classes_are_the_bundles
     assert [sent.files[label % len(sent.files)] for label in found.labels] == list(found.files)
 
 
-def test_the_table_has_the_bad_rows_too(tmp_path: Path) -> None:
+def test_the_table_includes_unfavourable_and_missing_rows(tmp_path: Path) -> None:
     finding = {
         "max_rate_per_s": 100.0,
         "accuracy": 0.7,
@@ -157,7 +157,7 @@ def test_the_table_has_the_bad_rows_too(tmp_path: Path) -> None:
     assert json.loads(records.path.read_text().splitlines()[0])["peer"] == "exitserve"
 
 
-def test_rounds_of_another_plan_version_or_settings_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_records_of_another_plan_version_or_settings_are_refused(tmp_path: Path) -> None:
     how = {"seconds": 3.0, "commit": "abc", "version": "1", "settings": None}
     path = tmp_path / "results.jsonl"
     first = Record("net", "images", "exitserve", "ExitServe", 1, None, "not found", how)
@@ -179,7 +179,7 @@ def test_rounds_of_another_plan_version_or_settings_are_not_gone_on_with(tmp_pat
         Records(path).require(plan, {}, {})
 
 
-def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     record = Record("net", "images", "exitserve", "ExitServe", 1, None, "not found")
     Records(path).add(record)
@@ -189,7 +189,7 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [found.round for found in Records(path).all] == [1, 2]
 
 
-def test_tritons_answer_is_read_by_its_head() -> None:
+def test_tritons_binary_answer_is_parsed() -> None:
     head = {
         "outputs": [
             {"name": "confidence", "parameters": {"binary_data_size": 4}},

@@ -1,4 +1,4 @@
-"""The load generator sends when it said it would, charges a server for its stalls, and counts what failed."""
+"""The load generator sends on schedule, charges a server for its stalls, and counts failures."""
 
 import asyncio
 import json
@@ -18,12 +18,12 @@ from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
-Handler = Callable[[int], Awaitable[bytes | None]]  # from the number of a request to an answer; None: hang up
+Handler = Callable[[int], Awaitable[bytes | None]]  # maps the number of a request to an answer; None: hang up
 
 
 @contextmanager
 def http_server(handler: Handler) -> Iterator[str]:
-    """A small server on a thread of its own; yields where to POST."""
+    """A small server in its own thread; yields the URL to POST to."""
     ready, running = threading.Event(), []
     counted = iter(range(1_000_000))
 
@@ -54,7 +54,7 @@ def http_server(handler: Handler) -> Iterator[str]:
         for task in conversations:
             task.cancel()
         await asyncio.gather(*conversations, return_exceptions=True)
-        await asyncio.sleep(0.01)  # transports end in the iteration after they are closed
+        await asyncio.sleep(0.01)  # aborted transports close in the next iteration
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
@@ -76,8 +76,8 @@ def requests(url: str, n_images: int = 3) -> list[bytes]:
 
 
 @pytest.mark.parametrize("max_connections", [1000, 1])
-def test_a_stall_is_charged_to_all_who_would_have_come_meanwhile(max_connections: int) -> None:
-    """The server stalls at the 20th request for half a second; the clients are not to wait with it."""
+def test_a_stall_counts_for_all_requests_due_meanwhile(max_connections: int) -> None:
+    """The server stalls for half a second at the 20th request; the clients must not wait for it."""
     stalled: list[asyncio.Future[None]] = []
     stall_s = 0.5
 
@@ -88,20 +88,20 @@ def test_a_stall_is_charged_to_all_who_would_have_come_meanwhile(max_connections
             await stalled[0]
         return OK
 
-    arrivals = np.arange(200) / 200.0  # 5 ms apart: the stall begins at 0.1 s
+    arrivals = np.arange(200) / 200.0  # 5 ms apart, so that the stall begins at 0.1 s
     with http_server(stall_once) as url:
         result = asyncio.run(open_loop(url, requests(url), arrivals, max_connections=max_connections))
     assert result.n_sent == 200
     assert result.failures == {}
     during = (result.intended_s >= 0.1) & (result.intended_s < 0.1 + stall_s)
     waited_ms = 1e3 * (0.1 + stall_s - result.intended_s[during])
-    # A client that waited for its answer before it sent again would have seen one slow answer, and not these 100.
+    # A client that sends only after each answer would see one slow answer instead of these 100.
     assert during.sum() == 100
     assert (result.latency_ms[during] >= waited_ms - 1).all()
     assert result.percentile_ms(75) > 100
 
 
-def test_requests_are_sent_at_the_rate_that_was_asked_for_and_each_image_in_turn() -> None:
+def test_requests_have_the_given_rate_and_cycle_through_the_images() -> None:
     arrivals = poisson(300, 1.0, seed=1)
     assert abs(len(arrivals) - 300) < 5 * 300**0.5
     assert (np.diff(arrivals) >= 0).all()
@@ -114,14 +114,14 @@ def test_requests_are_sent_at_the_rate_that_was_asked_for_and_each_image_in_turn
     assert 0 < result.client_cpu_s < result.seconds
 
 
-def test_bursts_come_together_at_the_same_average_rate() -> None:
+def test_bursts_have_the_same_average_rate() -> None:
     arrivals = bursts(1000, 10, 50, seed=2)
     starts, sizes = np.unique(arrivals, return_counts=True)
     assert (sizes == 50).all()
     assert abs(len(starts) - 200) < 5 * 200**0.5
 
 
-def test_what_fails_is_counted_by_how_it_did() -> None:
+def test_failures_are_counted_by_kind() -> None:
     async def by_turns(number: int) -> bytes | None:
         refusal = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n"
         return [OK, refusal, None][number % 3]
@@ -134,7 +134,7 @@ def test_what_fails_is_counted_by_how_it_did() -> None:
     assert result.percentile_ms(99, of_all=False) < 10_000
 
 
-def test_a_server_that_never_answers_does_not_hold_the_client() -> None:
+def test_a_server_that_never_answers_does_not_block_the_client() -> None:
     async def never(number: int) -> bytes:
         await asyncio.Event().wait()
         return OK
@@ -144,7 +144,7 @@ def test_a_server_that_never_answers_does_not_hold_the_client() -> None:
     assert result.failures == {"unanswered": 5}
 
 
-def test_a_rate_is_not_spread_over_the_wait_for_an_answer_that_never_comes() -> None:
+def test_waiting_for_missing_answers_does_not_lower_the_rate() -> None:
     async def all_but_one(number: int) -> bytes:
         if number == 3:
             await asyncio.Event().wait()
@@ -158,7 +158,7 @@ def test_a_rate_is_not_spread_over_the_wait_for_an_answer_that_never_comes() -> 
     assert result.achieved_rate == pytest.approx(19 / result.seconds)
 
 
-def test_sending_ends_once_too_many_are_late_to_change_the_verdict() -> None:
+def test_sending_stops_once_too_many_requests_are_late() -> None:
     async def slow(number: int) -> bytes:
         await asyncio.sleep(0.05)
         return OK
@@ -179,7 +179,7 @@ def test_sending_ends_once_too_many_are_late_to_change_the_verdict() -> None:
     ],
     ids=["chunked", "until the end", "closing"],
 )
-def test_bodies_are_read_however_they_come(answer: bytes) -> None:
+def test_bodies_are_read_in_every_framing(answer: bytes) -> None:
     async def given(number: int) -> bytes:
         return answer
 
@@ -189,7 +189,7 @@ def test_bodies_are_read_however_they_come(answer: bytes) -> None:
     assert {json.loads(body)["a"] for body in result.bodies} == {1}
 
 
-def test_a_closed_loop_keeps_as_many_in_flight_as_it_says() -> None:
+def test_a_closed_loop_keeps_the_given_number_in_flight() -> None:
     now, most = [0], [0]
 
     async def count(number: int) -> bytes:
@@ -206,7 +206,7 @@ def test_a_closed_loop_keeps_as_many_in_flight_as_it_says() -> None:
     assert result.n_sent >= 4
 
 
-def test_the_command_prints_and_writes_what_it_found(tmp_path: Path) -> None:
+def test_the_command_prints_and_writes_its_results(tmp_path: Path) -> None:
     app = Typer()
     app.command()(main)
     out = tmp_path / "load.json"
@@ -219,13 +219,13 @@ def test_the_command_prints_and_writes_what_it_found(tmp_path: Path) -> None:
     assert found["p99_ms"] >= found["p50_ms"] > 0
 
 
-def test_a_missing_server_and_an_empty_folder_are_told_plainly(tmp_path: Path) -> None:
+def test_a_missing_server_and_an_empty_folder_are_reported(tmp_path: Path) -> None:
     app = Typer()
     app.command()(main)
     with http_server(answer_at_once) as url:
-        pass  # gone now
+        pass  # closed now
     refused = CliRunner().invoke(app, [url, "--seconds", "0.2"])
     assert "start the server first" in str(refused.exception) + refused.output
     empty = CliRunner().invoke(app, [url, "--images", str(tmp_path)])
     assert empty.exit_code == 2
-    assert "holds no image" in " ".join(empty.output.replace("│", " ").split())  # however wide the terminal
+    assert "holds no image" in " ".join(empty.output.replace("│", " ").split())  # for any terminal width

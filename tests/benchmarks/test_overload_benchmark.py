@@ -1,4 +1,4 @@
-"""The overload benchmark asks for several times what a server can do, and counts all of the server's processes."""
+"""The overload benchmark offers multiples of a server's capacity and counts the CPU time of all its processes."""
 
 import json
 import os
@@ -25,8 +25,8 @@ def null(tmp_path: Path) -> Path:
     return tmp_path / "null"
 
 
-def test_what_workers_take_is_the_servers(null: Path) -> None:
-    """Processor time is that of a process whose child does all the work, as a server's workers do most of it."""
+def test_the_servers_cpu_time_includes_its_workers(null: Path) -> None:
+    """Measured on a process whose child does all the work, as a server's workers do most of it."""
     busy = subprocess.Popen(["sh", "-c", "while :; do :; done & wait"], start_new_session=True)
     try:
         with served(["--bundle", str(null), "--lanes", "1"]) as (address, _):
@@ -40,7 +40,7 @@ def test_what_workers_take_is_the_servers(null: Path) -> None:
     assert run.server_cpu_share > 0.1
 
 
-def test_it_asks_for_several_times_what_a_server_can_do(null: Path, tmp_path: Path) -> None:
+def test_it_offers_multiples_of_the_capacity(null: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/one.png").write_bytes(png(random_images(1)[0]))
     options = ["--bundle", str(null), "--images", str(tmp_path / "images"), "--budget", "0.6", "--share-cores"]

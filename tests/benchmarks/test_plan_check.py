@@ -1,4 +1,4 @@
-"""The check of the planner runs from its command line. How near it comes is measured on a quiet machine, not here."""
+"""The check of the planner runs from its command line. Its accuracy is measured on an idle machine, not here."""
 
 import json
 
@@ -18,7 +18,7 @@ def test_the_command_predicts_and_serves(tmp_path, monkeypatch):
     for name in ("SETTLING_IMAGES", "SATURATED_IMAGES"):
         monkeypatch.setattr(planning, name, 300)
     monkeypatch.setattr(host_times, "HOST_S", 0.1)
-    monkeypatch.setattr(plan_check, "LOADS", (0.2,))  # under what any machine keeps up with
+    monkeypatch.setattr(plan_check, "LOADS", (0.2,))  # low enough for any machine
     monkeypatch.setattr(plan_check, "SETTLING_S", 0.2)
     app = Typer()
     app.command()(main)
@@ -52,7 +52,7 @@ def test_an_image_that_is_not_answered_ends_the_stream():
         Stream(Failing(), [None]).run([0.0, 0.0, 0.001])
 
 
-def test_an_error_is_relative_to_what_was_seen():
+def test_the_error_is_relative_to_the_measured_value():
     assert Pair("x", 90.0, 100.0).error == pytest.approx(-0.1)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of precisions times every stage of both."""
+"""The benchmark of precisions times every stage in both."""
 
 from math import isfinite
 from pathlib import Path

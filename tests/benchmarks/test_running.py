@@ -1,4 +1,4 @@
-"""Every benchmark that loads a bundle or images itself tells in a sentence what is wrong with them."""
+"""Benchmarks report wrong bundles, images and options in a sentence."""
 
 import importlib
 import subprocess
@@ -21,7 +21,7 @@ from training.image_set import DataError
 
 
 @pytest.mark.parametrize("name", ["engine", "plan_check", "degrade", "http_cost", "precision", "league"])
-def test_a_wrong_bundle_is_no_stack_trace(name: str) -> None:
+def test_a_wrong_bundle_gives_an_error_without_a_traceback(name: str) -> None:
     asked = [sys.executable, "-m", f"benchmarks.{name}", "--bundle", "nowhere"]
     done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
@@ -32,11 +32,11 @@ def test_a_wrong_bundle_is_no_stack_trace(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("engine", ["--images", "3"]),  # a quarter of them settles steering: none was waited for, for ever
+        ("engine", ["--images", "3"]),  # a quarter, here 0, are for settling: waited forever
         ("engine", ["--policy", "any"]),
         ("engine", ["--rounds", "0"]),
         ("engine", ["--json", "nowhere/there.json"]),
-        ("degrade", ["--slice-s", "0"]),  # for ever
+        ("degrade", ["--slice-s", "0"]),  # looped forever
         ("degrade", ["--figure", "tests"]),
         ("plan_check", ["--seconds", "0"]),
         ("precision", ["--runs", "0"]),
@@ -45,7 +45,7 @@ def test_a_wrong_bundle_is_no_stack_trace(name: str) -> None:
         ("http_workers", ["--workers", "one"]),
     ],
 )
-def test_what_cannot_be_measured_is_refused_by_the_option(name: str, arguments: list[str]) -> None:
+def test_options_that_cannot_be_measured_are_refused(name: str, arguments: list[str]) -> None:
     app = typer.Typer()
     app.command()(importlib.import_module(f"benchmarks.{name}").main)
     done = CliRunner(env={"EXITSERVE_DATA": ""}).invoke(app, arguments)

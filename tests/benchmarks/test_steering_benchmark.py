@@ -1,4 +1,4 @@
-"""The steering benchmark on the bundle that ships: its own command, and what it is to find."""
+"""The steering benchmark on the bundle that ships: its command, and the results that it must give."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def network() -> Network:
     return network_of(load_bundle(BUNDLE))[0]
 
 
-def test_its_command_tells_every_traffic(monkeypatch, capsys) -> None:
+def test_its_command_reports_every_traffic(monkeypatch, capsys) -> None:
     monkeypatch.setattr(steering, "TRAFFICS", TRAFFICS[2:4])
     main(BUNDLE, None, fractions="0.3", orders=2, images=2_500)
     told = capsys.readouterr().out
@@ -25,8 +25,8 @@ def test_its_command_tells_every_traffic(monkeypatch, capsys) -> None:
     assert "2 orders of 2,500 of 5,000 held-out images" in told
 
 
-def test_what_it_counts_is_what_a_hand_counts() -> None:
-    """Two exits at 1 and 3 M; half of the images are right at the first already, all at the second."""
+def test_its_results_match_a_case_computed_by_hand() -> None:
+    """Two exits at 1 and 3 M; half of the images are right at the first, all at the second."""
     correct = np.array([[True, True], [False, True]])
     scores = np.array([[1.0, 9.0], [0.0, 9.0]])
     network = Network(scores, correct, [1.0, 3.0], load_bundle(BUNDLE).frontier())
@@ -40,8 +40,8 @@ def test_what_it_counts_is_what_a_hand_counts() -> None:
 
 
 @pytest.mark.parametrize("traffic", [TRAFFICS[2], TRAFFICS[4], TRAFFICS[5]], ids=lambda traffic: traffic.name)
-def test_budgets_are_spent_kept_and_nobody_is_cut_short(network: Network, traffic) -> None:
-    """With half the burst one image in six was cut short with 256 in flight on two lanes."""
+def test_budgets_are_spent_and_kept_and_no_image_is_cut_short(network: Network, traffic) -> None:
+    """With half the burst, one image in six was cut short at 256 in flight on two lanes."""
     found = [simulate(network, traffic, 0.4 * network.costs_mflops[-1], 5_000, seed) for seed in range(3)]
     assert all(0.98 <= order.at_end <= 1.0 for order in found)
     assert all(order.cut_short < 0.03 for order in found)

@@ -27,7 +27,7 @@ def test_both_loops_are_measured(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert f"{FORWARD_AND_BACKWARD * report['mmacs_forward'] * ours / 1e3:.1f}" in done.output
     assert report["precision"] == "fp32"
     assert report["peak_gmacs_per_s"]["fp32"] > 0
-    assert "epoch 2 of 2" in capfd.readouterr().out  # the project's own command really trained
+    assert "epoch 2 of 2" in capfd.readouterr().out  # the project's command has trained
 
 
 def test_too_few_images_to_time_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""docker-compose.yml: valid, hardened, and in step with the server's settings. It is brought up for real by
-`make check-containers`."""
+"""docker-compose.yml: valid, hardened and consistent with the server's settings. `make check-containers` runs the
+stack."""
 
 import re
 import shutil
@@ -41,7 +41,7 @@ def test_one_server_per_profile_and_the_gpu_by_default(compose: dict[str, Any]) 
     [device] = services["server"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert "reservations" not in services["server-cpu"]["deploy"]["resources"]
-    # Prometheus asks for `server`, whichever runs.
+    # Prometheus scrapes `server`, whichever variant runs.
     assert services["server-cpu"]["networks"]["default"]["aliases"] == ["server"]
 
 
@@ -62,12 +62,12 @@ def test_every_service_is_confined(compose: dict[str, Any], name: str) -> None:
         assert rest.endswith(":ro") or not source.startswith((".", "/", "$")), "folders of the host are only read"
 
 
-def test_prometheus_is_for_this_machine_alone(compose: dict[str, Any]) -> None:
+def test_prometheus_is_reachable_from_this_host_only(compose: dict[str, Any]) -> None:
     assert all(port.startswith("127.0.0.1:") for port in compose["services"]["prometheus"]["ports"])
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_a_server_may_finish_what_it_has_accepted(compose: dict[str, Any], name: str) -> None:
+def test_the_grace_period_exceeds_the_drain_time(compose: dict[str, Any], name: str) -> None:
     service = compose["services"][name]
     drain_s = float(service["environment"]["EXITSERVE_DRAIN_S"])
     grace = re.fullmatch(r"(\d+)s", service["stop_grace_period"])
@@ -75,13 +75,13 @@ def test_a_server_may_finish_what_it_has_accepted(compose: dict[str, Any], name:
     assert float(grace[1]) >= drain_s + 10
 
 
-def test_what_is_set_for_the_server_are_settings(compose: dict[str, Any]) -> None:
+def test_the_servers_variables_are_settings(compose: dict[str, Any]) -> None:
     known = {f"EXITSERVE_{name.upper()}" for name in Settings.model_fields}
     for name in SERVERS:
         assert set(compose["services"][name]["environment"]) <= known
 
 
-def test_no_secret_stands_in_it(compose: dict[str, Any]) -> None:
+def test_it_contains_no_secrets(compose: dict[str, Any]) -> None:
     assert {secret["file"].split(":-")[1].rstrip("}") for secret in compose["secrets"].values()} == {
         "./docker/secrets/admin-token",
         "./docker/secrets/grafana-password",
@@ -89,12 +89,12 @@ def test_no_secret_stands_in_it(compose: dict[str, Any]) -> None:
     assert not re.search(r"(PASSWORD|TOKEN)\w*: (?!/run/secrets/)", TEXT)
 
 
-def test_images_of_others_are_pinned(compose: dict[str, Any]) -> None:
+def test_third_party_images_are_pinned(compose: dict[str, Any]) -> None:
     for name in ("prometheus", "grafana"):
         assert re.fullmatch(r"\$\{[A-Z_]+:-[a-z]+/[a-z]+:v?\d+\.\d+\.\d+\}", compose["services"][name]["image"])
 
 
-def test_secrets_are_made_once(tmp_path: Path) -> None:
+def test_secrets_are_created_once(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     folder = tmp_path / "docker/secrets"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The Dockerfile and what it is given. It is built for real by `make check-containers`."""
+"""The Dockerfile and its inputs. `make check-containers` builds the images."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ def test_hadolint_finds_nothing() -> None:
     assert (told.returncode, told.stdout + told.stderr) == (0, "")
 
 
-def test_a_gpu_has_minutes_to_warm_up_before_it_is_unhealthy() -> None:
+def test_gpu_images_have_minutes_to_warm_up_before_they_are_unhealthy() -> None:
     stages = re.split(r"(?m)^FROM .* AS (\S+)$", DOCKERFILE.read_text())
     texts = dict(zip(stages[1::2], stages[2::2], strict=True))
     checks = {name: re.search(r"HEALTHCHECK .*--start-period=(\d+)s.* CMD (.*)", text) for name, text in texts.items()}
@@ -35,7 +35,7 @@ def test_cuda_packages_are_pinned_and_fit_the_runtime() -> None:
     assert f"onnxruntime-gpu=={named[1]};" in (REPOSITORY / "pyproject.toml").read_text()
 
 
-def test_nothing_is_sent_to_the_builder_but_what_is_copied() -> None:
+def test_the_build_context_contains_only_what_is_copied() -> None:
     patterns = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert patterns[0] == "*"
     sent = {pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")}

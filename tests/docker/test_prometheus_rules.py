@@ -29,7 +29,7 @@ def test_the_configuration_is_valid() -> None:
 
 
 @needs_promtool
-def test_the_rules_do_what_they_say() -> None:
+def test_the_rules_pass_their_unit_tests() -> None:
     assert "SUCCESS" in promtool("test", "rules", "rules_test.yml")
 
 
@@ -45,7 +45,7 @@ def test_every_rule_has_a_unit_test() -> None:
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_every_alert_says_what_to_do(alert: dict[str, dict[str, str]]) -> None:
+def test_every_alert_has_a_runbook(alert: dict[str, dict[str, str]]) -> None:
     page, _, anchor = alert["annotations"]["runbook"].partition("#")
     headings = re.findall(r"^#+ (.+)$", (REPOSITORY / page).read_text(), flags=re.M)
     assert anchor in {heading.lower() for heading in headings}

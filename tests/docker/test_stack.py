@@ -1,5 +1,5 @@
-"""A real Prometheus, with the rules that ship, scrapes a real server under real traffic: every question that the
-dashboard asks has an answer, and the answers are right."""
+"""A real Prometheus, with the rules that ship, scrapes a real server under traffic: every query of the dashboard
+returns data, and the values are right."""
 
 import shutil
 import socket
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 BUNDLE = REPOSITORY / "models/zoo/cifar100-msdnet"
 IMAGES = [path.read_bytes() for path in sorted((REPOSITORY / "examples/images").glob("*.png"))]
-LIMIT_S = 120.0  # for what takes about ten seconds on an idle machine
+LIMIT_S = 120.0  # about ten seconds suffice on an idle machine
 
 
 @dataclass
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def configuration(folder: Path, server_port: int) -> Path:
-    """The configuration that ships, for a server on this machine and for people in a hurry."""
+    """The configuration that ships, changed to this machine's server and shorter intervals."""
     shutil.copytree(REPOSITORY / "docker/prometheus", folder, dirs_exist_ok=True)
     settings = yaml.safe_load((folder / "prometheus.yml").read_text())
     settings["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
@@ -76,7 +76,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             prometheus.wait(60)
 
 
-def test_every_question_is_answered_under_traffic(stack: Stack) -> None:
+def test_every_query_returns_data_under_traffic(stack: Stack) -> None:
     limit_s = monotonic() + LIMIT_S
     missing = ["Prometheus does not answer"]
     exits: list[int] = []
@@ -101,7 +101,7 @@ def test_every_question_is_answered_under_traffic(stack: Stack) -> None:
     [cost] = stack.values("exitserve:mflops_per_image:mean5m")
     [saved] = stack.values("exitserve:saved:ratio5m")
     [full] = stack.values("exitserve_full_mflops")
-    assert saved == pytest.approx(1 - cost / full, abs=0.2)  # asked one after the other, while traffic's mean moves
+    assert saved == pytest.approx(1 - cost / full, abs=0.2)  # queried one after another, while the means change
     assert 0 < saved < 1
     assert ask.variable_values(stack.prometheus, "model") == ["cifar100-msdnet"]
     assert ask.variable_values(stack.prometheus, "instance") == [f"127.0.0.1:{stack.server.port}"]
@@ -115,24 +115,24 @@ def test_every_metric_is_documented(stack: Stack) -> None:
     assert not [name for name in sorted(kept) if f"`{name}`" not in page]
 
 
-def test_a_server_that_is_gone_is_noticed(stack: Stack) -> None:
+def test_a_stopped_server_raises_the_alert(stack: Stack) -> None:
     assert stack.server.stop() == 0
     limit_s = monotonic() + LIMIT_S
     while not stack.values('ALERTS{alertname="ExitServeDown"}'):
         assert monotonic() < limit_s
         sleep(0.2)
     [ready] = [query for title, query in ask.questions("15s") if title == "Servers ready"]
-    while stack.values(ready) != [0]:  # not "no data", which says nothing to whoever looks
+    while stack.values(ready) != [0]:  # and not "no data", which would show nothing
         assert monotonic() < limit_s
         sleep(0.2)
 
 
-def test_a_question_without_an_answer_is_found() -> None:
+def test_an_unknown_dashboard_variable_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown dashboard variable"):
         ask.fill("rate(x[$period])", "1m")
 
 
-def test_a_prometheus_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_prometheus_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask.main([f"http://127.0.0.1:{free_port()}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: http://127.0.0.1:")
