@@ -18,6 +18,19 @@ class FatalRunnerError(RunnerError):
     """A runner can never run again in this process: its device is lost. Only a new process helps."""
 
 
+def require_finite(stage: int, logits: NDArray[np.float32]) -> None:
+    """Check the logits of a blank image, from a warm-up: a stage that gives NaN for it would do so for every image.
+
+    Raises:
+        RunnerError: they are not all finite.
+    """
+    if not np.isfinite(logits).all():
+        raise RunnerError(
+            f"stage {stage + 1} gives logits that are not finite for a blank image: export the bundle again, from "
+            "finite weights"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """What a runner computed from the logits on its device: arrays [rows]."""

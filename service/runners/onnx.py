@@ -19,7 +19,7 @@ from models.bundle import Bundle
 from models.manifest import ValueInfo
 from models.onnx_weights import load_stage_session
 from service.runners.agreement import InGraph, check_agreement
-from service.runners.base import RunnerError, StageOutput
+from service.runners.base import RunnerError, StageOutput, require_finite
 from service.runners.blocks import Array, Block, Gathering, RowState
 from service.runners.providers import CPU
 
@@ -116,6 +116,7 @@ class OnnxRunner:
             for stage in range(self.n_stages):
                 runs = [self.run(stage, rows) for _ in range(2)]
                 self._check(stage, n_rows, runs[-1])
+                require_finite(stage, runs[-1].logits)
                 times[stage][n_rows] = min(run.seconds for run in runs)
                 spent_s += sum(run.seconds for run in runs)
                 rows = runs[-1].states

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,24 @@ def test_a_graph_that_loses_rows_is_told_at_the_start(bundle_path):
     runner = OnnxRunner(load_bundle(bundle_path), max_rows=4, n_lanes=1)
     told = r"stage_2\.onnx: for 4 rows the graph gives 'logits_2' as \(1, 10\) where the manifest says \(4, 10\)"
     with pytest.raises(RunnerError, match=told):
+        runner.warm_up()
+
+
+@pytest.mark.parametrize("make", [OnnxRunner, partial(OnnxDeviceRunner, device="cpu")])
+def test_a_stage_whose_logits_are_never_finite_is_refused_at_the_start(bundle_path, make):
+    """Its images would run every stage, for an answer without a confidence."""
+    path = bundle_path / "stages/stage_3.onnx"
+    model = onnx.load(path, load_external_data=False)
+    logits = model.graph.output[0].name
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["finite" if name == logits else name for name in names]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(np.nan, np.float32), "nan"))
+    model.graph.node.append(onnx.helper.make_node("Mul", ["finite", "nan"], [logits]))
+    path.write_bytes(model.SerializeToString())
+    seal(bundle_path)
+    runner = make(load_bundle(bundle_path), max_rows=2, n_lanes=1)
+    with pytest.raises(RunnerError, match="stage 3 gives logits that are not finite for a blank image"):
         runner.warm_up()
 
 
