@@ -17,7 +17,8 @@ import pytest
 from service import command
 from service.command_line import load_settings
 from service.engine.engine import Engine
-from service.runners.base import RowState, RunnerError, StageOutput
+from service.runners.base import RunnerError, StageOutput
+from service.runners.blocks import RowState
 from service.runners.onnx import OnnxRunner
 from tests.bundles import random_images
 from tests.service.apps import PNG, png
