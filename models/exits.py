@@ -27,9 +27,8 @@ def _check(logits: Logits) -> None:
 def _leaders(logits: Logits) -> tuple[Floats, Floats]:
     """Split logits [rows, classes >= 2] into the top one [rows] and all with the top one at -inf, in float64."""
     _check(logits)
-    others = np.array(
-        logits, dtype=np.float64, order="C"
-    )  # rows contiguous in memory, so that the order of summation is fixed
+    # Rows are contiguous in memory, so that the order of summation does not depend on the batch.
+    others = np.array(logits, dtype=np.float64, order="C")
     rows = np.arange(len(others))
     top_class = others.argmax(axis=1)
     top = others[rows, top_class]
@@ -82,9 +81,7 @@ def logit_margin(logits: Logits) -> Floats:
     """Return the top logit minus the runner-up [rows]."""
     _check(logits)
     leading = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
-    if np.isfinite(
-        leading
-    ).all():  # the fast path: the server calls this after every batch, and the rest would double its time
+    if np.isfinite(leading).all():  # the server calls this after every batch: the rest would double its time
         return leading[:, 1] - leading[:, 0]
     with np.errstate(invalid="ignore"):
         margin = leading[:, 1] - leading[:, 0]

@@ -109,6 +109,4 @@ def solve_ratio(costs_cumulative: Sequence[float], budget: float) -> float:
 def _check_budget(costs: Sequence[float], budget: float) -> None:
     """Raise ValueError if the budget is outside [cost of exit 1, cost of exit N]."""
     if not costs[0] <= budget <= costs[-1]:
-        raise ValueError(
-            f"budget {budget:g} is outside the range of the exits' costs: give {costs[0]:g} to {costs[-1]:g}"
-        )
+        raise ValueError(f"budget {budget:g} is outside the exits' costs: give {costs[0]:g} to {costs[-1]:g}")

@@ -54,10 +54,7 @@ def command_line() -> argparse.ArgumentParser:
     how.add_argument("--max-mflops", metavar="MFLOPS", help="run no stage that would cost more than this in total")
     how.add_argument("--deadline-ms", metavar="MS", help="answer by then with the best result so far")
     how.add_argument(
-        "--budget-fraction",
-        type=float,
-        metavar="F",
-        help="average compute per image, as a fraction; not with --url (default: 1)",
+        "--budget-fraction", type=float, metavar="F", help="average compute, as a fraction; not with --url (default: 1)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     return parser
@@ -73,9 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         if given.images.count(STDIN) > 1:
             raise CommandError("- is standard input, which holds one image: give it once.")
         if given.url is not None and given.budget_fraction is not None:
-            raise CommandError(
-                "--budget-fraction cannot be combined with --url: a server has its own budget (PUT /budget)."
-            )
+            raise CommandError("--budget-fraction does not go with --url: a server has its own budget (PUT /budget).")
         if given.url is not None:
             rows = _ask(given.url, given.images, wishes)
         else:

@@ -13,9 +13,7 @@ from service.api.state import State
 
 class Access(BaseModel):
     may_set: bool = Field(description="whether this client, with the token it sent, may call PUT /budget")
-    kind: str | None = Field(
-        examples=["token-required"], description="kind of the problem that PUT /budget would return"
-    )
+    kind: str | None = Field(examples=["token-required"], description="of the problem that PUT /budget would return")
     detail: str | None = Field(description="cause and remedy of that problem, as text")
 
 

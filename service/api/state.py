@@ -52,6 +52,4 @@ class State:
         if not self.engine.is_alive:
             raise not_ready("The engine has stopped: the server's log says why; restart it.")
         if self.engine.trouble is not None:
-            raise not_ready(
-                f"The network cannot be run: {self.engine.trouble}. The server retries by itself; see its log."
-            )
+            raise not_ready(f"No stage can be run: {self.engine.trouble}. The server retries by itself; see its log.")

@@ -130,7 +130,7 @@ class ImageDecoder:
         return pixels
 
     def decode_elsewhere(self, body: bytes, deadline_s: float = math.inf) -> Future[NDArray[np.uint8]]:
-        """Decode any image file on another thread; its duration is not observed. See `Decoding.submit`."""
+        """Decode any image file on another thread; the caller observes the duration. See `Decoding.submit`."""
         return self._elsewhere.submit(body, deadline_s)
 
     async def decode(self, body: bytes, deadline_s: float = math.inf) -> NDArray[np.uint8]:

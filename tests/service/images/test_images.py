@@ -404,9 +404,7 @@ def test_a_gif_is_opened_without_what_would_follow_its_frame(disposal: int) -> N
 def test_the_pixel_limit_is_inclusive() -> None:
     body = encoded(Image.fromarray(noise(40, 50)), "PNG")
     assert ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=2000).decode_now(body).shape == (SIZE_PX, SIZE_PX, 3)
-    with pytest.raises(
-        ImageError, match=r"has 50 x 40 = 2,000 pixels and this server accepts at most 1,999:"
-    ) as caught:
+    with pytest.raises(ImageError, match=r"50 x 40 = 2,000 pixels and this server accepts at most 1,999:") as caught:
         ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=1999).decode_now(body)
     assert caught.value.kind == "image-too-large"
 
