@@ -1,7 +1,7 @@
 """Reads the size and the number of scans from a JPEG file, to refuse those that would take too long to decode.
 
 A progressive JPEG, or one with a scan per colour, has some ten scans. The decoder processes the whole image for each,
-even if it is empty and takes a dozen bytes, so that a file of a megabyte could occupy a thread for hours. A header of a
+even for an empty scan of a dozen bytes, so that a file of a megabyte could occupy a thread for hours. A header of a
 million segments, or megabytes of fill bytes, occupies Pillow for many seconds. (ITU T.81, annexes B and G.)
 """
 
