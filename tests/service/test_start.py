@@ -69,7 +69,7 @@ def test_a_port_in_use_is_reported_in_one_line(bundle_path: Path) -> None:
         (("--budget-mflops", "1000000"), "give a value from"),
         (("--admin-token-file", "/nowhere/token"), "No such file"),
         (("--host", "no.such.host.invalid"), "--host"),
-        (("--host", "192.0.2.1"), "by --host"),
+        (("--host", "192.0.2.1"), "with --host"),
     ],
 )
 def test_wrong_settings_are_reported_in_one_line(bundle_path: Path, arguments: tuple[str, ...], told: str) -> None:
