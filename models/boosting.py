@@ -38,7 +38,7 @@ class Boosting(nn.Module):
 
     Args:
         temperatures: t_1..t_N (t_1 is unused). All zero gives a plain multi-exit network.
-        stop_gradient: keep the gradient of loss n from the heads before n, as published. False is the paper's ablation.
+        stop_gradient: detach F_(n-1), so that loss n does not train earlier heads, as published; False: their ablation.
         scales: s_1..s_N, by default 1 as in training; `training.ensemble` fits other values afterwards.
         learned: t_2..t_N are parameters, initialised to these values and trained; each stays between 0 and 1.
 

@@ -44,7 +44,7 @@ class MSDNetConfig:
     bottleneck_factors: tuple[int, ...] = (1, 2, 4)
     bottleneck: bool = True
     prune: Literal["max", "min"] = "max"  # how scales are dropped with depth
-    reduction: float = 0.5  # factor on the channel units where a scale is dropped
+    reduction: float = 0.5  # factor on the channel units at a transition
 
     def __post_init__(self) -> None:
         # JSON and TOML give lists; a frozen configuration holds tuples.

@@ -156,7 +156,7 @@ def _build_stage(
     anchor = built[inputs[0]]
 
     def build(node: fx.Node) -> fx.Node:
-        if node not in built:  # a constant, or the batch size, which is read from any input
+        if node not in built:  # a constant, or the batch size or device, read from any input
             if node in traced.anchored:
                 built[node] = graph.node_copy(node, lambda _: anchor)
             else:
