@@ -1,4 +1,4 @@
-"""What a GPU alone can show of the runners for it (`make test-gpu`); all else of them is tested without one."""
+"""Tests of the GPU runners that need a GPU (`make test-gpu`); everything else of them is tested without one."""
 
 import logging
 import subprocess
@@ -50,7 +50,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def images() -> NDArray[np.uint8]:
-    """SYNTHETIC, as smooth as pictures are."""
+    """SYNTHETIC images, as smooth as photographs."""
     coarse = torch.rand((300, 3, 5, 5), generator=torch.Generator().manual_seed(1))
     smooth = F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1)
     return (255 * smooth).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
@@ -58,7 +58,7 @@ def images() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """The logits of every exit, in float32 on the processor."""
+    """The logits of every exit, in float32 on the CPU."""
     normalise = Normalise(bundle.manifest.input.mean, bundle.manifest.input.std)
     with torch.inference_mode():
         return [logits.numpy() for logits in load_network(bundle)(normalise(torch.from_numpy(images)))]
@@ -78,7 +78,7 @@ def answers_as_float32_does(
         close(found, wanted[: len(found)], tolerance)
 
 
-def test_every_kernel_is_made_and_right(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_kernel_compiles_and_is_correct(caplog: pytest.LogCaptureFixture) -> None:
     kernels = make_kernels(CUDA, Ways())
     assert [name for name in SOURCES if name not in kernels] == []
     assert kernels.compile_kernel is not None
@@ -88,7 +88,7 @@ def test_every_kernel_is_made_and_right(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == []
 
 
-def test_rows_are_answered_as_in_float32_however_they_are_regrouped(
+def test_regrouped_rows_get_the_float32_answers(
     runner: SlotRunner[Any], images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
     answers_as_float32_does(runner, images, expected)
@@ -101,7 +101,7 @@ def test_rows_are_answered_as_in_float32_however_they_are_regrouped(
     run_side_by_side(runner, images, check)
 
 
-def test_an_engine_answers_all_and_launches_what_runs_by_itself_on_its_own_thread(
+def test_an_engine_answers_all_and_launches_asynchronous_batches_itself(
     bundle: Bundle, runner: SlotRunner[Any], images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch, threads = runner.launch, set()
@@ -124,18 +124,18 @@ def test_an_engine_answers_all_and_launches_what_runs_by_itself_on_its_own_threa
     assert all_free(runner.slots)
 
 
-def test_auto_measures_what_is_there_and_takes_the_fastest(
+def test_auto_measures_the_available_runners_and_takes_the_fastest(
     bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     answers_as_float32_does(open_runner(bundle, max_rows=64, max_in_flight_rows=512), images, expected)
     said = "\n".join(caplog.messages)
     assert "the runner torch-cuda takes " in said
-    assert "the runner onnx on cuda " in said  # it takes so long, or is left out for a reason
+    assert "the runner onnx on cuda " in said  # with its time, or the reason why it is left out
     assert "chosen: the runner " in said
 
 
-def test_compiled_stages_answer_as_the_others(
+def test_compiled_stages_give_the_same_answers(
     bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
     runner = open_torch_runner(bundle, 64, 512, compile_stages=True)
@@ -144,7 +144,7 @@ def test_compiled_stages_answer_as_the_others(
 
 
 @pytest.mark.skipif(tensorrt_version() is None, reason="TensorRT is not installed")
-def test_tensorrt_answers_as_float32_does_and_keeps_its_engines(
+def test_tensorrt_gives_the_float32_answers_and_caches_its_engines(
     bundle: Bundle,
     images: NDArray[np.uint8],
     expected: list[NDArray[np.float32]],
@@ -162,8 +162,8 @@ def test_tensorrt_answers_as_float32_does_and_keeps_its_engines(
     assert {path: path.stat().st_mtime for path in kept} == kept
 
 
-# Leaves so many MiB of the device's memory, or all of it, and opens the runner with what is left. Libraries take memory
-# beside torch's, so the device is asked for what was used. Batches are large, for what they take to be most of it.
+# Leaves so many MiB of the device's memory, or all of it, and opens the runner with what is left. Libraries use memory
+# besides torch's, so usage is read from the device. Batches are large, so that they use most of it.
 SHORT_OF_MEMORY = """
 import logging, sys
 import numpy as np
@@ -196,7 +196,7 @@ print(state_mib, used_mib())
 
 
 def run_short_of_memory(left_mib: int) -> tuple[str, str, list[int]]:
-    """What became of it, what was logged, and the MiB that were used before the warm-up and in the end."""
+    """Open a runner short of memory; returns outcome, log, and the MiB used before the warm-up and at the end."""
     command = [sys.executable, "-c", SHORT_OF_MEMORY, str(BUNDLE), str(left_mib)]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -204,14 +204,14 @@ def run_short_of_memory(left_mib: int) -> tuple[str, str, list[int]]:
     return became, done.stderr, [int(mib) for mib in used_mib.split()]
 
 
-def test_where_memory_ends_batches_are_smaller_or_the_start_ends_with_the_reason() -> None:
+def test_with_little_memory_batches_shrink_or_the_start_fails_with_the_reason() -> None:
     became, log, (state_mib, used_mib) = run_short_of_memory(0)
     assert became == "rows 2048", log
     assert "no memory" not in log
     n_smaller = 0
     for share in (0.6, 0.35):
         became, log, _ = run_short_of_memory(int(state_mib + share * (used_mib - state_mib)))
-        print(share, state_mib, used_mib, became, log)  # shown where it fails
+        print(share, state_mib, used_mib, became, log)  # shown if the test fails
         n_rows = int(became.removeprefix("rows ")) if became.startswith("rows ") else 0
         if 0 < n_rows < 2048:
             assert "no memory for 2048 images at once" in log
@@ -224,7 +224,7 @@ def test_where_memory_ends_batches_are_smaller_or_the_start_ends_with_the_reason
     assert "memory" in became
 
 
-# The server, whose device is really lost once the file `go` is there: an assertion fails on it, as an index is wrong.
+# A server whose device is really lost once the file `go` exists: a wrong index makes an assertion fail on it.
 LOSES_ITS_DEVICE = """
 import sys, threading, time
 from pathlib import Path

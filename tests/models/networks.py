@@ -1,4 +1,4 @@
-"""Small networks with exits, each awkward to stage in its own way. Weights are random: what counts is structure."""
+"""Small networks with exits, each hard to stage in its own way. Weights are random; only the structure matters."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def head(n_in: int, n_classes: int = 5) -> nn.Sequential:
 
 
 def randomise_statistics(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Fresh normalisation does nothing at all; give it statistics and weights as training would."""
+    """Give batch normalisation random statistics and weights, since new layers are the identity."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
@@ -30,7 +30,7 @@ def randomise_statistics(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class TwoExits(nn.Module):
-    """Two convolutions with a head each, joined by `between(first map, images)`."""
+    """Two convolutions with one head each, connected by `between(first map, images)`."""
 
     def __init__(self, between: Callable[[Tensor, Tensor], Tensor] = lambda x, images: x, n_between: int = 4) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class TwoExits(nn.Module):
 
 
 class InPlace(nn.Module):
-    """Changes in place what is also read before or after, its images too: by modules, functions, operators, methods."""
+    """Modifies maps in place that are read before or after, and images: by modules, functions, operators, methods."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class InPlace(nn.Module):
         images -= 0.5
         x = self.norm(self.stem(images))
         before = x.sigmoid()
-        self.relu(x)  # the result is dropped: x itself has changed
+        self.relu(x)  # the result is unused: x is modified in place
         first = self.head_1(x)
         y = self.deeper(x)
         y += x
@@ -71,7 +71,7 @@ class InPlace(nn.Module):
 
 
 class Shapes(nn.Module):
-    """Reads sizes, devices and types of maps that an exit does not need otherwise, and builds tensors from them."""
+    """Builds tensors from the sizes, devices and types of maps that an exit does not otherwise need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Shapes(nn.Module):
 
 
 class Chunks(nn.Module):
-    """Halves a map; one half is read by the first exit, the other by the second. Layers are shared between exits."""
+    """Splits a map: one half is read by the first exit, the other by the second. Exits share layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class RandomNetwork(nn.Module):
 
     Args:
         program: (operation, first operand, second operand), operands counted back from the last map made.
-        exits: after how many operations each exit reads the last map.
+        exits: numbers of operations after which an exit reads the last map.
     """
 
     def __init__(self, program: list[tuple[str, int, int]], exits: list[int]) -> None:

@@ -31,8 +31,8 @@ def test_recursion_equals_its_closed_form(temperatures: list[float]) -> None:
 
 
 @given(TEMPERATURES)
-def test_training_and_serving_use_one_recursion(temperatures: list[float]) -> None:
-    """The released code shifts t by one exit between the two; ours can't, whatever the temperatures."""
+def test_training_and_serving_use_the_same_recursion(temperatures: list[float]) -> None:
+    """In the released code, t differs by one exit between the two; here it cannot, for any temperatures."""
     heads = head_logits(len(temperatures))
     boosting = Boosting(temperatures)
     for trained, served in zip(boosting.train()(heads), boosting.eval()(heads), strict=True):
@@ -40,7 +40,7 @@ def test_training_and_serving_use_one_recursion(temperatures: list[float]) -> No
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
-def test_a_loss_reaches_its_own_head_and_earlier_ones_only_where_asked(stop_gradient: bool) -> None:
+def test_a_loss_reaches_earlier_heads_only_if_configured(stop_gradient: bool) -> None:
     heads = head_logits(4, requires_grad=True)
     ensembled = Boosting([0.5] * 4, stop_gradient).train()(heads)
     gradients = torch.autograd.grad(ensembled[2].sum(), heads, allow_unused=True)
@@ -55,7 +55,7 @@ def test_a_loss_reaches_its_own_head_and_earlier_ones_only_where_asked(stop_grad
 
 
 @given(st.lists(st.floats(0.01, 0.99), min_size=2, max_size=8))
-def test_learned_temperatures_sum_up_in_training_and_fixed_alike(temperatures: list[float]) -> None:
+def test_learned_temperatures_give_the_same_sums_as_fixed_ones(temperatures: list[float]) -> None:
     heads = head_logits(len(temperatures))
     boosting = Boosting(temperatures, learned=True)
     assert boosting.temperatures == pytest.approx(temperatures, abs=1e-5)
@@ -67,14 +67,14 @@ def test_learned_temperatures_sum_up_in_training_and_fixed_alike(temperatures: l
         torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_served_keeps_scales_beside_learned_temperatures() -> None:
+def test_the_served_ensemble_keeps_scales_and_learned_temperatures() -> None:
     boosting, heads = Boosting([0.5] * 3, scales=[0.9, 0.7, 0.4], learned=True).eval(), head_logits(3)
     for served, trained in zip(boosting.fixed()(heads), boosting(heads), strict=True):
         assert torch.equal(served, trained)
 
 
-def test_a_loss_teaches_the_temperature_of_its_own_exit() -> None:
-    """d loss_n / d t_n is the gradient of F_n along F_(n-1); earlier temperatures lie behind the cut."""
+def test_a_loss_trains_the_temperature_of_its_own_exit() -> None:
+    """d loss_n / d t_n is the gradient of F_n along F_(n-1); earlier temperatures are detached."""
     heads = head_logits(4)
     boosting = Boosting([0.5, 0.3, 0.6, 0.8], learned=True).train()
     ensembled = boosting(heads)
@@ -97,7 +97,7 @@ def test_learned_temperatures_can_be_set_and_start_between_zero_and_one() -> Non
     assert Boosting([0.5], learned=True)(head_logits(1))[0].shape == (4, 5)  # one exit: nothing to learn
 
 
-def test_zero_temperature_leaves_the_heads_as_they_are() -> None:
+def test_zero_temperature_leaves_the_heads_unchanged() -> None:
     heads = head_logits(3)
     assert all(a is b for a, b in zip(Boosting([0.0] * 3)(heads), heads, strict=True))
 
@@ -112,7 +112,9 @@ def test_the_ensemble_of_half_precision_logits_is_float32() -> None:
     ("given_values", "expected"),
     [(0.5, (0.5,) * 5), ([0.3], (0.3,) * 5), ([0.0, 1.0], (0, 0.25, 0.5, 0.75, 1)), ([1, 2, 3, 4, 5], (1, 2, 3, 4, 5))],
 )
-def test_temperatures_are_broadcast_drawn_as_a_line_or_taken(given_values: object, expected: tuple[float, ...]) -> None:
+def test_temperatures_are_broadcast_interpolated_or_taken_as_given(
+    given_values: object, expected: tuple[float, ...]
+) -> None:
     assert temperatures_per_exit(given_values, 5) == pytest.approx(expected)  # type: ignore[arg-type]
 
 
@@ -120,7 +122,7 @@ def test_a_wrong_number_of_temperatures_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"3 temperatures for 5 exits: give 1, 2 \(linear\) or 5"):
         temperatures_per_exit([1, 2, 3], 5)
     with pytest.raises(ValueError, match="2 temperatures for 1 exits"):
-        temperatures_per_exit([1, 2], 1)  # a line has two ends
+        temperatures_per_exit([1, 2], 1)  # interpolation needs two values
 
 
 @given(st.floats(0.01, 20, allow_nan=False))
@@ -134,7 +136,7 @@ def test_rescaling_is_the_identity_forward_and_a_factor_backward(factor: float) 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside torch.compile
 def test_rescaling_survives_compilation() -> None:
-    """A custom function once lost its factor under torch.compile without a word (pytorch #102970)."""
+    """A custom function once silently lost its factor under torch.compile (pytorch #102970)."""
     compiled = torch.compile(lambda x: rescale_gradient(x, 0.125) * 2, backend="aot_eager")
     x = torch.randn(3, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
@@ -156,7 +158,7 @@ def c_any(rescaling: Rescaling) -> MSDNet:
 
 
 def gradient_norms(parts: nn.ModuleList, loss: Tensor) -> list[float]:
-    """Norm of the gradient of `loss` in the parameters of each part; 0 where it doesn't reach."""
+    """Norm of the gradient of `loss` in the parameters of each part; 0 where there is none."""
     norms = []
     for part in parts:
         gradients = torch.autograd.grad(loss, list(part.parameters()), retain_graph=True, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Bundles: a good one loads; a damaged or foreign one is refused by name, reason and fix."""
+"""Bundles: good ones load; damaged or foreign ones are refused with the file, the reason and a fix."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ def test_its_frontier_is_in_millions_of_multiply_adds(bundle_path: Path) -> None
     assert frontier.accuracy[-1] > frontier.accuracy[0] + 0.2
 
 
-def test_its_stages_answer_as_the_network_does(bundle_path: Path) -> None:
+def test_its_stages_give_the_networks_answers(bundle_path: Path) -> None:
     """Run as served: stage by stage on uint8 images, values passed on by name."""
     bundle = load_bundle(bundle_path)
     images = random_images(16, seed=5)
@@ -114,14 +114,14 @@ def test_a_missing_file_is_named(bundle_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shut", ["manifest.json", "stages/stage_2.onnx", "stages"])
-def test_what_may_not_be_read_is_told_and_not_taken_for_missing(bundle_path: Path, shut: str) -> None:
-    """As where a bundle was exported under a strict umask, and is served by a user of its own."""
+def test_unreadable_files_are_reported_as_such_and_not_as_missing(bundle_path: Path, shut: str) -> None:
+    """For example a bundle exported under a strict umask and served by another user."""
     with tempfile.TemporaryDirectory() as open_to_all:
         Path(open_to_all).chmod(0o755)
         path = Path(shutil.copytree(bundle_path, Path(open_to_all, "bundle")))
         (path / shut).chmod(0)
         user = os.geteuid()
-        os.seteuid(user or 65534)  # to root nothing is shut
+        os.seteuid(user or 65534)  # root may read everything
         try:
             error = refusal(path)
         finally:
@@ -153,28 +153,30 @@ def test_a_folder_in_the_place_of_a_file_is_refused(bundle_path: Path) -> None:
         ('{"format_version": 1}', "Field required"),
     ],
 )
-def test_a_manifest_that_is_none_is_refused(bundle_path: Path, text: str, reason: str) -> None:
+def test_an_invalid_manifest_is_refused(bundle_path: Path, text: str, reason: str) -> None:
     (bundle_path / "manifest.json").write_bytes(text.encode("latin-1"))
     error = refusal(bundle_path)
     assert error.file == "manifest.json"
     assert reason in error.reason
 
 
-def test_a_huge_manifest_is_refused_unread(bundle_path: Path) -> None:
+def test_a_huge_manifest_is_refused_without_reading_it(bundle_path: Path) -> None:
     with (bundle_path / "manifest.json").open("r+b") as file:
         file.truncate(2**34)  # sparse: 16 GiB that would not fit into memory
     assert "larger than" in refusal(bundle_path).reason
 
 
-def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
+def test_paths_that_are_no_bundle_are_refused(tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "nowhere").reason
-    assert refusal(tmp_path / "cifar100-msdnet").fix.endswith("models/zoo/cifar100-msdnet")  # as its card names it
+    assert refusal(tmp_path / "cifar100-msdnet").fix.endswith(
+        "models/zoo/cifar100-msdnet"
+    )  # the folder named in its card
     (tmp_path / "file").touch()
     assert "not a folder" in refusal(tmp_path / "file").reason
     assert "not a bundle" in refusal(tmp_path).reason
 
 
-def test_a_version_of_other_files_is_refused(bundle_path: Path) -> None:
+def test_a_version_that_does_not_match_the_files_is_refused(bundle_path: Path) -> None:
     write_manifest(bundle_path, read_manifest(bundle_path) | {"version": "0" * 12})
     assert "does not belong to these files" in refusal(bundle_path).reason
 
@@ -212,7 +214,7 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("exits", 0, "executed_mflops", to=-1.0), "exits.0.executed_mflops: Input should be greater"),
         (change("exits", 0, "executed_mflops", to="1.0"), "exits.0.executed_mflops: Input should be a valid number"),
         (change("exits", 0, "executed_mflops", to=99.0), "executed_mflops must be cumulative"),
-        (change("exits", 0, "executed_mflops", to=1e-9), "in whole multiply-adds"),  # it divides by them
+        (change("exits", 0, "executed_mflops", to=1e-9), "in whole multiply-adds"),  # costs are divisors
         (change("exits", 1, "executed_mflops", to=float("inf")), "exits.1.executed_mflops"),
         (change("exits", 1, "executed_mflops", to=float("nan")), "exits.1.executed_mflops"),
         (change("exits", 0, "published_mflops", to=99.0), "published_mflops must be cumulative"),
@@ -251,7 +253,7 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("files", "README.md", "sha256", to="A" * 64), "files.README.md.sha256: String should match"),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(
+def test_an_inconsistent_manifest_is_refused(
     bundle_path: Path, apply: Callable[[dict[str, Any]], None], reason: str
 ) -> None:
     manifest = read_manifest(bundle_path)
@@ -262,8 +264,8 @@ def test_a_manifest_that_makes_no_sense_is_refused(
     assert reason in error.reason
 
 
-def test_one_that_was_put_in_its_place_is_told_from_it(bundle_path: Path) -> None:
-    """Both are whole: only that they are two says that stages of one would go with thresholds of the other."""
+def test_a_bundle_that_replaced_another_is_detected(bundle_path: Path) -> None:
+    """Both are valid, but the stages of one must not be used with the thresholds of the other."""
     bundle = load_bundle(bundle_path)
     bundle.check_unchanged()
     manifest = read_manifest(bundle_path)
@@ -277,7 +279,7 @@ def test_one_that_was_put_in_its_place_is_told_from_it(bundle_path: Path) -> Non
 
 
 def test_a_fitted_score_is_served_with_its_weights(bundle_path: Path) -> None:
-    """The weights are in the manifest, its scores in the calibration; format 1 had neither, and is still read."""
+    """Its weights are in the manifest and its scores in the calibration; format 1 had neither and is still read."""
     bundle = load_bundle(bundle_path)
     arrays = {**bundle.calibration.scores, "as_good": bundle.calibration.scores["logit_margin"]}
     Calibration(arrays, bundle.calibration.correct).save(bundle_path / "calibration.npz")

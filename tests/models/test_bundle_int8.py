@@ -1,4 +1,4 @@
-"""A bundle with int8 stages: read back as written, older formats still read, and nothing of it taken on trust."""
+"""Bundles with int8 stages: round trip, older formats, and checks of every part."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def path(tmp_path: Path) -> Path:
     return tiny_int8_bundle(tmp_path / "bundle")
 
 
-def test_the_manifest_says_what_each_precision_is(path):
+def test_the_manifest_describes_each_precision(path):
     bundle = load_bundle(path)
     int8 = bundle.at("int8")
     assert (bundle.precision, int8.precision) == ("fp32", "int8")
@@ -41,7 +41,7 @@ def test_older_formats_are_read(tmp_path, version):
     assert load_bundle(path).int8 is None
 
 
-def test_every_file_of_it_is_checked(path):
+def test_every_int8_file_is_checked(path):
     stage = path / "stages_int8" / "stage_2.onnx"
     stage.write_bytes(stage.read_bytes()[:-1] + b"x")
     assert "sha256" in refusal(path).reason
@@ -61,7 +61,7 @@ def test_every_file_of_it_is_checked(path):
         (lambda int8: int8.update(predictor={"features": ["a"], "gain": [[0.0, 0.0]], "loss": None}), "predictor"),
     ],
 )
-def test_what_does_not_fit_is_refused(path, change, reason):
+def test_inconsistent_int8_parts_are_refused(path, change, reason):
     manifest = read_manifest(path)
     change(manifest["int8"])
     seal(path, manifest)

@@ -1,4 +1,4 @@
-"""Bundles cannot lead out of their folder, nor hold what no digest covers."""
+"""Bundles cannot refer to files outside their folder, nor contain files without a digest."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tests.bundles import read_manifest, refusal, write_manifest
         "a\nb",
     ],
 )
-def test_paths_that_lead_out_are_refused_before_they_are_opened(bundle_path: Path, file: str) -> None:
+def test_paths_out_of_the_bundle_are_refused_before_they_are_opened(bundle_path: Path, file: str) -> None:
     (bundle_path.parent / "outside").write_bytes(b"secret")
     manifest = read_manifest(bundle_path)
     manifest["files"][file] = {"bytes": 6, "sha256": "0" * 64}
@@ -32,7 +32,7 @@ def test_paths_that_lead_out_are_refused_before_they_are_opened(bundle_path: Pat
 
 
 @pytest.mark.parametrize("file", ["README.md", "stages/stage_1.onnx", "manifest.json"])
-def test_a_link_that_leads_out_is_refused(bundle_path: Path, file: str) -> None:
+def test_a_link_out_of_the_bundle_is_refused(bundle_path: Path, file: str) -> None:
     moved = bundle_path.parent / "moved"
     (bundle_path / file).rename(moved)
     (bundle_path / file).symlink_to(moved)
@@ -40,13 +40,13 @@ def test_a_link_that_leads_out_is_refused(bundle_path: Path, file: str) -> None:
     assert (error.file, error.reason) == (file, "a link to a file outside the bundle")
 
 
-def test_a_linked_folder_that_leads_out_is_refused(bundle_path: Path) -> None:
+def test_a_linked_folder_out_of_the_bundle_is_refused(bundle_path: Path) -> None:
     (bundle_path / "stages").rename(bundle_path.parent / "stages")
     (bundle_path / "stages").symlink_to(bundle_path.parent / "stages")
     assert refusal(bundle_path).reason == "a link to a file outside the bundle"
 
 
-def test_a_link_in_a_circle_is_refused(bundle_path: Path) -> None:
+def test_a_circular_link_is_refused(bundle_path: Path) -> None:
     (bundle_path / "README.md").unlink()
     (bundle_path / "README.md").symlink_to("README.md")
     assert refusal(bundle_path).file == "README.md"

@@ -1,4 +1,4 @@
-"""Writing bundles: all or nothing, and only what would load again."""
+"""Writing bundles: atomically, and only if they would load."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ def parts_of(path: Path, contents: Path) -> tuple[dict[str, Any], Calibration, P
     return manifest, load_bundle(path).calibration, contents
 
 
-def test_what_is_written_reads_back_and_has_the_same_version(bundle_path: Path, tmp_path: Path) -> None:
+def test_a_written_bundle_loads_and_has_the_same_version(bundle_path: Path, tmp_path: Path) -> None:
     manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")
     written = write_bundle(tmp_path / "deep" / "again", manifest, calibration, contents)
     original = load_bundle(bundle_path)
@@ -42,7 +42,7 @@ def test_one_changed_file_is_another_version(bundle_path: Path, tmp_path: Path) 
     )
 
 
-def test_a_bundle_is_replaced_only_when_asked(bundle_path: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_replaced_only_on_request(bundle_path: Path, tmp_path: Path) -> None:
     manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")
     with pytest.raises(BundleError, match="it exists already"):
         write_bundle(bundle_path, manifest, calibration, contents)
@@ -52,7 +52,7 @@ def test_a_bundle_is_replaced_only_when_asked(bundle_path: Path, tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", "contents"}
 
 
-def test_a_folder_of_something_else_is_never_replaced(bundle_path: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_bundle_is_never_replaced(bundle_path: Path, tmp_path: Path) -> None:
     manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").touch()
@@ -65,7 +65,7 @@ def test_a_folder_of_something_else_is_never_replaced(bundle_path: Path, tmp_pat
     ("field", "value", "reason"),
     [("score", "vibes", "'vibes' is not among"), ("name", "a/b", "name: String"), ("training", {1: {2}}, "JSON")],
 )
-def test_what_would_not_load_is_not_written(
+def test_a_bundle_that_would_not_load_is_not_written(
     bundle_path: Path, tmp_path: Path, field: str, value: Any, reason: str
 ) -> None:
     manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")

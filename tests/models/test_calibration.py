@@ -1,4 +1,4 @@
-"""Calibrations: written the same every time, and a forged one never gets past its checks."""
+"""Calibrations: written reproducibly, and forged ones are refused."""
 
 import struct
 import zipfile
@@ -17,7 +17,7 @@ from tests.bundles import refusal, seal
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_calibration_is_written_the_same_every_time(tmp_path: Path, seed: int) -> None:
+def test_calibrations_are_written_reproducibly(tmp_path: Path, seed: int) -> None:
     scores = np.random.default_rng(seed).normal(size=(50, 3)).astype(np.float32)
     scores[0, 0] = -np.inf
     calibration = Calibration({"max_softmax": scores, "logit_margin": scores * 2}, scores > 0)
@@ -38,7 +38,7 @@ def npy(values: np.ndarray, **save: Any) -> bytes:
 
 
 def forge(path: Path, members: dict[str, bytes]) -> BundleError:
-    """The refusal of a bundle whose calibration holds these members, everything else being right."""
+    """Refusal of a bundle whose calibration has these members and which is otherwise valid."""
     with zipfile.ZipFile(path / "calibration.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
@@ -118,14 +118,14 @@ def test_a_zip_that_understates_its_sizes_is_refused(bundle_path: Path) -> None:
         for name, member in good_members().items():
             archive.writestr(name, member)
     true_size = struct.pack("<I", len(good_members()["correct.npy"]))
-    assert path.read_bytes().count(true_size) == 2  # in the local header and in the directory
+    assert path.read_bytes().count(true_size) == 2  # in the local header and in the central directory
     path.write_bytes(path.read_bytes().replace(true_size, struct.pack("<I", 200)))
     seal(bundle_path)
     assert refusal(bundle_path).file == "calibration.npz"
 
 
-def test_what_is_read_is_the_archive_that_was_checked_whatever_stands_before_it(tmp_path: Path) -> None:
-    """As an array that claims 8 EiB: numpy's own reader would go by it."""
+def test_the_archive_that_is_read_is_the_one_checked_even_after_prepended_data(tmp_path: Path) -> None:
+    """For example an array that claims 8 EiB, which numpy's reader would believe."""
     path = tmp_path / "calibration.npz"
     Calibration({"max_softmax": np.ones((2, 3), np.float32)}, np.ones((2, 3), bool)).save(path)
     path.write_bytes(lying_header((2**63 - 1,), "|b1") + path.read_bytes())
@@ -134,7 +134,7 @@ def test_what_is_read_is_the_archive_that_was_checked_whatever_stands_before_it(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_no_damage_to_a_calibration_gets_further_than_a_value_error(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_damage_to_a_calibration_raises_value_error(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "calibration.npz"
     scores = np.arange(12, dtype=np.float32).reshape(3, 4)
     packing = data.draw(st.sampled_from([zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]))

@@ -1,4 +1,4 @@
-"""What is charged for images that leave at different exits is what running the survivors, compacted, really costs."""
+"""The cost charged for images that leave at different exits equals that of running the compacted survivors."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from models.registry import build_network
 from models.staging import IMAGES, StagedNetwork, split
 
 ARGUMENTS = {"config": "C-batch-4", "n_classes": 10, "n_blocks": 3, "n_channels": 4, "growth_rate": 4}
-EXITS = torch.tensor([0, 2, 1, 0, 0, 1, 2, 2])  # at which each of eight images leaves, from 0
+EXITS = torch.tensor([0, 2, 1, 0, 0, 1, 2, 2])  # the exit of each of eight images, from 0
 
 
 def run_all_scales(network: nn.Module, _: StagedNetwork, images: Tensor) -> None:
-    """Block by block as the published code is written: every map of a block, whether its exit reads it or not."""
+    """Block by block as in the published code: all maps of a block, whether or not its exit reads them."""
     maps, here = network.stem(images), torch.arange(len(images))
     for number, (block, head) in enumerate(zip(network.blocks, network.heads, strict=True)):
         maps = block(maps)
@@ -25,7 +25,7 @@ def run_all_scales(network: nn.Module, _: StagedNetwork, images: Tensor) -> None
 
 
 def run_stages(_: nn.Module, staged: StagedNetwork, images: Tensor) -> None:
-    """Stage by stage as they are served: only what the exit reads."""
+    """Stage by stage as served: only what the exit needs."""
     state, here = {IMAGES: images}, torch.arange(len(images))
     for number, stage in enumerate(staged.stages):
         state |= zip(stage.outputs, stage(*(state[name] for name in stage.inputs)), strict=True)
@@ -36,7 +36,7 @@ def run_stages(_: nn.Module, staged: StagedNetwork, images: Tensor) -> None:
 
 @pytest.mark.parametrize(("run", "kind"), [(run_all_scales, "published_macs"), (run_stages, "executed_macs")])
 @torch.no_grad()
-def test_shares_times_cost_is_what_pytorch_counts_when_survivors_are_run(run, kind: str) -> None:
+def test_shares_times_cost_equals_pytorchs_count_for_compacted_survivors(run, kind: str) -> None:
     network = build_network("msdnet", ARGUMENTS).eval()
     images = torch.randn(len(EXITS), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     costs = getattr(measure_cost(network, 32), kind)

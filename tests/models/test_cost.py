@@ -1,4 +1,4 @@
-"""Costs equal the published integers exactly, and follow from the rules on any layer, however it is called."""
+"""Costs equal the published integers exactly, and follow the counting rules for any layer, however it is called."""
 
 from collections.abc import Callable
 from functools import cache
@@ -52,7 +52,7 @@ PUBLISHED: dict[str, tuple[list[int], list[int]]] = {
         [8759240, 20154896, 31730040, 41860288, 62314472],
     ),
 }
-# The same in millions with what an exit does not read left out: measured once, by hand, from the layers' shapes.
+# The same in millions without what an exit does not read: computed once, by hand, from the layers' shapes.
 EXECUTED_M: dict[str, list[float]] = {
     "C-any": [13.392, 23.463, 35.451, 50.959, 60.931, 72.673, 86.184, 100.039, 110.122, 121.679],
     "C-batch-4": [13.392, 22.937, 32.593, 42.123, 51.822, 60.308],
@@ -83,7 +83,7 @@ def test_msdnet_costs_are_the_published_ones(name):
     if name in EXECUTED_M:
         places = 3 if name.startswith("C") else 2
         assert [round(ops / 1e6, places) for ops in cost.executed] == EXECUTED_M[name]
-    # At the last exit nothing is left out, and all parameters are counted once.
+    # At the last exit nothing is left out, and every parameter counts once.
     assert cost.executed[-1] == cost.published[-1]
     with torch.device("meta"):
         network = build_network("msdnet", {"config": name})
@@ -118,7 +118,7 @@ def test_boosting_costs_nothing(temperature):
 
 
 class OneExit(nn.Module):
-    """Any operation, then the mean of each channel as logits (which counts nothing)."""
+    """An operation, followed by the mean of each channel as logits, which costs nothing."""
 
     def __init__(self, operation: nn.Module) -> None:
         super().__init__()
@@ -199,12 +199,12 @@ class Call(nn.Module):
         (Call(lambda x: torch.cat([x, x], 1) * 2 + 1), 0),
     ],
 )
-def test_what_counts_and_what_does_not(operation, ops):
+def test_which_operations_count(operation, ops):
     assert_costs(operation, 8, ops, 0)
 
 
 class Tokens(nn.Module):
-    """An operation on the images as 3 tokens of 64 numbers."""
+    """An operation on images reshaped to 3 tokens of 64 numbers."""
 
     def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class SelfAttention(nn.Module):
 )
 def test_products_of_matrices_count_their_multiply_adds(operation, macs, device):
     network = OneExit(Tokens(operation))
-    network.register_parameter("somewhere", nn.Parameter(torch.empty(1)))  # a network lies where its parameters do
+    network.register_parameter("somewhere", nn.Parameter(torch.empty(1)))  # the parameters determine a network's device
     cost = measure_cost(network.to(device), 8)
     assert cost.published == cost.published_macs == (macs,)
 
@@ -256,7 +256,7 @@ def test_a_transformer_layer_counts_its_parts():
         assert_costs(Tokens(layer), 8, attention + feed_forward + biases_and_relu, attention + feed_forward)
 
 
-def test_functions_cost_what_their_layers_cost():
+def test_functions_cost_as_much_as_their_layers():
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -272,9 +272,9 @@ def test_functions_cost_what_their_layers_cost():
     assert cost.parameters == (112, 112)
 
 
-def test_published_counts_all_that_the_program_ran_and_executed_what_was_needed():
+def test_published_cost_counts_all_operations_and_executed_cost_the_needed_ones():
     class Lazy(nn.Module):
-        """Makes a map before its first exit which only the second reads, and one that nobody reads."""
+        """Computes before its first exit a map that only the second reads, and one that is never read."""
 
         def __init__(self) -> None:
             super().__init__()

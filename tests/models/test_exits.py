@@ -84,7 +84,7 @@ def test_rows_of_real_sizes_score_the_same_alone_and_in_a_batch(n_classes: int) 
         assert np.array_equal(score(rows), np.concatenate([score(row[None]) for row in rows]))
 
 
-def test_scores_leave_their_input_alone() -> None:
+def test_scores_do_not_modify_their_input() -> None:
     rows = np.array([[1.0, 3.0, 2.0]])
     for score in [*SCORES.values(), confidence]:
         score(rows)
@@ -92,7 +92,7 @@ def test_scores_leave_their_input_alone() -> None:
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 1.0], [np.inf, 1.0], [np.inf, np.inf], [-np.inf, -np.inf]])
-def test_logits_that_are_not_finite_are_never_sure(bad: list[float]) -> None:
+def test_non_finite_logits_are_never_confident(bad: list[float]) -> None:
     rows = np.array([[2.0, 1.0], bad], dtype=np.float32)
     assert read_softmax(rows)[1].tolist() == confidence(rows).tolist()
     for score in SCORES.values():
@@ -102,8 +102,8 @@ def test_logits_that_are_not_finite_are_never_sure(bad: list[float]) -> None:
 
 
 @given(logits)
-def test_one_softmax_says_all_that_three_functions_do(rows: np.ndarray) -> None:
-    """Against a softmax in long double: neither near 0 nor near 1 is anything lost."""
+def test_one_softmax_gives_the_same_as_three_functions(rows: np.ndarray) -> None:
+    """Compared with a softmax in long double, so that precision is kept near 0 and near 1."""
     leading, largest, margin = read_softmax(rows)
     wide = rows.astype(np.longdouble)
     shares = np.exp(wide - wide.max(axis=1, keepdims=True))
@@ -115,7 +115,7 @@ def test_one_softmax_says_all_that_three_functions_do(rows: np.ndarray) -> None:
     assert np.array_equal(margin, SCORES["probability_margin"](rows))
 
 
-def test_rows_that_are_not_finite_or_far_apart_are_told_apart() -> None:
+def test_rows_that_are_not_finite_or_extreme_are_distinguished() -> None:
     rows = np.array([[2, 1, 0], [np.nan, 1, 0], [np.inf, 1, 0], [2, -np.inf, -np.inf], [2, 1, -np.inf], [900, 0, -900]])
     leading, largest, margin = read_softmax(rows.astype(np.float32))
     assert leading.tolist() == [0] * 6
@@ -174,7 +174,7 @@ def test_cost_falls_with_the_exit_probability(costs: list[float], p: float, q: f
 
 
 @given(st.floats(0, 1), st.floats(0, 1e6), st.integers(1, 12))
-def test_shares_are_shares(p: float, ratio: float, n_exits: int) -> None:
+def test_shares_are_non_negative_and_sum_to_one(p: float, ratio: float, n_exits: int) -> None:
     for shares in (truncated_geometric_shares(p, n_exits), ratio_shares(ratio, n_exits)):
         assert shares.shape == (n_exits,)
         assert (shares >= 0).all()
@@ -199,7 +199,7 @@ def test_a_budget_no_exit_mix_can_meet_is_refused(budget: float) -> None:
 @pytest.mark.parametrize(
     "costs", [[], [0.0, 1.0], [2.0, 2.0], [2.0, 1.0], [1.0, math.nan], [1.0, math.inf], [math.nan]]
 )
-def test_costs_that_make_no_sense_are_refused(costs: list[float]) -> None:
+def test_invalid_costs_are_refused(costs: list[float]) -> None:
     with pytest.raises(ValueError, match="strictly increasing"):
         solve_exit_probability(costs, 1.0)
 
@@ -213,7 +213,7 @@ def test_an_image_leaves_at_the_first_exit_it_reaches_the_threshold_of() -> None
     assert take_exits(scores, thresholds).tolist() == [0, 1, 2, 2]
 
 
-def test_an_outcome_is_what_the_images_did() -> None:
+def test_outcomes_count_exits_accuracy_and_cost() -> None:
     scores = np.array([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0], [3.0, 0.0]])
     correct = np.array([[True, False], [True, False], [False, True], [False, True]])
     measured = outcome(scores, correct, [10.0, 30.0], [1.0, -math.inf])

@@ -1,4 +1,4 @@
-"""The frontier: what it promises between and at its points, on held-out images and on any other traffic."""
+"""The frontier: its properties at and between its points, on held-out images and on other traffic."""
 
 import math
 from itertools import pairwise
@@ -18,7 +18,7 @@ C_BATCH_4 = [15.140452, 25.751240, 33.659180, 43.336592, 51.822068, 60.307544]
 def simulated_heads(
     n_images: int, seed: int = 0, score: str = "max_softmax", n_exits: int = 6
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and right answers of simulated heads that share what is hard, each deeper one a little better."""
+    """Scores and correctness of simulated heads with common difficulty, each deeper one slightly better."""
     rng = np.random.default_rng(seed)
     labels, rows = rng.integers(0, 20, n_images), np.arange(n_images)
     ease, shared = rng.normal(size=n_images), rng.normal(size=(n_images, 20))
@@ -47,10 +47,10 @@ def test_it_runs_from_exit_1_to_the_best_accuracy(frontier: Frontier) -> None:
     assert all(a < b for a, b in pairwise(frontier.position))
     assert all(a < b for a, b in pairwise(frontier.cost))
     assert frontier.accuracy[-1] >= correct[:, -1].mean() - 0.0005
-    assert frontier.cost[-1] < 0.9 * C_BATCH_4[-1]  # these heads gain nothing by going all the way
+    assert frontier.cost[-1] < 0.9 * C_BATCH_4[-1]  # the last exits of these heads gain nothing
 
 
-def test_each_point_is_what_its_thresholds_measure(frontier: Frontier) -> None:
+def test_each_point_matches_its_thresholds(frontier: Frontier) -> None:
     scores, correct = simulated_heads(3000)
     for i, position in enumerate(frontier.position):
         measured = outcome(scores, correct, C_BATCH_4, frontier.thresholds[i])
@@ -60,7 +60,7 @@ def test_each_point_is_what_its_thresholds_measure(frontier: Frontier) -> None:
 
 
 def test_shares_times_cost_is_the_cost_of_running_the_stages(frontier: Frontier) -> None:
-    """Stage by stage with the survivors compacted, as a server runs them: the rows each stage ran, at its own cost."""
+    """Stage by stage with compacted survivors, as a server runs them: the rows of each stage times its cost."""
     scores, _ = simulated_heads(3000)
     own_cost = np.diff(C_BATCH_4, prepend=0.0)
     for position in (0.1, 0.5, 0.9):
@@ -78,7 +78,7 @@ def test_shares_times_cost_is_the_cost_of_running_the_stages(frontier: Frontier)
         assert measured.mean_cost == pytest.approx(spent / len(scores), rel=1e-12)
 
 
-def test_between_points_it_measures_what_it_says(frontier: Frontier) -> None:
+def test_between_points_it_matches_its_interpolated_thresholds(frontier: Frontier) -> None:
     scores, correct = simulated_heads(3000)
     for position in np.linspace(0, 1, 97):
         point = frontier.at(position)
@@ -88,7 +88,7 @@ def test_between_points_it_measures_what_it_says(frontier: Frontier) -> None:
         assert measured.shares == pytest.approx(point.shares, abs=0.01)
 
 
-def test_it_gives_up_next_to_nothing_against_exact_quotas(frontier: Frontier) -> None:
+def test_it_loses_almost_nothing_to_exact_quotas(frontier: Frontier) -> None:
     """Monotone, interpolable thresholds are a change to the calibration: it must cost no accuracy.
 
     Searched thresholds are the mean of two searches, and not the best of either: they are held to a little less.
@@ -126,7 +126,7 @@ def test_cost_and_accuracy_look_ups(frontier: Frontier) -> None:
     assert f"{max(frontier.accuracy):.4f}" in str(refused.value)
 
 
-def test_positions_outside_are_held_at_the_ends(frontier: Frontier) -> None:
+def test_positions_outside_are_clamped(frontier: Frontier) -> None:
     assert frontier.at(-3.0) == frontier.at(math.nan) == frontier.at(0.0)
     assert frontier.at(7.0) == frontier.at(1.0)
 
@@ -148,7 +148,7 @@ def test_the_better_family_is_chosen() -> None:
 
 
 def test_one_lucky_image_does_not_move_the_end() -> None:
-    """Exit 3 answers as exit 2 does, but for images that only a far larger budget takes there: one of them is luck."""
+    """Exit 3 answers like exit 2, except for a lucky image that only a much larger budget takes there."""
     scores, correct = simulated_heads(2000, n_exits=3)
     correct[:, 1] |= correct[:, 0]
     correct[:, 2] = correct[:, 1]
@@ -163,7 +163,7 @@ def test_one_lucky_image_does_not_move_the_end() -> None:
     assert better.cost[-1] > lucky.cost[-1] + 0.1
 
 
-def test_a_network_that_gains_nothing_by_depth_has_one_point() -> None:
+def test_a_network_without_gain_from_depth_has_one_point() -> None:
     scores, correct = simulated_heads(400)
     flat = build_frontier(scores, np.repeat(correct[:, :1], 6, axis=1), C_BATCH_4)
     single = build_frontier(scores[:, :1], correct[:, :1], [5.0])
@@ -186,7 +186,7 @@ def test_a_network_that_gains_nothing_by_depth_has_one_point() -> None:
     st.lists(st.floats(-0.5, 1.5), min_size=2, max_size=9),
     st.sampled_from([None, *FAMILIES]),
 )
-def test_any_scores_give_a_frontier_that_keeps_its_rules(
+def test_any_scores_give_a_consistent_frontier(
     held_out: tuple[np.ndarray, np.ndarray], positions: list[float], family: str | None
 ) -> None:
     costs = [1.0, 2.5, 3.0, 7.0]
@@ -210,7 +210,7 @@ def test_any_scores_give_a_frontier_that_keeps_its_rules(
         (np.zeros((4, 2)), np.zeros((4, 2), dtype=bool), [1.0, 2.0], "best", "known: geometric, ratio, optimal"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_inconsistent_inputs_are_refused(
     scores: np.ndarray, correct: np.ndarray, costs: list[float], family: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

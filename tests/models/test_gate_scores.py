@@ -1,4 +1,4 @@
-"""The exit model of JEI-DNN, against its definition written out, and the score that stands for it."""
+"""JEI-DNN's exit model compared with its definition, and the score that represents it."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def weights_of(seed: int, spread: float = 2.0, bias: float = 0.0) -> np.ndarray:
 
 
 def published(weights: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """P(exit at l) and pi_l [rows, N - 1] of one row after the other, as the method's definition reads."""
+    """P(exit at l) and pi_l [rows, N - 1], computed row by row from the definition."""
     probabilities, decisions = [], []
     for row in features:
         gates = [1 / (1 + np.exp(-gate_log_odds(weights[i], row[None, i])[0])) for i in range(N_EXITS - 1)]
@@ -61,7 +61,7 @@ def test_a_gate_sees_the_softmax_of_its_head() -> None:
     assert by_name["powered_entropy"] == pytest.approx(-(squared * np.log(squared)).sum(axis=1))
 
 
-def test_logits_that_are_far_apart_give_no_gate_anything_but_numbers() -> None:
+def test_gate_inputs_for_extreme_and_infinite_logits() -> None:
     logits = np.array([[0.0, -1e30, 3e38], [-np.inf, 0, 1], [5e4, 5e4, 5e4]], np.float32)
     features = see_softmax(logits)
     assert features[0] == pytest.approx([1, 0, 1, 0])
@@ -71,7 +71,7 @@ def test_logits_that_are_far_apart_give_no_gate_anything_but_numbers() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), spread=st.floats(0.1, 30.0), bias=st.floats(-10.0, 10.0))
-def test_nobody_leaves_more_than_once_and_exits_are_those_published(seed: int, spread: float, bias: float) -> None:
+def test_exit_probabilities_sum_to_one_and_exits_are_as_published(seed: int, spread: float, bias: float) -> None:
     weights, logits = weights_of(seed, spread, bias), logits_of(40, seed)
     features = np.stack([see_softmax(x) for x in logits], axis=1)
     probabilities = exit_probabilities(weights, features)
@@ -89,11 +89,11 @@ def test_nobody_leaves_more_than_once_and_exits_are_those_published(seed: int, s
     assert np.array_equal(take_exits(scores, thresholds)[clear], leaves.argmax(axis=1)[clear])
 
 
-def test_the_score_is_the_log_of_pi_and_tells_images_apart_where_pi_is_one() -> None:
+def test_the_score_is_log_pi_and_still_ranks_images_where_pi_rounds_to_one() -> None:
     weights, logits = weights_of(3, 1.0, 1.0), logits_of(400, 3)
     features = np.stack([see_softmax(x) for x in logits], axis=1)
     scores, (_, pi) = gate_scores(weights, features), published(weights, features)
-    below = pi < 1 - 1e-9  # 1 by rounding is 1
+    below = pi < 1 - 1e-9  # 1 after rounding
     assert scores[:, :-1][below] == pytest.approx(np.log(pi[below]))
     certain = ~below[:, 1] & below[:, 0]
     assert certain.sum() > 50

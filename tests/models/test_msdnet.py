@@ -64,7 +64,7 @@ def test_every_exit_gives_logits_from_the_coarsest_map(name: str) -> None:
 
 
 def test_ten_classes_take_their_parameters_from_each_head() -> None:
-    """10 classes instead of 100 save 90 x 129 parameters a head."""
+    """10 classes instead of 100 save 90 x 129 parameters per head."""
     sizes = [sum(p.numel() for p in on_meta(replace(CONFIGS["C-any"], n_classes=n)).parameters()) for n in (100, 10)]
     assert sizes[0] - sizes[1] == 10 * 90 * 129
 
@@ -81,11 +81,11 @@ def test_without_bottlenecks_branches_are_one_convolution() -> None:
     network = on_meta(replace(CONFIGS["C-any"], bottleneck=False))
     n_3x3 = sum(m.kernel_size == (3, 3) for m in network.blocks.modules() if isinstance(m, nn.Conv2d))
     n_1x1 = sum(m.kernel_size == (1, 1) for m in network.blocks.modules() if isinstance(m, nn.Conv2d))
-    assert n_3x3 > n_1x1 == 2 + 1  # the transitions alone: two scales are left after the first, one after the second
+    assert n_3x3 > n_1x1 == 2 + 1  # only in transitions: two scales remain after the first, one after the second
 
 
 @pytest.mark.parametrize("initialisation", ["torch", "he"])
-def test_weights_start_from_torchs_defaults_or_as_was_intended(initialisation: Literal["torch", "he"]) -> None:
+def test_initial_weights_are_torchs_defaults_or_he(initialisation: Literal["torch", "he"]) -> None:
     torch.manual_seed(0)
     network = MSDNet(CONFIGS["C-batch-4"], initialisation=initialisation)
     for conv in (m for m in network.modules() if isinstance(m, nn.Conv2d) and m.weight.numel() > 2000):
@@ -121,7 +121,7 @@ def test_a_network_is_built_from_plain_json() -> None:
         ("msdnet", {"config": "C-any", "depth": 3}, "depth"),
     ],
 )
-def test_an_unknown_name_or_argument_is_told(architecture: str, arguments: dict[str, object], message: str) -> None:
+def test_an_unknown_name_or_argument_is_refused(architecture: str, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network(architecture, arguments)
 
@@ -145,7 +145,7 @@ def test_an_unknown_name_or_argument_is_told(architecture: str, arguments: dict[
         ({"growth_factors": [1, 2]}, "one entry per scale"),
     ],
 )
-def test_an_argument_that_would_silently_make_another_network_is_told(
+def test_an_argument_that_would_silently_change_the_network_is_refused(
     arguments: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -153,8 +153,8 @@ def test_an_argument_that_would_silently_make_another_network_is_told(
 
 
 @pytest.mark.parametrize("manifest_path", sorted(ZOO.glob("*/manifest.json")), ids=lambda path: path.parent.name)
-def test_a_bundle_that_ships_rebuilds_its_network(manifest_path: Path) -> None:
-    """Names of weights are a promise: what was trained before a change of the code loads after it."""
+def test_the_bundles_that_ship_rebuild_their_networks(manifest_path: Path) -> None:
+    """Names of weights are stable: weights trained before a change of the code load after it."""
     manifest = json.loads(manifest_path.read_text())
     network = build_network(manifest["architecture"], manifest["arguments"])
     network.load_state_dict(load_file(manifest_path.parent / "weights.safetensors"), strict=True)

@@ -1,4 +1,4 @@
-"""Where the gradients of a boosted MSDNet go: Eq. 7 on the coarsest path, heads untouched, the same when compiled."""
+"""Gradients of a boosted MSDNet: Eq. 7 on the coarsest path, unchanged in heads, and the same when compiled."""
 
 import copy
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from models.msdnet import CONFIGS, MSDLayer, MSDNet
 
 N_EXITS = 4
 CONFIG = replace(CONFIGS["C-batch-4"], n_classes=7, n_blocks=N_EXITS, base=2, step=1, n_channels=4, growth_rate=4)
-COMPILED = replace(CONFIG, n_blocks=3, base=1, bottleneck=False)  # each operation of it takes long to compile
+COMPILED = replace(CONFIG, n_blocks=3, base=1, bottleneck=False)  # every operation takes long to compile
 Gradients = dict[str, Tensor]
 
 
@@ -42,7 +42,7 @@ def gradients(model: nn.Module, loss: Tensor) -> Gradients:
 
 
 def on_coarsest_path(model: MSDNet, block: int) -> list[str]:
-    """Parameters whose map is read at the coarsest scale alone: all their gradient takes the coarsest path."""
+    """Parameters whose map is only read at the coarsest scale, so that all their gradient takes the coarsest path."""
     names = []
     for index, layer in enumerate(model.blocks[block]):  # type: ignore[arg-type]
         if isinstance(layer, MSDLayer):
@@ -71,7 +71,7 @@ def test_on_the_coarsest_path_equation_7_holds_exactly(exit_number, batch):
 
 @settings(max_examples=5)
 @given(temperatures=st.lists(st.floats(0.1, 1.5), min_size=N_EXITS, max_size=N_EXITS))
-def test_heads_keep_their_gradient_and_answers_their_bits(temperatures):
+def test_rescaling_changes_neither_head_gradients_nor_outputs(temperatures):
     generator = torch.Generator().manual_seed(6)
     images = torch.randn(4, 3, 32, 32, generator=generator)
     labels = torch.randint(0, 7, (4,), generator=generator)
@@ -89,7 +89,7 @@ def test_heads_keep_their_gradient_and_answers_their_bits(temperatures):
 
 
 class PlainMultiExit(nn.Module):
-    """The same parts, put together with neither ensemble nor rescaling."""
+    """The same parts without ensemble and rescaling."""
 
     def __init__(self, parts: MSDNet) -> None:
         super().__init__()
@@ -131,8 +131,8 @@ def test_a_compiled_network_has_the_same_gradients(rescaling, batch):
 
 @settings(max_examples=10)
 @given(temperatures=st.lists(st.floats(-1, 2), min_size=N_EXITS, max_size=N_EXITS))
-def test_training_and_serving_give_one_ensemble(temperatures):
-    """With normalisation held still, both modes give the same bits for any temperatures."""
+def test_training_and_evaluation_mode_give_the_same_ensemble(temperatures):
+    """With fixed normalisation, both modes give bitwise equal results for any temperatures."""
     model = network("coarsest", temperatures)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

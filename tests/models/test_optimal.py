@@ -1,4 +1,4 @@
-"""Searched thresholds: against every threshold there is, and against noise."""
+"""Searched thresholds, compared with all possible thresholds, and on noise."""
 
 import itertools
 
@@ -20,8 +20,8 @@ def heads(n_images: int, seed: int, knows: float = 1.0) -> tuple[np.ndarray, np.
     return knows * ease + draw.normal(size=ease.shape) * 0.5, ease + np.array([0.0, 0.5, 1.0]) > 0
 
 
-def test_no_thresholds_at_all_are_better_on_the_images_searched() -> None:
-    """Against all 13 x 13 ways to cut twelve images' scores: ascent finds the best trade at nearly every price."""
+def test_the_search_finds_almost_all_optimal_thresholds() -> None:
+    """Compared with all 13 x 13 thresholds for twelve images: ascent is optimal at nearly every price."""
     n_best = n_prices = 0
     for seed in range(6):
         scores, correct = heads(12, seed)
@@ -40,7 +40,7 @@ def test_no_thresholds_at_all_are_better_on_the_images_searched() -> None:
 
 
 @given(st.integers(0, 10_000))
-def test_an_ascent_ends_where_no_single_cut_can_be_bettered(seed: int) -> None:
+def test_an_ascent_ends_at_a_coordinatewise_optimum(seed: int) -> None:
     draw = np.random.default_rng(seed)
     n_images, n_exits, n_cuts = draw.integers(1, 30), draw.integers(2, 5), 5
     levels, values = draw.integers(0, n_cuts - 1, (n_images, n_exits)), draw.normal(size=(n_images, n_exits))
@@ -67,8 +67,8 @@ def test_it_runs_from_exit_1_to_the_best_accuracy_and_never_falls() -> None:
     assert measured[-1].accuracy > correct.mean(axis=0).max() - 0.005
 
 
-def test_it_knows_of_an_exit_not_worth_stopping_at() -> None:
-    """Exit 2 is no better than exit 1, and dear: shares by a formula send images there all the same."""
+def test_it_skips_an_exit_that_is_not_worth_its_cost() -> None:
+    """Exit 2 is no better than exit 1, and expensive; shares by a formula send images there nevertheless."""
     scores, correct = heads(4000, 2)
     correct[:, 1] = correct[:, 0]
     searched = build_frontier(scores, correct, COSTS, "optimal")
@@ -85,8 +85,8 @@ def test_it_knows_of_an_exit_not_worth_stopping_at() -> None:
     assert min(gains) > 0.003
 
 
-def test_scores_that_are_noise_promise_no_more_than_they_keep() -> None:
-    """The search is offered 1,000 chances to be lucky; halves and levels keep it from taking them."""
+def test_noise_scores_do_not_overestimate_accuracy() -> None:
+    """The search has 1,000 chances of overfitting, which halves and levels prevent."""
     scores, correct = heads(1000, 4, knows=0.0)
     frontier = build_frontier(scores, correct, COSTS, "optimal")
     other_scores, other_correct = heads(20_000, 5, knows=0.0)
@@ -96,7 +96,7 @@ def test_scores_that_are_noise_promise_no_more_than_they_keep() -> None:
 
 
 @pytest.mark.parametrize("bad", [-np.inf, 1e30])
-def test_odd_scores_and_few_images_are_taken(bad: float) -> None:
+def test_unusual_scores_and_few_images_work(bad: float) -> None:
     scores = np.array([[bad, 1.0, 0.0], [0.0, bad, 0.0], [1.0, 1.0, bad]])
     correct = np.array([[True, True, False], [False, True, True], [False, False, True]])
     thresholds = optimal_thresholds(scores, correct, COSTS, 5)
@@ -106,7 +106,7 @@ def test_odd_scores_and_few_images_are_taken(bad: float) -> None:
 
 
 @pytest.mark.parametrize("exit_index", [0, 1])
-def test_an_exit_that_is_never_sure_has_thresholds_too(exit_index: int) -> None:
+def test_an_exit_without_finite_scores_has_thresholds_too(exit_index: int) -> None:
     for seed in range(20):
         scores, correct = heads(20, seed)
         scores[:, exit_index] = -np.inf

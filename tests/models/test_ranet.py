@@ -41,7 +41,7 @@ PUBLISHED: dict[str, tuple[list[int], list[int]]] = {
         [9916712, 37916432, 48345820, 65121348, 85601768, 113060656, 121474513, 131123991],
     ),
 }
-# What each block of the anytime network gives, channels @ pixels; f fuses, D goes down, T reduces.
+# The output of each block of the anytime network, channels @ pixels; f fuses, D downsamples, T reduces.
 BLOCKS_OF_C_ANY = [
     ["160@8", "256@8"],
     ["f 100@16", "f D T 92@8", "140@8", "188@8"],
@@ -63,8 +63,8 @@ def test_costs_and_parameters_are_the_published_ones(name: str) -> None:
     assert list(cost.published) == published
     assert list(cost.parameters) == parameters
     assert cost.parameters[-1] == sum(p.numel() for p in network.parameters())
-    # Nothing can be put off: every map that an exit's blocks make leads to that exit, the first maps of the later
-    # sub-networks included, since the smaller ones are made from them.
+    # Nothing can be deferred: every map of an exit's blocks leads to that exit, including the first maps of the later
+    # sub-networks, since the smaller ones are computed from them.
     assert cost.executed == cost.published
     assert CONFIGS[name].n_exits == len(published)
 
@@ -100,7 +100,7 @@ def test_imagenet_networks_start_and_end_with_the_published_maps() -> None:
 
 
 def test_blocks_and_heads_are_initialised_and_the_stem_is_not() -> None:
-    """As in the released code: N(0, 2 / (k k n)) for blocks and heads, torch's uniform defaults for the stem."""
+    """Like the released code: N(0, 2 / (k k n)) for blocks and heads, torch's uniform defaults for the stem."""
     torch.manual_seed(0)
     network = RANet(CONFIGS["C-m1"])
     for part in (*network.subnetworks, *network.heads):
@@ -115,7 +115,7 @@ def test_blocks_and_heads_are_initialised_and_the_stem_is_not() -> None:
     assert all(m.bias.any() for m in left.heads.modules() if isinstance(m, nn.Linear))
 
 
-# For images of 16 px: the smallest map is to have 8.
+# For images of 16 px, since the smallest map must have 8.
 TINY = replace(
     CONFIGS["C-m1"],
     n_classes=7,
@@ -157,8 +157,8 @@ def exits_of_parameters(network: RANet) -> dict[str, int]:
     return exits
 
 
-def test_exits_are_planned_where_their_gradients_go(batch: tuple[Tensor, Tensor]) -> None:
-    """An exit's loss reaches every block planned up to it, none after it, and of the heads its own alone."""
+def test_planned_exits_match_the_gradients(batch: tuple[Tensor, Tensor]) -> None:
+    """An exit's loss reaches all blocks planned up to it and none after it, and of the heads only its own."""
     images, labels = batch
     network = tiny()
     exits = exits_of_parameters(network)
@@ -167,14 +167,14 @@ def test_exits_are_planned_where_their_gradients_go(batch: tuple[Tensor, Tensor]
         found = gradients(network, logits, labels)
         assert {name.split(".")[1] for name in found if name.startswith("heads")} == {str(number)}
         blocks_found = {name for name in found if not name.startswith("heads")}
-        # What a block has beyond its features is read by the next block of its sub-network alone.
+        # The maps of a block beyond its features are read only by the next block of its sub-network.
         beyond = {name for name, first in exits.items() if first <= number} - blocks_found
         assert blocks_found <= {name for name, first in exits.items() if first <= number}
         assert all("compress" in name or "transition" in name for name in beyond)
 
 
 def test_with_every_map_rescaled_equation_7_holds_exactly(batch: tuple[Tensor, Tensor]) -> None:
-    """Loss j reaches block i with weight 1 / (N - i), whichever way it takes; heads keep their gradient."""
+    """Loss j reaches block i with weight 1 / (N - i) on every path; the gradients of heads are unchanged."""
     images, labels = batch
     plain, scaled = tiny("off"), tiny("all")
     expected, outputs = plain(images), scaled(images)
@@ -189,8 +189,8 @@ def test_with_every_map_rescaled_equation_7_holds_exactly(batch: tuple[Tensor, T
             torch.testing.assert_close(gradient, before[name] * weight, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-def test_with_the_coarsest_map_rescaled_it_holds_within_a_sub_network(batch: tuple[Tensor, Tensor]) -> None:
-    """What a sub-network owes to the ones before it takes other ways, left as they were, as MSDNet's finer maps are."""
+def test_with_the_coarsest_map_rescaled_equation_7_holds_within_a_sub_network(batch: tuple[Tensor, Tensor]) -> None:
+    """Gradients to earlier sub-networks take other paths, which are not rescaled, like MSDNet's finer maps."""
     images, labels = batch
     plain, scaled = tiny("off"), tiny("coarsest")
     before, found = (gradients(net, net(images)[-1], labels) for net in (plain, scaled))
@@ -204,8 +204,8 @@ def test_with_the_coarsest_map_rescaled_it_holds_within_a_sub_network(batch: tup
     assert found[first].norm() > 1.2 * before[first].norm() / plain.n_exits
 
 
-def test_training_and_serving_give_one_ensemble(batch: tuple[Tensor, Tensor]) -> None:
-    """With normalisation held still, the features kept by a waiting image are those of training, bit for bit."""
+def test_training_and_evaluation_mode_give_the_same_ensemble(batch: tuple[Tensor, Tensor]) -> None:
+    """With fixed normalisation, the features that a waiting image carries equal those of training bit for bit."""
     network = tiny("all", [0.5, 1.0])
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -246,6 +246,6 @@ def test_a_network_is_built_from_plain_json() -> None:
         ({"config": "C-any", "compression": 0}, "compression must be above 0"),
     ],
 )
-def test_an_argument_that_cannot_be_is_told(arguments: dict[str, object], message: str) -> None:
+def test_an_invalid_argument_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network("ranet", arguments)

@@ -1,4 +1,4 @@
-"""RANet in stages and as ONNX graphs answers as the whole network does, resizing included."""
+"""RANet in stages and as ONNX graphs gives the whole network's answers, including resizing."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from tests.training.test_command import command
 from training.checkpoint import RunFolder
 from training.export import Normalise
 
-# Three sub-networks with an exit each: the later two start at twice the first one's size and go down, and fuse maps of
-# another size and of their own.
+# Three sub-networks with one exit each: the later two start at twice the size of the first, downsample, and fuse maps
+# of another size and of their own.
 ARGUMENTS = {
     "config": "C-m1",
     "scales": [1, 2, 2],
@@ -65,7 +65,7 @@ def network() -> nn.Module:
 
 
 def images_of_16_px(n_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which two sub-networks are enough for."""
+    """Images of 16 px, for which two sub-networks suffice."""
     images, labels = tiny.coloured(n_images, seed)
     return images[:, ::2, ::2].copy(), labels
 
@@ -76,16 +76,16 @@ def test_stages_answer_bit_for_bit_and_keep_each_map_once(network: nn.Module) ->
     staged = split(network, images)
     for whole, part in zip(network(images), staged.run(images), strict=True):
         assert torch.equal(whole, part)
-    # After exit 1 the next sub-networks' first maps wait, and one map of the block that is to be fused. It has three
+    # After exit 1, the state is the next sub-networks' first maps and one map of the block to be fused. It has three
     # features: the narrower ones are the first channels of the widest.
     assert sorted(spec.shape for spec in staged.state_after(1)) == [(4, 16, 16), (8, 16, 16), (10,), (24, 8, 8)]
-    # A block that went down has one for each size.
+    # A downsampling block has one per size.
     kept = sorted(spec.shape for spec in staged.state_after(2))
     assert kept == [(4, 16, 16), (10,), (16, 16, 16), (24, 8, 8), (47, 8, 8)]
 
 
-def test_a_trained_run_is_served_with_the_networks_own_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop, the calibration and the export take a RANet as they take an MSDNet, in bfloat16 too."""
+def test_a_trained_runs_bundle_gives_the_networks_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, calibration and export work with RANet as with MSDNet, also in bfloat16."""
     data, recipe, run, output = (tmp_path / name for name in ("images", "tiny.toml", "run", "bundle"))
     for part, n_images, seed in (("train", tiny.N_TRAIN, 1), ("val", tiny.N_TEST, 2)):
         for number, (image, label) in enumerate(zip(*images_of_16_px(n_images, seed), strict=True)):

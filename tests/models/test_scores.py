@@ -1,4 +1,4 @@
-"""Scores as a server asks for them: one contract, whatever a score remembers of earlier exits."""
+"""Scores as the server uses them: one interface, whether or not a score depends on earlier exits."""
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def all_scores() -> dict[str, Score]:
 
 
 @pytest.mark.parametrize("name", all_scores())
-def test_rows_may_be_regrouped_at_will_as_long_as_each_takes_its_history_along(name: str) -> None:
-    """Bit for bit, and with rows that leave on the way: as a server runs them."""
+def test_rows_may_be_regrouped_if_each_keeps_its_history(name: str) -> None:
+    """Bit for bit, with rows leaving at every exit, as in the server."""
     score, logits = all_scores()[name], logits_of(60)
     expected = score_exits(score, logits)
     assert expected.dtype == np.float64
@@ -44,14 +44,14 @@ def test_rows_may_be_regrouped_at_will_as_long_as_each_takes_its_history_along(n
         for part in parts:
             before = history[part].copy()
             scored[part], carried[part] = score(exit_index, logits[exit_index, here[part]], before)
-            assert np.array_equal(before, history[part])  # not written to
+            assert np.array_equal(before, history[part])  # not modified
         assert np.array_equal(scored, expected[here, exit_index])
         stays = draw.random(len(here)) < 0.8
         here, history = here[stays], carried[stays]
 
 
 @pytest.mark.parametrize("name", all_scores())
-def test_logits_that_are_not_finite_are_never_sure_and_harm_no_later_exit(name: str) -> None:
+def test_non_finite_logits_are_never_confident_and_do_not_affect_later_exits(name: str) -> None:
     score, logits = all_scores()[name], logits_of(8)
     logits[1, 2, 3], logits[2, 5] = np.nan, np.inf
     scores = score_exits(score, logits)
@@ -71,7 +71,7 @@ def test_scores_of_one_head_are_those_of_exits() -> None:
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_what_a_server_reads_of_a_head_is_what_each_function_says(name: str) -> None:
+def test_the_servers_single_pass_equals_the_separate_functions(name: str) -> None:
     rows = logits_of(40)[0]
     rows[3, 2] = np.nan
     classes, confidences, scores = HeadScore(SCORES[name]).read(rows)
@@ -81,7 +81,7 @@ def test_what_a_server_reads_of_a_head_is_what_each_function_says(name: str) -> 
 
 
 def rows_answering(*classes: int) -> np.ndarray:
-    """Logits [N, 1, 3] of one row that answers these classes, one an exit, all by the same margin."""
+    """Logits [N, 1, 3] of one row that predicts these classes, one per exit, with the same margin."""
     return 2.0 * np.eye(3, dtype=np.float32)[list(classes)][:, None]
 
 
@@ -97,7 +97,7 @@ def test_vote_is_the_share_of_the_most_common_answer() -> None:
     assert scores - ties == pytest.approx([1, 1 / 2, 2 / 3, 2 / 4, 3 / 5])
 
 
-def test_a_wider_margin_never_outranks_another_vote() -> None:
+def test_margins_only_break_ties_between_votes() -> None:
     logits = logits_of(2000)
     for score, unit in ((Patience(), 1.0), (Vote(N_EXITS), 1 / 4)):
         at_exit_4 = score_exits(score, logits)[:, 3]
@@ -108,7 +108,7 @@ def test_a_wider_margin_never_outranks_another_vote() -> None:
             assert np.array_equal(np.argsort(at_exit_4[same], kind="stable"), np.argsort(margins[same], kind="stable"))
 
 
-def test_what_a_predictor_sees() -> None:
+def test_the_features_of_a_predictor() -> None:
     logits = logits_of(50)
     features = features_of(logits)
     assert features.shape == (50, N_EXITS, len(FEATURES))

@@ -1,4 +1,4 @@
-"""Shapes that are worked out once are those that each layer would give."""
+"""Shapes that are computed once for equal layers equal those of each layer."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from models.shapes import without_data
 
 
 def both_ways(images: Tensor) -> list[Tensor]:
-    """Layers that are alike, layers that differ by one thing, and one that is changed in place."""
+    """Equal layers, layers that differ in one attribute, and one that is modified in place."""
     weight, wider = images.new_empty(3, 3, 3, 3), images.new_empty(5, 3, 3, 3)
     one, two = (F.conv2d(images, weight, padding=1) for _ in range(2))
     three, four = F.conv2d(images, wider, padding=1), F.conv2d(images, weight, stride=2, padding=1)
@@ -21,7 +21,7 @@ def both_ways(images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_they_are_what_the_layers_give(device: str) -> None:
+def test_cached_shapes_equal_the_layers_output_shapes(device: str) -> None:
     images = torch.zeros(2, 3, 8, 8)
     with without_data(images.to(device)):
         found = both_ways(torch.empty(2, 3, 8, 8, device=device))
@@ -32,7 +32,7 @@ def test_they_are_what_the_layers_give(device: str) -> None:
     assert len({id(value) for value in found}) == len(found)
 
 
-def test_layers_alike_are_worked_out_once() -> None:
+def test_equal_layers_are_computed_once() -> None:
     calls = []
     images = torch.empty(1, 3, 8, 8, device="meta")
 
@@ -47,7 +47,7 @@ def test_layers_alike_are_worked_out_once() -> None:
     assert len(calls) == 2
 
 
-def test_a_layer_that_does_not_fit_fails_beside_those_that_do() -> None:
+def test_a_mismatched_layer_fails_after_matching_ones() -> None:
     class Fails(nn.Module):
         def __init__(self) -> None:
             super().__init__()

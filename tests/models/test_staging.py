@@ -1,4 +1,4 @@
-"""Stages answer as the whole network does, bit for bit, and run and carry no more than they must."""
+"""Stages give the whole network's answers bit for bit, and compute and carry no more than necessary."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_msdnet_stages_answer_bit_for_bit(staged_msdnet):
             assert torch.equal(expected, logits)
 
 
-def test_state_is_what_later_stages_read(staged_msdnet):
+def test_the_state_contains_only_what_later_stages_read(staged_msdnet):
     name, _, _, staged = staged_msdnet
     state_kib = sum(spec.bytes_per_row for spec in staged.state_after(1)) / 1024
     # Carrying all maps of the block would take 280, 280 and 2,487 KiB.
@@ -57,14 +57,14 @@ def test_state_is_what_later_stages_read(staged_msdnet):
     assert staged.state_after(len(staged.stages)) == ()
 
 
-def test_boosted_logits_are_answer_and_state_at_once(staged_msdnet):
+def test_boosted_logits_are_both_answer_and_state(staged_msdnet):
     _, _, _, staged = staged_msdnet
     for number, stage in enumerate(staged.stages[1:], start=2):
         assert f"logits_{number - 1}" in stage.inputs
         assert stage.outputs.count(f"logits_{number}") == 1
 
 
-def test_state_shapes_are_those_that_run(staged_msdnet):
+def test_state_shapes_match_execution(staged_msdnet):
     _, _, images, staged = staged_msdnet
     state = {IMAGES: images}
     with torch.no_grad():
@@ -74,8 +74,8 @@ def test_state_shapes_are_those_that_run(staged_msdnet):
         assert (tuple(value.shape[1:]), value.dtype) == (staged.values[name].shape, staged.values[name].dtype)
 
 
-def test_stages_run_what_cost_charges(staged_msdnet):
-    """PyTorch's own counter sees, stage by stage, the multiply-adds that `measure_cost` says are executed."""
+def test_stages_execute_exactly_the_charged_multiply_adds(staged_msdnet):
+    """For every stage, PyTorch's counter gives the executed multiply-adds of `measure_cost`."""
     _, network, images, staged = staged_msdnet
     cost = measure_cost(network, images.shape[-1])
     state, run_macs = {IMAGES: images[:1]}, 0
@@ -87,7 +87,7 @@ def test_stages_run_what_cost_charges(staged_msdnet):
         assert run_macs == executed_macs
 
 
-def test_a_later_snapshot_is_not_touched_by_training():
+def test_training_does_not_change_a_snapshot():
     network = TwoExits()
     images = torch.randn(2, 3, 8, 8)
     staged = split(network, images)
@@ -107,19 +107,19 @@ def test_awkward_networks_answer_bit_for_bit(network):
     assert_same_answers(randomise_statistics(network()), torch.randn(3, 3, 8, 8))
 
 
-def test_sizes_make_no_exit_wait():
+def test_reading_a_size_does_not_compute_the_map():
     """The first exit of `Shapes` reads the size of the fine map; the map itself belongs to the second."""
     staged = split(Shapes(), torch.randn(2, 3, 8, 8))
     assert not any("fine" in str(node.target) for node in staged.stages[0].graph.nodes)
     assert all(isinstance(spec.shape, tuple) for spec in staged.state_after(1))
 
 
-def test_tensors_cross_not_tuples():
+def test_only_tensors_pass_between_stages():
     staged = split(Chunks(), torch.randn(2, 3, 8, 8))
     assert [spec.shape for spec in staged.state_after(1)] == [(2, 8, 8), (5,)]
 
 
-def test_images_are_state_where_a_later_exit_reads_them():
+def test_images_are_state_if_a_later_exit_reads_them():
     staged = assert_same_answers(
         TwoExits(lambda x, images: torch.cat([x, images], 1), n_between=7), torch.randn(2, 3, 8, 8)
     )
@@ -142,8 +142,8 @@ def test_preprocess_is_part_of_stage_one():
 
 
 @pytest.mark.parametrize("name", ["inputs", "outputs", "graph", "code", "preprocess", "images", "network"])
-def test_a_network_may_call_its_parts_what_it_likes(name):
-    """Even as a stage or torch.fx calls its own."""
+def test_submodules_may_have_any_name(name):
+    """Even names that stages or torch.fx use themselves."""
 
     class Named(TwoExits):
         def __init__(self) -> None:
@@ -160,8 +160,8 @@ def test_a_network_may_call_its_parts_what_it_likes(name):
     assert measure_cost(Named(), 8) == measure_cost(TwoExits(), 8)
 
 
-def test_a_network_may_be_of_a_class_of_pytorchs_own():
-    """As one that is wrapped in DataParallel: torch.fx does not look into such a class."""
+def test_a_networks_class_may_be_pytorchs_own():
+    """For example DataParallel: torch.fx does not trace into such classes."""
 
     class Wrapped(TwoExits):
         __module__ = nn.DataParallel.__module__
@@ -169,7 +169,7 @@ def test_a_network_may_be_of_a_class_of_pytorchs_own():
     assert len(assert_same_answers(randomise_statistics(Wrapped()), torch.randn(2, 3, 8, 8)).stages) == 2
 
 
-def test_code_no_exit_needs_is_gone():
+def test_unneeded_code_is_removed():
     class Wasteful(TwoExits):
         def forward(self, images: Tensor) -> list[Tensor]:
             self.second(self.first(images)).relu()
@@ -180,7 +180,7 @@ def test_code_no_exit_needs_is_gone():
     assert len([n for n in convolutions if "head" not in str(n.target)]) == 2
 
 
-def test_on_the_meta_device_nothing_is_run():
+def test_on_the_meta_device_nothing_is_computed():
     with torch.device("meta"):
         staged = split(build_network("msdnet", {"config": "C-lin-5"}), torch.empty(1, 3, 32, 32))
     assert len(staged.stages) == 5
@@ -191,7 +191,7 @@ OPERATIONS = ("conv", "conv", "add", "add in place", "relu in place", "halves")
 
 @settings(max_examples=30, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking is slow
 @given(data=st.data())
-def test_any_graph_answers_bit_for_bit_and_costs_what_its_stages_run(data):
+def test_random_graphs_answer_bit_for_bit_and_cost_what_their_stages_run(data):
     operand = st.integers(0, 4)
     program = data.draw(st.lists(st.tuples(st.sampled_from(OPERATIONS), operand, operand), min_size=2, max_size=10))
     exits = sorted(data.draw(st.sets(st.integers(1, len(program)), min_size=1, max_size=3)))

@@ -1,4 +1,4 @@
-"""What cannot be cut into stages is told why."""
+"""Networks that cannot be cut into stages are refused with the reason."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ class MeanCrosses(TwoExits):
 
 
 class TwoStreams(TwoExits):
-    """Two maps, one behind the other, are as long as two images: gathered by rows, they would be others."""
+    """Two concatenated maps are as long as two images, so gathering them by rows would be wrong."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.first(images)
@@ -112,12 +112,12 @@ class Noisy(TwoExits):
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_what_cannot_be_staged_is_told_why(network, message):
+def test_networks_that_cannot_be_staged_are_refused_with_the_reason(network, message):
     torch.manual_seed(3)
     with pytest.raises(StagingError, match=f"(?s){message}"):
         split(randomise_statistics(network()), torch.randn(2, 3, 8, 8))
 
 
-def test_an_example_the_network_does_not_take_is_told():
+def test_an_input_that_the_network_rejects_is_reported():
     with pytest.raises(StagingError, match=r"fails on images of shape \(2, 1, 8, 8\)"):
         split(TwoExits(), torch.randn(2, 1, 8, 8))

@@ -1,4 +1,4 @@
-"""ONNX Runtime reports nothing to anybody: without `models` turning that off, it would."""
+"""ONNX Runtime sends no telemetry, because `models` turns it off."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ load_stage_session(bundle.path, bundle.manifest.stages[0].file, ["CPUExecutionPr
 
 
 def test_nothing_is_reported(tmp_path: Path) -> None:
-    """Loading a stage leaves a fresh home empty: there the reports' identifier and queue would lie."""
+    """Loading a stage leaves a new home directory empty, where telemetry would store its identifier and queue."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # without CI's variables, which turn them off too
     subprocess.run([sys.executable, "-c", LOAD], cwd=REPOSITORY, env=environment, check=True, timeout=120)
     assert list(tmp_path.rglob("*")) == []

@@ -24,7 +24,7 @@ def thresholds_for_shares(scores: np.ndarray, shares: Sequence[float]) -> np.nda
 
 
 def released_walk(scores: np.ndarray, shares: list[float]) -> np.ndarray:
-    """The published code's calibration, image by image; ours must agree with it where nothing ties or rounds."""
+    """The published code's calibration, image by image; ours must agree with it without ties and rounding."""
     n_images, n_exits = scores.shape
     gone, thresholds = set[int](), np.full(n_exits, np.inf)
     for n in range(n_exits - 1):
@@ -66,14 +66,14 @@ def test_shares_that_add_up_to_whole_images_are_those_images() -> None:
     assert np.bincount(take_exits(scores, thresholds_for_shares(scores, [0.1] * 10))).tolist() == [1] * 10
 
 
-def test_neighbouring_numbers_are_told_apart() -> None:
+def test_adjacent_floats_are_distinguished() -> None:
     scores = np.array([[np.nextafter(1.0, 2.0), 0.0], [1.0, 0.0]])
     assert take_exits(scores, thresholds_for_shares(scores, [0.5, 0.5])).tolist() == [0, 1]
 
 
-def test_ties_all_leave_and_the_exits_after_them_keep_to_the_plan() -> None:
+def test_ties_all_leave_and_later_exits_keep_to_the_plan() -> None:
     scores = distinct_scores(1000, 4)
-    scores[:300, 0] = 50.0  # as a saturated float32 softmax does; the plan is 100 an exit but the last
+    scores[:300, 0] = 50.0  # like a saturated float32 softmax; the plan is 100 per exit except the last
     counts = np.bincount(take_exits(scores, thresholds_for_shares(scores, [0.1, 0.1, 0.2, 0.6])), minlength=4)
     assert counts.tolist() == [300, 0, 100, 600]
 
@@ -84,7 +84,7 @@ def test_ties_that_empty_the_set_do_not_send_new_images_to_the_last_exit() -> No
     thresholds = thresholds_for_shares(scores, [0.1, 0.1, 0.8])
     assert thresholds.tolist() == [1.0, -np.inf, -np.inf]
     walked = released_walk(scores, [0.1, 0.1, 0.8])
-    assert walked[1] == np.inf  # the silent blow-up of the published code, for images unlike these
+    assert walked[1] == np.inf  # in the published code, other images never leave at this exit
 
 
 def test_everything_leaves_where_the_shares_say_so() -> None:
@@ -95,7 +95,7 @@ def test_everything_leaves_where_the_shares_say_so() -> None:
 
 
 @given(tied_scores, st.floats(0, 1), st.floats(0, 1))
-def test_under_ties_nobody_leaves_later_than_planned(scores: np.ndarray, p: float, q: float) -> None:
+def test_with_ties_no_image_leaves_later_than_planned(scores: np.ndarray, p: float, q: float) -> None:
     n_images, n_exits = scores.shape
     for shares in (truncated_geometric_shares(p, n_exits), ratio_shares(2 * q, n_exits)):
         exits = take_exits(scores, thresholds_for_shares(scores, shares))
@@ -104,7 +104,7 @@ def test_under_ties_nobody_leaves_later_than_planned(scores: np.ndarray, p: floa
 
 
 @given(st.integers(0, 10), st.integers(1, 200), st.integers(1, 6), st.floats(0, 2), st.floats(0, 2))
-def test_without_ties_images_gone_by_each_exit_fall_with_the_ratio(
+def test_without_ties_cumulative_exits_fall_with_the_ratio(
     seed: int, n_images: int, n_exits: int, one: float, other: float
 ) -> None:
     scores = distinct_scores(n_images, n_exits, seed)
@@ -123,7 +123,7 @@ def test_scores_that_are_minus_infinity_leave_last() -> None:
 
 
 @pytest.mark.parametrize("shares", [[0.5, 0.6], [1.0], [1.5, -0.5], [math.nan, 1.0]])
-def test_shares_that_are_none_are_refused(shares: list[float]) -> None:
+def test_invalid_shares_are_refused(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="sum to 1"):
         thresholds_for_shares(np.zeros((4, 2)), shares)
 
@@ -135,7 +135,7 @@ def test_scores_that_cannot_be_ranked_are_refused(scores: np.ndarray) -> None:
 
 
 @given(tied_scores, st.data())
-def test_many_threshold_vectors_in_one_pass_are_each_measured_alike(scores: np.ndarray, data: st.DataObject) -> None:
+def test_measuring_many_threshold_vectors_equals_measuring_each(scores: np.ndarray, data: st.DataObject) -> None:
     n_exits = scores.shape[1]
     n_points = data.draw(st.integers(1, 6))
     steps = hnp.arrays(np.float64, (n_points, n_exits), elements=st.one_of(st.integers(-4, 4), st.just(math.inf)))

@@ -1,4 +1,4 @@
-"""Good, bad, slow and abandoned requests at a real server, all mixed: `python -m tests.promises.chaos --help`."""
+"""Sends good, bad, slow and abandoned requests to a real server, mixed: `python -m tests.promises.chaos --help`."""
 
 import argparse
 import asyncio
@@ -21,7 +21,7 @@ from PIL import Image
 from tests.service.process import REPOSITORY, ServerProcess, running_server
 
 N_CLIENTS = 32
-PAUSE_S = 0.05  # of a slow client, between two parts of its body
+PAUSE_S = 0.05  # of a slow client between two parts of its body
 SAMPLE_EVERY_S = 1.0
 SETTLE_S = 30.0
 
@@ -34,19 +34,19 @@ def picture(size_px: int, file_format: str, seed: int) -> bytes:
 
 
 SMALL = picture(32, "PNG", 1)
-LARGE = picture(256, "BMP", 2)  # 192 KiB: were bodies kept, memory would show it after a few hundred
+LARGE = picture(256, "BMP", 2)  # 192 KiB: if bodies leaked, a few hundred would show in memory
 BROKEN = SMALL[: len(SMALL) // 2]
 PNG, BMP = {"Content-Type": "image/png"}, {"Content-Type": "image/bmp"}
 
 
 class KeptConnections(httpx.AsyncHTTPTransport):
-    """Sends a request again whose connection had been used before and ended before a byte of the answer came.
+    """Resends a request if its connection was reused and ended before any byte of the answer.
 
-    A server may close an idle connection at any time, also as a request is on its way (RFC 9112, 9.5). Clients do so,
-    `service.client` among them.
+    A server may close an idle connection at any time, even while a request is on its way (RFC 9112, 9.5). Clients,
+    among them `service.client`, resend it.
 
     Attributes:
-        n_again: times.
+        n_again: number of resent requests.
     """
 
     def __init__(self, limits: httpx.Limits) -> None:
@@ -72,7 +72,7 @@ class KeptConnections(httpx.AsyncHTTPTransport):
 
 @dataclass
 class Usage:
-    """What a process holds, from outside."""
+    """Resources of a process, measured from outside."""
 
     rss_kib: int
     fds: int
@@ -87,7 +87,7 @@ class Usage:
 
 @dataclass
 class Clients:
-    """Every kind of client there is; each request's end is counted by kind."""
+    """Clients of all kinds; outcomes of requests are counted by kind."""
 
     server: ServerProcess
     http: httpx.AsyncClient
@@ -123,7 +123,7 @@ class Clients:
         ]
 
     async def run(self, n_requests: int, until_s: float = 0.0) -> None:
-        """Send so many requests, and go on until a moment; some at once, in random order."""
+        """Send at least so many requests, and until the given time, concurrently and in random order."""
         weights = [weight for weight, _, _ in self.kinds]
         n_left = n_requests
 
@@ -184,7 +184,7 @@ class Clients:
             writer.transport.abort()
 
     async def _raw(self, data: bytes, wait: bool = True) -> bool:
-        """Send bytes and hang up, without waiting for an answer or after it (which is not to be a 5xx)."""
+        """Send bytes and hang up, either at once or after the answer, which must not be a 5xx."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
         try:
             writer.write(data)
@@ -204,9 +204,9 @@ class Clients:
 
 
 def slope(samples: list[tuple[float, float]], n_blocks: int = 20) -> tuple[float, float]:
-    """Fit a line through (seconds, value) samples; returns its slope a minute and the standard error of that.
+    """Fit a line through (seconds, value) samples; returns its slope per minute and the standard error.
 
-    Neighbouring samples are much alike, so the line goes through the means of `n_blocks` stretches, which are less so.
+    Neighbouring samples are correlated, so the line is fitted to the means of `n_blocks` blocks, which are less so.
     """
     blocks = np.array([np.mean(block, axis=0) for block in np.array_split(np.array(samples), n_blocks) if len(block)])
     minutes, values = blocks[:, 0] / 60, blocks[:, 1]
@@ -218,14 +218,14 @@ def slope(samples: list[tuple[float, float]], n_blocks: int = 20) -> tuple[float
 
 
 async def untouched_is_answered(server: ServerProcess) -> bool:
-    """One request on a connection of its own, after all that."""
+    """Check that a request on a new connection is answered, after all the others."""
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as http:
         response = await http.post("/classify", content=SMALL, headers=PNG)
         return response.status_code == 200 and "label" in response.json()
 
 
 async def settled(server: ServerProcess, before: Usage) -> Usage:
-    """What the server holds once it has let go of what clients left behind."""
+    """The server's resources once it has released those of abandoned requests."""
     limit_s = monotonic() + SETTLE_S
     while (now := Usage.of(server.process.pid)).fds > before.fds and monotonic() < limit_s:
         await asyncio.sleep(0.1)
@@ -240,10 +240,10 @@ def _tenths(samples: list[tuple[float, Usage]]) -> list[float]:
 async def storm(
     server: ServerProcess, n_requests: int, minutes: float, seed: int, idle_s: float = 2.0
 ) -> dict[str, object]:
-    """Send it all and watch the server meanwhile; returns what was seen.
+    """Send all requests and monitor the server meanwhile; returns the samples.
 
     Args:
-        idle_s: how long a client keeps a connection that it does not use.
+        idle_s: how long clients keep idle connections.
     """
     pid, started_s = server.process.pid, monotonic()
     samples: list[tuple[float, Usage]] = []
@@ -266,7 +266,7 @@ async def storm(
     await watching
     after = await settled(server, before)
     answered = await untouched_is_answered(server)
-    # Allocators and thread pools grow to their size first: what counts is the second half.
+    # Allocators and thread pools grow first, so only the second half counts.
     later = [(seconds, float(usage.rss_kib)) for seconds, usage in samples[len(samples) // 2 :]]
     per_minute, error = slope(later) if len(later) >= 40 else (float("nan"), float("nan"))
     return {

@@ -1,4 +1,4 @@
-"""What `st run` has to know beside the OpenAPI document: images, and what it cannot say. See test_interface.py."""
+"""Extensions for `st run`: images, and rules that OpenAPI cannot express. See test_interface.py."""
 
 import io
 
@@ -23,7 +23,7 @@ for name in ("png", "jpeg", "webp", "bmp", "gif"):
 
 @schemathesis.hook
 def before_call(context: HookContext, case: Case, kwargs: dict[str, object]) -> None:
-    """Two parameters exclude each other, and a millisecond may be too short for any answer."""
+    """Drop one of two mutually exclusive parameters, and replace deadlines by one that suffices for an answer."""
     if case.meta is None or case.meta.generation.mode is not GenerationMode.POSITIVE or not case.query:
         return
     if "exit" in case.query:
@@ -34,7 +34,7 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, object]) -> 
 
 @schemathesis.deserializer("application/x-ndjson")
 def last_line(context: DeserializationContext, response: Response) -> object:
-    """The document says what a line is, and a schema is held against one value."""
+    """Validate only the last line of a stream: the schema describes a line, and is checked against a single value."""
     *steps, last = [orjson.loads(line) for line in response.content.splitlines()]
     assert last["final"]
     assert not any(step["final"] for step in steps)

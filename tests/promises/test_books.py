@@ -1,7 +1,7 @@
-"""Promises 2 and 3, and that everybody hears once: any order of arrivals, exits, leavings, deadlines, failures, budget
-changes and the shutdown, against the real core, scheduler and budget, under a virtual clock.
+"""Promises 2 and 3, and exactly one outcome per request: arrivals, exits, cancellations, deadlines, failures, budget
+changes and the shutdown in any order, with the real core, scheduler and budget, under a virtual clock.
 
-Hypothesis writes the story. What has to hold after every line of it stands in the invariants.
+Hypothesis generates the sequence of events; the invariants are checked after each.
 """
 
 from collections import Counter
@@ -50,14 +50,14 @@ PLAIN = (None, None, inf, inf, False)
 
 @dataclass(eq=False)
 class Client:
-    """One request as the outside sees it: what it was told, and how often each stage was run for it."""
+    """A request as its client sees it: its outcomes, and how often each stage was run for it."""
 
     request: Request
     allowance: int
     runs: Counter[int] = field(default_factory=Counter)
     told: list[Told] = field(default_factory=list)
     left: bool = False
-    overtaken: int = 0  # batches picked before it since its time was up
+    overtaken: int = 0  # batches picked before it after its maximum wait
 
     @property
     def outcomes(self) -> list[Told]:
@@ -69,12 +69,12 @@ class Client:
 
     @property
     def is_over(self) -> bool:
-        """It has heard its outcome, or nobody is there to hear it."""
+        """Whether it has got its outcome, or its client has left."""
         return self.left or bool(self.outcomes)
 
 
 class Books(RuleBasedStateMachine):
-    """A server's life. `running` are batches with the lanes; whoever finishes or fails one is chosen by the story."""
+    """The life of a server. `running` are the lanes' batches; Hypothesis chooses which one finishes or fails."""
 
     @initialize(
         budget=BUDGETS,
@@ -93,11 +93,11 @@ class Books(RuleBasedStateMachine):
         self.now_s = 100.0
         self.clients: list[Client] = []
         self.running: list[Batch] = []
-        self.answers: list[tuple[int, int]] = []  # (spent, allowance), in the order in which they were given
+        self.answers: list[tuple[int, int]] = []  # (spent, allowance), in order of answering
         self.n_refused = self.n_idle = 0
         self.draining = False
 
-    # --- what happens -------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------------
 
     @rule(wishes=st.lists(st.just(PLAIN) | HURRIED | OPTIONS, min_size=1, max_size=10))
     def arrive(self, wishes: list[tuple[int | None, float | None, float, float, bool]]) -> None:
@@ -159,7 +159,7 @@ class Books(RuleBasedStateMachine):
 
     @rule(sureness=st.lists(SURENESS, min_size=1, max_size=6))
     def work(self, sureness: list[list[float]]) -> None:
-        """Several batches one after the other, so that stories get to deep stages."""
+        """Run several batches in a row, so that sequences reach late stages."""
         for batch_sureness in sureness:
             if len(self.running) < N_LANES:
                 self.dispatch()
@@ -201,14 +201,14 @@ class Books(RuleBasedStateMachine):
     @precondition(lambda self: self.draining)
     @rule()
     def stop_at_once(self) -> None:
-        """The grace period is over: whoever is still there hears so."""
+        """End the drain time: all remaining requests get an error."""
         self.core.fail_all(EngineDraining("stopped"))
         self.running.clear()
         self._tell()
         assert all(client.is_over for client in self.clients)
 
     def teardown(self) -> None:
-        """Whatever went before, all that is in flight ends when it is let run."""
+        """After any sequence, all images in flight end if the engine continues to run."""
         if not hasattr(self, "core"):
             return
         while self.running or any(self._waits(client) for client in self.clients):
@@ -223,7 +223,7 @@ class Books(RuleBasedStateMachine):
         assert self._state_bytes() == 0
         self.no_window_of_answers_overspends()
 
-    # --- what always holds --------------------------------------------------------------------------------------
+    # --- invariants ---------------------------------------------------------------------------------------------
 
     @invariant()
     def everybody_hears_once_and_no_more(self) -> None:
@@ -266,7 +266,7 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def state_is_kept_for_rows_in_flight_alone(self) -> None:
-        """A row in flight keeps the block of one batch alive at most: how much of it is seen when the batch ends."""
+        """A row in flight keeps at most one batch's block alive; its size is checked when the batch ends."""
         assert self._state_bytes() <= MAX_ROWS * STATE_BYTES * sum(client.is_live for client in self.clients)
 
     # ------------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class Books(RuleBasedStateMachine):
                 assert isinstance(item, Step | EngineError)
 
     def _charged_what_ran(self, client: Client, answer: Answer) -> None:
-        """An answer costs all stages that were run for it, one that ran in vain past its deadline among them."""
+        """An answer is charged for all stages run for it, including one that ran in vain past its deadline."""
         n_stages = len(client.runs)
         assert round(answer.mflops * MEGA) == COSTS[n_stages - 1]
         assert sorted(client.runs) == list(range(n_stages))
