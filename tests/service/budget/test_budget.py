@@ -106,7 +106,7 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
     st.lists(st.tuples(st.sampled_from(["admit", "go on", "go on", "answer"]), st.integers(0, 2**31)), max_size=200),
     st.integers(100, 410),
 )
-def test_whenever_traffic_stops_the_last_answers_keep_to_the_average(actions, allowance):
+def test_whenever_traffic_stops_the_last_answers_keep_the_budget(actions, allowance):
     window = 6
     ledger = Ledger(allowance, 100, average_over=window)  # the other bound is out of reach
     flights: list[Flight] = []
@@ -146,7 +146,7 @@ def test_what_would_put_the_average_over_the_allowance_is_refused():
     assert ledger.commit(account, 1, 50, 110) == 1
 
 
-def test_as_many_images_go_on_together_as_could_one_after_the_other():
+def test_a_batch_decision_equals_decisions_one_by_one():
     for average_over, most in ((0, 2), (4, 1)):  # 100 in all beyond the allowances; on average none
         together, one_by_one = (Ledger(100, 1, average_over) for _ in range(2))
         for ledger in (together, one_by_one):
@@ -157,7 +157,7 @@ def test_as_many_images_go_on_together_as_could_one_after_the_other():
         assert together.reserved == one_by_one.reserved == 50 * most
 
 
-def test_images_share_an_account_as_long_as_nothing_changes():
+def test_images_share_an_account_while_allowance_and_aim_are_equal():
     ledger = Ledger(100, 1)
     first = ledger.open(50, aim=99.0)
     assert ledger.open(50, 3, aim=99.0) is first
@@ -168,14 +168,14 @@ def test_images_share_an_account_as_long_as_nothing_changes():
     assert (first.allowance, first.aim, other.aim) == (100, 99.0, 99.0)
 
 
-def test_rolling_average_forgets_what_is_a_thousand_answers_old():
+def test_the_rolling_average_covers_the_last_thousand_answers():
     ledger = Ledger(100, 1)
     for spent, n_images in ((7, 500), (3, 300), (3, 700)):
         ledger.close(ledger.open(1, n_images), n_images, 1, spent, answered=True)
     assert ledger.rolling_average == 3.0
 
 
-def test_abandoned_images_earn_nothing_but_owe_their_excess():
+def test_abandoned_images_save_nothing_but_pay_their_excess():
     ledger = Ledger(100, 4)
     ledger.settled = 200
     ledger.close(ledger.open(50), 1, 50, 50, answered=False)
@@ -188,7 +188,7 @@ def test_abandoned_images_earn_nothing_but_owe_their_excess():
     assert (ledger.settled, ledger.reserved) == (120, 0)
 
 
-def test_changing_the_budget_to_and_fro_mints_nothing():
+def test_changing_the_budget_back_and_forth_creates_no_savings():
     ledger = Ledger(400, 10)
     for _ in range(5):
         ledger.set_allowance(100)
@@ -196,8 +196,8 @@ def test_changing_the_budget_to_and_fro_mints_nothing():
     assert ledger.settled <= 1000
 
 
-def test_changing_the_budget_to_and_fro_wears_no_balance_down():
-    """It shrank with every lower budget: one that a program moved all the time cut a quarter of the images short."""
+def test_changing_the_budget_back_and_forth_does_not_reduce_the_balance():
+    """It once shrank with every lower budget: continual changes by a program cut a quarter of the images short."""
     ledger = Ledger(400, 10)
     ledger.close(ledger.open(400), 1, 400, 3400, answered=True)  # half of the burst is left, and a little more
     for _ in range(100):
@@ -218,7 +218,7 @@ def test_changing_the_budget_to_and_fro_wears_no_balance_down():
     n_clients=st.integers(1, 80),
     steer=st.booleans(),
 )
-def test_every_window_keeps_the_bound_and_the_books_balance(seed, fractions, burst, harder, n_clients, steer):
+def test_every_window_keeps_the_bound_and_the_ledger_balances(seed, fractions, burst, harder, n_clients, steer):
     budget = controller(fractions[0], burst, steer)
     caps = [budget.ledger.cap]
 
@@ -254,7 +254,7 @@ def test_decisions_follow_threshold_then_ledger():
     assert [budget.decide(other, passed, [-1e9])[0] for passed in (1, 2)] == [None, "budget"]
 
 
-def test_where_the_bound_leaves_room_for_some_of_a_batch_these_go_on():
+def test_if_the_bound_allows_part_of_a_batch_that_part_continues():
     budget = controller(0.4, burst_images=1.0, steer=False)  # 24.1 M each, and 24.1 M beyond it in all
     accounts = [budget.admit(8)] * 8
     assert budget.decide(accounts, 1, [-1e9] * 8) == [None] * 8
@@ -264,18 +264,18 @@ def test_where_the_bound_leaves_room_for_some_of_a_batch_these_go_on():
     assert budget.ledger.reserved == 2 * (budget.costs[2] - budget.budget)
 
 
-def test_the_last_exit_takes_whoever_gets_there():
+def test_every_image_leaves_at_the_last_exit():
     budget = controller(1.0)
     account = [budget.admit(1)]
     assert [budget.decide(account, passed, [-1e9])[0] for passed in range(1, 7)] == [None] * 5 + ["final"]
 
 
-def test_no_number_leaves_early():
+def test_images_with_nan_scores_do_not_leave_early():
     budget = controller(0.6)
     assert budget.decide([budget.admit(1)], 1, [math.nan]) == [None]
 
 
-def test_a_cost_that_is_no_whole_number_of_multiply_adds_is_in_reach():
+def test_a_budget_at_a_fractional_cost_is_in_range():
     costs = [0.05, 0.14400000000000002]
     scores, correct = np.array([[0.0, 1.0], [1.0, 1.0]]), np.array([[False, True], [True, True]])
     budget = BudgetController(build_frontier(scores, correct, costs), costs, costs[-1])
@@ -311,14 +311,14 @@ def test_steady_traffic_ends_within_one_percent_under_the_budget(fraction, seed)
 
 
 @pytest.mark.parametrize("n_clients", [1, 8, 128, 256])
-def test_it_ends_there_at_any_concurrency(n_clients):
+def test_it_ends_just_under_the_budget_at_any_concurrency(n_clients):
     run = simulate(controller(0.4), population(5_000, 5), n_clients)
     assert 0.99 <= run.rolling[-1] <= 1.0
 
 
 @pytest.mark.parametrize(("n_clients", "n_lanes"), [(512, 2), (1_024, 2), (512, 8)])
-def test_with_a_thousand_in_flight_the_budget_is_spent_all_the_same(n_clients, n_lanes):
-    """When traffic stops, hard images answer last: what is kept for them must not starve those before."""
+def test_with_a_thousand_in_flight_the_budget_is_still_spent(n_clients, n_lanes):
+    """When traffic stops, hard images are answered last; the reserve for them must not starve earlier ones."""
     n_images = 12_000
     budget = controller(0.4, default_burst_images(n_lanes, max_rows=32))
     run = simulate(budget, population(n_images, 25), n_clients, n_lanes)
@@ -355,7 +355,7 @@ def test_a_new_budget_is_reached_within_two_thousand_images(before, after):
     assert 0.99 <= run.rolling[-1] <= 1.0
 
 
-def test_the_same_budget_set_again_and_again_changes_nothing():
+def test_setting_the_same_budget_repeatedly_changes_nothing():
     images = tuple(np.concatenate(parts) for parts in zip(population(1_500, 1), population(500, 101, 1.5), strict=True))
     left_alone, set_again = controller(0.4), controller(0.4)
     expected = simulate(left_alone, images)
@@ -367,7 +367,7 @@ def test_the_same_budget_set_again_and_again_changes_nothing():
     assert set_again.working_mflops == pytest.approx(0.4 * FULL_MFLOPS)
 
 
-def test_a_budget_set_at_every_answer_cuts_nobody_short():
+def test_setting_the_budget_at_every_answer_cuts_no_image_short():
     budget = controller(0.4, 32.0)
 
     def change(n_answers: int) -> None:
@@ -378,7 +378,7 @@ def test_a_budget_set_at_every_answer_cuts_nobody_short():
     assert sum(run.spent[1_000:]) > 0.93 * sum(run.allowances[1_000:])
 
 
-def test_a_working_budget_that_moves_all_the_time_is_kept_as_exactly():
+def test_a_continuously_moving_working_budget_is_kept_as_exactly():
     images = population(6_000, 8)
     budget = controller(0.8)
     run = simulate(
@@ -396,7 +396,7 @@ def test_a_working_budget_that_moves_all_the_time_is_kept_as_exactly():
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.4, 0.6, 0.8])
-def test_a_stream_of_only_hard_images_is_held(fraction):
+def test_a_stream_of_only_hard_images_keeps_the_budget(fraction):
     scores, right = population(40_000, 11)
     thresholds = np.array(FRONTIER.at(FRONTIER.position_at_cost(0.6 * FULL_MFLOPS)).thresholds)
     hard = (scores >= thresholds).argmax(axis=1) == len(COSTS_MFLOPS) - 1
@@ -407,7 +407,7 @@ def test_a_stream_of_only_hard_images_is_held(fraction):
 
 
 @pytest.mark.parametrize("harder", [1.0, -0.5])
-def test_traffic_unlike_the_calibration_ends_there_too(harder):
+def test_traffic_unlike_the_calibration_ends_just_under_the_budget(harder):
     run = simulate(controller(0.4), population(5_000, 13, harder))
     assert 0.988 <= run.rolling[-1] <= 1.0
 
@@ -422,7 +422,7 @@ def test_hard_traffic_after_easy_traffic_finds_no_savings_beyond_the_burst():
 
 @pytest.mark.parametrize(("n_clients", "max_rows"), [(64, 32), (256, 256), (1_024, 256)])
 @pytest.mark.parametrize("hardness", [0.4, 0.02])
-def test_after_one_picture_sent_over_and_over_images_are_not_cut_short_for_ever(n_clients, max_rows, hardness):
+def test_steering_recovers_after_a_single_image_sent_repeatedly(n_clients, max_rows, hardness):
     """One picture leaves steering nothing to steer by; seen on a GPU after a load generator had sent one: 15 % of the
     images after it, and in simulation 57 %, were ended by the ledger as long as traffic went on."""
     scores, right = population(12_000, 31)

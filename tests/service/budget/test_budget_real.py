@@ -1,4 +1,4 @@
-"""Real images, the bundle that ships, 32 clients at once: the budget as an operator would see it kept."""
+"""The budget with real images, the bundle that ships and 32 concurrent clients, as an operator sees it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ MAX_ROWS = 50
 
 @dataclass(frozen=True)
 class Offline:
-    """Every image at every exit: what an evaluation without a server sees."""
+    """Scores and correctness of every image at every exit, evaluated without a server."""
 
     bundle: Bundle
     frontier: Frontier
@@ -47,7 +47,7 @@ class Offline:
         return self.bundle.costs_mflops[-1]
 
     def reach_mflops(self) -> float:
-        """The mean cost of these images where the frontier ends."""
+        """The mean cost of these images at the end of the frontier."""
         return self.outcome(self.full_mflops)[0]
 
     def outcome(self, budget_mflops: float) -> tuple[float, float]:
@@ -57,7 +57,7 @@ class Offline:
         return measured.mean_cost, measured.accuracy
 
     def hard(self) -> NDArray[np.intp]:
-        """The images that run to the last exit where the frontier ends."""
+        """The images that reach the last exit at the end of the frontier."""
         thresholds = self.frontier.at(1.0).thresholds
         return np.flatnonzero(take_exits(self.scores, thresholds) == self.scores.shape[1] - 1)
 
@@ -104,7 +104,7 @@ def serve(engine: Engine, images: NDArray[np.uint8]) -> list[Answer]:
 
 
 @pytest.mark.parametrize(("engine", "fraction"), [(f, f) for f in (0.25, 0.4, 0.6, 1.0)], indirect=["engine"])
-def test_the_budget_is_kept_and_bought_the_accuracy_it_should(offline, engine, fraction):
+def test_the_budget_is_kept_and_gives_the_expected_accuracy(offline, engine, fraction):
     budget_mflops = fraction * offline.full_mflops
     settling = serve(engine, offline.images[:1000])  # steering finds its place
     answers = serve(engine, offline.images)
@@ -135,7 +135,7 @@ def test_a_new_budget_is_reached_within_two_thousand_images(offline, engine):
 
 
 @pytest.mark.parametrize(("engine", "fraction"), [(0.25, 0.25), (0.4, 0.4)], indirect=["engine"])
-def test_a_stream_of_only_hard_images_is_held_by_the_same_budget(offline, engine, fraction):
+def test_a_stream_of_only_hard_images_keeps_the_budget(offline, engine, fraction):
     hard = offline.images[offline.hard()]
     assert len(hard) > 50
     stream = np.tile(hard, (2_500 // len(hard) + 1, 1, 1, 1))[:2_500]

@@ -1,4 +1,4 @@
-"""A latency target under a virtual clock: the budget falls as far as load makes it, no further, and rises again."""
+"""A latency target under a virtual clock: the budget falls only as far as the load requires, and rises again."""
 
 from math import isinf
 
@@ -32,7 +32,7 @@ def serve(phases: list[tuple[float, float]], target_s: float = TARGET_S, ceiling
 
 
 def offline_accuracy(cost_mflops: float, n_images: int = 50_000) -> float:
-    """Of fixed thresholds at that mean cost."""
+    """Accuracy of fixed thresholds at that mean cost."""
     scores, right = population(n_images, seed=99)
     thresholds = np.array(FRONTIER.at(FRONTIER.position_at_cost(cost_mflops)).thresholds)
     return float(right[np.arange(n_images), (scores >= thresholds).argmax(axis=1)].mean())
@@ -43,11 +43,11 @@ def offline_accuracy(cost_mflops: float, n_images: int = 50_000) -> float:
 
 @pytest.fixture(scope="module")
 def overload() -> Record:
-    """3 s of light load, 9 at one and a half times the capacity at a full budget, 6 of light load."""
+    """3 s of light load, 9 s at 1.5 times the capacity at the full budget, 6 s of light load."""
     return serve([(3, LIGHT), (9, 1.5 * CAPACITY), (6, LIGHT)], seed=4)
 
 
-def test_without_a_target_the_same_load_is_late_and_refused():
+def test_without_a_target_the_same_load_is_late_and_partly_refused():
     budget = BudgetController(FRONTIER, COSTS_MFLOPS, FULL_MFLOPS)
     record = simulate_open_loop(budget, Degrade(budget, 1_024), [(1, LIGHT), (5, 1.5 * CAPACITY)], seed=4)
     assert set(record.working_mflops) == {budget.working_mflops}
@@ -55,13 +55,13 @@ def test_without_a_target_the_same_load_is_late_and_refused():
     assert record.refused
 
 
-def test_under_light_load_the_budget_is_the_one_that_was_set(overload):
+def test_under_light_load_the_set_budget_applies(overload):
     working = overload.between(0, 3).working_mflops
     assert np.median(working) == pytest.approx(FULL_MFLOPS, abs=1e-6)
     assert np.mean(working) > 0.97 * FULL_MFLOPS
 
 
-def test_under_load_95_percent_are_in_time_and_nobody_is_refused(overload):
+def test_under_load_95_percent_are_in_time_and_none_is_refused(overload):
     loaded = overload.between(5, 12)
     assert loaded.p95_s < TARGET_S
     assert not overload.refused
@@ -70,7 +70,7 @@ def test_under_load_95_percent_are_in_time_and_nobody_is_refused(overload):
     assert loaded.p95_s > 0.6 * TARGET_S  # and no accuracy is given away for being much too fast
 
 
-def test_a_step_in_load_is_met_within_a_second(overload):
+def test_it_adapts_to_a_step_in_load_within_a_second(overload):
     late = [arrival for arrival in overload.between(3, 4).answered if arrival.took_s > 2 * TARGET_S]
     assert len(late) < 0.05 * 1.5 * CAPACITY
     assert overload.between(4, 5).p95_s < 1.3 * TARGET_S
@@ -82,7 +82,7 @@ def test_under_load_the_working_budget_settles(overload):
     assert working.std() < 0.1 * working.mean()
 
 
-def test_accuracy_falls_as_the_frontier_says(overload):
+def test_accuracy_falls_as_predicted_by_the_frontier(overload):
     loaded = overload.between(5, 12)
     # Of 5,000 images: the standard error is 0.6 points.
     assert loaded.accuracy == pytest.approx(offline_accuracy(loaded.mean_mflops), abs=0.02)
@@ -101,20 +101,20 @@ def test_when_load_falls_the_budget_returns(overload):
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 3.0])
-def test_the_target_is_kept_at_any_load_that_the_first_exit_can_carry(factor):
+def test_the_target_is_kept_at_any_load_that_the_first_exit_can_serve(factor):
     record = serve([(1, LIGHT), (6, factor * CAPACITY)], seed=5)
     assert record.between(3, 7).p95_s < 1.05 * TARGET_S
     assert not record.between(2, 7).refused
 
 
 @pytest.mark.parametrize("target_s", [0.02, 0.3, 2.0])
-def test_targets_from_short_to_longer_than_the_bearable_wait(target_s):
+def test_targets_from_short_to_beyond_the_maximum_wait_are_kept(target_s):
     record = serve([(1, LIGHT), (8, 1.5 * CAPACITY)], target_s, seed=6, max_in_flight=4_096)
     assert not record.refused  # also where --max-queue-s, 1 s, is shorter: the budget falls first
     assert record.between(4, 9).p95_s < 1.05 * target_s
 
 
-def test_refusals_come_once_the_lowest_budget_is_not_enough_and_keep_those_taken_in_time():
+def test_beyond_the_lowest_budget_refusals_keep_admitted_images_in_time():
     record = serve([(1, LIGHT), (4, 6 * CAPACITY), (5, LIGHT)], seed=7)
     assert record.refused
     assert max(arrival.working_mflops for arrival in record.refused) < 1.1 * LOWEST
@@ -126,8 +126,8 @@ def test_refusals_come_once_the_lowest_budget_is_not_enough_and_keep_those_taken
     assert np.mean(record.between(9, 10).working_mflops) > 0.95 * FULL_MFLOPS
 
 
-def test_the_budget_falls_before_a_full_room_refuses():
-    """48 images in flight are 100 ms of work: p95 would never come near the target of 500 ms."""
+def test_the_budget_falls_before_the_in_flight_limit_refuses():
+    """48 images in flight are 100 ms of work, so p95 would never come near the target of 500 ms."""
     record = serve([(2, LIGHT), (8, 1.5 * CAPACITY)], target_s=0.5, max_in_flight=48, seed=8)
     assert len(record.between(5, 10).refused) < 0.02 * len(record.between(5, 10).arrivals)  # a third is too much
     assert np.mean(record.between(5, 10).working_mflops) < 0.7 * TOP
@@ -147,7 +147,7 @@ def test_a_target_that_the_whole_network_misses_on_an_idle_machine_lowers_the_bu
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.5, 5.0])
-def test_at_low_traffic_nothing_moves(rate):
+def test_at_low_traffic_the_budget_stays_as_set(rate):
     record = serve([(120, rate)], seed=11)
     assert record.working_mflops == [pytest.approx(FULL_MFLOPS)] * record.n_images
 
@@ -170,7 +170,7 @@ def limited(target_s: float = TARGET_S, until_s: float = 0.5) -> tuple[BudgetCon
     return budget, degrade
 
 
-def test_the_state_says_what_it_does_and_since_when():
+def test_the_state_reports_the_limit_and_since_when():
     budget, degrade = limited()
     state = degrade.state(2.0)
     assert state is not None
@@ -200,7 +200,7 @@ def test_after_silence_the_budget_rises_by_itself():
     assert 8 < degrade.limited_total_s < 25
 
 
-def test_a_new_budget_goes_on_from_where_the_load_had_brought_it_and_no_target_ends_it():
+def test_a_new_budget_keeps_the_working_one_and_removing_the_target_restores_it():
     budget, degrade = limited()
     working = budget.working_mflops
     degrade.set(0.9 * FULL_MFLOPS, 2 * TARGET_S, 2.0)
@@ -215,7 +215,7 @@ def test_a_new_budget_goes_on_from_where_the_load_had_brought_it_and_no_target_e
     assert isinf(degrade.bearable_wait_s(float("inf")))
 
 
-def test_what_was_measured_holds_for_the_same_target_and_for_no_other():
+def test_measurements_are_kept_only_for_the_same_target():
     budget, degrade = limited()
     working, before = budget.working_mflops, degrade.state(2.0)
     assert before is not None
@@ -231,7 +231,7 @@ def test_what_was_measured_holds_for_the_same_target_and_for_no_other():
 
 
 @pytest.mark.parametrize(("budget_mflops", "target_s"), [(1.0, 0.05), (30.0, 0.0), (30.0, -1.0), (30.0, float("nan"))])
-def test_what_cannot_be_kept_is_refused_and_changes_nothing(budget_mflops, target_s):
+def test_an_invalid_target_is_refused_and_changes_nothing(budget_mflops, target_s):
     budget, degrade = limited()
     working = budget.working_mflops
     with pytest.raises(ValueError, match=r"out of reach|positive time"):
@@ -242,7 +242,7 @@ def test_what_cannot_be_kept_is_refused_and_changes_nothing(budget_mflops, targe
     assert state.target_s == TARGET_S
 
 
-def test_a_working_budget_that_moves_all_the_time_wears_the_balance_down_by_nothing():
+def test_a_continuously_moving_working_budget_does_not_reduce_the_balance():
     budget = BudgetController(FRONTIER, COSTS_MFLOPS, FULL_MFLOPS)
     full = budget.ledger.settled
     for i in range(1_000):

@@ -1,5 +1,5 @@
-"""Thousands of images in flight, as GPUs want them: the real core, budget and scheduler under a virtual clock, on the
-held-out scores that ship with a bundle."""
+"""Steering with thousands of images in flight, as on GPUs: the real core, budget and scheduler under a virtual clock,
+with the held-out scores of the bundle that ships."""
 
 import numpy as np
 import pytest
@@ -26,8 +26,8 @@ def test_the_budget_is_used_and_kept_with_thousands_in_flight(max_rows: int, in_
     assert record.reason.count("budget") < 0.08 * len(record.reason)
 
 
-def test_what_many_answers_left_is_there_for_their_hard_images() -> None:
-    """1,500 hard images in work, after 6,000 answers that cost half of their budget."""
+def test_savings_of_many_answers_are_available_for_hard_images() -> None:
+    """1,500 hard images in flight, after 6,000 answers that cost half of their budget."""
     assert [window_for(1_024), window_for(1_500)] == [1_000, 6_000]
     for max_in_flight, n_going_on in ((1_024, 750), (1_500, 1_500)):
         ledger = Ledger(100, burst_images=1_500, average_over=window_for(max_in_flight))

@@ -1,4 +1,4 @@
-"""What a sum was some answers ago, kept by runs: the same as if every answer were kept."""
+"""The run-length encoded history of a sum gives the same past values as a list of every answer."""
 
 from collections import deque
 
@@ -11,8 +11,8 @@ LENGTH = 50
 
 
 @pytest.mark.parametrize("jumps", [False, True])
-def test_it_tells_what_a_list_of_every_answer_tells(jumps: bool) -> None:
-    """Also where the sum has moved between two runs for another reason than answers."""
+def test_it_equals_a_list_of_every_answer(jumps: bool) -> None:
+    """Also if the sum changed between two runs for reasons other than answers."""
     rng = np.random.default_rng(int(jumps))
     trail, last = Trail(LENGTH, 7), 7
     kept = deque([7], maxlen=LENGTH + 1)
@@ -27,14 +27,14 @@ def test_it_tells_what_a_list_of_every_answer_tells(jumps: bool) -> None:
     assert trail.n_answers > 100 * LENGTH
 
 
-def test_further_back_than_it_knows_it_tells_the_first_and_ahead_of_now_the_last() -> None:
+def test_outside_its_range_it_returns_the_first_or_last_sum() -> None:
     trail = Trail(LENGTH, 1.5)
     assert (trail.ago(0), trail.ago(9), trail.ago(-9)) == (1.5, 1.5, 1.5)
     trail.add(1.5, 2.0, 3)
     assert (trail.ago(-9), trail.ago(1), trail.ago(3), trail.ago(9)) == (7.5, 5.5, 1.5, 1.5)
 
 
-def test_it_stays_small_however_many_answers_come() -> None:
+def test_its_size_is_bounded() -> None:
     trail = Trail(LENGTH, 0)
     for i in range(10_000):
         trail.add(i, 1, 1)

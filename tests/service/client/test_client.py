@@ -56,8 +56,8 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 class CutOff:
-    """Stands before a server, and cuts every connection as the second request comes on it: as a server that closes an
-    idle connection in that moment does. Counts connections."""
+    """A proxy that cuts every connection when its second request arrives, like a server that closes an idle
+    connection at that moment. Counts connections."""
 
     def __init__(self, port: int) -> None:
         self.n_connections = 0
@@ -97,7 +97,7 @@ def cut_off(url: str) -> Iterator[CutOff]:
     relay.close()
 
 
-def test_a_request_on_a_connection_that_the_server_has_just_closed_is_sent_again(cut_off: CutOff) -> None:
+def test_a_request_on_a_just_closed_connection_is_resent(cut_off: CutOff) -> None:
     with Client(cut_off.url) as client:
         assert client.classify(BODIES[0]).label in CLASS_NAMES
         assert client.classify(BODIES[0]).label in CLASS_NAMES
@@ -144,7 +144,7 @@ def test_the_client_makes_every_call(url: str, pictures: list[Path]) -> None:
         assert len(model.exits) == answer.exits
 
 
-def test_the_awaited_client_makes_every_call(url: str) -> None:
+def test_the_async_client_makes_every_call(url: str) -> None:
     async def calls() -> None:
         async with AsyncClient(url, TOKEN) as client:
             answers = await asyncio.gather(*(client.classify(body, exit=4) for body in BODIES))
@@ -167,7 +167,7 @@ def test_the_awaited_client_makes_every_call(url: str) -> None:
     asyncio.run(calls())
 
 
-def test_what_is_refused_is_an_exception_that_says_why(url: str, tmp_path: Path) -> None:
+def test_refusals_raise_exceptions_with_the_reason(url: str, tmp_path: Path) -> None:
     with Client(url) as client:
         with pytest.raises(BadImage, match="not a PNG, JPEG") as image:
             client.classify(b"no image")
@@ -186,7 +186,7 @@ def test_what_is_refused_is_an_exception_that_says_why(url: str, tmp_path: Path)
         nobody.budget()
 
 
-def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures: list[Path], tmp_path: Path) -> None:
+def test_an_image_may_be_a_file_a_path_bytes_or_pixels(url: str, pictures: list[Path], tmp_path: Path) -> None:
     pixels = Image.fromarray(PIXELS[0])
     with Client(url) as client, pictures[0].open("rb") as file:
         answer = client.classify(BODIES[0], exit=3)
@@ -229,7 +229,7 @@ def test_a_picture_may_be_a_file_its_path_its_bytes_or_pixels(url: str, pictures
         (401, "token-required", NotAllowed),
     ],
 )
-def test_every_problem_has_its_class(status: int, kind: str, expected: type[Refused]) -> None:
+def test_every_problem_has_its_exception_class(status: int, kind: str, expected: type[Refused]) -> None:
     document = {"type": "urn:exitserve:problem:" + kind, "status": status, "detail": "why", "request_id": "1"}
     error = refusal(document, 2.0)
     assert type(error) is expected
@@ -238,7 +238,7 @@ def test_every_problem_has_its_class(status: int, kind: str, expected: type[Refu
     assert refusal({**document, "retry_after_s": 0.125}).retry_after_s == 0.125
 
 
-def test_another_server_is_told_apart() -> None:
+def test_answers_of_other_servers_are_recognised() -> None:
     class Stranger(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/model" else 418)

@@ -1,4 +1,4 @@
-"""The Python client where things go wrong: bad arguments, gateways, connections that break, servers that come later."""
+"""The Python client under failures: bad arguments, gateways, broken connections, servers that start later."""
 
 import asyncio
 import http.server
@@ -46,7 +46,7 @@ ANSWER: Answer = (200, {}, json.dumps(LAST).encode())
 
 
 class Scripted:
-    """A server that answers as it is told, in order, and remembers what it was asked; None hangs up."""
+    """A server that gives scripted answers in order and records the requests; None hangs up."""
 
     def __init__(self) -> None:
         self.script: list[Answer | None] = []
@@ -124,7 +124,7 @@ both = pytest.mark.parametrize("ask", [waiting, awaited])
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
-def test_what_is_no_url_is_told_at_once(client: type[Client]) -> None:
+def test_an_invalid_url_is_refused_at_once(client: type[Client]) -> None:
     for no_url in (
         *("127.0.0.1:8000", "localhost:8000", "", "ftp://host", "http://"),
         *("http://127.0.0.1:abc", "http://[::1", "http://a..b", "http://xn--/", "http://\0"),
@@ -150,7 +150,7 @@ def test_a_token_is_stripped_and_never_shown(scripted: Scripted, ask: Callable[.
 
 
 @both
-def test_numbers_of_every_kind_are_sent_and_none_is_left_out(scripted: Scripted, ask: Callable[..., Any]) -> None:
+def test_numbers_of_every_type_are_sent_and_none_values_omitted(scripted: Scripted, ask: Callable[..., Any]) -> None:
     scripted.script = [ANSWER]
     ask(scripted.url, lambda client: client.classify(b"x", top_k=None, exit=np.int64(2)))
     ask(scripted.url, lambda client: client.classify(b"x", top_k=None))
@@ -170,7 +170,7 @@ def test_numbers_of_every_kind_are_sent_and_none_is_left_out(scripted: Scripted,
 
 @both
 @pytest.mark.parametrize(("status", "kind"), [(429, Overloaded), (502, NotReady), (503, NotReady), (504, NotReady)])
-def test_what_a_gateway_answers_is_for_later(
+def test_a_gateways_errors_are_temporary(
     scripted: Scripted, ask: Callable[..., Any], status: int, kind: type[ServerError]
 ) -> None:
     scripted.script = [(status, {"Retry-After": "7"}, b"<html>Bad Gateway</html>")]
@@ -180,7 +180,7 @@ def test_what_a_gateway_answers_is_for_later(
         assert (caught.value.status, caught.value.kind, caught.value.retry_after_s) == (status, "gateway", 7.0)
 
 
-def test_a_gateways_retry_after_may_be_a_date_or_nothing_of_use(scripted: Scripted) -> None:
+def test_a_gateways_retry_after_may_be_a_date_or_invalid(scripted: Scripted) -> None:
     def retry_after_s(header: str) -> float | None:
         scripted.script = [(503, {"Retry-After": header}, b"")]
         with pytest.raises(NotReady) as caught:
@@ -206,22 +206,22 @@ def test_a_stream_that_ends_before_its_answer_is_a_lost_connection(scripted: Scr
 
 
 @both
-def test_a_label_may_have_what_is_a_lines_end_elsewhere(scripted: Scripted, ask: Callable[..., Any]) -> None:
+def test_a_label_may_contain_unicode_line_separators(scripted: Scripted, ask: Callable[..., Any]) -> None:
     label = "sea\u2028lion\u0085"
     scripted.script = [(200, {}, json.dumps(LAST | {"label": label}, ensure_ascii=False).encode() + b"\n")]
     assert [line.label for line in ask(scripted.url, lambda client: client.stream(b"x"))] == [label]
 
 
 @both
-def test_an_answer_that_cannot_be_unpacked_is_a_strangers(scripted: Scripted, ask: Callable[..., Any]) -> None:
+def test_an_answer_that_cannot_be_decoded_is_of_another_server(scripted: Scripted, ask: Callable[..., Any]) -> None:
     scripted.script = [(200, {"Content-Encoding": "gzip"}, b"no gzip")]
     for call in (lambda client: client.budget(), lambda client: client.stream(b"x")):
         with pytest.raises(ServerError, match="its answer cannot be unpacked"):
             ask(scripted.url, call)
 
 
-def test_calls_without_number_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not in httpx, where most of a thousand end as too late."""
+def test_more_calls_than_connections_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait in the client and not in httpx, where most of a thousand would time out."""
     monkeypatch.setattr("service.client.awaited.MOST_AT_ONCE", 2)
     n_asked = 0
 
@@ -260,7 +260,7 @@ def problem(status: int, **more: Any) -> Answer:
 
 
 @both
-def test_a_call_is_made_again_as_often_as_allowed(scripted: Scripted, ask: Callable[..., Any]) -> None:
+def test_a_call_is_retried_as_often_as_allowed(scripted: Scripted, ask: Callable[..., Any]) -> None:
     def classify(client: Any) -> Any:
         return client.classify(b"x")
 
@@ -281,7 +281,7 @@ def test_a_call_is_made_again_as_often_as_allowed(scripted: Scripted, ask: Calla
     assert len(ask(scripted.url, lambda client: client.stream(b"x"), retries=1)) == 1
 
 
-def test_the_command_asks_again_when_the_server_says(
+def test_the_command_retries_after_the_servers_delay(
     scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (picture := tmp_path / "a.png").write_bytes(b"x")
@@ -298,7 +298,7 @@ def test_the_command_asks_again_when_the_server_says(
 
 
 @both
-def test_a_call_is_not_made_again_in_vain_or_too_late(scripted: Scripted, ask: Callable[..., Any]) -> None:
+def test_a_call_is_not_retried_in_vain_or_too_late(scripted: Scripted, ask: Callable[..., Any]) -> None:
     for n_asked, (answer, kind) in enumerate(
         ((problem(401), NotAllowed), (problem(504), DeadlinePassed), (problem(503, retry_after_s=3600), NotReady)), 1
     ):
@@ -308,7 +308,7 @@ def test_a_call_is_not_made_again_in_vain_or_too_late(scripted: Scripted, ask: C
         assert len(scripted.asked) == n_asked
 
 
-def test_patience_grows_and_has_an_end() -> None:
+def test_retry_delays_grow_up_to_a_limit() -> None:
     error = Unreachable("nobody")
     patience = Patience(2000, None)
     waits = [patience.wait_s(error) for _ in range(2000)]
@@ -327,7 +327,7 @@ def test_patience_grows_and_has_an_end() -> None:
 
 
 @both
-def test_a_server_is_waited_for(idle: Scripted, ask: Callable[..., Any]) -> None:
+def test_it_waits_for_a_server_to_start(idle: Scripted, ask: Callable[..., Any]) -> None:
     idle.script = [problem(503, retry_after_s=0.001), (502, {}, b""), READY]
     timer = threading.Timer(0.3, idle.listen)
     timer.start()
@@ -339,7 +339,7 @@ def test_a_server_is_waited_for(idle: Scripted, ask: Callable[..., Any]) -> None
 
 
 @both
-def test_it_is_not_waited_for_for_ever(scripted: Scripted, ask: Callable[..., Any]) -> None:
+def test_it_waits_only_for_a_limited_time(scripted: Scripted, ask: Callable[..., Any]) -> None:
     scripted.script = [problem(503)]
     with pytest.raises(NotReady, match="why"):
         ask(scripted.url, lambda client: client.wait_ready(0.5))

@@ -1,4 +1,4 @@
-"""Answers made from what a batch has said of its rows."""
+"""Answers made from the results of a batch."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from service.runners.blocks import NO_VALUES, Block, RowState
 
 
 @pytest.mark.parametrize("leading", [1, 3])
-def test_of_two_classes_that_are_equal_the_one_that_leads_is_told_first_and_the_other_after_it(leading: int) -> None:
-    """Whichever of the two the runner has told: a device may choose another one than numpy does."""
+def test_of_two_equal_classes_the_runners_choice_comes_first(leading: int) -> None:
+    """Whichever of the two it is: a device may choose another one than numpy."""
     logits = np.array([[0.0, 2.0, 1.0, 2.0]], np.float32)
     rows = [Request("token", lambda told: None, Options(top_k=3), RowState(NO_VALUES, 0))]
     batch = Batch(0, rows)

@@ -1,4 +1,4 @@
-"""The table of measured costs: it knows the warm-up, follows a drift, forgets an outlier, and stays small."""
+"""The table of measured costs: it starts from the warm-up, follows drift, forgets outliers, and stays small."""
 
 import random
 from itertools import pairwise
@@ -16,7 +16,7 @@ def run(costs: CostTable, n_batches: int, fixed_s: float, row_s: float, rows=(1,
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 16, 32), (1, 33), (1, 4, 16, 20)])
-def test_it_starts_with_the_line_through_the_warm_up(sizes):
+def test_it_starts_with_a_line_fitted_to_the_warm_up(sizes):
     costs = CostTable([{n: 2.0 + 0.5 * n for n in sizes}, {8: 4.0}])
     assert costs.fixed_s(0) == pytest.approx(2.0)
     assert costs.row_s(0) == pytest.approx(0.5)
@@ -33,7 +33,7 @@ def test_neither_part_is_negative_whatever_was_measured():
         assert costs.row_s(0) >= 0
 
 
-def test_what_the_host_does_for_a_batch_is_fixed_where_times_are_known():
+def test_host_time_per_batch_counts_as_fixed_cost():
     costs = CostTable([{1: 2.5, 32: 18.0}, {1: 0.0}], host_batch_s=0.5)
     assert costs.fixed_s(0) == pytest.approx(2.5)
     assert costs.seconds(0, 32) == pytest.approx(18.0)  # its run alone
@@ -49,7 +49,7 @@ def test_it_learns_a_drift_of_all_sizes(fixed_s, row_s):
     assert costs.fixed_s(0) == pytest.approx(fixed_s, abs=0.1 * fixed_s + 0.4 * row_s)
 
 
-def test_sizes_that_do_not_run_follow_those_that_do():
+def test_sizes_that_do_not_run_follow_the_drift_of_those_that_do():
     costs = CostTable([{1: 2.5, 4: 4.0, 16: 10.0, 32: 18.0}])
     run(costs, 40, 2.0, 0.5)
     run(costs, 400, 6.0, 1.5, rows=(32, 32))  # three times slower
@@ -58,7 +58,7 @@ def test_sizes_that_do_not_run_follow_those_that_do():
     assert costs.seconds(0, 32) == pytest.approx(54.0, rel=0.05)
 
 
-def test_an_outlier_moves_it_by_a_few_per_cent_only():
+def test_an_outlier_changes_it_by_a_few_per_cent_only():
     costs = CostTable([{1: 2.5, 32: 18.0}])
     run(costs, 200, 2.0, 0.5)
     before = costs.seconds(0, 20)
@@ -69,7 +69,7 @@ def test_an_outlier_moves_it_by_a_few_per_cent_only():
     assert costs.seconds(0, 20) == pytest.approx(before, rel=0.05)
 
 
-def test_what_copies_take_is_told_apart_and_forgotten_when_none_is_made_any_more():
+def test_copy_time_is_learned_separately_and_forgotten_without_copies():
     costs = CostTable([{1: 2.5, 32: 18.0}])
     assert costs.copy_s(0) == 0.0
     for _ in range(50):
@@ -82,7 +82,7 @@ def test_what_copies_take_is_told_apart_and_forgotten_when_none_is_made_any_more
     assert costs.copy_s(0) < 0.01  # so that it is tried, and measured, again
 
 
-def test_what_is_not_known_is_learnt_from_live_batches_and_takes_little_memory():
+def test_unknown_costs_are_learned_from_live_batches_in_little_memory():
     costs = CostTable([{1: 0.0}])
     run(costs, 2_000, 2.0, 0.5, rows=(1, 500))
     assert costs.seconds(0, 100) == pytest.approx(52.0, rel=0.1)

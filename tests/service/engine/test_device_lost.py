@@ -1,4 +1,4 @@
-"""A real server process whose device is lost: who waits gets 503, and the process ends, to be restarted."""
+"""A real server process whose device is lost: waiting requests get 503, and the process ends, to be restarted."""
 
 import subprocess
 import sys

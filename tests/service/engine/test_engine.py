@@ -1,4 +1,4 @@
-"""The engine with its threads on a real bundle: same answers, exact books, and nobody left waiting."""
+"""The engine with its threads on a real bundle: correct answers, an exact ledger, and an outcome for every image."""
 
 import threading
 from collections import Counter
@@ -49,7 +49,7 @@ def whole(images) -> list[NDArray[np.float32]]:
 
 
 class FaultyRunner(OnnxRunner):
-    """The real runner, made to fail or to wait where a test wants it."""
+    """The real runner, which fails or blocks on demand."""
 
     gate: threading.Event | None = None
     poisoned_stage = 0
@@ -94,7 +94,7 @@ def balanced(stats: EngineStats) -> bool:
 
 
 def hold(engine: Engine) -> threading.Event:
-    """Stop every lane of a faulty engine at its next batch; set the event to let them go on."""
+    """Block every lane of a faulty engine at its next batch until the event is set."""
     runner = engine._runner
     assert isinstance(runner, FaultyRunner)
     runner.gate = threading.Event()
@@ -104,7 +104,7 @@ def hold(engine: Engine) -> threading.Event:
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_block_of_images_is_answered_as_each_alone_and_what_finds_no_room_is_refused(bundle, images):
+def test_a_block_of_images_gets_the_same_answers_and_those_without_room_are_refused(bundle, images):
     engine = faulty_engine(bundle, max_in_flight_rows=6)
     which = [5, 3, 3, 100, 7, 2, 9, 11]
     told: dict[int, Answer] = {}
@@ -133,7 +133,7 @@ def test_a_block_of_images_is_answered_as_each_alone_and_what_finds_no_room_is_r
     assert isinstance(late, EngineDraining)
 
 
-def test_who_finds_no_room_or_no_place_for_his_picture_is_refused_as_by_a_full_engine(bundle, images):
+def test_images_without_room_or_slot_are_refused_as_overload(bundle, images):
     engine = faulty_engine(bundle, max_in_flight_rows=4)
     runner, made, has_places = engine._runner, [], True
     first_state = runner.first_state
@@ -212,7 +212,7 @@ def test_with_exits_off_everything_runs_to_the_end(bundle, images):
     assert {(answer.exit, answer.reason) for answer in answers} == {(4, "final")}
 
 
-def test_a_burst_too_small_is_answered_from_the_head_at_hand(bundle, images):
+def test_with_too_small_a_burst_images_leave_at_the_exit_reached(bundle, images):
     budget_mflops = 0.5 * bundle.costs_mflops[-1]
     with running(build_engine(bundle, budget_mflops, device="cpu", burst_images=0.5, steer=False)) as engine:
         answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
@@ -256,7 +256,7 @@ def test_many_clients_are_kept_at_the_budget(bundle):
 # --- ways to end ------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_batch_fails_its_own_images_alone(bundle, images):
+def test_a_failing_batch_fails_only_its_own_images(bundle, images):
     poisoned = np.full_like(images[0], POISON)
     with running(faulty_engine(bundle, max_rows=1)) as engine:
         bad, good = engine.submit(poisoned), [engine.submit(image) for image in images[:20]]
@@ -303,7 +303,7 @@ def test_an_image_abandoned_while_it_runs_is_charged_and_ends_with_its_batch(bun
     assert state.reserved_mflops == 0.0
 
 
-def test_beyond_its_room_it_refuses_at_once(bundle, images):
+def test_a_full_engine_refuses_at_once(bundle, images):
     with running(faulty_engine(bundle, max_in_flight_rows=30)) as engine:
         gate = hold(engine)
         futures = [engine.submit(image) for image in images[:30]]
@@ -318,7 +318,7 @@ def test_beyond_its_room_it_refuses_at_once(bundle, images):
         assert isinstance(engine.submit(images[31]).result(LIMIT_S), Answer)
 
 
-def test_who_has_an_answer_finds_room_for_the_next_image(bundle, images):
+def test_an_answer_frees_room_for_the_next_image(bundle, images):
     refused: list[EngineError] = []
     n_left, all_told = len(images), threading.Event()
 
@@ -368,7 +368,7 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images)
     assert engine.set_budget(bundle.costs_mflops[-1]).fraction == 1.0
 
 
-def test_what_is_not_answered_in_time_fails(bundle, images):
+def test_images_not_answered_within_the_drain_time_fail(bundle, images):
     engine = faulty_engine(bundle)
     engine.start()
     gate = hold(engine)
@@ -391,7 +391,7 @@ class BrokenObserver:
 
 
 def require_told(engine, images, what):
-    """Have an engine break down over forty images: all hear of it."""
+    """Break an engine with forty images in flight; all must get an error."""
     engine.start()
     gate = hold(engine)
     futures = [engine.submit(image) for image in images[:40]]
@@ -401,7 +401,7 @@ def require_told(engine, images, what):
             future.result(LIMIT_S)
 
 
-def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
+def test_a_broken_engine_fails_all_waiting_images(bundle, images):
     engine = faulty_engine(bundle, observer=BrokenObserver())
     require_told(engine, images, r"broke down \(ZeroDivisionError: a bug\)")
     with pytest.raises(EngineError, match="broke down"):
@@ -412,8 +412,8 @@ def test_a_broken_engine_leaves_nobody_waiting(bundle, images):
     assert engine.drain(5)
 
 
-def test_where_the_books_are_what_broke_everybody_hears_of_it(bundle, images):
-    """The first of them that could not be settled kept all others from being told: they waited for ever."""
+def test_if_the_ledger_breaks_all_images_fail(bundle, images):
+    """Once, the first that could not be settled kept all others waiting forever."""
 
     class BreaksTheBooks(BrokenObserver):
         def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
@@ -427,14 +427,14 @@ def test_where_the_books_are_what_broke_everybody_hears_of_it(bundle, images):
 
 
 class Broken:
-    """A sink that nobody can look up."""
+    """A sink that cannot be looked up in a dictionary."""
 
     __hash__ = None  # type: ignore[assignment]
 
     def __call__(self, outcomes: Any) -> None: ...
 
 
-def test_whoever_nobody_has_taken_on_when_it_breaks_is_told_as_well(bundle, images):
+def test_images_not_yet_admitted_when_it_breaks_fail_as_well(bundle, images):
     engine = faulty_engine(bundle)
 
     def follow(*_: Any) -> None:
@@ -458,7 +458,7 @@ def test_whoever_nobody_has_taken_on_when_it_breaks_is_told_as_well(bundle, imag
     assert engine.drain(5)
 
 
-def test_an_engine_that_cannot_even_end_its_requests_is_known_to_be_broken(bundle, images):
+def test_an_engine_that_cannot_end_its_requests_reports_that_it_is_broken(bundle, images):
     engine = faulty_engine(bundle, max_rows=1)
     engine.start()
     gate = hold(engine)
@@ -473,7 +473,7 @@ def test_an_engine_that_cannot_even_end_its_requests_is_known_to_be_broken(bundl
 # --- what callers rely on ---------------------------------------------------------------------------------------
 
 
-def test_outcomes_come_once_a_batch_and_a_sink_that_raises_hurts_nobody(bundle, images):
+def test_outcomes_come_once_per_batch_and_a_raising_sink_affects_no_other(bundle, images):
     deliveries: list[list[tuple[Any, Any]]] = []
     all_there = threading.Event()
 
@@ -495,7 +495,7 @@ def test_outcomes_come_once_a_batch_and_a_sink_that_raises_hurts_nobody(bundle, 
 
 
 @pytest.mark.parametrize("is_behind", [False, True])
-def test_while_many_wait_the_engine_is_woken_only_when_no_lane_would_find_a_batch(bundle, is_behind):
+def test_while_many_images_wait_the_engine_is_woken_only_if_a_lane_would_idle(bundle, is_behind):
     engine = faulty_engine(bundle)  # not started: nobody takes a batch or a message
     loop, inbox = engine._loop, engine._inbox
     loop._is_behind = is_behind
@@ -509,7 +509,7 @@ def test_while_many_wait_the_engine_is_woken_only_when_no_lane_would_find_a_batc
     assert list(loop._ran) == [ran, waiting]
 
 
-def test_as_many_batches_are_handed_to_the_lanes_as_they_need_and_more_while_images_wait_by_the_batch():
+def test_lanes_get_the_batches_they_need_and_more_while_full_batches_wait():
     here = world(max_rows=40)
     for token in range(79):
         here.admit(token, Options())
@@ -536,7 +536,7 @@ class CountingObserver:
         self.answers += answers
 
 
-def test_an_observer_hears_of_every_row_and_every_answer(bundle, images):
+def test_an_observer_is_notified_of_every_row_and_answer(bundle, images):
     observer = CountingObserver()
     with running(faulty_engine(bundle, observer=observer)) as engine:
         answers = [future.result(LIMIT_S) for future in [engine.submit(image) for image in images]]
@@ -547,7 +547,7 @@ def test_an_observer_hears_of_every_row_and_every_answer(bundle, images):
     assert all(wait >= 0 for wait in observer.waits)
 
 
-def test_the_budget_changes_while_traffic_flows_and_refuses_what_is_out_of_reach(bundle, images):
+def test_the_budget_can_change_under_traffic_and_rejects_values_out_of_range(bundle, images):
     full_mflops = bundle.costs_mflops[-1]
     with running(build_engine(bundle, 0.8 * full_mflops, device="cpu")) as engine:
         futures = [engine.submit(image) for image in images]
@@ -561,7 +561,7 @@ def test_the_budget_changes_while_traffic_flows_and_refuses_what_is_out_of_reach
 
 
 def test_memory_does_not_grow_with_the_images_served(bundle, images):
-    """Once an image has ended, its request, still held by its client, keeps none of its state alive."""
+    """After an image has ended, its request, which the client still holds, keeps none of its state alive."""
     with running(faulty_engine(bundle)) as engine:
         answered = threading.Semaphore(0)
         requests = [engine.submit_to(lambda outcomes: answered.release(len(outcomes)), None, image) for image in images]

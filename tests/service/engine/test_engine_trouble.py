@@ -1,4 +1,4 @@
-"""An engine whose runner fails, hangs or dies: who is answered, who is not, and that it comes back."""
+"""An engine whose runner fails, hangs or dies: which images are answered, and how the engine recovers."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def images() -> NDArray[np.uint8]:
 
 
 class TroubledRunner(OnnxRunner):
-    """The real runner; a test says what befalls its batches."""
+    """The real runner, with failures of batches chosen by the test."""
 
     befall: Callable[[int, Sequence[RowState]], None] | None = None
 
@@ -64,7 +64,7 @@ def is_poisoned(row: RowState) -> bool:
     return "images" in row.block.values and row.block.values["images"][row.index].min() == POISON
 
 
-def test_of_a_batch_that_fails_only_its_cause_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_of_a_failing_batch_only_the_cause_fails(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     def poison(stage: int, rows: Sequence[RowState]) -> None:
         if any(map(is_poisoned, rows)):
             raise RuntimeError("poisoned")
@@ -87,7 +87,7 @@ def test_of_a_batch_that_fails_only_its_cause_is_lost(bundle: Bundle, images: ND
     assert state.reserved_mflops == 0.0
 
 
-def test_where_memory_is_short_for_a_batch_those_of_its_stage_become_smaller(
+def test_if_memory_is_short_for_a_batch_its_stages_batches_become_smaller(
     bundle: Bundle, images: NDArray[np.uint8]
 ) -> None:
     def no_memory(stage: int, rows: Sequence[RowState]) -> None:
@@ -107,7 +107,7 @@ def test_where_memory_is_short_for_a_batch_those_of_its_stage_become_smaller(
         assert stats.answered == 4 * len(images)
 
 
-def test_where_memory_holds_fewer_than_was_asked_no_batch_is_larger(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_if_the_runner_has_memory_for_fewer_rows_batches_are_limited(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     class Short(TroubledRunner):
         def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
             self.max_rows = 3
@@ -145,7 +145,7 @@ def test_an_image_that_no_runner_can_run_does_not_close_the_server(bundle: Bundl
 def fail_all(
     engine: Engine, runner: TroubledRunner, images: NDArray[np.uint8], error: Exception, kind: type[EngineError]
 ) -> None:
-    """Have every batch fail once all images are in; all of them hear of it."""
+    """Make every batch fail once all images are in; all must get an error."""
     all_in = threading.Event()
 
     def fail(stage: int, rows: Sequence[RowState]) -> None:
@@ -177,7 +177,7 @@ def test_a_runner_that_fails_everything_is_not_ready_and_comes_back(bundle: Bund
         assert engine.budget_state().reserved_mflops == 0.0
 
 
-def test_images_of_a_lane_that_hangs_are_answered_by_the_other(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_images_of_a_hanging_lane_are_answered_by_the_other(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     hung, go_on = threading.Event(), threading.Event()
 
     def hang_once(stage: int, rows: Sequence[RowState]) -> None:
@@ -200,7 +200,7 @@ def test_images_of_a_lane_that_hangs_are_answered_by_the_other(bundle: Bundle, i
     assert balanced(stats)
 
 
-def test_where_every_lane_hangs_nobody_waits_and_it_comes_back(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_if_every_lane_hangs_images_fail_and_the_engine_recovers(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     go_on = threading.Event()
 
     def hang(stage: int, rows: Sequence[RowState]) -> None:
@@ -225,9 +225,7 @@ def test_where_every_lane_hangs_nobody_waits_and_it_comes_back(bundle: Bundle, i
     assert state.reserved_mflops == 0.0
 
 
-def test_who_has_a_deadline_is_answered_in_time_by_an_engine_that_hangs(
-    bundle: Bundle, images: NDArray[np.uint8]
-) -> None:
+def test_deadlines_are_met_while_the_runner_hangs(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     go_on = threading.Event()
 
     def hang_at_two(stage: int, rows: Sequence[RowState]) -> None:
@@ -244,7 +242,7 @@ def test_who_has_a_deadline_is_answered_in_time_by_an_engine_that_hangs(
         assert isinstance(engine.submit(images[1]).result(LIMIT_S), Answer)
 
 
-def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_beyond_the_maximum_wait_it_refuses_with_a_retry_time(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     def slow(stage: int, rows: Sequence[RowState]) -> None:
         time.sleep(0.02 * len(rows))
 
@@ -274,7 +272,7 @@ def test_beyond_a_bearable_wait_it_refuses_and_says_how_long(bundle: Bundle, ima
         assert balanced(stats)
 
 
-def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_a_lost_device_ends_the_engine_and_fails_all_images(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     engine, runner = troubled(bundle)
     with running(engine):
         error = FatalRunnerError("CUDA error: an illegal memory access was encountered")
@@ -289,7 +287,7 @@ def test_a_lost_device_ends_the_engine_and_every_image_hears_of_it(bundle: Bundl
     assert engine.budget_state().reserved_mflops == 0.0
 
 
-def test_an_engine_that_is_told_to_stop_is_not_broken(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_a_stopped_engine_does_not_count_as_broken(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     engine, _ = troubled(bundle)
     with running(engine):
         engine.submit(images[0]).result(LIMIT_S)

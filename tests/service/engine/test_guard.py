@@ -1,4 +1,4 @@
-"""Which batches are given up, and when a runner is not trusted any more: under a virtual clock."""
+"""Which batches are given up, and when a runner counts as unsound, under a virtual clock."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def end(guard: Guard, batch: Batch, now_s: float, error: Exception | None = None
 
 
 def look_until(guard: Guard, start_s: float, end_s: float) -> list[tuple[float, Batch]]:
-    """Look whenever it wants to; returns what was given up, and when."""
+    """Let the guard look at its own times; returns what it gave up, and when."""
     found = []
     now_s = start_s
     while guard.next_s <= end_s:
@@ -48,7 +48,7 @@ def test_a_batch_that_does_not_come_back_is_given_up_within_a_second() -> None:
     assert here.lanes_left == 2
 
 
-def test_what_was_launched_behind_a_batch_that_hangs_is_given_up_with_it() -> None:
+def test_batches_launched_behind_a_hanging_one_are_given_up_with_it() -> None:
     here = guard()
     batch, other = begin(here, 0.0), begin(here, 0.0, stage=1)
     behind, behind_other = Batch(0, [], behind=batch), Batch(0, [], behind=other)
@@ -71,7 +71,7 @@ def test_a_slow_stage_is_given_the_time_it_needs() -> None:
     assert when_s == pytest.approx(20 * 0.4, abs=1.1 * LOOK_EVERY_S)
 
 
-def test_a_suspended_machine_hangs_nothing() -> None:
+def test_suspending_the_machine_gives_up_no_batch() -> None:
     here = guard()
     batch = begin(here, 0.0)
     assert here.look(3600.0) == []  # one look, after an hour
@@ -87,7 +87,7 @@ def test_a_batch_behind_another_one_is_not_running() -> None:
     assert not waiting.given_up
 
 
-def test_where_all_lanes_hang_it_is_unsound_until_one_is_back_and_a_trial_succeeds() -> None:
+def test_with_all_lanes_hanging_it_is_unsound_until_one_returns_and_a_trial_succeeds() -> None:
     here = guard()
     batches = [begin(here, 0.0) for _ in range(2)]
     assert len(look_until(here, 0.0, 1.1)) == 2
@@ -104,7 +104,7 @@ def test_where_all_lanes_hang_it_is_unsound_until_one_is_back_and_a_trial_succee
     assert here.unsound is None
 
 
-def test_a_lane_that_comes_back_while_a_trial_runs_asks_for_no_other_one() -> None:
+def test_a_lane_that_returns_during_a_trial_starts_no_other() -> None:
     here = guard()
     batches = [begin(here, 0.0) for _ in range(2)]
     look_until(here, 0.0, 1.1)
@@ -119,7 +119,7 @@ def test_a_lane_that_comes_back_while_a_trial_runs_asks_for_no_other_one() -> No
     assert here.next_s == pytest.approx(9.2 + TRIAL_EVERY_S)
 
 
-def test_after_failures_in_a_row_a_trial_tells_the_images_from_the_runner() -> None:
+def test_after_repeated_failures_a_trial_distinguishes_images_from_the_runner() -> None:
     here, bad = guard(), RuntimeError("no memory")
     for _ in range(FAILURES_BEFORE_TRIAL - 1):
         assert end(here, begin(here, 0.0), 0.0, bad)
@@ -153,7 +153,7 @@ def test_after_failures_in_a_row_a_trial_tells_the_images_from_the_runner() -> N
 # --- the pace ---------------------------------------------------------------------------------------------------
 
 
-def test_the_pace_follows_what_images_take() -> None:
+def test_the_pace_follows_the_time_per_image() -> None:
     pace = Pace(n_lanes=2, image_s=0.001)
     assert pace.row_s == pytest.approx(0.0005)
     for _ in range(200):
@@ -166,7 +166,7 @@ def test_the_pace_follows_what_images_take() -> None:
     assert pace.row_s > 0.0005
 
 
-def test_there_is_room_for_a_bearable_wait() -> None:
+def test_the_room_follows_from_the_maximum_wait() -> None:
     pace = Pace(n_lanes=2, image_s=0.004)
     assert pace.room_rows(1.0, 1024) == 500
     assert pace.room_rows(1.0, 100) == 100
@@ -175,7 +175,7 @@ def test_there_is_room_for_a_bearable_wait() -> None:
     assert Pace(2, 0.0).room_rows(1.0, 64) == 64
 
 
-def test_one_stall_does_not_close_the_door() -> None:
+def test_a_single_stall_does_not_stop_admission() -> None:
     pace = Pace(n_lanes=2, image_s=0.001)
     pace.ran(1.0, 1)
     assert pace.room_rows(1.0, 1024) > 100

@@ -1,4 +1,4 @@
-"""Waiting for messages: never longer than asked for, in whatever state the queue was left."""
+"""Waiting for messages never exceeds the timeout, whatever state the queue was left in."""
 
 import threading
 from math import inf
@@ -13,7 +13,7 @@ LIMIT_S = 30.0
 
 
 def left_open() -> "SimpleQueue[str]":
-    """A queue of which the last message was put while somebody waited, and taken without a wait."""
+    """A queue whose last message was put during a wait, and taken without one."""
     inbox: SimpleQueue[str] = SimpleQueue()
     assert next_message(inbox, 0.0) is None
     inbox.put("a message")
@@ -22,7 +22,7 @@ def left_open() -> "SimpleQueue[str]":
 
 
 @pytest.mark.parametrize("timeout_s", [-1.0, 0.0, 1e-9, 1e-6, 1e-3])
-def test_nobody_waits_longer_than_asked_for(timeout_s: float) -> None:
+def test_no_wait_exceeds_its_timeout(timeout_s: float) -> None:
     inbox = left_open()
     waiting = threading.Thread(target=next_message, args=(inbox, timeout_s), daemon=True)
     waiting.start()
@@ -55,5 +55,5 @@ class Slow:
         raise Empty
 
 
-def test_it_does_not_wait_where_a_wait_would_not_end() -> None:
+def test_it_does_not_wait_if_the_wait_would_not_end() -> None:
     assert next_message(cast("SimpleQueue[str]", Slow()), 1e-3) is None

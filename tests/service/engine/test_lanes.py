@@ -1,4 +1,4 @@
-"""When a lane posts what it has run: not while it needs the interpreter for the next batch, and never too late."""
+"""When a lane posts its results: not while it needs the interpreter for the next batch, and never too late."""
 
 import time
 import weakref
@@ -102,14 +102,14 @@ def test_rows_that_cannot_be_gathered_fail_alone(kind):
     assert events.index("post 1") < events.index("post -2") < events.index("post 3")
 
 
-def test_a_trial_and_a_batch_given_up_let_the_one_before_go_first():
+def test_before_a_trial_or_a_given_up_batch_the_previous_one_is_posted():
     events, came = served(Preparing, [1, 0, 2])
     assert events == ["gather 1", "run 1", "post 1", "trial", "gather 2", "post 0", "run 2", "post 2"]
     assert all(ran.error is None for ran in came)
 
 
 @pytest.mark.parametrize("kind", [Runner, Preparing])
-def test_a_lane_is_stopped_after_what_it_was_given(kind):
+def test_a_lane_stops_after_its_batches(kind):
     events: list[str] = []
     runner, posted = kind(events), SimpleQueue[Batch]()
     lanes = ThreadLanes(runner, HeadScore(score), posted.put)
@@ -120,7 +120,7 @@ def test_a_lane_is_stopped_after_what_it_was_given(kind):
     assert [posted.get(timeout=LIMIT_S).result is not None for _ in range(2)] == [True, True]
 
 
-def test_a_lane_with_nothing_to_do_keeps_no_batch():
+def test_an_idle_lane_keeps_no_batch():
     runner, posted = Preparing([]), SimpleQueue[Batch]()
     lanes = ThreadLanes(runner, HeadScore(score), posted.put)
     lanes.start()
@@ -131,11 +131,11 @@ def test_a_lane_with_nothing_to_do_keeps_no_batch():
 
 
 class Token:
-    """Of a request; a weak reference tells when the last one to it has gone."""
+    """A request's token; a weak reference shows when nothing refers to it any more."""
 
 
 @pytest.mark.parametrize("kind", [Runner, Preparing])
-def test_a_lane_that_waits_keeps_no_request_alive(kind: type[Runner]) -> None:
+def test_a_waiting_lane_keeps_no_request_alive(kind: type[Runner]) -> None:
     posted = SimpleQueue[weakref.ref[Token]]()
     lanes = ThreadLanes(runner := kind([]), HeadScore(score), lambda ran: posted.put(weakref.ref(ran.rows[0].token)))
     lanes.start()

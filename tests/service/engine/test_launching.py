@@ -1,4 +1,4 @@
-"""Lanes of a device that whoever puts batches looks after: what is launched when, and what comes back of it."""
+"""Lanes of an asynchronous device, driven by the thread that puts batches: launch order and results."""
 
 import threading
 import time
@@ -21,7 +21,7 @@ NO_ROOM, OUT_OF_MEMORY, LOST = -2, -3, -4  # fails at its launch; as it is colle
 
 
 class Device:
-    """Batches are known by the number in their first row, and run when the test says so."""
+    """A device whose batches, identified by the number in their first row, run on demand."""
 
     n_stages, max_rows, runs_ahead = 1, 4, True
 
@@ -100,7 +100,7 @@ class Here:
         return trial
 
     def run(self, *numbers: int) -> list[int]:
-        """Have batches run; returns which came back."""
+        """Run batches; returns those that finished."""
         self.device.ran.update(numbers)
         return self.came()
 
@@ -113,7 +113,7 @@ class Here:
         return events
 
 
-def test_a_lane_has_one_batch_that_runs_and_one_behind_it():
+def test_a_lane_has_one_running_batch_and_one_launched_behind_it():
     here = Here()
     here.put(1, 2, 3)
     assert here.events() == ["launch 1", "launch 2 behind 1"]
@@ -127,7 +127,7 @@ def test_a_lane_has_one_batch_that_runs_and_one_behind_it():
     assert all(here.batches[n].result is not None and not here.batches[n].states for n in (1, 2, 3))
 
 
-def test_a_batch_has_begun_once_the_one_before_it_is_back():
+def test_a_batch_begins_when_the_previous_one_has_returned():
     here = Here()
     here.put(1, 2)
     first, second = here.batches[1], here.batches[2]
@@ -151,7 +151,7 @@ def test_the_lane_with_the_least_to_do_gets_the_next_batch():
 @pytest.mark.parametrize(
     ("number", "error"), [(NO_ROOM, "no room"), (OUT_OF_MEMORY, "out of memory"), (LOST, "the device is lost")]
 )
-def test_what_fails_fails_alone(number: int, error: str):
+def test_a_failing_batch_fails_alone(number: int, error: str):
     here = Here()
     here.put(1, number, 2)
     assert sorted(here.run(1, 2, OUT_OF_MEMORY) + here.came()) == sorted((1, number, 2))
@@ -161,7 +161,7 @@ def test_what_fails_fails_alone(number: int, error: str):
     assert all(here.batches[n].error is None and here.batches[n].result is not None for n in (1, 2))
 
 
-def test_nothing_is_put_behind_a_batch_that_was_given_up():
+def test_nothing_is_launched_behind_a_given_up_batch():
     here = Here(n_lanes=2)
     here.put(1, 2)
     here.batches[1].given_up = True
@@ -175,7 +175,7 @@ def test_nothing_is_put_behind_a_batch_that_was_given_up():
     assert here.events() == ["collect 1", "launch 5"]
 
 
-def test_a_batch_that_was_given_up_before_its_launch_comes_back_without_one():
+def test_a_batch_given_up_before_its_launch_is_returned_unlaunched():
     here = Here()
     here.put(1, 2, 3)
     here.batches[3].given_up = True
@@ -186,7 +186,7 @@ def test_a_batch_that_was_given_up_before_its_launch_comes_back_without_one():
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("nothing runs")])
-def test_a_trial_has_a_lane_to_itself_and_holds_nobody_up(error: Exception | None):
+def test_a_trial_has_its_own_lane_and_delays_no_batch(error: Exception | None):
     here = Here(n_lanes=2)
     here.device.trial_error = error
     trial = here.put_trial()
@@ -204,7 +204,7 @@ def test_a_trial_has_a_lane_to_itself_and_holds_nobody_up(error: Exception | Non
     assert here.posted == [trial]
 
 
-def test_a_trial_waits_for_a_lane_that_is_idle():
+def test_a_trial_waits_for_an_idle_lane():
     here = Here()
     here.put(1)
     here.device.may_try.set()
@@ -220,13 +220,13 @@ def test_a_trial_waits_for_a_lane_that_is_idle():
 
 
 @pytest.mark.parametrize(("options", "wanted"), [(Options(), False), (Options(top_k=2), True), (Options(exit=1), True)])
-def test_logits_come_where_a_row_asks_for_more_than_its_best_class(options: Options, wanted: bool):
+def test_logits_are_fetched_only_if_a_row_needs_more_than_its_best_class(options: Options, wanted: bool):
     here = Here()
     here.put(1, options=options)
     assert here.device.wanted_logits == [wanted]
 
 
-def test_to_stop_is_to_wait_for_what_was_launched_but_not_for_ever():
+def test_stopping_waits_for_launched_batches_with_a_limit():
     here = Here()
     here.put(1, 2)
     threading.Timer(0.05, here.device.ran.update, [(1, 2)]).start()
@@ -239,11 +239,11 @@ def test_to_stop_is_to_wait_for_what_was_launched_but_not_for_ever():
 
 
 class Token:
-    """Of a request; a weak reference tells when the last one to it has gone."""
+    """A request's token; a weak reference shows when nothing refers to it any more."""
 
 
 @pytest.mark.parametrize("run", [lambda here: here.run(1), lambda here: here.run(1, 2)])
-def test_lanes_keep_no_request_alive_that_has_come_back(run: Callable[[Here], list[int]]):
+def test_lanes_keep_no_finished_request_alive(run: Callable[[Here], list[int]]):
     here = Here()
     here.put(1, 2)
     token = Token()

@@ -1,4 +1,4 @@
-"""How fast images leave, whatever they leave for."""
+"""The measured time per image, whatever images leave for."""
 
 from math import inf
 from queue import SimpleQueue
@@ -27,7 +27,7 @@ class OneLane:
 
 
 def loop_around(here: World, target_s: float | None = None) -> Loop:
-    """The engine's loop without its thread."""
+    """The engine's loop, without its thread."""
     degrade = Degrade(here.core.budget, 1024)
     degrade.set(FULL_MFLOPS, target_s, here.now_s)
     runner, score = cast(Runner, OneLane()), cast(Score, None)
@@ -53,7 +53,7 @@ def end(here: World, loop: Loop, batch: Batch) -> None:
 
 
 def two_stages(here: World, loop: Loop, leave: str) -> None:
-    """One image that runs two stages, and so 10 ms, and leaves before its next, or while that runs."""
+    """An image that runs two stages, which takes 10 ms, and leaves before or during its next."""
     due_s = here.now_s + 1.9 * STAGE_S if leave == "deadline while it runs" else inf
     request = here.admit(here.now_s, Options(exit=2 if leave == "answer" else N_EXITS, deadline_s=due_s))
     end(here, loop, begin(here, loop))
@@ -67,7 +67,7 @@ def two_stages(here: World, loop: Loop, leave: str) -> None:
 
 
 @pytest.mark.parametrize("leave", ["answer", "deadline while it runs", "client leaves as it waits"])
-def test_images_take_what_they_take_however_they_end(leave: str) -> None:
+def test_the_time_per_image_does_not_depend_on_how_images_end(leave: str) -> None:
     here = world()
     loop = loop_around(here)
     for _ in range(500):
@@ -76,7 +76,7 @@ def test_images_take_what_they_take_however_they_end(leave: str) -> None:
     assert loop.pace.row_s == pytest.approx(2 * STAGE_S, rel=0.02)
 
 
-def test_images_that_leave_before_they_run_make_the_others_no_quicker() -> None:
+def test_images_that_leave_before_running_do_not_lower_the_time_per_image() -> None:
     here = world()
     loop = loop_around(here)
     for _ in range(500):
@@ -101,14 +101,14 @@ def test_a_latency_target_is_not_misled_by_images_that_end_early(leave: str) -> 
 
 
 @pytest.mark.parametrize("n_rows", [1, 32, 1024])
-def test_one_that_has_become_slower_is_believed(n_rows: int) -> None:
+def test_a_slower_pace_is_adopted(n_rows: int) -> None:
     pace = Pace(2, IMAGE_S)
     for _ in range(20 + 1500 // n_rows):
         pace.ran(n_rows * 20 * IMAGE_S, n_rows)
     assert pace.row_s == pytest.approx(10 * IMAGE_S, rel=0.1)
 
 
-def test_where_nothing_is_known_the_first_batch_tells() -> None:
+def test_the_first_batch_sets_an_unknown_pace() -> None:
     pace = Pace(1, 0.0)
     pace.ran(0.064, 0)
     assert pace.row_s == pytest.approx(0.001)

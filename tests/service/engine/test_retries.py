@@ -1,4 +1,4 @@
-"""Rows whose batch has come to nothing run once more, alone: in turn with others, their pictures still there."""
+"""Rows of a failed batch are retried once, alone, alternating with other batches; their images are kept for that."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +45,7 @@ def on_onnx(bundle: Bundle) -> OnnxDeviceRunner:
 
 
 class Here:
-    """The core and the lanes of a runner, with the test in the place of the engine's thread."""
+    """The core and the lanes of a runner, driven by the test instead of the engine's thread."""
 
     def __init__(self, runner: SlotRunner[Any], bundle: Bundle, score: Any = None) -> None:
         costs = bundle.costs_mflops
@@ -56,7 +56,7 @@ class Here:
         self.runner = runner
 
     def admit(self, images: list[NDArray[np.uint8]]) -> None:
-        """They all go on to the last exit."""
+        """Admit images that all continue to the last exit."""
         options = Options(min_confidence=NEVER)
         states = [self.runner.first_state(image) for image in images]
         self.core.admit([Request(i, self._sink, options, state) for i, state in enumerate(states)], 0.0)
@@ -76,7 +76,7 @@ class Here:
         self.core.outbox.clear()
 
     def labels(self) -> list[int]:
-        """Run all that waits; what the answers say, in the images' order."""
+        """Run all waiting images; returns the labels in the images' order."""
         while len(self.told) < N_ROWS:
             self.launch()
             self.take_back()
@@ -87,7 +87,7 @@ class Here:
         self.told.update(told)
 
 
-def test_rows_that_run_alone_take_turns_with_all_others() -> None:
+def test_rows_retried_alone_alternate_with_other_batches() -> None:
     here = world(max_rows=4)
     for i in range(4):
         here.admit(f"again {i}", Options())
@@ -106,7 +106,7 @@ def test_rows_that_run_alone_take_turns_with_all_others() -> None:
 
 
 @pytest.mark.parametrize("px", [32, 40])  # the network's own size, and one that the device scales
-def test_a_hung_batch_that_comes_back_takes_no_picture_from_a_row_that_is_to_run_again(
+def test_a_hung_batch_that_returns_does_not_free_images_of_retried_rows(
     bundle: Bundle, images: NDArray[np.uint8], px: int
 ) -> None:
     runner = on_torch(bundle, canvas_px=80)
@@ -139,7 +139,7 @@ def test_a_hung_batch_that_comes_back_takes_no_picture_from_a_row_that_is_to_run
 
 
 class Unlucky:
-    """A score that has no memory the first time."""
+    """A score that fails with an out-of-memory error the first time."""
 
     def __init__(self, score: Any) -> None:
         self._score, self.asked = score, 0
@@ -155,7 +155,7 @@ class Unlucky:
         return getattr(self._score, name)
 
 
-def test_rows_of_a_batch_that_ran_but_cannot_be_scored_run_again(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_rows_of_a_batch_that_cannot_be_scored_are_retried(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     runner = on_torch(bundle)
     expected = [int(logits.argmax()) for logits in logits_of(runner, images)[-1]]
     score = Unlucky(bundle.score())
@@ -166,7 +166,7 @@ def test_rows_of_a_batch_that_ran_but_cannot_be_scored_run_again(bundle: Bundle,
 
 
 @pytest.mark.parametrize("open_runner", [on_torch, on_onnx])
-def test_a_picture_stays_until_the_engine_has_taken_what_came_of_it(
+def test_an_image_is_kept_until_its_result_is_processed(
     bundle: Bundle, images: NDArray[np.uint8], open_runner: Callable[[Bundle], SlotRunner[Any]]
 ) -> None:
     runner = open_runner(bundle)

@@ -1,4 +1,4 @@
-"""The scheduler's promises under a virtual clock: nothing lost, nothing twice, first in first out, nobody starves."""
+"""The scheduler's guarantees under a virtual clock: no row lost or run twice, first in first out, no starvation."""
 
 import heapq
 from collections import Counter
@@ -16,7 +16,7 @@ N_STAGES = 4
 
 
 def table(fixed_s: float, row_s: float, copy_s: float = 0.0, n_stages: int = N_STAGES) -> CostTable:
-    """Stages that all cost the same; copies were measured if they cost anything."""
+    """A cost table with equal stages; copy costs are known unless they are 0."""
     costs = CostTable([{1: fixed_s + row_s, 32: fixed_s + 32 * row_s}] * n_stages)
     for stage in range(n_stages if copy_s else 0):
         costs.ran(stage, 32, fixed_s + 32 * (row_s + copy_s), copy_seconds=32 * copy_s)
@@ -90,10 +90,10 @@ def test_nothing_is_lost_or_run_twice_and_every_queue_is_first_in_first_out(
     n_held=st.integers(1, 40),
     leaves_at=st.lists(st.integers(0, N_STAGES - 1), min_size=200, max_size=200),
 )
-def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
+def test_in_a_flood_no_row_waits_longer_than_the_documented_bound(
     policy, max_rows, max_wait_s, costs, deadlines, n_lanes, n_held, leaves_at
 ):
-    """`n_held` rows are kept in the scheduler at any time: what leaves is replaced at once, at stage 0."""
+    """The scheduler always holds `n_held` rows: those that leave are replaced at once, at stage 0."""
     scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, costs, policy)
     bound = n_held * N_STAGES * (2 if deadlines else 1)
     added_s: dict[int, float] = {}
@@ -130,7 +130,7 @@ def test_no_row_waits_longer_than_the_stated_bound_in_a_flood(
                 pick_number.setdefault(row, n_picks)
 
 
-def test_a_lone_deep_row_is_not_forgotten_while_the_first_queue_is_always_full():
+def test_a_single_deep_row_runs_although_the_first_queue_is_always_full():
     scheduler: Scheduler[str] = Scheduler(2, max_rows=4, max_wait_s=10.0, costs=table(fixed_s=9, row_s=0.1, n_stages=2))
     scheduler.add(["deep"], 1, 0.0)
     for now_s in range(30):
@@ -142,7 +142,7 @@ def test_a_lone_deep_row_is_not_forgotten_while_the_first_queue_is_always_full()
     pytest.fail("the deep row starved")
 
 
-def test_the_deepest_queue_that_is_worth_a_batch_runs_first_and_others_wait_for_company():
+def test_the_deepest_worthwhile_queue_runs_first_and_others_wait_to_fill():
     # A batch of the longest queue takes 1 + 4 x 1 = 5 s, and 9 rows wait: two rows waste 10 s to save 9, one row 5 s.
     scheduler: Scheduler[str] = Scheduler(3, max_rows=4, max_wait_s=1e9, costs=table(1, 1, n_stages=3))
     scheduler.add(["c1"], 2, 0.0)
@@ -160,7 +160,7 @@ def test_the_deepest_queue_that_is_worth_a_batch_runs_first_and_others_wait_for_
     assert scheduler.pick(0.0) is None  # and work was never left lying
 
 
-def test_with_next_to_no_fixed_cost_nothing_waits():
+def test_with_negligible_fixed_cost_no_queue_waits():
     scheduler: Scheduler[str] = Scheduler(2, max_rows=4, max_wait_s=1e9, costs=table(0, 1, n_stages=2))
     scheduler.add(["b"], 1, 0.0)
     scheduler.add(["a1", "a2", "a3", "a4"], 0, 0.0)
@@ -182,14 +182,14 @@ PAIRS = (["a", "b"], ["c", "d"])
         ("merge-full", table(fixed_s=0.0, row_s=1.0, copy_s=9.9), True, 4),
     ],
 )
-def test_two_batches_merge_where_that_saves_more_than_it_copies_or_as_the_policy_says(policy, costs, joined, expected):
+def test_batches_merge_if_that_saves_more_than_copying_or_by_policy(policy, costs, joined, expected):
     scheduler: Scheduler[str] = Scheduler(N_STAGES, costs=costs, policy=policy)
     for rows in PAIRS:
         scheduler.add(rows, 1, 0.0, joined=joined)
     assert scheduler.pick(0.0) == (1, [*PAIRS[0], *PAIRS[1]][:expected])
 
 
-def test_a_group_is_split_to_fill_a_batch_only_where_that_costs_no_copy():
+def test_a_group_is_split_to_fill_a_batch_only_if_no_copy_is_needed():
     for joined, expected in ((False, 8), (True, 5)):
         scheduler: Scheduler[int] = Scheduler(2, max_rows=8, costs=table(1.0, 1.0, 0.15, n_stages=2))
         scheduler.add(range(5), 1, 0.0, joined=joined)
@@ -197,7 +197,7 @@ def test_a_group_is_split_to_fill_a_batch_only_where_that_costs_no_copy():
         assert scheduler.pick(0.0) == (1, list(range(expected)))
 
 
-def test_full_batches_are_waited_for_until_a_row_has_waited_long_enough():
+def test_queues_wait_for_full_batches_up_to_the_maximum_wait():
     scheduler: Scheduler[int] = Scheduler(2, max_rows=4, max_wait_s=5.0, policy="merge-full")
     scheduler.add(range(3), 1, 0.0)
     for now_s in (1.0, 4.0, 6.0):
@@ -226,7 +226,7 @@ def test_a_row_whose_deadline_is_near_runs_before_deeper_ones_but_not_twice_in_a
     assert [scheduler.pick(0.0) for _ in range(6)] == [(0, [0]), (1, [10]), (0, [1]), (1, [11]), (0, [2]), (1, [12])]
 
 
-def test_all_that_wait_can_be_taken_out_at_once_with_the_stages_they_wait_for():
+def test_all_waiting_rows_can_be_removed_with_their_stages():
     scheduler: Scheduler[str] = Scheduler(3, max_rows=2)
     scheduler.add(["a1", "a2", "a3"], 0, 0.0)
     scheduler.add(["c1", "c2"], 2, 0.0, due_s=[1.0, inf])
@@ -245,7 +245,7 @@ def test_batches_can_be_made_smaller():
     assert [scheduler.pick(0.0) for _ in range(3)] == [(0, [0, 1, 2]), (0, [3, 4, 5]), (0, [6, 7])]
 
 
-def test_whether_rows_have_deadlines_is_known_whichever_of_them_leave():
+def test_it_knows_whether_any_queued_row_has_a_deadline():
     scheduler: Scheduler[int] = Scheduler(3, max_rows=2, costs=table(1, 1, n_stages=3))
 
     def hurries() -> bool:
@@ -267,7 +267,7 @@ def test_whether_rows_have_deadlines_is_known_whichever_of_them_leave():
 
 
 class Compared(float):
-    """A deadline that counts how often it is looked at."""
+    """A deadline that counts comparisons."""
 
     n = 0
 
@@ -276,7 +276,7 @@ class Compared(float):
         return float(self) < other
 
 
-def test_rows_with_deadlines_are_dropped_without_looking_at_all_others():
+def test_dropping_rows_with_deadlines_does_not_scan_the_queue():
     n_rows = 500
     scheduler: Scheduler[int] = Scheduler(2)
     scheduler.add(range(n_rows), 0, 0.0, due_s=[Compared(1.0)] * n_rows)
@@ -294,6 +294,6 @@ def test_rows_with_deadlines_are_dropped_without_looking_at_all_others():
         ({"max_wait_s": -1}, "0"),
     ],
 )
-def test_bad_settings_are_refused(arguments, what):
+def test_invalid_settings_are_refused(arguments, what):
     with pytest.raises(ValueError, match=what):
         Scheduler(2, **arguments)

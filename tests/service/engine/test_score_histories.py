@@ -1,4 +1,4 @@
-"""What an exit score remembers of a row goes with it, however rows are regrouped on the way."""
+"""The history that an exit score keeps of a row moves with it, however rows are regrouped."""
 
 from dataclasses import replace
 
@@ -35,13 +35,13 @@ def whole() -> list[NDArray[np.float32]]:
 
 
 def heldout_logits() -> list[NDArray[np.float32]]:
-    """What the exits say of the images that the bundle is calibrated on."""
+    """The logits of all exits for the images that the bundle is calibrated on."""
     with torch.no_grad():
         return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(random_images(2000, seed=2))))]
 
 
 def scored_by(bundle: Bundle, name: str) -> Bundle:
-    """The bundle with another score to serve with; `as_good` is fitted: the margins of two heads, where they agree."""
+    """The bundle with another score; `as_good` is a fitted one, on margins and agreement of two heads."""
     calibration, predictor = bundle.calibration, None
     if name == "as_good":
         weights = np.zeros((len(bundle.manifest.exits), len(FEATURES) + 1))
@@ -60,7 +60,7 @@ def scored_by(bundle: Bundle, name: str) -> Bundle:
 
 
 def require_exits(engine: Engine, served: Bundle, whole: list[NDArray[np.float32]]) -> None:
-    """Images leave an engine that does not steer where the score of a bundle over all heads says."""
+    """Check that images leave an engine without steering where the bundle's score of all heads predicts."""
     engine.start()
     try:
         thresholds = engine.budget_state().thresholds
@@ -77,7 +77,7 @@ def require_exits(engine: Engine, served: Bundle, whole: list[NDArray[np.float32
 
 @pytest.mark.parametrize("name", ["patience", "vote", "as_good", "jei_gates"])
 @pytest.mark.parametrize("max_rows", [3, 13])
-def test_images_leave_where_the_score_over_all_heads_says(
+def test_images_leave_where_the_score_of_all_heads_predicts(
     bundle: Bundle, whole: list[NDArray[np.float32]], name: str, max_rows: int
 ) -> None:
     served = scored_by(bundle, name)
@@ -89,10 +89,10 @@ def test_images_leave_where_the_score_over_all_heads_says(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_in_slots_histories_go_along_whatever_the_policy(
+def test_in_slots_histories_move_with_rows_under_every_policy(
     bundle: Bundle, whole: list[NDArray[np.float32]], policy: str
 ) -> None:
-    """Policies that do not compact left a row's history behind: from stage 2 on every batch failed."""
+    """Policies without compaction once lost the history, so that every batch from stage 2 on failed."""
     served = scored_by(bundle, "vote")
     runner = OnnxDeviceRunner(served, "cpu", max_rows=4, max_in_flight_rows=N_IMAGES, n_lanes=1)
     engine = engine_around(runner, served, policy=policy, steer=False)

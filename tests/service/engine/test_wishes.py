@@ -1,4 +1,4 @@
-"""Requests with wishes of their own, under a virtual clock: where they leave, why, and what the books say."""
+"""Requests with options, under a virtual clock: their exits, reasons and charges."""
 
 from math import inf
 
@@ -18,7 +18,7 @@ from tests.service.virtual import CLASS_NAMES, N_EXITS, World, curve, spent_is_w
 NEVER = 2.0  # no softmax output reaches it: such an image goes on as long as it may
 
 
-def test_only_requests_without_wishes_are_plain() -> None:
+def test_only_requests_without_options_are_plain() -> None:
     assert Options().is_plain
     assert Options(top_k=7).is_plain
     for wish in ({"exit": 1}, {"min_confidence": 0.0}, {"max_mflops": 20.0}, {"deadline_s": 1.0}, {"steps": True}):
@@ -40,9 +40,7 @@ def test_a_pinned_image_answers_at_its_exit(wanted: int, exits: bool) -> None:
     ("least", "exit_", "reason"),
     [(0.0, 1, "confident"), (0.6, 2, "confident"), (0.9, 3, "confident"), (NEVER, 6, "final")],
 )
-def test_an_image_leaves_at_the_first_exit_that_is_sure_enough_for_its_client(
-    least: float, exit_: int, reason: str
-) -> None:
+def test_an_image_leaves_at_the_first_exit_with_its_requested_confidence(least: float, exit_: int, reason: str) -> None:
     here = world()
     here.admit("a", Options(min_confidence=least))
     here.run()
@@ -50,7 +48,7 @@ def test_an_image_leaves_at_the_first_exit_that_is_sure_enough_for_its_client(
 
 
 @pytest.mark.parametrize(("cap", "exit_"), [(COSTS_MFLOPS[0], 1), (30.0, 2), (COSTS_MFLOPS[3], 4)])
-def test_an_image_goes_no_deeper_than_its_own_cap_pays_for(cap: float, exit_: int) -> None:
+def test_an_image_goes_no_deeper_than_its_cost_limit_allows(cap: float, exit_: int) -> None:
     here = world()
     here.admit("a", Options(max_mflops=cap, min_confidence=NEVER))
     here.run()
@@ -58,7 +56,7 @@ def test_an_image_goes_no_deeper_than_its_own_cap_pays_for(cap: float, exit_: in
     assert here.answer("a").mflops <= cap
 
 
-def test_what_an_answer_has_cost_pays_for_its_exit() -> None:
+def test_a_cost_limit_of_an_answers_cost_reaches_its_exit() -> None:
     dear = 16_258_069
     assert dear > dear / 1e6 * 1e6  # as one number in ninety is
     costs = (COSTS_MFLOPS[0], dear / 1e6, *COSTS_MFLOPS[2:])
@@ -70,7 +68,7 @@ def test_what_an_answer_has_cost_pays_for_its_exit() -> None:
     assert here.answer("b").exit == 2
 
 
-def test_a_cap_that_pays_for_everything_changes_nothing() -> None:
+def test_a_cost_limit_above_the_full_cost_changes_nothing() -> None:
     here = world()
     here.admit("plain", Options())
     here.admit("capped", Options(max_mflops=1e6))
@@ -78,8 +76,8 @@ def test_a_cap_that_pays_for_everything_changes_nothing() -> None:
     assert here.answer("plain") == here.answer("capped")
 
 
-def test_the_ledger_is_above_every_wish() -> None:
-    """Pinned to the last exit at the budget of the first: the burst is spent, and the rest get what is left."""
+def test_the_ledger_overrides_every_option() -> None:
+    """All images request the last exit at the budget of the first: the burst is spent, and the rest leave earlier."""
     here = world(budget_mflops=COSTS_MFLOPS[0], burst_images=10.0, max_rows=1)
     tokens = list(range(40))
     for token in tokens:
@@ -136,7 +134,7 @@ def test_the_best_answer_so_far_leaves_while_it_waits() -> None:
     assert spent_is_what_answers_say(here, ["a"])
 
 
-def test_while_no_head_has_spoken_the_first_one_is_waited_for_or_the_image_refused() -> None:
+def test_before_the_first_exit_a_deadline_waits_for_it_or_fails() -> None:
     here = world()
     here.admit("runs", Options(exit=N_EXITS, deadline_s=here.now_s + 0.005))
     batch = here.start()
@@ -151,7 +149,7 @@ def test_while_no_head_has_spoken_the_first_one_is_waited_for_or_the_image_refus
     assert spent_is_what_answers_say(here, ["runs"])
 
 
-def test_an_image_that_is_sure_in_time_is_not_held_to_its_deadline() -> None:
+def test_an_image_that_is_confident_in_time_does_not_wait_for_its_deadline() -> None:
     here = world()
     here.admit("a", Options(min_confidence=0.0, deadline_s=here.now_s + 0.010))
     here.run()
@@ -171,7 +169,7 @@ def test_a_client_that_leaves_before_its_deadline_is_not_answered() -> None:
     assert (here.core.n_abandoned, here.core.n_ended) == (1, 1)
 
 
-def test_deadlines_of_images_that_have_ended_take_no_memory() -> None:
+def test_deadlines_of_finished_images_use_no_memory() -> None:
     here, deadlines = world(), Deadlines()
     for number in range(10_000):
         request = here.admit(number, Options(deadline_s=1e6 + number))
@@ -187,7 +185,7 @@ def test_deadlines_of_images_that_have_ended_take_no_memory() -> None:
 # --- steps ------------------------------------------------------------------------------------------------------
 
 
-def test_every_exit_passed_is_told_before_the_answer() -> None:
+def test_every_exit_passed_is_reported_before_the_answer() -> None:
     here = world()
     here.admit("a", Options(top_k=2, exit=4, steps=True))
     here.run()
@@ -203,7 +201,7 @@ def test_every_exit_passed_is_told_before_the_answer() -> None:
     assert here.told[-1][1] is answer
 
 
-def test_who_does_not_ask_is_told_nothing_but_the_answer() -> None:
+def test_without_the_steps_option_only_the_answer_is_reported() -> None:
     here = world()
     here.admit("a", Options())
     here.admit("b", Options(exit=4))
@@ -225,7 +223,7 @@ WISHES = st.builds(
 
 
 @given(st.lists(st.tuples(WISHES, st.sampled_from(["stays", "leaves"]), st.integers(0, 30)), max_size=25))
-def test_whatever_is_wished_everybody_gets_one_outcome_and_the_books_are_right(
+def test_with_any_options_every_image_gets_one_outcome_and_the_ledger_is_exact(
     arrivals: list[tuple[tuple[int | None, float | None, float, float, bool], str, int]],
 ) -> None:
     here: World = world(budget_mflops=0.5 * FULL_MFLOPS, burst_images=4.0, max_rows=4)
