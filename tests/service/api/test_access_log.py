@@ -1,4 +1,4 @@
-"""One JSON line a request, and the names under which it is found again."""
+"""The access log: one JSON line per request, with the ids by which it can be found."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def line_of(caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
     return document
 
 
-def test_a_request_leaves_one_line_that_says_what_became_of_it(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_request_has_one_line_with_its_outcome(http: Http, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
     response = http.post("/classify?exit=2", content=BODY, headers={**PNG, "traceparent": TRACEPARENT})
     line = line_of(caplog)
@@ -66,7 +66,7 @@ def test_a_request_leaves_one_line_that_says_what_became_of_it(http: Http, caplo
     assert {"path": "/nowhere\n", "status": 404}.items() <= line_of(caplog).items()
 
 
-def test_a_line_fits_into_a_pipe_whatever_the_path(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_fit_into_a_pipe_buffer_for_any_path(http: Http, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
     http.get("/" + "%01" * 10_000)  # what takes the most room as JSON
     [record] = [record for record in caplog.records if record.name == "service.access"]
@@ -74,7 +74,7 @@ def test_a_line_fits_into_a_pipe_whatever_the_path(http: Http, caplog: pytest.Lo
     assert line_of(caplog)["path"] == "/" + "\x01" * 199 + "..."
 
 
-def test_probes_that_find_all_well_are_for_debugging(http: Http, caplog: pytest.LogCaptureFixture) -> None:
+def test_successful_probes_are_logged_at_debug_level(http: Http, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "service.access")
     for path in ("/healthz", "/readyz", "/metrics"):
         http.get(path)
@@ -83,7 +83,7 @@ def test_probes_that_find_all_well_are_for_debugging(http: Http, caplog: pytest.
     assert {"status": 405, "level": "info"}.items() <= line_of(caplog).items()
 
 
-def test_where_it_is_off_nothing_of_it_is_there(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_when_off_it_is_not_installed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
     app = build_app(folder, access_log="off")
     assert not isinstance(app, LoggedGate)
@@ -106,14 +106,14 @@ def test_where_it_is_off_nothing_of_it_is_there(folder: Path, caplog: pytest.Log
         ("", False),
     ],
 )
-def test_a_trace_is_echoed_if_it_is_one(http: Http, header: str, valid: bool) -> None:
+def test_a_valid_traceparent_is_returned(http: Http, header: str, valid: bool) -> None:
     assert is_traceparent(header.encode()) == valid
     response = http.get("/healthz", headers={"traceparent": header})
     assert response.headers.get("traceparent") == (header if valid else None)
     assert response.headers["x-request-id"]
 
 
-def test_a_server_logs_json_lines_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_server_logs_only_json_lines(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with running_server(folder, log) as server:
         named = {"X-Request-ID": "mine-1", **PNG}

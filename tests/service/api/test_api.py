@@ -1,4 +1,4 @@
-"""The HTTP face around a real engine and a tiny bundle: what is answered, and what is said of it."""
+"""The HTTP API with a real engine and a tiny bundle: answers and status calls."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def http(folder: Path) -> Iterator[Http]:
         yield client
 
 
-def test_an_answer_says_everything(http: Http) -> None:
+def test_an_answer_has_all_fields(http: Http) -> None:
     response = http.post("/classify", content=BODIES[0], headers=PNG)
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
@@ -50,7 +50,7 @@ def test_an_answer_says_everything(http: Http) -> None:
     assert answer["request_id"] == response.headers["x-request-id"]
 
 
-def test_a_client_may_name_its_request(http: Http) -> None:
+def test_a_client_may_choose_the_request_id(http: Http) -> None:
     named = http.post("/classify", content=BODIES[0], headers={**PNG, "X-Request-ID": "trace-7f.1"})
     assert named.json()["request_id"] == named.headers["x-request-id"] == "trace-7f.1"
     for foolish in ("a" * 65, "a b", "<script>", ""):
@@ -71,7 +71,7 @@ def test_a_client_may_name_its_request(http: Http) -> None:
         ("BMP", "image/x-ms-bmp; charset=binary"),
     ],
 )
-def test_lossless_files_of_one_image_get_one_answer(http: Http, file_format: str, content_type: str) -> None:
+def test_lossless_files_of_one_image_get_equal_answers(http: Http, file_format: str, content_type: str) -> None:
     options = {"lossless": True} if file_format == "WEBP" else {}
     body = encoded(IMAGES[0], file_format, **options)
     answer = pinned(http, body, content_type)
@@ -79,7 +79,7 @@ def test_lossless_files_of_one_image_get_one_answer(http: Http, file_format: str
 
 
 def pinned(http: Http, body: bytes, content_type: str) -> list[tuple[int, float]]:
-    """What an answer says of the image, at whichever exit it left: comparable where nothing else is in flight."""
+    """The parts of an answer that only depend on the image, comparable while nothing else is in flight."""
     http.put("/budget", json={"fraction": 1.0})
     response = http.post("/classify?top_k=10", content=body, headers={"Content-Type": content_type})
     assert response.status_code == 200, response.text
@@ -99,7 +99,7 @@ def test_photographs_of_other_sizes_and_types_are_answered(http: Http, file_form
     assert response.status_code == 200, response.text
 
 
-def test_a_form_is_taken_as_well(http: Http) -> None:
+def test_forms_are_accepted(http: Http) -> None:
     http.put("/budget", json={"fraction": 1.0})
     files = {"note": (None, "passed over"), "image": ("cat.png", BODIES[1], "image/png")}
     by_form = http.post("/classify", files=files).json()
@@ -124,7 +124,7 @@ def test_the_model_is_described_without_private_parts(http: Http) -> None:
     assert "stages" not in model
 
 
-def test_a_model_may_tell_numbers_of_any_size_of_its_training(bundle_path: Path) -> None:
+def test_a_models_training_record_may_have_numbers_of_any_size(bundle_path: Path) -> None:
     manifest = read_manifest(bundle_path)
     manifest["training"] = {"seed": 2**127, "loss": float("nan")}
     write_manifest(bundle_path, manifest)
@@ -132,7 +132,7 @@ def test_a_model_may_tell_numbers_of_any_size_of_its_training(bundle_path: Path)
         assert http.get("/model").json()["training"] == {"seed": 2**127, "loss": None}
 
 
-def test_before_it_is_warm_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_during_warm_up_it_is_not_ready(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_start, start = Event(), Engine.start
 
     def start_when_told(engine: Engine) -> None:
@@ -153,7 +153,7 @@ def test_before_it_is_warm_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPa
             may_start.set()
 
 
-def test_an_engine_that_cannot_start_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_start_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(engine: Engine) -> None:
         raise RunnerError("stage 3 does not run")
 
@@ -166,7 +166,7 @@ def test_an_engine_that_cannot_start_is_told(folder: Path, monkeypatch: pytest.M
         problem(client.post("/classify", content=BODIES[0], headers=PNG), 503, "not-ready")
 
 
-def test_a_server_that_is_told_to_stop_as_it_starts_is_never_ready(folder: Path) -> None:
+def test_a_server_stopped_during_its_start_is_never_ready(folder: Path) -> None:
     told: list[Exception | None] = []
     app = build_app(folder, on_started=told.append)
     app.lifecycle.drain()
@@ -186,7 +186,7 @@ def test_a_server_whose_engine_is_gone_is_not_ready(folder: Path) -> None:
         assert client.get("/metrics").status_code == 200
 
 
-def test_the_openapi_document_is_true(http: Http) -> None:
+def test_the_openapi_document_matches_the_api(http: Http) -> None:
     document = http.get("/openapi.json").json()
     operations = {
         (method.upper(), path): operation

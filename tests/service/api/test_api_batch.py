@@ -50,7 +50,7 @@ def batch(http: Http, query: str, *bodies: bytes) -> dict[str, Any]:
     return document
 
 
-def test_every_image_gets_the_answer_it_gets_alone_in_order(http: Http) -> None:
+def test_every_image_gets_its_own_answer_in_order(http: Http) -> None:
     document = batch(http, "?min_confidence=0.5&top_k=2", *BODIES)
     assert (document["answered"], document["failed"]) == (len(BODIES), 0)
     for item, body in zip(document["results"], BODIES, strict=True):
@@ -61,7 +61,7 @@ def test_every_image_gets_the_answer_it_gets_alone_in_order(http: Http) -> None:
     assert len({item["answer"]["confidence"] for item in document["results"]}) == len(BODIES)
 
 
-def test_a_bad_image_has_its_own_problem_and_its_neighbours_their_answers(http: Http) -> None:
+def test_a_bad_image_gets_a_problem_and_the_others_answers(http: Http) -> None:
     counted = outcomes(http)
     document = batch(http, "", BODIES[0], b"no image", BODIES[1], BODIES[2][:50], b"")
     assert (document["answered"], document["failed"]) == (2, 3)
@@ -81,7 +81,7 @@ def outcomes(http: Http) -> dict[str, float]:
     return {line.removeprefix(prefix).partition('"')[0]: float(line.split()[-1]) for line in lines}
 
 
-def test_a_form_is_bounded(http: Http) -> None:
+def test_the_size_of_a_form_is_limited(http: Http) -> None:
     assert batch(http, "", *BODIES[:1] * MOST)["answered"] == MOST
     document = problem(http.post("/classify/batch", files=files(*BODIES[:1] * (MOST + 1))), 413, "too-many-images")
     assert document["limit_images"] == MOST
@@ -89,14 +89,14 @@ def test_a_form_is_bounded(http: Http) -> None:
 
 @pytest.mark.parametrize("call", ["/classify", "/classify/batch"])
 @pytest.mark.parametrize("name", ["image", "other"])
-def test_a_form_of_nothing_but_fields_is_not_read_to_its_end(http: Http, call: str, name: str) -> None:
-    """Else a small body of a hundred thousand fields would keep everybody waiting: here its end is broken."""
+def test_a_form_with_only_fields_is_refused_before_its_end(http: Http, call: str, name: str) -> None:
+    """A small body with a hundred thousand fields would block all others; its broken end shows that it is not read."""
     body = b'--XX\r\nContent-Disposition: form-data; name="%b"\r\n\r\n\r\n' % name.encode() * 400
     response = http.post(call, content=body, headers={"Content-Type": "multipart/form-data; boundary=XX"})
     problem(response, 413, "too-many-images")
 
 
-def test_what_is_no_form_of_images_is_refused(http: Http) -> None:
+def test_bodies_that_are_no_form_of_images_are_refused(http: Http) -> None:
     response = http.post("/classify/batch", content=BODIES[0], headers=PNG)
     problem(response, 415, "unsupported-media-type")
     assert response.headers["accept-post"] == "multipart/form-data"
@@ -104,9 +104,7 @@ def test_what_is_no_form_of_images_is_refused(http: Http) -> None:
     problem(http.post("/classify/batch?exit=0", files=files(BODIES[0])), 422, "bad-parameter")
 
 
-def test_where_no_image_can_be_taken_now_the_whole_request_is_to_come_back(
-    http: Http, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_if_no_image_can_be_admitted_the_whole_request_is_refused(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*args: Any) -> None:
         raise EngineOverloaded(1024)
 
@@ -121,8 +119,8 @@ def test_where_no_image_can_be_taken_now_the_whole_request_is_to_come_back(
 
 
 @pytest.mark.parametrize("limit", [{"max_in_flight": 8}, {"max_queue_s": 1e-6}])
-def test_no_image_is_refused_for_its_siblings(folder: Path, limit: dict[str, Any]) -> None:
-    """The form has many more than the engine has room for, by their number or by the time they would wait."""
+def test_no_image_is_refused_because_of_the_forms_others(folder: Path, limit: dict[str, Any]) -> None:
+    """The form has many more images than the engine has room for, by number or by waiting time."""
     with serving(build_app(folder, **limit)) as http:
         for _ in range(2):
             assert batch(http, "", *BODIES * 3)["answered"] == 3 * len(BODIES)
@@ -134,8 +132,8 @@ def test_no_image_is_refused_for_its_siblings(folder: Path, limit: dict[str, Any
         assert outcomes(http)["overloaded"] == 0
 
 
-def test_an_image_that_the_engine_refuses_waits_for_its_siblings(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when others fill the room between two of them; some of the form's are in work then."""
+def test_an_image_without_room_waits_for_the_forms_others(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example when others fill the room between two of them, while some of the form's are in flight."""
     refused: list[int] = []
     submit_to = Engine.submit_to
 
@@ -153,10 +151,10 @@ def test_an_image_that_the_engine_refuses_waits_for_its_siblings(http: Http, mon
     assert len(refused) < 3 * len(BODIES), "each asks again when one has ended, and not before"
 
 
-def test_an_image_that_cannot_be_decoded_yet_waits_for_its_siblings(
+def test_an_image_that_cannot_be_decoded_yet_waits_for_the_forms_others(
     http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when others have large pictures decoded: whoever has to wait for these too long is refused."""
+    """For example while others' large images are decoded: images that would wait too long are refused."""
     n_asked = 0
     decode = ImageDecoder.decode
 
@@ -181,10 +179,10 @@ def narrow(folder: Path) -> Iterator[tuple[Http, Engine]]:
         yield client, engines[0]
 
 
-def test_images_that_cannot_be_decoded_yet_do_not_keep_their_siblings_from_it(
+def test_images_that_cannot_be_decoded_yet_do_not_block_the_forms_others(
     narrow: tuple[Http, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each kept its turn as it waited; those behind waited for a turn, and nobody was left to end."""
+    """Waiting images once kept their turns, so the ones behind waited for a turn forever."""
     http, engine = narrow
     n_asked = 0
     decode = ImageDecoder.decode
@@ -232,7 +230,7 @@ def test_a_long_form_leaves_room_for_others(narrow: tuple[Http, Engine]) -> None
         assert form.result(LIMIT_S)["answered"] == 2 * len(BODIES)
 
 
-def test_images_that_wait_for_siblings_hear_when_their_deadline_passes(narrow: tuple[Http, Engine]) -> None:
+def test_images_that_wait_for_others_of_the_form_keep_their_deadlines(narrow: tuple[Http, Engine]) -> None:
     http, engine = narrow
     with ThreadPoolExecutor() as pool:
         with busy(engine):
@@ -244,9 +242,7 @@ def test_images_that_wait_for_siblings_hear_when_their_deadline_passes(narrow: t
     assert engine.stats().submitted == 4, "the others have never come to the engine"
 
 
-def test_a_bug_is_counted_for_every_image_and_the_others_are_given_up(
-    http: Http, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_counts_for_every_image_and_abandons_the_others(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
     counted, given_up = outcomes(http), Counter[str]()
 
     async def answer(delivery: Delivery, image: NDArray[np.uint8], options: Options) -> Answer:
@@ -269,7 +265,7 @@ def test_a_bug_is_counted_for_every_image_and_the_others_are_given_up(
 
 @pytest.mark.parametrize("path", ["/classify/batch", "/classify/stream", "/classify"])
 @pytest.mark.parametrize("room", [1024, 8])
-def test_a_client_that_leaves_is_given_up_with_all_its_images(folder: Path, path: str, room: int) -> None:
+def test_a_client_that_leaves_abandons_all_its_images(folder: Path, path: str, room: int) -> None:
     engines: list[Engine] = []
     app = build_app(folder, keep=engines.append, max_in_flight=room)
     n_images = len(BODIES) if "batch" in path else 1

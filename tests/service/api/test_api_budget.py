@@ -1,4 +1,4 @@
-"""`/budget`: said in three ways, and refused with its range."""
+"""`/budget`: set in three ways, and refused with its range."""
 
 import threading
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def http(folder: Path) -> Iterator[Http]:
         yield client
 
 
-def test_the_budget_is_told_in_three_ways(http: Http) -> None:
+def test_the_budget_is_reported_in_three_ways(http: Http) -> None:
     full = http.get("/model").json()["exits"][-1]["executed_mflops"]
     state = http.put("/budget", json={"fraction": 0.5}).json()
     assert state["average_mflops"] == pytest.approx(0.5 * full, rel=1e-5)
@@ -49,7 +49,7 @@ def test_the_budget_is_told_in_three_ways(http: Http) -> None:
 
 
 @pytest.mark.parametrize("kind", ["average_mflops", "fraction", "accuracy"])
-def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, kind: str) -> None:
+def test_the_reported_limits_are_accepted_and_values_beyond_are_not(http: Http, kind: str) -> None:
     allowed = http.get("/budget").json()["allowed"][kind]
     for value in allowed.values():
         assert http.put("/budget", json={kind: value}).status_code == 200
@@ -98,7 +98,7 @@ def test_the_limits_told_are_taken_and_what_is_beyond_them_is_not(http: Http, ki
         (b" " * 70_000, 413, "body-too-large"),
     ],
 )
-def test_what_is_no_budget_is_refused(http: Http, body: bytes, status: int, kind: str) -> None:
+def test_invalid_budgets_are_refused(http: Http, body: bytes, status: int, kind: str) -> None:
     document = problem(http.put("/budget", content=body, headers=JSON), status, kind)
     assert "fraction" in document["detail"]
     assert "image" not in document["detail"]
@@ -112,7 +112,7 @@ def test_what_is_no_budget_is_refused(http: Http, body: bytes, status: int, kind
         (b'{"fraction": 0.5, "fraction": 0.9}', "fraction is given twice"),
     ],
 )
-def test_why_it_is_no_budget_is_told(http: Http, body: bytes, why: str) -> None:
+def test_refusals_of_budgets_have_the_reason(http: Http, body: bytes, why: str) -> None:
     before = http.get("/budget").json()["average_mflops"]
     assert http.put("/budget", content=body, headers=JSON).json()["detail"].startswith(why)
     assert http.get("/budget").json()["average_mflops"] == before
@@ -124,7 +124,7 @@ def test_a_budget_is_json(http: Http) -> None:
         problem(http.put("/budget", content=b'{"fraction": 0.5}', headers=headers), 415, "unsupported-media-type")
 
 
-def test_a_budget_above_the_frontiers_end_is_saved_not_spent(folder: Path) -> None:
+def test_a_budget_above_the_frontiers_end_is_not_spent(folder: Path) -> None:
     with serving(build_app(folder, budget_fraction=None)) as http:
         state = http.get("/budget").json()
         assert state["fraction"] == pytest.approx(1)
@@ -160,7 +160,7 @@ def test_the_ledger_equals_the_answers(folder: Path) -> None:
 # --- a latency target -------------------------------------------------------------------------------------------
 
 
-def test_a_latency_target_goes_with_the_whole_network_or_a_ceiling_and_ends_with_the_next_budget(http: Http) -> None:
+def test_a_latency_target_may_have_a_ceiling_and_ends_with_the_next_budget(http: Http) -> None:
     state = http.put("/budget", json={"latency_ms": 60_000}).json()
     assert (state["fraction"], state["latency"]["target_ms"]) == (1.0, 60_000)
     state = http.put("/budget", json={"latency_ms": 50.5, "fraction": 0.5}).json()
@@ -185,8 +185,8 @@ def test_a_target_can_be_set_at_the_start(folder: Path) -> None:
         assert (state["fraction"], state["latency"]["target_ms"]) == (pytest.approx(0.6, rel=1e-5), 75)
 
 
-def test_late_answers_lower_the_working_budget_and_everybody_is_told(folder: Path) -> None:
-    """No image is answered within a millisecond of its last byte, so that the budget has to give way."""
+def test_late_answers_lower_the_working_budget_which_is_reported(folder: Path) -> None:
+    """No image is answered within a millisecond of its last byte, so the budget must fall."""
     with serving(build_app(folder, access_log="off")) as http:
         full = http.get("/model").json()["exits"][-1]["executed_mflops"]
         http.put("/budget", json={"latency_ms": 1, "fraction": 0.8})
@@ -225,8 +225,8 @@ def test_late_answers_lower_the_working_budget_and_everybody_is_told(folder: Pat
         assert "exitserve_latency_limited 0.0" in http.get("/metrics").text
 
 
-def test_what_is_kept_and_how_it_was_asked_for_never_part() -> None:
-    """Two set a budget at once: the engine keeps the last one's, and so is it told; each hears of its own."""
+def test_the_engines_budget_and_the_reported_one_never_differ() -> None:
+    """Two clients set a budget at once: the engine keeps the last one, `/budget` reports it, and each gets its own."""
     began, go_on, kept = threading.Event(), threading.Event(), [0.0]
 
     class Engine:
@@ -251,8 +251,8 @@ def test_what_is_kept_and_how_it_was_asked_for_never_part() -> None:
     assert keeper.read() == (Target("fraction", 2.0), 2.0)
 
 
-def test_whoever_sets_a_budget_is_answered_with_it(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though another client has set one by the time the answer is written."""
+def test_setting_a_budget_returns_that_budget(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if another client has set one before the answer is written."""
     keep = Keeper.set
 
     def keep_and_be_overtaken(keeper: Keeper, target: Target) -> Any:

@@ -1,4 +1,4 @@
-"""What a query may ask for: read, refused, and kept."""
+"""Query options: parsed, validated, and applied."""
 
 from collections.abc import Iterator
 from math import inf
@@ -35,11 +35,11 @@ READER = OptionReader(100, (13.391768, 22.9, 60.307544))
         (b"deadline_ms=1.5", Asked(Options(5), 1.5)),
     ],
 )
-def test_a_query_is_read(query: bytes, asked: Asked) -> None:
+def test_a_query_is_parsed(query: bytes, asked: Asked) -> None:
     assert READER.read(query) == asked
 
 
-def test_a_deadline_counts_from_the_moment_the_body_is_there() -> None:
+def test_a_deadline_counts_from_the_complete_body() -> None:
     options = READER.read(b"deadline_ms=250&exit=2").at(100.0)
     assert (options.deadline_s, options.exit, options.is_plain) == (100.25, 2, False)
     assert READER.read(b"").at(100.0) is READER.default.options  # nothing is made for who asks for nothing
@@ -66,7 +66,7 @@ def test_a_deadline_counts_from_the_moment_the_body_is_there() -> None:
         ("deadline=5", "not known"),
     ],
 )
-def test_a_bad_query_is_refused_with_what_may_be_given(query: str, says: str) -> None:
+def test_a_bad_query_is_refused_with_the_valid_values(query: str, says: str) -> None:
     with pytest.raises(Problem) as refused:
         READER.read(query.encode())
     assert (refused.value.status, refused.value.kind) == (422, "bad-parameter")
@@ -75,7 +75,7 @@ def test_a_bad_query_is_refused_with_what_may_be_given(query: str, says: str) ->
 
 
 @given(st.dictionaries(st.sampled_from(KNOWN), st.text("0123456789.-+eEnaif_ ", max_size=12)))
-def test_any_query_is_read_within_its_limits_or_refused(query: dict[str, str]) -> None:
+def test_any_query_is_parsed_within_its_limits_or_refused(query: dict[str, str]) -> None:
     text = "&".join(f"{name}={value.replace(' ', '%20').replace('+', '%2B')}" for name, value in query.items())
     try:
         asked = READER.read(text.encode())
@@ -103,7 +103,7 @@ def http(folder: Path, engines: list[Any]) -> Iterator[Http]:
         yield client
 
 
-def test_options_are_kept(http: Http) -> None:
+def test_options_are_applied(http: Http) -> None:
     def ask(query: str) -> dict[str, Any]:
         response = http.post("/classify?" + query, content=BODY, headers=PNG)
         assert response.status_code == 200, response.text
@@ -124,7 +124,7 @@ def test_options_are_kept(http: Http) -> None:
     assert "deadline" in http.get("/metrics").text
 
 
-def test_a_deadline_that_passes_before_anything_ran_is_told_as_such(http: Http, engines: list[Any]) -> None:
+def test_a_deadline_that_passes_before_the_first_exit_is_reported(http: Http, engines: list[Any]) -> None:
     engine = engines[0]
     go_on = keep_busy(engine)
 

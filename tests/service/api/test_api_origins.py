@@ -1,4 +1,4 @@
-"""Pages of other origins: what a browser asks beforehand, and hears. `test_origins.py` has a real one ask."""
+"""Cross-origin requests: preflights and headers. `test_origins.py` uses a real browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ def asking(origin: str = SHOP, method: str = "POST", fields: str = "content-type
     }
 
 
-def test_a_page_that_may_is_told_so(http: Http) -> None:
+def test_allowed_origins_get_cors_headers(http: Http) -> None:
     response = http.request("OPTIONS", "/classify", headers=asking())
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == SHOP
@@ -40,7 +40,7 @@ def test_a_page_that_may_is_told_so(http: Http) -> None:
         (asking("https://other.example", "PUT"), "origin, method"),
     ],
 )
-def test_a_page_that_may_not_is_told_by_a_problem(http: Http, headers: dict[str, str], why: str) -> None:
+def test_preflights_of_other_origins_get_a_problem(http: Http, headers: dict[str, str], why: str) -> None:
     response = http.request("OPTIONS", "/budget", headers=headers)
     document = problem(response, 400, "page-not-allowed")
     assert f"because of its {why}:" in document["detail"]

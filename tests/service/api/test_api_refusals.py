@@ -1,4 +1,4 @@
-"""What the HTTP face refuses: each with a problem document that says why, at once, and the server goes on."""
+"""Refusals of the HTTP API: each at once, with a problem document that has the reason, and the server goes on."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -96,7 +96,7 @@ def test_other_content_types_are_refused(http: Http, content_type: str) -> None:
     assert "image/png" in response.headers["accept-post"]
 
 
-def test_who_forgets_to_tell_curl_the_content_type_is_told_how(http: Http) -> None:
+def test_curls_default_content_type_is_refused_with_the_fix(http: Http) -> None:
     own = {"Content-Type": "application/x-www-form-urlencoded"}  # of curl --data-binary
     for call, header in (("/classify", "image/png"), ("/classify/batch", "multipart/form-data")):
         document = problem(http.post(call, content=BODIES[0], headers=own), 415, "unsupported-media-type")
@@ -105,7 +105,7 @@ def test_who_forgets_to_tell_curl_the_content_type_is_told_how(http: Http) -> No
     assert "-H 'Content-Type: application/json'" in document["detail"]
 
 
-def test_a_body_too_large_is_refused_by_its_length_and_by_its_count(http: Http) -> None:
+def test_too_large_bodies_are_refused_by_declared_and_by_actual_length(http: Http) -> None:
     body = bytes(100_001)
     document = problem(http.post("/classify", content=body, headers=PNG), 413, "body-too-large")
     assert document["limit_bytes"] == 100_000
@@ -153,7 +153,7 @@ def test_a_bad_form_is_refused(http: Http, body: bytes, content_type: str, statu
     content_type=st.sampled_from(["image/png", "multipart/form-data; boundary=XX", "image/gif", "text/plain"]),
     query=st.one_of(st.just(""), st.sampled_from(["top_k=2", "top_k=a", "x", "&&", "top_k=2&x=%"])),
 )
-def test_whatever_is_sent_is_answered_or_refused_with_a_reason(
+def test_any_body_is_answered_or_refused_with_a_reason(
     http: Http, body: bytes, damage: list[tuple[int, int]], content_type: str, query: str
 ) -> None:
     sent = bytearray(body)
@@ -179,7 +179,7 @@ def test_a_bug_is_a_problem_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert 'exitserve_requests_total{outcome="failed"} 1.0' in client.get("/metrics").text
 
 
-def test_what_is_not_there_and_what_is_asked_wrongly(http: Http) -> None:
+def test_unknown_paths_and_wrong_methods(http: Http) -> None:
     problem(http.get("/nowhere"), 404, "not-found")
     response = http.get("/classify")
     problem(response, 405, "method-not-allowed")
@@ -194,13 +194,13 @@ def test_what_is_not_there_and_what_is_asked_wrongly(http: Http) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/model", "/budget", "/web/main.js"])
-def test_what_can_be_got_has_a_head(http: Http, path: str) -> None:
+def test_every_get_route_answers_head(http: Http, path: str) -> None:
     head, whole = http.request("HEAD", path), http.get(path)
     assert head.status_code == whole.status_code == 200
     assert head.headers["content-type"] == whole.headers["content-type"]
 
 
-def test_bodies_held_are_bounded_in_sum(folder: Path) -> None:
+def test_the_total_size_of_bodies_is_limited(folder: Path) -> None:
     form, sent = f"--XX\r\n{DISPOSITION}\r\n\r\n".encode(), {"Content-Type": "multipart/form-data; boundary=XX"}
     with serving(build_app(folder, max_body_bytes=60_000, max_held_bytes=100_000)) as http:
         first_waits, go_on = Event(), Event()
@@ -225,7 +225,9 @@ def test_bodies_held_are_bounded_in_sum(folder: Path) -> None:
         assert http.post("/classify", content=large, headers=PNG).status_code == 200
 
 
-def test_overload_says_when_to_come_back_before_the_body_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overload_is_refused_with_retry_after_before_the_body_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engines: list[Engine] = []
     with serving(build_app(folder, keep=engines.append)) as client:
         admission = engines[0]._admission

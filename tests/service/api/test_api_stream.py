@@ -1,4 +1,4 @@
-"""`/classify/stream`: a line for every exit, the last one the answer; and what happens where it cannot be had."""
+"""`/classify/stream`: a line per exit, the last with the answer; and failures on the way."""
 
 import asyncio
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def test_there_is_a_line_for_every_exit_and_the_last_is_the_answer(http: Http) -
     assert len(last["top_k"]) == 3
 
 
-def test_the_lines_lead_to_the_answer_that_classify_gives(http: Http) -> None:
+def test_the_last_line_is_the_answer_of_classify(http: Http) -> None:
     for body in BODIES:
         *steps, last = lines(http, "?min_confidence=0.5", body)
         plain = http.post("/classify?min_confidence=0.5", content=body, headers=PNG).json()
@@ -79,7 +79,9 @@ def test_the_lines_lead_to_the_answer_that_classify_gives(http: Http) -> None:
         ("", b"", 400, "empty-image"),
     ],
 )
-def test_what_is_wrong_from_the_start_has_a_status(http: Http, query: str, body: bytes, status: int, kind: str) -> None:
+def test_errors_before_the_first_line_have_a_status(
+    http: Http, query: str, body: bytes, status: int, kind: str
+) -> None:
     problem(http.post(f"/classify/stream{query}", content=body, headers=PNG), status, kind)
 
 
@@ -90,7 +92,7 @@ def test_what_is_wrong_from_the_start_has_a_status(http: Http, query: str, body:
         (KeyError("a fault of the server's own"), "internal-error", "Report it with request id"),
     ],
 )
-def test_what_fails_on_the_way_is_the_last_line(
+def test_errors_after_the_first_line_are_the_last_line(
     http: Http, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, told: str
 ) -> None:
     async def breaks(*args: Any) -> Any:
@@ -116,8 +118,8 @@ def failed(http: Http) -> float:
     return float(line.split()[-1])
 
 
-def test_a_line_leaves_as_soon_as_its_exit_has_spoken(http: Http, engines: list[Engine]) -> None:
-    """The engine's thread is held after exit 1; the line of exit 1 comes all the same."""
+def test_a_line_is_sent_as_soon_as_its_exit_is_done(http: Http, engines: list[Engine]) -> None:
+    """The engine's thread is blocked after exit 1, but the line of exit 1 arrives."""
     engine = engines[0]
 
     async def follow() -> None:
@@ -142,7 +144,7 @@ async def _all(told: Any) -> list[Step | Answer]:
     return [item async for item in told]
 
 
-def test_a_client_that_leaves_in_the_middle_is_given_up(http: Http, engines: list[Engine]) -> None:
+def test_a_client_that_leaves_in_the_middle_abandons_its_image(http: Http, engines: list[Engine]) -> None:
     engine = engines[0]
     before = engine.stats().abandoned
 

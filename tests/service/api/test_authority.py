@@ -1,4 +1,4 @@
-"""`PUT /budget` is for those who may: the holder of the token, or without one this machine's own clients."""
+"""`PUT /budget` requires the token, or without one a client on this machine."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ TOKEN = "correct-horse-battery"
         ("127.0.0.1", "http://localhost:8000", {"Forwarded": "for=10.0.0.1"}, False),
     ],
 )
-def test_without_a_token_only_this_machine_may(client: str, url: str, headers: dict[str, str], allowed: bool) -> None:
+def test_without_a_token_only_local_clients_are_allowed(
+    client: str, url: str, headers: dict[str, str], allowed: bool
+) -> None:
     request = asked_by(client, url, headers)
     if allowed:
         require_authority(request, None)
@@ -49,13 +51,13 @@ def asked_by(client: str, url: str, headers: dict[str, str]) -> Request:
     return Request({**scope, "client": (client, 50_000)})
 
 
-def test_a_remote_client_without_a_token_changes_nothing(folder: Path) -> None:
+def test_a_remote_client_without_a_token_is_refused(folder: Path) -> None:
     with serving(build_app(folder), client=("10.1.2.3", 50_000)) as http:
         problem(http.put("/budget", json={"fraction": 0.5}), 403, "not-local")
         assert http.get("/budget").json()["fraction"] == pytest.approx(0.6, rel=1e-5)
 
 
-def test_with_a_token_its_holders_may_wherever_they_are(folder: Path) -> None:
+def test_with_a_token_its_holders_are_allowed_from_anywhere(folder: Path) -> None:
     with serving(build_app(folder, admin_token=TOKEN), client=("10.1.2.3", 50_000)) as http:
 
         def put(**headers: str) -> Any:

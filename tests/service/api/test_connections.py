@@ -1,4 +1,4 @@
-"""Connections themselves: heads, bodies and clients that take too much room or too much time, and what is no HTTP."""
+"""Connections: heads, bodies and clients that take too much memory or time, and data that is not HTTP."""
 
 import contextlib
 import gc
@@ -29,7 +29,7 @@ QUIET_S = 1.0
 
 @pytest.fixture
 def hasty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
-    """A server that waits for nobody."""
+    """A server with very short timeouts."""
     with serving(folder, body_timeout_s=QUIET_S) as served:
         monkeypatch.setattr(served.server.config, "timeout_keep_alive", QUIET_S)
         yield served
@@ -40,7 +40,7 @@ def reset(line: Line) -> None:
     line.close()
 
 
-def test_what_follows_the_last_chunk_is_no_part_of_the_head(line: Line) -> None:
+def test_trailers_do_not_count_as_part_of_the_head(line: Line) -> None:
     line.send(CHUNKED + CHUNK + b"0\r\nX-Request-ID: of-a-trailer\r\nContent-Type: text/plain\r\n\r\n")
     status, headers, document = line.receive()
     assert status == 200
@@ -48,7 +48,7 @@ def test_what_follows_the_last_chunk_is_no_part_of_the_head(line: Line) -> None:
 
 
 @pytest.mark.parametrize("begin", [b"", b"POST /classify HT", b"\r\n"])
-def test_a_connection_that_says_nothing_whole_is_closed(hasty: Here, begin: bytes) -> None:
+def test_a_connection_without_a_complete_request_is_closed(hasty: Here, begin: bytes) -> None:
     with contextlib.closing(hasty.connect()) as line:
         line.send(begin)
         assert line.ended()
@@ -59,7 +59,7 @@ def test_a_connection_that_says_nothing_whole_is_closed(hasty: Here, begin: byte
         assert line.ended()
 
 
-def test_a_head_that_comes_in_drops_is_not_waited_for(hasty: Here) -> None:
+def test_a_slow_head_times_out(hasty: Here) -> None:
     with contextlib.closing(hasty.connect()) as line:
         line.send(b"GET / HTTP/1.1\r\n")
         line.socket.settimeout(0.05)
@@ -76,7 +76,7 @@ def test_a_head_that_comes_in_drops_is_not_waited_for(hasty: Here) -> None:
         wait_until("it is closed", closed)
 
 
-def test_a_body_that_nobody_wants_is_not_waited_for(hasty: Here) -> None:
+def test_an_unwanted_body_is_not_waited_for(hasty: Here) -> None:
     with contextlib.closing(hasty.connect()) as line:
         line.send(head(1_000_000_000))
         assert line.receive()[0] == 413
@@ -84,7 +84,9 @@ def test_a_body_that_nobody_wants_is_not_waited_for(hasty: Here) -> None:
         assert line.ended()
 
 
-def test_what_is_no_http_gets_a_problem_and_a_line(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_that_is_not_http_gets_a_problem_and_a_log_line(
+    here: Here, line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "service.access")
     line.send(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03")  # a TLS client's hello
     status, headers, document = line.receive()
@@ -99,7 +101,7 @@ def test_what_is_no_http_gets_a_problem_and_a_line(here: Here, line: Line, caplo
     assert told.items() <= logged.items()
 
 
-def test_a_request_before_what_is_none_gets_its_own_answer(here: Here) -> None:
+def test_a_request_before_invalid_data_gets_its_own_answer(here: Here) -> None:
     for first in (request(BODY), request(BODY, Connection="keep-alive", Expect="nothing")):
         go_on = keep_busy(here.engine)
         with contextlib.closing(here.connect()) as line:
@@ -111,7 +113,7 @@ def test_a_request_before_what_is_none_gets_its_own_answer(here: Here) -> None:
             assert line.ended()
 
 
-def test_a_broken_body_is_told_at_once(here: Here, line: Line) -> None:
+def test_a_broken_body_is_refused_at_once(here: Here, line: Line) -> None:
     line.send(CHUNKED + b"what is this?\r\n")
     status, _, document = line.receive()
     assert (status, document["type"]) == (400, "urn:exitserve:problem:broken-request")
@@ -120,7 +122,7 @@ def test_a_broken_body_is_told_at_once(here: Here, line: Line) -> None:
 
 
 def test_requests_before_a_broken_body_get_their_own_answers(here: Here, caplog: pytest.LogCaptureFixture) -> None:
-    """They were dropped where it had come while the first of them was in work."""
+    """They were once dropped if the broken body had arrived while the first was in progress."""
     caplog.set_level(logging.INFO, "service.access")
     for first in (request(BODY), request(BODY, Expect="nothing")):
         go_on = keep_busy(here.engine)
@@ -140,7 +142,7 @@ def test_requests_before_a_broken_body_get_their_own_answers(here: Here, caplog:
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_a_client_that_asks_before_it_sends_is_not_kept_where_it_is_refused(here: Here, line: Line) -> None:
+def test_a_refused_client_that_expects_100_continue_is_disconnected(here: Here, line: Line) -> None:
     line.send(head(len(BODY), Expect="100-continue"))
     assert line.socket.recv(100).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
     line.send(BODY)
@@ -155,7 +157,7 @@ def test_a_client_that_asks_before_it_sends_is_not_kept_where_it_is_refused(here
             assert other.ended()
 
 
-def test_a_client_that_takes_nothing_is_not_waited_for() -> None:
+def test_a_client_that_does_not_read_times_out() -> None:
     with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         accepted, _ = listener.accept()
         with accepted:
@@ -180,8 +182,8 @@ def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:
         wait_until("nothing holds it", forgotten)
 
 
-def test_a_client_that_sends_ahead_and_leaves_is_given_up(here: Here, caplog: pytest.LogCaptureFixture) -> None:
-    """uvicorn tells the request alone that came last: the one in work went on, and wrote to nobody with a trace."""
+def test_a_pipelining_client_that_leaves_abandons_its_requests(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn notifies only the last request: the one in progress went on and failed with a traceback when writing."""
     before = here.engine.stats().abandoned
     go_on = keep_busy(here.engine)
     try:
@@ -196,8 +198,8 @@ def test_a_client_that_sends_ahead_and_leaves_is_given_up(here: Here, caplog: py
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_what_is_sent_ahead_without_end_waits_unread(here: Here, line: Line) -> None:
-    """uvicorn read on with every answer: one connection took 50 MB a second, and the time of all others."""
+def test_endless_pipelined_requests_are_not_read_ahead(here: Here, line: Line) -> None:
+    """uvicorn resumed reading with every answer: one connection took 50 MB/s, and the time of all others."""
     go_on = keep_busy(here.engine)
     try:
         line.send(CHUNKED + CHUNK + b"0\r\n\r\n")
@@ -227,7 +229,7 @@ def test_what_is_sent_ahead_without_end_waits_unread(here: Here, line: Line) -> 
     ],
     ids=["budget", "stream"],
 )
-def test_a_client_that_leaves_within_a_body_is_nobodys_error(
+def test_a_client_that_leaves_within_a_body_causes_no_error(
     here: Here, caplog: pytest.LogCaptureFixture, begun: bytes, path: str
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -245,8 +247,8 @@ UPGRADE = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Set
 
 
 @pytest.mark.parametrize("n_bytes", [1, 300, 10_000])
-def test_a_wish_to_upgrade_is_passed_over_and_the_body_is_not(line: Line, n_bytes: int) -> None:
-    """As Java's HttpClient sends its first request, whatever its body is."""
+def test_an_upgrade_header_is_ignored_and_the_body_is_read(line: Line, n_bytes: int) -> None:
+    """Java's HttpClient sends it with its first request, whatever the body."""
     chunked = CHUNKED.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n") + CHUNK + b"0\r\n\r\n"
     plain = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
     data = request(BODY, **UPGRADE) + chunked + plain + request(BODY)
@@ -257,7 +259,7 @@ def test_a_wish_to_upgrade_is_passed_over_and_the_body_is_not(line: Line, n_byte
     assert ["label" in document for _, _, document in told] == [True, True, False, True]
 
 
-def test_what_comes_by_http_1_0_may_be_a_proxys(line: Line) -> None:
+def test_http_1_0_requests_count_as_from_a_proxy(line: Line) -> None:
     put = b"PUT /budget HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 15\r\n\r\n"
     put += b'{"fraction": 1}'
     line.send(put)
@@ -282,7 +284,7 @@ def test_a_client_of_http_1_0_is_sent_no_chunks(line: Line) -> None:
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
-def test_what_has_a_length_says_so_to_a_client_of_http_1_0(line: Line, method: bytes) -> None:
+def test_a_client_of_http_1_0_gets_a_content_length(line: Line, method: bytes) -> None:
     line.send(method + b" /web/style.css HTTP/1.0\r\nHost: localhost\r\n\r\n")
     answer = b""
     while data := line.socket.recv(65536):
@@ -292,9 +294,7 @@ def test_what_has_a_length_says_so_to_a_client_of_http_1_0(line: Line, method: b
     assert bool(body) is (method == b"GET")
 
 
-def test_how_briefly_it_is_kept_when_idle_says_nothing_of_its_first_request(
-    here: Here, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_idle_timeout_does_not_apply_to_the_first_request(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(here.server.config, "timeout_keep_alive", 0.001)
     with contextlib.closing(here.connect()) as line:
         started = monotonic()

@@ -1,4 +1,4 @@
-"""Heads of requests that are longer than any are, or have no end: however they are cut on their way."""
+"""Heads of requests that are too long or endless, however they are split into packets."""
 
 import contextlib
 
@@ -34,7 +34,7 @@ def pour(line: Line, data: bytes, n_bytes: int) -> None:
         (CHUNKED + CHUNK + b"0\r\nX-Trailer: ", b"x" * 10_000),
     ],
 )
-def test_what_has_no_end_is_refused(here: Here, line: Line, begin: bytes, more: bytes) -> None:
+def test_endless_heads_are_refused(here: Here, line: Line, begin: bytes, more: bytes) -> None:
     line.send(begin)
     pour(line, more, 50_000_000)
     with contextlib.suppress(ConnectionError, IndexError):  # closed on unread bytes, it may lose its answer
@@ -46,7 +46,7 @@ def test_what_has_no_end_is_refused(here: Here, line: Line, begin: bytes, more: 
     wait_until("nothing is in work", lambda: here.app.lifecycle.requests_in_flight == 0)
 
 
-def test_a_head_that_is_too_long_is_told_so(line: Line) -> None:
+def test_a_head_that_is_too_long_gets_a_problem(line: Line) -> None:
     line.send(b"GET /" + b"x" * 70_000)
     status, headers, document = line.receive()
     assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
@@ -70,7 +70,7 @@ LONG = b"X-Long: " + b"x" * 70_000 + b"\r\n"
     ids=["field", "fields", "target", "picture", "trailer"],
 )
 @pytest.mark.parametrize("n_bytes", [1_000_000, 40_000, 4000])
-def test_a_head_is_too_long_however_it_is_cut(here: Here, line: Line, data: bytes, n_bytes: int) -> None:
+def test_the_limit_does_not_depend_on_how_a_head_is_split(here: Here, line: Line, data: bytes, n_bytes: int) -> None:
     with contextlib.suppress(ConnectionError):  # it hears nothing more once it is refused
         for start in range(0, len(data), n_bytes):
             line.send(data[start : start + n_bytes])
@@ -84,14 +84,14 @@ def test_a_head_is_too_long_however_it_is_cut(here: Here, line: Line, data: byte
     wait_until("nothing is in work", lambda: here.app.lifecycle.requests_in_flight == 0)
 
 
-def test_a_head_that_is_too_long_is_so_behind_another(line: Line) -> None:
+def test_the_limit_applies_to_pipelined_heads(line: Line) -> None:
     line.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HTTP/1.1\r\n" + LONG + b"\r\n")
     status, headers, _ = line.receive()
     assert (status, headers["connection"]) == (200, "close")
     assert line.ended()
 
 
-def test_a_long_head_is_no_matter_with_a_large_picture(line: Line) -> None:
+def test_a_long_head_with_a_large_body_is_accepted(line: Line) -> None:
     line.send(request(b"x" * 150_000, X_Long="x" * 60_000))
     status, _, document = line.receive()
     assert (status, document["type"]) == (400, "urn:exitserve:problem:not-an-image")

@@ -1,4 +1,4 @@
-"""Between the event loop and the engine: clients that leave, and answers that find their own request."""
+"""Between the event loop and the engine: clients that leave, and answers for the right request."""
 
 import asyncio
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def engine(bundle_path: Path) -> Iterator[Engine]:
 
 
 def keep_busy(engine: Engine) -> Event:
-    """Occupy the engine's thread until the event returned is set; it takes nothing meanwhile."""
+    """Block the engine's thread until the returned event is set."""
     busy, go_on = Event(), Event()
 
     def wait() -> None:
@@ -52,7 +52,7 @@ async def leaves() -> Message:
     return {"type": "http.disconnect"}
 
 
-def test_a_client_that_leaves_is_given_up(engine: Engine) -> None:
+def test_a_client_that_leaves_abandons_its_image(engine: Engine) -> None:
     async def ask() -> None:
         delivery = Delivery(engine)
         go_on = keep_busy(engine)
@@ -68,7 +68,7 @@ def test_a_client_that_leaves_is_given_up(engine: Engine) -> None:
     assert (stats.submitted, stats.answered, stats.abandoned, stats.in_flight_rows) == (2, 1, 1, 0)
 
 
-def test_a_cancelled_request_is_given_up_as_well(engine: Engine) -> None:
+def test_a_cancelled_request_abandons_its_image(engine: Engine) -> None:
     async def ask() -> None:
         go_on = keep_busy(engine)
         task = asyncio.create_task(Delivery(engine).classify(IMAGES[0], Options(), stays))
@@ -96,7 +96,7 @@ def test_every_request_gets_its_own_answer(engine: Engine) -> None:
     assert len({a.confidence for a in alone}) == len(IMAGES)
 
 
-def test_a_stopped_engine_says_so(engine: Engine) -> None:
+def test_a_stopped_engine_is_reported(engine: Engine) -> None:
     engine.drain(LIMIT_S)
     with pytest.raises(EngineDraining):
         asyncio.run(Delivery(engine).classify(IMAGES[0], Options(), stays))

@@ -1,4 +1,4 @@
-"""Requests that the protocol answers itself: over real sockets, the same as the application's answers in every way."""
+"""The fast path, over real sockets: its answers are the same as the application's."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def request(body: bytes = BODY, query: str = "", **more: str) -> bytes:
 
 @pytest.fixture
 def visits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of all bodies that come to the desk."""
+    """The lengths of all bodies that take the fast path."""
     lengths: list[int] = []
     take = Desk.take
 
@@ -69,7 +69,7 @@ def without_times(document: dict[str, Any]) -> dict[str, Any]:
         (BODY, "?exit=9", 422),
     ],
 )
-def test_the_answer_is_that_of_the_application(
+def test_the_answer_equals_the_applications(
     here: Here, visits: list[int], body: bytes, query: str, status: int
 ) -> None:
     with contextlib.closing(here.connect()) as line:
@@ -90,9 +90,7 @@ def test_the_answer_is_that_of_the_application(
     assert direct[1]["x-request-id"] == direct[2].get("request_id", direct[1]["x-request-id"])
 
 
-def test_bodies_in_pieces_and_other_unusual_requests_are_the_applications(
-    here: Here, line: Line, visits: list[int]
-) -> None:
+def test_bodies_in_pieces_and_unusual_requests_go_to_the_application(here: Here, line: Line, visits: list[int]) -> None:
     data = request()
     line.send(data[:-100])
     wait_until("the application has the request", lambda: here.app.lifecycle.requests_in_flight == 1)
@@ -108,7 +106,7 @@ def test_bodies_in_pieces_and_other_unusual_requests_are_the_applications(
     assert len(visits) == 1
 
 
-def test_requests_sent_ahead_are_answered_in_order(here: Here, line: Line) -> None:
+def test_pipelined_requests_are_answered_in_order(here: Here, line: Line) -> None:
     go_on = keep_busy(here.engine)
     wanted = [request(query=f"?top_k={k}") for k in (1, 2, 3)] + [request(b"none"), request(query="?top_k=4")]
     line.send(b"".join(wanted))
@@ -130,7 +128,7 @@ def test_many_connections_each_get_their_own_answer(here: Here, visits: list[int
         line.close()
 
 
-def test_a_head_that_comes_again_is_not_parsed_again(
+def test_a_repeated_head_is_not_parsed_again(
     here: Here, line: Line, visits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[bytes] = []
@@ -197,7 +195,7 @@ def test_a_quiet_connection_is_closed_and_a_busy_one_is_not(
     line.close()
 
 
-def test_a_client_that_leaves_is_given_up_at_once(here: Here) -> None:
+def test_a_client_that_leaves_abandons_its_image_at_once(here: Here) -> None:
     before = here.engine.stats().abandoned
     gone = 'exitserve_requests_total{outcome="abandoned"}'
     counted = here.metric(gone)
@@ -212,7 +210,7 @@ def test_a_client_that_leaves_is_given_up_at_once(here: Here) -> None:
     assert here.metric(gone) == counted + 1
 
 
-def test_a_connection_that_stays_keeps_no_picture(here: Here, line: Line) -> None:
+def test_an_open_connection_keeps_no_image_in_memory(here: Here, line: Line) -> None:
     body = BODY + bytes(50_000)  # what follows a picture's end is ignored
     cycles: list[Any] = []
     for _ in range(100):  # a body that a busy machine reads in two parts takes the other way
@@ -225,7 +223,7 @@ def test_a_connection_that_stays_keeps_no_picture(here: Here, line: Line) -> Non
     assert not here.app.desk._bodies
 
 
-def test_where_there_is_no_room_the_head_is_enough_and_the_connection_stays(
+def test_without_room_it_refuses_after_the_head_and_keeps_the_connection(
     here: Here, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     admission = here.engine._admission
@@ -261,7 +259,7 @@ def test_a_bug_is_a_problem_and_the_next_request_an_answer(
     assert here.app.lifecycle.requests_in_flight == 0
 
 
-def test_a_visit_that_cannot_even_be_told_holds_up_nobody_behind_it(
+def test_a_request_whose_error_cannot_be_sent_does_not_block_the_next(
     here: Here, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object) -> None:
@@ -281,7 +279,7 @@ def test_a_visit_that_cannot_even_be_told_holds_up_nobody_behind_it(
         wait_until("the one behind it is submitted", lambda: here.engine.stats().submitted > n_submitted)
 
 
-def test_each_leaves_a_line_in_the_log(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_request_is_logged(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
     line.send(request(query="?exit=2", traceparent=TRACEPARENT, X_Request_ID="mine-1"))
     assert line.receive()[1]["x-request-id"] == "mine-1"
@@ -289,7 +287,7 @@ def test_each_leaves_a_line_in_the_log(here: Here, line: Line, caplog: pytest.Lo
     line.receive()
 
     def logged() -> list[dict[str, Any]]:
-        """Of these two: a client of a test before this one may have left only now."""
+        """Log lines of these two, since a client of an earlier test may leave only now."""
         lines = (JsonFormatter().format(record) for record in caplog.records if record.name == "service.access")
         return [line for line in map(json.loads, lines) if line["request_id"].startswith("mine-")]
 
@@ -307,7 +305,7 @@ def test_each_leaves_a_line_in_the_log(here: Here, line: Line, caplog: pytest.Lo
     assert {"status": 400, "problem": "not-an-image"}.items() <= second.items()
 
 
-def test_what_is_in_work_when_the_server_stops_is_answered_and_its_connection_closed(
+def test_requests_in_progress_at_the_stop_are_answered_and_connections_closed(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "service.access")

@@ -1,4 +1,4 @@
-"""Web pages of other origins: a real browser on a page that another server serves asks this one."""
+"""Cross-origin requests from a real browser, on a page served by another server."""
 
 import base64
 import functools
@@ -33,7 +33,7 @@ fetch(url + path, options).then(
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The origin of a page that somebody else serves."""
+    """The origin of a page on another server."""
     folder = tmp_path_factory.mktemp("shop")
     (folder / "index.html").write_text("<title>shop</title>")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
@@ -53,7 +53,7 @@ def ask(browser: Browser, server: ServerProcess, method: str, path: str) -> Any:
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_page_of_an_origin_that_is_allowed_may_classify_and_not_set_the_budget(
+def test_pages_of_an_allowed_origin_may_classify_but_not_set_the_budget(
     browser: Browser, shop: str, bundle: Path, tmp_path: Path, workers: str
 ) -> None:
     options = ("--lanes", "1", "--allow-origins", f"https://other.example {shop}", "--http-workers", workers)
@@ -73,7 +73,7 @@ def test_a_page_of_an_origin_that_is_allowed_may_classify_and_not_set_the_budget
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_page_of_any_other_origin_may_not(browser: Browser, shop: str, bundle: Path, tmp_path: Path) -> None:
+def test_pages_of_other_origins_may_not_classify(browser: Browser, shop: str, bundle: Path, tmp_path: Path) -> None:
     for allowed in ("", "https://other.example"):
         with running_server(bundle, tmp_path / "log", "--lanes", "1", "--allow-origins", allowed) as server:
             browser.open(shop)
@@ -81,7 +81,7 @@ def test_a_page_of_any_other_origin_may_not(browser: Browser, shop: str, bundle:
             assert ask(browser, server, "GET", "/model")[0] == 0
 
 
-def test_clients_that_name_no_origin_notice_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_clients_without_an_origin_are_not_affected(bundle: Path, tmp_path: Path) -> None:
     with running_server(bundle, tmp_path / "log", "--lanes", "1", "--allow-origins", "*") as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         for origin, named in ((None, None), ("https://any.example", "*"), (None, None)):
@@ -94,6 +94,6 @@ def test_clients_that_name_no_origin_notice_nothing(bundle: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("wrong", ["shop.example", "https://shop.example/path", "https://Shop.example", "null"])
-def test_what_is_no_origin_is_refused_by_name(wrong: str) -> None:
+def test_an_invalid_origin_is_refused_by_name(wrong: str) -> None:
     with pytest.raises(ValueError, match="is not an origin: write scheme"):
         Settings(allow_origins=wrong)

@@ -1,6 +1,6 @@
-"""Whatever a request to `/classify` is, the protocol's own way and the application's say, count and log the same.
+"""For any request to `/classify`, the fast path and the application give, count and log the same.
 
-Which way it takes depends on how its bytes arrive: whole, it is the protocol's; in two pieces, the application's.
+How its bytes arrive decides the path: complete ones take the fast path; those in two pieces go to the application.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def written(body: bytes, query: str, fields: list[str]) -> bytes:
 
 
 def counts(here: Here) -> dict[str, float]:
-    """All that counts requests, by name and labels."""
+    """All metrics that count requests, by name and labels."""
     text = httpx.get(here.url + "/metrics").text
     return {
         f"{sample.name} {sorted(sample.labels.items())}": sample.value
@@ -112,7 +112,7 @@ def counts(here: Here) -> dict[str, float]:
 
 
 def told(here: Here, pieces: list[bytes], caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
-    """Send a request, and return all that is said of it; without times, and names that are new each time."""
+    """Send a request; returns answer, log and counts, without times and ids, which always differ."""
     caplog.clear()
     before = counts(here)
     with contextlib.closing(here.connect()) as line:
@@ -144,7 +144,7 @@ def told(here: Here, pieces: list[bytes], caplog: pytest.LogCaptureFixture) -> d
 
 
 @pytest.mark.parametrize(("name", "query", "fields"), CASES)
-def test_both_ways_say_count_and_log_the_same(
+def test_both_paths_answer_count_and_log_the_same(
     here: Here, name: str, query: str, fields: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "service.access")
@@ -153,7 +153,9 @@ def test_both_ways_say_count_and_log_the_same(
     assert told(here, [data], caplog) == told(here, [data[:at], data[at:]], caplog)
 
 
-def test_they_are_two_ways(here: Here, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_whole_and_split_requests_take_different_paths(
+    here: Here, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "service.access")
     entered: list[str] = []
     take = Desk.take

@@ -1,4 +1,4 @@
-"""Real processes: a server with two HTTP workers does all that one without them does."""
+"""Real processes: a server with two HTTP workers behaves like one without."""
 
 import ctypes
 import json
@@ -48,7 +48,7 @@ def n_open_files(workers: list[int]) -> int:
 
 
 def is_running(pid: int) -> bool:
-    """Not ended; not a zombie either."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def is_running(pid: int) -> bool:
 
 
 def answer_of(response: httpx.Response) -> Any:
-    """What was answered, without the times and names that differ from request to request."""
+    """An answer without times and ids, which differ between requests."""
     assert response.status_code == 200, response.text
     lines = [json.loads(line) for line in response.text.splitlines()]
     for line in lines:
@@ -66,11 +66,11 @@ def answer_of(response: httpx.Response) -> Any:
 
 
 def numbers(text: str) -> dict[str, float]:
-    """The metrics, by name and labels."""
+    """The metrics by name and labels."""
     return {name: float(value) for name, value in re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)}
 
 
-def test_it_answers_as_one_process_does(server: ServerProcess, folder: Path) -> None:
+def test_it_answers_like_a_single_process(server: ServerProcess, folder: Path) -> None:
     calls = [("/classify?top_k=10&exit=", "1"), ("/classify/stream?exit=", "4"), ("/classify?exit=", "3")]
     with serving(build_app(folder / "bundle")) as alone:
         for i, body in enumerate(BODIES):
@@ -99,7 +99,7 @@ def test_it_answers_as_one_process_does(server: ServerProcess, folder: Path) -> 
     assert "/classify" in httpx.get(server.url + "/openapi.json").json()["paths"]
 
 
-def test_no_image_of_a_form_is_refused_for_its_siblings(folder: Path, tmp_path: Path) -> None:
+def test_no_image_of_a_form_is_refused_because_of_the_others(folder: Path, tmp_path: Path) -> None:
     form = [("image", (f"{i}.png", body, "image/png")) for i, body in enumerate(BODIES * 2)]
     with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT, "--max-in-flight", "8") as server:
 
@@ -114,7 +114,7 @@ def test_no_image_of_a_form_is_refused_for_its_siblings(folder: Path, tmp_path: 
         assert metrics["exitserve_in_flight_rows"] == 0
 
 
-def test_whichever_worker_is_asked_tells_the_whole_truth(server: ServerProcess) -> None:
+def test_every_worker_reports_the_whole_server(server: ServerProcess) -> None:
     before = numbers(httpx.get(server.url + "/metrics").text)
     served: set[str] = set()
     for body in BODIES:  # a connection each
@@ -149,7 +149,7 @@ def _server_of(server: ServerProcess) -> str:
     return httpx.get(server.url + "/model").headers["x-request-id"].partition("-")[0]
 
 
-def test_workers_hold_no_engine(server: ServerProcess) -> None:
+def test_workers_load_no_engine(server: ServerProcess) -> None:
     pids = workers_of(server)
     assert len(pids) == 2
     for pid in pids:
@@ -158,7 +158,7 @@ def test_workers_hold_no_engine(server: ServerProcess) -> None:
         assert "memfd:exitserve" in maps
 
 
-def test_a_client_that_hangs_up_gives_its_image_up(server: ServerProcess) -> None:
+def test_the_image_of_a_client_that_hangs_up_is_abandoned(server: ServerProcess) -> None:
     name = 'exitserve_requests_total{outcome="abandoned"}'
     before = numbers(httpx.get(server.url + "/metrics").text)[name]
     with slow_clients(server, 5):
@@ -204,7 +204,7 @@ def test_accepted_requests_are_answered_before_it_stops(folder: Path, tmp_path: 
     assert "Traceback" not in log
 
 
-def test_ctrl_c_as_the_workers_load_is_no_failure(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_workers_load_is_not_an_error(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("w") as stderr:
         server = subprocess.Popen(
@@ -225,7 +225,7 @@ def test_ctrl_c_as_the_workers_load_is_no_failure(folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("way", ["to a thread", "while it is stopped"])
-def test_a_signal_that_does_not_wake_the_main_thread_is_heard(folder: Path, tmp_path: Path, way: str) -> None:
+def test_a_signal_that_does_not_wake_the_main_thread_is_handled(folder: Path, tmp_path: Path, way: str) -> None:
     with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server:
         pid = server.process.pid
         time.sleep(1.0)  # so that the main thread waits: if it does not yet, the test is only less of one
@@ -238,14 +238,14 @@ def test_a_signal_that_does_not_wake_the_main_thread_is_heard(folder: Path, tmp_
         assert server.process.wait(LIMIT_S) == 0
 
 
-def test_a_client_that_never_finishes_cannot_hold_it(folder: Path, tmp_path: Path) -> None:
+def test_a_client_that_never_finishes_its_body_does_not_block_the_stop(folder: Path, tmp_path: Path) -> None:
     arguments = (*IN_FRONT, "--drain-s", "1", "--body-timeout-s", "3600")
     with running_server(folder / "bundle", tmp_path / "log", *arguments) as server, slow_clients(server, 1):
         assert server.stop() == 1
     assert "1 requests were not answered" in (tmp_path / "log").read_text()
 
 
-def test_when_the_engines_process_dies_its_workers_say_so_and_end(folder: Path, tmp_path: Path) -> None:
+def test_when_the_engines_process_dies_workers_report_it_and_exit(folder: Path, tmp_path: Path) -> None:
     with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server, ThreadPoolExecutor() as clients:
         workers = workers_of(server)
         assert all(map(is_running, workers))

@@ -1,4 +1,4 @@
-"""Two acceptors on one listening socket, as two workers have them, but in this process: connections are shared out."""
+"""Two acceptors on one listening socket, like those of two workers, but in this process: connections are balanced."""
 
 import asyncio
 import errno
@@ -17,7 +17,7 @@ N_CLIENTS = 24
 
 
 class Connection(asyncio.Protocol):
-    """Says whose it is, and stays until the client leaves."""
+    """Sends the number of its worker, and stays until the client leaves."""
 
     def __init__(self, worker: int, on_lost: Callable[[], object]) -> None:
         self._worker, self._on_lost = worker, on_lost
@@ -43,7 +43,7 @@ def listener() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def ends(listener: socket.socket) -> Iterator[list[socket.socket]]:
-    """The listening socket as two workers have it."""
+    """The listening socket, as shared by two workers."""
     with listener.dup() as one, listener.dup() as other:
         yield [one, other]
 
@@ -73,7 +73,7 @@ async def until(what: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def test_clients_that_come_together_are_shared_out(
+def test_concurrent_clients_are_balanced_between_workers(
     listener: socket.socket, ends: list[socket.socket], memory: SharedMemory
 ) -> None:
     async def serve() -> None:
@@ -92,7 +92,7 @@ def test_clients_that_come_together_are_shared_out(
 
 
 @pytest.mark.parametrize("other", [None, 0], ids=["takes none", "is stuck"])
-def test_nobody_waits_for_a_worker_that_takes_none(
+def test_no_client_waits_for_a_worker_that_does_not_accept(
     listener: socket.socket, ends: list[socket.socket], memory: SharedMemory, other: int | None
 ) -> None:
     async def serve() -> None:
@@ -124,7 +124,7 @@ class OutOfDescriptors:
         return self._listener.accept()
 
 
-def test_without_descriptors_it_tries_again_after_a_while(
+def test_without_file_descriptors_it_retries_after_a_while(
     ends: list[socket.socket], memory: SharedMemory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.front.accepting.OUT_OF_ORDER_S", 0.01)

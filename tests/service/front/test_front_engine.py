@@ -1,4 +1,4 @@
-"""Two proxies in front of one real engine: every image its own answer, and what else workers ask."""
+"""Two proxies of one real engine: every image gets its own answer; other calls of workers."""
 
 import asyncio
 import random
@@ -18,13 +18,13 @@ from tests.service.fronts import IMAGES, N_SLOTS, Front, settled
 from tests.waiting import LIMIT_S, wait_until
 
 
-def test_the_clock_of_deadlines_is_that_of_the_machine() -> None:
+def test_processes_share_the_clock_of_deadlines() -> None:
     assert "CLOCK_MONOTONIC" in get_clock_info("perf_counter").implementation
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_no_answer_is_lost_doubled_or_swapped(front: Front, seed: int) -> None:
-    """Thousands of images in random bursts from both, some given up: each gets its own answer, once, or none."""
+    """Thousands of images in random bursts from both, some cancelled: each gets its own answer once, or none."""
     expected = {
         (i, exit_number): front.engine.submit(image, Options(exit=exit_number, top_k=3)).result(LIMIT_S)
         for i, image in enumerate(IMAGES)
@@ -88,7 +88,7 @@ def test_no_answer_is_lost_doubled_or_swapped(front: Front, seed: int) -> None:
     assert front.memory.in_flight_rows == 0
 
 
-def test_the_first_images_of_a_long_turn_do_not_wait_for_its_last(front: Front) -> None:
+def test_the_first_images_of_a_long_loop_turn_do_not_wait_for_its_last(front: Front) -> None:
     told: list[tuple[Any, Told]] = []
 
     async def ask() -> None:
@@ -103,8 +103,8 @@ def test_the_first_images_of_a_long_turn_do_not_wait_for_its_last(front: Front) 
     assert sorted(i for i, _ in told) == list(range(FRAME_IMAGES + 1))
 
 
-def test_room_is_known_without_asking(front: Front) -> None:
-    """One proxy has the engine full; the other refuses by itself."""
+def test_workers_know_the_room_without_a_call(front: Front) -> None:
+    """When one proxy has filled the engine, the other refuses without a call."""
     near, far = front.proxies
     outcomes: list[Told] = []
 
@@ -139,7 +139,7 @@ def test_deadlines_hold_across_processes(front: Front) -> None:
     assert not isinstance(outcome, Answer) or outcome.reason == "deadline"
 
 
-def test_calls_are_answered_and_their_errors_come_back(front: Front) -> None:
+def test_calls_return_results_and_errors(front: Front) -> None:
     keeper = RemoteKeeper(front.proxies[0].calls)
     metrics = RemoteMetrics(front.memory.tally(1), front.proxies[1].calls)
     target, state = keeper.read()

@@ -1,4 +1,4 @@
-"""Answers told together are written together, none lost, none before its turn."""
+"""Answers that arrive together are written together, none lost, and in order."""
 
 from functools import partial
 
@@ -7,13 +7,13 @@ import pytest
 from service.front.outbox import MOST_HELD, Outbox
 
 
-def test_what_is_put_is_written_at_once_while_nothing_is_held() -> None:
+def test_without_holding_answers_are_written_at_once() -> None:
     written: list[int] = []
     Outbox().put(partial(written.append, 1))
     assert written == [1]
 
 
-def test_what_is_held_is_written_in_order_and_never_more_than_a_few_wait() -> None:
+def test_held_answers_are_written_in_order_and_only_a_few_wait() -> None:
     outbox, written = Outbox(), list[int]()
     n = 2 * MOST_HELD + 3
     with outbox:
@@ -25,7 +25,7 @@ def test_what_is_held_is_written_in_order_and_never_more_than_a_few_wait() -> No
     assert written[-1] == n
 
 
-def test_whoever_fails_holds_no_answer_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_write_holds_back_no_other_answer(caplog: pytest.LogCaptureFixture) -> None:
     outbox, written = Outbox(), list[int]()
 
     def fail() -> None:
@@ -45,8 +45,8 @@ def test_whoever_fails_holds_no_answer_back(caplog: pytest.LogCaptureFixture) ->
     assert "an answer could not be written" in caplog.text
 
 
-def test_an_answer_that_is_written_may_bring_another() -> None:
-    """A client's next request may have come already, and be refused as soon as it is looked at."""
+def test_writing_an_answer_may_produce_another() -> None:
+    """The client's next request may have arrived already, and may be refused as soon as it is parsed."""
     outbox, written = Outbox(), list[int]()
 
     def write() -> None:

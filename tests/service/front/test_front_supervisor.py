@@ -1,4 +1,4 @@
-"""What the supervisor of HTTP workers does when a worker cannot be started, or a signal comes at a bad moment."""
+"""The supervisor of HTTP workers when a worker cannot be started, or a signal comes at a bad time."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from service.tally import OUTCOME_AT
 
 
 class NoHub(Hub):
-    """It has no worker to speak with."""
+    """A hub without workers."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, Kind]] = []
@@ -38,7 +38,7 @@ def supervisor(bundle_path: Path) -> Iterator[Front]:
         yield Front(bundle, Targets(bundle.frontier(), bundle.costs_mflops), settings, None, listener)
 
 
-def test_a_worker_that_cannot_be_started_again_is_tried_later(
+def test_a_worker_that_cannot_be_restarted_is_retried_later(
     supervisor: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_memory(*_: Any, **__: Any) -> None:
@@ -55,7 +55,7 @@ def test_a_worker_that_cannot_be_started_again_is_tried_later(
     assert hub.told == []
 
 
-def test_what_dies_with_a_worker_is_counted(supervisor: Front) -> None:
+def test_requests_lost_with_a_worker_are_counted(supervisor: Front) -> None:
     for process in (subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sleep", "60"])):
         supervisor._processes[1] = process
         process.kill()
@@ -65,7 +65,7 @@ def test_what_dies_with_a_worker_is_counted(supervisor: Front) -> None:
     assert failed == [0, 3]
 
 
-def test_the_first_signal_after_a_breakdown_is_not_the_second(
+def test_the_first_signal_after_a_breakdown_does_not_count_as_the_second(
     supervisor: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends: list[int] = []

@@ -1,4 +1,4 @@
-"""Two proxies in front of one real engine, and something goes wrong: an end dies, reads nothing, or talks nonsense."""
+"""Two proxies of one real engine under failures: one end dies, does not read, or sends garbage."""
 
 import asyncio
 import socket
@@ -47,11 +47,11 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
 
 
 def narrow(channel: Channel) -> None:
-    """Have a channel's socket hold a few kilobytes, as little as the kernel allows."""
+    """Shrink a channel's socket buffers to a few kilobytes, the kernel's minimum."""
     channel._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
 
 
-def test_answers_that_a_worker_does_not_read_wait_for_it(front: Front) -> None:
+def test_answers_are_queued_for_a_worker_that_does_not_read(front: Front) -> None:
     channel = front.hub._links[0].channel
     narrow(channel)
     told: list[tuple[Any, Told]] = []
@@ -70,7 +70,7 @@ def test_answers_that_a_worker_does_not_read_wait_for_it(front: Front) -> None:
     assert sum(isinstance(outcome, Answer) for _, outcome in told) == N_SLOTS
 
 
-def test_what_the_hub_does_not_read_waits_for_it(front: Front) -> None:
+def test_messages_are_queued_for_a_hub_that_does_not_read(front: Front) -> None:
     proxy, channel, go_on = front.proxies[0], front.channels[0], threading.Event()
     narrow(channel)
     seconds: list[float] = []
@@ -94,7 +94,7 @@ def test_what_the_hub_does_not_read_waits_for_it(front: Front) -> None:
 @pytest.mark.parametrize(
     "payload", [b"\0", wire.pack_submissions([(0, Options(), (9, 9_999))])], ids=["no frame", "no picture"]
 )
-def test_a_worker_that_talks_nonsense_is_let_go_and_the_others_are_served(front: Front, payload: bytes) -> None:
+def test_a_worker_that_sends_garbage_is_disconnected_and_others_are_served(front: Front, payload: bytes) -> None:
     front.channels[0].send(Kind.SUBMIT, payload)
     assert front.someone_has_gone.wait(LIMIT_S)
     assert front.gone == [(0, 0)]
@@ -102,7 +102,7 @@ def test_a_worker_that_talks_nonsense_is_let_go_and_the_others_are_served(front:
     assert isinstance(front.run(answer_of(front.proxies[1], IMAGES[0])), Answer)
 
 
-def test_an_image_that_the_network_does_not_take_is_its_own_fault_alone(front: Front) -> None:
+def test_an_unsuitable_image_fails_alone(front: Front) -> None:
     told = front.run(answer_of(front.proxies[0], IMAGES[0][:16]))
     assert type(told) is EngineError
     assert "but the network takes" in str(told)
@@ -110,7 +110,7 @@ def test_an_image_that_the_network_does_not_take_is_its_own_fault_alone(front: F
     assert front.memory.in_flight_rows == 0
 
 
-def test_a_picture_that_no_slot_holds_takes_none(front: Front) -> None:
+def test_an_image_larger_than_a_slot_uses_none(front: Front) -> None:
     proxy = front.proxies[0]
 
     async def ask() -> int:
@@ -121,7 +121,7 @@ def test_a_picture_that_no_slot_holds_takes_none(front: Front) -> None:
     assert front.run(ask()) == N_SLOTS
 
 
-def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None:
+def test_when_the_engines_process_dies_waiting_requests_fail(front: Front) -> None:
     outcomes: list[Any] = []
 
     async def ask() -> None:
@@ -145,7 +145,7 @@ def test_when_the_engines_process_dies_whoever_waits_hears(front: Front) -> None
     assert np.all(front.memory.images(0)[0] == IMAGES[0])
 
 
-def test_a_call_that_nobody_answers_ends(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unanswered_call_times_out(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.front.calls.CALL_S", 0.05)
     done = threading.Event()
     front.engine.ask(lambda: done.wait(LIMIT_S))  # between batches it would answer
@@ -154,7 +154,7 @@ def test_a_call_that_nobody_answers_ends(front: Front, monkeypatch: pytest.Monke
     done.set()
 
 
-def test_a_hub_that_breaks_down_says_so(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_breaks_down_reports_it(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down() -> None:
         raise MemoryError("no room for a board")
 

@@ -1,4 +1,4 @@
-"""Between processes nothing is lost, doubled, swapped or rounded."""
+"""Messages between processes: nothing is lost, duplicated, swapped or rounded."""
 
 import random
 import socket
@@ -67,7 +67,7 @@ ERRORS = [
     st.lists(OPTIONS, min_size=1, max_size=3),
     st.lists(st.tuples(NUMBERS, st.integers(0, 2), st.just(wire.OWN_SIZE) | SIZES), max_size=20),
 )
-def test_options_arrive_as_they_were(wishes: list[Options], asked: list[tuple[int, int, tuple[int, int]]]) -> None:
+def test_options_arrive_unchanged(wishes: list[Options], asked: list[tuple[int, int, tuple[int, int]]]) -> None:
     sent = [(number, wishes[which % len(wishes)], size) for number, which, size in asked]
     arrived = list(wire.submissions(wire.pack_submissions(sent)))
     assert [(number, options, size) for options, size, numbers in arrived for number in numbers] == sent
@@ -86,7 +86,7 @@ def test_an_answer_with_steps_keeps_its_score() -> None:
     assert wire.told(wire.pack_told([(7, answer)]), NAMES) == [(7, answer)]
 
 
-def test_errors_arrive_as_what_they_were() -> None:
+def test_errors_arrive_with_their_type() -> None:
     for (number, arrived), (i, sent) in zip(
         wire.told(wire.pack_told(enumerate(ERRORS)), NAMES), enumerate(ERRORS), strict=True
     ):
@@ -97,7 +97,7 @@ def test_errors_arrive_as_what_they_were() -> None:
         assert arrived.__dict__ == sent.__dict__
 
 
-def test_errors_travel_with_answers_in_their_order() -> None:
+def test_errors_and_answers_keep_their_order() -> None:
     answer = Answer(3, NAMES[3], 0.5, (), 2, "final", 12.5, 0.1, 0.2, 4)
     [first, (number, error)] = wire.told(wire.pack_told([(7, answer), (5, ERRORS[0])]), NAMES)
     assert first == (7, answer)
@@ -105,7 +105,7 @@ def test_errors_travel_with_answers_in_their_order() -> None:
 
 
 def channels() -> tuple[Channel, Channel]:
-    """Two ends with as little room between them as the kernel gives."""
+    """Two ends of a connection with the kernel's smallest buffers."""
     pair = socket.socketpair()
     for end in pair:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -113,7 +113,7 @@ def channels() -> tuple[Channel, Channel]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_frames_arrive_whole_and_in_order_whatever_the_room(seed: int) -> None:
+def test_frames_arrive_complete_and_in_order_for_any_buffer_size(seed: int) -> None:
     random_of = random.Random(seed)
     sizes = [random_of.choice((0, 1, 40, 5_000, 50_000)) for _ in range(100)]
     sent = [Frame(i % 256, random_of.randbytes(size)) for i, size in enumerate(sizes)]
@@ -135,7 +135,7 @@ def test_frames_arrive_whole_and_in_order_whatever_the_room(seed: int) -> None:
     assert received == sent
 
 
-def test_a_sender_never_waits_and_hears_when_something_is_left() -> None:
+def test_sending_never_blocks_and_reports_a_backlog() -> None:
     near, far = channels()
     assert near.send(1, b"small")
     results = [near.send(2, bytes(10_000)) for _ in range(20)]  # nobody reads
@@ -153,7 +153,7 @@ def test_a_sender_never_waits_and_hears_when_something_is_left() -> None:
     near.close()
 
 
-def test_the_numbers_of_one_worker_are_not_those_of_another() -> None:
+def test_workers_count_separately() -> None:
     layout = Layout(n_workers=3, n_slots=5, height_px=7, width_px=9, n_exits=4)
     near = SharedMemory.create(layout)
     far = SharedMemory(layout, near.descriptor)
