@@ -1,4 +1,4 @@
-"""The threads that decode large images: who waits, for how long, and what is held meanwhile."""
+"""The threads that decode large images: which images wait, for how long, and what is kept meanwhile."""
 
 import weakref
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.waiting import LIMIT_S, wait_until
 
 
 class Body(bytearray):
-    """Of which a test can see that nobody holds it."""
+    """A body that supports weak references, so that a test can see when it is freed."""
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def stop() -> Iterator[Event]:
     event.set()
 
 
-def test_who_would_wait_too_long_is_refused_and_others_are_not(stop: Event) -> None:
+def test_images_that_would_wait_too_long_are_refused(stop: Event) -> None:
     def decode(body: bytes) -> int:
         if body.startswith(b"slow"):
             assert stop.wait(LIMIT_S)
@@ -43,7 +43,7 @@ def test_who_would_wait_too_long_is_refused_and_others_are_not(stop: Event) -> N
     decoding.close()
 
 
-def test_an_idle_thread_takes_whatever_comes(stop: Event) -> None:
+def test_an_idle_thread_accepts_any_image(stop: Event) -> None:
     decoding = Decoding(len, 2, max_wait_s=0.0)
     decoding._seconds, decoding._weight = 1.0, 1.0
     for _ in range(3):
@@ -52,7 +52,7 @@ def test_an_idle_thread_takes_whatever_comes(stop: Event) -> None:
     decoding.close()
 
 
-def test_the_pace_is_that_of_the_latest() -> None:
+def test_the_pace_follows_recent_images() -> None:
     decoding = Decoding(len, 1)
     for _ in range(50):
         decoding.submit(bytes(2_000_000)).result(LIMIT_S)
@@ -61,8 +61,8 @@ def test_the_pace_is_that_of_the_latest() -> None:
     decoding.close()
 
 
-def test_an_odd_one_says_little_of_those_after_it_and_many_do() -> None:
-    """A picture may take a hundred times what others of its weight do: a JPEG in a hundred passes."""
+def test_one_outlier_changes_the_pace_little_and_many_change_it() -> None:
+    """An image may take a hundred times as long as others of its weight, like a JPEG in a hundred passes."""
     decoding = Decoding(lambda body: sleep(0.2) if body.startswith(b"odd") else None, 1)
     ordinary_s = decoding._predicted_s(1)
     odd = b"odd".ljust(100_000)
@@ -75,8 +75,8 @@ def test_an_odd_one_says_little_of_those_after_it_and_many_do() -> None:
     decoding.close()
 
 
-def test_what_is_damaged_says_nothing_of_the_pace() -> None:
-    """Its header may promise anything, and a thread be done with it at once."""
+def test_damaged_images_do_not_affect_the_pace() -> None:
+    """Its header may claim any size, but decoding fails at once."""
 
     def refuse(body: bytes) -> None:
         raise ZeroDivisionError
@@ -89,7 +89,7 @@ def test_what_is_damaged_says_nothing_of_the_pace() -> None:
     decoding.close()
 
 
-def test_one_whose_deadline_passes_meanwhile_is_not_decoded(stop: Event) -> None:
+def test_an_image_whose_deadline_has_passed_is_not_decoded(stop: Event) -> None:
     decoded: list[bytes] = []
 
     def decode(body: bytes) -> None:
@@ -107,7 +107,7 @@ def test_one_whose_deadline_passes_meanwhile_is_not_decoded(stop: Event) -> None
     decoding.close()
 
 
-def test_what_is_given_up_is_let_go_of_at_once(stop: Event) -> None:
+def test_abandoned_images_are_freed_at_once(stop: Event) -> None:
     decoding = Decoding(lambda body: stop.wait(LIMIT_S), 1)
     first = decoding.submit(b"first")
     body = Body(1000)

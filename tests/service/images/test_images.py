@@ -1,4 +1,4 @@
-"""Real image files in, the network's pixels out; and every kind of file that has to be refused."""
+"""Decoding image files to the network's pixels, and refusing all others."""
 
 import asyncio
 import struct
@@ -27,14 +27,14 @@ def noise(height_px: int = SIZE_PX, width_px: int = SIZE_PX, seed: int = 0) -> N
 
 
 def photo(height_px: int, width_px: int) -> NDArray[np.uint8]:
-    """A smooth picture, so that scaling it in two ways may be compared: red grows to the right, green downwards."""
+    """A smooth image, for comparing ways of scaling: red increases to the right, green downwards."""
     y, x = np.mgrid[0:height_px, 0:width_px]
     blue = 128 + 80 * np.sin(6 * x / width_px) * np.cos(6 * y / height_px)
     return np.stack([255 * x / (width_px - 1), 255 * y / (height_px - 1), blue], -1).astype(np.uint8)
 
 
 def many_scans(side_px: int, n_more: int) -> bytes:
-    """A progressive JPEG whose last scan comes `n_more` times more, in a few bytes each."""
+    """A progressive JPEG whose last scan is repeated `n_more` times, in a few bytes each."""
     return in_more_passes(encoded(Image.new("RGB", (side_px, side_px), "teal"), "JPEG", progressive=True), n_more)
 
 
@@ -48,7 +48,7 @@ def kind_of_error(body: bytes, decoder: ImageDecoder = DECODER) -> str:
 @pytest.mark.parametrize(
     ("file_format", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("PNG", {"interlace": 1})]
 )
-def test_lossless_files_of_the_networks_size_come_through_bit_for_bit(file_format: str, options: Any) -> None:
+def test_lossless_files_of_the_networks_size_are_decoded_exactly(file_format: str, options: Any) -> None:
     pixels = noise()
     decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), file_format, **options))
     assert decoded.dtype == np.uint8
@@ -56,7 +56,7 @@ def test_lossless_files_of_the_networks_size_come_through_bit_for_bit(file_forma
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "GIF", "WEBP"])
-def test_lossy_files_come_close(file_format: str) -> None:
+def test_lossy_files_are_decoded_approximately(file_format: str) -> None:
     pixels = photo(SIZE_PX, SIZE_PX)
     decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), file_format))
     assert decoded.shape == (SIZE_PX, SIZE_PX, 3)
@@ -65,12 +65,12 @@ def test_lossy_files_come_close(file_format: str) -> None:
 
 @pytest.mark.parametrize(("height_px", "width_px"), [(1, 1), (7, 300), (300, 7), (224, 224), (33, 32), (480, 640)])
 @pytest.mark.parametrize("network", [(32, 32), (24, 48)])
-def test_any_size_becomes_the_networks_own(height_px: int, width_px: int, network: tuple[int, int]) -> None:
+def test_any_size_is_scaled_to_the_networks(height_px: int, width_px: int, network: tuple[int, int]) -> None:
     body = encoded(Image.fromarray(noise(height_px, width_px)), "PNG")
     assert ImageDecoder(*network, max_pixels=10**6).decode_now(body).shape == (*network, 3)
 
 
-def test_of_no_size_the_cut_goes_over_the_edge() -> None:
+def test_the_crop_never_exceeds_the_image() -> None:
     # Scaling these to 224 x 224 in floats, without care, gives boxes that Pillow refuses.
     sides = np.random.default_rng(0).integers(1, 400, (1000, 2)).tolist()
     decoder = ImageDecoder(224, 224, max_pixels=10**6)
@@ -79,7 +79,7 @@ def test_of_no_size_the_cut_goes_over_the_edge() -> None:
         assert (decoder.decode_now(encoded(image, "BMP")) == 77).all(), (width_px, height_px)
 
 
-def test_a_wide_image_is_cut_around_its_centre() -> None:
+def test_a_wide_image_is_cropped_around_its_centre() -> None:
     pixels = np.zeros((64, 192, 3), np.uint8)
     pixels[:, 64:128] = (10, 200, 30)
     decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), "PNG"))
@@ -105,7 +105,7 @@ def test_a_large_jpeg_decoded_small_equals_one_decoded_whole() -> None:
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("network", [(32, 32), (20, 40)])
 def test_exif_orientation_is_followed(orientation: int, file_format: str, network: tuple[int, int]) -> None:
-    """The stored pixels are the upright picture turned the opposite way, so that following the note restores it."""
+    """The stored pixels are the upright image turned the opposite way, so that applying the orientation restores it."""
     undo: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
         1: lambda a: a,
         2: lambda a: a[:, ::-1],
@@ -129,7 +129,7 @@ def test_exif_orientation_is_followed(orientation: int, file_format: str, networ
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"]
 )
-def test_a_damaged_exif_note_does_not_damage_the_picture(exif: bytes) -> None:
+def test_damaged_exif_data_is_ignored(exif: bytes) -> None:
     pixels = photo(SIZE_PX, SIZE_PX)
     decoded = DECODER.decode_now(encoded(Image.fromarray(pixels), "PNG", exif=exif))
     np.testing.assert_array_equal(decoded, pixels)
@@ -148,7 +148,7 @@ def test_grey_palette_and_cmyk_become_rgb() -> None:
 
 
 @pytest.mark.parametrize("side_px", [SIZE_PX, 100])
-def test_sixteen_bit_grey_is_scaled_not_cut(side_px: int) -> None:
+def test_sixteen_bit_grey_is_scaled_not_clipped(side_px: int) -> None:
     deep = np.linspace(0, 65535, side_px * side_px).reshape(side_px, side_px).astype(np.uint16)
     shallow = (deep / 257).round().astype(np.uint8)
     decoded = DECODER.decode_now(encoded(Image.fromarray(deep), "PNG"))
@@ -168,7 +168,9 @@ def png_of_16_bits(colour_type: int, samples: NDArray[np.uint16], transparent: b
 
 @pytest.mark.parametrize("side_px", [SIZE_PX, 100])
 @pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_sixteen_bits_of_every_kind_are_those_of_eight(side_px: int, colour_type: int, channels: int) -> None:
+def test_sixteen_bit_images_of_every_kind_equal_their_eight_bit_versions(
+    side_px: int, colour_type: int, channels: int
+) -> None:
     deep = np.linspace(0, 65535, side_px * side_px).reshape(side_px, side_px, 1).astype(np.uint16)
     samples = np.repeat(deep, channels, axis=2)
     if channels in (2, 4):
@@ -205,14 +207,14 @@ def test_a_palette_may_have_an_alpha_for_every_entry(side_px: int) -> None:
     assert [int(decoded[16, column, 0]) for column in (3, 16, 29)] == pytest.approx([0, 127, 255], abs=1)
 
 
-def test_cmyk_is_read_as_print_shops_write_it() -> None:
-    """Adobe's programs store CMYK upside down and say so in a marker of their own; Pillow writes that marker."""
+def test_inverted_cmyk_is_decoded() -> None:
+    """Adobe's programs store CMYK inverted, which a marker of theirs indicates; Pillow writes that marker."""
     body = encoded(Image.new("CMYK", (SIZE_PX, SIZE_PX), (0, 255, 255, 0)), "JPEG", quality=100)
     assert b"Adobe" in body[:40]
     assert np.abs(DECODER.decode_now(body).astype(int) - (255, 0, 0)).max() <= 3  # magenta and yellow make red
 
 
-def test_a_file_of_one_frame_is_a_still_whatever_its_format_could_hold() -> None:
+def test_a_single_frame_is_accepted_in_formats_for_animations() -> None:
     frame = Image.fromarray(photo(SIZE_PX, SIZE_PX))
     for file_format in ("GIF", "WEBP", "PNG"):
         assert DECODER.decode_now(encoded(frame, file_format, save_all=True)).shape == (SIZE_PX, SIZE_PX, 3)
@@ -244,10 +246,8 @@ def test_transparent_parts_become_white(mode: str, side_px: int) -> None:
     ("bits", "colour_type", "value"),
     [(1, 0, 1), (2, 0, 1), (4, 0, 5), (8, 0, 7), (16, 0, 0x1234), (8, 2, 0x07), (16, 2, 0x1234)],
 )
-def test_a_colour_that_is_transparent_becomes_white_at_any_depth(
-    bits: int, colour_type: int, value: int, side_px: int
-) -> None:
-    """Where pixels become 8 bits of fewer or of more, Pillow names the colour as it is in the file."""
+def test_a_transparent_colour_becomes_white_at_any_depth(bits: int, colour_type: int, value: int, side_px: int) -> None:
+    """For pixels of more or fewer than 8 bits, Pillow gives the transparent colour as stored in the file."""
     n_channels = 3 if colour_type == 2 else 1
     samples = np.zeros((side_px, side_px, n_channels), np.uint16)
     samples[:, side_px // 2 :] = value
@@ -267,7 +267,7 @@ def test_a_colour_that_is_transparent_becomes_white_at_any_depth(
     assert decoded[:, SIZE_PX // 2 + 1 :].min() == 255
 
 
-def test_what_is_no_image_is_refused() -> None:
+def test_files_that_are_no_images_are_refused() -> None:
     assert kind_of_error(b"") == "empty-image"
     assert kind_of_error(b"just a text in a file named cat.png") == "not-an-image"
     assert kind_of_error(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "not-an-image"
@@ -289,7 +289,7 @@ def test_a_damaged_png_is_refused() -> None:
 
 
 def png_of_rows(n_rows: int, n_named: int, width_px: int, n_idats: int, levels: int = 255) -> bytes:
-    """A PNG whose data is whole, but of `n_rows` where its header names `n_named`."""
+    """A PNG with valid data of `n_rows` rows, whose header claims `n_named`."""
     rows = noise(n_rows, width_px).reshape(n_rows, -1) % levels
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     parts = [data[i * len(data) // n_idats : (i + 1) * len(data) // n_idats] for i in range(n_idats)]
@@ -310,8 +310,8 @@ def test_a_png_cut_short_after_a_row_is_refused(side_px: int, n_idats: int, leve
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA"])
 @pytest.mark.parametrize("interlace", [0, 1])
-def test_whole_pngs_are_whole_however_well_they_are_packed(mode: str, interlace: int) -> None:
-    """What is left to give when all bytes are read differs with width, height and contents."""
+def test_complete_pngs_are_accepted_at_any_compression(mode: str, interlace: int) -> None:
+    """How much output remains when all input is read depends on width, height and content."""
     rng = np.random.default_rng(0)
     for _ in range(40):
         height_px, width_px = rng.integers(1, 300, 2).tolist()
@@ -329,7 +329,7 @@ def test_animated_images_are_refused(file_format: str) -> None:
     assert kind_of_error(body) == "animated-image"
 
 
-def test_a_phones_jpeg_with_a_second_picture_inside_is_its_first() -> None:
+def test_of_a_jpeg_with_a_second_image_the_first_is_decoded() -> None:
     pixels = Image.fromarray(photo(64, 64))
     body = encoded(pixels, "MPO", save_all=True, append_images=[Image.fromarray(noise(64, 64))])
     alone = DECODER.decode_now(encoded(pixels, "JPEG"))
@@ -341,14 +341,14 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_bomb(side_px: int) -> bytes:
-    """A black one-bit picture: 100 megapixels in 12 kB."""
+    """A black one-bit image: 100 megapixels in 12 kB."""
     rows = zlib.compress(bytes((side_px // 8 + 1) * side_px), 9)
     header = struct.pack(">IIBBBBB", side_px, side_px, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def webp_bomb(side_px: int) -> bytes:
-    """The header of a lossless WebP whose canvas alone would take gigabytes."""
+    """The header of a lossless WebP whose canvas would take gigabytes."""
     bits = (side_px - 1) | (side_px - 1) << 14
     data = b"\x2f" + bits.to_bytes(4, "little") + bytes(16)
     return b"RIFF" + struct.pack("<I", 12 + len(data)) + b"WEBPVP8L" + struct.pack("<I", len(data)) + data
@@ -376,7 +376,7 @@ def test_a_webp_bomb_is_refused_before_its_canvas_exists() -> None:
         assert thread_time() - started_s < REFUSED_WITHIN_S
 
 
-def test_what_the_frame_of_a_gif_leaves_bare_is_white() -> None:
+def test_gif_canvas_outside_the_frame_is_white() -> None:
     frame = Image.fromarray(noise(10, 10)).quantize(4)
     body = encoded(frame, "GIF")
     at = body.index(b",\0\0\0\0")
@@ -388,8 +388,8 @@ def test_what_the_frame_of_a_gif_leaves_bare_is_white() -> None:
 
 
 @pytest.mark.parametrize("disposal", [2, 3])
-def test_a_gif_is_opened_without_what_would_follow_its_frame(disposal: int) -> None:
-    """Pillow fills the place of the frame, as large as that says it is, before its size can be asked for."""
+def test_a_gif_is_opened_without_preparing_its_frames_disposal(disposal: int) -> None:
+    """Pillow fills an area of the frame's claimed size for it, before that size can be checked."""
     frame = Image.fromarray(noise(40, 50)).quantize(4)
     small = encoded(frame, "GIF", disposal=disposal, transparency=3)
     np.testing.assert_array_equal(DECODER.decode_now(small), DECODER.decode_now(encoded(frame, "GIF", transparency=3)))
@@ -410,7 +410,7 @@ def test_the_pixel_limit_is_inclusive() -> None:
 
 
 @pytest.mark.parametrize("side_px", [SIZE_PX, int(SMALL_PIXELS**0.5) + 8, 400])
-def test_the_event_loop_gets_the_same_pixels_by_either_way(side_px: int) -> None:
+def test_decoding_on_the_event_loop_gives_the_same_pixels(side_px: int) -> None:
     times: list[float] = []
     decoder = ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=10**6, observe_seconds=times.append)
     body = encoded(Image.fromarray(noise(side_px, side_px)), "PNG")
@@ -453,7 +453,7 @@ def test_random_bytes_are_refused(data: bytes, magic: bytes) -> None:
 
 
 @pytest.mark.parametrize("side_px", [SIZE_PX, 200, 3000])
-def test_a_jpeg_in_endless_passes_is_refused_before_it_is_decoded(side_px: int) -> None:
+def test_a_jpeg_with_too_many_passes_is_refused_before_decoding(side_px: int) -> None:
     body = many_scans(side_px, 5_000)
     started_s = thread_time()
     assert kind_of_error(body) == "broken-image"
@@ -462,8 +462,8 @@ def test_a_jpeg_in_endless_passes_is_refused_before_it_is_decoded(side_px: int) 
     assert kind_of_error(body, ImageDecoder(side_px, side_px, max_pixels=10**7)) == "broken-image"
 
 
-def test_what_follows_a_jpeg_does_not_count_as_its_passes() -> None:
-    """A film behind a photograph, or a note within it, holds the bytes of that marker as well."""
+def test_data_after_a_jpeg_does_not_count_as_passes() -> None:
+    """A video after a photograph, or metadata in it, may contain the bytes of that marker as well."""
     noise = 500 * b"\xff\xda\0\x08"
     note = b"\xff\xec" + (2 + len(noise)).to_bytes(2, "big") + noise
     for body in (many_scans(SIZE_PX, 0), many_scans(SIZE_PX, 80), encoded(Image.new("L", (50, 50)), "JPEG")):
@@ -475,7 +475,7 @@ def test_what_follows_a_jpeg_does_not_count_as_its_passes() -> None:
 @pytest.mark.parametrize(
     "filling", [b"\xff", b"\xff\xfe\0\2", b"\xff\xe1\0\x09Exif\0\0A"], ids=["filling", "comments", "notes"]
 )
-def test_a_jpeg_in_a_million_pieces_is_refused_before_it_is_opened(filling: bytes) -> None:
+def test_a_jpeg_with_too_many_segments_is_refused_before_opening(filling: bytes) -> None:
     body = encoded(Image.new("RGB", (50, 50)), "JPEG")
     for place in (body[:2], body[: body.index(b"\xff\xda")]):
         started_s = thread_time()
@@ -484,7 +484,7 @@ def test_a_jpeg_in_a_million_pieces_is_refused_before_it_is_opened(filling: byte
 
 
 def with_notes(file_format: str, n_notes: int) -> bytes:
-    """A picture whose notes are many and end with the one that it is to be turned; as a text, packed, in "zTXt"."""
+    """An image with many metadata entries, the last being its orientation; as compressed text in "zTXt"."""
     entries = [struct.pack("<HHLL", tag, 7, 1, 0) for tag in range(1, n_notes)]
     entries.append(struct.pack("<HHLHH", 0x0112, 3, 1, 3, 0))
     notes = b"Exif\0\0II*\0" + struct.pack("<LH", 8, n_notes) + b"".join(entries) + bytes(4)
@@ -497,8 +497,8 @@ def with_notes(file_format: str, n_notes: int) -> bytes:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "zTXt", "WEBP", "JPEG"])
-def test_countless_notes_are_not_read(file_format: str) -> None:
-    """Of 40,000, which are 3 KB where they are packed, Pillow took half a second, of the event loop's."""
+def test_excessive_metadata_is_not_read(file_format: str) -> None:
+    """For 40,000, which compress to 3 KB, Pillow took half a second on the event loop."""
     few, many = (with_notes(file_format, n_notes) for n_notes in (150, 5_000))
     upright = np.asarray(Image.fromarray(photo(SIZE_PX, SIZE_PX))).astype(int)
     assert np.abs(DECODER.decode_now(few) - upright[::-1, ::-1]).max() < 20
@@ -513,7 +513,7 @@ PACKED = b"note\0\0" + zlib.compress(bytes(1_000_000), 9)
 @pytest.mark.parametrize(
     ("piece", "n_pieces"), [(chunk(b"iCCP", PACKED), 500), (chunk(b"abCd", b""), 300_000)], ids=["profiles", "chunks"]
 )
-def test_a_png_in_countless_pieces_is_refused_before_it_is_opened(piece: bytes, n_pieces: int) -> None:
+def test_a_png_with_too_many_chunks_is_refused_before_opening(piece: bytes, n_pieces: int) -> None:
     body = encoded(Image.fromarray(noise(40, 40)), "PNG")
     for at in (33, len(body) - 12):  # before its pixels, and after
         started_s = thread_time()
@@ -521,7 +521,7 @@ def test_a_png_in_countless_pieces_is_refused_before_it_is_opened(piece: bytes, 
         assert thread_time() - started_s < REFUSED_WITHIN_S
 
 
-def test_a_small_png_with_much_to_unpack_is_not_decoded_on_the_event_loop() -> None:
+def test_a_small_png_with_much_data_is_not_decoded_on_the_event_loop() -> None:
     body = encoded(Image.fromarray(noise(40, 40)), "PNG")
     few, many = (body[:33] + n * chunk(b"zTXt", PACKED) + body[33:] for n in (1, 50))
     pixels = DECODER.decode_here(few)
@@ -532,8 +532,8 @@ def test_a_small_png_with_much_to_unpack_is_not_decoded_on_the_event_loop() -> N
     np.testing.assert_array_equal(DECODER.decode_now(many), pixels)
 
 
-def test_a_picture_with_all_that_programs_add_is_decoded() -> None:
-    """Colour profiles of 500 kB, EXIF, and a chunk a row."""
+def test_images_with_usual_metadata_are_decoded() -> None:
+    """Colour profiles of 500 kB, EXIF, and one chunk per row."""
     pixels = photo(200, 200)
     added = {"icc_profile": np.random.default_rng(0).bytes(500_000), "exif": Image.Exif().tobytes()}
     for file_format in ("JPEG", "PNG", "WEBP"):

@@ -1,4 +1,4 @@
-"""What is sent in place of an image is called by its name."""
+"""Refusals name what was sent instead of an image."""
 
 import base64
 import gzip
@@ -55,10 +55,10 @@ def test_what_was_sent_is_named(name: str) -> None:
     assert "b'" not in str(refused.value)
 
 
-def test_base64_of_a_jpeg_is_known_too() -> None:
+def test_base64_of_a_jpeg_is_recognised() -> None:
     assert "base64" in (name_of(base64.b64encode(encoded("JPEG"))) or "")
 
 
 @pytest.mark.parametrize("body", [b"just a text", b"\x01\x02\x03", b"", b"\x00\x00\x00\x18ft"])
-def test_of_others_no_name_is_guessed(body: bytes) -> None:
+def test_unknown_data_is_not_named(body: bytes) -> None:
     assert name_of(body) is None

@@ -1,4 +1,4 @@
-"""What is known of a picture from its first bytes: its size, its weight, and that it takes no time to tell."""
+"""An image's size and weight, read from its first bytes, in little time."""
 
 import io
 from time import thread_time
@@ -45,25 +45,25 @@ THUMBNAIL = b"Exif\0\0" + encoded(PICTURE.resize((7, 7)), "JPEG")
         encoded(PICTURE, "JPEG", icc_profile=bytes(500_000)),
     ],
 )
-def test_its_size_is_what_it_is_opened_with(body: bytes) -> None:
+def test_the_size_equals_that_of_the_opened_image(body: bytes) -> None:
     assert size_of(body) == Image.open(io.BytesIO(body)).size == SIZE
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"\x89PNG", b"GIF89a", b"BM", b"RIFF", b"\xff\xd8\xff", b"what is this", b"II*\0"]
 )
-def test_where_there_is_none_it_is_of_no_size(body: bytes) -> None:
+def test_data_without_a_size_has_none(body: bytes) -> None:
     assert size_of(body) == (0, 0)
     assert weight_of(body, MOST_PIXELS) == len(body)
 
 
-def test_a_header_cannot_promise_more_than_is_decoded() -> None:
+def test_weights_are_limited_for_headers_that_claim_too_much() -> None:
     body = encoded(PICTURE, "PNG")
     assert weight_of(body[:16] + b"\x7f\xff\xff\xff" * 2 + body[24:], MOST_PIXELS) == len(body) + MOST_PIXELS
 
 
 @pytest.mark.parametrize("filling", [segment(0xFE, b""), b"\xff", segment(0xE1, bytes(60_000)), b"\0"])
-def test_to_be_told_takes_no_time_whatever_stands_before_it(filling: bytes) -> None:
+def test_reading_the_size_is_fast_for_any_data_before_it(filling: bytes) -> None:
     body = encoded(PICTURE, "JPEG")
     body = body[:2] + 15_000_000 // len(filling) * filling + body[2:]
     started_s = thread_time()
@@ -71,8 +71,8 @@ def test_to_be_told_takes_no_time_whatever_stands_before_it(filling: bytes) -> N
     assert thread_time() - started_s < 0.005
 
 
-def test_pictures_take_about_as_long_as_they_weigh() -> None:
-    """Blank pages take two hundred times longer a byte than photographs do."""
+def test_decoding_time_is_about_proportional_to_weight() -> None:
+    """Blank pages take two hundred times as long per byte as photographs."""
     decoder = ImageDecoder(32, 32, MOST_PIXELS)
     paces = []
     for body in (

@@ -1,4 +1,4 @@
-"""The short way gives the pixels of the long one, or none."""
+"""The fast path gives the same pixels as the general one, or none."""
 
 import io
 import struct
@@ -29,7 +29,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def filtered(kind: int) -> bytes:
-    """A file whose rows all have the given filter (PNG specification, section 9), its data in two chunks."""
+    """A PNG whose rows all have the given filter (PNG specification, section 9), with its data in two chunks."""
     raw = np.concatenate([np.zeros((1, SIZE_PX, 3), int), PIXELS.astype(int)])
     raw = np.concatenate([np.zeros((SIZE_PX + 1, 1, 3), int), raw], axis=1)
     left, up, corner = raw[1:, :-1], raw[:-1, 1:], raw[:-1, :-1]
@@ -47,14 +47,14 @@ def filtered(kind: int) -> bytes:
     "body",
     [written(PIXELS), written(PIXELS, optimize=True), written(PIXELS, compress_level=0), *map(filtered, range(5))],
 )
-def test_plain_files_give_their_pixels(body: bytes) -> None:
+def test_plain_files_are_decoded(body: bytes) -> None:
     pixels = PLAIN.decode(body)
     assert pixels is not None
     np.testing.assert_array_equal(pixels, PIXELS)
     assert pixels.dtype == np.uint8
 
 
-def test_not_square() -> None:
+def test_plain_files_need_not_be_square() -> None:
     pixels = random_images(1, seed=6)[0][:20]
     np.testing.assert_array_equal(PlainPng(20, SIZE_PX).decode(written(pixels)), pixels)
 
@@ -85,12 +85,12 @@ def info() -> PngImagePlugin.PngInfo:
         written(PIXELS)[:60] + b"!" + written(PIXELS)[61:],
     ],
 )
-def test_everything_else_is_left_to_the_long_way(body: bytes) -> None:
+def test_all_other_files_are_left_to_the_general_path(body: bytes) -> None:
     assert PLAIN.decode(body) is None
 
 
-def test_whatever_is_changed_in_a_file_both_ways_agree() -> None:
-    """One byte at a time: where the short way says anything, the long one says the same."""
+def test_both_paths_agree_on_modified_files() -> None:
+    """One byte at a time: if the fast path gives pixels, the general one gives the same."""
     body = written(PIXELS)
     rng = np.random.default_rng(0)
     for at in range(len(body)):
@@ -117,7 +117,7 @@ PLAIN_JPEGS = [
 
 
 @pytest.mark.parametrize("body", PLAIN_JPEGS)
-def test_plain_jpegs_give_the_pixels_that_pillow_gives(body: bytes) -> None:
+def test_plain_jpegs_give_pillows_pixels(body: bytes) -> None:
     pixels = JPEG.decode(body)
     assert pixels is not None
     np.testing.assert_array_equal(pixels, PILLOW.load(PILLOW.open(body)))
@@ -145,11 +145,11 @@ def exif(orientation: int) -> Image.Exif:
         written(PIXELS),
     ],
 )
-def test_every_other_jpeg_is_left_to_the_long_way(body: bytes) -> None:
+def test_all_other_jpegs_are_left_to_the_general_path(body: bytes) -> None:
     assert JPEG.decode(body) is None
 
 
-def test_whatever_is_changed_in_a_jpeg_both_ways_agree() -> None:
+def test_both_paths_agree_on_modified_jpegs() -> None:
     body = jpeg(PIXELS, quality=60)
     rng = np.random.default_rng(0)
     n_decoded = 0

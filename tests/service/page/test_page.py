@@ -1,4 +1,4 @@
-"""The page's files: served whole, typed, cached and confined, and packed into the wheel."""
+"""The page's files: served completely, with types, caching and security headers, and packed into the wheel."""
 
 import hashlib
 import re
@@ -53,7 +53,7 @@ def test_the_page_is_at_the_root(http: Http) -> None:
     check_headers(response)
 
 
-def test_the_calls_are_shown_by_files_of_this_server_alone(http: Http) -> None:
+def test_the_api_documentation_loads_only_files_of_this_server(http: Http) -> None:
     response = http.get("/docs")
     assert response.status_code == 200
     assert response.headers["cache-control"] == "no-cache"
@@ -66,7 +66,7 @@ def test_the_calls_are_shown_by_files_of_this_server_alone(http: Http) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_file_is_served_as_what_it_is_and_asked_for_again_only_where_it_may_change(http: Http, file: str) -> None:
+def test_every_file_has_its_type_and_is_revalidated_only_if_it_may_change(http: Http, file: str) -> None:
     response = http.get(f"/web/{file}")
     assert response.status_code == 200
     assert response.content == (WEB / file).read_bytes()
@@ -80,8 +80,8 @@ def test_every_file_is_served_as_what_it_is_and_asked_for_again_only_where_it_ma
 
 
 @pytest.mark.parametrize("asked", ["bytes=0-3", "bytes=zz", "bytes=5-3", "bytes=99999999-", "lines=1-2"])
-def test_files_are_sent_whole_whatever_part_is_asked_for(http: Http, asked: str) -> None:
-    """Starlette answers ranges that are none as text, which is no problem document."""
+def test_files_are_sent_completely_despite_range_headers(http: Http, asked: str) -> None:
+    """Starlette answers invalid ranges with text, which is not a problem document."""
     for path in ("/", "/web/index.html"):
         response = http.get(path, headers={"Range": asked})
         assert (response.status_code, response.headers["accept-ranges"]) == (200, "none")
@@ -89,7 +89,7 @@ def test_files_are_sent_whole_whatever_part_is_asked_for(http: Http, asked: str)
 
 
 @pytest.mark.parametrize("path", ["/", "/web/main.js"])
-def test_head_answers_as_get_without_a_body(http: Http, path: str) -> None:
+def test_head_equals_get_without_a_body(http: Http, path: str) -> None:
     got, head = http.get(path), http.request("HEAD", path)
     assert (head.status_code, head.content) == (200, b"")
     differing = {"date", "x-request-id"}
@@ -115,7 +115,7 @@ def test_head_answers_as_get_without_a_body(http: Http, path: str) -> None:
         "/index.html",
     ],
 )
-def test_nothing_else_can_be_reached(http: Http, path: str) -> None:
+def test_no_other_files_can_be_reached(http: Http, path: str) -> None:
     response = http.get(path)
     assert response.status_code == 404
     assert response.json()["type"].endswith(":not-found")
@@ -127,7 +127,7 @@ def test_files_are_read_only(http: Http, path: str) -> None:
     problem(http.put(path), 405, "method-not-allowed")
 
 
-def test_the_page_loads_files_that_are_there_and_no_others() -> None:
+def test_the_page_loads_exactly_the_files_that_exist() -> None:
     page = "".join((WEB / name).read_text() for name in ("index.html", "docs.html"))
     named = {name.removeprefix("web/") for name in re.findall(r'(?:src|href)="(web/[^"]+)"', page)}
     modules = [file for file in FILES if file.endswith(".js") and not file.startswith("vendor/")]
@@ -144,7 +144,7 @@ def test_no_file_names_another_host() -> None:
             assert not re.search(r"//[\w-]+\.\w|url\(", text.replace("// ", "")), file
 
 
-def test_samples_are_the_files_and_their_names_are_classes_of_the_shipped_network() -> None:
+def test_samples_are_files_named_after_classes_of_the_shipped_network() -> None:
     listed = re.findall(r'"(\w+)"', (WEB / "samples.js").read_text().split("]")[0])
     assert sorted(listed) == sorted(path.stem for path in (WEB / "samples").glob("*.png"))
     assert set(listed) <= set(load_bundle(REPOSITORY / "models/zoo/cifar100-msdnet").manifest.class_names)
@@ -161,7 +161,7 @@ def test_the_vendored_libraries_are_the_published_ones() -> None:
             assert f"`{path.name}` {hashlib.sha256(path.read_bytes()).hexdigest()}" in documented
 
 
-def test_who_may_set_the_budget_is_told_before_anybody_tries(bundle: Path, http: Http) -> None:
+def test_the_page_can_query_who_may_set_the_budget(bundle: Path, http: Http) -> None:
     assert http.get("/budget/access").json() == {"may_set": True, "kind": None, "detail": None}
     problem(http.get("/budget/access?may=I"), 422, "bad-parameter")
     with serving(build_app(bundle), client=("192.0.2.7", 50_000), ready=False) as remote:
@@ -182,7 +182,7 @@ def test_who_may_set_the_budget_is_told_before_anybody_tries(bundle: Path, http:
             assert (told["may_set"], told["kind"]) == (may_set, kind)
 
 
-def test_the_wheel_holds_the_page(tmp_path: Path) -> None:
+def test_the_wheel_contains_the_page(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""The page as people meet it: a real chromium on a real server with the network that ships."""
+"""The page in a real Chromium, on a real server with the network that ships."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def page(browser: Browser, server: ServerProcess) -> Iterator[Browser]:
-    """The page, ready; in the end its console has to be silent and no other host may have been asked."""
+    """The loaded page; at the end its console must be empty, without requests to other hosts."""
     open_page(browser, server)
     yield browser
     assert browser.messages() == []
@@ -41,7 +41,7 @@ def set_fraction(server: ServerProcess, fraction: float) -> None:
     httpx.put(server.url + "/budget", json={"fraction": fraction}).raise_for_status()
 
 
-def test_a_sample_forms_its_answer_exit_by_exit(page: Browser) -> None:
+def test_a_sample_shows_its_answer_exit_by_exit(page: Browser) -> None:
     assert len(sample_names(page)) == 9
     choose_sample(page, "fox")
     states = [row.get_dom_attribute("data-state") for row in page.all("#exits tr")]
@@ -60,7 +60,7 @@ def test_a_sample_forms_its_answer_exit_by_exit(page: Browser) -> None:
     assert page.find("#samples button[aria-pressed=true]").text == "fox"
 
 
-def test_the_steps_can_be_watched_and_another_picture_takes_over(browser: Browser, server: ServerProcess) -> None:
+def test_steps_are_animated_and_another_image_replaces_them(browser: Browser, server: ServerProcess) -> None:
     open_page(browser, server, prefers_reduced_motion="no-preference")
     set_fraction(server, 1.0)
     browser.find("#samples li:last-child button").click()
@@ -73,7 +73,7 @@ def test_the_steps_can_be_watched_and_another_picture_takes_over(browser: Browse
 
 
 @pytest.mark.parametrize("way", ["pick", "drop", "paste"])
-def test_a_picture_of_ones_own(page: Browser, tmp_path: Path, way: str) -> None:
+def test_users_can_classify_their_own_image(page: Browser, tmp_path: Path, way: str) -> None:
     file = tmp_path / "own.jpg"
     with Image.open(WEB / "samples" / "orange.png") as sample:
         sample.resize((640, 480)).save(file)
@@ -87,7 +87,7 @@ def test_a_picture_of_ones_own(page: Browser, tmp_path: Path, way: str) -> None:
     assert not page.all("#samples [aria-pressed=true]")
 
 
-def test_a_bad_file_is_told_in_the_servers_words(browser: Browser, server: ServerProcess, tmp_path: Path) -> None:
+def test_a_bad_file_shows_the_servers_reason(browser: Browser, server: ServerProcess, tmp_path: Path) -> None:
     open_page(browser, server)
     (tmp_path / "notes.png").write_text("not a picture at all")
     browser.find("#file").send_keys(str(tmp_path / "notes.png"))
@@ -126,7 +126,7 @@ def test_the_budget_moves_by_keyboard_and_by_dragging_the_point(page: Browser, s
     page.until(lambda: page.find("#budget-limit").is_displayed(), "it says where going deeper stops paying")
 
 
-def test_no_finger_that_scrolls_and_no_button_for_a_menu_sets_the_budget(page: Browser, server: ServerProcess) -> None:
+def test_scrolling_and_secondary_buttons_do_not_set_the_budget(page: Browser, server: ServerProcess) -> None:
     set_fraction(server, 0.4)
     page.until(lambda: page.text("#budget-share") == "40 %", "the page follows the server")
     ActionChains(page.driver).move_to_element_with_offset(page.find(".u-over"), 60, 0).context_click().perform()
@@ -181,7 +181,7 @@ def test_a_stream_of_pictures_runs_until_it_is_stopped(page: Browser, server: Se
 
 
 def draw_figure(page: Browser, path: Path) -> None:
-    """The README's picture: the first two panels, in few colours."""
+    """Draw the README's figure: the first two panels, in few colours."""
     page.resize(1280, 900)
     page.emulate()
     page.screenshot(path)
@@ -192,7 +192,7 @@ def draw_figure(page: Browser, path: Path) -> None:
     drawn.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def test_everyone_can_read_and_operate_it_on_any_screen(page: Browser) -> None:
+def test_it_is_accessible_on_any_screen(page: Browser) -> None:
     choose_sample(page, "fox")
     page.find("#hundred").click()
     page.until(lambda: "left early" in page.text("#hundred-result"), "a hundred are answered")
@@ -217,7 +217,7 @@ def test_everyone_can_read_and_operate_it_on_any_screen(page: Browser) -> None:
     assert {"budget", "file", "hundred", "stream", "bicycle", "Skip to the first picture"} <= reached
 
 
-def test_a_token_unlocks_the_budget_and_a_lost_server_is_told(browser: Browser, tmp_path: Path) -> None:
+def test_a_token_unlocks_the_budget_and_a_lost_server_is_reported(browser: Browser, tmp_path: Path) -> None:
     with running_server(ZOO_BUNDLE, tmp_path / "log", "--lanes", "1", EXITSERVE_ADMIN_TOKEN=TOKEN) as guarded:
         open_page(browser, guarded)
         slider = browser.find("#budget")
@@ -240,7 +240,7 @@ def test_a_token_unlocks_the_budget_and_a_lost_server_is_told(browser: Browser, 
         assert browser.text("#state") == "no connection"
 
 
-def test_the_calls_can_be_read_and_tried_offline(browser: Browser, server: ServerProcess) -> None:
+def test_the_api_documentation_works_offline(browser: Browser, server: ServerProcess) -> None:
     browser.open(server.url + "/docs", prefers_color_scheme="dark")
     browser.until(lambda: len(browser.all(".opblock")) >= 11, "all calls are shown")
     assert [text for text in browser.contrasts() if text["ratio"] < text["needed"]] == []

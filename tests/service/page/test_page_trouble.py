@@ -1,4 +1,4 @@
-"""The page where things go wrong: a server that stops, hangs or is replaced, odd networks, refused pictures."""
+"""The page under failures: a server that stops, hangs or is replaced, unusual networks, refused images."""
 
 import signal
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def sample(name: str = "orange", size: tuple[int, int] = (320, 320)) -> Image.Im
 
 
 def two_class_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a network that knows two classes, whose names are long and have no place to break."""
+    """A bundle with two classes whose long names cannot be broken into lines."""
     monkeypatch.setattr(null_bundle, "CLASSES", 2)
     null_bundle.write_null_bundle(folder)
     manifest = read_manifest(folder)
@@ -51,7 +51,7 @@ def two_class_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_picture_chosen_last_is_the_one_that_is_shown(page: Browser, tmp_path: Path) -> None:
+def test_the_last_chosen_image_is_shown(page: Browser, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     sample("snail", (4000, 3000)).save(photo)  # takes a while to read
     page.script(
@@ -68,7 +68,7 @@ def test_the_picture_chosen_last_is_the_one_that_is_shown(page: Browser, tmp_pat
     assert f"it shows: {last}" in page.text("#answer") or "right" in page.text("#answer")
 
 
-def test_a_copy_that_is_ready_late_does_not_take_the_place_of_another_picture(page: Browser, tmp_path: Path) -> None:
+def test_a_late_copy_does_not_replace_another_image(page: Browser, tmp_path: Path) -> None:
     page.script(
         "const all = HTMLCanvasElement.prototype, made = all.toBlob; all.toBlob = function (take, ...how) {"
         "made.call(this, (blob) => (window.finish = () => take(blob)), ...how); }"
@@ -85,9 +85,7 @@ def test_a_copy_that_is_ready_late_does_not_take_the_place_of_another_picture(pa
 
 
 @pytest.mark.parametrize("kind", ["animated", "many pixels", "unknown format"])
-def test_what_the_server_refuses_but_the_browser_reads_is_sent_as_a_copy(
-    page: Browser, tmp_path: Path, kind: str
-) -> None:
+def test_images_only_the_browser_can_read_are_sent_as_a_copy(page: Browser, tmp_path: Path, kind: str) -> None:
     if kind == "animated":
         sample().save(file := tmp_path / "a.gif", save_all=True, append_images=[sample("lion")])
     elif kind == "many pixels":
@@ -104,7 +102,7 @@ def test_what_the_server_refuses_but_the_browser_reads_is_sent_as_a_copy(
     assert "made by this page" not in page.text("#seen-note")
 
 
-def test_a_picture_that_takes_too_long_to_send_is_sent_smaller(page: Browser, tmp_path: Path) -> None:
+def test_an_image_that_takes_too_long_to_send_is_sent_smaller(page: Browser, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     sample(size=(900, 900)).save(photo)
     photo.write_bytes(photo.read_bytes() + bytes(6_000_000))  # what follows its end no reader minds
@@ -121,8 +119,8 @@ def test_a_picture_that_takes_too_long_to_send_is_sent_smaller(page: Browser, tm
     assert "takes too long to send" in page.text("#seen-note")
 
 
-def test_without_the_metrics_all_but_the_live_shares_works(browser: Browser, server: ServerProcess) -> None:
-    """As behind a proxy that keeps /metrics inside, which docs/operations.md advises, however it says so."""
+def test_without_metrics_everything_but_live_shares_works(browser: Browser, server: ServerProcess) -> None:
+    """As behind a proxy that does not expose /metrics, as docs/operations.md recommends."""
     refuse = (
         "const real = fetch; window.fetch = (path, options) => "
         "path === 'metrics' ? Promise.resolve(new Response('', { status: 503 })) : real(path, options)"
@@ -140,8 +138,8 @@ def test_without_the_metrics_all_but_the_live_shares_works(browser: Browser, ser
         browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
-def test_what_answers_in_the_servers_place_is_told(page: Browser) -> None:
-    """As a proxy does that wants a person to sign in again."""
+def test_answers_of_another_server_are_reported(page: Browser) -> None:
+    """For example a proxy that asks the user to sign in again."""
     page.script(
         "window.real = fetch; const form = () => Promise.resolve(new Response('<p>Sign in</p>'));"
         "window.fetch = (path, ...rest) => (path === 'budget' ? form() : real(path, ...rest))"
@@ -212,7 +210,7 @@ def test_a_server_that_hangs_stops_and_is_replaced(
         browser.until(lambda: browser.text("#state") == "another network", "it notices without the metrics, too")
 
 
-def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser) -> None:
+def test_dragged_text_is_ignored_and_a_dragged_file_is_accepted(page: Browser) -> None:
     taken = page.script(
         "return [(data) => data.setData('text/plain', 'a token'), (data) => data.items.add(new File([''], 'a.png'))]"
         ".map((fill) => { const data = new DataTransfer(); fill(data);"
@@ -223,7 +221,7 @@ def test_dragged_text_is_left_alone_and_a_dragged_file_is_welcome(page: Browser)
     assert taken == [[False, False], [True, True]]
 
 
-def test_a_folder_is_no_picture_and_no_lost_server(page: Browser, tmp_path: Path) -> None:
+def test_a_folder_is_refused_without_reporting_a_lost_server(page: Browser, tmp_path: Path) -> None:
     data = {"items": [], "files": [str(tmp_path)], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "drop"):
         page.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
@@ -231,7 +229,7 @@ def test_a_folder_is_no_picture_and_no_lost_server(page: Browser, tmp_path: Path
     assert page.messages() == []
 
 
-def test_a_page_that_stays_open_keeps_no_more_readings_than_it_counts_from(page: Browser) -> None:
+def test_a_page_that_stays_open_keeps_few_readings(page: Browser) -> None:
     kept = page.driver.execute_async_script(
         "import('/web/traffic.js').then(({ Traffic }) => { const traffic = new Traffic(1), done = arguments[0];"
         'const read = (n) => traffic.read(`exitserve_exits_total{exit="1",reason="final"} ${n}.0\\n`);'
@@ -247,7 +245,7 @@ def test_a_page_that_stays_open_keeps_no_more_readings_than_it_counts_from(page:
     assert kept == [1, 0, 301, 300, 1, 0]
 
 
-def test_servers_behind_a_balancer_are_counted_each_by_itself(page: Browser) -> None:
+def test_servers_behind_a_load_balancer_are_counted_separately(page: Browser) -> None:
     told = page.driver.execute_async_script(
         "import('/web/traffic.js').then(({ Traffic }) => { const traffic = new Traffic(2), done = arguments[0];"
         "const read = (server, ...counts) => traffic.read(counts.map((n, i) =>"
@@ -263,7 +261,7 @@ def test_servers_behind_a_balancer_are_counted_each_by_itself(page: Browser) -> 
     assert told[3] < 100, "servers that are gone are forgotten"
 
 
-def test_numbers_are_written_as_people_write_them(page: Browser) -> None:
+def test_numbers_are_formatted_for_reading(page: Browser) -> None:
     told = page.driver.execute_async_script(
         "import('/web/words.js').then(({ score, millions, percent }) => arguments[0]("
         "[score(-0.001), score(-0.01), millions(0.0012), millions(12345.6), percent(-2e-16), percent(-0.1, 1)]))"

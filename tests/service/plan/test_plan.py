@@ -1,4 +1,4 @@
-"""`python -m service plan` as people type it: the bundle that ships, stage times from a file or measured here."""
+"""`python -m service plan` from the command line: the bundle that ships, stage times from a file or measured here."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHIPPED = REPOSITORY / "models" / "zoo" / "cifar100-msdnet"
 
 @pytest.fixture(scope="module")
 def shipped_times(tmp_path_factory) -> Path:
-    """Chosen, not measured: two lanes, 1 ms and 0.22 ms a row in every stage."""
+    """Chosen, not measured: two lanes, 1 ms plus 0.22 ms per row in every stage."""
     path = tmp_path_factory.mktemp("plan") / "times.json"
     StageTimes(
         network="cifar100-msdnet",
@@ -42,7 +42,7 @@ def shipped_times(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def short_runs(monkeypatch) -> None:
-    """For tests in which the numbers are not looked at."""
+    """For tests that do not examine the numbers."""
     for name in ("SETTLING_IMAGES", "SATURATED_IMAGES", "SEARCH_IMAGES"):
         monkeypatch.setattr(planning, name, 400)
     monkeypatch.setattr(host_times, "HOST_S", 0.1)
@@ -83,14 +83,14 @@ def test_the_network_that_ships_gets_a_sane_plan(capsys, shipped_times):
     assert not found["overloaded"]
 
 
-def test_int8_stages_have_answers_of_their_own(capsys, shipped_times, short_runs):
+def test_int8_stages_have_their_own_scores(capsys, shipped_times, short_runs):
     asked = ["--rate", "2000", "--budget", "40%", "--seconds", "1"]
     found = [planned(capsys, shipped_times, *asked, "--precision", name)[1] for name in ("fp32", "int8")]
     assert [plan["network"].split()[-1] for plan in found] == ["fp32", "int8"]
     assert found[0]["replica_at_rate"]["accuracy"] != found[1]["replica_at_rate"]["accuracy"]
 
 
-def test_more_than_a_replica_can_do_is_said_plainly_and_has_no_latency(capsys, shipped_times, short_runs):
+def test_overload_is_reported_without_a_latency(capsys, shipped_times, short_runs):
     asked = ["--model", SHIPPED, "--stage-times", shipped_times, "--rate", "9000", "--budget", "24"]
     code, out, _ = plan(capsys, *asked, "--p99-ms", "40.125")
     assert code == 1
@@ -99,7 +99,7 @@ def test_more_than_a_replica_can_do_is_said_plainly_and_has_no_latency(capsys, s
     assert "replicas for p99 <= 40.125 ms " in out  # the number after it apart
 
 
-def test_it_measures_what_it_is_not_given_and_reads_what_it_has_written(tmp_path, capsys, short_runs):
+def test_it_measures_missing_times_and_reads_its_own_file(tmp_path, capsys, short_runs):
     tiny, saved = tiny_bundle(tmp_path / "tiny"), tmp_path / "here.json"
     asked = ["--model", tiny, "--rate", "20", "--budget", "70%", "--lanes", "2", "--max-batch-rows", "4"]
     code, out, err = plan(capsys, *asked, "--save-stage-times", saved)
@@ -118,16 +118,16 @@ def test_it_measures_what_it_is_not_given_and_reads_what_it_has_written(tmp_path
     assert "measuring" not in again[0][2]
 
 
-def test_where_images_never_share_a_batch_all_of_the_hosts_work_is_the_images(tmp_path, monkeypatch, short_runs):
-    """With one exit, too: then every image is one batch, and nothing tells a batch's work from an image's."""
+def test_without_shared_batches_all_host_time_counts_per_image(tmp_path, monkeypatch, short_runs):
+    """Also with one exit: then every image is one batch, so the work of both cannot be separated."""
     monkeypatch.setattr(null_bundle, "EXITS", null_bundle.EXITS[:1])
     times = measure(null_bundle.write_null_bundle(tmp_path / "null"), 1, max_rows=1, limit_s=0.1)
     assert times.host_batch_seconds == 0.0
     assert times.host_image_seconds > 0.0
 
 
-def test_lanes_that_would_share_a_core_are_not_measured_together(tmp_path, monkeypatch, short_runs):
-    """Their wait for it counted twice, as the simulation has them wait too: 8 lanes on 2 cores were planned a quarter
+def test_no_more_lanes_than_cores_are_measured_together(tmp_path, monkeypatch, short_runs):
+    """Their waiting once counted twice, as the simulation also includes it: 8 lanes on 2 cores were planned a quarter
     of what 2 do."""
     monkeypatch.setattr(measuring, "default_lanes", lambda: 1)
     said: list[str] = []
@@ -146,7 +146,7 @@ def test_times_are_interpolated(shipped_times):
     assert [only_one.seconds(0, n) for n in (1, 8, 16)] == pytest.approx([0.004, 0.004, 0.008])
 
 
-def test_more_rows_never_take_less_where_a_busy_machine_measured_so(shipped_times):
+def test_times_are_made_monotone_in_rows(shipped_times):
     measured_s = {1: 0.001, 8: 0.009, 16: 0.008}
     times = StageTimes(**{**StageTimes.load(shipped_times).model_dump(), "stage_seconds": [measured_s] * 6})
     assert [times.seconds(0, n) for n in (8, 12, 16)] == pytest.approx([0.009, 0.009, 0.009])
@@ -165,7 +165,7 @@ def test_a_plot_is_drawn(tmp_path, capsys, shipped_times, monkeypatch, short_run
     assert "there is no folder" in err
 
 
-def test_times_that_were_measured_beside_other_work_say_so(capsys, shipped_times, tmp_path, monkeypatch, short_runs):
+def test_times_measured_under_other_load_have_a_warning(capsys, shipped_times, tmp_path, monkeypatch, short_runs):
     monkeypatch.setattr(command, "measure", lambda *_, **__: StageTimes.load(shipped_times))
     saved = tmp_path / "here.json"
     for seconds_of_others, told in ((1e6, "beside other work that used 100% of the cores"), (0.0, "")):
@@ -177,7 +177,7 @@ def test_times_that_were_measured_beside_other_work_say_so(capsys, shipped_times
 
 
 @pytest.mark.skipif(not neighbours.STAT.exists(), reason="Linux tells what cores do")
-def test_what_others_have_of_the_cores_is_read():
+def test_the_cpu_share_of_other_processes_is_measured():
     spinning = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
     with subprocess.Popen(spinning, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -196,7 +196,7 @@ def test_what_others_have_of_the_cores_is_read():
     assert seen.share is not None
 
 
-def test_times_that_could_not_be_saved_are_not_measured(capsys):
+def test_an_unwritable_file_is_refused_before_measuring(capsys):
     code, out, err = plan(capsys, "--model", str(SHIPPED), "--rate", "10", "--save-stage-times", "nowhere/here.json")
     assert (code, out) == (2, "")
     assert err == "error: --save-stage-times nowhere/here.json: there is no folder nowhere\n"
@@ -228,7 +228,7 @@ def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
         (["--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: there is no folder nowhere"),
     ],
 )
-def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times, arguments, told):
+def test_requests_that_cannot_be_planned_are_refused_with_the_reason(capsys, shipped_times, arguments, told):
     given = ["--model", str(SHIPPED)] if "--model" not in arguments else []
     given += ["--stage-times", str(shipped_times)] if "--stage-times" not in arguments else []
     code, out, err = plan(capsys, "--rate", "100", *given, *arguments)
@@ -255,7 +255,7 @@ def test_what_cannot_be_planned_is_refused_with_its_reason(capsys, shipped_times
         (["--replicas", "2"], "--rate"),
     ],
 )
-def test_arguments_that_are_no_numbers_are_refused(capsys, arguments, told):
+def test_invalid_numbers_are_refused(capsys, arguments, told):
     with pytest.raises(SystemExit) as ended:
         main(["plan", *arguments])
     assert ended.value.code == 2
@@ -272,7 +272,7 @@ def test_arguments_that_are_no_numbers_are_refused(capsys, arguments, told):
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_a_file_of_stage_times_that_is_wrong_names_its_fault(tmp_path, shipped_times, change, told):
+def test_an_invalid_file_of_stage_times_is_refused_with_the_reason(tmp_path, shipped_times, change, told):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps({**json.loads(shipped_times.read_text()), **change}))
     with pytest.raises(StageTimesError, match="--save-stage-times writes such a file") as refused:

@@ -1,4 +1,4 @@
-"""The simulation behind `python -m service plan`: where queueing theory knows the answer, it gives it."""
+"""The simulation behind `python -m service plan`: it agrees with queueing theory where that has a solution."""
 
 from itertools import pairwise
 
@@ -66,7 +66,7 @@ def test_one_image_at_a_time_waits_as_in_an_m_d_1_queue(load):
 
 
 def test_the_host_is_a_queue_of_its_own():
-    """Images that cost the host 1 ms and a device next to nothing wait for the host."""
+    """Images that take 1 ms of the host and almost nothing of the device wait for the host."""
     arrivals = poisson(0.7 / MS, 1_500, seed=2).tolist()
     slow_host = times({1: 1e-9}, host_image_seconds=0.6 * MS, lanes_take_cores=False)
     record = Simulation(one_exit(), slow_host, Setup(10.0, 1, 1, max_rows=1, http_image_s=0.4 * MS)).run(arrivals)
@@ -101,21 +101,21 @@ def test_lanes_and_host_share_the_cores(n_lanes, n_cores, lanes_take_cores, host
         (1, False, [11, 21]),
     ],
 )
-def test_a_host_that_wakes_waits_for_a_core_where_lanes_hold_them_all(n_cores, lanes_take_cores, answered_ms):
+def test_a_waking_host_waits_for_a_core_if_lanes_hold_them_all(n_cores, lanes_take_cores, answered_ms):
     """Two images, one after the other, 10 ms each; to take back a batch is 1 ms of the host's."""
     table = times({1: 10 * MS}, lanes_take_cores=lanes_take_cores, host_batch_seconds=1 * MS, wake_seconds=3 * MS)
     record = Simulation(one_exit(), table, Setup(10.0, 1, n_cores, max_rows=1)).run([0.0, 0.0])
     assert record.answered_s == pytest.approx([ms * MS for ms in answered_ms])
 
 
-def test_a_host_that_waits_for_a_core_has_it_once_a_lane_has_nothing_to_do():
+def test_a_waiting_host_gets_a_core_when_a_lane_is_idle():
     """Lanes are busy from 1 to 11 and from 2 to 12 ms; the third image comes at 6, and the host has a core at 11."""
     table = times({1: 10 * MS}, n_lanes=2, n_cores=2, host_image_seconds=1 * MS, wake_seconds=8 * MS)
     record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 0.0, 6 * MS])
     assert record.answered_s == pytest.approx([11 * MS, 12 * MS, 22 * MS])
 
 
-def test_how_long_a_host_waits_for_a_core_is_drawn():
+def test_the_hosts_wait_for_a_core_is_random():
     """Images in pairs: the second holds the core when the first one's batch is to be taken back."""
     table = times({1: 10 * MS}, host_batch_seconds=1e-9, wake_seconds=(0.0, 0.0, 0.0, 4 * MS))
     record = Simulation(one_exit(), table, Setup(10.0, 1, 1, max_rows=1)).run(np.repeat(np.arange(400.0), 2).tolist())
@@ -126,7 +126,7 @@ def test_how_long_a_host_waits_for_a_core_is_drawn():
     assert waited.mean() == pytest.approx(0.25, abs=0.08)
 
 
-def test_batches_take_longer_at_times_as_was_measured():
+def test_batch_times_vary_by_the_measured_spread():
     table = times({1: 10 * MS}, spread=(1.0, 1.0, 1.0, 1.5))
     record = Simulation(one_exit(), table, Setup(10.0, 1, 1, max_rows=1)).run(np.arange(400.0).tolist())
     took_s = np.array(record.answered_s) - record.came_s
@@ -136,28 +136,28 @@ def test_batches_take_longer_at_times_as_was_measured():
     assert slow.mean() == pytest.approx(0.25, abs=0.08)
 
 
-def test_a_batch_alone_is_as_fast_as_was_measured():
+def test_a_batch_alone_runs_at_the_measured_speed():
     table = times({1: 3 * MS}, n_lanes=2, n_cores=2, alone_speed=1.5)
     record = Simulation(one_exit(), table, Setup(10.0, 2, 2, max_rows=1)).run([0.0, 1.0, 1.0, 2.0])
     latencies = np.array(record.answered_s) - record.came_s
     assert latencies == pytest.approx([2 * MS, 3 * MS, 3 * MS, 2 * MS])
 
 
-def test_two_batches_on_two_cores_are_not_alone_however_many_lanes_rest():
+def test_two_batches_on_two_cores_do_not_count_as_alone():
     table = times({1: 3 * MS}, n_lanes=8, n_cores=2, alone_speed=1.5)
     record = Simulation(one_exit(), table, Setup(10.0, 8, 2, max_rows=1)).run([0.0, 1.0, 1.0])
     assert np.array(record.answered_s) - record.came_s == pytest.approx([2 * MS, 3 * MS, 3 * MS])
 
 
-def test_full_batches_answer_as_many_as_their_stage_times_allow():
+def test_throughput_of_full_batches_matches_the_stage_times():
     table = times({1: 1 * MS, 32: 8 * MS})
     record = Simulation(one_exit(), table, Setup(10.0, 1, 1)).saturate(3_200, n_in_flight=128)
     assert 3_200 / record.answered_s[-1] == pytest.approx(32 / (8 * MS), rel=0.02)
     assert record.batch_rows[0].count(32) >= 99  # the first and the last are smaller
 
 
-def test_rows_that_lie_apart_cost_their_copies(network):
-    """Nothing else differs between these two, so that the time lost is what copies take."""
+def test_rows_of_several_blocks_cost_their_copies(network):
+    """Nothing else differs between the two, so the difference is the time of copies."""
     setup = Setup(0.4 * FULL_MFLOPS, 2, 2)
     costly = SIX_STAGES.model_copy(update={"copy_row_seconds": (1 * MS,) * 6})
     plain, copying = (Simulation(network, table, setup).saturate(1_000, 256) for table in (SIX_STAGES, costly))
@@ -165,7 +165,7 @@ def test_rows_that_lie_apart_cost_their_copies(network):
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
-def test_the_budget_is_kept_and_images_leave_where_the_frontier_says(network, fraction):
+def test_the_budget_is_kept_and_exit_shares_match_the_frontier(network, fraction):
     budget_mflops = fraction * FULL_MFLOPS
     planner = Planner(network, SIX_STAGES, Setup(budget_mflops, 2, 2))
     outcome = planner.at(2_000.0, 4_000)
@@ -192,7 +192,7 @@ def test_the_same_seed_gives_the_same_run_and_another_a_different_one(network):
     assert runs[0].answered_s != runs[2].answered_s
 
 
-def test_every_image_is_answered_once_and_none_before_it_came(network):
+def test_every_image_is_answered_once_and_after_its_arrival(network):
     record = Simulation(network, SIX_STAGES, Setup(FULL_MFLOPS, 2, 2)).run(poisson(1_500, 1_000, 4, 7).tolist())
     assert sorted(record.came_s) == pytest.approx(poisson(1_500, 1_000, 4, 7).tolist())
     assert (np.array(record.answered_s) > record.came_s).all()
@@ -208,7 +208,7 @@ def test_arrivals_have_their_rate_and_their_bursts():
     assert len(set(bursts.tolist())) == 2_000
 
 
-def test_replicas_are_as_many_as_a_latency_needs(network, monkeypatch):
+def test_the_number_of_replicas_is_the_least_for_the_latency(network, monkeypatch):
     for name in ("SETTLING_IMAGES", "SATURATED_IMAGES", "SEARCH_IMAGES"):
         monkeypatch.setattr(planning, name, 800)
     planner = Planner(network, SIX_STAGES, Setup(0.4 * FULL_MFLOPS, 2, 2))
@@ -229,7 +229,7 @@ def test_the_search_finds_the_first(answer):
     assert first(lambda n: False, 3, 40) is None
 
 
-def test_what_settles_is_not_counted():
+def test_the_settling_phase_is_not_counted():
     record = Simulation(one_exit(), times({1: MS}), Setup(10.0, 1, 1, max_rows=1)).run([0.0, 0.0, 0.0, 5.0])
     outcome = observe(one_exit(), record, n_settling=3)
     assert outcome.images == 1
