@@ -1,5 +1,4 @@
-"""The calls of CUDA that a launch is made of, with a library in the place of CUDA's that does at once, on the host,
-what CUDA does on a device."""
+"""The CUDA calls of a launch, with a library in place of CUDA's that does the same on the host, synchronously."""
 
 import ctypes
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ FAILED = 719
 
 
 class FakeRuntime:
-    """Functions, whose types can be set as those of a library."""
+    """Functions whose argument and result types can be set, like those of a shared library."""
 
     def __init__(self) -> None:
         self.log: list[Any] = []
@@ -54,9 +53,7 @@ def stream() -> torch.cuda.Stream:
     return cast(torch.cuda.Stream, SimpleNamespace(cuda_stream=STREAM))
 
 
-def test_rows_are_copied_from_where_they_are_to_where_they_belong(
-    runtime: FakeRuntime, stream: torch.cuda.Stream
-) -> None:
+def test_rows_are_copied_to_their_places(runtime: FakeRuntime, stream: torch.cuda.Stream) -> None:
     here = torch.arange(60, dtype=torch.int64).reshape(10, 2, 3)
     there = torch.zeros((5, 2, 3), dtype=torch.int64)
     copier = CudaCopier(CudaCalls(runtime), stream, there, here)
@@ -76,7 +73,7 @@ def test_a_graph_is_replayed_on_its_stream(runtime: FakeRuntime, stream: torch.c
     assert runtime.log == [("replay", GRAPH, STREAM)]
 
 
-def test_a_mark_is_waited_for_only_where_it_has_not_passed(
+def test_it_waits_for_a_mark_only_if_it_has_not_passed(
     runtime: FakeRuntime, stream: torch.cuda.Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited = []
@@ -104,7 +101,7 @@ def test_a_mark_is_waited_for_only_where_it_has_not_passed(
     assert waited == [EVENT]
 
 
-def test_what_cuda_says_is_said(runtime: FakeRuntime, stream: torch.cuda.Stream) -> None:
+def test_cudas_error_messages_are_reported(runtime: FakeRuntime, stream: torch.cuda.Stream) -> None:
     calls, rows = CudaCalls(runtime), torch.zeros(4)
     runtime.error = FAILED
     for call in (
@@ -126,7 +123,7 @@ def test_calls_keep_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert opened == ["libcudart.so.13"]
 
 
-def test_a_runtime_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_runtime_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "99.0")
     with pytest.raises(RunnerError, match=r"cannot be loaded: libcudart\.so\.99"):
         CudaCalls()

@@ -1,4 +1,4 @@
-"""Which batches become smaller where memory is short, and when they grow again."""
+"""Which batches become smaller when memory is short, and when they grow again."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def caused_by(cause: Exception) -> Exception:
         RuntimeError("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"),
     ],
 )
-def test_what_memory_that_ran_out_looks_like(error: Exception) -> None:
+def test_errors_for_lack_of_memory_are_recognised(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
@@ -36,16 +36,16 @@ def test_what_memory_that_ran_out_looks_like(error: Exception) -> None:
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_what_an_error_says_is_one_line(error: Exception, words: str | None) -> None:
+def test_error_messages_are_shortened_to_one_line(error: Exception, words: str | None) -> None:
     assert words_of(error) == (words or "CUDA error: out of memory")
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("device lost"), caused_by(ValueError("a shape")), KeyError("x")])
-def test_what_it_does_not_look_like(error: Exception | None) -> None:
+def test_other_errors_are_not_taken_for_lack_of_memory(error: Exception | None) -> None:
     assert not is_out_of_memory(error)
 
 
-def test_a_batch_too_large_halves_those_of_its_stage_and_time_brings_them_back() -> None:
+def test_lack_of_memory_halves_a_stages_batches_for_a_time() -> None:
     limits = RowLimits(n_stages=2, max_rows=32)
     limits.failed(0, 32, RuntimeError("device lost"))
     assert limits.rows == [32, 32]
@@ -67,7 +67,7 @@ def test_a_batch_too_large_halves_those_of_its_stage_and_time_brings_them_back()
     assert limits.rows == [32, 32]
 
 
-def test_what_memory_holds_in_all_is_a_limit_for_good() -> None:
+def test_a_limit_by_total_memory_is_permanent() -> None:
     limits = RowLimits(n_stages=2, max_rows=32)
     limits.failed(0, 8, MemoryError())
     limits.limit(6)

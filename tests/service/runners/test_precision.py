@@ -1,4 +1,4 @@
-"""Served in int8: other stages, scores and thresholds, the same calls; never without being asked for."""
+"""Serving in int8: other stages, scores and thresholds, but the same API; only on request."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,12 +28,12 @@ def http(path: Path) -> Iterator[Http]:
         yield http
 
 
-def test_no_answer_changes_unasked(path):
+def test_the_default_is_fp32(path):
     assert load_settings([]).precision == "fp32"
     assert at_precision(load_bundle(path), "fp32", "auto", "cpu").precision == "fp32"
 
 
-def test_int8_where_there_is_none_is_refused(bundle_path):
+def test_int8_is_refused_for_bundles_without_it(bundle_path):
     with pytest.raises(BundleError, match="it has no int8 stages; make them with `python -m training quantize`"):
         at_precision(load_bundle(bundle_path), "int8", "auto", "cpu")
 
@@ -46,7 +46,7 @@ def test_int8_is_for_cpus(path):
 
 
 @pytest.mark.parametrize(("fp32_s", "int8_s", "taken"), [(2.0, 1.0, "int8"), (1.05, 1.0, "fp32"), (1.0, 2.0, "fp32")])
-def test_auto_takes_what_is_surely_faster(path, monkeypatch, fp32_s, int8_s, taken):
+def test_auto_takes_int8_only_if_clearly_faster(path, monkeypatch, fp32_s, int8_s, taken):
     monkeypatch.setattr(precision, "_seconds", lambda *bundles: [fp32_s, int8_s])
     assert at_precision(load_bundle(path), "auto", "auto", "cpu").precision == taken
 
@@ -61,7 +61,7 @@ def test_auto_takes_what_is_surely_faster(path, monkeypatch, fp32_s, int8_s, tak
         ("onnx", "cuda", 0, "fp32"),
     ],
 )
-def test_auto_takes_int8_on_processors_alone(path, monkeypatch, runner, device, n_gpus, taken):
+def test_auto_takes_int8_only_on_cpus(path, monkeypatch, runner, device, n_gpus, taken):
     monkeypatch.setattr(precision, "_seconds", lambda *bundles: [2.0, 1.0])
     monkeypatch.setattr(choice, "cuda_device_count", lambda: n_gpus)
     assert at_precision(load_bundle(path), "auto", runner, device).precision == taken
@@ -75,7 +75,7 @@ def test_auto_measures_both_and_does_without_int8(path, bundle_path):
     assert at_precision(load_bundle(bundle_path), "auto", "auto", "cpu").precision == "fp32"
 
 
-def test_rows_carry_a_quarter_and_regrouping_changes_no_answer(path):
+def test_row_state_is_a_quarter_and_regrouping_changes_no_answer(path):
     runner = OnnxRunner(load_bundle(path).at("int8"), max_rows=16, n_lanes=1)
     images = random_images(16, seed=3)
     together = [runner.first_state(image) for image in images]
@@ -91,7 +91,7 @@ def test_rows_carry_a_quarter_and_regrouping_changes_no_answer(path):
         alone = [[row] for row in rows]
 
 
-def test_it_is_served_with_its_own_frontier_and_says_so(http, path):
+def test_int8_is_served_with_its_own_frontier_which_is_reported(http, path):
     bundle = load_bundle(path)
     model = http.get("/model").json()
     assert (model["precision"], model["version"]) == ("int8", bundle.manifest.version)
@@ -109,6 +109,6 @@ def test_it_is_served_with_its_own_frontier_and_says_so(http, path):
     assert budget["accuracy"] == pytest.approx(expected.accuracy, abs=1e-3)
 
 
-def test_a_server_is_told_by_its_setting(path, tmp_path):
+def test_the_setting_selects_the_precision(path, tmp_path):
     with running_server(path, tmp_path / "log", EXITSERVE_PRECISION="int8") as server:
         assert server.stop() == 0

@@ -1,5 +1,5 @@
-"""Pictures that the device scales, over HTTP: what is decoded arrives there as it is, and answers as if it had been
-scaled on the host. The device is the processor: the very programs that a GPU would run."""
+"""Images scaled on the device, over HTTP: decoded images arrive there unscaled, and get the same answers as if scaled
+on the host. The device is the CPU, with the same programs as on a GPU."""
 
 import sys
 from collections import Counter
@@ -43,7 +43,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def on_the_processor(bundle: Any, name: str, **asked: Any) -> TorchCudaRunner:
-    """As `open_runner` opens torch-cuda."""
+    """Open torch-cuda like `open_runner`, but on the CPU."""
     size = bundle.manifest.input
     px = 0 if asked["resize"] == "host" else canvas_px(size.height_px, size.width_px)
     rows = asked["max_rows"], asked["max_in_flight_rows"]
@@ -52,7 +52,7 @@ def on_the_processor(bundle: Any, name: str, **asked: Any) -> TorchCudaRunner:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, ...]]:
-    """Of the shapes that images have as they come to the runner, how many."""
+    """Counts of the images that reach the runner, by shape."""
     shapes = Counter[tuple[int, ...]]()
     first_state = TorchCudaRunner.first_state
 
@@ -94,7 +94,7 @@ def is_same(answers: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("where", ["auto", "device", "host"])
-def test_pictures_answer_as_those_that_the_host_scales(
+def test_answers_equal_those_with_scaling_on_the_host(
     folder: Path, seen: Counter[tuple[int, ...]], by_host: list[Any], where: str
 ) -> None:
     with serving(build_app(folder, resize=where, budget_fraction=1.0)) as http:
@@ -115,7 +115,7 @@ def test_pictures_answer_as_those_that_the_host_scales(
         assert seen.keys() == {(*image.size[::-1], 3) for image in pictures()[:2]} | {(SIDE_PX, SIDE_PX, 3)}
 
 
-def test_they_cross_shared_memory_as_they_are(folder: Path, tmp_path: Path, by_host: list[Any]) -> None:
+def test_images_cross_shared_memory_unscaled(folder: Path, tmp_path: Path, by_host: list[Any]) -> None:
     arguments = ("--http-workers", "2", "--lanes", "2", "--budget-fraction", "1", "--max-in-flight", "64")
     program = (sys.executable, "-c", PROGRAM)
     with running_server(folder, tmp_path / "log", *arguments, "--resize", "device", program=program) as server:
@@ -138,7 +138,7 @@ def test_no_value_is_more_than_two_grey_levels_from_the_hosts() -> None:
             assert np.abs(found.astype(int) - scaling.decode_now(body)).max() <= 2
 
 
-def test_a_runner_that_cannot_scale_says_so(folder: Path) -> None:
+def test_a_runner_that_cannot_scale_is_refused(folder: Path) -> None:
     bundle = load_bundle(folder)
     with pytest.raises(RunnerError, match="which alone scales images there"):
         build_engine(bundle, bundle.costs_mflops[-1], device="cpu", resize="device")
@@ -151,7 +151,7 @@ def test_canvases_are_a_little_more_than_twice_the_networks_size() -> None:
     assert canvas_px(10, 224) == 512
 
 
-def test_what_is_opaque_upright_and_small_enough_is_left_as_it_is() -> None:
+def test_opaque_upright_and_small_images_are_passed_on_unscaled() -> None:
     plain, scaling = (ImageDecoder(SIDE_PX, SIDE_PX, 1_000_000, canvas_px=px) for px in (CANVAS_PX, 0))
     image, grey = picture(60, 80), picture(11, 9).convert("L")
     for kind in ("PNG", "WEBP", "BMP"):

@@ -1,4 +1,4 @@
-"""Which runner runs a bundle: as asked, else onnx at once without a GPU, else the faster of those that can run."""
+"""Choosing the runner: as requested; else onnx at once without a GPU, and with one the fastest available."""
 
 import logging
 import sys
@@ -28,7 +28,7 @@ from tests.bundles import REPOSITORY
 
 
 class Timed(OnnxRunner):
-    """The real runner, whose stages take as long as the test says."""
+    """The real runner, with stage times set by the test."""
 
     image_s = 0.0
 
@@ -48,7 +48,7 @@ def test_the_faster_is_chosen(bundle: Bundle) -> None:
     assert choice.fastest({"fast": lambda: fast, "slow": lambda: slow}) is fast
 
 
-def test_what_cannot_run_is_left_out_with_a_warning(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+def test_runners_that_cannot_run_are_skipped_with_a_warning(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
     def refuse() -> Runner:
         raise RunnerError("this GPU has no room")
 
@@ -61,7 +61,7 @@ def test_what_cannot_run_is_left_out_with_a_warning(bundle: Bundle, caplog: pyte
         choice.fastest({"torch-cuda": refuse})
 
 
-def test_a_library_that_fails_in_its_own_words_keeps_no_other_from_serving(
+def test_a_library_that_raises_its_own_errors_does_not_prevent_others(
     bundle: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> Runner:
@@ -93,7 +93,7 @@ def test_a_runner_that_cannot_warm_up_leaves_its_memory_to_the_next(bundle: Bund
     choice.fastest({"torch-cuda": open_failing, "onnx": open_next})
 
 
-def test_torch_that_is_installed_and_cannot_be_loaded_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_torch_that_cannot_be_loaded_is_reported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with_a_gpu(monkeypatch, None)
     monkeypatch.setitem(sys.modules, "service.runners.torch_cuda.runner", None)  # importing it is an ImportError
     with pytest.raises(RunnerError, match=r"torch, which is installed but cannot be loaded \(.*\): reinstall it"):
@@ -101,9 +101,7 @@ def test_torch_that_is_installed_and_cannot_be_loaded_is_told(bundle: Bundle, mo
 
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
-def test_where_the_device_is_lost_nothing_else_is_tried_in_this_process(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_lost_device_no_other_runner_is_tried(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def lose_it(*arguments: object, **options: object) -> Runner:
         raise FatalRunnerError("CUDA error: an illegal memory access was encountered")
 
@@ -146,7 +144,7 @@ def test_int8_stages_are_for_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
         ("onnx", "auto", None, ["onnx on cuda"]),
     ],
 )
-def test_with_a_gpu_auto_measures_what_there_is(
+def test_with_a_gpu_auto_measures_the_available_runners(
     bundle: Bundle,
     monkeypatch: pytest.MonkeyPatch,
     name: choice.RunnerName,
@@ -188,10 +186,10 @@ def with_a_gpu(monkeypatch: pytest.MonkeyPatch, tensorrt: int | None) -> None:
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
 @pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="this ONNX Runtime knows no CUDA")
-def test_a_provider_that_cannot_load_is_an_error_that_says_what_is_missing_not_a_slow_server(
+def test_a_provider_that_cannot_load_is_an_error_naming_what_is_missing(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """ONNX Runtime is asked for CUDA for real; this machine has no libraries for it, and it falls back."""
+    """ONNX Runtime is really asked for CUDA, for which this machine has no libraries, and falls back."""
     from service.runners.onnx_device import runner as onnx_device
 
     with_a_gpu(monkeypatch, None)
@@ -206,12 +204,12 @@ def test_a_provider_that_cannot_load_is_an_error_that_says_what_is_missing_not_a
 
 @pytest.mark.skipif(cuda_device_count() > 0, reason="this machine has a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_a_device_that_is_asked_for_and_not_there_is_refused(bundle: Bundle, device: Device) -> None:
+def test_a_requested_device_that_is_absent_is_refused(bundle: Bundle, device: Device) -> None:
     with pytest.raises(RunnerError, match=f"the device {device} was asked for, but .*: choose the device cpu or auto"):
         choice.open_runner(bundle, "onnx", device=device)
 
 
-def test_a_session_is_asked_what_it_runs_on(bundle: Bundle) -> None:
+def test_sessions_are_checked_for_the_provider_they_run_on(bundle: Bundle) -> None:
     session = load_stage_session(bundle.path, bundle.manifest.stages[0].file)
     check_loaded(session, "CPUExecutionProvider")
     for provider in (CUDA, TENSORRT):
@@ -219,7 +217,7 @@ def test_a_session_is_asked_what_it_runs_on(bundle: Bundle) -> None:
             check_loaded(session, provider)
 
 
-def test_engines_are_kept_apart_by_bundle_rows_versions_and_device(
+def test_cached_engines_are_separate_by_bundle_rows_versions_and_device(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -242,7 +240,7 @@ def test_engines_are_kept_apart_by_bundle_rows_versions_and_device(
         engine_cache(bundle, 64)
 
 
-def test_tensorrt_is_told_every_shape_that_its_engines_will_meet(bundle: Bundle, tmp_path: Path) -> None:
+def test_tensorrt_gets_every_shape_of_its_engines(bundle: Bundle, tmp_path: Path) -> None:
     stage = bundle.manifest.stages[1]
     options = tensorrt_options(stage, 64, tmp_path, ["Gather", "ScatterElements"])
     for name, n_rows in (("min", 1), ("opt", 64), ("max", 64)):
@@ -260,7 +258,7 @@ def test_tensorrt_is_told_every_shape_that_its_engines_will_meet(bundle: Bundle,
         ("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid dimensions for input: images", False),
     ],
 )
-def test_errors_of_onnx_runtime_that_no_later_call_survives_are_told_apart(message: str, lost: bool) -> None:
+def test_fatal_errors_of_onnx_runtime_are_recognised(message: str, lost: bool) -> None:
     assert is_lost(RuntimeError(message)) is lost
 
 

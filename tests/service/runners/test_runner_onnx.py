@@ -1,4 +1,4 @@
-"""The ONNX runner: the network's own answers, whoever shares a batch, and no more copies than it says."""
+"""The ONNX runner: the network's answers, independent of the batch, with no more copies than documented."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def images() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def alone(runner, images) -> list[NDArray[np.float32]]:
-    """The logits [48, classes] of every stage, each image in batches of its own."""
+    """The logits [48, classes] of every stage, with each image alone in its batch."""
     logits: list[list[NDArray[np.float32]]] = [[] for _ in range(runner.n_stages)]
     for image in images:
         rows: Sequence[RowState] = [runner.first_state(image)]
@@ -49,7 +49,7 @@ def alone(runner, images) -> list[NDArray[np.float32]]:
     return [np.stack(rows) for rows in logits]
 
 
-def test_it_answers_as_the_whole_network_does(alone, images):
+def test_it_gives_the_whole_networks_answers(alone, images):
     with torch.no_grad():
         whole = tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(images)))
     assert len(whole) == len(alone)
@@ -59,8 +59,8 @@ def test_it_answers_as_the_whole_network_does(alone, images):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_answers_are_the_same_to_the_bit_whoever_shares_the_batch(runner, images, alone, seed):
-    """Rows leave at random, and the rest is regrouped with rows of other batches, in any order, at every stage."""
+def test_answers_are_bitwise_independent_of_the_batch(runner, images, alone, seed):
+    """At every stage, rows leave at random and the rest is regrouped with rows of other batches, in any order."""
     rng = np.random.default_rng(seed)
     waiting = [(i, runner.first_state(image)) for i, image in enumerate(images)]
     for stage in range(runner.n_stages):
@@ -81,7 +81,7 @@ def test_answers_are_the_same_to_the_bit_whoever_shares_the_batch(runner, images
         assert waiting or stage + 1 == runner.n_stages
 
 
-def test_lanes_do_not_disturb_each_other(runner, images, alone):
+def test_lanes_are_independent(runner, images, alone):
     def through(part: int) -> list[NDArray[np.float32]]:
         logits, rows = [], [runner.first_state(image) for image in images[part::4]]
         for stage in range(runner.n_stages):
@@ -98,7 +98,7 @@ def test_lanes_do_not_disturb_each_other(runner, images, alone):
             assert np.array_equal(logits[stage], alone[stage][i % 4 :: 4])
 
 
-def test_rows_that_go_on_together_are_not_copied(runner, images):
+def test_rows_that_continue_together_are_not_copied(runner, images):
     output = runner.run(0, [runner.first_state(image) for image in images[:8]])
     name = runner.stages[1].inputs[0].name
     batch = output.states[0].block.values[name]
@@ -107,7 +107,7 @@ def test_rows_that_go_on_together_are_not_copied(runner, images):
     assert not np.shares_memory(Gathering([output.states[2], output.states[4]]).take(name), batch)
 
 
-def test_gathering_keeps_rows_in_order_and_uses_the_buffer_it_is_given():
+def test_gathering_keeps_the_order_and_uses_the_given_buffer():
     blocks = [Block({"x": np.arange(100 * k, 100 * k + 20).reshape(10, 2)}, 10) for k in range(3)]
     picks = [(0, 3), (0, 4), (2, 9), (2, 0), (1, 5), (0, 5)]
     rows = [RowState(blocks[b], i) for b, i in picks]
@@ -131,15 +131,15 @@ def test_few_survivors_do_not_keep_a_large_block_alive():
 @pytest.mark.parametrize(
     "image", [np.zeros((32, 31, 3), np.uint8), np.zeros((32, 32, 3), np.float32), np.zeros((3, 32, 32), np.uint8)]
 )
-def test_an_image_of_another_kind_is_refused(runner, image):
+def test_an_image_of_another_shape_or_type_is_refused(runner, image):
     with pytest.raises(ValueError, match=r"but the network takes uint8 \(32, 32, 3\)"):
         runner.first_state(image)
 
 
 @pytest.mark.parametrize("opened", [lambda b: OnnxRunner(b, MAX_ROWS, 1), lambda b: OnnxDeviceRunner(b, "cpu", 4, 8)])
 @pytest.mark.parametrize(("kind", "value"), [("shape", [3]), ("shape", [10, 1]), ("dtype", "float16")])
-def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle_path, kind, value, opened):
-    """Answers of more classes than have names would break the engine at the first image."""
+def test_graphs_that_contradict_the_manifest_are_refused_at_the_start(bundle_path, kind, value, opened):
+    """Logits of more classes than there are names would break the engine at the first image."""
     manifest = read_manifest(bundle_path)
     name = "logits_1" if value == [3] else manifest["stages"][0]["outputs"][1]["name"]
     if value == [3]:
@@ -153,7 +153,7 @@ def test_graphs_that_are_not_what_the_manifest_says_are_told_at_the_start(bundle
         opened(load_bundle(bundle_path))
 
 
-def test_a_failing_stage_says_which_and_leaves_the_runner_well(runner, images, alone):
+def test_a_failing_stage_is_named_and_the_runner_stays_usable(runner, images, alone):
     wrong = RowState(Block({value.name: np.zeros((1, 7), np.float32) for value in runner.stages[1].inputs}, 1), 0)
     with pytest.raises(RunnerError, match="stage 2 failed on a batch of 1"):
         runner.run(1, [wrong])
@@ -161,7 +161,7 @@ def test_a_failing_stage_says_which_and_leaves_the_runner_well(runner, images, a
     assert np.array_equal(output.logits[0], alone[0][0])
 
 
-def test_warm_up_runs_every_stage_at_both_ends(runner):
+def test_warm_up_runs_every_stage_at_the_smallest_and_largest_batch(runner):
     times = runner.warm_up()
     assert len(times) == runner.n_stages
     for seconds_by_rows in times:
@@ -169,8 +169,8 @@ def test_warm_up_runs_every_stage_at_both_ends(runner):
         assert all(seconds > 0 for seconds in seconds_by_rows.values())
 
 
-def test_a_graph_that_loses_rows_is_told_at_the_start(bundle_path):
-    """Its sizes are open, so that nothing but a run shows it: the engine would break at the first batch of two."""
+def test_a_graph_that_loses_rows_is_refused_at_the_start(bundle_path):
+    """Its sizes are dynamic, so only a run shows the fault: the engine would break at the first batch of two."""
     path = bundle_path / "stages/stage_2.onnx"
     model = onnx.load(path, load_external_data=False)
     logits = model.graph.output[0].name
@@ -220,7 +220,7 @@ def test_serving_on_the_cpu_loads_no_torch(folder):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_folder_whose_name_the_runtime_does_not_take_is_told(bundle_path: Path) -> None:
+def test_a_folder_name_that_the_runtime_rejects_is_reported(bundle_path: Path) -> None:
     renamed = bundle_path.rename(bundle_path.with_name(os.fsdecode(b"caf\xe9")))
     with pytest.raises(StageLoadError, match="whose name is not UTF-8; rename it"):
         OnnxRunner(load_bundle(renamed), max_rows=4)

@@ -1,4 +1,4 @@
-"""ONNX Runtime with state in slots, on the processor: the graphs, bindings and books that a GPU would run."""
+"""ONNX Runtime with state in slots, on the CPU: the same graphs, bindings and slot management as on a GPU."""
 
 import gc
 import subprocess
@@ -43,11 +43,11 @@ def images() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def expected(bundle: Bundle, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """The logits [200, classes] of every exit, of the runner that keeps state in the host's memory."""
+    """The logits [200, classes] of every exit, from the runner that keeps state in host memory."""
     return logits_of(OnnxRunner(bundle, 200, 1), images)
 
 
-def test_logits_are_read_anew_where_they_cannot_be_copied_to_what_stays(
+def test_logits_are_read_again_if_they_cannot_be_copied_to_a_fixed_buffer(
     bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = ort.OrtValue.update_inplace
@@ -67,10 +67,8 @@ def test_logits_are_read_anew_where_they_cannot_be_copied_to_what_stays(
             np.testing.assert_array_equal(found, wanted[:32])
 
 
-def test_memory_is_pinned_by_whoever_can_and_plain_otherwise(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """There is no GPU here: the ways are the test's own, and then those of this machine, which are none."""
+def test_memory_is_pinned_if_possible(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a GPU: first with the test's own functions for pinning, then with this machine's, which has none."""
 
     def broken(shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         raise RuntimeError("no such allocator")
@@ -98,7 +96,7 @@ def test_memory_is_pinned_by_whoever_can_and_plain_otherwise(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_regrouped_at_random_get_the_plain_runners_answers_to_the_bit(
+def test_randomly_regrouped_rows_get_bitwise_the_plain_runners_answers(
     runner: OnnxDeviceRunner, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], seed: int
 ) -> None:
     def check(stage: int, ids: Sequence[int], output: StageOutput) -> None:
@@ -108,7 +106,7 @@ def test_rows_regrouped_at_random_get_the_plain_runners_answers_to_the_bit(
     regroup_at_random(runner, images, seed, check)
 
 
-def test_lanes_do_not_disturb_each_other(
+def test_lanes_are_independent(
     runner: OnnxDeviceRunner, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
     def check(stage: int, ids: Sequence[int], output: StageOutput) -> None:
@@ -117,10 +115,10 @@ def test_lanes_do_not_disturb_each_other(
     run_side_by_side(runner, images, check)
 
 
-def test_with_graphs_every_lane_runs_on_a_thread_of_its_own(
+def test_with_graphs_every_lane_has_its_own_thread(
     bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
-    """ONNX Runtime keeps captured graphs by thread, so who captures is who replays."""
+    """ONNX Runtime keeps captured graphs by thread, so the capturing thread must replay them."""
     runner = OnnxDeviceRunner(bundle, "cpu", MAX_ROWS, 256)
     n_sessions, threads = runner.n_stages, {}
     sessions = [lane.sessions for lane in runner.lanes]
@@ -166,12 +164,12 @@ assert hangs.wait(60)
 """
 
 
-def test_a_lane_that_hangs_on_its_own_thread_does_not_keep_the_process_from_ending() -> None:
-    """A pool's thread is waited for."""
+def test_a_lane_that_hangs_on_its_own_thread_does_not_block_the_exit() -> None:
+    """Python waits for the threads of a pool at exit."""
     subprocess.run([sys.executable, "-c", HANGS], check=True, timeout=LIMIT_S)
 
 
-def test_the_thread_of_a_lane_ends_with_it_and_holds_on_to_nothing() -> None:
+def test_a_lanes_thread_ends_with_it_and_keeps_nothing_alive() -> None:
     own = _OwnThread()
     thread = own.run(threading.current_thread)
     assert thread is not threading.current_thread()
@@ -197,7 +195,7 @@ def test_the_thread_of_a_lane_ends_with_it_and_holds_on_to_nothing() -> None:
 
 
 class Noting:
-    """A session that notes which threads run it."""
+    """A session that records which threads run it."""
 
     def __init__(self, session: ort.InferenceSession, threads: dict[int, set[int]]) -> None:
         self._session, self._threads = session, threads
@@ -210,7 +208,7 @@ class Noting:
         return getattr(self._session, name)
 
 
-def test_logits_are_the_callers_own(runner: OnnxDeviceRunner, images: NDArray[np.uint8]) -> None:
+def test_logits_belong_to_the_caller(runner: OnnxDeviceRunner, images: NDArray[np.uint8]) -> None:
     first = runner.run(0, [runner.first_state(images[0])]).logits
     before = first.copy()
     for image in images[1:4]:  # both lanes, the same buffers
@@ -219,7 +217,7 @@ def test_logits_are_the_callers_own(runner: OnnxDeviceRunner, images: NDArray[np
 
 
 @pytest.mark.parametrize("name", ["cifar100-msdnet", "imagenette-msdnet"])
-def test_the_bundles_that_ship_answer_as_with_the_plain_runner_to_the_bit(name: str) -> None:
+def test_the_bundles_that_ship_give_bitwise_the_plain_runners_answers(name: str) -> None:
     shipped = load_bundle(REPOSITORY / "models/zoo" / name)
     on_device = OnnxDeviceRunner(shipped, "cpu", 4, 4, 1)
     on_device.warm_up()
@@ -229,7 +227,7 @@ def test_the_bundles_that_ship_answer_as_with_the_plain_runner_to_the_bit(name: 
         assert np.array_equal(ours, theirs)
 
 
-def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
+def test_the_engine_gives_the_networks_answers_and_frees_every_slot(
     bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
 ) -> None:
     answer_all(OnnxDeviceRunner(bundle, "cpu", 8, 256), bundle, images, expected, 1e-9)
@@ -238,7 +236,7 @@ def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
 # --- graphs and bindings ----------------------------------------------------------------------------------------
 
 
-def test_a_stage_reads_and_writes_stores_and_gives_logits_alone(bundle: Bundle) -> None:
+def test_a_stage_reads_and_writes_stores_and_returns_only_logits(bundle: Bundle) -> None:
     stage = bundle.manifest.stages[1]
     read_later = {value.name for later in bundle.manifest.stages[2:] for value in later.inputs}
     kept = {value.name for value in stage.inputs} | read_later
@@ -260,10 +258,8 @@ def test_a_stage_reads_and_writes_stores_and_gives_logits_alone(bundle: Bundle) 
     assert {node.op_type for node in added} == set(STORE_OPERATORS)
 
 
-def test_what_nobody_reads_is_written_nowhere_and_every_other_row_stays(
-    bundle: Bundle, images: NDArray[np.uint8]
-) -> None:
-    """Stores are bound as input and as output: what a batch doesn't write is as it was, to the bit."""
+def test_unread_values_are_not_stored_and_other_rows_are_unchanged(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    """Stores are bound as both input and output: what a batch does not write is bitwise unchanged."""
     runner = OnnxDeviceRunner(bundle, "cpu", 4, 8, 1)
     runner.warm_up()
     noise = {name: np.random.default_rng(1).random(value.shape()) for name, value in runner.stores.items()}
@@ -277,7 +273,7 @@ def test_what_nobody_reads_is_written_nowhere_and_every_other_row_stays(
         assert set(np.flatnonzero(changed)) == ({*slots, SCRATCH} if name in made else set())
 
 
-def test_every_stage_is_bound_once_a_bucket_and_batches_take_the_smallest_that_fits(
+def test_stages_are_bound_per_bucket_and_batches_take_the_smallest_that_fits(
     bundle: Bundle, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared: list[tuple[int, int]] = []
@@ -307,7 +303,7 @@ def test_every_stage_is_bound_once_a_bucket_and_batches_take_the_smallest_that_f
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-def test_where_memory_ends_batches_get_smaller_with_a_warning(
+def test_with_little_memory_batches_get_smaller_with_a_warning(
     bundle: Bundle, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare = OnnxLane.prepare
@@ -330,7 +326,7 @@ def test_where_memory_ends_batches_get_smaller_with_a_warning(
 
 
 class Breaking:
-    """A session that says what ONNX Runtime says when a kernel fails."""
+    """A session that raises ONNX Runtime's error for a failing kernel."""
 
     def __init__(self, session: ort.InferenceSession, error: str) -> None:
         self.session, self.error = session, error
@@ -346,7 +342,7 @@ class Breaking:
         ("CUDA failure 700: an illegal memory access was encountered ; GPU=0", FatalRunnerError),
     ],
 )
-def test_an_error_is_one_batchs_own_unless_the_device_is_lost(
+def test_an_error_fails_one_batch_unless_the_device_is_lost(
     bundle: Bundle, images: NDArray[np.uint8], error: str, kind: type[RunnerError]
 ) -> None:
     runner = OnnxDeviceRunner(bundle, "cpu", 4, 8, 1)

@@ -1,4 +1,4 @@
-"""The stores of the ONNX runner on a device: a million rows through graphs whose rows say who they are."""
+"""The stores of the ONNX runner on a device: a million rows through graphs whose values identify their rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,8 +71,8 @@ def made(n_stages: int) -> list[str]:
     return [f"made_{j}" for j in range(n_stages)]
 
 
-def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped(bundle: Bundle, tmp_path: Path) -> None:
-    """Rows start, go on in batches of any others, and leave at random; every one finds its own values, once a stage."""
+def test_of_a_million_regrouped_rows_none_is_lost_duplicated_or_swapped(bundle: Bundle, tmp_path: Path) -> None:
+    """Rows start, continue in random batches, and leave at random; each finds its own values, once per stage."""
     n_images, n_stages, max_rows, in_flight = 1_000_000, 3, 8192, 20_000
     manifest = bundle.manifest.model_copy(update={"stages": counting_stages(tmp_path, n_stages)})
     runner = OnnxDeviceRunner(Bundle(tmp_path, manifest, bundle.calibration), "cpu", max_rows, in_flight)

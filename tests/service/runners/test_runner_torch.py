@@ -1,4 +1,4 @@
-"""The torch runner on the host, without graphs and streams: its answers are those of the network as it was trained."""
+"""The torch runner on the host, without graphs and streams: its answers are those of the trained network."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ def images() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def whole(images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """The logits [200, classes] of every exit: the network as it was trained, in float32."""
+    """The logits [200, classes] of every exit of the trained network, in float32."""
     with torch.no_grad():
         return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(images)))]
 
@@ -77,7 +77,7 @@ def tiny_ranet() -> nn.Module:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_regrouped_at_random_get_the_networks_own_answers(
+def test_randomly_regrouped_rows_get_the_networks_answers(
     runner: TorchCudaRunner, images: NDArray[np.uint8], whole: list[NDArray[np.float32]], seed: int
 ) -> None:
     def check(stage: int, ids: Sequence[int], output: StageOutput) -> None:
@@ -90,7 +90,7 @@ def test_rows_regrouped_at_random_get_the_networks_own_answers(
     regroup_at_random(runner, images, seed, check)
 
 
-def test_in_one_bucket_a_row_is_the_same_to_the_bit_whoever_is_beside_it(
+def test_in_one_bucket_a_row_is_bitwise_independent_of_the_others(
     runner: TorchCudaRunner, images: NDArray[np.uint8]
 ) -> None:
     alone = runner.run(0, [runner.first_state(image) for image in images[:MAX_ROWS]])
@@ -98,13 +98,13 @@ def test_in_one_bucket_a_row_is_the_same_to_the_bit_whoever_is_beside_it(
     assert np.array_equal(alone.logits[1:9], others.logits[1:9])
 
 
-def test_lanes_do_not_disturb_each_other(
+def test_lanes_are_independent(
     runner: TorchCudaRunner, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
 ) -> None:
     run_side_by_side(runner, images, lambda stage, ids, output: close(output.logits, whole[stage][ids]))
 
 
-def test_logits_come_where_somebody_wants_them_and_all_else_is_told_anyway(
+def test_logits_are_copied_only_on_request_and_scores_always(
     runner: TorchCudaRunner, images: NDArray[np.uint8]
 ) -> None:
     rows = runner.first_states(images, range(5))
@@ -120,7 +120,7 @@ def test_logits_come_where_somebody_wants_them_and_all_else_is_told_anyway(
         np.testing.assert_array_equal(getattr(without.heads, name), getattr(first.heads, name))
 
 
-def test_a_score_that_the_host_works_out_has_its_logits_in_any_case(
+def test_a_score_computed_on_the_host_always_gets_the_logits(
     bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
 ) -> None:
     chosen = Bundle(bundle.path, bundle.manifest.model_copy(update={"score": "patience"}), bundle.calibration)
@@ -132,7 +132,7 @@ def test_a_score_that_the_host_works_out_has_its_logits_in_any_case(
 
 
 @pytest.mark.parametrize("score", ["logit_margin", "patience"])
-def test_the_engine_answers_as_the_network_does_and_frees_every_slot(
+def test_the_engine_gives_the_networks_answers_and_frees_every_slot(
     bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]], score: str
 ) -> None:
     """Two lanes, exits, regrouping, clients that leave, and wishes; with a score of the device's, and one of the host's
@@ -171,7 +171,7 @@ def a_lane_that_hangs(bundle: Bundle, image: NDArray[np.uint8], label: int) -> I
     wait_until("every slot is free", lambda: all_free(runner.slots))
 
 
-def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_the_other_lane(
+def test_images_of_a_hanging_lane_and_behind_it_are_answered_by_the_other_lane(
     bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
 ) -> None:
     with a_lane_that_hangs(bundle, images[0], whole[3][0].argmax()) as (engine, hung):
@@ -182,7 +182,7 @@ def test_images_of_a_lane_that_hangs_and_of_the_batch_behind_it_are_answered_by_
         del futures, future
 
 
-def test_one_image_alone_that_hangs_keeps_the_engine_from_nothing(
+def test_a_single_hanging_image_does_not_stop_the_engine(
     bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
 ) -> None:
     with a_lane_that_hangs(bundle, images[0], whole[3][0].argmax()) as (engine, hung):
@@ -195,7 +195,7 @@ def test_one_image_alone_that_hangs_keeps_the_engine_from_nothing(
         del first
 
 
-def test_where_all_lanes_hang_nobody_waits_and_a_trial_brings_them_back(
+def test_with_all_lanes_hanging_images_fail_and_a_trial_recovers(
     bundle: Bundle, images: NDArray[np.uint8], whole: list[NDArray[np.float32]]
 ) -> None:
     runner = open_torch_runner(bundle, 4, 256, device=Host())
@@ -223,7 +223,7 @@ def test_where_all_lanes_hang_nobody_waits_and_a_trial_brings_them_back(
     wait_until("every slot is free", lambda: all_free(runner.slots))
 
 
-def test_the_bundle_that_ships_answers_as_with_onnx() -> None:
+def test_the_bundle_that_ships_gives_onnxs_answers() -> None:
     shipped = load_bundle(REPOSITORY / "models/zoo/cifar100-msdnet")
     onnx = OnnxRunner(shipped, 8, 1)
     torch_runner = open_torch_runner(shipped, 8, 8, device=Host())
@@ -233,7 +233,7 @@ def test_the_bundle_that_ships_answers_as_with_onnx() -> None:
         close(ours, theirs)
 
 
-def test_in_half_precision_labels_and_exits_stay(
+def test_half_precision_keeps_labels_and_exits(
     images: NDArray[np.uint8], whole: list[NDArray[np.float32]], bundle: Bundle
 ) -> None:
     runner = TorchCudaRunner(
@@ -252,8 +252,8 @@ def test_in_half_precision_labels_and_exits_stay(
     assert (exits[0] == exits[1]).mean() > 0.9
 
 
-def test_a_network_whose_maps_half_precision_cannot_hold_is_refused() -> None:
-    """It answered whatever comes of infinities, every image at the full cost, and said nothing."""
+def test_a_network_whose_maps_overflow_half_precision_is_refused() -> None:
+    """It once silently answered from infinities, every image at the full cost."""
     network = tiny_network()
     last = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)][-1]
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_a_network_whose_maps_half_precision_cannot_hold_is_refused() -> None:
     TorchCudaRunner(network, SHAPE, MEAN, STD, "logit_margin", dtype=torch.float32, **options)
 
 
-def test_a_slot_is_held_by_its_own_row_alone(runner: TorchCudaRunner, images: NDArray[np.uint8]) -> None:
+def test_a_slot_is_held_only_by_its_row(runner: TorchCudaRunner, images: NDArray[np.uint8]) -> None:
     output = runner.run(0, [runner.first_state(image) for image in images[:MAX_ROWS]])
     assert runner.slots.n_free == runner.slots.n_slots - MAX_ROWS
     kept = keep(output.block, [3, 4, 9])
@@ -301,7 +301,7 @@ def test_normalisation_is_folded_and_maps_are_channels_last(network: Callable[[]
     assert all(value.is_contiguous(memory_format=torch.channels_last) for value in maps)
 
 
-def test_what_cannot_be_rebuilt_is_told(bundle: Bundle) -> None:
+def test_a_network_that_cannot_be_rebuilt_is_refused(bundle: Bundle) -> None:
     other = Bundle(bundle.path, bundle.manifest.model_copy(update={"architecture": "onnx"}), bundle.calibration)
     with pytest.raises(RunnerError, match="choose the runner onnx, or auto"):
         open_torch_runner(other, 8, 8, device=Host())
@@ -315,7 +315,7 @@ def test_what_cannot_be_rebuilt_is_told(bundle: Bundle) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_so(bundle: Bundle) -> None:
+def test_without_a_gpu_it_fails_with_an_error(bundle: Bundle) -> None:
     with pytest.raises(RunnerError, match="sees no GPU: choose the runner onnx or auto"):
         open_torch_runner(bundle, 8, 8)
 
@@ -340,13 +340,13 @@ def test_scores_of_the_device_are_those_of_the_calibration(score: str, n_classes
     np.testing.assert_allclose(told[:, 2], SCORES[score](logits), rtol=1e-9, atol=1e-300)
 
 
-def test_every_plain_score_has_its_twin() -> None:
+def test_every_plain_score_has_a_device_version() -> None:
     assert set(DEVICE_SCORES) == set(SCORES)
 
 
 @pytest.mark.parametrize("network", [tiny_network, tiny_ranet], ids=["msdnet", "ranet"])
-def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], nn.Module]) -> None:
-    """With a kernel of the test's own in the place of the GPU's: what is given to it, and what becomes of the rest."""
+def test_bias_and_relu_are_fused_after_every_convolution(network: Callable[[], nn.Module]) -> None:
+    """With the test's kernel in place of the GPU's: its arguments, and what remains of the other operations."""
     joined = 0
 
     def bias_relu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -379,7 +379,7 @@ def test_bias_and_relu_are_joined_after_every_convolution(network: Callable[[], 
 @pytest.mark.parametrize(
     ("many_bytes", "many_runs", "many_numbers"), [(1 << 20, 4, 0), (3_000, 4, 0), (3_000, 1, 0), (3_000, 1, 32_768)]
 )
-def test_many_images_at_once_lie_where_one_by_one_they_would(
+def test_storing_many_images_at_once_equals_one_by_one(
     runner: TorchCudaRunner,
     images: NDArray[np.uint8],
     order: Literal["C", "F"],
@@ -399,7 +399,7 @@ def test_many_images_at_once_lie_where_one_by_one_they_would(
         runner.first_states(images[:, 1:], which)
 
 
-def test_an_image_of_another_kind_is_refused(runner: TorchCudaRunner) -> None:
+def test_an_image_of_another_shape_or_type_is_refused(runner: TorchCudaRunner) -> None:
     with pytest.raises(ValueError, match=r"but the network takes uint8 \(32, 32, 3\)"):
         runner.first_state(np.zeros((32, 31, 3), np.uint8))
     assert isinstance(runner.first_state(np.zeros(SHAPE, np.uint8)).block, Block)

@@ -1,4 +1,4 @@
-"""The torch runner tries compilers on its stages, and takes what is faster and the same."""
+"""The torch runner tries compilers on its stages, and uses results that are faster and equal."""
 
 from time import sleep
 from typing import Any
@@ -20,13 +20,13 @@ IMAGES = random_images(4, seed=51)
 
 @pytest.fixture(scope="module")
 def whole() -> list[NDArray[np.float32]]:
-    """The logits [4, classes] of every exit: the network as it was trained, in float32."""
+    """The logits [4, classes] of every exit of the trained network, in float32."""
     with torch.no_grad():
         return [x.numpy() for x in tiny_network()(Normalise(MEAN, STD)(torch.from_numpy(IMAGES)))]
 
 
 class Slow:
-    """A stage that takes its time; how often it was called."""
+    """A slow stage that counts its calls."""
 
     def __init__(self, stage: Any, seconds: float) -> None:
         self.stage, self.seconds, self.calls = stage, seconds, 0
@@ -39,10 +39,10 @@ class Slow:
         return outputs
 
 
-def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alone(
+def test_a_compiled_stage_is_used_if_faster_and_only_in_full_batches(
     whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Stages as they are take 20 ms longer here: of the compiled ones one fails, one is slower, and two are taken."""
+    """Uncompiled stages take 20 ms longer here; of the compiled ones, one fails, one is slower, and two are used."""
     made: list[Slow] = []
 
     def compiler(stage: Any) -> Slow:
@@ -73,7 +73,7 @@ def test_a_compiled_stage_is_taken_where_it_measures_faster_in_full_batches_alon
     assert [call.calls for call in taken] == [2, 2]  # of 4 and of 3 images, which run as 4
 
 
-def test_the_fastest_of_several_compilers_is_taken_and_none_that_computes_something_else(
+def test_the_fastest_compiler_with_equal_results_is_used(
     whole: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Wrong(Slow):

@@ -1,4 +1,4 @@
-"""What the torch runner asks of its device, and what it makes of a device that fails: with books in a GPU's place."""
+"""The torch runner's calls to its device, and its handling of device errors, with a recorder in place of a GPU."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def images() -> NDArray[np.uint8]:
 
 
 class BooksStream(HostStream):
-    """The host's stream, which keeps a list of what was prepared and may run out of memory."""
+    """The host's stream, which records prepared programs and may run out of memory."""
 
     def __init__(self, device: "BooksHost") -> None:
         self._device = device
@@ -74,7 +74,7 @@ class BooksHost(Host):
         return self.lost
 
 
-def test_every_stage_is_prepared_once_a_bucket_largest_first_and_the_smallest_that_fits_runs(
+def test_stages_are_prepared_per_bucket_largest_first_and_the_smallest_that_fits_runs(
     bundle: Bundle, images: NDArray[np.uint8]
 ) -> None:
     device = BooksHost()
@@ -92,7 +92,7 @@ def test_every_stage_is_prepared_once_a_bucket_largest_first_and_the_smallest_th
     assert device.ran == [(0, 1), (0, 2), (0, 4), (0, 8), (0, 8)]
 
 
-def test_lanes_of_a_gpu_get_the_interpreter_back_soon(bundle: Bundle) -> None:
+def test_with_gpu_lanes_the_interpreters_switch_interval_is_short(bundle: Bundle) -> None:
     before = sys.getswitchinterval()
     try:
         runner = open_torch_runner(bundle, 2, 8, device=BooksHost())
@@ -107,7 +107,7 @@ def test_lanes_of_a_gpu_get_the_interpreter_back_soon(bundle: Bundle) -> None:
         sys.setswitchinterval(before)
 
 
-def test_where_memory_ends_batches_get_smaller_with_a_warning(
+def test_with_little_memory_batches_get_smaller_with_a_warning(
     bundle: Bundle, images: NDArray[np.uint8], caplog: pytest.LogCaptureFixture
 ) -> None:
     runner = open_torch_runner(bundle, 8, 64, device=BooksHost(room_rows=3))
@@ -133,7 +133,7 @@ def test_where_memory_ends_batches_get_smaller_with_a_warning(
         (RuntimeError("CUDA error: operation not permitted when stream is capturing"), None),
     ],
 )
-def test_no_memory_is_understood_however_it_is_said(bundle: Bundle, error: Exception, max_rows: int | None) -> None:
+def test_all_out_of_memory_errors_are_recognised(bundle: Bundle, error: Exception, max_rows: int | None) -> None:
     device = BooksHost(room_rows=2)
     device.no_memory = error
     runner = open_torch_runner(bundle, 4, 8, device=device)
@@ -145,7 +145,7 @@ def test_no_memory_is_understood_however_it_is_said(bundle: Bundle, error: Excep
         assert runner.max_rows == max_rows
 
 
-def test_no_room_for_the_state_is_told_whoever_says_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_the_state_is_reported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\n")
 
@@ -155,10 +155,10 @@ def test_no_room_for_the_state_is_told_whoever_says_it(bundle: Bundle, monkeypat
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_device_that_torch_cannot_use_is_told_in_one_line(
+def test_a_device_that_torch_cannot_use_is_reported_in_one_line(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
-    """It was torch's own error, for which a server with `--runner auto` did not start, whatever else could run."""
+    """With torch's own error, a server with `--runner auto` once did not start, even if other runners could."""
 
     def refuse(*arguments: object) -> None:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with\n")
@@ -171,14 +171,14 @@ def test_a_device_that_torch_cannot_use_is_told_in_one_line(
     assert isinstance(told.value, FatalRunnerError) == lost
 
 
-def test_threads_that_wait_for_a_copy_take_no_core() -> None:
+def test_threads_that_wait_for_a_copy_do_not_spin() -> None:
     program = "import os, sys, service.runners.torch_cuda; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
     variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     said = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", "passive"]  # torch reads it as it is loaded
 
 
-def test_a_graph_is_captured_where_its_memory_is_free_or_in_its_pool() -> None:
+def test_a_graph_is_captured_only_with_enough_free_memory() -> None:
     mib = 1 << 20
     assert has_room(100 * mib, 200 * mib, 0)
     assert not has_room(100 * mib, 150 * mib, 0)  # a quarter more, for gaps, and what the graph itself takes
@@ -242,10 +242,10 @@ class FakeCuda:
         self.free_mib -= taken_mib
 
 
-def test_a_program_is_warmed_up_then_captured_and_replayed_or_not_captured_at_all(
+def test_a_program_is_warmed_up_then_captured_and_replayed_or_run_without_capture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On books in the place of a GPU: in what order CUDA is asked, and that no capture is begun without memory."""
+    """With a recorder in place of a GPU: the order of CUDA calls, and that no capture is begun without memory."""
     cuda = FakeCuda(free_mib=200)
     cuda.patch(monkeypatch)
     stream = cuda.device().open_stream()
@@ -268,7 +268,7 @@ def test_a_program_is_warmed_up_then_captured_and_replayed_or_not_captured_at_al
     assert cuda.log == [*warm, "empty", "capture", "program", "replay by torch"]
 
 
-def test_streams_are_used_again_as_torch_keeps_memory_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_reused_since_torch_keeps_memory_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(free_mib=200)
     cuda.patch(monkeypatch)
     made = count()
@@ -282,7 +282,7 @@ def test_streams_are_used_again_as_torch_keeps_memory_for_each(monkeypatch: pyte
     assert [stream.use() for stream in streams] == [0, 1, 2]
 
 
-def test_algorithms_are_searched_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_algorithms_are_searched_within_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 7.0, 10.0, 16.0, 20.0, 21.0, 30.0, 31.0])
     monkeypatch.setattr("service.runners.torch_cuda.device.time.perf_counter", lambda: next(clock))
     calls = cast(CudaCalls, SimpleNamespace())  # none is made
@@ -298,7 +298,7 @@ def test_algorithms_are_searched_for_as_long_as_there_is_time(monkeypatch: pytes
         assert not torch.backends.cudnn.benchmark
 
 
-def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+def test_an_error_fails_one_batch_unless_the_device_is_lost(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     device = BooksHost()
     runner = open_torch_runner(bundle, 4, 8, device=device)
     runner.warm_up()
@@ -316,10 +316,8 @@ def test_an_error_is_one_batchs_own_unless_the_device_is_lost(bundle: Bundle, im
     assert all_free(runner.slots)
 
 
-def test_a_launch_that_fails_holds_its_buffers_and_slots_until_its_turn(
-    bundle: Bundle, images: NDArray[np.uint8]
-) -> None:
-    """Else the batch launched next has the buffers of the one that still runs, whose rows get its answers."""
+def test_a_failed_launch_keeps_its_buffers_and_slots_until_its_turn(bundle: Bundle, images: NDArray[np.uint8]) -> None:
+    """Otherwise the next batch would reuse the buffers of one that still runs, and mix up their answers."""
     device = BooksHost()
     runner = open_torch_runner(bundle, 4, 8, n_lanes=1, device=device)
     runner.warm_up()
@@ -353,9 +351,7 @@ def test_a_batch_too_large_for_every_bucket_is_refused(bundle: Bundle, images: N
 
 
 @pytest.mark.parametrize("says", [True, False, RuntimeError("CUDA error: an illegal memory access was encountered")])
-def test_whether_the_device_is_lost_is_told_without_waiting_for_it(
-    monkeypatch: pytest.MonkeyPatch, says: bool | Exception
-) -> None:
+def test_a_lost_device_is_detected_without_waiting(monkeypatch: pytest.MonkeyPatch, says: bool | Exception) -> None:
     def query() -> bool:  # what has all run, or not, or an error that sticks
         if isinstance(says, Exception):
             raise says

@@ -1,4 +1,4 @@
-"""What half precision does not round in the torch runner, images and biases, and weights that round well."""
+"""Half precision in the torch runner: exact images and biases, and weights rounded with the least error."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 class OneConvolution(nn.Module):
-    """A first convolution, whose outputs are the logits."""
+    """A network of one convolution, whose outputs are the logits."""
 
     def __init__(self, size: int, padding: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class OneConvolution(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("size", [3, 7])
-def test_images_lose_nothing_in_half_precision(size: int, dtype: torch.dtype) -> None:
+def test_images_are_exact_in_half_precision(size: int, dtype: torch.dtype) -> None:
     """Around them, where zeros are normalised pixels, neither."""
     torch.manual_seed(1)
     network = OneConvolution(size, padding=size // 2)
@@ -60,7 +60,7 @@ def test_images_lose_nothing_in_half_precision(size: int, dtype: torch.dtype) ->
     assert (found - expected).abs().max() < rounded * (0.01 if size == 3 else 1)  # weights in two parts, or one
 
 
-def test_images_that_something_else_reads_are_normalised() -> None:
+def test_images_with_other_readers_are_normalised() -> None:
     class Pooled(OneConvolution):
         def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
             return super().forward(F.avg_pool2d(images, 2))
@@ -78,7 +78,7 @@ def test_images_that_something_else_reads_are_normalised() -> None:
 @NETWORKS
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_biases_lose_nothing_in_half_precision(
+def test_biases_are_exact_in_half_precision(
     network: Callable[[], nn.Module], multiple: int, dtype: torch.dtype
 ) -> None:
     made = randomise_statistics(network())
@@ -97,8 +97,8 @@ def test_biases_lose_nothing_in_half_precision(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("side", [1, 3])
-def test_weights_are_rounded_where_it_does_least(side: int, dtype: torch.dtype) -> None:
-    """To maps as ReLU leaves them, pixels alike beside each other: what a convolution gives is off by much less."""
+def test_weights_are_rounded_to_the_least_output_error(side: int, dtype: torch.dtype) -> None:
+    """On smooth maps like those after a ReLU, the error of a convolution's output is much smaller."""
     generator = torch.Generator().manual_seed(5)
     weight, bias = torch.randn((32, 24, side, side), generator=generator), torch.randn(32, generator=generator)
     coarse = torch.randn((16, 24, 4, 4), generator=generator).relu()
@@ -152,8 +152,8 @@ def test_stages_in_half_precision_have_both(network: Callable[[], nn.Module]) ->
 
 
 @pytest.mark.parametrize("ways", [Ways.none(), None], ids=["the bar to beat", "as served"])
-def test_the_network_as_torch_has_it_is_left_as_it_is_and_what_is_served_is_not(ways: Ways | None) -> None:
-    """What the engine is measured against pays for nothing that is done for it."""
+def test_the_plain_torch_network_is_unchanged_and_the_served_one_is_not(ways: Ways | None) -> None:
+    """The baseline that the engine is compared with must not pay for the engine's changes."""
     made = randomise_statistics(tiny_network())
     runner = TorchCudaRunner(made, SHAPE, MEAN, STD, None, 2, 8, Host(), torch.float16, 1, ways=ways)
     first = list(runner.stages[0].modules())

@@ -1,5 +1,5 @@
-"""What the torch runner does on a GPU alone: kernels of its own, run here as compiled for the processor, and maps made
-wider for tensor cores."""
+"""GPU-only parts of the torch runner: its own kernels, run here as compiled for the CPU, and maps widened for tensor
+cores."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,7 +51,7 @@ def made(compiled: Callable[[str, str], Any]) -> Kernels:
 
 @pytest.fixture
 def on_host(compiled: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processor is a device that has kernels."""
+    """The CPU as a device with kernels."""
     monkeypatch.setattr(kernel_making, "compiler_for", lambda device: compiled)
 
 
@@ -108,7 +108,7 @@ def run_stages(stages: list[Stage], pixels: Tensor) -> tuple[list[Tensor], dict[
 
 @NETWORKS
 @pytest.mark.parametrize("multiple", [8, 16])
-def test_widened_stages_answer_as_the_network_does(network: Callable[[], nn.Module], multiple: int) -> None:
+def test_widened_stages_give_the_networks_answers(network: Callable[[], nn.Module], multiple: int) -> None:
     made = network()
     pixels = torch.from_numpy(random_images(3, seed=9))
     with torch.inference_mode():
@@ -129,7 +129,7 @@ def test_widened_stages_answer_as_the_network_does(network: Callable[[], nn.Modu
         assert not any(node.target is torch.index_select for stage in stages for node in stage.graph.nodes)
 
 
-def test_maps_wide_enough_stay_as_they_are() -> None:
+def test_maps_that_are_wide_enough_are_unchanged() -> None:
     with torch.inference_mode():
         stages = lower(cut(tiny_network(), SHAPE, MEAN, STD), CPU, torch.float32)
         before = [[node.target for node in stage.graph.nodes] for stage in stages]
@@ -142,14 +142,14 @@ def test_maps_wide_enough_stay_as_they_are() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("name", sorted(SOURCES))
-def test_every_kernel_does_what_torch_does(name: str, compiled: Callable[[str, str], Any]) -> None:
+def test_every_kernel_equals_torch(name: str, compiled: Callable[[str, str], Any]) -> None:
     torch.manual_seed(0)
     CHECKS[name](Kernels({name: compiled(SOURCES[name], name)}), CPU)
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", sorted(SOURCES))
-def test_a_kernel_that_does_something_else_is_left_out(
+def test_a_kernel_with_wrong_results_is_not_used(
     name: str, on_host: None, compiled: Callable[[str, str], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     idle = {name: lambda *given: None}
@@ -161,7 +161,7 @@ def test_a_kernel_that_does_something_else_is_left_out(
     assert f"torch does the work of the kernel {name}, which is not used: its results differ" in caplog.text
 
 
-def test_a_device_without_memory_is_not_left_to_torch() -> None:
+def test_lack_of_memory_while_making_kernels_is_raised() -> None:
     def has_no_room(source: str, name: str) -> Any:
         raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`.")
 
@@ -171,7 +171,7 @@ def test_a_device_without_memory_is_not_left_to_torch() -> None:
             make_kernels(CPU, Ways())
 
 
-def test_without_a_compiler_there_are_none_and_torch_does_their_work(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_compiler_torch_replaces_the_kernels(caplog: pytest.LogCaptureFixture) -> None:
     def refuses(source: str, name: str) -> Any:
         raise OSError("Could not find any NVRTC library")
 
@@ -189,7 +189,7 @@ def test_without_a_compiler_there_are_none_and_torch_does_their_work(caplog: pyt
 @needs_compiler
 @pytest.mark.parametrize("score", JUDGED)
 @pytest.mark.parametrize("n_classes", [2, 3, 33, 100])
-def test_rows_are_judged_as_by_torch_and_of_equals_the_first_leads(score: str, n_classes: int, made: Kernels) -> None:
+def test_verdicts_equal_torchs_and_ties_go_to_the_first_class(score: str, n_classes: int, made: Kernels) -> None:
     rng = np.random.default_rng(n_classes)
     scale = 10.0 ** rng.uniform(-3, 3, size=(60, 1))
     logits = torch.from_numpy((scale * rng.normal(size=(60, n_classes))).astype(np.float32))
@@ -208,7 +208,7 @@ def test_rows_are_judged_as_by_torch_and_of_equals_the_first_leads(score: str, n
 
 
 @needs_compiler
-def test_values_are_moved_together_and_those_that_are_no_whole_vectors_by_torch(made: Kernels) -> None:
+def test_values_are_moved_together_and_odd_sizes_by_torch(made: Kernels) -> None:
     shapes = [(3, 4, 4), (8, 5, 5), (16, 1, 1), (24, 3, 3), (8, 2, 2), (40, 1, 1), (7,)]
     examples = {f"value_{i}": torch.zeros((2, *shape), dtype=torch.float16) for i, shape in enumerate(shapes)}
     names = list(examples)
@@ -237,7 +237,7 @@ def test_values_are_moved_together_and_those_that_are_no_whole_vectors_by_torch(
 
 
 @needs_compiler
-def test_a_map_that_grows_in_place_leaves_those_before_it_as_they_were(made: Kernels) -> None:
+def test_growing_a_map_in_place_does_not_change_earlier_ones(made: Kernels) -> None:
     a, b, c, d = (
         torch.randn(2, width, 3, 5).to(torch.float16).contiguous(memory_format=torch.channels_last)
         for width in (16, 8, 8, 24)
@@ -257,7 +257,7 @@ def test_a_map_that_grows_in_place_leaves_those_before_it_as_they_were(made: Ker
 
 
 @needs_compiler
-def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(made: Kernels) -> None:
+def test_maps_grow_in_place_if_only_products_read_them_with_gaps(made: Kernels) -> None:
     """What the shipped network's stages read and write: all but the last of a row of maps lie with gaps."""
     stages = lower(cut(shipped(), SHAPE, MEAN, STD), CPU, torch.float16, kernels=made, ways=ON_HOST)
     n_appending = 0
@@ -278,7 +278,7 @@ def test_maps_grow_in_place_where_products_alone_read_them_with_gaps(made: Kerne
 @needs_compiler
 @pytest.mark.parametrize("channels", [(8, 8), (24, 16), (16, 8), (48, 32), (128, 8)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_small_convolution_does_what_torch_does(
+def test_the_small_convolution_equals_torch(
     channels: tuple[int, int], stride: int, compiled: Callable[[str, str], Any]
 ) -> None:
     torch.manual_seed(0)
@@ -310,11 +310,13 @@ def test_the_small_convolution_does_what_torch_does(
         nn.Conv2d(8, 8, 3, padding=1, groups=2).half(),
     ],
 )
-def test_other_convolutions_are_not_small(other: nn.Conv2d) -> None:
+def test_other_convolutions_do_not_use_the_small_kernel(other: nn.Conv2d) -> None:
     assert not is_small(other)
 
 
-def test_a_small_convolution_that_is_wrong_or_cannot_be_made_is_left_to_cudnn(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_convolution_that_is_wrong_or_fails_to_compile_is_left_to_cudnn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     conv = nn.Conv2d(8, 8, 3, padding=1).half()
     assert make_small_conv(lambda source, name: lambda *given: given[2][0].fill_(7.0), conv) is None
     assert make_small_conv(lambda source, name: 1 // 0, conv) is None  # type: ignore[return-value]
@@ -327,10 +329,10 @@ def test_a_small_convolution_that_is_wrong_or_cannot_be_made_is_left_to_cudnn(ca
 
 @needs_compiler
 @NETWORKS
-def test_the_runner_with_every_kernel_answers_as_the_network_does(
+def test_the_runner_with_every_kernel_gives_the_networks_answers(
     network: Callable[[], nn.Module], on_host: None
 ) -> None:
-    """In float16, as on a GPU but for cuDNN and graphs."""
+    """In float16, like on a GPU except for cuDNN and graphs."""
     made, pixels = network(), random_images(6, seed=5)
     ways = replace(ON_HOST, small=network is odd)  # here it takes its time
     runner = TorchCudaRunner(
@@ -353,7 +355,7 @@ def test_the_runner_with_every_kernel_answers_as_the_network_does(
 
 
 @pytest.mark.parametrize("ways", [Ways.none(), None], ids=["none", "on a processor"])
-def test_without_the_faster_ways_stages_are_as_they_were(ways: Ways | None) -> None:
+def test_without_the_faster_kernels_stages_are_unchanged(ways: Ways | None) -> None:
     runner = TorchCudaRunner(
         shipped(), SHAPE, MEAN, STD, None, 2, 8, device=Host(), dtype=torch.float16, n_lanes=1, ways=ways
     )
@@ -362,7 +364,7 @@ def test_without_the_faster_ways_stages_are_as_they_were(ways: Ways | None) -> N
     assert 6 in widths
 
 
-def test_where_cudnn_cannot_join_two_kernels_run_and_it_is_told_once(
+def test_if_cudnn_cannot_fuse_two_kernels_run_and_it_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     conv = ConvRelu(nn.Conv2d(3, 4, 3), None, fuse=True)
@@ -380,7 +382,7 @@ def test_where_cudnn_cannot_join_two_kernels_run_and_it_is_told_once(
 
 @pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("garbage", [False, True])
-def test_cudnns_joining_is_taken_where_it_is_right(monkeypatch: pytest.MonkeyPatch, garbage: bool, wrong: bool) -> None:
+def test_cudnns_fusion_is_used_if_it_is_correct(monkeypatch: pytest.MonkeyPatch, garbage: bool, wrong: bool) -> None:
     """With the test's own in its place, which may multiply by 0 what its output held before, unless it has zeros to
     add; or is wrong."""
     calls = 0

@@ -1,4 +1,4 @@
-"""The kernels of the torch runner by the compiler that makes them on a GPU, which needs none itself."""
+"""The torch runner's kernels, compiled with NVRTC as on a GPU, which does not need one."""
 
 import ctypes
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ def nvrtc() -> ctypes.CDLL:
 
 
 def compile_for(nvrtc: ctypes.CDLL, source: str, arch: str) -> tuple[int, str]:
-    """The size of the machine code, 0 where there is none, and what the compiler said."""
+    """Compile; returns the size of the machine code (0 on failure) and the compiler's log."""
     program, n_code, n_log = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
     nvrtc.nvrtcCompileProgram(program, 1, (ctypes.c_char_p * 1)(f"--gpu-architecture={arch}".encode()))
@@ -50,7 +50,7 @@ def test_every_kernel_compiles_for_every_gpu_without_a_warning(nvrtc: ctypes.CDL
         assert log == "", arch
 
 
-def test_what_is_no_kernel_is_refused(nvrtc: ctypes.CDLL) -> None:
+def test_invalid_source_does_not_compile(nvrtc: ctypes.CDLL) -> None:
     n_code, log = compile_for(nvrtc, 'extern "C" __global__ void broken(float* x) { y[0] = 1.0f; }', "sm_90")
     assert n_code == 0
     assert 'identifier "y" is undefined' in log

@@ -1,4 +1,4 @@
-"""Pictures of other sizes that the torch runner scales itself: as Pillow does, and with the same answers."""
+"""Images of other sizes, scaled by the torch runner itself: like Pillow, and with the same answers."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 
 def scaled(image: Image.Image, side: int) -> NDArray[np.uint8]:
-    """As Pillow does it, cut around the centre."""
+    """Scaled by Pillow, cropped around the centre."""
     (top, down, height), (left, across, width) = cut_of(image.height, image.width, (side, side))
     box = (max(left, 0.0), max(top, 0.0), min(left + across * side, width), min(top + down * side, height))
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box))
@@ -32,7 +32,7 @@ def scaled(image: Image.Image, side: int) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     ("dtype", "off_by_one", "worst"), [(torch.float64, 0.001, 1), (torch.float32, 0.05, 2), (torch.float16, 0.2, 2)]
 )
-def test_pictures_are_resized_as_pillow_does(dtype: torch.dtype, off_by_one: float, worst: int) -> None:
+def test_images_are_resized_like_pillow(dtype: torch.dtype, off_by_one: float, worst: int) -> None:
     side, canvases, cuts, expected = 24, np.full((len(SIDES), 64, 64, 3), 255, np.uint8), [], []
     for canvas, (height, width) in zip(canvases, SIDES, strict=True):
         image = picture(height, width)
@@ -45,7 +45,7 @@ def test_pictures_are_resized_as_pillow_does(dtype: torch.dtype, off_by_one: flo
     assert (off > 0).mean() < off_by_one
 
 
-def test_pictures_of_other_sizes_cross_as_they_are_and_answer_as_those_resized_before() -> None:
+def test_images_of_other_sizes_are_sent_unscaled_and_get_the_same_answers() -> None:
     runner = TorchCudaRunner(
         tiny_network(), SHAPE, MEAN, STD, None, 8, 16, device=Host(), dtype=torch.float32, canvas_px=64
     )

@@ -1,4 +1,4 @@
-"""Slots on a device, and the values that rows keep in them: none is lost, doubled or swapped."""
+"""Slots on a device and the rows' values in them: none is lost, duplicated or swapped."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ def begun(states: list[SlotState]) -> None:
         state.begun()
 
 
-def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped() -> None:
-    """Rows start, go on in batches of any others, and leave at random; every one finds its own values, once a stage."""
+def test_of_a_million_regrouped_rows_none_is_lost_duplicated_or_swapped() -> None:
+    """Rows start, continue in random batches, and leave at random; each finds its own values, once per stage."""
     n_images, n_stages, n_slots = 1_000_000, 4, 20_000
     rng = np.random.default_rng(0)
     slots = Slots(n_slots)
@@ -71,7 +71,7 @@ def test_a_million_rows_are_regrouped_and_none_is_lost_doubled_or_swapped() -> N
     assert all_free(slots)
 
 
-def test_too_few_slots_are_told_and_none_is_lost() -> None:
+def test_too_few_slots_are_an_error_and_none_is_lost() -> None:
     slots = Slots(5)
     held = started(slots, 3)
     assert SCRATCH not in {state.slot for state in held}
@@ -86,7 +86,7 @@ def test_too_few_slots_are_told_and_none_is_lost() -> None:
     assert slots.n_places_taken == 0
 
 
-def test_pictures_that_come_one_after_the_other_lie_side_by_side_in_whatever_order_earlier_ones_left() -> None:
+def test_consecutive_images_get_adjacent_places_in_whatever_order_earlier_ones_left() -> None:
     slots, rng = Slots(64), np.random.default_rng(1)
     waiting: list[list[SlotState]] = []
     started_by_now: list[SlotState] = []
@@ -105,7 +105,7 @@ def test_pictures_that_come_one_after_the_other_lie_side_by_side_in_whatever_ord
     assert stretches([5, 6, 9, 10, 11, 3]) == [(5, 2), (9, 3), (3, 1)]
 
 
-def test_there_is_a_place_as_long_as_one_is_free_and_an_error_when_none_is() -> None:
+def test_without_a_free_place_there_is_an_error() -> None:
     slots = Slots(4)
     held = [slots.admit() for _ in range(4)]
     with pytest.raises(RunnerError, match="all 4 picture places are taken"):
@@ -115,7 +115,7 @@ def test_there_is_a_place_as_long_as_one_is_free_and_an_error_when_none_is() -> 
     assert slots.admit().place == left
 
 
-def test_a_picture_that_a_run_before_may_still_read_stays() -> None:
+def test_an_image_that_an_earlier_run_may_still_read_is_kept() -> None:
     slots = Slots(2)
     [state] = batch = [slots.admit()]
     slots.begin(batch)  # its batch hangs, and
