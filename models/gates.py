@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.exits import Logits
+from models.predictor import linear_log_odds
 from models.shares import Floats
 
 GATE_FEATURES = ("confidence", "entropy", "probability_margin", "powered_entropy")
@@ -82,7 +83,7 @@ class GateScore:
         finite = np.isfinite(features).all(axis=1)
         if exit_index == len(self.weights) - 1:
             return np.where(finite, 0.0, -np.inf), history
-        scores, left = self.of_log_odds(gate_log_odds(self.weights[exit_index], features), history[:, 0])
+        scores, left = self.of_log_odds(linear_log_odds(self.weights[exit_index], features), history[:, 0])
         scores[~finite] = -np.inf
         return scores, np.where(finite, left, history[:, 0])[:, None]
 
@@ -94,19 +95,12 @@ class GateScore:
         return log_gate - np.log(np.maximum(left, SPENT)), left - np.exp(log_gate)
 
 
-def gate_log_odds(weights: Floats, features: Floats) -> Floats:
-    """Return one gate's log-odds [rows] for `GATE_FEATURES` [rows, 4]; weights [5], the bias last."""
-    # Not a matrix product, whose order of summation may depend on the number of rows.
-    log_odds: Floats = (features * weights[:-1]).sum(axis=1) + weights[-1]
-    return log_odds
-
-
 def gate_scores(weights: NDArray[Any], features: Floats) -> Floats:
     """Return the scores [rows, N] of rows that pass all N exits, from the features [rows, N, 4] of all."""
     scores = np.zeros(features.shape[:2])
     left = np.ones(len(features))
     for i in range(features.shape[1] - 1):
-        scores[:, i], left = GateScore.of_log_odds(gate_log_odds(weights[i], features[:, i]), left)
+        scores[:, i], left = GateScore.of_log_odds(linear_log_odds(weights[i], features[:, i]), left)
     return scores
 
 
@@ -115,7 +109,7 @@ def exit_probabilities(weights: NDArray[Any], features: Floats) -> Floats:
     probabilities = np.zeros(features.shape[:2])
     left = np.ones(len(features))
     for i in range(features.shape[1] - 1):
-        gate = np.exp(-np.logaddexp(0.0, -gate_log_odds(weights[i], features[:, i])))
+        gate = np.exp(-np.logaddexp(0.0, -linear_log_odds(weights[i], features[:, i])))
         probabilities[:, i] = np.maximum(0.0, np.minimum(gate, left))
         left = left - gate
     probabilities[:, -1] = np.maximum(0.0, left)

@@ -99,8 +99,8 @@ class Predictor:
     def of_features(self, exit_index: int, features: NDArray[np.floating[Any]]) -> Floats:
         """Return the scores [rows] of one exit from its features [rows, FEATURES]."""
         with np.errstate(invalid="ignore"):
-            helps = _linear(self.gain[exit_index], features)
-            score = -helps if self.loss is None else _probability(_linear(self.loss[exit_index], features))
+            helps = linear_log_odds(self.gain[exit_index], features)
+            score = -helps if self.loss is None else _probability(linear_log_odds(self.loss[exit_index], features))
             if self.loss is not None:
                 score -= _probability(helps)
         score[~(np.isfinite(features[:, 0]) & np.isfinite(score))] = -np.inf
@@ -111,7 +111,8 @@ class Predictor:
         return np.stack([self.of_features(i, features[:, i]) for i in range(len(self.gain))], axis=1)
 
 
-def _linear(weights: Floats, features: NDArray[np.floating[Any]]) -> Floats:
+def linear_log_odds(weights: Floats, features: NDArray[np.floating[Any]]) -> Floats:
+    """Return the log-odds [rows] of a logistic model from features [rows, n]; weights [n + 1], the bias last."""
     # Not a matrix product, whose order of summation may depend on the number of rows.
     total: Floats = (features * weights[:-1]).sum(axis=1) + weights[-1]
     return total

@@ -11,10 +11,10 @@ from models.gates import (
     PUBLISHED_THRESHOLD,
     GateScore,
     exit_probabilities,
-    gate_log_odds,
     gate_scores,
     see_softmax,
 )
+from models.predictor import linear_log_odds
 from models.scores import score_exits
 
 N_EXITS, N_CLASSES = 5, 7
@@ -37,7 +37,7 @@ def published(weights: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np
     """P(exit at l) and pi_l [rows, N - 1], computed row by row from the definition."""
     probabilities, decisions = [], []
     for row in features:
-        gates = [1 / (1 + np.exp(-gate_log_odds(weights[i], row[None, i])[0])) for i in range(N_EXITS - 1)]
+        gates = [1 / (1 + np.exp(-linear_log_odds(weights[i], row[None, i])[0])) for i in range(N_EXITS - 1)]
         p = [max(0.0, min(g, 1.0 - sum(gates[:i]))) for i, g in enumerate(gates)]
         pi: list[float] = []
         for i in range(N_EXITS - 1):
