@@ -1,12 +1,12 @@
-// The budget: read, shown as a point on the frontier, and set, where the server lets this browser.
+// The budget: reads it, shows it as a point on the frontier, and sets it if the server allows this browser to.
 
 import { badge, byId, element, problem, tint } from "./element.js";
 import { Curve } from "./curve.js";
 import { readAccess, setBudget } from "./server.js";
 import { aboutLatency, count, millions, needs, percent } from "./words.js";
 
-const FINGER_PX = 8; // less is a tap
-// What no token can be; a header could not even hold some of it.
+const FINGER_PX = 8; // a shorter movement is a tap
+// Matches what cannot be a token; a header field cannot even hold some of it.
 const UNFIT = /[^\x21-\x7e]/;
 
 export class BudgetPanel {
@@ -45,15 +45,15 @@ export class BudgetPanel {
     return row;
   }
 
-  // Takes what GET /budget said, where nothing has been set (`changes`) since it was asked; while a hand is on the
-  // slider, the hand is right.
+  // Takes a GET /budget document, unless a budget was set (`changes`) since the request. A slider that is being moved
+  // has priority.
   setState(state) {
     this.state = state;
     if (this.wanted === undefined && !this.sending) this.#show(state.fraction, state.expected, state.thresholds);
     this.changed(state);
   }
 
-  // What leaves where, live: {answers, shares by exit or null}; null where that cannot be known.
+  // Takes the live exit shares: {answers, shares by exit or null}; null if they are not available.
   setLive(live) {
     this.live = live ?? { answers: 0, shares: null, hidden: true };
     ({ live } = this);
@@ -96,12 +96,12 @@ export class BudgetPanel {
     }
   }
 
-  // What went wrong with the last wish, where the hand is; the next one that goes well clears it.
+  // Shows why the last change failed, next to the control in use; the next change that succeeds clears it.
   #tell(error) {
     byId("budget-problem").replaceChildren(...(error ? [problem(error)] : []));
   }
 
-  // Arrow keys go in whole percents: "any" as step keeps the pointer smooth but makes them jump.
+  // Arrow keys move by whole percents: the step "any" makes the pointer smooth, but arrow keys jump.
   #step(event) {
     const steps = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 };
     if (!(event.key in steps)) return;
@@ -122,10 +122,10 @@ export class BudgetPanel {
     this.#send();
   }
 
-  // A finger, or a pen, that comes down may be about to scroll the page: nothing is set before it has gone along, or is
-  // lifted.
+  // A finger or pen that touches down may be about to scroll the page: nothing is set before it has moved along the
+  // control, or is lifted.
   #mindFingers(place) {
-    const on = (name, act) => place.addEventListener(name, act, { capture: true }); // before what chart and slider do
+    const on = (name, act) => place.addEventListener(name, act, { capture: true }); // before chart and slider
     const gone = ({ clientX, clientY }) => [clientX - this.finger.clientX, clientY - this.finger.clientY].map(Math.abs);
     const end = (meant) => {
       this.finger = null;
@@ -145,7 +145,7 @@ export class BudgetPanel {
     on("pointercancel", () => this.finger && end(false));
   }
 
-  // One request at a time, the newest wish next: the server sees what the hand settles on, and no storm.
+  // One request at a time, then the latest value: the server gets the final value without a flood of requests.
   async #send() {
     if (this.sending) return;
     this.sending = true;
@@ -170,7 +170,7 @@ export class BudgetPanel {
     }
   }
 
-  // The frontier at a budget, as the server will interpolate it: for the moment until it answers.
+  // The frontier at a budget, interpolated as the server does: shown until the server answers.
   #expect(fraction) {
     const { fraction: fractions, accuracy, average_mflops: costs, exit_shares: shares, thresholds } = this.frontier;
     const after = fractions.findIndex((x) => x >= fraction);

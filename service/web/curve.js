@@ -5,7 +5,7 @@ import { percent } from "./words.js";
 
 const HEIGHT_PX = 290;
 const COST = "average cost, %";
-const ROOM_PX = 280; // in less the whole label would leave the chart
+const ROOM_PX = 280; // in a narrower chart, the full label would not fit
 const colour = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(name);
 
 export class Curve {
@@ -67,7 +67,7 @@ export class Curve {
       choose((this.low + share * (100 - this.low)) / 100);
     };
     over.addEventListener("pointerdown", (event) => {
-      if (!this.editable || event.button !== 0) return; // another button asks for a menu
+      if (!this.editable || event.button !== 0) return; // other buttons open a menu
       over.setPointerCapture(event.pointerId);
       at(event);
     });
@@ -77,7 +77,7 @@ export class Curve {
     over.addEventListener("pointerup", () => this.editable && chosen());
   }
 
-  // The budget, where on the frontier it leads, and what is really spent: fractions of the full network.
+  // The budget, its point on the frontier, and the measured spending, as fractions of the full network.
   show({ fraction, expectedFraction, accuracy, spentFraction, editable }) {
     Object.assign(this, { fraction, expectedFraction, accuracy, spentFraction, editable });
     this.box.classList.toggle("editable", editable);
@@ -99,9 +99,9 @@ export class Curve {
     this.spent.hidden = this.spentFraction == null;
     if (!this.spent.hidden) {
       this.spent.style.left = x(Math.min(1, this.spentFraction));
-      this.spent.classList.toggle("far", this.spentFraction > 0.9); // its name would leave the chart
+      this.spent.classList.toggle("far", this.spentFraction > 0.9); // its label would not fit
     }
-    // The slider below has the chart's own axis.
+    // Aligns the slider below with the chart's axis.
     const slider = byId("slider").style;
     slider.setProperty("--from", `${plot.over.offsetLeft}px`);
     slider.setProperty("--width", `${plot.over.offsetWidth}px`);

@@ -1,4 +1,4 @@
-// The calls as forms to try: Swagger UI over the server's own document.
+// Swagger UI over the server's own OpenAPI document.
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);

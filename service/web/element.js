@@ -13,17 +13,17 @@ export function element(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-// A place from 0 (first exit, cheap) to 1 (last exit, dear); style.css makes a colour of it.
+// A position from 0 (first exit, cheapest) to 1 (last exit, most expensive); style.css maps it to a colour.
 export const tint = (exit, exits) => (exits > 1 ? (exit - 1) / (exits - 1) : 0).toFixed(3);
 
 export const badge = (exit, exits) =>
   element("span", { class: "badge tinted", "--t": tint(exit, exits) }, String(exit));
 
-// An error as a person reads it.
+// The text of an error for the user.
 export const problem = ({ title = "This page failed", message }) =>
   element("p", { class: "problem" }, element("b", {}, title), ". ", message);
 
-// Says something in a live region, once: the same again would be read out again.
+// Sets the text of a live region if it differs: screen readers read the same text again when it is set again.
 export function say(place, ...parts) {
   const text = parts.map((part) => part.textContent ?? part).join("");
   if (place.textContent !== text) place.replaceChildren(...parts);

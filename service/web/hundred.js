@@ -1,4 +1,4 @@
-// A hundred pictures, each laid down at the exit it left at; or a stream of them, of which the last hundred are shown.
+// Sends a hundred pictures and places each at the exit where it left; or a stream, of which the last hundred are shown.
 
 import { badge, byId, element, pause, problem, tint } from "./element.js";
 import { SAMPLES, sampleBlob } from "./samples.js";
@@ -9,7 +9,7 @@ import { className, millions, percent } from "./words.js";
 const IMAGES = 100;
 const WORKERS = 4;
 const BUSY_TRIES = 5;
-const STREAM_PAUSE_MS = 60; // about fifty a second: enough to see, and others may use the server too
+const STREAM_PAUSE_MS = 60; // at most about fifty a second: enough to watch, and the server may have other users
 
 export class Hundred {
   // sent() is called when pictures have been answered.
@@ -79,7 +79,7 @@ export class Hundred {
     await this.sent();
   }
 
-  // The buttons stay enabled, or a keyboard would lose its place: one waits, the other stops what runs.
+  // The buttons stay enabled so that they keep the keyboard focus: one waits, the other stops what is running.
   #busy(busy) {
     this.once.setAttribute("aria-disabled", String(busy));
     this.on.textContent = busy ? "Stop" : "Keep sending";
@@ -144,7 +144,7 @@ export class Hundred {
         `${percent(1 - mean / full)} less than the full network.`,
     ];
     if (SAMPLES.every((name) => this.known.has(name))) told.push(` ${right} were answered right.`);
-    const above = budget && mean > budget.average_mflops * (1 + 1e-6); // less is rounding
+    const above = budget && mean > budget.average_mflops * (1 + 1e-6); // a smaller excess is rounding
     const why = above
       ? `That is above the budget of ${millions(budget.average_mflops)}, and may be for a while: the server lets hard ` +
         `images use what easy ones have saved, up to ${budget.ledger.burst_images.toFixed(0)} images' budgets. Keep it ` +

@@ -1,10 +1,10 @@
-// One picture's way through the exits, as the stream tells it.
+// Shows one picture's way through the exits, from POST /classify/stream.
 
 import { badge, byId, calm, element, pause, tint } from "./element.js";
 import { classifyStream } from "./server.js";
 import { aboutScore, className, millions, needs, percent, score, whyItLeft } from "./words.js";
 
-const STEP_MS = 450; // the server takes milliseconds: nobody could see them
+const STEP_MS = 450; // shown slowly: the server takes milliseconds per step
 
 export class Journey {
   constructor(model) {
@@ -43,7 +43,7 @@ export class Journey {
     return percent(cost / this.costs.at(-1));
   }
 
-  // What is in force by GET /budget; shown while no picture is on its way.
+  // The thresholds in force, from GET /budget; shown while no picture is being classified.
   setBudget({ thresholds, expected }) {
     this.thresholds = thresholds;
     this.shares = expected.exit_shares;
@@ -52,7 +52,7 @@ export class Journey {
 
   #clear() {
     this.shown = false;
-    // One scale for all exits, so that their thresholds can be compared.
+    // One scale for all exits makes their thresholds comparable.
     const known = this.thresholds.filter(Number.isFinite);
     this.scale = [Math.min(0, ...known.map((x) => x * 1.5)), Math.max(0.5, ...known.map((x) => x * 1.6))];
     this.rows.forEach((row, i) => {
@@ -74,7 +74,7 @@ export class Journey {
     row.numbers.textContent = value === null ? needed : `${score(value)}, ${needed}`;
   }
 
-  // Makes room for another picture: one that is still on its way is given up.
+  // Clears the display for another picture, and cancels one that is still being classified.
   expect() {
     this.running?.abort();
     this.running = null;
@@ -82,7 +82,7 @@ export class Journey {
     byId("answer").replaceChildren(element("p", { class: "hint" }, "On its way …"));
   }
 
-  // Classifies a picture and shows each exit as it comes.
+  // Classifies a picture and shows each exit as its result arrives.
   async run(blob, truth = null) {
     this.expect();
     const { signal } = (this.running = new AbortController());

@@ -1,4 +1,4 @@
-// Starts the page: reads what the server serves, then keeps watching it.
+// Starts the page: reads the model and the budget from the server, then polls it.
 
 import { BudgetPanel } from "./budget.js";
 import { byId, calm, element, pause, problem, say } from "./element.js";
@@ -11,7 +11,7 @@ import { Traffic } from "./traffic.js";
 import { className, count } from "./words.js";
 
 const WATCH_MS = 2000;
-const STREAM_WATCH_MS = 600; // while this page itself sends
+const STREAM_WATCH_MS = 600; // while this page sends images itself
 
 function showProblem(problem) {
   byId("banner").hidden = false;
@@ -30,7 +30,7 @@ function showState(text, ready = false) {
 
 const trouble = (error) => (["unreachable", "silent"].includes(error.kind) ? "no connection" : "not ready");
 
-// Tries until the server answers; it may still be warming up.
+// Retries until the server answers; it may still be warming up.
 async function insist(read) {
   for (;;) {
     try {
@@ -82,7 +82,7 @@ async function start() {
 
   const traffic = new Traffic(model.exits.length);
   const journey = new Journey(model);
-  let average; // of the last state
+  let average; // of the latest budget document
   const budget = new BudgetPanel(model, frontier, {
     changed(state) {
       journey.setBudget(state);
@@ -92,12 +92,12 @@ async function start() {
     },
   });
   const hundred = new Hundred(model, look);
-  let served; // as the metrics told it first
+  let served; // the model, from the first metrics
 
   async function look() {
     try {
       const { changes } = budget;
-      // Who serves others may keep the metrics to themselves, whatever they answer: then there are no live shares.
+      // A proxy may hide the metrics, with any status: then there are no live shares.
       const [state, metrics] = await Promise.all([readJson("budget"), readText("metrics").catch(() => null)]);
       if (look.ended) return;
       const serves = /^exitserve_model_info\{.*$/m.exec(metrics ?? "")?.[0];
@@ -107,7 +107,7 @@ async function start() {
       budget.setLive(metrics === null ? null : traffic.live);
       showState(`${model.name} is ready`, true);
       if (look.failed) {
-        // It may be another process, of another network, that asks for a token, or for none.
+        // The server may have been replaced by one with another network, or other rules for the token.
         if (JSON.stringify(await readJson("model")) !== JSON.stringify(model)) return replaced();
         await budget.readAccess();
         clearProblem();
@@ -120,7 +120,7 @@ async function start() {
     }
   }
 
-  // Exits, costs and the curve are of the network before: this page has to be reloaded.
+  // Exits, costs and the curve belong to the previous network: the page must be reloaded.
   function replaced() {
     look.ended = true;
     showState("another network");
@@ -140,7 +140,7 @@ async function start() {
       : "this browser shows no preview";
   }
 
-  // What the server does not take as it is, this browser may have read: then the server gets a copy.
+  // If the server does not accept a file but this browser can read it, send a copy as JPEG.
   async function classify(file, picture, truth, wanted) {
     try {
       await journey.run(file, truth);
@@ -153,7 +153,7 @@ async function start() {
     }
   }
 
-  let newest = 0; // a large picture takes a while to read: meanwhile another may be chosen
+  let newest = 0; // a large picture takes time to read, and another may be chosen meanwhile
 
   async function send(read, truth, name) {
     const mine = ++newest;

@@ -1,8 +1,8 @@
-// Pictures: the ones a person gives (file, drop, paste), and how the network sees them.
+// Pictures: given by the user (file, drop, paste), and as the network sees them.
 
 import { byId } from "./element.js";
 
-// Calls take(file) for every picture that is picked, dropped or pasted; refuse(why) where there was none.
+// Calls take(file) for every picture that is picked, dropped or pasted; refuse(why) if there was no picture in it.
 export function watchPictures(take, refuse) {
   const input = byId("file");
   const shade = byId("dropping");
@@ -13,7 +13,7 @@ export function watchPictures(take, refuse) {
     if (input.files.length) first(input.files);
     input.value = ""; // so that the same file can be picked again
   });
-  // Text that is dragged, into a field say, is no business of this page.
+  // Ignore dragged text, which may go into a field.
   const mayHold = ({ dataTransfer: { types } }) => types.includes("Files") || types.includes("text/uri-list");
   document.addEventListener("dragover", (event) => {
     if (!mayHold(event)) return;
@@ -36,7 +36,7 @@ export function watchPictures(take, refuse) {
   });
 }
 
-// A file that can be sent. Sending one that cannot be read fails as if the server were lost.
+// Reads a file before it is sent: sending an unreadable file fails with the same error as a lost connection.
 export async function readable(file) {
   try {
     await file.slice(0, 1).arrayBuffer();
@@ -47,7 +47,7 @@ export async function readable(file) {
   }
 }
 
-// Draws a picture as the server cuts it: around its centre, to the network's size; nothing where there is none.
+// Draws a picture cropped as the server does it: around its centre, to the network's size; clears if there is none.
 export function showAsSeen(picture, { width_px: width, height_px: height }) {
   const canvas = byId("seen");
   Object.assign(canvas, { width, height });
@@ -61,23 +61,23 @@ export function showAsSeen(picture, { width_px: width, height_px: height }) {
   context.drawImage(picture, (picture.width - w) / 2, (picture.height - h) / 2, w, h, 0, 0, width, height);
 }
 
-// A browser reads more than the server takes: larger pictures, other formats, the first frame of a moving one.
+// A browser reads more than the server accepts: larger pictures, other formats, the first frame of an animation.
 const REFUSED = {
   "not-an-image": "is of a kind that the server does not read",
   "animated-image": "is animated",
   "image-too-large": "has more pixels than the server takes",
   "body-too-large": "is larger than the server takes",
 };
-const SLOW_BYTES = 1 << 20; // a copy of less is hardly smaller
+const SLOW_BYTES = 1 << 20; // below this, a copy is hardly smaller
 
 export const whyNot = ({ kind }) => REFUSED[kind] ?? "takes too long to send";
 export const mayBeCopied = ({ kind }, file) =>
   kind in REFUSED || (["body-too-slow", "silent"].includes(kind) && file.size > SLOW_BYTES);
 
-const COPY_PX = 512; // of its shorter side, and no less than twice what the network sees
+const COPY_PX = 512; // shorter side of the copy, at least twice the network's size
 const LONGEST_PX = 4096;
 
-// A still, smaller JPEG of what this browser reads.
+// Makes a smaller JPEG of a picture that this browser can read.
 export async function copyOf(picture, seen) {
   const [short, long] = [picture.width, picture.height].sort((a, b) => a - b);
   const enough = Math.max(COPY_PX, 2 * seen.width_px, 2 * seen.height_px);
@@ -87,7 +87,7 @@ export async function copyOf(picture, seen) {
   const sides = { width: scaled(picture.width), height: scaled(picture.height) };
   const context = Object.assign(canvas, sides).getContext("2d");
   context.imageSmoothingQuality = "high";
-  context.fillStyle = "#fff"; // what is transparent is white to the network, too
+  context.fillStyle = "#fff"; // the server blends transparent pixels with white, too
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(picture, 0, 0, canvas.width, canvas.height);
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));

@@ -1,4 +1,4 @@
-// The pictures that come with the page: samples/NAME.png, named after what they show; samples/README.md says whence.
+// The pictures that ship with the page: samples/NAME.png, by what they show. Their source: samples/README.md.
 
 import { readFile } from "./server.js";
 

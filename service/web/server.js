@@ -1,15 +1,15 @@
-// Talks to the server that this page came from. Whatever goes wrong becomes a ServerProblem that a person can read.
+// Calls the server that this page came from. Every failure becomes a ServerProblem with a text for the user.
 
 export class ServerProblem extends Error {
-  // A problem document (RFC 9457), or something of the same shape.
+  // Takes a problem document (RFC 9457), or an object of the same shape.
   constructor({ type = "", title = "Something went wrong", status = 0, detail = "" }, retryAfterS = 0) {
     super(detail || title);
     Object.assign(this, { kind: type.split(":").pop(), title, status, detail, retryAfterS });
   }
 }
 
-const ASK_MS = 10_000; // a server that hangs takes connections and says nothing
-const SEND_MS = 15_000; // less than the server gives a body: browsers send again and again what was answered 408
+const ASK_MS = 10_000; // a hanging server accepts connections and never answers
+const SEND_MS = 15_000; // below the server's limit for a body, as browsers keep resending what was answered with 408
 
 const unreachable = (detail, type = "unreachable") =>
   new ServerProblem({ type, title: "The server does not answer", detail });
@@ -20,17 +20,17 @@ const stranger = () =>
     detail: "It may be a proxy in front that wants you to sign in again: reload this page.",
   });
 
-// What fetch throws is no more than a name.
+// Errors thrown by fetch have no useful message.
 function told(error) {
   if (error.name === "TimeoutError")
     return unreachable("It has not responded for a while: it hangs, or the network is slow.", "silent");
-  if (error instanceof SyntaxError) return stranger(); // not the JSON that it sends
+  if (error instanceof SyntaxError) return stranger(); // the server always sends valid JSON
   if (error instanceof TypeError)
     return unreachable("It may have been stopped, or the network is down. This page continues by itself once it is back.");
   return error;
 }
 
-// A limit, and a way to lift it.
+// A time limit that can be lifted.
 function limit(ms, signal) {
   const late = new AbortController();
   const timer = setTimeout(() => late.abort(new DOMException("too late", "TimeoutError")), ms);
@@ -40,7 +40,7 @@ function limit(ms, signal) {
 async function send(path, options) {
   const response = await fetch(path, { cache: "no-store", redirect: "manual", ...options });
   if (response.ok) return response;
-  if (response.type === "opaqueredirect") throw stranger(); // the server sends nobody elsewhere
+  if (response.type === "opaqueredirect") throw stranger(); // the server never redirects
   const problem = await response.json().catch(() => ({}));
   const title = `The server answered ${response.status}`;
   const detail = "It gave no reason: the answer may come from a proxy in front of it.";
@@ -50,7 +50,7 @@ async function send(path, options) {
   );
 }
 
-// Sends a request and reads its answer; `signal` gives it up.
+// Sends a request and reads the answer; `signal` cancels it.
 async function call(path, options, read, ms = ASK_MS) {
   const { signal, lift } = limit(ms, options?.signal);
   try {
@@ -66,12 +66,12 @@ export const readJson = (path, options, ms) => call(path, options, (response) =>
 export const readText = (path) => call(path, {}, (response) => response.text());
 export const readFile = (path) => call(path, { cache: "default" }, (response) => response.blob());
 
-// Whether asking again later may help by itself.
+// Whether a later retry may succeed.
 export const passes = ({ kind, status }) => ["unreachable", "silent"].includes(kind) || [429, 502, 503, 504].includes(status);
 
 const TYPES = new Set(["image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif"]);
 
-// What a file is, the server tells from its first bytes: a type it does not know must not keep it from looking.
+// Files of other types are sent as octet-stream, so that the server detects the format from their bytes.
 const imageRequest = (body, signal) => ({
   method: "POST",
   body,
@@ -81,9 +81,9 @@ const imageRequest = (body, signal) => ({
 
 export const classify = (body, signal) => readJson("classify?top_k=1", imageRequest(body, signal), SEND_MS);
 
-// One object per exit that the image passes, the whole answer last ("final": true).
+// Yields one object per exit that the image goes on from, then the answer ("final": true).
 export async function* classifyStream(body, signal) {
-  const first = limit(SEND_MS, signal); // what follows may take as long as it is shown
+  const first = limit(SEND_MS, signal); // later lines are read as slowly as they are shown
   let text = "";
   let final = false;
   try {
@@ -110,7 +110,7 @@ export async function* classifyStream(body, signal) {
   if (!final) throw unreachable("Its answer broke off. It may have been stopped: send the picture again.");
 }
 
-// The whole of it: a latency target that is not sent again would end.
+// Sends the whole budget: without `latency_ms`, the server would drop its latency target.
 export const setBudget = (fraction, latencyMs, token) =>
   readJson("budget", {
     method: "PUT",

@@ -1,14 +1,14 @@
-// Where images leave right now, counted by the server's own metrics: whoever sends them.
+// The current exit shares of all traffic, from the server's metrics.
 
 const LINE = /^exitserve_exits_total\{([^}]*)\} (\S+)$/gm;
 const STARTED = /^process_start_time_seconds (\S+)$/m;
-const WINDOW = 300; // answers, at least, once there are so many
-const SERVERS = 16; // behind a balancer, or one after the other
+const WINDOW = 300; // answers to average over, at least
+const SERVERS = 16; // remembered: behind a balancer, or after restarts
 
 export class Traffic {
   constructor(exits) {
     this.exits = exits;
-    this.servers = new Map(); // the readings of each, by when it was started: each counts its own answers
+    this.servers = new Map(); // readings of each server by its start time: each counts its own answers
   }
 
   // Takes the text of /metrics.
@@ -19,26 +19,26 @@ export class Traffic {
       if (exit >= 1 && exit <= this.exits) counts[exit - 1] += Number(value);
     }
     const now = { counts, total: counts.reduce((sum, n) => sum + n, 0) };
-    const server = STARTED.exec(text)?.[1]; // not every system tells
+    const server = STARTED.exec(text)?.[1]; // not available on every system
     let seen = this.servers.get(server) ?? [];
     const last = seen.at(-1)?.total;
-    if (now.total === last) return; // a page may be open for weeks
+    if (now.total === last) return; // keep no further readings: a page may be open for weeks
     if (now.total < last) seen = []; // the server has restarted
     seen.push(now);
-    // The newest reading that is a window old stays as the one to count from; older ones go.
+    // Keep the newest reading that is at least a window old, to count from; drop older ones.
     const enough = seen.findLastIndex((then) => now.total - then.total >= WINDOW);
     if (enough > 0) seen.splice(0, enough);
-    this.servers.delete(server); // to the end: who has had nothing new for longest is first, and goes first
+    this.servers.delete(server); // reinserted last, so that the first is the one without news for longest
     this.servers.set(server, seen);
     if (this.servers.size > SERVERS) this.servers.delete(this.servers.keys().next().value);
   }
 
-  // Another budget: what left under the old one no longer counts.
+  // Starts again after a change of the budget.
   restart() {
     for (const seen of this.servers.values()) seen.splice(0, seen.length - 1);
   }
 
-  // How many answers, and their shares by exit: null before there are any.
+  // Returns the number of answers and their shares by exit; null before the first.
   get live() {
     const windows = [...this.servers.values()].map((seen) => [seen[0], seen.at(-1)]);
     const answers = windows.reduce((sum, [from, to]) => sum + to.total - from.total, 0);

@@ -1,6 +1,6 @@
-// Numbers and reasons as people read them.
+// Formats numbers and reasons for the user.
 
-const fixed = (number, digits) => number.toFixed(digits).replace(/^-(?=[0.]+$)/, ""); // -0 is 0
+const fixed = (number, digits) => number.toFixed(digits).replace(/^-(?=[0.]+$)/, ""); // no "-0"
 export const percent = (share, digits = 0) => `${fixed(share * 100, digits)} %`;
 export const millions = (mflops) => {
   const digits = mflops < 0.1 ? 4 : mflops < 1 ? 2 : mflops < 1000 ? 1 : 0;
@@ -10,11 +10,11 @@ export const className = (label) => label.replaceAll("_", " ");
 export const score = (value) => (Number.isFinite(value) ? fixed(value, 2) : "none");
 export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
 
-// A threshold by itself; null stands for two things, told apart by whether any image leaves there.
+// Formats a threshold; null means that every image leaves, or none: whether any image leaves there tells which.
 export const needs = (threshold, takesAll) =>
   Number.isFinite(threshold) ? score(threshold) : takesAll ? "any" : "none will do";
 
-// What a latency target does to the budget at the moment.
+// The current effect of a latency target on the budget.
 export function aboutLatency({ target_ms: target, p95_ms: p95, limited, limited_since: since, at_lowest: lowest, working }) {
   const aim = `95 of 100 pictures should be answered within ${target} ms`;
   const now = p95 === null ? "" : ` (now: ${Math.round(p95)} ms)`;
