@@ -1,6 +1,7 @@
 """`python -m benchmarks.league --data cifar-100-python.tar.gz --data imagenette`: see `main`."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -75,22 +76,24 @@ def why_not(peer: Peer, python: Path) -> str | None:
     return next((why for package in peer.imports if (why := environment.missing(python, package)) is not None), None)
 
 
-def known_settings() -> str:
-    """The `--help` text of the service, which lists the settings of this version."""
-    return subprocess.run([sys.executable, "-m", "service", "--help"], capture_output=True, text=True).stdout
+def known_settings() -> set[str]:
+    """The options of the service, from its `--help` text."""
+    shown = subprocess.run([sys.executable, "-m", "service", "--help"], capture_output=True, text=True).stdout
+    return set(re.findall(r"--[a-z0-9-]+", shown))
 
 
 def read_variants(given: list[str]) -> dict[str, list[str]]:
     """Parse NAME=SETTINGS into settings by name; typer.BadParameter if malformed or a setting does not exist."""
-    variants, known = {}, known_settings() if given else ""
+    variants, known = {}, known_settings() if given else set()
     for text in given:
         name, separator, settings = text.partition("=")
         words = shlex.split(settings)
         if not separator or not name or not words:
             raise typer.BadParameter(f"{text!r}: write NAME=SETTINGS, as in 'batches=--max-batch-rows 16'")
         for word in words:
-            if word.startswith("--") and f"{word} " not in known:
-                raise typer.BadParameter(f"{text!r}: the service has no setting {word}")
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in known:
+                raise typer.BadParameter(f"{text!r}: the service has no setting {option}")
         variants[name] = words
     return variants
 

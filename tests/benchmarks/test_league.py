@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from typer import Typer
+from typer import BadParameter, Typer
 from typer.testing import CliRunner
 
-from benchmarks.league.__main__ import main
+from benchmarks.league.__main__ import main, read_variants
 from benchmarks.league.graph import write_whole_graph
 from benchmarks.league.measurement import Measurement, PeerError, Plan
 from benchmarks.league.peers.serving import Setup
@@ -84,6 +84,15 @@ def test_missing_bundles_and_images_are_reported_before_installing(tmp_path: Pat
     with pytest.raises(DataError, match="no such file or folder"):
         main(bundle=[bundle], data=[absent], venv=venv, folder=tmp_path / "league")
     assert not venv.exists()
+
+
+def test_variants_take_the_services_options_in_both_forms() -> None:
+    given = ["a=--max-batch-rows 8", "b=--max-batch-rows=8 --precision int8"]
+    expected = {"a": ["--max-batch-rows", "8"], "b": ["--max-batch-rows=8", "--precision", "int8"]}
+    assert read_variants(given) == expected
+    for wrong in ("a=--max-batch 8", "a=", "--lanes 1"):
+        with pytest.raises(BadParameter):
+            read_variants([wrong])
 
 
 def test_the_whole_graph_gives_the_stages_logits(tmp_path: Path) -> None:
