@@ -155,7 +155,7 @@ def chromium() -> Iterator[Browser]:
     options.binary_location = binary
     options.add_argument("--headless=new")
     options.add_argument("--hide-scrollbars")
-    options.add_argument("--disable-dev-shm-usage")  # containers have little of it
+    options.add_argument("--disable-dev-shm-usage")  # containers have little shared memory
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # needed to run as root
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -232,7 +232,7 @@ def test_a_server_serves_even_if_it_cannot_print_that_it_is_ready(
 ) -> None:
     log = tmp_path / "log"
     reading, writing = os.pipe()
-    os.close(reading)  # nobody reads what is printed
+    os.close(reading)  # nothing reads the output
     arguments = ["--bundle", str(folder), "--port", "0", "--http-workers", workers, "--access-log", "off"]
     with log.open("w") as stderr, os.fdopen(writing, "w") as pipe:
         process = subprocess.Popen(

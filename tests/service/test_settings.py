@@ -38,7 +38,9 @@ def test_help_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as exit_info:
         load_settings(["--help"])
     assert exit_info.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split()).replace("multiply- adds", "multiply-adds")  # lines end in words
+    shown = " ".join(capsys.readouterr().out.split()).replace(
+        "multiply- adds", "multiply-adds"
+    )  # lines break within words
     for name, field in Settings.model_fields.items():
         assert variable(name) in shown
         assert field.description is not None

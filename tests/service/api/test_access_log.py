@@ -68,7 +68,7 @@ def test_every_request_has_one_line_with_its_outcome(http: Http, caplog: pytest.
 
 def test_lines_fit_into_a_pipe_buffer_for_any_path(http: Http, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
-    http.get("/" + "%01" * 10_000)  # what takes the most room as JSON
+    http.get("/" + "%01" * 10_000)  # the longest when escaped as JSON
     [record] = [record for record in caplog.records if record.name == "service.access"]
     assert len(JsonFormatter().format(record).encode()) < select.PIPE_BUF
     assert line_of(caplog)["path"] == "/" + "\x01" * 199 + "..."

@@ -298,7 +298,7 @@ def test_a_client_that_leaves_abandons_all_its_images(folder: Path, path: str, r
         go_on.set()
         stats = engines[0].stats()
         assert (stats.abandoned, stats.in_flight_rows) == (stats.submitted, 0)
-        assert 1 <= stats.submitted <= n_images  # on a busy machine it may leave before the last is decoded
+        assert 1 <= stats.submitted <= n_images  # on a busy machine, the client may leave before the last is decoded
         assert stats.submitted <= room // 2  # and none that waited has followed
         assert sent[0]["status"] == 499
         assert outcomes(client)["abandoned"] == n_images

@@ -59,7 +59,7 @@ def test_the_reported_limits_are_accepted_and_values_beyond_are_not(http: Http, 
         assert document["allowed"] == allowed
         assert kind in document["detail"]
         lowest, highest = document["detail"].rstrip(".").split("from ")[1].split(" to ")
-        for shown in (lowest, highest):  # the remedy works
+        for shown in (lowest, highest):  # the advice in the message works
             assert http.put("/budget", json={kind: float(shown)}).status_code == 200
         http.put("/budget", json={"average_mflops": before})
     assert http.get("/budget").json()["average_mflops"] == before
@@ -207,7 +207,7 @@ def test_late_answers_lower_the_working_budget_which_is_reported(folder: Path) -
         assert timedelta(0) <= datetime.now(UTC) - since < timedelta(seconds=60)
         assert latency["working"]["average_mflops"] == pytest.approx(state["allowed"]["average_mflops"]["lowest"])
         assert latency["working"]["accuracy"] < state["accuracy"]
-        assert state["average_mflops"] == pytest.approx(0.8 * full)  # as it was set
+        assert state["average_mflops"] == pytest.approx(0.8 * full)  # the budget as set
         assert http.post("/classify", content=bodies[0], headers=PNG).json()["exit"] == 1
         told = dict(
             line.removeprefix("exitserve_").split(" ")

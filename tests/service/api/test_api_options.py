@@ -42,7 +42,7 @@ def test_a_query_is_parsed(query: bytes, asked: Asked) -> None:
 def test_a_deadline_counts_from_the_complete_body() -> None:
     options = READER.read(b"deadline_ms=250&exit=2").at(100.0)
     assert (options.deadline_s, options.exit, options.is_plain) == (100.25, 2, False)
-    assert READER.read(b"").at(100.0) is READER.default.options  # nothing is made for who asks for nothing
+    assert READER.read(b"").at(100.0) is READER.default.options  # without options no object is created
     assert READER.read(b"").at(100.0, steps=True).deadline_s == inf
 
 

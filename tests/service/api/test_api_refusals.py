@@ -21,7 +21,7 @@ from tests.waiting import LIMIT_S
 
 IMAGES = random_images(8, seed=11)
 BODIES = [png(image) for image in IMAGES]
-REFUSED_WITHIN_S = 0.1  # of processor time
+REFUSED_WITHIN_S = 0.1  # CPU time
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ BAD_IMAGES = {
 def test_a_bad_image_gets_a_problem_at_once_and_the_server_goes_on(http: Http, name: str, by_form: bool) -> None:
     body, status, kind = BAD_IMAGES[name]
     seconds = []
-    for _ in range(5):  # this process may be busy with something else
+    for _ in range(5):  # the process may be busy otherwise
         started = process_time()
         if by_form:
             response = http.post("/classify", files={"image": ("cat.png", body, "image/png")})

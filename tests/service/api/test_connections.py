@@ -52,7 +52,7 @@ def test_a_connection_without_a_complete_request_is_closed(hasty: Here, begin: b
     with contextlib.closing(hasty.connect()) as line:
         line.send(begin)
         assert line.ended()
-    with contextlib.closing(hasty.connect()) as line:  # after a request as before the first
+    with contextlib.closing(hasty.connect()) as line:  # after a request as well as before the first
         line.send(request(BODY))
         assert line.receive()[0] == 200
         line.send(begin)
@@ -88,7 +88,7 @@ def test_data_that_is_not_http_gets_a_problem_and_a_log_line(
     here: Here, line: Line, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "service.access")
-    line.send(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03")  # a TLS client's hello
+    line.send(b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03")  # a TLS ClientHello
     status, headers, document = line.receive()
     assert (status, document["type"]) == (400, "urn:exitserve:problem:broken-request")
     assert headers["content-type"] == "application/problem+json"
@@ -137,7 +137,7 @@ def test_requests_before_a_broken_body_get_their_own_answers(here: Here, caplog:
             assert line.ended()
         wait_until("nothing of it is left", lambda: here.app.lifecycle.requests_in_flight == 0)
     lines = lambda: [record.getMessage() for record in caplog.records if record.name == "service.access"]  # noqa: E731
-    # A client of a test before this one may have left only now.
+    # A client of an earlier test may leave only now.
     wait_until("all are logged", lambda: sum(not line.endswith(" 499") for line in lines()) == 6)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
@@ -176,7 +176,7 @@ def test_a_connection_that_is_reset_is_forgotten(here: Here) -> None:
         def forgotten() -> bool:
             other.send(request(BODY))  # the engine's thread keeps its latest, and so does each lane
             assert other.receive()[0] == 200
-            gc.collect()  # it is in circles: connections know their requests, and these their connection
+            gc.collect()  # there are reference cycles: connections and their requests refer to each other
             return known() is None
 
         wait_until("nothing holds it", forgotten)
@@ -208,7 +208,7 @@ def test_endless_pipelined_requests_are_not_read_ahead(here: Here, line: Line) -
         names = [str(number) for number in range(600)]
         more = b"GET /healthz HTTP/1.1\r\nX-Request-ID: %b\r\nX-Filler: " + b"x" * 40 + b"\r\n\r\n"
         line.send(b"".join(more % name.encode() for name in names))
-        line.send(b"GET /healthz HTTP/1.1\r\nX-Request-")  # and its end only once all are answered
+        line.send(b"GET /healthz HTTP/1.1\r\nX-Request-")  # and its end is read only after all are answered
         wait_until("enough have been read", lambda: len(connection.pipeline) >= 64)
         here.loop.call_soon_threadsafe(connection.flow.resume_reading)  # as when the first looks for its client's end
         wait_until("that changes nothing", lambda: connection.flow.read_paused)
@@ -264,7 +264,7 @@ def test_http_1_0_requests_count_as_from_a_proxy(line: Line) -> None:
     put += b'{"fraction": 1}'
     line.send(put)
     assert line.receive()[0] == 200
-    line.send(put.replace(b"HTTP/1.1", b"HTTP/1.0"))  # as nginx passes it on, by default
+    line.send(put.replace(b"HTTP/1.1", b"HTTP/1.0"))  # as nginx forwards it by default
     status, _, document = line.receive()
     assert (status, document["type"]) == (403, "urn:exitserve:problem:not-local")
 

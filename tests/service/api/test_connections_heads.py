@@ -37,7 +37,9 @@ def pour(line: Line, data: bytes, n_bytes: int) -> None:
 def test_endless_heads_are_refused(here: Here, line: Line, begin: bytes, more: bytes) -> None:
     line.send(begin)
     pour(line, more, 50_000_000)
-    with contextlib.suppress(ConnectionError, IndexError):  # closed on unread bytes, it may lose its answer
+    with contextlib.suppress(
+        ConnectionError, IndexError
+    ):  # closed with unread bytes, the connection may lose the answer
         status, _, document = line.receive()
         assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
     with contextlib.closing(here.connect()) as other:
@@ -71,10 +73,10 @@ LONG = b"X-Long: " + b"x" * 70_000 + b"\r\n"
 )
 @pytest.mark.parametrize("n_bytes", [1_000_000, 40_000, 4000])
 def test_the_limit_does_not_depend_on_how_a_head_is_split(here: Here, line: Line, data: bytes, n_bytes: int) -> None:
-    with contextlib.suppress(ConnectionError):  # it hears nothing more once it is refused
+    with contextlib.suppress(ConnectionError):  # nothing more is read after the refusal
         for start in range(0, len(data), n_bytes):
             line.send(data[start : start + n_bytes])
-    if n_bytes > len(data):  # else the answer may be lost to what comes after it
+    if n_bytes > len(data):  # otherwise later bytes may make the answer get lost
         status, _, document = line.receive()
         assert (status, document["type"]) == (431, "urn:exitserve:problem:head-too-large")
         assert line.ended()

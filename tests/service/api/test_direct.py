@@ -75,7 +75,7 @@ def test_the_answer_equals_the_applications(
     with contextlib.closing(here.connect()) as line:
         line.send(request(body, query, traceparent=TRACEPARENT))
         direct = line.receive()
-    assert len(visits) == (status != 422)  # a bad query is refused by its head
+    assert len(visits) == (status != 422)  # a bad query is refused after the head
     application = httpx.post(
         here.url + "/classify" + query,
         content=(part for part in (body,)),  # of a length not announced: the application reads it
@@ -139,7 +139,7 @@ def test_a_repeated_head_is_not_parsed_again(
         parse(protocol, data)
 
     monkeypatch.setattr(Connection, "data_received", seen)
-    # What follows a picture's end is ignored.
+    # Data after the end of an image is ignored.
     bodies = [png(image).ljust(n_bytes, b"\0") for image, n_bytes in zip(IMAGES, [*range(9_993, 10_009)], strict=True)]
     alone = [here.engine.submit(image, Options(exit=1)).result(LIMIT_S).confidence for image in IMAGES]
     for body, sure in zip(bodies, alone, strict=True):
@@ -152,7 +152,7 @@ def test_a_repeated_head_is_not_parsed_again(
         line.send(request(bodies[0], query))
         status, _, document = line.receive()
         assert (status, document.get("exit")) == ((200, int(query[-1])) if query != "?exit=9" else (422, None))
-        assert len(parsed) == n_parsed  # one that is refused is not to be known
+        assert len(parsed) == n_parsed  # refused heads must not be cached
     data = request(bodies[0], "?exit=1")
     assert visits == [*map(len, bodies), *[9_993] * 3]
     for pieces in ([data[:-100], data[-100:]], [data[:40], data[40:]]):
@@ -166,7 +166,7 @@ def test_a_repeated_head_is_not_parsed_again(
     assert [line.receive()[0] for _ in range(2)] == [200, 200]
     line.send(data)
     assert line.receive()[0] == 200
-    # A length that is not the body's is for the parser: too short, the rest is no request; too long, more is to come.
+    # A wrong length is handled by the parser: if too short, the rest is no valid request; if too long, more must come.
     for length in ("9992", "+9993", "99930", "09993x"):
         n_parsed = len(parsed)
         with contextlib.closing(here.connect()) as other:
@@ -211,9 +211,9 @@ def test_a_client_that_leaves_abandons_its_image_at_once(here: Here) -> None:
 
 
 def test_an_open_connection_keeps_no_image_in_memory(here: Here, line: Line) -> None:
-    body = BODY + bytes(50_000)  # what follows a picture's end is ignored
+    body = BODY + bytes(50_000)  # data after the end of an image is ignored
     cycles: list[Any] = []
-    for _ in range(100):  # a body that a busy machine reads in two parts takes the other way
+    for _ in range(100):  # on a busy machine, a body may be read in two parts and take the other path
         line.send(request(body))
         assert line.receive()[0] == 200
         cycles = [connection.cycle for connection in here.server.server_state.connections]

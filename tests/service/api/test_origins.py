@@ -59,7 +59,7 @@ def test_pages_of_an_allowed_origin_may_classify_but_not_set_the_budget(
     options = ("--lanes", "1", "--allow-origins", f"https://other.example {shop}", "--http-workers", workers)
     with running_server(bundle, tmp_path / "log", *options) as server:
         browser.open(shop)
-        for _ in range(2):  # the second by a connection that is known
+        for _ in range(2):  # the second on an open connection
             status, answer, request_id = ask(browser, server, "POST", "/classify")
             assert (status, '"label"' in answer, bool(request_id)) == (200, True, True)
         status, answer, _ = ask(browser, server, "POST", "/classify?top_k=0")

@@ -80,7 +80,7 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
                 for one in alike[:n_going_on]:
                     one.stages += 1
         else:
-            # All of its account that are as far as this one, or it alone.
+            # All images of its account at the same stage, or only this one.
             seen = (flight.account, flight.stages, flight.spent)
             alike = [f for f in flights if (f.account, f.stages, f.spent) == seen]
             ending = alike if action == "answer together" else [flight]
@@ -108,7 +108,7 @@ def test_no_window_of_answers_overspends_whatever_the_order(actions, allowance, 
 )
 def test_whenever_traffic_stops_the_last_answers_keep_the_budget(actions, allowance):
     window = 6
-    ledger = Ledger(allowance, 100, average_over=window)  # the other bound is out of reach
+    ledger = Ledger(allowance, 100, average_over=window)  # the other bound does not apply
     flights: list[Flight] = []
     spent: list[int] = []
     was_kept = False
@@ -199,7 +199,7 @@ def test_changing_the_budget_back_and_forth_creates_no_savings():
 def test_changing_the_budget_back_and_forth_does_not_reduce_the_balance():
     """It once shrank with every lower budget: continual changes by a program cut a quarter of the images short."""
     ledger = Ledger(400, 10)
-    ledger.close(ledger.open(400), 1, 400, 3400, answered=True)  # half of the burst is left, and a little more
+    ledger.close(ledger.open(400), 1, 400, 3400, answered=True)  # a little more than half of the burst is left
     for _ in range(100):
         ledger.set_allowance(360)
         ledger.set_allowance(400)
@@ -303,7 +303,7 @@ def test_steady_traffic_ends_within_one_percent_under_the_budget(fraction, seed)
     run = simulate(budget, images)
     assert 0.99 <= run.rolling[-1] <= 1.0
     assert max(run.rolling[999:]) <= 1 + BURST_IMAGES / 1000
-    assert run.reasons.count("budget") <= 5  # the ledger had next to nothing to refuse
+    assert run.reasons.count("budget") <= 5  # the ledger refused almost nothing
     point = FRONTIER.at(FRONTIER.position_at_cost(fraction * FULL_MFLOPS))
     exits = (images[0] >= np.array(point.thresholds)).argmax(axis=1)
     offline = images[1][np.arange(len(exits)), exits].mean()
@@ -337,11 +337,11 @@ def test_the_default_burst_leaves_the_ledger_nothing_to_refuse_at_full_load(n_la
     # Some at the end, where all in flight must fit into the average of the last 1,000.
     assert run.reasons[:-n_clients].count("budget") <= 0.002 * len(run.reasons)
     assert max(run.rolling[999:]) <= 1 + burst_images / 1000
-    if n_lanes == 8:  # a bound that is too tight for what is in flight costs accuracy
+    if n_lanes == 8:  # a bound too tight for the images in flight costs accuracy
         tight = simulate(controller(0.4, 32), population(5_000, 6), n_clients=64 * n_lanes, n_lanes=n_lanes)
         assert tight.reasons.count("budget") > 0.02 * len(
             tight.reasons
-        )  # ten times as many: steering's guard spares more
+        )  # ten times as many, as steering's guard reserves more
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.25, 0.7), (0.7, 0.25), (0.3, 0.4), (0.8, 0.4)])
@@ -350,7 +350,7 @@ def test_a_new_budget_is_reached_within_two_thousand_images(before, after):
     run = simulate(
         budget, population(5_500, 7), at_answer=lambda n: budget.set(after * FULL_MFLOPS) if n == 2_500 else None
     )
-    # While traffic flows the average is lower by what the images in flight will spend above theirs.
+    # Under traffic, the average is lower by what the images in flight will spend above theirs.
     assert all(0.97 <= level <= 1 + BURST_IMAGES / 1000 for level in run.rolling[3_700:])
     assert 0.99 <= run.rolling[-1] <= 1.0
 
@@ -415,7 +415,7 @@ def test_traffic_unlike_the_calibration_ends_just_under_the_budget(harder):
 def test_hard_traffic_after_easy_traffic_finds_no_savings_beyond_the_burst():
     easy, hard = population(4_000, 17, harder=-4.0), population(3_000, 18, harder=1.5)
     run = simulate(controller(0.6), (np.concatenate([easy[0], hard[0]]), np.concatenate([easy[1], hard[1]])))
-    assert run.rolling[3_999] < 0.9  # it could not be spent
+    assert run.rolling[3_999] < 0.9  # because it cannot be spent
     assert max(run.rolling[999:]) <= 1 + BURST_IMAGES / 1000
     assert 0.985 <= run.rolling[-1] <= 1.0
 
@@ -465,5 +465,5 @@ def test_abandoned_images_leave_steering_in_balance():
     assert state.abandoned > 500
     assert state.answered == len(spent)
     assert state.spent_answered_mflops * 1e6 == pytest.approx(sum(spent))
-    # Those abandoned halfway have spent as well, at the cost of the answers.
+    # Images abandoned halfway have spent, too, at the expense of the answers.
     assert 0.9 <= np.mean(spent[-1000:]) / budget.ledger.allowance <= 1.0

@@ -24,10 +24,10 @@ from tests.data import REPOSITORY, cifar100_test
 N_IMAGES = 5_000
 N_CLIENTS = 32
 BURST_IMAGES = 32
-# Threads decide who shares a batch, so no two runs are alike. 80 simulated with random batch times at each of 25, 40
+# Threads decide which images share a batch, so no two runs are alike. 80 simulated with random times at each of 25, 40
 # and 60 %: the last 1,000 of these images end at 0.9948 to 1.0000 of the budget (standard deviation 0.0005 to 0.0009),
 # which the ledger lets nothing exceed, and steering loses 0.35 points of accuracy at 25 % (0.10), 0.27 at 40 % (0.11).
-LOWEST, HIGHEST, LOST = 0.99, 1.0, 0.0075  # the promise; and four standard deviations
+LOWEST, HIGHEST, LOST = 0.99, 1.0, 0.0075  # the guarantee; and four standard deviations
 MAX_ROWS = 50
 
 
@@ -106,7 +106,7 @@ def serve(engine: Engine, images: NDArray[np.uint8]) -> list[Answer]:
 @pytest.mark.parametrize(("engine", "fraction"), [(f, f) for f in (0.25, 0.4, 0.6, 1.0)], indirect=["engine"])
 def test_the_budget_is_kept_and_gives_the_expected_accuracy(offline, engine, fraction):
     budget_mflops = fraction * offline.full_mflops
-    settling = serve(engine, offline.images[:1000])  # steering finds its place
+    settling = serve(engine, offline.images[:1000])  # until steering has settled
     answers = serve(engine, offline.images)
     state = engine.budget_state()
     assert state.rolling_mflops is not None

@@ -82,7 +82,7 @@ class CutOff:
             while True:
                 readable, _, _ = select.select([client, server], [], [])
                 if client in readable and is_answered:
-                    return  # what has come is not read: the client is told with a reset
+                    return  # unread data makes the close a reset
                 data = readable[0].recv(65_536)
                 if not data:
                     return
@@ -195,7 +195,7 @@ def test_an_image_may_be_a_file_a_path_bytes_or_pixels(url: str, pictures: list[
         assert [client.classify(form, exit=3).confidence for form in forms] == [answer.confidence] * len(forms)
         for mode in ("CMYK", "L", "RGBA", "I;16", "P"):
             assert client.classify(pixels.convert("L" if mode == "I;16" else "RGB").convert(mode)).label in CLASS_NAMES
-        turned = pixels.transpose(Image.Transpose.ROTATE_90)  # as a camera that was held so has it, and says so
+        turned = pixels.transpose(Image.Transpose.ROTATE_90)  # as from a rotated camera, with the orientation in EXIF
         turned.getexif()[0x0112] = 6
         assert client.classify(turned, exit=3).confidence == answer.confidence
         file.seek(0)

@@ -72,7 +72,7 @@ class Scripted:
 
             def log_message(self, *args: object) -> None: ...
 
-        # Bound and not yet listening: whoever connects is refused.
+        # Bound but not listening: connections are refused.
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
         self.server.server_bind()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -165,7 +165,7 @@ def test_numbers_of_every_type_are_sent_and_none_values_omitted(scripted: Script
         ask(scripted.url, lambda client: client.set_budget("fraction", 0.5, nan))
 
 
-# --- what comes back ----------------------------------------------------------------------------------------------
+# --- answers ------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -242,7 +242,7 @@ def test_more_calls_than_connections_wait_for_each_other(monkeypatch: pytest.Mon
                 calls = [asyncio.create_task(client.classify(b"x")) for _ in range(5)]
                 while n_asked < 2:
                     await asyncio.sleep(0.001)
-                await asyncio.sleep(0.05)  # whoever does not wait asks meanwhile
+                await asyncio.sleep(0.05)  # calls that do not wait are made meanwhile
                 assert n_asked == 2
                 go_on.set()
                 return [answer.confidence for answer in await asyncio.gather(*calls)]
@@ -251,7 +251,7 @@ def test_more_calls_than_connections_wait_for_each_other(monkeypatch: pytest.Mon
     assert n_asked == 5
 
 
-# --- again --------------------------------------------------------------------------------------------------------
+# --- retries ------------------------------------------------------------------------------------------------------
 
 
 def problem(status: int, **more: Any) -> Answer:
@@ -323,7 +323,7 @@ def test_retry_delays_grow_up_to_a_limit() -> None:
     assert Patience(9, 60.0).wait_s(later) == 3.25
 
 
-# --- until it is ready --------------------------------------------------------------------------------------------
+# --- waiting for a server -----------------------------------------------------------------------------------------
 
 
 @both
@@ -349,7 +349,7 @@ def test_it_waits_only_for_a_limited_time(scripted: Scripted, ask: Callable[...,
     scripted.script = [(200, {}, b"<html>")]
     with pytest.raises(ServerError, match="is no Readiness"):
         ask(scripted.url, lambda client: client.wait_ready(LIMIT_S))
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections but never answers
         started_s = monotonic()
         with pytest.raises(Unreachable, match="took too long"):
             ask(f"http://127.0.0.1:{silent.getsockname()[1]}", lambda client: client.wait_ready(0.2), timeout_s=1e6)

@@ -21,7 +21,7 @@ def test_it_starts_with_a_line_fitted_to_the_warm_up(sizes):
     assert costs.fixed_s(0) == pytest.approx(2.0)
     assert costs.row_s(0) == pytest.approx(0.5)
     assert costs.seconds(0, 10) == pytest.approx(7.0)
-    assert (costs.fixed_s(1), costs.row_s(1)) == (0.0, 0.5)  # of one size nobody can tell what is fixed
+    assert (costs.fixed_s(1), costs.row_s(1)) == (0.0, 0.5)  # from one size, the fixed part cannot be determined
     assert costs.by_rows(0)[32 if 33 not in sizes else 64] == pytest.approx(2.0 + 0.5 * (32 if 33 not in sizes else 64))
 
 

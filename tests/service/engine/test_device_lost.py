@@ -17,8 +17,8 @@ from tests.service.process import REPOSITORY, environment
 from tests.waiting import LIMIT_S, wait_until
 
 N_CLIENTS = 8
-# The server's own code, but for a device that is lost under the first batch that runs once the file `go` is there (at
-# warm-up, where it is there at the start), and whose clean-up aborts the process, as CUDA's may.
+# The server's own code, except that the device is lost in the first batch that runs after the file `go` exists (at
+# warm-up, if it exists at the start), and that its clean-up aborts the process, as CUDA's may.
 PROGRAM = """
 import atexit, os, sys, time
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_a_lost_device_answers_503_and_ends_the_process(bundle_path: Path, tmp_p
             go.touch()
             lost_s = monotonic()
             wait_until("the server is not ready", lambda: not is_ready(url))
-            assert monotonic() < lost_s + 10  # a second where the machine has nothing else to do
+            assert monotonic() < lost_s + 10  # a second on an idle machine
             responses = [future.result(LIMIT_S) for future in asked]
         for response in responses:
             assert response.status_code == 503

@@ -32,7 +32,7 @@ from tests.service.virtual import world
 from tests.waiting import LIMIT_S, wait_until
 from training.export import Normalise
 
-POISON = 255  # an image of this value throughout makes `FaultyRunner` fail
+POISON = 255  # an image with this value everywhere makes `FaultyRunner` fail
 N_IMAGES = 400
 
 
@@ -75,7 +75,7 @@ def faulty_engine(bundle: Bundle, max_rows: int = 8, burst_images: float = 32.0,
         Scheduler(runner.n_stages, max_rows),
         bundle.score(),
         bundle.manifest.class_names,
-        **{"hang_s": 600.0, **options},  # lanes that a test holds do not hang
+        **{"hang_s": 600.0, **options},  # blocked lanes do not count as hanging
     )
 
 
@@ -253,7 +253,7 @@ def test_many_clients_are_kept_at_the_budget(bundle):
     assert (stats.answered, stats.in_flight_rows) == (2_500, 0)
 
 
-# --- ways to end ------------------------------------------------------------------------------------------------
+# --- how images end ---------------------------------------------------------------------------------------------
 
 
 def test_a_failing_batch_fails_only_its_own_images(bundle, images):
@@ -288,7 +288,9 @@ def test_cancelled_images_run_no_further_and_are_counted(bundle, images):
 
 
 def test_an_image_abandoned_while_it_runs_is_charged_and_ends_with_its_batch(bundle, images):
-    with running(faulty_engine(bundle, observer=CountingObserver())) as engine:  # which is told of no empty batch
+    with running(
+        faulty_engine(bundle, observer=CountingObserver())
+    ) as engine:  # which is not notified of empty batches
         gate = hold(engine)
         future = engine.submit(images[0])
         wait_until("its batch runs", lambda: engine.stats().running_batches > 0)
@@ -362,7 +364,7 @@ def test_draining_answers_what_was_accepted_and_refuses_the_rest(bundle, images)
     stats = engine.stats()
     assert (stats.answered, stats.refused, stats.in_flight_rows) == (60, 2, 0)
     assert balanced(stats)
-    assert engine.drain(1)  # once more does no harm
+    assert engine.drain(1)  # a second call is harmless
     with pytest.raises(EngineDraining):
         engine.submit(images[0])
     assert engine.set_budget(bundle.costs_mflops[-1]).fraction == 1.0
@@ -462,7 +464,7 @@ def test_an_engine_that_cannot_end_its_requests_reports_that_it_is_broken(bundle
     engine = faulty_engine(bundle, max_rows=1)
     engine.start()
     gate = hold(engine)
-    for image in images[:3]:  # the first is the end of it, the others cannot be told
+    for image in images[:3]:  # the first breaks the engine, the others cannot be settled
         engine.submit_to(Broken(), None, image)
     gate.set()
     assert "unhashable" in str(engine.broken.result(LIMIT_S))
@@ -470,7 +472,7 @@ def test_an_engine_that_cannot_end_its_requests_reports_that_it_is_broken(bundle
     engine.drain(0.0)
 
 
-# --- what callers rely on ---------------------------------------------------------------------------------------
+# --- guarantees for callers -------------------------------------------------------------------------------------
 
 
 def test_outcomes_come_once_per_batch_and_a_raising_sink_affects_no_other(bundle, images):
@@ -496,7 +498,7 @@ def test_outcomes_come_once_per_batch_and_a_raising_sink_affects_no_other(bundle
 
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_while_many_images_wait_the_engine_is_woken_only_if_a_lane_would_idle(bundle, is_behind):
-    engine = faulty_engine(bundle)  # not started: nobody takes a batch or a message
+    engine = faulty_engine(bundle)  # not started, so nothing takes batches or messages
     loop, inbox = engine._loop, engine._inbox
     loop._is_behind = is_behind
     ran, waiting = Batch(0, []), Batch(1, [])

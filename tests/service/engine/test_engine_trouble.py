@@ -22,7 +22,7 @@ from tests.service.engine.test_engine import balanced, running
 from tests.waiting import LIMIT_S, wait_until
 
 POISON = 255
-HANG_S = 3.0  # a batch that runs takes this long on no machine, however loaded
+HANG_S = 3.0  # no running batch takes this long, even on a loaded machine
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_of_a_failing_batch_only_the_cause_fails(bundle: Bundle, images: NDArray
     with running(engine):
         runner.befall = poison
         go_on = threading.Event()
-        engine.ask(lambda: go_on.wait(LIMIT_S))  # so that all of them are there when the first batch is made up
+        engine.ask(lambda: go_on.wait(LIMIT_S))  # so that all have arrived when the first batch is formed
         futures = [engine.submit(image) for image in images[:7]]
         bad = engine.submit(np.full_like(images[0], POISON))
         go_on.set()
@@ -192,7 +192,7 @@ def test_images_of_a_hanging_lane_are_answered_by_the_other(bundle: Bundle, imag
         assert all(isinstance(future.result(LIMIT_S), Answer) for future in futures)
         assert engine.trouble is None
         assert engine.stats().hung_batches == 1
-        go_on.set()  # it comes back late, and is used again
+        go_on.set()  # the lane returns late and is used again
         wait_until("both lanes are used", lambda: engine._loop.guard.lanes_left == 2)
         assert all(isinstance(engine.submit(image).result(LIMIT_S), Answer) for image in images)
         stats = engine.stats()
@@ -249,7 +249,7 @@ def test_beyond_the_maximum_wait_it_refuses_with_a_retry_time(bundle: Bundle, im
     engine, runner = troubled(bundle, max_queue_s=0.2)
     with running(engine):
         runner.befall = slow
-        for _ in range(8):  # until it has seen how slow it is
+        for _ in range(8):  # until the engine has measured how slow the runner is
             for future in [engine.submit(image) for image in images[:4]]:
                 future.result(LIMIT_S)
         refused: list[EngineOverloaded] = []

@@ -18,7 +18,7 @@ def guard(n_lanes: int = 2, hang_s: float = 0.8) -> Guard:
 def begin(guard: Guard, now_s: float, stage: int = 0) -> Batch:
     batch = Batch(stage, [])
     guard.began(batch, now_s)
-    batch.started_s = now_s + 1e-6  # 0 is: not begun
+    batch.started_s = now_s + 1e-6  # 0 means not begun
     return batch
 
 
@@ -44,7 +44,7 @@ def test_a_batch_that_does_not_come_back_is_given_up_within_a_second() -> None:
     assert given_up is batch
     assert 10.8 <= when_s <= 11.0 + 1e-9
     assert (here.lanes_left, here.n_hung, here.unsound) == (1, 1, None)
-    assert not end(here, batch, 30.0)  # late: nobody wants it, but its lane is back
+    assert not end(here, batch, 30.0)  # too late for its result, but its lane is back
     assert here.lanes_left == 2
 
 
@@ -123,14 +123,14 @@ def test_after_repeated_failures_a_trial_distinguishes_images_from_the_runner() 
     here, bad = guard(), RuntimeError("no memory")
     for _ in range(FAILURES_BEFORE_TRIAL - 1):
         assert end(here, begin(here, 0.0), 0.0, bad)
-    assert end(here, begin(here, 0.0), 0.0)  # one that runs: all is well
+    assert end(here, begin(here, 0.0), 0.0)  # a success resets the count
     for _ in range(FAILURES_BEFORE_TRIAL):
         assert here.trial(0.0) is None
         end(here, begin(here, 0.0), 0.0, bad)
     trial = here.trial(0.0)
     assert trial is not None
     here.began(trial, 0.0)
-    end(here, trial, 0.1)  # it runs: the images were to blame
+    end(here, trial, 0.1)  # it runs, so the images were the cause
     assert here.unsound is None
     assert here.trial(1.0) is None
     for _ in range(FAILURES_BEFORE_TRIAL):
@@ -157,12 +157,12 @@ def test_the_pace_follows_the_time_per_image() -> None:
     pace = Pace(n_lanes=2, image_s=0.001)
     assert pace.row_s == pytest.approx(0.0005)
     for _ in range(200):
-        pace.ran(0.040, 10)  # 4 ms an image
+        pace.ran(0.040, 10)  # 4 ms per image
     assert pace.row_s == pytest.approx(0.002, rel=0.1)
     for _ in range(400):
         pace.ran(0.010, 10)
     assert pace.row_s == pytest.approx(0.0005, rel=0.1)
-    pace.ran(0.010, 0)  # nobody left after this one, yet it took time
+    pace.ran(0.010, 0)  # no image left after this one, but it took time
     assert pace.row_s > 0.0005
 
 
@@ -170,7 +170,7 @@ def test_the_room_follows_from_the_maximum_wait() -> None:
     pace = Pace(n_lanes=2, image_s=0.004)
     assert pace.room_rows(1.0, 1024) == 500
     assert pace.room_rows(1.0, 100) == 100
-    assert pace.room_rows(0.001, 100) == 4  # lanes are to have work all the same
+    assert pace.room_rows(0.001, 100) == 4  # lanes must still have work
     assert pace.room_rows(float("inf"), 100) == 100
     assert Pace(2, 0.0).room_rows(1.0, 64) == 64
 

@@ -17,7 +17,7 @@ from service.runners.base import StageOutput
 from service.runners.blocks import Block, RowState
 
 LIMIT_S = 30.0
-NO_ROOM, OUT_OF_MEMORY, LOST = -2, -3, -4  # fails at its launch; as it is collected; as it is asked for
+NO_ROOM, OUT_OF_MEMORY, LOST = -2, -3, -4  # fail at launch, at collection, and when polled
 
 
 class Device:
@@ -170,7 +170,7 @@ def test_nothing_is_launched_behind_a_given_up_batch():
     assert here.lanes.n_waiting == 1
     assert here.run(2) == [2]
     assert here.events() == ["collect 2", "launch 4 behind 3"]
-    assert here.run(1) == [1]  # its lane is one again
+    assert here.run(1) == [1]  # its lane is available again
     here.put(5)
     assert here.events() == ["collect 1", "launch 5"]
 

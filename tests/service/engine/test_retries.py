@@ -105,7 +105,7 @@ def test_rows_retried_alone_alternate_with_other_batches() -> None:
     assert here.start() is None
 
 
-@pytest.mark.parametrize("px", [32, 40])  # the network's own size, and one that the device scales
+@pytest.mark.parametrize("px", [32, 40])  # the network's size, and one that the device scales
 def test_a_hung_batch_that_returns_does_not_free_images_of_retried_rows(
     bundle: Bundle, images: NDArray[np.uint8], px: int
 ) -> None:
@@ -129,7 +129,7 @@ def test_a_hung_batch_that_returns_does_not_free_images_of_retried_rows(
     assert len(hung.rows) == N_ROWS
     hung.given_up = hung.hung = True
     here.core.fail(hung, "has not come back", 0.0)
-    here.launch()  # one of them is under way
+    here.launch()  # one of them is running
     gate.append(True)
     here.take_back()
     del hung

@@ -40,7 +40,7 @@ def test_nothing_is_lost_or_run_twice_and_every_queue_is_first_in_first_out(
     policy, max_rows, max_wait_s, costs, deadlines, actions
 ):
     scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, costs, policy)
-    queues: list[list[int]] = [[] for _ in range(N_STAGES)]  # what ought to be in each, in order
+    queues: list[list[int]] = [[] for _ in range(N_STAGES)]  # the expected content of each, in order
     dropped, finished, n_rows = set(), [], 0
     for now_s, (action, number) in enumerate([*actions, *[("pick", 5)] * 600]):
         if action == "arrive":
@@ -97,7 +97,7 @@ def test_in_a_flood_no_row_waits_longer_than_the_documented_bound(
     scheduler: Scheduler[int] = Scheduler(N_STAGES, max_rows, max_wait_s, costs, policy)
     bound = n_held * N_STAGES * (2 if deadlines else 1)
     added_s: dict[int, float] = {}
-    pick_number: dict[int, int] = {}  # when a row's time was up: how many batches had been picked
+    pick_number: dict[int, int] = {}  # the number of batches picked when a row's maximum wait ended
     running: list[tuple[float, int, int, list[int]]] = []
     now_s, n_arrived, n_picks, n_ended = 0.0, 0, 0, 0
 
@@ -157,7 +157,7 @@ def test_the_deepest_worthwhile_queue_runs_first_and_others_wait_to_fill():
     scheduler.drop("a6")
     assert scheduler.pick(0.0) == (1, ["b5"])  # three rows are waiting, and none is worth more than a batch of 2
     assert scheduler.pick(0.0) == (0, ["a5"])
-    assert scheduler.pick(0.0) is None  # and work was never left lying
+    assert scheduler.pick(0.0) is None  # and the lanes never idled while rows waited
 
 
 def test_with_negligible_fixed_cost_no_queue_waits():
@@ -218,7 +218,7 @@ def test_a_row_whose_deadline_is_near_runs_before_deeper_ones_but_not_twice_in_a
     assert pick(due_s=7.0) == 2  # there is time for both
     assert pick(due_s=5.9) == 1
     assert pick(due_s=3.0) == 1
-    assert pick(due_s=2.9) == 2  # too late: it is answered from the head it has
+    assert pick(due_s=2.9) == 2  # too late: it is answered by the exit that it has passed
 
     scheduler: Scheduler[int] = Scheduler(2, max_rows=1, costs=table(1, 1, n_stages=2))
     scheduler.add(range(3), 0, 0.0, due_s=[1.0] * 3)

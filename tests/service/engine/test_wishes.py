@@ -58,7 +58,7 @@ def test_an_image_goes_no_deeper_than_its_cost_limit_allows(cap: float, exit_: i
 
 def test_a_cost_limit_of_an_answers_cost_reaches_its_exit() -> None:
     dear = 16_258_069
-    assert dear > dear / 1e6 * 1e6  # as one number in ninety is
+    assert dear > dear / 1e6 * 1e6  # true for one number in ninety
     costs = (COSTS_MFLOPS[0], dear / 1e6, *COSTS_MFLOPS[2:])
     here = World(Core(BudgetController(curve(), costs, FULL_MFLOPS, steer=False), Scheduler(N_EXITS), CLASS_NAMES))
     here.admit("a", Options(exit=2))
@@ -98,7 +98,7 @@ def test_the_best_answer_so_far_leaves_at_the_deadline_while_its_next_stage_runs
     here.run()
     answer = here.answer("a")
     assert (answer.exit, answer.reason) == (2, "deadline")
-    assert answer.mflops == pytest.approx(COSTS_MFLOPS[2])  # stage 3 was run, if in vain, and is charged
+    assert answer.mflops == pytest.approx(COSTS_MFLOPS[2])  # stage 3 ran in vain, and is charged
     assert here.core.n_answered == here.core.n_ended == 1
     assert spent_is_what_answers_say(here, ["a"])
     assert request.state is ENDED
@@ -128,7 +128,7 @@ def test_the_best_answer_so_far_leaves_while_it_waits() -> None:
     here.finish(batch)
     here.wait_until(here.now_s + 2)
     assert (here.answer("a").exit, here.answer("a").reason) == (1, "deadline")
-    assert here.answer("a").mflops == pytest.approx(COSTS_MFLOPS[0])  # stage 2 was committed, never run
+    assert here.answer("a").mflops == pytest.approx(COSTS_MFLOPS[0])  # stage 2 was committed but never ran
     assert request.state is ENDED
     assert here.start() is None
     assert spent_is_what_answers_say(here, ["a"])
@@ -210,7 +210,7 @@ def test_without_the_steps_option_only_the_answer_is_reported() -> None:
     assert here.answer("a").score is here.answer("a").threshold is None
 
 
-# --- all at once ------------------------------------------------------------------------------------------------
+# --- all combined -----------------------------------------------------------------------------------------------
 
 WISHES = st.builds(
     lambda exit_, least, cap, deadline_ms, steps: (exit_, least, cap, deadline_ms, steps),

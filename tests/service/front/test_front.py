@@ -117,7 +117,7 @@ def test_no_image_of_a_form_is_refused_because_of_the_others(folder: Path, tmp_p
 def test_every_worker_reports_the_whole_server(server: ServerProcess) -> None:
     before = numbers(httpx.get(server.url + "/metrics").text)
     served: set[str] = set()
-    for body in BODIES:  # a connection each
+    for body in BODIES:  # one connection each
         response = httpx.post(server.url + "/classify", content=body, headers=PNG)
         served.add(response.headers["x-request-id"].partition("-")[0])
     mflops = 0.0
@@ -141,7 +141,7 @@ def test_every_worker_reports_the_whole_server(server: ServerProcess) -> None:
         assert after["exitserve_ready"] == 1
         assert mflops in (0.0, after["exitserve_mflops_total"])
         mflops = after["exitserve_mflops_total"]
-    if len(served) < 2:  # the kernel gives connections to whoever is there first
+    if len(served) < 2:  # the kernel gives a connection to the first worker that accepts
         wait_until("both workers serve", lambda: len(served | {_server_of(server)}) > 1)
 
 
@@ -178,7 +178,7 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: ServerProces
     after = numbers(httpx.get(server.url + "/metrics").text)
     assert after[answered] == before[answered] + 24
     assert f"HTTP worker 1 (process {victim}) exited with code -9" in server.log.read_text()
-    # The other one too, so that all requests are the new worker's.
+    # The other one, too, so that the new worker gets all requests.
     os.kill(survivor, signal.SIGKILL)
     assert httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=LIMIT_S).status_code == 200
     assert numbers(httpx.get(server.url + "/metrics", timeout=LIMIT_S).text)[answered] == before[answered] + 25
@@ -228,7 +228,7 @@ def test_ctrl_c_while_workers_load_is_not_an_error(folder: Path, tmp_path: Path)
 def test_a_signal_that_does_not_wake_the_main_thread_is_handled(folder: Path, tmp_path: Path, way: str) -> None:
     with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT) as server:
         pid = server.process.pid
-        time.sleep(1.0)  # so that the main thread waits: if it does not yet, the test is only less of one
+        time.sleep(1.0)  # so that the main thread is waiting; if it is not yet, the test only checks less
         if way == "to a thread":
             other = next(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if int(task.name) != pid)
             assert ctypes.CDLL(None).tgkill(pid, other, signal.SIGTERM) == 0
@@ -250,7 +250,7 @@ def test_when_the_engines_process_dies_workers_report_it_and_exit(folder: Path, 
         workers = workers_of(server)
         assert all(map(is_running, workers))
         with httpx.Client(base_url=server.url, timeout=LIMIT_S) as client:
-            server.process.send_signal(signal.SIGSTOP)  # so that it answers nobody before it dies
+            server.process.send_signal(signal.SIGSTOP)  # so that it answers no request before it dies
             n_open = n_open_files(workers)
             asked = [
                 clients.submit(client.get, "/budget"),
@@ -259,7 +259,7 @@ def test_when_the_engines_process_dies_workers_report_it_and_exit(folder: Path, 
                 clients.submit(client.post, "/classify", content=BODIES[0], headers=PNG),
             ]
             wait_until("all are connected", lambda: n_open_files(workers) >= n_open + len(asked))
-            time.sleep(0.3)  # so that they ask: if one does not yet, the test is only less of one
+            time.sleep(0.3)  # so that they are asking; if one is not yet, the test only checks less
             server.process.kill()
             server.process.wait()
             for response in asked:

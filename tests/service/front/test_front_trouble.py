@@ -30,8 +30,10 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
         front.channels[0].close()
 
     began, done = threading.Event(), threading.Event()
-    front.engine.ask(lambda: (began.set(), done.wait(LIMIT_S)))  # it answers none of them before it hears of the death
-    assert began.wait(LIMIT_S)  # what comes now stays in its inbox
+    front.engine.ask(
+        lambda: (began.set(), done.wait(LIMIT_S))
+    )  # it answers none of them before it is notified of the death
+    assert began.wait(LIMIT_S)  # new messages stay in its inbox
     front.run(die())
     wait_until("the hub has given its requests up", lambda: front.engine._inbox.qsize() > 20)
     done.set()
@@ -148,7 +150,7 @@ def test_when_the_engines_process_dies_waiting_requests_fail(front: Front) -> No
 def test_an_unanswered_call_times_out(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.front.calls.CALL_S", 0.05)
     done = threading.Event()
-    front.engine.ask(lambda: done.wait(LIMIT_S))  # between batches it would answer
+    front.engine.ask(lambda: done.wait(LIMIT_S))  # between batches, it would answer
     with pytest.raises(EngineError, match=r"has not answered for 0\.05 s"):
         RemoteKeeper(front.proxies[0].calls).read()
     done.set()

@@ -71,7 +71,7 @@ def test_options_arrive_unchanged(wishes: list[Options], asked: list[tuple[int, 
     sent = [(number, wishes[which % len(wishes)], size) for number, which, size in asked]
     arrived = list(wire.submissions(wire.pack_submissions(sent)))
     assert [(number, options, size) for options, size, numbers in arrived for number in numbers] == sent
-    assert len(arrived) <= len(sent)  # what is wished is said once for those next to each other
+    assert len(arrived) <= len(sent)  # options are sent once for consecutive requests
     if sent and len(wishes) == 1 and len({size for _, _, size in sent}) == 1:
         assert len(arrived) == 1
 
@@ -170,7 +170,7 @@ def test_workers_count_separately() -> None:
         assert near.tally(worker).read() == far.tally(worker).read()
         assert near.tally(worker).read()[0] == 1
     assert [near.least_connections_beside(worker) for worker in range(3)] == [21, 20, 20]
-    far.set_connections(1, None)  # it takes none
+    far.set_connections(1, None)  # the receiver reads nothing
     assert [near.least_connections_beside(worker) for worker in range(3)] == [22, 20, 20]
     far.set_connections(2, None)
     assert near.least_connections_beside(0) is None

@@ -30,9 +30,9 @@ def test_images_that_would_wait_too_long_are_refused(stop: Event) -> None:
         return len(body)
 
     decoding = Decoding(decode, 2, max_wait_s=0.5)
-    decoding._seconds, decoding._weight = 1.0, 1000.0  # as if a second a thousand bytes were its pace
+    decoding._seconds, decoding._weight = 1.0, 1000.0  # as if the pace were one second per thousand bytes
     slow = [decoding.submit(b"slow".ljust(450)) for _ in range(2)]
-    waiting = [decoding.submit(b"x" * n_bytes) for n_bytes in (100, 100)]  # 900 and 1,000 bytes are before these
+    waiting = [decoding.submit(b"x" * n_bytes) for n_bytes in (100, 100)]  # 900 and 1,000 bytes are ahead of these
     with pytest.raises(EngineOverloaded, match="4 images are in flight, which will take about") as caught:
         decoding.submit(b"x")
     assert caught.value.wait_s == pytest.approx(0.55)
@@ -68,7 +68,7 @@ def test_one_outlier_changes_the_pace_little_and_many_change_it() -> None:
     odd = b"odd".ljust(100_000)
     decoding.submit(odd).result(LIMIT_S)
     assert ordinary_s < decoding._predicted_s(1) < 1.1 * ordinary_s
-    decoding._weight, decoding._seconds = 1e5, 1e5 * ordinary_s  # as after others as light as it
+    decoding._weight, decoding._seconds = 1e5, 1e5 * ordinary_s  # as after others of the same weight
     for _ in range(8):
         decoding.submit(odd).result(LIMIT_S)
     assert decoding._predicted_s(len(odd)) > 0.1

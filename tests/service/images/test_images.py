@@ -18,7 +18,7 @@ from service.images.decoder import SMALL_PIXELS, ImageDecoder, ImageError
 from tests.service.pictures import encoded, in_more_passes
 
 SIZE_PX = 32
-REFUSED_WITHIN_S = 0.1  # of processor time; to decode it would take ten times as long
+REFUSED_WITHIN_S = 0.1  # CPU time; decoding would take ten times as long
 DECODER = ImageDecoder(SIZE_PX, SIZE_PX, max_pixels=32_000_000)
 
 
@@ -71,7 +71,7 @@ def test_any_size_is_scaled_to_the_networks(height_px: int, width_px: int, netwo
 
 
 def test_the_crop_never_exceeds_the_image() -> None:
-    # Scaling these to 224 x 224 in floats, without care, gives boxes that Pillow refuses.
+    # Careless rounding when scaling these to 224 x 224 gives boxes that Pillow refuses.
     sides = np.random.default_rng(0).integers(1, 400, (1000, 2)).tolist()
     decoder = ImageDecoder(224, 224, max_pixels=10**6)
     for width_px, height_px in [(30, 29), (29, 30), *sides]:
@@ -91,7 +91,7 @@ def test_a_wide_image_is_cropped_around_its_centre() -> None:
 def test_scaling_is_antialiased() -> None:
     checkers = np.indices((256, 256)).sum(0) % 2 * 255
     decoded = DECODER.decode_now(encoded(Image.fromarray(np.uint8(checkers)), "PNG"))
-    assert np.abs(decoded.astype(int) - 127).max() <= 3  # taking nearest pixels would give 0 or 255
+    assert np.abs(decoded.astype(int) - 127).max() <= 3  # nearest-neighbour sampling would give 0 or 255
 
 
 def test_a_large_jpeg_decoded_small_equals_one_decoded_whole() -> None:
@@ -193,7 +193,7 @@ def test_one_of_65536_greys_may_be_transparent(side_px: int) -> None:
 def test_half_transparent_black_is_grey_and_its_colour_does_not_bleed(side_px: int) -> None:
     image = Image.new("RGBA", (side_px, side_px), (0, 0, 0, 128))
     assert np.abs(DECODER.decode_now(encoded(image, "PNG")).astype(int) - 127).max() <= 1
-    image = Image.new("RGBA", (side_px, side_px), (255, 0, 0, 0))  # red, and nothing of it to be seen
+    image = Image.new("RGBA", (side_px, side_px), (255, 0, 0, 0))  # red, but fully transparent
     image.paste((255, 255, 255, 255), (0, 0, side_px // 2, side_px))
     assert DECODER.decode_now(encoded(image, "WEBP", lossless=True, exact=True)).min() == 255
 

@@ -95,7 +95,7 @@ def test_a_bad_file_shows_the_servers_reason(browser: Browser, server: ServerPro
     told = httpx.post(server.url + "/classify", content=b"not a picture at all", headers={"Content-Type": "image/png"})
     assert told.json()["title"] in browser.text("#answer .problem")
     assert told.json()["detail"].split("(")[0].strip() in browser.text("#answer .problem")
-    [message] = browser.messages()  # the failed request itself, which no page can keep from the console
+    [message] = browser.messages()  # the browser always logs the failed request itself
     assert "400" in message
     choose_sample(browser, "lion")
     assert not browser.all("#answer .problem")

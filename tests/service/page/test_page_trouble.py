@@ -53,7 +53,7 @@ def two_class_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_last_chosen_image_is_shown(page: Browser, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
-    sample("snail", (4000, 3000)).save(photo)  # takes a while to read
+    sample("snail", (4000, 3000)).save(photo)  # slow to decode
     page.script(
         "window.read = 0; const read = createImageBitmap;"
         "window.createImageBitmap = (...given) => read(...given).finally(() => window.read++)"
@@ -96,7 +96,7 @@ def test_images_only_the_browser_can_read_are_sent_as_a_copy(page: Browser, tmp_
     wait_for_answer(page)
     assert page.text("#answer").startswith("orange")
     assert "made by this page, as the file" in page.text("#seen-note")
-    [refused] = page.messages()  # the console tells of the first try, and of nothing else
+    [refused] = page.messages()  # the console has only the first attempt
     assert "status of 4" in refused
     choose_sample(page, "fox")
     assert "made by this page" not in page.text("#seen-note")
@@ -105,7 +105,7 @@ def test_images_only_the_browser_can_read_are_sent_as_a_copy(page: Browser, tmp_
 def test_an_image_that_takes_too_long_to_send_is_sent_smaller(page: Browser, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     sample(size=(900, 900)).save(photo)
-    photo.write_bytes(photo.read_bytes() + bytes(6_000_000))  # what follows its end no reader minds
+    photo.write_bytes(photo.read_bytes() + bytes(6_000_000))  # decoders ignore data after the end
     line = {"offline": False, "latency": 50, "downloadThroughput": 1e6, "uploadThroughput": 1e5}
     page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", line)
     try:

@@ -70,7 +70,7 @@ def test_the_network_that_ships_gets_a_sane_plan(capsys, shipped_times):
     point = bundle.frontier().at(bundle.frontier().position_at_cost(budget_mflops))
     top, outcome = found["saturated_replica"], found["replica_at_rate"]
     reaching = [1.0 - sum(top["shares"][:k]) for k in range(6)]
-    ideal_per_s = 2 / sum(share * 0.008 / 32 for share in reaching)  # every batch full, and no host
+    ideal_per_s = 2 / sum(share * 0.008 / 32 for share in reaching)  # all batches full, and no host time
     assert 0.6 * ideal_per_s < top["images_per_s"] < ideal_per_s
     assert found["load"] == pytest.approx(2_000 / top["images_per_s"])
     assert outcome["images"] == 2_000
@@ -150,7 +150,7 @@ def test_times_are_made_monotone_in_rows(shipped_times):
     measured_s = {1: 0.001, 8: 0.009, 16: 0.008}
     times = StageTimes(**{**StageTimes.load(shipped_times).model_dump(), "stage_seconds": [measured_s] * 6})
     assert [times.seconds(0, n) for n in (8, 12, 16)] == pytest.approx([0.009, 0.009, 0.009])
-    assert times.seconds(0, 31) == pytest.approx(0.017)  # not as long as 16 rows, for all that the last two say
+    assert times.seconds(0, 31) == pytest.approx(0.017)  # not as long as 16 rows, whatever the last two say
 
 
 def test_a_plot_is_drawn(tmp_path, capsys, shipped_times, monkeypatch, short_runs):
@@ -189,10 +189,10 @@ def test_the_cpu_share_of_other_processes_is_measured():
         other.kill()
     its_own_s = (int(worked[13]) - int(began[13])) / os.sysconf("SC_CLK_TCK")
     assert seen.share is not None
-    # It is one of the others, whose clock ticks by the hundredth of a second.
+    # It is one of the other processes; their CPU time has a resolution of 10 ms.
     assert 1.0 >= seen.share >= 0.5 * (its_own_s - 0.05) / (os.cpu_count() or 1)
     with neighbours.Neighbours() as seen:
-        sum(range(3_000_000))  # one's own work is not another's
+        sum(range(3_000_000))  # this process's own work does not count
     assert seen.share is not None
 
 

@@ -81,9 +81,9 @@ def test_the_host_is_a_queue_of_its_own():
         (2, 2, True, 0.0, 2_000),
         (2, 1, True, 0.0, 1_000),  # two lanes share a core
         (8, 2, True, 0.0, 2_000),
-        (1, 1, True, 0.25, 800),  # 1.25 ms an image on one core
+        (1, 1, True, 0.25, 800),  # 1.25 ms per image on one core
         (1, 2, True, 0.25, 1_000),  # the host has a core to itself
-        (1, 1, False, 0.25, 1_000),  # or the stages have a device
+        (1, 1, False, 0.25, 1_000),  # or the stages run on a device
     ],
 )
 def test_lanes_and_host_share_the_cores(n_lanes, n_cores, lanes_take_cores, host_ms, per_s):

@@ -96,7 +96,7 @@ def test_it_waits_for_a_mark_only_if_it_has_not_passed(
     assert waited == []
     runtime.error = NOT_READY
     assert not mark.query()
-    assert runtime.last_error == 0  # torch would take it for an error of its own next call
+    assert runtime.last_error == 0  # otherwise torch would attribute it to its next call
     mark.synchronize()
     assert waited == [EVENT]
 

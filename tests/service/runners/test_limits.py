@@ -51,12 +51,12 @@ def test_lack_of_memory_halves_a_stages_batches_for_a_time() -> None:
     assert limits.rows == [32, 32]
     limits.failed(0, 20, MemoryError())
     assert limits.rows == [10, 32]
-    limits.failed(0, 32, MemoryError())  # of another lane, made up before
+    limits.failed(0, 32, MemoryError())  # of another lane, formed before
     assert limits.rows == [10, 32]
     limits.failed(0, 1, MemoryError())  # there is nothing smaller
     assert limits.rows == [10, 32]
     for _ in range(RAISE_AFTER_BATCHES):
-        limits.ran(0, 9)  # smaller ones prove nothing
+        limits.ran(0, 9)  # smaller batches prove nothing
         limits.ran(1, 32)
     assert limits.rows == [10, 32]
     for _ in range(RAISE_AFTER_BATCHES):
@@ -75,5 +75,5 @@ def test_a_limit_by_total_memory_is_permanent() -> None:
     for _ in range(RAISE_AFTER_BATCHES):
         limits.ran(0, 4)
     assert limits.rows == [6, 6]
-    limits.limit(16)  # no more than was asked for
+    limits.limit(16)  # not above the requested maximum
     assert (limits.rows, limits.max_rows) == ([6, 6], 6)

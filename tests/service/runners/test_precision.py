@@ -56,7 +56,7 @@ def test_auto_takes_int8_only_if_clearly_faster(path, monkeypatch, fp32_s, int8_
     [
         ("auto", "auto", 0, "int8"),
         ("auto", "cpu", 1, "int8"),
-        ("auto", "auto", 1, "fp32"),  # for torch, even where ONNX Runtime has no CUDA
+        ("auto", "auto", 1, "fp32"),  # for torch, even if ONNX Runtime has no CUDA
         ("torch-cuda", "auto", 0, "fp32"),  # that there is none is told by who opens it: it is asked for
         ("onnx", "cuda", 0, "fp32"),
     ],

@@ -31,7 +31,7 @@ from tests.service.runners.test_runner_torch_resize import picture
 
 SIDE_PX, CANVAS_PX = 32, 80
 N_PICTURES = 200
-# The server's own code, but for a runner that takes the processor for its device.
+# The server's own code, except that the runner uses the CPU as its device.
 PROGRAM = """
 import sys
 from service import assembly
@@ -88,7 +88,7 @@ def answers_of(http: Http) -> list[Any]:
 
 def is_same(answers: list[Any], expected: list[Any]) -> None:
     assert [answer["label"] for answer in answers] == [answer["label"] for answer in expected]
-    # The weights are random: a grey level moves a share more than it would a trained network's.
+    # With random weights, a grey level changes more answers than in a trained network.
     shares = [[answer["confidence"] for answer in some] for some in (answers, expected)]
     np.testing.assert_allclose(*shares, atol=0.1)
 
@@ -105,7 +105,7 @@ def test_answers_equal_those_with_scaling_on_the_host(
             return
         for size, n in sizes.items():
             assert seen[*size, 3] >= n
-        # The other ways in, and a picture that is too large to cross as it is.
+        # The other routes, and an image that is too large to be passed on unscaled.
         large = encoded(picture(300, 200))
         seen.clear()
         stream = http.post("/classify/stream?exit=4", content=BODIES[0], headers=HEADERS).text.splitlines()

@@ -95,7 +95,7 @@ def test_a_runner_that_cannot_warm_up_leaves_its_memory_to_the_next(bundle: Bund
 
 def test_an_installed_torch_that_cannot_be_loaded_is_reported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with_a_gpu(monkeypatch, None)
-    monkeypatch.setitem(sys.modules, "service.runners.torch_cuda.runner", None)  # importing it is an ImportError
+    monkeypatch.setitem(sys.modules, "service.runners.torch_cuda.runner", None)  # importing it raises ImportError
     with pytest.raises(RunnerError, match=r"torch, which is installed but cannot be loaded \(.*\): reinstall it"):
         choice.open_runner(bundle, "torch-cuda")
 

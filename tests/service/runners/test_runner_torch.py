@@ -214,7 +214,7 @@ def test_with_all_lanes_hanging_images_fail_and_a_trial_recovers(
                 future.result(LIMIT_S)
         with pytest.raises(EngineUnsound):
             engine.submit(images[0])
-        assert engine.stats().in_flight_rows == 0  # it goes on to answer what it is asked
+        assert engine.stats().in_flight_rows == 0  # it still answers
         gate.set()
         wait_until("a trial has run", lambda: engine.trouble is None)
         assert engine.submit(images[0], Options(exit=4)).result(LIMIT_S).class_id == whole[3][0].argmax()
@@ -244,7 +244,7 @@ def test_half_precision_keeps_labels_and_exits(
     for ours, expected in zip(logits, whole, strict=True):
         assert ours.dtype == np.float32
         close(ours, expected[:64], tolerance=0.05)  # bf16 keeps 8 bits
-    assert not np.array_equal(logits[0], whole[0][:64])  # it really is narrower
+    assert not np.array_equal(logits[0], whole[0][:64])  # the precision is really lower
     thresholds = bundle.frontier().at(0.5).thresholds
     exits = [
         take_exits(score_exits(bundle.score(), x), np.array(thresholds)) for x in (logits, [w[:64] for w in whole])
@@ -368,7 +368,7 @@ def test_bias_and_relu_are_fused_after_every_convolution(network: Callable[[], n
             n_convolutions += sum(isinstance(module, nn.Conv2d) for module in stage.modules())
             outputs = stage(*(state[name] for name in stage.inputs))
             close(outputs[0].numpy(), expected.numpy())
-            by_itself = by_cudnn(stage)  # whose kernel is on GPUs alone
+            by_itself = by_cudnn(stage)  # whose kernel exists only on GPUs
             assert all(module.by_cudnn for module in by_itself.modules() if isinstance(module, ConvRelu))
             assert not any(module.by_cudnn for module in stage.modules() if isinstance(module, ConvRelu))
             state.update(zip(stage.outputs, outputs, strict=True))

@@ -175,13 +175,13 @@ def test_threads_that_wait_for_a_copy_do_not_spin() -> None:
     program = "import os, sys, service.runners.torch_cuda; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
     variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     said = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["False", "passive"]  # torch reads it as it is loaded
+    assert said.stdout.split() == ["False", "passive"]  # torch reads it when imported
 
 
 def test_a_graph_is_captured_only_with_enough_free_memory() -> None:
     mib = 1 << 20
     assert has_room(100 * mib, 200 * mib, 0)
-    assert not has_room(100 * mib, 150 * mib, 0)  # a quarter more, for gaps, and what the graph itself takes
+    assert not has_room(100 * mib, 150 * mib, 0)  # a quarter more for fragmentation, and the graph's own memory
     assert has_room(100 * mib, 100 * mib, 100 * mib)
     assert not has_room(0, 10 * mib, 0)
 
@@ -237,7 +237,7 @@ class FakeCuda:
         assert (pool, stream, capture_error_mode) == ("pool", self.stream, "thread_local")
         self.log.append("capture")
         yield
-        taken_mib = max(0, self.peak_mib - self.reserved_mib)  # what earlier captures took is used again
+        taken_mib = max(0, self.peak_mib - self.reserved_mib)  # memory of earlier captures is reused
         self.reserved_mib += taken_mib
         self.free_mib -= taken_mib
 
@@ -294,7 +294,7 @@ def test_algorithms_are_searched_within_the_time_limit(monkeypatch: pytest.Monke
     assert searched == [True, True, False]
     with Cuda(
         graphs=False, calls=calls
-    ).searching():  # what it would find is of no use to the threads that run the programs
+    ).searching():  # its results would not apply to the threads that run the programs
         assert not torch.backends.cudnn.benchmark
 
 

@@ -36,7 +36,7 @@ from tests.service.slotted import close, logits_of
 
 SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
 CPU = torch.device("cpu")
-ON_HOST = Ways(fused=False)  # cuDNN is on GPUs alone
+ON_HOST = Ways(fused=False)  # cuDNN exists only on GPUs
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def run_stages(stages: list[Stage], pixels: Tensor) -> tuple[list[Tensor], dict[
     return logits, {name: value for name, value in state.items() if value.ndim == 4 and name != "images"}
 
 
-# --- maps made wider ----------------------------------------------------------------------------------------------
+# --- widened maps -------------------------------------------------------------------------------------------------
 
 
 @NETWORKS
@@ -121,10 +121,10 @@ def test_widened_stages_give_the_networks_answers(network: Callable[[], nn.Modul
         close(found.numpy(), expected.numpy())
     convolutions = [m for stage in stages for m in stage.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     assert all(conv.out_channels % multiple == 0 for conv in convolutions)
-    for name, value in maps.items():  # what passes between stages: the same numbers, and zeros among them
+    for name, value in maps.items():  # values between stages are the same, with zeros in between
         assert value.shape[1] >= plain_maps[name].shape[1]
         assert value.abs().sum() == pytest.approx(float(plain_maps[name].abs().sum()), rel=1e-4)
-    if network is not odd:  # nowhere is a map narrowed again
+    if network is not odd:  # no map is narrowed again
         assert all(value.shape[1] % multiple == 0 for value in maps.values())
         assert not any(node.target is torch.index_select for stage in stages for node in stage.graph.nodes)
 
@@ -250,7 +250,7 @@ def test_growing_a_map_in_place_does_not_change_earlier_ones(made: Kernels) -> N
     assert torch.equal(second, torch.cat([a, b, c], 1))
     assert torch.equal(third, torch.cat([a, b, c, d], 1))
     assert third.is_contiguous(memory_format=torch.channels_last)
-    for full in (third, a):  # where there is no room, it is put together anew
+    for full in (third, a):  # without room, it is concatenated
         more = made.append(full, [b])
         assert more.data_ptr() != full.data_ptr()
         assert torch.equal(more, torch.cat([full, b], 1))
@@ -334,7 +334,7 @@ def test_the_runner_with_every_kernel_gives_the_networks_answers(
 ) -> None:
     """In float16, like on a GPU except for cuDNN and graphs."""
     made, pixels = network(), random_images(6, seed=5)
-    ways = replace(ON_HOST, small=network is odd)  # here it takes its time
+    ways = replace(ON_HOST, small=network is odd)  # which is slow here
     runner = TorchCudaRunner(
         made, SHAPE, MEAN, STD, "logit_margin", 4, 16, device=Host(), dtype=torch.float16, ways=ways
     )
@@ -371,7 +371,7 @@ def test_if_cudnn_cannot_fuse_two_kernels_run_and_it_is_logged_once(
     enabled = torch.backends.cudnn.enabled
     with torch.inference_mode():
         expected = conv(torch.ones(2, 3, 8, 8))
-        assert not conv.fused  # it is tried while algorithms are searched for, and no other time
+        assert not conv.fused  # it is only tried during the search for algorithms
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
         for rows in (2, 2, 1):
             assert torch.allclose(conv(torch.ones(rows, 3, 8, 8)), expected[:rows], atol=1e-6)

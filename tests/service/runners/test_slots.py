@@ -118,9 +118,9 @@ def test_without_a_free_place_there_is_an_error() -> None:
 def test_an_image_that_an_earlier_run_may_still_read_is_kept() -> None:
     slots = Slots(2)
     [state] = batch = [slots.admit()]
-    slots.begin(batch)  # its batch hangs, and
+    slots.begin(batch)  # its batch hangs,
     slot, place = state.slot, state.place
-    slots.begin(batch)  # it runs once more
+    slots.begin(batch)  # and it is retried
     begun(batch)
     assert (state.slot, state.place, slots.n_places_taken) == (slot, place, 1)
     del state, batch
