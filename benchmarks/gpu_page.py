@@ -66,16 +66,16 @@ def _spread(row: dict[str, Any]) -> str:
 
 
 def _rates(case: dict[str, Any], found: dict[str, Any]) -> str:
-    wholes = [told for name, told in found.items() if name.startswith(WHOLE)]
-    best = max((told["images_per_s"] for told in wholes), default=0.0)
+    wholes = [results for name, results in found.items() if name.startswith(WHOLE)]
+    best = max((results["images_per_s"] for results in wholes), default=0.0)
     lines = [
         ["whole network, one graph, exits off", "-", "-", _spread(w), "", "", "", w["rows"], "", ""] for w in wholes
     ]
     if (plain := found.get(AS_TORCH)) is not None:
         times = f"{plain['images_per_s'] / best:.2f} x" if best else "-"
         lines.append([AS_TORCH, "-", "-", _spread(plain), times, "", "", plain["rows"], "", ""])
-    engines = {name.removeprefix(ENGINE): told for name, told in found.items() if name.startswith(ENGINE)}
-    engines |= {name: told["rates"] for name, told in found.get("onnx", {}).items() if "rates" in told}
+    engines = {name.removeprefix(ENGINE): results for name, results in found.items() if name.startswith(ENGINE)}
+    engines |= {name: results["rates"] for name, results in found.get("onnx", {}).items() if "rates" in results}
     engines |= {"engine without a network": found.get("engine without a network", [])}
     for name, rows in engines.items():
         for row in rows:
@@ -97,12 +97,12 @@ def _alone(found: dict[str, Any]) -> str:
 
 def _onnx(found: dict[str, Any]) -> list[str]:
     parts = []
-    for name, told in found.get("onnx", {}).items():
-        if "skipped" in told:
-            parts.append(f"Not measured, {name}: {told['skipped']}\n")
+    for name, results in found.get("onnx", {}).items():
+        if "skipped" in results:
+            parts.append(f"Not measured, {name}: {results['skipped']}\n")
             continue
-        graphs = "CUDA graphs" if told["graphs"] else "no CUDA graphs"
-        parts.append(f"{name}, {graphs}. {_answers(told['answers'])} {_alone(told)}")
+        graphs = "CUDA graphs" if results["graphs"] else "no CUDA graphs"
+        parts.append(f"{name}, {graphs}. {_answers(results['answers'])} {_alone(results)}")
     return parts
 
 

@@ -12,7 +12,7 @@ from benchmarks.league.peers.serving import Network, Setup, decode
 class Classifier(Worker):
     def __init__(self) -> None:
         self.served = Setup.from_environment()
-        self.network = Network(self.told)
+        self.network = Network(self.served)
 
     def deserialize(self, data: bytes) -> NDArray[np.uint8]:
         return decode(data, self.served)
