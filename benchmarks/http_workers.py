@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.null_bundle import write_null_bundle
-from benchmarks.options import JsonPath, numbers
+from benchmarks.options import JsonPath, whole_numbers
 from benchmarks.processes import children, cpu_s, on_cores, served
 
 
@@ -183,7 +183,7 @@ def main(
     """Compare servers with HTTP worker processes with one without."""
     if shutil.which("wrk") is None:
         raise SystemExit("error: the load client wrk is missing: apt-get install wrk")
-    n_with = [int(number) for number in numbers(workers, "1,2", lowest=1)]
+    n_with = whole_numbers(workers, "1,2")
     for_server, for_client = cores_of(server_cores), cores_of(client_cores)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)

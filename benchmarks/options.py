@@ -37,3 +37,11 @@ def numbers(text: str, example: str, lowest: float = 0.0) -> list[float]:
     if not found or not all(lowest <= number < float("inf") for number in found):
         raise typer.BadParameter(f"{text!r}: give comma-separated numbers of at least {lowest:g}, as in {example}")
     return found
+
+
+def whole_numbers(text: str, example: str, lowest: int = 1) -> list[int]:
+    """Parse comma-separated whole numbers; see `numbers`."""
+    found = numbers(text, example, lowest)
+    if any(number != int(number) for number in found):
+        raise typer.BadParameter(f"{text!r}: give comma-separated whole numbers, as in {example}")
+    return [int(number) for number in found]

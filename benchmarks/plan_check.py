@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.closed_loop import Load
+from benchmarks.closed_loop import STALLED_S, Load
 from benchmarks.engine import Images, read_images
 from benchmarks.options import JsonPath
 from benchmarks.running import budget_of, run
@@ -65,7 +65,7 @@ class Stream:
         self.n_refused = 0
         self.sender_s = 0.0  # CPU time of the sending thread, per image
         self._engine, self._images = engine, images
-        self._n_left = 0
+        self._n_images = 0
         self._done = Event()
         self._failed: EngineError | None = None
 
@@ -73,9 +73,10 @@ class Stream:
         """Median and 99th percentile of the latency in ms, counted from when an image was due.
 
         Raises:
-            EngineError: an image was not answered.
+            EngineError: an image failed.
+            TimeoutError: an answer is missing.
         """
-        self._n_left = len(arrivals_s)
+        self._n_images = len(arrivals_s)
         started_s, sender_before_s = time.perf_counter(), time.thread_time()
         for after_s, image in zip(arrivals_s, cycle(self._images), strict=False):
             due_s = started_s + after_s
@@ -85,9 +86,10 @@ class Stream:
                 self._engine.submit_to(self._take, due_s, image)
             except EngineOverloaded:
                 self.n_refused += 1
-                self._end(1)
+                self._note_end()
         self.sender_s = (time.thread_time() - sender_before_s) / len(arrivals_s)
-        self._done.wait()
+        if not self._done.wait(STALLED_S):
+            raise TimeoutError(f"{len(self.latencies_s) + self.n_refused} of {self._n_images} images were answered")
         if self._failed is not None:
             raise self._failed
         counted = [took_s for due_s, took_s in self.latencies_s if due_s >= started_s + SETTLING_S]
@@ -100,11 +102,11 @@ class Stream:
             if isinstance(outcome, EngineError):  # raised by `run`: raising it here would end the engine's thread
                 self._failed = outcome
             self.latencies_s.append((due_s, now_s - due_s))
-        self._end(len(outcomes))
+        self._note_end()
 
-    def _end(self, n_images: int) -> None:
-        self._n_left -= n_images
-        if not self._n_left:
+    def _note_end(self) -> None:
+        # Each of the two counts has one writer: this thread or the engine's.
+        if len(self.latencies_s) + self.n_refused == self._n_images:
             self._done.set()
 
 

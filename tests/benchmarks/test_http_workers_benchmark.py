@@ -13,6 +13,7 @@ import typer
 
 from benchmarks.http_workers import cores_of, milliseconds
 from benchmarks.null_bundle import write_null_bundle
+from benchmarks.options import whole_numbers
 from benchmarks.processes import on_cores
 from service.assembly import build_engine
 from tests.service.process import REPOSITORY
@@ -56,6 +57,13 @@ def test_cores_that_may_not_be_used_are_refused() -> None:
     for text in ("1000000", f"{core},1000000", "", "two", f"{core}-{core + 1}"):
         with pytest.raises(typer.BadParameter, match="cores"):
             cores_of(text)
+
+
+def test_numbers_of_workers_are_whole() -> None:
+    assert whole_numbers("1,2", "1,2") == [1, 2]
+    for text in ("1.5", "0", "two", ""):
+        with pytest.raises(typer.BadParameter, match="as in 1,2"):
+            whole_numbers(text, "1,2")
 
 
 def test_the_command_measures_servers_with_and_without_workers(tmp_path: Path) -> None:
