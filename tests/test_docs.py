@@ -1,11 +1,11 @@
 """The commands in README and docs work: every call is made, and every command knows its options."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -94,23 +94,47 @@ def test_every_call_gets_the_documented_answer(server: ServerProcess, folder: Pa
     assert done.stdout.strip()
 
 
-@cache
-def help_of(*module_and_command: str) -> str:
-    asked = [sys.executable, "-m", *module_and_command, "--help"]
-    done = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 COMMANDS = [typed for typed in chosen("python -m ", ".venv/bin/python -m ") if "-m pytest" not in typed.command]
+
+# In one process, since each of many would take seconds to import torch.
+ASK_FOR_HELP = """
+import contextlib, io, json, runpy, sys
+
+found = {}
+for command in json.loads(sys.argv[1]):
+    sys.argv[1:] = [*command[1:], "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+            code = None
+        except SystemExit as ended:
+            code = ended.code
+    found[" ".join(command)] = [code, printed.getvalue()]
+print(json.dumps(found))
+"""
+
+
+def module_and_command(command: str) -> list[str]:
+    words = command.split(" -m ")[1].split()
+    return words[:1] + [word for word in words[1:2] if re.fullmatch(r"[a-z]+", word)]
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """The `--help` of every module, and of every command of one, that the documents call."""
+    asked = sorted({tuple(module_and_command(typed.command)) for typed in COMMANDS})
+    process = [sys.executable, "-c", ASK_FOR_HELP, json.dumps(asked)]
+    done = subprocess.run(process, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert all(code in (None, 0) and text for code, text in found.values()), done.stderr
+    return {command: text for command, (_, text) in found.items()}
 
 
 @pytest.mark.parametrize("typed", COMMANDS, ids=name_of)
-def test_every_command_knows_its_options(typed: Typed) -> None:
+def test_every_command_knows_its_options(helps: dict[str, str], typed: Typed) -> None:
     page, command, _ = typed
-    words = command.split(" -m ")[1].split()
-    named = words[:1] + [word for word in words[1:2] if re.fullmatch(r"[a-z]+", word)]  # a module and its command
-    known = help_of(*named)
+    known = helps[" ".join(module_and_command(command))]
     for option in re.findall(r"\s(--[a-z0-9-]+)", command):
         assert re.search(rf"{option}\b", known), f"{page}: {command}: no such option {option}"
     if "--recipe" in command:
