@@ -1,7 +1,7 @@
 """Builds networks by name from plain JSON arguments, which a bundle's manifest stores to rebuild its network."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +13,15 @@ _OPTIONS = ("temperatures", "gradient_rescaling", "stop_gradient", "initialisati
 
 
 def _configured(network: Callable[..., nn.Module], configs: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    def build(config: str, **arguments: Any) -> nn.Module:
+    def build(config: str | None = None, **arguments: Any) -> nn.Module:
+        if config is None:
+            raise ValueError(f"config is missing, the name of a configuration; known: {', '.join(configs)}")
         if config not in configs:
             raise ValueError(f"no configuration {config!r}; known: {', '.join(configs)}")
         options = {name: arguments.pop(name) for name in _OPTIONS if name in arguments}
+        known = [field.name for field in fields(configs[config])]
+        if unknown := [name for name in arguments if name not in known]:
+            raise ValueError(f"no argument {unknown[0]!r}; known: config, {', '.join([*known, *_OPTIONS])}")
         return network(replace(configs[config], **arguments), **options)
 
     return build

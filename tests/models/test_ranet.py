@@ -226,7 +226,8 @@ def test_a_network_is_built_from_plain_json() -> None:
     ("arguments", "message"),
     [
         ({"config": "C-huge"}, "architecture 'ranet': no configuration 'C-huge'; known: C-any, C-m1"),
-        ({"config": "C-any", "base": 3}, "base"),
+        ({"n_channels": 8}, "architecture 'ranet': config is missing, the name of a configuration; known: C-any, C-m1"),
+        ({"config": "C-any", "base": 3}, "architecture 'ranet': no argument 'base'; known: config, n_classes"),
         ({"config": "C-any", "scales": [1, 3, 3, 3]}, "scales must start at 1 and rise by 0 or 1"),
         ({"config": "C-any", "scales": [1, 2]}, "one entry per sub-network"),
         ({"config": "C-any", "growth_rate": 3}, "compression must leave at least one channel"),
