@@ -129,7 +129,9 @@ class Settings(BaseSettings):
         "spaces; * for all (none may set the budget)",
     )
     admin_token: SecretStr | None = Field(
-        None, description="bearer token required to set the budget; without one, only clients on this machine may"
+        None,
+        description="bearer token required to set the budget, at least 8 printable ASCII characters without spaces; "
+        "without one, only clients on this machine may",
     )
     admin_token_file: Path | None = Field(None, description="file that contains the admin token")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe message logged")
