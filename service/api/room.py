@@ -44,7 +44,7 @@ class Room:
             return None
         now_s = monotonic()
         if self._last is None or now_s >= self._last_until_s:
-            why = f"{state.settings.max_in_flight} requests are in flight"
+            why = f"{state.settings.max_in_flight:,} requests are in flight, as many as it takes"
             self._last = overloaded(why) if is_full else engine_problem(state.engine.overload())
             self._last_until_s = now_s + SAME_FOR_S
         return self._last

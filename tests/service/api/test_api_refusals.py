@@ -225,6 +225,24 @@ def test_the_total_size_of_bodies_is_limited(folder: Path) -> None:
         assert http.post("/classify", content=large, headers=PNG).status_code == 200
 
 
+def test_requests_in_flight_are_bounded_too(folder: Path) -> None:
+    with serving(build_app(folder, max_in_flight=1)) as http:
+        first_waits, go_on = Event(), Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield BODIES[0]
+            first_waits.set()
+            await asyncio.to_thread(go_on.wait)
+
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(http.post, "/classify", content=slow(), headers=PNG)
+            assert first_waits.wait(LIMIT_S)
+            document = problem(http.post("/classify", content=BODIES[0], headers=PNG), 429, "overloaded")
+            assert "overloaded: 1 requests are in flight, as many as it takes. Send it again" in document["detail"]
+            go_on.set()
+            assert first.result(LIMIT_S).status_code == 200
+
+
 def test_overload_is_refused_with_retry_after_before_the_body_is_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
