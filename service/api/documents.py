@@ -113,7 +113,9 @@ def engine_problem(error: EngineError) -> Problem:
 
 def overloaded(why: str, wait_s: float = 1.0) -> Problem:
     """A 429 whose Retry-After is the predicted wait."""
-    return _again_later(f"{why}. Send it again after Retry-After, or raise --max-queue-s or --max-in-flight.", wait_s)
+    return _again_later(
+        f"{why}. Send it again after the time in Retry-After, or raise --max-queue-s or --max-in-flight.", wait_s
+    )
 
 
 def too_many_bytes(limit_bytes: int) -> Problem:
