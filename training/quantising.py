@@ -136,6 +136,11 @@ def _split_of(bundle: Bundle, images: ImageSet) -> Split:
         )
     if not isinstance(seed, int) or data.split_sha256 is None:
         raise DataError(f"{bundle.path}: its manifest has no seed and split; train and export it with this version")
+    if data.train_images == 0:  # as `examples.own_network --epochs 0` packs a network
+        raise DataError(
+            f"{bundle.path}: its network was packed as it is, with no image to train on; int8 stages need training "
+            "images for the ranges of the activations"
+        )
     if len(images.train_labels) == data.train_images + data.heldout_images:
         split = Split.make(len(images.train_labels), data.heldout_images, seed)
         if split.sha256 == data.split_sha256:

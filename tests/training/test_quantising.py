@@ -152,3 +152,12 @@ def test_a_bundle_without_a_split_is_refused(tmp_path: Path, images: ImageSet) -
     seal(path, manifest)
     with pytest.raises(DataError, match="has no seed and split"):
         quantise(path, images, 10, tmp_path / "made")
+
+
+def test_a_bundle_that_was_packed_without_training_is_refused(tmp_path: Path, images: ImageSet) -> None:
+    path = tiny_bundle(tmp_path / "bundle")
+    manifest = read_manifest(path)
+    manifest["data"]["train_images"] = 0
+    seal(path, manifest)
+    with pytest.raises(DataError, match="packed as it is, with no image to train on"):
+        quantise(path, images, 10, tmp_path / "made")
