@@ -48,14 +48,18 @@ FITTED: dict[str, Callable[[NDArray[Any], Answers], Predictor]] = {
 """Fitted scores by name."""
 
 
+def folds_of(n_images: int, seed: int = 0) -> NDArray[np.intp]:
+    """Draw the fold of every image for cross-fitting: [M], from 0 to at most `N_FOLDS` - 1."""
+    fold: NDArray[np.intp] = np.random.default_rng(seed).permutation(n_images) % min(N_FOLDS, n_images)
+    return fold
+
+
 def crossfit(name: str, features: NDArray[Any], correct: Answers, seed: int = 0) -> NDArray[np.float64]:
     """Score every image by a predictor that was fitted to the other folds: [M, N]."""
-    n_images = len(features)
-    n_folds = min(N_FOLDS, n_images)
-    fold = np.random.default_rng(seed).permutation(n_images) % n_folds
+    fold = folds_of(len(features), seed)
     scores = np.empty(correct.shape)
-    for k in range(n_folds):
-        others = fold != k if n_folds > 1 else fold == k
+    for k in np.unique(fold):
+        others = fold != k if fold.any() else fold == k
         scores[fold == k] = FITTED[name](features[others], correct[others]).of_all_features(features[fold == k])
     return scores
 

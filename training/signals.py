@@ -33,7 +33,7 @@ from training.evaluation import N_BUDGETS, cost_of
 from training.gates import HeadInputs
 from training.image_set import ImageSet, Split
 from training.policies import PAPER, Policy, Rows, Source, crossfit_rightness
-from training.predicting import N_FOLDS, RIDGE, fit_exits, mends
+from training.predicting import RIDGE, fit_exits, folds_of, mends
 
 MARGIN = Policy("logit_margin", "ratio")
 FAMILY = "ratio"
@@ -111,7 +111,8 @@ def look(
 @torch.no_grad()
 def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tensor], description: str) -> Seen:
     kept, logits, inputs = HeadInputs(network), [], []
-    for rows in tqdm(torch.arange(len(images)).split(BATCH_ROWS), desc=description, disable=None):
+    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
+    for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
         logits.append(torch.stack(network(read(rows))).float().cpu())
         inputs.append(_side_by_side(kept.take()).float().cpu())
     kept.remove()
@@ -242,9 +243,9 @@ def _fitted(name: str, heldout: Seen, columns: tuple[Columns, Columns], ridge: f
 
 def crossfit_columns(columns: Columns, happens: NDArray[np.bool_], ridge: float) -> NDArray[np.float64]:
     """Scores [M, N] of images by cross-fitting: each by weights that were not fitted to it."""
-    fold = np.random.default_rng(0).permutation(len(columns)) % N_FOLDS
+    fold = folds_of(len(columns))
     scores = np.empty(happens.shape)
-    for k in range(N_FOLDS):
+    for k in np.unique(fold):
         scores[fold == k] = -apply(fit_exits(columns[fold != k], happens[fold != k], ridge), columns[fold == k])
     return scores
 

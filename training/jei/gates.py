@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.gates import GATE_FEATURES, gate_scores
-from training.predicting import N_FOLDS, logistic_regression
+from training.predicting import folds_of, logistic_regression
 
 Floats = NDArray[np.float64]
 MOST_WEIGHT = 5.0  # of an image at which a gate should open; others have weight 1
@@ -92,9 +92,8 @@ class FoldedGates:
 
 def fit_on_heldout(heldout: Shown, cost_shares: Sequence[float], trade_off: float, seed: int) -> FoldedGates:
     """Fit gates to the held-out images by cross-fitting: each image has gates that were not fitted to it."""
-    n_folds = min(N_FOLDS, len(heldout.losses))
-    fold = np.random.default_rng(seed).permutation(len(heldout.losses)) % n_folds
-    by_fold = [fit_gates(heldout.of(fold != k), cost_shares, trade_off) for k in range(n_folds)]
+    fold = folds_of(len(heldout.losses), seed)
+    by_fold = [fit_gates(heldout.of(fold != k), cost_shares, trade_off) for k in np.unique(fold)]
     return FoldedGates(fit_gates(heldout, cost_shares, trade_off), np.stack(by_fold), fold)
 
 
