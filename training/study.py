@@ -118,11 +118,9 @@ def run_study(
             status = launch(n_processes, ["train", str(run.path), *options, *settings])
             if status or not is_trained(run, recipe):
                 raise StudyError(f"{run.path}: ended early; give the same command again to resume the study")
-        try:
-            CalibrationRecord.load(run)
-        except RunError:
+        if not is_calibrated(run):
             images = images or load_image_set(data, image_size_px)
-            calibrate(run, images, device, refit=False)  # a study compares networks as trained
+            calibrate(run, images, device, refit=False)
 
 
 def is_trained(run: RunFolder, recipe: Recipe) -> bool:
@@ -139,6 +137,14 @@ def is_trained(run: RunFolder, recipe: Recipe) -> bool:
         )
     log = run.read_log()
     return bool(log) and log[-1]["epoch"] == recipe.optimisation.epochs
+
+
+def is_calibrated(run: RunFolder) -> bool:
+    """Whether a run has been calibrated as trained, without a fitted ensemble: this is what a study compares."""
+    try:
+        return CalibrationRecord.load(run).ensemble is None
+    except RunError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -161,11 +167,16 @@ def results_of(study: Study, folder: Path) -> list[VariantResult]:
     """Read the results of a study's finished runs; variants without one are left out.
 
     Raises:
-        StudyError: the baseline has no finished run.
+        StudyError: the baseline has no finished run, or a run was calibrated with a fitted ensemble.
     """
     finished: dict[str, dict[int, RunFolder]] = {name: {} for name in study.variants}
     for name, seed, run in study.runs(folder):
         if is_trained(run, study.recipe_of(name)) and run.test.is_file():
+            if not is_calibrated(run):
+                raise StudyError(
+                    f"{run.path}: calibrated with a fitted ensemble, but a study compares networks as trained; give "
+                    "the command without --report to calibrate it again"
+                )
             finished[name][seed] = run
     baseline = {seed: ExitOutputs.load(run.test).correct for seed, run in finished[study.baseline].items()}
     if not baseline:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.training import tiny
 from training.__main__ import app
-from training.calibration import ExitOutputs, calibrate
+from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunFolder
 from training.loop import Trainer
 from training.processes import Processes
@@ -61,9 +61,12 @@ def test_missing_runs_are_trained_and_variants_compared_by_seed(tmp_path: Path, 
             calibrate(run, images, CPU)
     before = {run.path: run.checkpoint.stat().st_mtime_ns for *_, run in study.runs(folder) if run.checkpoint.is_file()}
     assert len(before) == 3
+    with pytest.raises(StudyError, match="calibrated with a fitted ensemble, but a study compares networks as trained"):
+        results_of(study, folder)
 
     run_study(study, folder, data, CPU, n_processes=1)
 
+    assert all(CalibrationRecord.load(run).ensemble is None for *_, run in study.runs(folder))
     assert all(RunFolder(path).checkpoint.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
     results = {result.name: result for result in results_of(study, folder)}
     assert list(results) == ["joint", "boosted"]
