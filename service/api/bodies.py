@@ -84,8 +84,8 @@ async def read_image(request: Request, limit_bytes: int, timeout_s: float) -> by
     if sent in RAW_TYPES:
         return await read_body(request, limit_bytes, timeout_s)
     if sent != FORM_TYPE:
-        wanted = f"one of {', '.join(IMAGE_TYPES)} as the body, or {FORM_TYPE} with a field"
-        raise _not_taken(sent, wanted, (*IMAGE_TYPES, FORM_TYPE))
+        raw = (*IMAGE_TYPES, "application/octet-stream")
+        raise _not_taken(sent, f"one of {', '.join(raw)} as the body, or {FORM_TYPE} with a field", (*raw, FORM_TYPE))
     boundary = _boundary(request)
     return image_field(await read_body(request, limit_bytes, timeout_s), boundary)
 
