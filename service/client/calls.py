@@ -39,7 +39,7 @@ class Calls:
 
     def __init__(self, url: str, token: str | None, timeout_s: float | None, retries: int) -> None:
         if retries < 0:
-            raise ValueError(f"retries is {retries} and has to be 0 or more")
+            raise ValueError(f"retries is {retries} but must be 0 or more")
         self.url = _checked(url)
         self._retries, self._timeout_s = retries, timeout_s
         self._options: dict[str, Any] = {"base_url": url, "timeout": timeout_s, "headers": _authorization(token)}
@@ -197,5 +197,5 @@ def _number(what: str, value: SupportsFloat) -> float:
     """Convert to a finite float, since `json` cannot serialise NumPy's numbers."""
     number = float(value)
     if not isfinite(number):
-        raise ValueError(f"{what} is {number} and has to be a finite number")
+        raise ValueError(f"{what} is {number} but must be a finite number")
     return number

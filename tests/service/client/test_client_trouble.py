@@ -131,7 +131,7 @@ def test_an_invalid_url_is_refused_at_once(client: type[Client]) -> None:
     ):
         with pytest.raises(Unreachable, match=r"is no URL of a server .* looks like http://127\.0\.0\.1:8000"):
             client(no_url)
-    with pytest.raises(ValueError, match="retries is -1 and has to be 0 or more"):
+    with pytest.raises(ValueError, match="retries is -1 but must be 0 or more"):
         client(retries=-1)
 
 
@@ -159,7 +159,7 @@ def test_numbers_of_every_type_are_sent_and_none_values_omitted(scripted: Script
         ask(scripted.url, lambda client: client.set_budget("fraction", np.float32(0.5), latency_ms=np.int64(50)))
     assert json.loads(scripted.asked[-1][2]) == {"fraction": 0.5, "latency_ms": 50}
     for value in (nan, inf, np.float32(nan)):
-        with pytest.raises(ValueError, match=r"fraction is (nan|inf) and has to be a finite number"):
+        with pytest.raises(ValueError, match=r"fraction is (nan|inf) but must be a finite number"):
             ask(scripted.url, lambda client, value=value: client.set_budget("fraction", value))
     with pytest.raises(ValueError, match="latency_ms is nan"):
         ask(scripted.url, lambda client: client.set_budget("fraction", 0.5, nan))
