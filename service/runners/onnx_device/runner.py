@@ -1,6 +1,7 @@
 """The runner: sessions of a bundle's stages on a device, and the stores that hold the state of rows between stages."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import onnxruntime as ort
 
 from models.bundle import Bundle
 from models.onnx_weights import StageLoadError, load_stage_session
-from service.runners.base import RunnerError
+from service.runners.base import RunnerError, require_finite
 from service.runners.limits import is_out_of_memory
 from service.runners.onnx import session_options
 from service.runners.onnx_device.graph import STORE_OPERATORS, with_slots
@@ -79,6 +80,18 @@ class OnnxDeviceRunner(SlotRunner[OnnxLane]):
         self._graphs = [with_slots(bundle.path / stage.file, stage, self._kept.keys(), n_slots) for stage in stages]
         self.stores: dict[str, Any] = {}
         self._open_lanes()
+
+    def warm_up(self, limit_s: float = 1.0) -> Sequence[Mapping[int, float]]:
+        """See `SlotRunner.warm_up`.
+
+        Raises:
+            RunnerError: also if logits are not finite.
+        """
+        times = super().warm_up(limit_s)
+        rows = [self.first_state(np.zeros(self.image_shape, self.image_dtype))]
+        for stage in range(self.n_stages):
+            require_finite(stage, self.run(stage, rows).logits)
+        return times
 
     def _open_lane(self) -> OnnxLane:
         sessions = self._open_sessions()
