@@ -118,7 +118,8 @@ def run_study(
             status = launch(n_processes, ["train", str(run.path), *options, *settings])
             if status or not is_trained(run, recipe):
                 raise StudyError(f"{run.path}: ended early; give the same command again to resume the study")
-        if not is_calibrated(run):
+        record = calibration_of(run)
+        if record is None or record.ensemble is not None:  # a study compares networks as trained
             images = images or load_image_set(data, image_size_px)
             calibrate(run, images, device, refit=False)
 
@@ -139,12 +140,12 @@ def is_trained(run: RunFolder, recipe: Recipe) -> bool:
     return bool(log) and log[-1]["epoch"] == recipe.optimisation.epochs
 
 
-def is_calibrated(run: RunFolder) -> bool:
-    """Whether a run has been calibrated as trained, without a fitted ensemble: this is what a study compares."""
+def calibration_of(run: RunFolder) -> CalibrationRecord | None:
+    """The calibration of a run; None if there is none."""
     try:
-        return CalibrationRecord.load(run).ensemble is None
+        return CalibrationRecord.load(run)
     except RunError:
-        return False
+        return None
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def results_of(study: Study, folder: Path) -> list[VariantResult]:
     """
     finished: dict[str, dict[int, RunFolder]] = {name: {} for name in study.variants}
     for name, seed, run in study.runs(folder):
-        if is_trained(run, study.recipe_of(name)) and run.test.is_file():
-            if not is_calibrated(run):
+        if is_trained(run, study.recipe_of(name)) and (record := calibration_of(run)) is not None:
+            if record.ensemble is not None:
                 raise StudyError(
                     f"{run.path}: calibrated with a fitted ensemble, but a study compares networks as trained; give "
                     "the command without --report to calibrate it again"
