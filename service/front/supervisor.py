@@ -189,7 +189,7 @@ class Front:
         while self._processes or self._restarts:
             event = self._next_event(ends_s)
             if isinstance(event, Signal):
-                logger.info("stopping once every HTTP worker has answered what it accepted")
+                logger.info("stopping: every HTTP worker first answers what it has accepted")
                 ends_s = self._end(hub, self._drain_s, Kind.DRAIN)
             elif isinstance(event, Broken):
                 ends_s = self._end(hub, FAILED_S, Kind.BROKEN, str(event.error))
