@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 
@@ -58,8 +59,10 @@ def command_line() -> argparse.ArgumentParser:
     load = parser.add_argument_group("load")
     load.add_argument("--rate", type=_positive, required=True, metavar="N", help="images per second, over all replicas")
     load.add_argument("--replicas", type=_count, default=1, metavar="N", help="servers that share the rate (1)")
+    # A server refuses the rest of a larger burst, and too few of them would be simulated to be meaningful.
+    burst = partial(_count, most=MANY_IN_FLIGHT)
     load.add_argument(
-        "--bursts", type=_burst, default=1, metavar="N", help="images arrive N at once, at each replica (1)"
+        "--bursts", type=burst, default=1, metavar="N", help="images arrive N at once, at each replica (1)"
     )
     load.add_argument("--p99-ms", type=_positive, metavar="MS", help="find how many replicas keep this p99 latency")
     load.add_argument("--seconds", type=_positive, metavar="S", help=f"seconds to simulate (as {IMAGES:,} images take)")
@@ -76,9 +79,18 @@ def command_line() -> argparse.ArgumentParser:
         "--accuracy", type=_positive, metavar="SHARE", help="use the budget that reaches this on held-out images"
     )
     server.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="of stages (%(default)s)")
-    server.add_argument("--lanes", type=_lanes, metavar="N", help="batches that run concurrently (one per core)")
     server.add_argument(
-        "--max-batch-rows", type=_batch_rows, default=32, metavar="N", help="most images in one batch (%(default)s)"
+        "--lanes",
+        type=partial(_count, most=MAX_LANES),
+        metavar="N",
+        help="batches that run concurrently (one per core)",
+    )
+    server.add_argument(
+        "--max-batch-rows",
+        type=partial(_count, most=MAX_BATCH_ROWS),
+        default=32,
+        metavar="N",
+        help="most images in one batch (%(default)s)",
     )
     server.add_argument("--policy", choices=POLICIES, default="default", help="scheduling policy (%(default)s)")
     times = parser.add_argument_group("times")
@@ -252,19 +264,6 @@ def _count(text: str, most: int = MOST) -> int:
     if not 1 <= value <= most or value != int(value):
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {most:,}")
     return int(value)
-
-
-def _burst(text: str) -> int:
-    """A server refuses the rest of a larger burst, and too few of them would be simulated to be meaningful."""
-    return _count(text, MANY_IN_FLIGHT)
-
-
-def _lanes(text: str) -> int:
-    return _count(text, MAX_LANES)
-
-
-def _batch_rows(text: str) -> int:
-    return _count(text, MAX_BATCH_ROWS)
 
 
 def _seed(text: str) -> int:

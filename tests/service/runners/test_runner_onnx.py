@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -169,19 +170,25 @@ def test_warm_up_runs_every_stage_at_the_smallest_and_largest_batch(runner):
         assert all(seconds > 0 for seconds in seconds_by_rows.values())
 
 
-def test_a_graph_that_loses_rows_is_refused_at_the_start(bundle_path):
-    """Its sizes are dynamic, so only a run shows the fault: the engine would break at the first batch of two."""
-    path = bundle_path / "stages/stage_2.onnx"
+def put_behind_logits(bundle_path: Path, stage: int, operator: str, *operands: NDArray[Any]) -> None:
+    """Let an operator, with constant further operands, change the logits of a stage (from 1) of a bundle."""
+    path = bundle_path / f"stages/stage_{stage}.onnx"
     model = onnx.load(path, load_external_data=False)
     logits = model.graph.output[0].name
     for node in model.graph.node:
         for names in (node.input, node.output):
-            names[:] = ["all rows" if name == logits else name for name in names]
-    for name, place in (("start", 0), ("end", 1)):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([place]), name))
-    model.graph.node.append(onnx.helper.make_node("Slice", ["all rows", "start", "end"], [logits]))
+            names[:] = ["original" if name == logits else name for name in names]
+    constants = [onnx.numpy_helper.from_array(operand, f"operand {i}") for i, operand in enumerate(operands)]
+    model.graph.initializer.extend(constants)
+    inputs = ["original", *(constant.name for constant in constants)]
+    model.graph.node.append(onnx.helper.make_node(operator, inputs, [logits]))
     path.write_bytes(model.SerializeToString())
     seal(bundle_path)
+
+
+def test_a_graph_that_loses_rows_is_refused_at_the_start(bundle_path):
+    """Its sizes are dynamic, so only a run shows the fault: the engine would break at the first batch of two."""
+    put_behind_logits(bundle_path, 2, "Slice", np.array([0]), np.array([1]))
     runner = OnnxRunner(load_bundle(bundle_path), max_rows=4, n_lanes=1)
     told = r"stage_2\.onnx: for 4 rows the graph gives 'logits_2' as \(1, 10\) where the manifest says \(4, 10\)"
     with pytest.raises(RunnerError, match=told):
@@ -191,16 +198,7 @@ def test_a_graph_that_loses_rows_is_refused_at_the_start(bundle_path):
 @pytest.mark.parametrize("make", [OnnxRunner, partial(OnnxDeviceRunner, device="cpu")])
 def test_a_stage_whose_logits_are_never_finite_is_refused_at_the_start(bundle_path, make):
     """Its images would run every stage, for an answer without a confidence."""
-    path = bundle_path / "stages/stage_3.onnx"
-    model = onnx.load(path, load_external_data=False)
-    logits = model.graph.output[0].name
-    for node in model.graph.node:
-        for names in (node.input, node.output):
-            names[:] = ["finite" if name == logits else name for name in names]
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(np.nan, np.float32), "nan"))
-    model.graph.node.append(onnx.helper.make_node("Mul", ["finite", "nan"], [logits]))
-    path.write_bytes(model.SerializeToString())
-    seal(bundle_path)
+    put_behind_logits(bundle_path, 3, "Mul", np.array(np.nan, np.float32))
     runner = make(load_bundle(bundle_path), max_rows=2, n_lanes=1)
     with pytest.raises(RunnerError, match="stage 3 gives logits that are not finite for a blank image"):
         runner.warm_up()
