@@ -18,7 +18,7 @@ def default_burst_images(n_lanes: int, max_rows: int) -> float:
 
     The rows that go on are in flight together in all lanes, and the ledger must cover what they spend beyond their own
     budgets, or it cuts images short that steering would let go on: with half as much, at 40 % of the full cost, 256 in
-    flight and 2 lanes, one image in six (`python -m benchmarks.steering`), and with the real network one in forty.
+    flight and 2 lanes, one image in six in simulation, when that was the default; with the real network one in forty.
     """
     return max(32.0, float(n_lanes * max_rows))
 
