@@ -67,7 +67,10 @@ class AsyncClient(Calls):
         return await self._ask({"method": "GET", "url": "/budget"}, BudgetState)
 
     async def set_budget(
-        self, kind: BudgetKind, value: SupportsFloat, latency_ms: SupportsFloat | None = None
+        self,
+        kind: BudgetKind | None = None,
+        value: SupportsFloat | None = None,
+        latency_ms: SupportsFloat | None = None,
     ) -> BudgetState:
         return await self._ask(self._budget(kind, value, latency_ms), BudgetState)
 

@@ -56,9 +56,14 @@ class Calls:
         files = [("image", (name(image, i), contents(image))) for i, image in enumerate(images)]
         return {"method": "POST", "url": "/classify/batch", "files": files, "params": _asked(wishes)}
 
-    def _budget(self, kind: BudgetKind, value: SupportsFloat, latency_ms: SupportsFloat | None) -> dict[str, Any]:
-        target = {} if latency_ms is None else {"latency_ms": _number("latency_ms", latency_ms)}
-        return {"method": "PUT", "url": "/budget", "json": {kind: _number(kind, value), **target}}
+    def _budget(
+        self, kind: BudgetKind | None, value: SupportsFloat | None, latency_ms: SupportsFloat | None
+    ) -> dict[str, Any]:
+        if (kind is None) != (value is None) or (kind is None and latency_ms is None):
+            raise ValueError('give a kind of budget and its value, as in ("fraction", 0.4), or latency_ms, or both')
+        asked = {kind: value, "latency_ms": latency_ms}
+        numbers = {what: _number(what, number) for what, number in asked.items() if what and number is not None}
+        return {"method": "PUT", "url": "/budget", "json": numbers}
 
     def _ready(self, left_s: float) -> dict[str, Any]:
         """A readiness request, with a timeout of `timeout_s` or, if shorter, the time left, at least `FIRST_S`."""

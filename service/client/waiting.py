@@ -88,15 +88,19 @@ class Client(Calls):
         return self._ask({"method": "GET", "url": "/budget"}, BudgetState)
 
     def set_budget(
-        self, kind: BudgetKind, value: SupportsFloat, latency_ms: SupportsFloat | None = None
+        self,
+        kind: BudgetKind | None = None,
+        value: SupportsFloat | None = None,
+        latency_ms: SupportsFloat | None = None,
     ) -> BudgetState:
         """Set the average compute per image, e.g. `set_budget("fraction", 0.4)`; returns the new state.
 
         With `latency_ms`, the server works below the budget under load, as far as needed to answer 95 % in that time.
+        `latency_ms` alone means below the full network's compute.
 
         Raises:
             ServerError: the call failed; the subclass says why.
-            ValueError: a number is not finite.
+            ValueError: a number is not finite; a kind without a value or the reverse; nothing to set.
         """
         return self._ask(self._budget(kind, value, latency_ms), BudgetState)
 

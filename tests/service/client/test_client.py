@@ -138,6 +138,10 @@ def test_the_client_makes_every_call(url: str, pictures: list[Path]) -> None:
         limited = client.set_budget("fraction", 1.0, latency_ms=60_000)
         assert limited.latency is not None
         assert (limited.set_as, limited.latency.target_ms) == ("fraction", 60_000)
+        assert client.set_budget("fraction", 0.5).latency is None
+        target_alone = client.set_budget(latency_ms=60_000)
+        assert target_alone.latency is not None
+        assert (target_alone.fraction, target_alone.latency.target_ms) == (1.0, 60_000)
         assert client.set_budget("fraction", 1.0).latency is None
         model = client.model()
         assert model.class_names == CLASS_NAMES

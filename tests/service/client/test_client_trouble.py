@@ -163,6 +163,11 @@ def test_numbers_of_every_type_are_sent_and_none_values_omitted(scripted: Script
             ask(scripted.url, lambda client, value=value: client.set_budget("fraction", value))
     with pytest.raises(ValueError, match="latency_ms is nan"):
         ask(scripted.url, lambda client: client.set_budget("fraction", 0.5, nan))
+    n_asked = len(scripted.asked)
+    for nothing in ((), ("fraction",), (None, 0.5), ("fraction", None, 50)):
+        with pytest.raises(ValueError, match="give a kind of budget and its value"):
+            ask(scripted.url, lambda client, nothing=nothing: client.set_budget(*nothing))
+    assert len(scripted.asked) == n_asked
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
