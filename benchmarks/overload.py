@@ -19,9 +19,8 @@ from benchmarks.load.connection import http_request
 from benchmarks.load.loops import closed_loop, open_loop
 from benchmarks.load.result import Result
 from benchmarks.options import JsonPath
-from benchmarks.processes import REPOSITORY, cpu_with_children_s, served
+from benchmarks.processes import REPOSITORY, SAMPLES, cpu_with_children_s, served
 
-SAMPLES = REPOSITORY / "service" / "web" / "samples"
 TIMES = (0.9, 1.0, 1.5, 2.0, 3.0)  # offered rates, as multiples of the capacity
 N_IN_FLIGHT = 64  # in the closed loop that measures the capacity
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 REPOSITORY = Path(__file__).resolve().parents[1]
+SAMPLES = REPOSITORY / "service" / "web" / "samples"  # the images that the page offers
 
 
 @contextmanager

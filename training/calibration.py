@@ -1,6 +1,6 @@
 """Calibration: the outputs of every exit for held-out and test images, from which thresholds and results are made."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -234,11 +234,16 @@ def run_exits(network: nn.Module, images: DeviceImages, description: str) -> Exi
 def exit_logits(network: nn.Module, images: DeviceImages, description: str) -> tuple[list[Tensor], Tensor]:
     """Logits [M, classes] of every exit for images [M], in float32, and the images' labels, all on the CPU."""
     collected: list[list[Tensor]] = []
-    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
-    for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
+    for rows in in_batches(images, description):
         pixels, _ = images.plain(rows)
         collected.append([logits.float().cpu() for logits in network(pixels)])
     return [torch.cat(parts) for parts in zip(*collected, strict=True)], images.labels.cpu()
+
+
+def in_batches(images: DeviceImages, description: str) -> Iterator[Tensor]:
+    """The indices of all images, in order and in batches, with a progress bar."""
+    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
+    yield from tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None)
 
 
 def outputs_of(exit_logits: Sequence[Tensor], exit_labels: Tensor) -> ExitOutputs:

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from models.frontier import build_frontier
 from training.augment import DeviceImages
 from training.calibration import (
-    BATCH_ROWS,
     CalibrationRecord,
     ExitOutputs,
     checked_split,
+    in_batches,
     load_trained,
     outputs_of,
     parts_of,
@@ -111,8 +111,7 @@ def look(
 @torch.no_grad()
 def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tensor], description: str) -> Seen:
     kept, logits, inputs = HeadInputs(network), [], []
-    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
-    for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
+    for rows in in_batches(images, description):
         logits.append(torch.stack(network(read(rows))).float().cpu())
         inputs.append(_side_by_side(kept.take()).float().cpu())
     kept.remove()

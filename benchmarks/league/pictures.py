@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.processes import SAMPLES
 from models.bundle import Bundle
 from training.data import load_image_set
 from training.image_folder import IMAGE_SUFFIXES
 from training.image_set import DataError
 
-SAMPLES = Path(__file__).resolve().parents[2] / "service" / "web" / "samples"
 SMALL_PX = 64  # networks up to this size are sent PNG, larger ones JPEG
 JPEG_QUALITY = 90
 

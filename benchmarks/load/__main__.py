@@ -15,8 +15,8 @@ from benchmarks.load.connection import http_request
 from benchmarks.load.loops import open_loop
 from benchmarks.load.result import Result
 from benchmarks.options import JsonPath
+from benchmarks.processes import SAMPLES
 
-SAMPLES = Path(__file__).resolve().parents[2] / "service" / "web" / "samples"
 CONTENT_TYPES = {
     ".png": "image/png",
     ".jpg": "image/jpeg",

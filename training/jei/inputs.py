@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.augment import DeviceImages
-from training.calibration import BATCH_ROWS, CalibrationRecord, checked_split, load_trained, parts_of
+from training.calibration import CalibrationRecord, checked_split, in_batches, load_trained, parts_of
 from training.checkpoint import RunFolder
 from training.gates import HeadInputs
 from training.image_set import ImageSet
@@ -81,8 +80,7 @@ def _labels(seen: list[Rows]) -> Tensor:
 @torch.no_grad()
 def _run(network: nn.Module, images: DeviceImages, read: Callable[[Tensor], Tensor], description: str) -> Rows:
     kept, collected = HeadInputs(network), []
-    batches = torch.arange(len(images), device=images.labels.device).split(BATCH_ROWS)
-    for rows in tqdm(batches, unit="image", unit_scale=BATCH_ROWS, desc=description, disable=None):
+    for rows in in_batches(images, description):
         network(read(rows))
         collected.append([inputs.float().cpu() for inputs in kept.take()])
     kept.remove()
