@@ -54,9 +54,10 @@ def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -
     Raises:
         FatalRunnerError: the device was lost meanwhile.
     """
-    first, *others = runner.lanes
+    first, *others = lanes = runner.lanes
     bucket = runner.max_rows
-    best, best_s = first.programs[stage, bucket], first.seconds(stage, bucket, COMPILED_REPEATS)
+    best = [lane.programs[stage, bucket] for lane in lanes]
+    best_s = first.seconds(stage, bucket, COMPILED_REPEATS)
     for name, compiler in compilers.items():
         try:
             call = try_compiler(runner, stage, compiler)
@@ -64,7 +65,7 @@ def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -
             if taken := seconds * COMPILED_GAIN < best_s:
                 for lane in others:
                     lane.prepare(stage, bucket, call)
-                best, runner.compiled[stage] = first.programs[stage, bucket], name
+                best, runner.compiled[stage] = [lane.programs[stage, bucket] for lane in lanes], name
         except Exception as error:  # of any type; the stage itself still serves
             if runner.device.is_lost():
                 raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error
@@ -73,7 +74,8 @@ def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -
             times = (1e3 * seconds, bucket, 1e3 * best_s, "used" if taken else "not used")
             logger.info("stage %d by %s takes %.3f ms for %d images, else %.3f ms: %s", stage + 1, name, *times)
             best_s = seconds if taken else best_s
-        first.programs[stage, bucket] = best
+        for lane, program in zip(lanes, best, strict=True):  # all of them: the last may be the one that failed
+            lane.programs[stage, bucket] = program
 
 
 def _random_inputs(runner: "TorchCudaRunner", stage: int) -> list[Tensor]:

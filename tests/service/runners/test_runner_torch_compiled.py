@@ -111,3 +111,39 @@ def test_the_fastest_compiler_with_equal_results_is_used(
     assert caplog.messages.count("stage 1 stays as it is, as wrong failed: its results differ") == 1
     for ours, expected in zip(logits_of(runner, IMAGES[:2]), whole, strict=True):
         close(ours, expected[:2])
+
+
+def test_a_stage_that_one_lane_cannot_take_stays_as_it_is_on_all(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = TorchCudaRunner(
+        tiny_network(),
+        SHAPE,
+        MEAN,
+        STD,
+        None,
+        2,
+        16,
+        device=Host(),
+        dtype=torch.float32,
+        n_lanes=3,
+        compilers={"first": lambda stage: Slow(stage.stage, 0.0)},
+    )
+    runner.stages[:] = [Slow(stage, 0.02) for stage in runner.stages]  # type: ignore[misc]
+    last = runner.lanes[-1]
+    prepare = last.prepare
+
+    def without_memory(stage: int, bucket: int, call: Any = None) -> None:
+        if call is not None:
+            raise RuntimeError("out of memory")
+        prepare(stage, bucket)
+
+    monkeypatch.setattr(last, "prepare", without_memory)
+    with caplog.at_level("INFO"):
+        runner.warm_up(0.0)
+    assert runner.compiled == {}
+    assert "stage 1 stays as it is, as first failed: out of memory" in caplog.messages
+    before_s = Slow.clock_s
+    for lane in runner.lanes:
+        assert lane.seconds(0, 2, 1) == pytest.approx(0.02)
+    assert Slow.clock_s > before_s
