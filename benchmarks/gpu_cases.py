@@ -223,7 +223,7 @@ def check_answers(case: Case, runner: SlotRunner[Any]) -> dict[str, Any]:
     rows_of = np.arange(len(theirs))
 
     def thresholds_at(fraction: float) -> NDArray[np.float64]:
-        return np.array(case.frontier.at(case.frontier.position_at_cost(fraction * case.costs_mflops[-1])).thresholds)
+        return np.array(case.frontier.at_cost(fraction * case.costs_mflops[-1]).thresholds)
 
     def same_at(fraction: float) -> NDArray[np.bool_]:
         here, there = (take_exits(scores, thresholds_at(fraction)) for scores in (ours, theirs))

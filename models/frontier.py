@@ -120,27 +120,26 @@ class Frontier:
     def _point(self, i: int, thresholds: tuple[float, ...]) -> FrontierPoint:
         return FrontierPoint(self.position[i], self.cost[i], self.accuracy[i], self.shares[i], thresholds)
 
-    def position_at_cost(self, cost: float) -> float:
-        """Return the position of expected cost `cost`, or the nearer end, as a budget need not be spent."""
-        if not cost > self.cost[0]:
-            return 0.0
-        return min((cost - self.cost[0]) / (self.cost[-1] - self.cost[0]), 1.0) if len(self.cost) > 1 else 0.0
+    def at_cost(self, cost: float) -> FrontierPoint:
+        """Return the point of expected cost `cost`, or the nearer end, as a budget need not be spent."""
+        spread = self.cost[-1] - self.cost[0]
+        return self.at((cost - self.cost[0]) / spread if spread else 0.0)
 
-    def position_at_accuracy(self, accuracy: float) -> float:
-        """Return the lowest position whose expected accuracy (0 to 1) reaches `accuracy`.
+    def at_accuracy(self, accuracy: float) -> FrontierPoint:
+        """Return the cheapest point whose expected accuracy (0 to 1) reaches `accuracy`.
 
         Raises:
-            ValueError: no position reaches it; the message gives the highest accuracy.
+            ValueError: no point reaches it; the message gives the highest accuracy.
         """
         j = bisect_left(self.best_accuracy, accuracy)
         if j == len(self.best_accuracy):
             highest = self.best_accuracy[-1]
             raise ValueError(f"no point reaches an accuracy of {accuracy:g}: the best within reach is {highest:.4f}")
         if j == 0:
-            return 0.0
+            return self.at(0.0)
         before, after = self.accuracy[j - 1], self.accuracy[j]
         weight = (accuracy - before) / (after - before)
-        return self.position[j - 1] + weight * (self.position[j] - self.position[j - 1])
+        return self.at(self.position[j - 1] + weight * (self.position[j] - self.position[j - 1]))
 
 
 def build_frontier(

@@ -71,7 +71,7 @@ def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: 
     costs = [result.executed_mflops for result in evaluation.exits]
     scores = fit_scores(heldout)[evaluation.policy.score]
     frontier = build_frontier(scores.heldout, heldout.correct, costs, evaluation.policy.family)
-    point = frontier.at(frontier.position_at_cost(fraction * costs[-1]))
+    point = frontier.at_cost(fraction * costs[-1])
     exits = take_exits(scores.of(evaluation.policy.score, test), point.thresholds)
     right = test.correct[np.arange(len(exits)), exits]
     sheet = choose_images(exits, right, test.labels, n_classes, rows_each)

@@ -242,7 +242,7 @@ def _measure(
     costs: _Costs,
 ) -> tuple[tuple[BudgetResult, ...], Behaviour]:
     """Results of test images with scores [M, N] at every budget: in total, and image by image."""
-    promised = [frontier.at(frontier.position_at_cost(budget)) for budget in budgets]
+    promised = [frontier.at_cost(budget) for budget in budgets]
     thresholds = np.array([point.thresholds for point in promised])
     measured = outcomes(scores, correct, costs.executed, thresholds)
     points = []

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.exits import SCORES, left_by, outcomes
-from models.frontier import FAMILIES, Frontier, build_frontier
+from models.frontier import FAMILIES, build_frontier
 from models.predictor import Predictor
 from training.calibration import ExitOutputs
 from training.predicting import FITTED, crossfit
@@ -106,20 +106,14 @@ def crossfit_rightness(
             fitted_scores, judged_scores = source(fitted, judged)
             for family, sums in right.items():
                 frontier = build_frontier(fitted_scores, correct[fitted], costs, family, N_CROSSFIT_POINTS)
-                points = [frontier.at(frontier.position_at_cost(budget)) for budget in budgets]
+                points = [frontier.at_cost(budget) for budget in budgets]
                 thresholds = np.array([point.thresholds for point in points])
                 left = left_by(judged_scores, thresholds)
                 n_budgets = np.diff(left, axis=1, prepend=0)  # at which each image leaves at exit n
                 spent = [o.mean_cost for o in outcomes(judged_scores, correct[judged], costs, thresholds)]
-                worth = [
-                    _accuracy_at(frontier, b) - _accuracy_at(frontier, s) for b, s in zip(budgets, spent, strict=True)
-                ]
+                worth = [p.accuracy - frontier.at_cost(s).accuracy for p, s in zip(points, spent, strict=True)]
                 sums[judged] += (correct[judged] * n_budgets).sum(axis=1) + sum(worth)
     return {family: sums / (N_HALVINGS * len(budgets)) for family, sums in right.items()}
-
-
-def _accuracy_at(frontier: Frontier, cost: float) -> float:
-    return frontier.at(frontier.position_at_cost(cost)).accuracy
 
 
 def choose_family(rightness: dict[Policy, NDArray[np.float64]], score: str) -> Policy:

@@ -191,7 +191,7 @@ def _result(manifest: Manifest, heldout: ExitOutputs, test: ExitOutputs) -> tupl
     scores: NDArray[Any] = score.of(manifest.score, test)
     budgets = []
     for fraction in FRACTIONS:
-        thresholds = frontier.at(frontier.position_at_cost(fraction * costs[-1])).thresholds
+        thresholds = frontier.at_cost(fraction * costs[-1]).thresholds
         done = outcome(scores, test.correct, costs, np.array(thresholds))
         budgets.append(BudgetPoint(fraction, done.mean_cost, done.accuracy))
     return PrecisionResult(_shares(heldout.correct), _shares(test.correct), tuple(budgets)), score.predictor

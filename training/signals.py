@@ -198,7 +198,7 @@ def judged(
         if PAPER.family in by_family:
             paper = by_family[PAPER.family]
         frontier = build_frontier(signal.heldout, heldout_correct, costs, FAMILY)
-        thresholds = np.array([frontier.at(frontier.position_at_cost(budget)).thresholds for budget in budgets])
+        thresholds = np.array([frontier.at_cost(budget).thresholds for budget in budgets])
         behaviours[Policy(signal.name, FAMILY)] = behaviour(signal.test, test_correct, costs, thresholds)
     leads = mean_leads(behaviours, MARGIN, costs)
     return [

@@ -199,8 +199,7 @@ class BudgetController:
 
     def _hold(self) -> None:
         """Without steering, hold the thresholds at the budget's point on the frontier."""
-        position = self._frontier.position_at_cost(self.ledger.allowance / MEGA)
-        self._held = None if self._steer else self._frontier.at(position)
+        self._held = None if self._steer else self._frontier.at_cost(self.ledger.allowance / MEGA)
 
 
 def _refuse(reasons: list[Reason | None], stop: int, n_images: int) -> None:

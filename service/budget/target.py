@@ -59,14 +59,14 @@ class Targets:
             raise TargetError(self._why_not(kind, value))
         value = min(max(value, lowest), highest)
         if kind == "accuracy":
-            value = self.frontier.at(self.frontier.position_at_accuracy(value)).cost
+            value = self.frontier.at_accuracy(value).cost
         elif kind == "fraction":
             value *= self.full_mflops
         return Target(kind, min(max(value, self.first_mflops), self.full_mflops))
 
     def expected(self, average_mflops: float) -> FrontierPoint:
         """The results to expect of a budget on images like the held-out ones."""
-        return self.frontier.at(self.frontier.position_at_cost(average_mflops))
+        return self.frontier.at_cost(average_mflops)
 
     def _why_not(self, kind: Kind, value: float) -> str:
         lowest, highest = self.allowed[kind]

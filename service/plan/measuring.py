@@ -86,7 +86,7 @@ def _reaching(bundle: Bundle, budget_mflops: float | None) -> list[float]:
     frontier = bundle.frontier()
     if budget_mflops is None:
         return [1.0] * len(bundle.costs_mflops)
-    shares = frontier.at(frontier.position_at_cost(budget_mflops)).shares
+    shares = frontier.at_cost(budget_mflops).shares
     return [1.0 - sum(shares[:stage]) for stage in range(len(shares))]
 
 

@@ -98,7 +98,7 @@ def test_it_loses_almost_nothing_to_exact_quotas(frontier: Frontier) -> None:
     for cost in np.linspace(C_BATCH_4[0], frontier.cost[-1], 20).tolist():
         shares_of = SHARES.get(frontier.family, SHARES["geometric"])
         quotas = calibrator.thresholds(shares_of(C_BATCH_4, cost))
-        ours = frontier.at(frontier.position_at_cost(cost))
+        ours = frontier.at_cost(cost)
         allowed = 0.002 if frontier.family in SHARES else 0.008
         assert ours.accuracy >= outcome(scores, correct, C_BATCH_4, quotas).accuracy - allowed
 
@@ -112,17 +112,17 @@ def test_on_other_traffic_every_image_goes_as_deep_or_deeper(frontier: Frontier)
 
 def test_cost_and_accuracy_look_ups(frontier: Frontier) -> None:
     for position in (0.0, 0.123, 0.5, 1.0):
-        assert frontier.position_at_cost(frontier.at(position).cost) == pytest.approx(position, abs=1e-12)
-    assert frontier.position_at_cost(0.0) == 0.0
-    assert frontier.position_at_cost(1e9) == 1.0
+        assert frontier.at_cost(frontier.at(position).cost).position == pytest.approx(position, abs=1e-12)
+    assert frontier.at_cost(0.0).position == 0.0
+    assert frontier.at_cost(1e9).position == 1.0
     for accuracy in np.linspace(frontier.accuracy[0], max(frontier.accuracy), 50).tolist():
-        position = frontier.position_at_accuracy(accuracy)
+        position = frontier.at_accuracy(accuracy).position
         assert frontier.at(position).accuracy == pytest.approx(accuracy, abs=1e-12)
         cheaper = np.linspace(0, position, 200, endpoint=False)
         assert all(frontier.at(p).accuracy < accuracy + 1e-12 for p in cheaper)
-    assert frontier.position_at_accuracy(0.0) == 0.0
+    assert frontier.at_accuracy(0.0).position == 0.0
     with pytest.raises(ValueError, match=r"best within reach is 0\.") as refused:
-        frontier.position_at_accuracy(0.999)
+        frontier.at_accuracy(0.999)
     assert f"{max(frontier.accuracy):.4f}" in str(refused.value)
 
 
@@ -171,8 +171,8 @@ def test_a_network_without_gain_from_depth_has_one_point() -> None:
         assert frontier.position == (0.0,)
         assert frontier.at(0.0) == frontier.at(0.5) == frontier.at(1.0)
         assert frontier.at(1.0).thresholds == (-math.inf,) * n_exits
-        assert frontier.position_at_cost(1e9) == 0.0
-        assert frontier.position_at_accuracy(frontier.accuracy[0]) == 0.0
+        assert frontier.at_cost(1e9).position == 0.0
+        assert frontier.at_accuracy(frontier.accuracy[0]).position == 0.0
 
 
 @settings(max_examples=50)

@@ -122,7 +122,7 @@ def _led(
 ) -> Behaviour:
     """Behaviour of test images with scores [M, N], under thresholds fitted to the held-out images' scores."""
     frontier = build_frontier(of_heldout, heldout.correct, costs, family)
-    thresholds = np.array([frontier.at(frontier.position_at_cost(budget)).thresholds for budget in budgets])
+    thresholds = np.array([frontier.at_cost(budget).thresholds for budget in budgets])
     return behaviour(of_test, test.correct, costs, thresholds)
 
 

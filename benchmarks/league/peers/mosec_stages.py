@@ -33,7 +33,7 @@ class Stage(Worker):
         self.is_last = self.k == len(stages) - 1
         self.needed = {value.name for stage in stages[self.k + 1 :] for value in stage.inputs}
         frontier = bundle.frontier()
-        point = frontier.at(frontier.position_at_cost(self.served.budget_fraction * bundle.costs_mflops[-1]))
+        point = frontier.at_cost(self.served.budget_fraction * bundle.costs_mflops[-1])
         self.threshold = point.thresholds[self.k]
         self.mflops = bundle.costs_mflops[self.k]
         self.score = bundle.score()

@@ -239,7 +239,7 @@ def test_every_window_keeps_the_bound_and_the_ledger_balances(seed, fractions, b
 
 def test_decisions_follow_threshold_then_ledger():
     budget = controller(0.4, burst_images=1.0, steer=False)
-    thresholds = FRONTIER.at(FRONTIER.position_at_cost(0.4 * FULL_MFLOPS)).thresholds
+    thresholds = FRONTIER.at_cost(0.4 * FULL_MFLOPS).thresholds
     assert budget.thresholds == thresholds
     sure = [budget.admit(1)]
     assert budget.decide(sure, 1, [thresholds[0]]) == ["confident"]
@@ -304,7 +304,7 @@ def test_steady_traffic_ends_within_one_percent_under_the_budget(fraction, seed)
     assert 0.99 <= run.rolling[-1] <= 1.0
     assert max(run.rolling[999:]) <= 1 + BURST_IMAGES / 1000
     assert run.reasons.count("budget") <= 5  # the ledger refused almost nothing
-    point = FRONTIER.at(FRONTIER.position_at_cost(fraction * FULL_MFLOPS))
+    point = FRONTIER.at_cost(fraction * FULL_MFLOPS)
     exits = (images[0] >= np.array(point.thresholds)).argmax(axis=1)
     offline = images[1][np.arange(len(exits)), exits].mean()
     assert np.mean(run.right) >= offline - 0.008  # 0.8 % less compute and swinging thresholds; measured 0.001 to 0.006
@@ -389,7 +389,7 @@ def test_a_continuously_moving_working_budget_is_kept_as_exactly():
     assert worst_window(run) <= budget.ledger.cap
     assert sum(run.spent[1_000:]) == pytest.approx(sum(run.allowances[1_000:]), rel=0.015)
     assert set(run.reasons) <= {"confident", "final"}
-    thresholds = np.array(FRONTIER.at(FRONTIER.position_at_cost(np.mean(run.spent[1_000:]) / 1e6)).thresholds)
+    thresholds = np.array(FRONTIER.at_cost(np.mean(run.spent[1_000:]) / 1e6).thresholds)
     exits = (images[0] >= thresholds).argmax(axis=1)
     offline = images[1][np.arange(len(exits)), exits].mean()
     assert np.mean(run.right) >= offline - 0.012  # steering at a fixed budget keeps to 0.008
@@ -398,7 +398,7 @@ def test_a_continuously_moving_working_budget_is_kept_as_exactly():
 @pytest.mark.parametrize("fraction", [0.25, 0.4, 0.6, 0.8])
 def test_a_stream_of_only_hard_images_keeps_the_budget(fraction):
     scores, right = population(40_000, 11)
-    thresholds = np.array(FRONTIER.at(FRONTIER.position_at_cost(0.6 * FULL_MFLOPS)).thresholds)
+    thresholds = np.array(FRONTIER.at_cost(0.6 * FULL_MFLOPS).thresholds)
     hard = (scores >= thresholds).argmax(axis=1) == len(COSTS_MFLOPS) - 1
     run = simulate(controller(fraction), (scores[hard][:4_000], right[hard][:4_000]))
     assert len(run.spent) == 4_000

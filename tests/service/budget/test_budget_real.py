@@ -52,7 +52,7 @@ class Offline:
 
     def outcome(self, budget_mflops: float) -> tuple[float, float]:
         """Mean cost and accuracy of these images at the budget's point on the frontier."""
-        thresholds = self.frontier.at(self.frontier.position_at_cost(budget_mflops)).thresholds
+        thresholds = self.frontier.at_cost(budget_mflops).thresholds
         measured = outcome(self.scores, self.correct, self.bundle.costs_mflops, thresholds)
         return measured.mean_cost, measured.accuracy
 

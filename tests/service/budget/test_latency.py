@@ -34,7 +34,7 @@ def serve(phases: list[tuple[float, float]], target_s: float = TARGET_S, ceiling
 def offline_accuracy(cost_mflops: float, n_images: int = 50_000) -> float:
     """Accuracy of fixed thresholds at that mean cost."""
     scores, right = population(n_images, seed=99)
-    thresholds = np.array(FRONTIER.at(FRONTIER.position_at_cost(cost_mflops)).thresholds)
+    thresholds = np.array(FRONTIER.at_cost(cost_mflops).thresholds)
     return float(right[np.arange(n_images), (scores >= thresholds).argmax(axis=1)].mean())
 
 

@@ -67,7 +67,7 @@ def test_the_network_that_ships_gets_a_sane_plan(capsys, shipped_times):
     assert code == 0
     bundle = load_bundle(SHIPPED)
     budget_mflops = 0.4 * bundle.costs_mflops[-1]
-    point = bundle.frontier().at(bundle.frontier().position_at_cost(budget_mflops))
+    point = bundle.frontier().at_cost(budget_mflops)
     top, outcome = found["saturated_replica"], found["replica_at_rate"]
     reaching = [1.0 - sum(top["shares"][:k]) for k in range(6)]
     ideal_per_s = 2 / sum(share * 0.008 / 32 for share in reaching)  # all batches full, and no host time

@@ -169,7 +169,7 @@ def test_the_budget_is_kept_and_exit_shares_match_the_frontier(network, fraction
     budget_mflops = fraction * FULL_MFLOPS
     planner = Planner(network, SIX_STAGES, Setup(budget_mflops, 2, 2))
     outcome = planner.at(2_000.0, 4_000)
-    point = network.frontier.at(network.frontier.position_at_cost(budget_mflops))
+    point = network.frontier.at_cost(budget_mflops)
     assert 0.985 * budget_mflops <= outcome.mean_mflops <= budget_mflops
     assert outcome.worst_mflops <= budget_mflops * 1.033  # 32 budgets in 1,000 answers, and the steering's aim
     assert outcome.shares == pytest.approx(point.shares, abs=0.04)

@@ -105,7 +105,7 @@ def test_int8_is_served_with_its_own_frontier_which_is_reported(http, path):
     assert answer.status_code == 200
     budget = http.get("/budget").json()
     frontier = bundle.at("int8").frontier()
-    expected = frontier.at(frontier.position_at_cost(budget["average_mflops"]))
+    expected = frontier.at_cost(budget["average_mflops"])
     assert budget["accuracy"] == pytest.approx(expected.accuracy, abs=1e-3)
 
 
