@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.calibration import CALIBRATION, CALIBRATION_INT8, MAX_CALIBRATION_BYTES, Calibration
@@ -97,11 +95,12 @@ class Bundle:
 
     def score(self) -> Score:
         """Return the exit score to serve with, as the manifest defines it."""
-        if self.manifest.predictor is not None:
-            if tuple(self.manifest.predictor.features) == GATE_FEATURES:
-                return GateScore(np.array(self.manifest.predictor.gain))
-            return Predictor(np.array(self.manifest.predictor.gain), _array(self.manifest.predictor.loss))
-        return plain_scores(len(self.manifest.exits))[self.manifest.score]
+        fitted = self.manifest.predictor
+        if fitted is None:
+            return plain_scores(len(self.manifest.exits))[self.manifest.score]
+        return (
+            GateScore(fitted.gain) if tuple(fitted.features) == GATE_FEATURES else Predictor(fitted.gain, fitted.loss)
+        )
 
 
 def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
@@ -267,7 +266,3 @@ def _check_policy(folder: Path, manifest: Manifest) -> None:
     if fitted is not None and manifest.score in plain_scores(1):
         reason = f"score {manifest.score!r} is not fitted, but there is a predictor"
         raise BundleError(folder, MANIFEST, reason, "evaluate and export the bundle again")
-
-
-def _array(rows: list[list[float]] | None) -> NDArray[np.float64] | None:
-    return None if rows is None else np.array(rows)

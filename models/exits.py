@@ -24,8 +24,11 @@ def _check(logits: Logits) -> None:
         raise ValueError(f"logits must have the shape [rows, classes] with 2 classes or more, not {logits.shape}")
 
 
-def _leaders(logits: Logits) -> tuple[Floats, Floats]:
-    """Split logits [rows, classes >= 2] into the top one [rows] and all with the top one at -inf, in float64."""
+def _odds(logits: Logits) -> tuple[Floats, Floats, Floats]:
+    """Return the logit margin [rows], and the logits relative to the runner-up and their exp [rows, classes].
+
+    At the top class these are -inf and 0. Relative to the runner-up nothing over- or underflows.
+    """
     _check(logits)
     # Rows are contiguous in memory, so that the order of summation does not depend on the batch.
     others = np.array(logits, dtype=np.float64, order="C")
@@ -33,32 +36,9 @@ def _leaders(logits: Logits) -> tuple[Floats, Floats]:
     top_class = others.argmax(axis=1)
     top = others[rows, top_class]
     others[rows, top_class] = -np.inf
-    return top, others
-
-
-def _odds(logits: Logits) -> tuple[Floats, Floats, Floats]:
-    """Return the logit margin [rows], and the logits relative to the runner-up and their exp [rows, classes].
-
-    At the top class these are -inf and 0. Relative to the runner-up nothing over- or underflows.
-    """
-    top, others = _leaders(logits)
     second = others.max(axis=1)
     others -= second[:, None]
     return top - second, others, np.exp(others)
-
-
-def _log_odds(margin: Floats, weights: Floats) -> Floats:
-    log_odds: Floats = margin - np.log(weights.sum(axis=1))
-    return log_odds
-
-
-def _entropy(margin: Floats, others: Floats, weights: Floats) -> Floats:
-    runner_up = np.exp(-margin)
-    rest = runner_up * weights.sum(axis=1)
-    # Classes without weight contribute nothing, but 0 x -inf would be NaN.
-    surprise = np.multiply(weights, others - margin[:, None], out=np.zeros_like(weights), where=weights > 0)
-    negative: Floats = runner_up * surprise.sum(axis=1) / (1.0 + rest) - np.log1p(rest)
-    return negative
 
 
 def _never_unless_finite(scores: Floats, margin: Floats) -> Floats:
@@ -74,7 +54,7 @@ def max_softmax(logits: Logits) -> Floats:
     """
     with np.errstate(all="ignore"):
         margin, _, weights = _odds(logits)
-        return _never_unless_finite(_log_odds(margin, weights), margin)
+        return _never_unless_finite(margin - np.log(weights.sum(axis=1)), margin)
 
 
 def logit_margin(logits: Logits) -> Floats:
@@ -97,7 +77,11 @@ def entropy(logits: Logits) -> Floats:
     """Return minus the entropy of the softmax in nats [rows], the score of BranchyNet (ICPR 2016)."""
     with np.errstate(all="ignore"):
         margin, others, weights = _odds(logits)
-        return _never_unless_finite(_entropy(margin, others, weights), margin)
+        runner_up = np.exp(-margin)
+        rest = runner_up * weights.sum(axis=1)
+        # Classes without weight contribute nothing, but 0 x -inf would be NaN.
+        surprise = np.multiply(weights, others - margin[:, None], out=np.zeros_like(weights), where=weights > 0)
+        return _never_unless_finite(runner_up * surprise.sum(axis=1) / (1.0 + rest) - np.log1p(rest), margin)
 
 
 SCORES: dict[str, Callable[[Logits], Floats]] = {
@@ -128,7 +112,7 @@ def read_softmax(logits: Logits) -> tuple[NDArray[np.intp], Floats, Floats]:
     given = logits
     if not all_finite:
         logits, top = np.where(finite[:, None], logits, 0.0), np.where(finite, top, 0.0)
-    weights = np.subtract(logits, top[:, None], dtype=np.float64, order="C")  # see `_leaders`
+    weights = np.subtract(logits, top[:, None], dtype=np.float64, order="C")  # see `_odds`
     np.exp(weights, out=weights)
     weights[rows, leading] = 0.0
     rest, second = weights.sum(axis=1), weights.max(axis=1)
@@ -146,7 +130,7 @@ def confidence(logits: Logits) -> Floats:
     finite = np.isfinite(top)
     if not finite.all():
         logits, top = np.where(finite, logits, 0.0), np.where(finite, top, 0.0)
-    weights = np.subtract(logits, top, dtype=np.float64, order="C")  # see `_leaders`
+    weights = np.subtract(logits, top, dtype=np.float64, order="C")  # see `_odds`
     largest: Floats = finite[:, 0] / np.exp(weights, out=weights).sum(axis=1)
     return largest
 

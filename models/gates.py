@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from models.exits import Logits
 from models.predictor import linear_log_odds
@@ -26,7 +26,7 @@ SPENT = 2.0**-53  # least probability left, so that a score stays finite
 def see_softmax(logits: Logits) -> Floats:
     """Return the `GATE_FEATURES` [rows, 4] of one exit's logits [rows, classes]; NaN where those are not finite."""
     with np.errstate(all="ignore"):
-        shifted = np.array(logits, dtype=np.float64, order="C")  # rows contiguous: see `exits._leaders`
+        shifted = np.array(logits, dtype=np.float64, order="C")  # rows contiguous: see `exits._odds`
         shifted -= shifted.max(axis=1, keepdims=True)
         weights = np.exp(shifted)
         total = weights.sum(axis=1)
@@ -63,7 +63,7 @@ class GateScore:
 
     history_width = 1  # the probability left: 1 - g_1 - ... - g_(l-1)
 
-    def __init__(self, weights: NDArray[Any]) -> None:
+    def __init__(self, weights: ArrayLike) -> None:
         self.weights = np.asarray(weights, dtype=np.float64)
         if (
             self.weights.ndim != 2

@@ -28,7 +28,6 @@ def optimal_thresholds(
     correct: NDArray[np.bool_],
     costs_cumulative: Sequence[float],
     n_points: int,
-    halves: bool = True,
     n_prices: int = N_PRICES,
 ) -> Floats:
     """Return thresholds [n_points, N], from the cheapest to the most accurate, interpolated in levels between prices.
@@ -38,7 +37,6 @@ def optimal_thresholds(
         correct: [M, N].
         costs_cumulative: [N].
         n_points: number of vectors to return, 2 or more.
-        halves: search two halves of the images separately and return the mean; False searches all images at once.
         n_prices: number of prices tried; points in between are interpolated.
     """
     n_images, n_exits = scores.shape
@@ -46,7 +44,7 @@ def optimal_thresholds(
     costs = np.asarray(costs_cumulative, dtype=np.float64)
     dearest = 1.0 / float(np.diff(costs).min()) if n_exits > 1 else 1.0
     prices = np.concatenate([np.geomspace(dearest, 1e-4 * dearest, n_prices - 1), [0.0]])
-    parts = [np.arange(half, n_images, 2) for half in (0, 1)] if halves and n_images >= 4 else [np.arange(n_images)]
+    parts = [np.arange(half, n_images, 2) for half in (0, 1)] if n_images >= 4 else [np.arange(n_images)]
     found = np.mean([_sweep(levels[rows], correct[rows], costs, prices, len(edges)) for rows in parts], axis=0)
     # Make cuts non-decreasing as the price falls: each is lowered to those of lower prices, based on more images.
     cuts = np.minimum.accumulate(found[::-1], axis=0)[::-1]

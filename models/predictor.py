@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from models.exits import Logits, logit_margin
 from models.shares import Floats
@@ -78,7 +78,7 @@ class Predictor:
 
     history_width = HISTORY_WIDTH
 
-    def __init__(self, gain: NDArray[Any], loss: NDArray[Any] | None = None) -> None:
+    def __init__(self, gain: ArrayLike, loss: ArrayLike | None = None) -> None:
         self.gain = np.asarray(gain, dtype=np.float64)
         self.loss = None if loss is None else np.asarray(loss, dtype=np.float64)
         for weights in (self.gain, self.gain if self.loss is None else self.loss):

@@ -80,7 +80,7 @@ class GateRecord(BaseModel):
         return path
 
     def score(self) -> GateScore:
-        return GateScore(np.array(self.gates))
+        return GateScore(self.gates)
 
     def heldout_scores(self, logits: list[NDArray[Any]]) -> NDArray[np.float64]:
         """Scores [M, N] of the held-out images' logits, each by gates that were not fitted to it."""
