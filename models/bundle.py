@@ -98,9 +98,9 @@ class Bundle:
         fitted = self.manifest.predictor
         if fitted is None:
             return plain_scores(len(self.manifest.exits))[self.manifest.score]
-        return (
-            GateScore(fitted.gain) if tuple(fitted.features) == GATE_FEATURES else Predictor(fitted.gain, fitted.loss)
-        )
+        if tuple(fitted.features) == GATE_FEATURES:
+            return GateScore(fitted.gain)
+        return Predictor(fitted.gain, fitted.loss)
 
 
 def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
