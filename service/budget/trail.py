@@ -33,11 +33,6 @@ class Trail:
         """The sum after the last answer."""
         return self._sums[-1]
 
-    @property
-    def n_runs(self) -> int:
-        """Number of runs stored."""
-        return len(self._ends)
-
     def add(self, before: Number, step: Number, n_answers: int) -> None:
         """Record that answers moved the sum by `step` each, starting from `before`."""
         self.n_answers += n_answers

@@ -36,7 +36,7 @@ class Core:
         n_ended, n_answered, n_abandoned, n_failed, n_late: requests, since the start; the first is the sum of the
             others. Late ones were refused because their deadline passed before they could run.
         exits: answers by exit (from 1) and reason.
-        n_idle: rows that ran a stage although they had been answered, by stage: see `Policy.compact`.
+        idle_spent: multiply-adds run for rows that had been answered: see `Policy.compact`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Core:
         self.deadlines = wishes.Deadlines()
         self.n_answered = self.n_abandoned = self.n_failed = self.n_late = 0
         self.exits: Counter[tuple[int, Reason]] = Counter()
-        self.n_idle = [0] * len(budget.costs)
+        self.idle_spent = 0
         self._class_names = list(class_names)
         self._exits_on = exits
         self._observer = observer
@@ -66,12 +66,6 @@ class Core:
     @property
     def n_ended(self) -> int:
         return self.n_answered + self.n_abandoned + self.n_failed + self.n_late
-
-    @property
-    def idle_mflops(self) -> float:
-        """Compute spent on rows that had already been answered."""
-        steps = zip(self.n_idle, self.budget.costs, (0, *self.budget.costs), strict=False)
-        return sum(n_rows * (cost - before) for n_rows, cost, before in steps) / MEGA
 
     def admit(self, requests: list[Request], now_s: float) -> None:
         if not requests:
@@ -139,7 +133,8 @@ class Core:
             return None
         batch = Batch(*picked)
         if not self.scheduler.policy.compact:
-            self._uncompact(batch)
+            before = self.budget.costs[batch.stage - 1] if batch.stage else 0
+            self.idle_spent += batch.run_whole_block() * (self.budget.costs[batch.stage] - before)
         return batch
 
     def _retry(self) -> Batch | None:
@@ -150,30 +145,27 @@ class Core:
             self._end_abandoned(row, stage)
         return None
 
-    def _uncompact(self, batch: Batch) -> None:
-        """Run the whole block in which the batch's rows lie, including rows that have left."""
-        block = batch.states[0].block
-        if batch.states[-1].block is block and block.n_rows > len(batch.rows):
-            self.n_idle[batch.stage] += block.n_rows - len(batch.rows)
-            batch.places = [state.index for state in batch.states]
-            batch.states = block.states(range(block.n_rows))
-
     def finish(self, batch: Batch, now_s: float) -> None:
         """Take back a batch that has run or failed: each of its rows leaves, goes on, or is retried."""
         self.budget.refresh()
-        seconds = batch.ended_s - batch.started_s
+        result, seconds = batch.result, batch.ended_s - batch.started_s
         for row in batch.rows:
             row.compute_s += seconds
-        if batch.result is None:
+        if result is None:
             self.scheduler.limits.failed(batch.stage, len(batch.rows), batch.error)
             self.fail(batch, f"failed: {batch.error}", now_s)
             return
         self.scheduler.limits.ran(batch.stage, len(batch.rows))
-        self.scheduler.costs.ran(batch.stage, batch.result.block.n_rows, seconds, batch.result.copy_s)
+        self.scheduler.costs.ran(batch.stage, result.block.n_rows, seconds, result.copy_s)
         if self._observer is not None:
             waits = [batch.started_s - row.queued_since_s for row in batch.rows]
             self._observer.batch_ran(batch.stage + 1, seconds, waits)
-        self._decide(batch, batch.result, now_s)
+        reasons = self._reasons(batch, result, now_s)
+        going_on = [i for i, reason in enumerate(reasons) if reason is None]
+        if going_on:
+            self._go_on(batch, result.block, going_on, now_s)
+        if len(going_on) < len(reasons):
+            self._answer(batch, result, reasons, now_s)
         self._out.remove(batch)  # last: if anything above raises, `fail_all` still finds its rows
 
     def fail(self, batch: Batch, what: str, now_s: float) -> None:
@@ -213,14 +205,6 @@ class Core:
         due_s = [row.options.deadline_s for row in rows] if hurry else None
         self.scheduler.add(rows, stage, now_s, joined, due_s)
 
-    def _decide(self, batch: Batch, result: BatchResult, now_s: float) -> None:
-        reasons = self._reasons(batch, result, now_s)
-        going_on = [row for i, row in enumerate(batch.rows) if reasons[i] is None]
-        if going_on:
-            self._go_on(batch, result.block, going_on, reasons, now_s)
-        if len(going_on) < len(reasons):
-            self._answer(batch, result, reasons, now_s)
-
     def _reasons(self, batch: Batch, result: BatchResult, now_s: float) -> list[Verdict]:
         rows, passed = batch.rows, batch.stage + 1
         scores = result.scores if self._exits_on else [wishes.NEVER_SURE] * len(rows)
@@ -239,19 +223,18 @@ class Core:
                 reasons[i] = self._decide_by_wishes(row, batch, result, i, now_s)
         return reasons
 
-    def _go_on(self, batch: Batch, block: Block, rows: list[Request], reasons: list[Verdict], now_s: float) -> None:
-        """Queue rows of a batch for the next stage."""
+    def _go_on(self, batch: Batch, block: Block, indices: list[int], now_s: float) -> None:
+        """Queue some of a batch's rows for the next stage."""
+        rows = [batch.rows[i] for i in indices]
         if batch.stage == 0 and block.slots is not None:
             for row in rows:  # not earlier: a row whose batch failed or was given up needs its image for the retry
                 row.state.begun()
         joined = False
         if not block.is_kept_in_slots:
-            indices = [i for i, reason in enumerate(reasons) if reason is None]
-            if batch.places is not None:
-                indices = [batch.places[i] for i in indices]
+            places = indices if batch.places is None else [batch.places[i] for i in indices]
             # Rows in slots are independent, whatever the policy: `keep` gives each its values outside the slot.
             apart = self.scheduler.policy.compact or block.slots is not None
-            states = keep(block, indices) if apart else block.states(indices)
+            states = keep(block, places) if apart else block.states(places)
             for i, row in enumerate(rows):
                 row.state = states[i]
             joined = lie_side_by_side(states)
@@ -264,10 +247,8 @@ class Core:
         if not rows:
             return
         why = [answer.reason for answer in answers]
-        while why:
-            reason, n_answers = why[0], len(why)
-            why = [other for other in why if other != reason]
-            self.exits[batch.stage + 1, reason] += n_answers - len(why)
+        for reason in dict.fromkeys(why):
+            self.exits[batch.stage + 1, reason] += why.count(reason)
         self._end_answered(rows, answers)
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:

@@ -73,17 +73,9 @@ class CostTable:
         known = self._stages[stage]
         return known.fixed_s + self._host_batch_s if known.fixed_s or known.row_s else 0.0
 
-    def row_s(self, stage: int) -> float:
-        """Seconds that each row adds."""
-        return self._stages[stage].row_s
-
     def copy_s(self, stage: int) -> float:
         """Further seconds of each row that must be copied into the batch; 0 until measured."""
         return self._stages[stage].copy_s
-
-    def by_rows(self, stage: int) -> dict[int, float]:
-        """Measured seconds of a stage by rows (powers of two)."""
-        return {n_rows: bucket.seconds for n_rows, bucket in sorted(self._stages[stage].buckets.items())}
 
     def ran(self, stage: int, n_rows: int, seconds: float, copy_seconds: float = 0.0) -> None:
         """Record a batch that took `seconds`, including `copy_seconds` for copying its rows (0: none was copied)."""

@@ -18,15 +18,16 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from models.scores import Score
 from service.budget.controller import BudgetController
 from service.budget.degrade import Degrade
 from service.budget.state import BudgetState
+from service.budget.steering import MEGA
 from service.engine.admission import Admission
 from service.engine.core import Core
 from service.engine.costs import HOST_BATCH_S, CostTable
 from service.engine.guard import HANG_S
 from service.engine.inbox import Abandon, Message, Wake
-from service.engine.lanes import Score
 from service.engine.loop import Loop
 from service.engine.observer import EngineStats, Observer
 from service.engine.outbox import resolve
@@ -94,7 +95,7 @@ class Engine:
         scheduler = self._core.scheduler
         self.stage_seconds = [dict(seconds) for seconds in self._runner.warm_up()]
         scheduler.costs = CostTable(self.stage_seconds, HOST_BATCH_S)
-        scheduler.limit_rows(self._runner.max_rows)  # memory may allow fewer than configured
+        scheduler.limits.limit(self._runner.max_rows)  # memory may allow fewer than configured
         self._loop.start(self.stage_seconds, scheduler.max_rows)
 
     @property
@@ -289,6 +290,6 @@ class Engine:
             room_rows=self._admission.room_rows,
             predicted_wait_s=in_flight * self._loop.pace.row_s,
             exits=dict(core.exits),
-            idle_mflops=core.idle_mflops,
+            idle_mflops=core.idle_spent / MEGA,
             latency_limited_s=self._degrade.limited_total_s,
         )

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.exits import confidence
-from models.scores import HeadScore
-from models.scores import Score as Score
+from models.scores import HeadScore, Score
 from service.engine.rows import Request
 from service.runners.base import Heads, PreparingRunner, Runner, StageOutput
 from service.runners.blocks import Block, Gathering, RowState
@@ -47,6 +46,19 @@ class Batch:
     def __post_init__(self) -> None:
         self.states = self.states or [row.state for row in self.rows]
 
+    def run_whole_block(self) -> int:
+        """Run the whole block in which the rows lie, with those of its rows that have left; returns how many these are.
+
+        If the rows lie in several blocks, or none has left, nothing changes.
+        """
+        block = self.states[0].block
+        n_gone = block.n_rows - len(self.rows)
+        if self.states[-1].block is not block or n_gone <= 0:
+            return 0
+        self.places = [state.index for state in self.states]
+        self.states = block.states(range(block.n_rows))
+        return n_gone
+
     @property
     def wants_logits(self) -> bool:
         """Whether a row needs more than its best class."""
@@ -69,13 +81,10 @@ class BatchResult:
 
 
 class Lanes(ABC):
-    """Runs batches, `len(lanes)` at once, which the engine's thread puts."""
+    """Runs batches, one at once on each of the runner's lanes, which the engine's thread puts."""
 
     is_driven = False
     """Whether batches progress only through `poll`, so that the engine's thread must call it while it waits."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
 
     @abstractmethod
     def start(self) -> None: ...
@@ -110,9 +119,6 @@ class ThreadLanes(Lanes):
             threading.Thread(target=self._work, name=f"exitserve-lane-{i + 1}", daemon=True)
             for i in range(runner.n_lanes)
         ]
-
-    def __len__(self) -> int:
-        return len(self._threads)
 
     @property
     def n_waiting(self) -> int:

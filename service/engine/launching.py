@@ -33,9 +33,6 @@ class LaunchingLanes(Lanes):
         self._waiting: deque[Batch] = deque()
         self._failed: list[Batch] = []  # failed at launch, or given up before it
 
-    def __len__(self) -> int:
-        return len(self._launched)
-
     @property
     def n_waiting(self) -> int:
         return len(self._waiting)

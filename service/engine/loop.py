@@ -14,12 +14,13 @@ from math import inf
 from queue import SimpleQueue
 from typing import Final, TypeVar
 
+from models.scores import Score
 from service.budget.degrade import Degrade
 from service.engine.admission import Admission
 from service.engine.core import Core
 from service.engine.guard import Guard
 from service.engine.inbox import Abandon, Call, Message, Stop, Wake, next_message
-from service.engine.lanes import Batch, Lanes, Score, ThreadLanes
+from service.engine.lanes import Batch, Lanes, ThreadLanes
 from service.engine.launching import AT_ONCE, LaunchingLanes
 from service.engine.outbox import deliver, turn_away
 from service.engine.pace import Pace
@@ -77,8 +78,7 @@ class Loop:
         self._max_queue_s = max_queue_s
         self._max_rows = admission.room_rows
         self._clock = clock
-        self._followed_unsound: str | None = None  # `Guard.unsound` as last acted on
-        self.trouble: str | None = None  # the same, set once admission has been closed or reopened; for any thread
+        self.trouble: str | None = None  # `Guard.unsound`, once admission has been closed or reopened; for any thread
         self.broken: Future[EngineError] = Future()
         self._arrivals: list[Request] = []  # taken from admission, not yet admitted to the core
         self._messages: deque[Message] = deque()  # taken from the inbox
@@ -95,7 +95,7 @@ class Loop:
         """Take requests from now on. `stage_seconds`: by batch rows, per stage; `max_rows`: of the largest batch."""
         self.guard.expect(stage_seconds, max_rows)
         image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in stage_seconds)
-        self.pace = Pace(len(self._lanes), image_s)
+        self.pace = Pace(self.guard.n_lanes, image_s)
         self._lanes.start()
         with self._handing_over:
             self.admission.open()
@@ -177,7 +177,7 @@ class Loop:
             self.core.expire(now_s)
             for batch in self.guard.look(now_s):
                 self.core.fail(batch, "did not return in time", now_s)
-        if self.guard.unsound is not self._followed_unsound:
+        if self.guard.unsound is not self.trouble:
             self._follow_soundness()
         return goes_on
 
@@ -227,7 +227,7 @@ class Loop:
 
     def _follow_soundness(self) -> None:
         """Fail everything in flight and close admission while no stage can be run; reopen it when they can again."""
-        self._followed_unsound = why = self.guard.unsound
+        why = self.guard.unsound
         if why is None:
             logger.warning("the stages can be run again")
             self.admission.reopen()

@@ -153,10 +153,6 @@ class Scheduler(Generic[Row]):
         """Rows of the largest batch; a stage may be limited to fewer (`limits`) if memory runs out."""
         return self.limits.max_rows
 
-    def limit_rows(self, max_rows: int) -> None:
-        """Pick no batch larger than `max_rows` from now on."""
-        self.limits.limit(max_rows)
-
     def queued_rows(self, stage: int) -> int:
         return self._queues[stage].n_rows
 

@@ -95,7 +95,7 @@ class _LanesAtWork:
 
     def __init__(self, runner: OnnxRunner, score: Score) -> None:
         self._done: SimpleQueue[Batch] = SimpleQueue()
-        self._lanes = ThreadLanes(runner, score, self._done.put)
+        self._lanes, self._n_lanes = ThreadLanes(runner, score, self._done.put), runner.n_lanes
         self._wake_s: list[float] = []  # from a batch's end until the waiting thread has it, while all lanes run
 
     def __enter__(self) -> Self:
@@ -118,7 +118,7 @@ class _LanesAtWork:
             now_s = time.perf_counter()
             if batch.error is not None:
                 raise batch.error
-            if n_left > len(self._lanes):
+            if n_left > self._n_lanes:
                 self._wake_s.append(now_s - batch.ended_s)
 
 

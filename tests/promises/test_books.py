@@ -94,7 +94,7 @@ class Books(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.running: list[Batch] = []
         self.answers: list[tuple[int, int]] = []  # (spent, allowance), in order of answering
-        self.n_refused = self.n_idle = 0
+        self.n_refused = self.idle_spent = 0
         self.draining = False
 
     # --- events -------------------------------------------------------------------------------------------------
@@ -133,8 +133,9 @@ class Books(RuleBasedStateMachine):
             client.overtaken = 0
         for client in waiting:
             client.overtaken += self.now_s - client.request.queued_since_s >= MAX_WAIT_S
-        n_idle, self.n_idle = sum(self.core.n_idle) - self.n_idle, sum(self.core.n_idle)
-        assert len(batch.states) == len(batch.rows) + n_idle, "a row ran that nobody is charged for"
+        n_idle = len(batch.states) - len(batch.rows)
+        self.idle_spent += n_idle * (COSTS[batch.stage] - (0, *COSTS)[batch.stage])
+        assert self.core.idle_spent == self.idle_spent, "a row ran that nobody is charged for"
         assert n_idle == 0 or not self.core.scheduler.policy.compact
         batch.started_s = self.now_s
         self.running.append(batch)

@@ -38,5 +38,5 @@ def test_its_size_is_bounded() -> None:
     trail = Trail(LENGTH, 0)
     for i in range(10_000):
         trail.add(i, 1, 1)
-        assert trail.n_runs <= 2 * LENGTH + 1
+        assert len(trail._ends) <= 2 * LENGTH + 1
     assert trail.ago(LENGTH) == 10_000 - LENGTH

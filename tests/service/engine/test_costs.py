@@ -19,10 +19,10 @@ def run(costs: CostTable, n_batches: int, fixed_s: float, row_s: float, rows=(1,
 def test_it_starts_with_a_line_fitted_to_the_warm_up(sizes):
     costs = CostTable([{n: 2.0 + 0.5 * n for n in sizes}, {8: 4.0}])
     assert costs.fixed_s(0) == pytest.approx(2.0)
-    assert costs.row_s(0) == pytest.approx(0.5)
-    assert costs.seconds(0, 10) == pytest.approx(7.0)
-    assert (costs.fixed_s(1), costs.row_s(1)) == (0.0, 0.5)  # from one size, the fixed part cannot be determined
-    assert costs.by_rows(0)[32 if 33 not in sizes else 64] == pytest.approx(2.0 + 0.5 * (32 if 33 not in sizes else 64))
+    for n_rows in (10, 32, 64, 1_000):
+        assert costs.seconds(0, n_rows) == pytest.approx(2.0 + 0.5 * n_rows)
+    assert costs.fixed_s(1) == 0.0  # from one size, the fixed part cannot be determined
+    assert costs.seconds(1, 100) == pytest.approx(50.0)
 
 
 def test_neither_part_is_negative_whatever_was_measured():
@@ -30,7 +30,7 @@ def test_neither_part_is_negative_whatever_was_measured():
     for seconds in measured:
         costs = CostTable([seconds])
         assert costs.fixed_s(0) >= 0
-        assert costs.row_s(0) >= 0
+        assert costs.seconds(0, 1_000) >= costs.seconds(0, 600)
 
 
 def test_host_time_per_batch_counts_as_fixed_cost():
@@ -86,6 +86,6 @@ def test_unknown_costs_are_learned_from_live_batches_in_little_memory():
     costs = CostTable([{1: 0.0}])
     run(costs, 2_000, 2.0, 0.5, rows=(1, 500))
     assert costs.seconds(0, 100) == pytest.approx(52.0, rel=0.1)
-    sizes = list(costs.by_rows(0))
+    sizes = sorted(costs._stages[0].buckets)
     assert len(sizes) <= 10
     assert all(large == 2 * small for small, large in pairwise(sizes))

@@ -239,7 +239,7 @@ def test_all_waiting_rows_can_be_removed_with_their_stages():
 
 def test_batches_can_be_made_smaller():
     scheduler: Scheduler[int] = Scheduler(2, max_rows=8)
-    scheduler.limit_rows(3)
+    scheduler.limits.limit(3)
     scheduler.add(range(8), 0, 0.0)
     assert scheduler.max_rows == 3
     assert [scheduler.pick(0.0) for _ in range(3)] == [(0, [0, 1, 2]), (0, [3, 4, 5]), (0, [6, 7])]
