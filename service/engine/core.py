@@ -128,8 +128,7 @@ class Core:
         return batch
 
     def _pick(self, now_s: float) -> Batch | None:
-        picked = self.scheduler.pick(now_s)
-        if picked is None:
+        if (picked := self.scheduler.pick(now_s)) is None:
             return None
         batch = Batch(*picked)
         if not self.scheduler.policy.compact:
@@ -244,12 +243,8 @@ class Core:
         """Answer those rows of a batch that leave."""
         mflops, with_steps = self.budget.costs[batch.stage] / MEGA, self._n_wishing > 0
         rows, answers = answers_of(batch, result, reasons, mflops, self._class_names, now_s, with_steps)
-        if not rows:
-            return
-        why = [answer.reason for answer in answers]
-        for reason in dict.fromkeys(why):
-            self.exits[batch.stage + 1, reason] += why.count(reason)
-        self._end_answered(rows, answers)
+        if rows:
+            self._end_answered(rows, answers)
 
     def _decide_by_wishes(self, row: Request, batch: Batch, result: BatchResult, i: int, now_s: float) -> Reason | None:
         score = result.scores[i] if self._exits_on else wishes.NEVER_SURE
@@ -267,7 +262,6 @@ class Core:
         """Answer from a head passed before the deadline. A row that `runs` the next stage is charged for that, too."""
         mflops = self.budget.costs[head.exit] / MEGA if runs else head.mflops
         answer = late_answer(row, head, mflops, self._class_names, now_s)
-        self.exits[answer.exit, answer.reason] += 1
         self.budget.settle([row.account], head.exit + 1, runs)
         self._end_answered([row], [answer])
 
@@ -278,8 +272,11 @@ class Core:
             self._end(row, stage, True, None)
 
     def _end_answered(self, rows: list[Request], answers: list[Answer]) -> None:
-        """End answered requests. Their accounts were settled with the decision."""
+        """End requests answered at one exit. Their accounts were settled with the decision."""
         self.n_answered += len(rows)
+        why = [answer.reason for answer in answers]
+        for reason in dict.fromkeys(why):
+            self.exits[answers[0].exit, reason] += why.count(reason)
         if self._n_wishing:
             self._n_wishing -= sum(not row.options.is_plain for row in rows)
         sink: Sink | None = None  # of the previous row: usually the same, and a look-up takes as long as the rest
