@@ -26,75 +26,9 @@ MAX_BYTES = 64 * 1024
 EXAMPLES = 'one of {"average_mflops": 40}, {"fraction": 0.4} and {"accuracy": 0.74}, or {"latency_ms": 50}, or both'
 
 
-class Budget:
-    """Reads and sets the operator's budget through its keeper; both return the JSON that `BudgetState` describes."""
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-
-    async def read(self) -> bytes:
-        return self._document(*await asyncio.to_thread(self.state.keeper.read))
-
-    async def set(self, target: Target) -> bytes:
-        return self._document(target, await asyncio.to_thread(self.state.keeper.set, target))
-
-    def _document(self, target: Target, now: EngineBudget) -> bytes:
-        targets = self.state.targets
-        expected = targets.expected(now.budget_mflops)
-        return orjson.dumps(
-            {
-                "average_mflops": now.budget_mflops,
-                "fraction": round(now.fraction, 6),
-                "accuracy": round(expected.accuracy, 5),
-                "set_as": target.kind,
-                "expected": {
-                    "average_mflops": expected.cost,
-                    "accuracy": round(expected.accuracy, 5),
-                    "exit_shares": [round(share, 5) for share in expected.shares],
-                },
-                "frontier_ends_below_budget": now.frontier_limited,
-                "thresholds": [finite(threshold) for threshold in now.thresholds],
-                "rolling": {
-                    "images": min(now.answered, ROLLING_ANSWERS),
-                    "average_mflops": now.rolling_mflops,
-                },
-                "ledger": {
-                    "answered": now.answered,
-                    "total_mflops": now.spent_answered_mflops,
-                    "saved_mflops": now.settled_mflops,
-                    "burst_images": now.burst_images,
-                },
-                "latency": None if now.latency is None else self._latency(now, now.latency),
-                "allowed": {
-                    kind: {"lowest": lowest, "highest": highest} for kind, (lowest, highest) in targets.allowed.items()
-                },
-            }
-        )
-
-    def _latency(self, now: EngineBudget, latency: EngineLatency) -> dict[str, object]:
-        limited_since = None
-        if latency.limited_s is not None:
-            began = datetime.now(UTC) - timedelta(seconds=latency.limited_s)
-            limited_since = began.strftime("%Y-%m-%dT%H:%M:%SZ")
-        return {
-            "target_ms": round(latency.target_s * 1e3, 3),
-            "p95_ms": None if latency.p95_s is None else round(latency.p95_s * 1e3, 3),
-            "answers": latency.n_answers,
-            "limited": limited_since is not None,
-            "limited_since": limited_since,
-            "at_lowest": latency.is_lowest,
-            "working": {
-                "average_mflops": now.working_mflops,
-                "fraction": round(now.working_mflops / self.state.targets.full_mflops, 6),
-                "accuracy": round(self.state.targets.expected(now.working_mflops).accuracy, 5),
-            },
-        }
-
-
 def budget_routes(state: State) -> APIRouter:
     router = APIRouter(tags=["budget"])
-    budget = Budget(state)
-    curve = _curve(state)
+    curve = _curve(state.targets)
 
     @router.get(
         "/budget",
@@ -105,7 +39,7 @@ def budget_routes(state: State) -> APIRouter:
     async def read(request: Request) -> Response:
         state.require_open()
         read_query(request.scope["query_string"], ())
-        return Response(await budget.read(), media_type="application/json")
+        return _answer(state.targets, *await asyncio.to_thread(state.keeper.read))
 
     @router.put(
         "/budget",
@@ -138,7 +72,8 @@ def budget_routes(state: State) -> APIRouter:
                 "(curl -H 'Content-Type: application/json')."
             )
         body = await read_body(request, MAX_BYTES, state.settings.body_timeout_s, f"send {EXAMPLES}")
-        return Response(await budget.set(_resolve(state, body)), media_type="application/json")
+        target = _resolve(state.targets, body)
+        return _answer(state.targets, target, await asyncio.to_thread(state.keeper.set, target))
 
     @router.get(
         "/budget/frontier",
@@ -151,6 +86,59 @@ def budget_routes(state: State) -> APIRouter:
         return Response(curve, media_type="application/json")
 
     return router
+
+
+def _answer(targets: Targets, target: Target, now: EngineBudget) -> Response:
+    """The document that `BudgetState` describes: the budget as it was requested, and its state in the engine."""
+    expected = targets.expected(now.budget_mflops)
+    document = {
+        "average_mflops": now.budget_mflops,
+        "fraction": round(now.fraction, 6),
+        "accuracy": round(expected.accuracy, 5),
+        "set_as": target.kind,
+        "expected": {
+            "average_mflops": expected.cost,
+            "accuracy": round(expected.accuracy, 5),
+            "exit_shares": [round(share, 5) for share in expected.shares],
+        },
+        "frontier_ends_below_budget": now.frontier_limited,
+        "thresholds": [finite(threshold) for threshold in now.thresholds],
+        "rolling": {
+            "images": min(now.answered, ROLLING_ANSWERS),
+            "average_mflops": now.rolling_mflops,
+        },
+        "ledger": {
+            "answered": now.answered,
+            "total_mflops": now.spent_answered_mflops,
+            "saved_mflops": now.settled_mflops,
+            "burst_images": now.burst_images,
+        },
+        "latency": None if now.latency is None else _latency(targets, now, now.latency),
+        "allowed": {
+            kind: {"lowest": lowest, "highest": highest} for kind, (lowest, highest) in targets.allowed.items()
+        },
+    }
+    return Response(orjson.dumps(document), media_type="application/json")
+
+
+def _latency(targets: Targets, now: EngineBudget, latency: EngineLatency) -> dict[str, object]:
+    limited_since = None
+    if latency.limited_s is not None:
+        began = datetime.now(UTC) - timedelta(seconds=latency.limited_s)
+        limited_since = began.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "target_ms": round(latency.target_s * 1e3, 3),
+        "p95_ms": None if latency.p95_s is None else round(latency.p95_s * 1e3, 3),
+        "answers": latency.n_answers,
+        "limited": limited_since is not None,
+        "limited_since": limited_since,
+        "at_lowest": latency.is_lowest,
+        "working": {
+            "average_mflops": now.working_mflops,
+            "fraction": round(now.working_mflops / targets.full_mflops, 6),
+            "accuracy": round(targets.expected(now.working_mflops).accuracy, 5),
+        },
+    }
 
 
 def _schema(targets: Targets) -> dict[str, Any]:
@@ -172,7 +160,7 @@ def _examples(targets: Targets) -> dict[str, Any]:
     return {**budgets, "latency_ms": {"value": {"latency_ms": 50, "fraction": halfway["fraction"]}}}
 
 
-def _resolve(state: State, body: bytes) -> Target:
+def _resolve(targets: Targets, body: bytes) -> Target:
     try:
         asked = BudgetRequest.model_validate_json(body)
     except ValidationError as error:
@@ -199,9 +187,9 @@ def _resolve(state: State, body: bytes) -> Target:
         )
     [(kind, value)] = given.items()
     try:
-        return replace(state.targets.resolve(kind, value), latency_s=latency_s)
+        return replace(targets.resolve(kind, value), latency_s=latency_s)
     except TargetError as error:
-        lowest, highest = state.targets.allowed[kind]
+        lowest, highest = targets.allowed[kind]
         raise Problem(
             422,
             "budget-out-of-range",
@@ -215,12 +203,12 @@ def _bad_budget(why: str) -> Problem:
     return Problem(422, "bad-budget", "Bad budget", f"{why}. Send {EXAMPLES}.")
 
 
-def _curve(state: State) -> bytes:
-    frontier = state.targets.frontier
+def _curve(targets: Targets) -> bytes:
+    frontier = targets.frontier
     return orjson.dumps(
         {
             "average_mflops": frontier.cost,
-            "fraction": [cost / state.targets.full_mflops for cost in frontier.cost],
+            "fraction": [cost / targets.full_mflops for cost in frontier.cost],
             "accuracy": frontier.accuracy,
             "exit_shares": frontier.shares,
             "thresholds": [[finite(threshold) for threshold in thresholds] for thresholds in frontier.thresholds],

@@ -19,7 +19,7 @@ def read_query(query_string: bytes, known: Collection[str]) -> dict[str, str]:
     """
     if not query_string:
         return {}
-    pairs = parse_qsl(query_string.decode("ascii", "replace"), keep_blank_values=True, max_num_fields=None)
+    pairs = parse_qsl(query_string.decode("ascii", "replace"), keep_blank_values=True)
     values = dict(pairs)
     unknown = values.keys() - set(known)
     if unknown:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+FEW: Final = 4  # see `keep`
 
 
 # Neither dataclass is frozen: they are made for every image, and making a frozen one takes three times as long.
@@ -113,10 +114,10 @@ def lie_side_by_side(rows: Sequence[RowState]) -> bool:
     return all(row.block is first.block and row.index == first.index + i for i, row in enumerate(rows))
 
 
-def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[RowState]:
+def keep(block: Block, indices: Sequence[int]) -> list[RowState]:
     """Return states of some rows of a block such that they keep only a bounded amount of its memory alive.
 
-    If they are at most one in `max_waste` of the block's rows, they are copied to a block of their own: few copies. If
+    If they are at most one in `FEW` of the block's rows, they are copied to a block of their own: few copies. If
     more are kept, they stay in the block, and each is copied once, when it runs. Rows with slots never keep the block
     alive, as it refers to the states of all its rows and a slot must be free as soon as its row has left.
     """
@@ -125,7 +126,7 @@ def keep(block: Block, indices: Sequence[int], max_waste: float = 4.0) -> list[R
         for state, i in zip(states, indices, strict=True):
             state.block = Block({name: value[i : i + 1] for name, value in block.values.items()}, 1)
         return states
-    if block.n_rows < max_waste * len(indices):
+    if block.n_rows < FEW * len(indices):
         return block.states(indices)
     own = Block({name: value[list(indices)] for name, value in block.values.items()}, len(indices))
     return own.states(range(own.n_rows))

@@ -54,10 +54,9 @@ class OnnxRunner:
         self._image = self.stages[0].inputs[0]
         self._image_shape, self._image_dtype = tuple(self._image.shape), np.dtype(self._image.dtype)
         # What a row carries on from stage k: all values made so far that a later stage reads.
-        needed = [
+        self._needed = [
             {value.name for stage in self.stages[k + 1 :] for value in stage.inputs} for k in range(len(self.stages))
         ]
-        self._needed = [frozenset(names) for names in needed]
         self._kept = [
             tuple(v.name for v in stage.outputs if v.name in self._needed[k]) for k, stage in enumerate(self.stages)
         ]
