@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import cycle
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,15 +67,12 @@ class Record:
     exit: list[int] = field(default_factory=list)  # from 1
     reason: list[str] = field(default_factory=list)
     spent: list[int] = field(default_factory=list)  # multiply-adds
-    allowance: list[int] = field(default_factory=list)
     batch_rows: list[list[int]] = field(default_factory=list)  # by stage
 
 
-@dataclass(slots=True, eq=False)
-class _Image:
-    row: int
+class _Image(NamedTuple):
+    row: int  # of `Network.scores`
     came_s: float
-    request: Request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,8 +187,7 @@ class Simulation:
         if row is None:
             self._rows = iter(self._rng.integers(0, len(self._scores), 4096).tolist())
             row = next(self._rows)
-        request = Request(None, self._deliver, Options(), RowState(NOTHING, 0))
-        request.token = _Image(row, self.now_s, request)
+        request = Request(_Image(row, self.now_s), self._deliver, Options(), RowState(NOTHING, 0))
 
         def arrive() -> None:
             self._arrived.append(request)
@@ -256,14 +252,12 @@ class Simulation:
         for image, answer in outcomes:
             if not isinstance(answer, Answer):
                 raise TypeError(f"a simulated image got {answer!r}. This is a bug.")
-            account = image.request.account
             record.row.append(image.row)
             record.came_s.append(image.came_s)
             record.answered_s.append(self.now_s)
             record.exit.append(answer.exit)
             record.reason.append(answer.reason)
             record.spent.append(self.budget.costs[answer.exit - 1])
-            record.allowance.append(account.allowance)
         for _ in range(min(self._closed_loop, len(outcomes))):
             self._closed_loop -= 1
             self._come()

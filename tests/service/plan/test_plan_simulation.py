@@ -179,10 +179,10 @@ def test_the_budget_is_kept_and_exit_shares_match_the_frontier(network, fraction
 
 
 def test_no_window_of_answers_overspends_by_more_than_the_burst(network):
-    setup = Setup(0.4 * FULL_MFLOPS, 2, 2, burst_images=32.0)
-    record = Simulation(network, SIX_STAGES, setup).run(poisson(2_000, 2_500, 3, burst_images=100).tolist())
-    balance = np.cumsum(np.array(record.spent) - np.array(record.allowance))
-    assert (balance - np.minimum.accumulate(np.minimum(balance, 0))).max() <= 32 * record.allowance[0]
+    simulation = Simulation(network, SIX_STAGES, Setup(0.4 * FULL_MFLOPS, 2, 2, burst_images=32.0))
+    record = simulation.run(poisson(2_000, 2_500, 3, burst_images=100).tolist())
+    balance = np.cumsum(np.array(record.spent) - simulation.budget.budget)
+    assert (balance - np.minimum.accumulate(np.minimum(balance, 0))).max() <= 32 * simulation.budget.budget
 
 
 def test_the_same_seed_gives_the_same_run_and_another_a_different_one(network):
