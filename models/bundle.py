@@ -32,7 +32,7 @@ from models.predictor import FEATURES, Predictor
 from models.scores import Score, plain_scores
 
 ZOO = Path(__file__).with_name("zoo")  # the bundles that ship
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 MAX_MANIFEST_BYTES = 16 * 2**20  # the class names of the largest data sets take about 1 MiB
 COPY_AGAIN = "copy or export the bundle again"
 Precision = Literal["fp32", "int8"]

@@ -101,7 +101,6 @@ def compare(
     shares: NDArray[np.float64],
     correct: NDArray[np.bool_],
     costs: Sequence[float],
-    seed: int = 0,
 ) -> Comparison:
     """Compare policies, the paper's among them, at `N_COSTS` costs evenly spaced up to that of the last exit.
 
@@ -111,10 +110,9 @@ def compare(
         shares: of the images that leave at each exit with it [B, N].
         correct: [M, N].
         costs: cumulative [N].
-        seed: of the resamples.
     """
     grid = np.linspace(costs[0], costs[-1], N_COSTS + 1)[1:]
-    weights = resamples(len(correct), seed)
+    weights = resamples(len(correct))
     progress = tqdm(behaviours.items(), desc="bootstrap", unit="policy", disable=None)
     drawn = {policy: _at_costs(done, weights, grid) for policy, done in progress}  # [1 + resamples, N_COSTS]
     by_chance = _at_costs(Behaviour.at_random(shares, correct, costs), weights, grid)
@@ -133,28 +131,26 @@ def compare(
     return Comparison(tuple(grid.tolist()), tuple(compared), *headroom)
 
 
-def mean_leads(
-    behaviours: Mapping[Policy, Behaviour], over: Policy, costs: Sequence[float], seed: int = 0
-) -> dict[Policy, Estimate]:
+def mean_leads(behaviours: Mapping[Policy, Behaviour], over: Policy, costs: Sequence[float]) -> dict[Policy, Estimate]:
     """The lead of every policy over one of them, on average over the costs of `compare`."""
     grid = np.linspace(costs[0], costs[-1], N_COSTS + 1)[1:]
-    weights = resamples(len(behaviours[over].costs), seed)
+    weights = resamples(len(behaviours[over].costs))
     reference = _at_costs(behaviours[over], weights, grid)
     leads = {policy: (_at_costs(done, weights, grid) - reference).mean(axis=1) for policy, done in behaviours.items()}
     return {policy: Estimate.of(float(lead[0]), lead[1:]) for policy, lead in leads.items()}
 
 
-def lead_at(point: Behaviour, over: Behaviour, seed: int = 0) -> Estimate:
+def lead_at(point: Behaviour, over: Behaviour) -> Estimate:
     """The lead of one operating point [M, 1] over a policy at the same measured cost."""
-    weights = resamples(len(point.costs), seed)
+    weights = resamples(len(point.costs))
     spent, right = ((weights @ of).astype(np.float64)[:, 0] / len(of) for of in (point.costs, point.right))
     leads = right - np.array([_at_costs(over, w[None], c[None])[0, 0] for w, c in zip(weights, spent, strict=True)])
     return Estimate.of(float(leads[0]), leads[1:])
 
 
-def resamples(n_images: int, seed: int) -> NDArray[np.float32]:
+def resamples(n_images: int) -> NDArray[np.float32]:
     """Return how often each of M images is drawn, [1 + N_RESAMPLES, M]; the first row is 1 for every image."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     weights = np.empty((1 + N_RESAMPLES, n_images), dtype=np.float32)
     weights[0] = 1.0
     for row in weights[1:]:

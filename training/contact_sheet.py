@@ -16,6 +16,8 @@ from training.figures import figure_axes
 from training.image_set import ImageSet
 from training.policies import fit_scores
 
+N_CLASSES, ROWS_EACH = 10, 3
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -57,7 +59,7 @@ def choose_images(
     )
 
 
-def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: int = 10, rows_each: int = 3) -> Path:
+def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float) -> Path:
     """Draw `sheet.png` into a run's folder, for the chosen policy at a fraction of the full network's cost.
 
     Raises:
@@ -74,7 +76,7 @@ def draw_sheet(folder: RunFolder, images: ImageSet, fraction: float, n_classes: 
     point = frontier.at_cost(fraction * costs[-1])
     exits = take_exits(scores.of(evaluation.policy.score, test), point.thresholds)
     right = test.correct[np.arange(len(exits)), exits]
-    sheet = choose_images(exits, right, test.labels, n_classes, rows_each)
+    sheet = choose_images(exits, right, test.labels, N_CLASSES, ROWS_EACH)
     path = folder.path / "sheet.png"
     title = f"Test images answered right at {point.cost:.1f} M multiply-adds on average"
     with figure_axes(path, title, n_columns=1) as (axes,):

@@ -21,6 +21,7 @@ from onnxscript import optimizer
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from models.bundle import WEIGHTS
 from models.normalise import Normalise
 from models.staging import Stage, ValueSpec, split
 from models.tracing import NETWORK
@@ -34,7 +35,6 @@ def export_stages(
     mean: Sequence[float],
     std: Sequence[float],
     folder: Path,
-    weights_name: str = "weights.safetensors",
 ) -> list[dict[str, Any]]:
     """Write `folder/stages/stage_K.onnx` for every exit K, and the weights that they share.
 
@@ -58,15 +58,15 @@ def export_stages(
     staged = split(network.cpu(), images, Normalise(mean, std))
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     weights = {name: _as_stored(value.detach()) for name, value in network.state_dict().items()}
-    (folder / weights_name).write_bytes(save(weights))
+    (folder / WEIGHTS).write_bytes(save(weights))
     half = {f"{NETWORK}{name}" for name, value in weights.items() if value.dtype == torch.float16}
-    offsets = {f"{NETWORK}{name}": place for name, place in _read_offsets(folder / weights_name).items()}
+    offsets = {f"{NETWORK}{name}": place for name, place in _read_offsets(folder / WEIGHTS).items()}
     descriptions, state = [], {"images": images}
     for number, stage in enumerate(staged.stages, start=1):
         file = f"stages/stage_{number}.onnx"
         inputs = tuple(state[name] for name in stage.inputs)
         model = _to_onnx(stage, inputs)
-        _refer_to_weights(model, weights_name, offsets, half)
+        _refer_to_weights(model, offsets, half)
         ir.save(model, folder / file)
         with torch.no_grad():
             state.update(zip(stage.outputs, stage(*inputs), strict=True))
@@ -144,13 +144,13 @@ def _as_stored(weight: Tensor) -> Tensor:
     return weight.clone().contiguous()
 
 
-def _refer_to_weights(model: ir.Model, weights_name: str, offsets: dict[str, tuple[int, int]], half: set[str]) -> None:
+def _refer_to_weights(model: ir.Model, offsets: dict[str, tuple[int, int]], half: set[str]) -> None:
     for name, value in list(model.graph.initializers.items()):
         if name not in offsets or not isinstance(value.const_value, ir.Tensor):
             continue
         weight = value.const_value
         dtype = ir.DataType.FLOAT16 if name in half else weight.dtype
-        stored = ir.ExternalTensor(weights_name, *offsets[name], dtype, shape=weight.shape, name=name)
+        stored = ir.ExternalTensor(WEIGHTS, *offsets[name], dtype, shape=weight.shape, name=name)
         if name in half:
             _widen(model.graph, name, value, stored)
         else:

@@ -5,6 +5,7 @@ from typing import Any
 
 from training.calibration import CalibrationRecord
 from training.evaluation import Evaluation
+from training.policies import in_points
 from training.recipe import Augmentation, Recipe
 
 CIFAR100 = """CIFAR-100: 60,000 colour images of 32 x 32 pixels in 100 classes. It has no formal licence; cite
@@ -122,11 +123,11 @@ def model_card(
         score=evaluation.policy.score,
         family=evaluation.policy.family,
         chosen="which were chosen on the held-out images" if "gates" in training else "chosen on the held-out images",
-        crossfit_lead=_points(evaluation.chosen.crossfit_lead, evaluation.chosen.crossfit_lead_error),
+        crossfit_lead=in_points(evaluation.chosen.crossfit_lead, evaluation.chosen.crossfit_lead_error),
         n_costs=len(compared.lead),
-        test_lead=_points(compared.mean_lead.mean, compared.mean_lead.error),
+        test_lead=in_points(compared.mean_lead.mean, compared.mean_lead.error),
         test_interval=f"{100 * compared.mean_lead.low:+.2f} to {100 * compared.mean_lead.high:+.2f}",
-        worst_lead=_points(worst.mean, worst.error),
+        worst_lead=in_points(worst.mean, worst.error),
         objective=_objective(recipe, record, training.get("gates")),
         confidence=_confidence(record),
         epochs=record.epochs,
@@ -149,10 +150,6 @@ def model_card(
 def _duration(seconds: float) -> str:
     hours = seconds / 3600
     return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-
-
-def _points(mean: float, error: float) -> str:
-    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
 
 
 def _objective(recipe: Recipe, record: CalibrationRecord, gates: dict[str, Any] | None) -> str:

@@ -3,7 +3,7 @@
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -47,6 +47,8 @@ ImageSizeOption = Annotated[
     int, typer.Option("--image-size", min=8, help="Side in pixels at which an image folder is read.")
 ]
 DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one.")]
+HeadsStart = Literal["kept", "trained", "fresh"]  # of `gate`; here, as its command imports no torch
+GatesOn = Literal["heldout", "training"]
 
 
 def typed(*words: object) -> str:

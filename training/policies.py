@@ -35,6 +35,11 @@ def name_of(policy: Policy) -> str:
     return f"{policy.score.replace('_', ' ')}, {policy.family}"
 
 
+def in_points(mean: float, error: float) -> str:
+    """A lead and its standard error, both shares, in points of top-1."""
+    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
+
+
 def all_policies(heldout: ExitOutputs) -> list[Policy]:
     return [Policy(score, family) for score in (*heldout.scores, *FITTED) for family in FAMILIES]
 
@@ -85,7 +90,6 @@ def crossfit_rightness(
     costs: tuple[float, ...],
     budgets: list[float],
     families: Iterable[str] = tuple(FAMILIES),
-    seed: int = 0,
 ) -> dict[str, NDArray[np.float64]]:
     """How often each of M images is answered right, over all budgets, with thresholds fitted to other images.
 
@@ -98,7 +102,7 @@ def crossfit_rightness(
     """
     n_images = len(correct)
     right = {family: np.zeros(n_images) for family in families}
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     for _ in range(N_HALVINGS):
         order = generator.permutation(n_images)
         halves = order[: n_images // 2], order[n_images // 2 :]

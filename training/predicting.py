@@ -54,9 +54,9 @@ def folds_of(n_images: int, seed: int = 0) -> NDArray[np.intp]:
     return fold
 
 
-def crossfit(name: str, features: NDArray[Any], correct: Answers, seed: int = 0) -> NDArray[np.float64]:
+def crossfit(name: str, features: NDArray[Any], correct: Answers) -> NDArray[np.float64]:
     """Score every image by a predictor that was fitted to the other folds: [M, N]."""
-    fold = folds_of(len(features), seed)
+    fold = folds_of(len(features))
     scores = np.empty(correct.shape)
     for k in np.unique(fold):
         others = fold != k if fold.any() else fold == k

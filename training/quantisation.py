@@ -74,8 +74,8 @@ def quantise_stages(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> 
         described.append(
             {
                 "file": file,
-                "inputs": [_describe(value, borders) for value in stage.inputs],
-                "outputs": [_describe(value, borders) for value in stage.outputs],
+                "inputs": [_describe(value, value.name in borders) for value in stage.inputs],
+                "outputs": [_describe(value, value.name in borders) for value in stage.outputs],
             }
         )
     for number, stage_described in enumerate(described, start=1):
@@ -236,12 +236,15 @@ def _declare_bytes(declared: Any, value: ValueInfo) -> None:
     """Declare one of a graph's inputs or outputs as bytes."""
     info = next(info for info in declared if info.name == value.name)
     rows = info.type.tensor_type.shape.dim[0].dim_param
-    shape = _describe(value, {value.name: None})["shape"]
-    info.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.UINT8, [rows, *shape]))
+    shape = [rows, *_shape_in_bytes(value)]
+    info.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.UINT8, shape))
 
 
-def _describe(value: ValueInfo, borders: Any) -> dict[str, Any]:
-    shape = list(value.shape)
-    if value.name not in borders:
-        return {"name": value.name, "shape": shape, "dtype": value.dtype}
-    return {"name": value.name, "shape": [*shape[1:], shape[0]] if len(shape) == 3 else shape, "dtype": "uint8"}
+def _shape_in_bytes(value: ValueInfo) -> list[int]:
+    return [*value.shape[1:], value.shape[0]] if len(value.shape) == 3 else list(value.shape)
+
+
+def _describe(value: ValueInfo, in_bytes: bool) -> dict[str, Any]:
+    if in_bytes:
+        return {"name": value.name, "shape": _shape_in_bytes(value), "dtype": "uint8"}
+    return {"name": value.name, "shape": list(value.shape), "dtype": value.dtype}

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from training.policies import in_points
 from training.signals import Judged
 
 
@@ -22,18 +23,12 @@ def write_signals(results: Sequence[Judged], path: Path) -> None:
 
 
 def print_signals(results: Sequence[Judged], console: Console) -> None:
-    table = Table(title="Signals with ratio thresholds: points of top-1, mean over budgets", title_justify="left")
-    for heading in (
-        "signal",
-        "fitted on",
-        "held out, over the paper's policy",
-        "over logit margin, ratio",
-        "test, same",
-    ):
-        table.add_column(heading)
+    headings = "signal", "fitted on", "held out, over the paper's policy", "over logit margin, ratio", "test, same"
+    title = "Signals with ratio thresholds: points of top-1, mean over budgets"
+    table = Table(*headings, title=title, title_justify="left")
     for result in results:
         leads = (result.over_paper, result.over_margin, _estimate(result))
-        cells = (f"{100 * mean:+.2f} ± {100 * error:.2f}" for mean, error in leads)
+        cells = (in_points(*lead) for lead in leads)
         table.add_row(result.signal.name.replace("_", " "), result.signal.fitted_on, *cells)
     console.print(table)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.bundle import BundleError, load_bundle
+from models.bundle import WEIGHTS, BundleError, load_bundle
 from models.manifest import Manifest
 from training.checkpoint import RunError
 from training.image_set import ImageSet, Split
-from training.unpacking import WEIGHTS, read_weights
+from training.unpacking import read_weights
 
 
 def identity_of(bundle: Path) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.figures import figure_axes
+from training.policies import in_points
 from training.study import VariantResult
 
 
@@ -29,7 +30,7 @@ def print_study(results: Sequence[VariantResult], console: Console) -> None:
     for heading in ("variant", "seed", *(str(n + 1) for n in range(n_exits)), "mean"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for result in (result for result in results if not result.is_baseline):
-        gains = [f"{100 * g:+.2f} ± {100 * e:.2f}" for g, e in zip(result.gain.mean(0), result.gain_error, strict=True)]
+        gains = [in_points(*pair) for pair in zip(result.gain.mean(0), result.gain_error, strict=True)]
         table.add_row(result.label, "all", *gains, f"{100 * result.gain.mean():+.2f}")
         for seed, gain in zip(result.seeds, 100 * result.gain, strict=True):
             table.add_row("", str(seed), *(f"{g:+.2f}" for g in gain), f"{gain.mean():+.2f}")

@@ -1,7 +1,9 @@
 """Results as tables on the terminal, and as .csv files in a run's folder."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +12,7 @@ from rich.table import Table
 from training.checkpoint import RunFolder
 from training.comparison import Estimate
 from training.evaluation import Evaluation
-from training.policies import PAPER, name_of
+from training.policies import PAPER, in_points, name_of
 from training.quantising import Quantised
 
 
@@ -97,9 +99,9 @@ def _policies(evaluation: Evaluation) -> Table:
         table.add_row(
             result.policy.score,
             result.policy.family,
-            _points(result.crossfit_lead, result.crossfit_lead_error),
-            _points(lead.mean, lead.error),
-            _points(worst.mean, worst.error),
+            in_points(result.crossfit_lead, result.crossfit_lead_error),
+            in_points(lead.mean, lead.error),
+            in_points(worst.mean, worst.error),
             style="bold" if result.policy == evaluation.policy else None,
         )
     return table
@@ -130,12 +132,13 @@ def write_tables(folder: RunFolder, evaluation: Evaluation) -> list[str]:
         "policies.csv": equal_cost,
     }
     for name, table in tables.items():
-        _write_csv(folder, name, table)
+        write_csv(folder.path / name, table)
     return list(tables)
 
 
-def _write_csv(folder: RunFolder, name: str, rows: list[dict[str, Any]]) -> None:
-    with (folder.path / name).open("w", newline="") as file:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows with the same keys, each a column; floats have six digits."""
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
@@ -143,10 +146,6 @@ def _write_csv(folder: RunFolder, name: str, rows: list[dict[str, Any]]) -> None
 
 def _percent_of(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.1f} ± {100 * estimate.error:.1f} %"
-
-
-def _points(mean: float, error: float) -> str:
-    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
 
 
 def _percent(share: float) -> str:

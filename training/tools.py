@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,8 @@ from training.options import (
     DataOption,
     Device,
     DeviceOption,
+    GatesOn,
+    HeadsStart,
     ImageSizeOption,
     RunArgument,
     images_of,
@@ -21,8 +23,6 @@ from training.options import (
 )
 
 tools = typer.Typer()
-HeadsStart = Literal["kept", "trained", "fresh"]
-GatesOn = Literal["heldout", "training"]
 
 
 @tools.command(short_help="Recreate the run of a bundle from the bundle.")

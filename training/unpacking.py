@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.bundle import BundleError, load_bundle
+from models.bundle import WEIGHTS, BundleError, load_bundle
 from training.averaging import Averaging
 from training.checkpoint import Progress, RunError, RunFolder
 from training.image_set import DataError, ImageSet, Split
@@ -16,7 +16,6 @@ from training.objectives import build_objective, network_of, trainable
 from training.optimiser import optimiser_of
 from training.recipe import Recipe
 
-WEIGHTS = "weights.safetensors"
 KEPT = ("seed", "processes", "commit", "command", "torch", "python", "machine")  # fields of run.json that a bundle has
 
 

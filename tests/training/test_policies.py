@@ -205,7 +205,7 @@ def test_paired_intervals_match_theory() -> None:
 
 
 def test_every_resample_has_as_many_images_as_the_set() -> None:
-    weights = resamples(100, seed=0)
+    weights = resamples(100)
     assert weights.shape == (1 + N_RESAMPLES, 100)
     assert (weights[0] == 1).all()
     assert (weights.sum(axis=1) == 100).all()

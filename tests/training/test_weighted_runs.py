@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from models.bundle import load_bundle
+from models.bundle import WEIGHTS, load_bundle
 from models.onnx_weights import load_stage_session
 from tests.training import tiny
 from tests.training.commands import PATIENCE_S, start
@@ -24,7 +24,7 @@ from training.packing import pack
 from training.plots import plot_run
 from training.processes import Processes
 from training.recipe import Recipe
-from training.unpacking import WEIGHTS, read_weights
+from training.unpacking import read_weights
 
 # Modules that torch imports for forward mode use functions that torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from training.checkpoint import RunError
 from training.jei.gates import Floats, FoldedGates, fit_on_heldout, fit_on_training
-from training.jei.heads import Heads, Steps, batches, cross_entropies, gated_loss, leaving
+from training.jei.heads import Heads, batches, cross_entropies, gated_loss, leaving, optimiser_of, rate_of
 from training.jei.inputs import HeadRows
 from training.jei.record import Settings, Turn, published_decision
 
@@ -57,9 +57,7 @@ class _Turns:
         return gates.weights
 
 
-def alternate(
-    rows: HeadRows, heads: Heads, cost_shares: Sequence[float], settings: Settings, steps: Steps | None = None
-) -> Alternated:
+def alternate(rows: HeadRows, heads: Heads, cost_shares: Sequence[float], settings: Settings) -> Alternated:
     """Train `heads` in place, alternating with gates; return the heads and gates of the best turn.
 
     Args:
@@ -68,20 +66,19 @@ def alternate(
     Raises:
         RunError: the loss is no longer finite.
     """
-    steps = steps or Steps()
     draws = torch.Generator().manual_seed(settings.seed)
     if settings.heads == "fresh":
         heads.start_afresh(settings.seed)
-        warm_up(rows, heads, steps, draws)
+        warm_up(rows, heads, draws)
     turns = _Turns(rows, heads, cost_shares, settings)
-    optimiser = steps.optimiser(heads)
+    optimiser = optimiser_of(heads)
     epochs = 0 if settings.heads == "kept" else settings.epochs
     step = 0
     losses: list[float] = []
     with tqdm(total=epochs * len(rows.train), unit="image", unit_scale=True, desc="turns", disable=None) as bar:
         for epoch in range(epochs):
-            optimiser.param_groups[0]["lr"] = steps.rate(epoch, epochs)
-            for inputs, labels in batches(rows.train, steps.batch_rows, draws):
+            optimiser.param_groups[0]["lr"] = rate_of(epoch, epochs)
+            for inputs, labels in batches(rows.train, draws):
                 if step % TURN_STEPS == 0:
                     gates = turns.take(step, losses)
                     bar.set_postfix_str(f"held-out top-1 {100 * turns.turns[-1].accuracy:.2f} %")
@@ -100,18 +97,18 @@ def alternate(
     return Alternated(*turns.best, tuple(turns.turns), turns.kept)
 
 
-def warm_up(rows: HeadRows, heads: Heads, steps: Steps, draws: torch.Generator) -> None:
+def warm_up(rows: HeadRows, heads: Heads, draws: torch.Generator) -> None:
     """Train fresh layers without gates; the loss of exit 1 has weight N, each later one's weight is one less.
 
     A layer whose held-out loss has not improved for `WARMUP_PATIENCE` epochs is frozen at its best state.
     """
     n_exits = len(heads.layers)
     counts = torch.arange(n_exits, 0, -1.0)
-    optimiser = steps.optimiser(heads)
+    optimiser = optimiser_of(heads)
     least, stale = np.full(n_exits, np.inf), np.zeros(n_exits, dtype=int)
     best = [copy.deepcopy(layer.state_dict()) for layer in heads.layers]
     for _ in tqdm(range(WARMUP_EPOCHS), unit="epoch", desc="warm-up", disable=None):
-        for inputs, labels in batches(rows.train, steps.batch_rows, draws):
+        for inputs, labels in batches(rows.train, draws):
             _step(optimiser, (counts * cross_entropies(heads(inputs), labels).mean(1)).sum())
         losses = heads.show(rows.heldout)[0].losses.mean(axis=0)
         for i in np.flatnonzero(stale < WARMUP_PATIENCE).tolist():

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,9 +13,12 @@ from models.boosting import Boosting
 from models.gates import exit_probabilities, see_softmax
 from training.jei.gates import Shown
 from training.jei.inputs import Rows
+from training.schedule import cosine
 
 EPSILON = 1e-6  # nats; avoids a division by 0 where the weighted loss vanishes
 SHOWN_ROWS = 5000
+BATCH_ROWS = 64  # as published, like the learning rates
+FIRST_RATE, LAST_RATE = 0.01, 2e-4
 
 
 class Heads(nn.Module):
@@ -84,28 +86,17 @@ def leaving(gates: NDArray[np.float64], logits: Tensor) -> Tensor:
     return torch.from_numpy(exit_probabilities(gates, features)).T.to(logits.dtype)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Batch size and SGD settings for the last layers; the defaults are the published ones."""
-
-    batch_rows: int = 64
-    learning_rate: float = 0.01
-    last_rate: float = 2e-4
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-
-    def optimiser(self, heads: Heads) -> torch.optim.SGD:
-        return torch.optim.SGD(
-            heads.parameters(), lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-
-    def rate(self, epoch: int, epochs: int) -> float:
-        """Learning rate of an epoch (from 0): half a cosine from `learning_rate` to `last_rate` in the last epoch."""
-        share = epoch / max(1, epochs - 1)
-        return float(self.last_rate + 0.5 * (self.learning_rate - self.last_rate) * (1 + np.cos(np.pi * share)))
+def optimiser_of(heads: Heads) -> torch.optim.SGD:
+    """SGD with the published settings."""
+    return torch.optim.SGD(heads.parameters(), FIRST_RATE, momentum=0.9, weight_decay=5e-4)
 
 
-def batches(rows: Rows, batch_rows: int, generator: torch.Generator) -> Iterator[tuple[list[Tensor], Tensor]]:
+def rate_of(epoch: int, epochs: int) -> float:
+    """Learning rate of an epoch (from 0): half a cosine from `FIRST_RATE` to `LAST_RATE` in the last epoch."""
+    return LAST_RATE + cosine(FIRST_RATE - LAST_RATE, epoch / max(1, epochs - 1))
+
+
+def batches(rows: Rows, generator: torch.Generator) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Yield the batches of one epoch in a new random order: inputs, N of [batch, width], and labels [batch]."""
-    for part in torch.randperm(len(rows), generator=generator).split(batch_rows):
+    for part in torch.randperm(len(rows), generator=generator).split(BATCH_ROWS):
         yield [x[part] for x in rows.inputs], rows.labels[part]

@@ -63,7 +63,10 @@ def head_rows(
         for i in range(passes)
     ] or [_run(network, train, lambda rows: train.plain(rows)[0], "training images")]
     made = HeadRows(
-        Rows([torch.cat(parts) for parts in zip(*(rows.inputs for rows in seen), strict=True)], _labels(seen)),
+        Rows(
+            [torch.cat(parts) for parts in zip(*(rows.inputs for rows in seen), strict=True)],
+            torch.cat([rows.labels for rows in seen]),
+        ),
         _run(network, heldout, lambda rows: heldout.plain(rows)[0], "held-out images"),
         _run(network, test, lambda rows: test.plain(rows)[0], "test images"),
     )
@@ -71,10 +74,6 @@ def head_rows(
     torch.save({"key": key, **{name: vars(rows) for name, rows in vars(made).items()}}, partial)
     partial.replace(cache)
     return made
-
-
-def _labels(seen: list[Rows]) -> Tensor:
-    return torch.cat([rows.labels for rows in seen])
 
 
 @torch.no_grad()

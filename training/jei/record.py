@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,10 @@ from models.gates import GATE_FEATURES, PUBLISHED_THRESHOLD, GateScore, see_soft
 from training.checkpoint import RunError, RunFolder
 from training.ensemble import Ensemble
 from training.jei.gates import FoldedGates
+from training.options import GatesOn, HeadsStart
 
 GATES = "gates.json"
 SCORE = "jei_gates"  # name of the exit score
-# As published, the heads are trained on half of the batches of 15 epochs, and the gates on the other half.
-EPOCHS = 8
-HeadsStart = Literal["kept", "trained", "fresh"]
-GatesOn = Literal["heldout", "training"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Settings:
     trade_off: float  # nats of cross-entropy that the full network's cost is worth
     heads: HeadsStart = "trained"  # kept: only gates are trained; otherwise the last layers' initial weights
     gates_on: GatesOn = "heldout"
-    epochs: int = EPOCHS
+    epochs: int = 8  # as published: of 15 epochs, the heads are trained on half of the batches, the gates on the others
     detached: bool = True  # see `gated_loss`
     seed: int = 0
 

@@ -1,6 +1,5 @@
 """Compares a gated run with the run it was made from: at the published decision, and over all budgets."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,20 @@ from training.evaluation import N_BUDGETS, Evaluation, cost_of
 from training.figures import figure_axes
 from training.jei.gates import Shown
 from training.jei.record import SCORE, GateRecord, published_decision, published_thresholds
-from training.policies import PAPER, Policy, choose_family, crossfit_rightness, fit_scores, name_of, source_of
+from training.policies import (
+    PAPER,
+    Policy,
+    choose_family,
+    crossfit_rightness,
+    fit_scores,
+    in_points,
+    name_of,
+    source_of,
+)
 from training.predicting import RIDGE, fit_exits, mends
 from training.reliability import expected_calibration_error
 from training.signals import apply, crossfit_columns
+from training.tables import write_csv
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ def print_report(report: Report, gates: GateRecord, console: Console) -> None:
             row.name,
             *(_number(row.heldout_mflops), _number(row.heldout_accuracy, 100)),
             *(_number(row.test_mflops), _number(row.test_accuracy, 100)),
-            *(f"{100 * lead.mean:+.2f} ± {100 * lead.error:.2f}" for lead in (row.over_chosen, row.over_paper)),
+            *(in_points(lead.mean, lead.error) for lead in (row.over_chosen, row.over_paper)),
         )
     console.print(table)
 
@@ -179,16 +188,13 @@ def _number(value: float | None, scale: float = 1.0) -> str:
 
 def write_report(report: Report, path: Path) -> None:
     """Write gates.csv, a row per policy; leads are shares, with their standard error and 95 % interval."""
-    with path.open("w", newline="") as file:
-        rows = []
-        for row in report.rows:
-            plain = {name: value for name, value in asdict(row).items() if not isinstance(value, dict)}
-            leads = {"over_chosen": row.over_chosen, "over_paper": row.over_paper}
-            plain |= {f"{over}_{key}": x for over, lead in leads.items() for key, x in asdict(lead).items()}
-            rows.append({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in plain.items()})
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = []
+    for row in report.rows:
+        plain = {name: value for name, value in asdict(row).items() if not isinstance(value, dict)}
+        leads = {"over_chosen": row.over_chosen, "over_paper": row.over_paper}
+        plain |= {f"{over}_{key}": x for over, lead in leads.items() for key, x in asdict(lead).items()}
+        rows.append(plain)
+    write_csv(path, rows)
 
 
 def plot_report(report: Report, gates: GateRecord, path: Path) -> None:
