@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,23 @@ logger = logging.getLogger(__name__)
 
 def compiler_for(device: torch.device) -> Compile | None:
     """The compiler of kernels for a device; None without a GPU."""
-    return torch.cuda._compile_kernel if device.type == "cuda" else None
+    return _by_nvrtc if device.type == "cuda" else None
+
+
+def _by_nvrtc(source: str, name: str) -> Launch:
+    """Compile by `torch.cuda._compile_kernel`, also without a CUDA toolkit.
+
+    Torch insists on the folder of a toolkit's headers, which its wheels lack. The kernels include none.
+    """
+    from torch.utils import cpp_extension  # takes a while; torch imports it here, too
+
+    home = cpp_extension.CUDA_HOME
+    cpp_extension.CUDA_HOME = home or str(Path(torch.__file__).parent)
+    try:
+        launch: Launch = torch.cuda._compile_kernel(source, name)
+    finally:
+        cpp_extension.CUDA_HOME = home
+    return launch
 
 
 def make_kernels(device: torch.device, ways: Ways) -> Kernels:

@@ -3,10 +3,15 @@
 import ctypes
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.cuda._utils
+from torch.utils import cpp_extension
 
 from service.runners.torch_cuda import small_conv
+from service.runners.torch_cuda.kernel_making import compiler_for
 from service.runners.torch_cuda.kernel_sources import SOURCES
 
 ALL = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
@@ -48,6 +53,23 @@ def test_every_kernel_compiles_for_every_gpu_without_a_warning(nvrtc: ctypes.CDL
         n_code, log = compile_for(nvrtc, (SOURCES | CONVOLUTIONS)[name], arch)
         assert n_code > 0, f"{arch}: {log}"
         assert log == "", arch
+
+
+def test_torch_compiles_kernels_on_a_machine_without_a_cuda_toolkit(
+    nvrtc: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's own function, which wants the folder of the toolkit's headers; all but loading the machine code."""
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setattr(torch.cuda._utils, "_get_nvrtc_library", lambda: nvrtc)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(torch.cuda._utils, "_cuda_load_module", lambda code, names: dict.fromkeys(names, code))
+    compile_kernel = compiler_for(torch.device("cuda"))
+    assert compile_kernel is not None
+    for name, source in SOURCES.items():
+        assert compile_kernel(source, name)
+    assert compile_kernel(CONVOLUTIONS["convolve 24 to 16, stride 2"], "convolve")
+    assert cpp_extension.CUDA_HOME is None
 
 
 def test_invalid_source_does_not_compile(nvrtc: ctypes.CDLL) -> None:
