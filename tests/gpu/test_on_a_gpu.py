@@ -32,7 +32,15 @@ from tests.bundles import REPOSITORY
 from tests.service.apps import PNG, png
 from tests.service.engine.test_engine import balanced, running
 from tests.service.process import environment, running_server
-from tests.service.slotted import all_free, close, engine_around, logits_of, run_side_by_side
+from tests.service.slotted import (
+    TOO_LITTLE_FOR_ANY,
+    TOO_LITTLE_MEMORY,
+    all_free,
+    close,
+    engine_around,
+    logits_of,
+    run_side_by_side,
+)
 from tests.waiting import LIMIT_S
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -207,17 +215,17 @@ def run_short_of_memory(left_mib: int) -> tuple[str, str, list[int]]:
 def test_with_little_memory_batches_shrink_or_the_start_fails_with_the_reason() -> None:
     became, log, (state_mib, used_mib) = run_short_of_memory(0)
     assert became == "rows 2048", log
-    assert "no memory" not in log
+    assert TOO_LITTLE_MEMORY.partition("{")[0] not in log
     n_smaller = 0
     for share in (0.6, 0.35):
         became, log, _ = run_short_of_memory(int(state_mib + share * (used_mib - state_mib)))
         print(share, state_mib, used_mib, became, log)  # shown if the test fails
         n_rows = int(became.removeprefix("rows ")) if became.startswith("rows ") else 0
         if 0 < n_rows < 2048:
-            assert "no memory for 2048 images at once" in log
+            assert TOO_LITTLE_MEMORY.format(2048) in log
             n_smaller += 1
         else:
-            assert n_rows or ("memory" in became and "lower --max-" in became) or "no memory for single" in became
+            assert n_rows or ("memory" in became and "lower --max-" in became) or TOO_LITTLE_FOR_ANY in became
     assert n_smaller
     became, log, _ = run_short_of_memory(40)
     assert became.startswith("ended: "), became

@@ -22,6 +22,9 @@ from service.runners.slotted import SlotRunner
 from tests.service.engine.test_engine import balanced, running
 
 MAX_ROWS = 16
+# Parts of messages, shared with the tests that need a GPU, where a rewording would otherwise show only there.
+TOO_LITTLE_MEMORY = "too little memory for {} images at once"
+TOO_LITTLE_FOR_ANY = "too little memory even for single images"
 Check = Callable[[int, Sequence[int], StageOutput], None]
 """Called with a stage (from 0), the indices of the images that ran together, and the output."""
 

@@ -22,7 +22,7 @@ from service.runners.torch_cuda.device import WARM_RUNS, Cuda, Host, HostStream,
 from service.runners.torch_cuda.runner import open_torch_runner
 from tests.bundles import random_images
 from tests.service.engine.test_engine import running
-from tests.service.slotted import all_free, engine_around
+from tests.service.slotted import TOO_LITTLE_FOR_ANY, TOO_LITTLE_MEMORY, all_free, engine_around
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +115,12 @@ def test_with_little_memory_batches_get_smaller_with_a_warning(
     with running(engine):
         assert runner.max_rows == engine.max_rows == 2
         assert [record.message for record in caplog.records if record.name.endswith("slotted")] == [
-            "too little memory for 8 images at once; now at most 4: CUDA out of memory",
-            "too little memory for 4 images at once; now at most 2: CUDA out of memory",
+            f"{TOO_LITTLE_MEMORY.format(8)}; now at most 4: CUDA out of memory",
+            f"{TOO_LITTLE_MEMORY.format(4)}; now at most 2: CUDA out of memory",
         ]
         answers = [future.result(60) for future in [engine.submit(image) for image in images[:40]]]
         assert max(answer.batch_rows for answer in answers) <= 2
-    with pytest.raises(RunnerError, match="too little memory even for single images"):
+    with pytest.raises(RunnerError, match=TOO_LITTLE_FOR_ANY):
         open_torch_runner(bundle, 8, 64, device=BooksHost(room_rows=0)).warm_up()
 
 
