@@ -39,6 +39,9 @@ COMPILERS: Compilers = {"cuDNN": by_cudnn, "torch.compile": compile_stage}
 def try_compiler(runner: "TorchCudaRunner", stage: int, compiler: Compiler) -> StageCall:
     """Compile a stage, check its results, and prepare it on the first lane at the largest bucket.
 
+    Keep what it returns while that program may run: it may have weights of its own, and a CUDA graph holds only their
+    addresses.
+
     Raises:
         RunnerError: its results differ. The compiler may also raise errors of its own.
     """
@@ -66,6 +69,7 @@ def try_compilers(runner: "TorchCudaRunner", stage: int, compilers: Compilers) -
                 for lane in others:
                     lane.prepare(stage, bucket, call)
                 best, runner.compiled[stage] = [lane.programs[stage, bucket] for lane in lanes], name
+                runner.compiled_calls[stage] = call
         except Exception as error:  # of any type; the stage itself still serves
             if runner.device.is_lost():
                 raise FatalRunnerError(f"stage {stage + 1} cannot be compiled: {error}") from error

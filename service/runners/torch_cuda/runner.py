@@ -19,7 +19,7 @@ from service.runners.torch_cuda.growing import rooms
 from service.runners.torch_cuda.joined import make_bias_relu
 from service.runners.torch_cuda.kernel_making import make_kernels
 from service.runners.torch_cuda.kernels import Ways
-from service.runners.torch_cuda.lane import Lane
+from service.runners.torch_cuda.lane import Lane, StageCall
 from service.runners.torch_cuda.memory import Values
 from service.runners.torch_cuda.network import cut, load_network, lower
 from service.runners.torch_cuda.scoring import SCORES
@@ -82,6 +82,7 @@ class TorchCudaRunner(SlotRunner[Lane]):
             torch.set_num_threads(min(COPY_THREADS, torch.get_num_threads()))
         self.score, self.canvas_px, self._compilers = score, canvas_px, compilers or {}
         self.compiled: dict[int, str] = {}  # stages replaced at the largest bucket, and by which compiler
+        self.compiled_calls: dict[int, StageCall] = {}  # keeps their weights alive: graphs hold only addresses
         stages = cut(network, image_shape, mean, std)
         try:
             super().__init__(len(stages), image_shape, "uint8", max_rows, max_in_flight_rows, n_lanes)

@@ -1,5 +1,7 @@
 """The torch runner tries compilers on its stages, and uses results that are faster and equal."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.normalise import Normalise
-from service.runners.torch_cuda.device import Host
+from service.runners.torch_cuda.device import Host, HostStream, Program, Stream
 from service.runners.torch_cuda.runner import TorchCudaRunner
 from tests.bundles import IMAGE_SIZE_PX, MEAN, STD, random_images, tiny_network
 from tests.service.slotted import close, logits_of
@@ -109,6 +111,44 @@ def test_the_fastest_compiler_with_equal_results_is_used(
         runner.warm_up(0.0)
     assert runner.compiled == dict.fromkeys(range(4), "fastest")
     assert caplog.messages.count("stage 1 stays as it is, as wrong failed: its results differ") == 1
+    for ours, expected in zip(logits_of(runner, IMAGES[:2]), whole, strict=True):
+        close(ours, expected[:2])
+
+
+class AddressesStream(HostStream):
+    """A stream whose programs, like CUDA graphs, do not keep the stage alive that they run."""
+
+    def prepare(self, program: Program) -> Program:
+        super().prepare(program)
+        run, (stage, bucket, call) = program.func, program.args  # type: ignore[attr-defined]
+        held = weakref.ref(call)
+
+        @torch.inference_mode()
+        def replay() -> None:
+            alive = held()
+            assert alive is not None, "its weights are freed"
+            run(stage, bucket, alive)
+
+        return replay
+
+
+class AddressesHost(Host):
+    def open_stream(self) -> Stream:
+        return AddressesStream()
+
+
+def test_the_weights_of_a_compiled_stage_live_as_long_as_its_graphs(whole: list[NDArray[np.float32]]) -> None:
+    compilers = {
+        "used": lambda stage: Slow(stage.stage, 0.0),
+        "not used": lambda stage: Slow(stage.stage, 0.05),
+    }
+    runner = TorchCudaRunner(
+        tiny_network(), SHAPE, MEAN, STD, None, 2, 16, device=AddressesHost(), dtype=torch.float32, compilers=compilers
+    )
+    runner.stages[:] = [Slow(stage, 0.03) for stage in runner.stages]  # type: ignore[misc]
+    runner.warm_up(0.0)
+    assert runner.compiled == dict.fromkeys(range(4), "used")
+    gc.collect()
     for ours, expected in zip(logits_of(runner, IMAGES[:2]), whole, strict=True):
         close(ours, expected[:2])
 
