@@ -1,7 +1,9 @@
 """Chooses the runner of a bundle: the one that the settings name, or the fastest on this machine."""
 
+import gc
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Literal
@@ -132,6 +134,7 @@ def fastest(candidates: Candidates) -> Runner:
     for name, open_candidate in candidates.items():
         runner: Runner | None = None  # lets go of the previous candidate, unless it is the best: its memory is needed
         try:
+            _return_memory()
             runner = open_candidate()
             image_s = sum(seconds[max(seconds)] / max(seconds) for seconds in runner.warm_up())
         except FatalRunnerError:
@@ -147,4 +150,15 @@ def fastest(candidates: Candidates) -> Runner:
     if best is None:
         raise RunnerError(f"no runner can run on this machine; {'; '.join(failures)}")
     logger.info("chosen: the runner %s", best[1])
+    runner = None
+    _return_memory()
     return best[2]
+
+
+def _return_memory() -> None:
+    """Return the memory of candidates that were let go to the device, where other libraries look for it. Torch keeps
+    what is freed for itself; its networks are freed only by the garbage collector, as their parts form cycles."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

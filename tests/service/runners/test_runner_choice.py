@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
+import torch
 
 from models.bundle import Bundle, load_bundle
 from models.onnx_weights import load_stage_session
@@ -91,6 +92,39 @@ def test_a_runner_that_cannot_warm_up_leaves_its_memory_to_the_next(bundle: Bund
         return timed(bundle, 0.004)
 
     choice.fastest({"torch-cuda": open_failing, "onnx": open_next})
+
+
+def test_the_memory_of_a_runner_let_go_is_returned_to_the_device(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch keeps what is freed, and the parts of its networks form cycles, which only the garbage collector frees."""
+    happened: list[str] = []
+
+    class InACycle(Timed):
+        itself: Runner
+
+    def opened(name: str, image_s: float) -> Runner:
+        runner = InACycle(bundle, 8, 1)
+        runner.itself, runner.image_s = runner, image_s
+        weakref.finalize(runner, happened.append, f"{name} freed")
+        happened.append(f"{name} opened")
+        return runner
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("returned"))
+    chosen = choice.fastest({"slow": lambda: opened("slow", 0.004), "fast": lambda: opened("fast", 0.003)})
+    assert happened[-4:] == ["returned", "fast opened", "slow freed", "returned"]
+    del chosen
+    happened.clear()
+    chosen = choice.fastest(
+        {
+            "fast": lambda: opened("fast", 0.003),
+            "slow": lambda: opened("slow", 0.004),
+            "next": lambda: opened("next", 1.0),
+        }
+    )
+    assert happened[-6:] == ["slow opened", "slow freed", "returned", "next opened", "next freed", "returned"]
+    del chosen
 
 
 def test_an_installed_torch_that_cannot_be_loaded_is_reported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
