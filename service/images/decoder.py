@@ -15,6 +15,7 @@ The others are few, or cost less to transfer once scaled down.
 
 import asyncio
 import io
+import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,15 +24,20 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-# The plugins are imported here, because Pillow would otherwise import all of its plugins at the first WebP.
+# Whatever decoding needs is imported here. Pillow would otherwise import it at the first image of a kind: all of its
+# plugins at the first WebP, and, once the server's connections have used up its files, nothing, with an error as if the
+# image were damaged.
 from PIL import (
     BmpImagePlugin,
     Image,
+    ImageOps,  # noqa: F401 (for EXIF, as the next)
+    TiffImagePlugin,  # noqa: F401
     UnidentifiedImageError,
     WebPImagePlugin,
 )
 
 from models.pixels import TURNS, as_rgb, fitted, loaded, orientation_of
+from service.errors import EngineError
 from service.images.jpeg_scans import MOST_PIECES, MOST_SCANS, is_endless
 from service.images.mistaken import name_of
 from service.images.plain import PlainJpeg, PlainPng
@@ -39,6 +45,10 @@ from service.images.sizes import webp_canvas, weight_of
 from service.images.still import StillGif, StillJpeg
 from service.images.threads import Decoding
 from service.images.whole_png import WholePng, has_too_many_chunks, unpacks_much
+
+logger = logging.getLogger(__name__)
+
+Image.preinit()  # imports the plugins that `Image.open` would
 
 FORMATS = (
     WholePng.__name__,
@@ -114,6 +124,7 @@ class ImageDecoder:
 
         Raises:
             ImageError: the body is not an image, or the image is refused.
+            EngineError: memory has run out.
         """
         if len(body) > SMALL_BYTES:
             return None
@@ -159,7 +170,7 @@ class ImageDecoder:
         return None
 
     def open(self, body: bytes) -> Image.Image:
-        """Read the header only, and raise ImageError unless the image may be decoded."""
+        """Read the header only, and raise ImageError unless the image may be decoded; EngineError as `load`."""
         if not body:
             raise ImageError("empty-image", f"The body is empty: send the bytes of one {FORMAT_NAMES} image.")
         self._refuse_large(*webp_canvas(body))  # opening it allocates its canvas, up to 16,383 x 16,383
@@ -182,6 +193,8 @@ class ImageDecoder:
                 f"The {len(body):,} bytes sent are not a {FORMAT_NAMES} image, whatever their name or content type "
                 f"says{seen}.",
             ) from None
+        except MemoryError:
+            raise _no_memory() from None
         except Exception as error:  # for damaged files Pillow's readers raise errors of many types
             raise _broken(error) from None
         self._refuse_large(*image.size)
@@ -190,9 +203,16 @@ class ImageDecoder:
         return image
 
     def load(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Decode an opened image to uint8 [height_px, width_px, 3]."""
+        """Decode an opened image to uint8 [height_px, width_px, 3].
+
+        Raises:
+            ImageError: the image is damaged.
+            EngineError: memory has run out. Where Pillow's libraries do not report that as such, it is an ImageError.
+        """
         try:
             return self._load(image)
+        except MemoryError:
+            raise _no_memory() from None
         except Exception as error:  # as above
             raise _broken(error) from None
 
@@ -231,3 +251,9 @@ class ImageDecoder:
 
 def _broken(why: object) -> ImageError:
     return ImageError("broken-image", f"The image is damaged or cut short ({why}): send the whole file again.")
+
+
+def _no_memory() -> EngineError:
+    """The error of an intact image: its client is not to be told that it is damaged."""
+    logger.error("no memory is left to decode an image")
+    return EngineError("the server has no memory left to decode it")

@@ -50,6 +50,7 @@ class Decoding(Generic[T]):
 
         Raises:
             EngineOverloaded: the predicted wait is too long.
+            RuntimeError: no thread can be started.
         """
         weight = self._weigh(body)
         with self._lock:
@@ -59,7 +60,11 @@ class Decoding(Generic[T]):
             self._n_submitted += 1
             self._submitted_weight += weight
         held = [body]  # emptied on cancellation, as the pool's queue keeps cancelled items until their turn
-        future = self._threads.submit(self._run, held, weight, deadline_s)
+        try:
+            future = self._threads.submit(self._run, held, weight, deadline_s)
+        except RuntimeError:  # no thread can be started: counted for ever, it would have later images refused
+            self._ended(held, weight)
+            raise
         future.add_done_callback(lambda _: self._ended(held, weight))
         return future
 
