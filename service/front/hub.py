@@ -153,6 +153,7 @@ class Hub:
 
     def start(self) -> None:
         self.publish()
+        self._callers.submit(lambda: None)  # starts its thread: a shortage of threads later must not cost a worker
         self._thread.start()
 
     def attach(self, worker: int, sock: socket.socket) -> None:

@@ -156,6 +156,14 @@ def test_an_unanswered_call_times_out(front: Front, monkeypatch: pytest.MonkeyPa
     done.set()
 
 
+def test_calls_are_answered_when_no_more_threads_can_be_started(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert RemoteKeeper(front.proxies[0].calls).read()[0] == front.keeper.read()[0]
+
+
 def test_a_hub_that_breaks_down_reports_it(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_down() -> None:
         raise MemoryError("no room for a board")
