@@ -5,6 +5,9 @@ No label value comes from a client: exits, stages, reasons and outcomes are know
 series is fixed.
 """
 
+import errno
+import os
+import resource
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
@@ -50,7 +53,7 @@ class Metrics:
         tallies = tallies or [Tally(len(exits))]
         self.count, self.decoded, self.responded = tallies[0].count, tallies[0].decoded, tallies[0].responded
         self.registry.register(_RequestCollector(tallies))
-        ProcessCollector(registry=self.registry)
+        self.registry.register(_ProcessCollector(registry=None))
         self._ready = Gauge("exitserve_ready", "1 while images are accepted, otherwise 0", registry=self.registry)
         costs = _cost_bounds([exit_.executed_mflops for exit_ in manifest.exits])
         self._request_mflops = _Observed("request_mflops", "Millions of multiply-adds charged for an answer", costs)
@@ -108,6 +111,27 @@ class _Observed(Collector):
         for stage, cells in self._cells.items():
             add_histogram(family, [str(stage)] if self._labels else [], cells, 0, self._bounds)
         yield family
+
+
+class _ProcessCollector(ProcessCollector):
+    """Reports that all files are open when there is none left to count them with: an alert depends on it."""
+
+    def collect(self) -> Iterable[Metric]:
+        metrics = list(super().collect())
+        if not any(metric.name == "process_open_fds" for metric in metrics) and _is_out_of_files():
+            n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            for name, text in (("open", "Number of open"), ("max", "Maximum number of open")):
+                metrics.append(GaugeMetricFamily(f"process_{name}_fds", f"{text} file descriptors.", value=n_files))
+        return metrics
+
+
+def _is_out_of_files() -> bool:
+    """Whether this process has as many files open as it may."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno == errno.EMFILE
+    return False
 
 
 class _RequestCollector(Collector):

@@ -1,5 +1,6 @@
 """The metrics page: its counts equal the answers, its size is bounded, and it contains nothing from clients."""
 
+import resource
 import shutil
 import subprocess
 from collections import Counter
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import _cost_bounds
+from models.bundle import Bundle
+from service.metrics import Metrics, _cost_bounds
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, png, serving
 
@@ -126,6 +128,18 @@ def test_the_process_is_measured_too(http: Http) -> None:
     assert 10e6 < samples["process_resident_memory_bytes"] < 100e9
     assert 0 < samples["process_open_fds"] < samples["process_max_fds"]
     assert samples["process_cpu_seconds_total"] > 0
+
+
+def test_the_process_is_known_to_have_no_file_left(bundle: Bundle) -> None:
+    """Counting them takes one."""
+    metrics = Metrics(bundle.manifest)
+    n_files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+    try:
+        text, _ = metrics.exposition(is_ready=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, most))
+    assert {"process_open_fds 3.0", "process_max_fds 3.0"} <= set(text.decode().splitlines())
 
 
 @pytest.mark.parametrize("n_exits", [1, 2, 15, 16, 31, 256])
