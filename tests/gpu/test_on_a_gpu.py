@@ -143,11 +143,15 @@ def test_auto_measures_the_available_runners_and_takes_the_fastest(
     assert "chosen: the runner " in said
 
 
+@pytest.mark.filterwarnings("default")  # as errors, deprecations in torch itself and its advice end each compilation
 def test_compiled_stages_give_the_same_answers(
-    bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]]
+    bundle: Bundle, images: NDArray[np.uint8], expected: list[NDArray[np.float32]], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "service.runners.torch_cuda.compiling")
     runner = open_torch_runner(bundle, 64, 512, compile_stages=True)
     runner.warm_up()
+    for stage in range(1, 1 + runner.n_stages):
+        assert f"stage {stage} by torch.compile takes " in caplog.text
     answers_as_float32_does(runner, images, expected)
 
 
