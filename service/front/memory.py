@@ -3,7 +3,7 @@
 It is anonymous (memfd): the kernel frees it with the last process that has it open, however that ends, and it does not
 count against the size of /dev/shm, which is small in containers.
 
-    board | per worker a region: images in flight, connections, tally | per worker an arena: slots of one image each
+    board | per worker a region: images in flight, connections, beats, tally | per worker an arena: slots of one image
 """
 
 import mmap
@@ -19,7 +19,7 @@ from service.tally import Tally, tally_bytes
 PAGE_BYTES = 4096
 TEXT_BYTES = 1024
 TEXT_AT = 256  # within the board
-COUNTS_BYTES = 16  # of a worker's region, before its tally
+COUNTS_BYTES = 24  # of a worker's region, before its tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ class SharedMemory:
         self.board = Board(self._view[:PAGE_BYTES])
         counts = [self._region(i)[:COUNTS_BYTES] for i in range(layout.n_workers)]
         self._in_flight = [cells[:8].cast("q") for cells in counts]
-        self._connections = [cells[8:].cast("q") for cells in counts]  # plus one; 0 while not accepting
+        self._connections = [cells[8:16].cast("q") for cells in counts]  # plus one; 0 while not accepting
+        self._beats = [cells[16:].cast("q") for cells in counts]
 
     @classmethod
     def create(cls, layout: Layout) -> Self:
@@ -103,6 +104,14 @@ class SharedMemory:
     def set_connections(self, worker: int, n: int | None) -> None:
         """Set a worker's number of connections; None if it accepts none. Same writers as `set_in_flight`."""
         self._connections[worker][0] = 0 if n is None else n + 1
+
+    def beats_of(self, worker: int) -> int:
+        """How often a worker's event loop has said that it turns; 0 until it does."""
+        return self._beats[worker][0]
+
+    def set_beats(self, worker: int, n: int) -> None:
+        """Same writers as `set_in_flight`."""
+        self._beats[worker][0] = n
 
     def least_connections_beside(self, worker: int) -> int | None:
         """The fewest connections of any other worker that accepts; None if no other does."""

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 BEGIN_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 SOUND_S = 10.0  # the backoff of a worker that has run this long is reset
 LOOK_S = 1.0  # poll interval: a signal delivered to another thread does not interrupt the main thread's wait
+# A worker whose event loop has not turned for this many looks is killed, and replaced like any that dies. Looks rather
+# than seconds: when all processes have been suspended together, no worker is stuck.
+STUCK_LOOKS = 30
 END_S = 5.0  # for workers to exit after --drain-s, or after closing their channel
 
 
@@ -93,6 +96,9 @@ class Front:
         self._backoff_s = [BEGIN_BACKOFF_S] * self._n_workers
         self._restarts: dict[int, float] = {}  # due time by worker (monotonic)
         self._serving: set[int] = set()
+        self._last_look_s = 0.0  # monotonic
+        self._beats = [0] * self._n_workers  # seen at the last look
+        self._n_still = [0] * self._n_workers  # looks since they rose
         self._is_ending = self._is_signalled = False
         self._n_failed = 0  # workers that ended with an error, or not in time, during shutdown
 
@@ -164,6 +170,7 @@ class Front:
             self._events.put(Signal())
 
     def _start(self, worker: int, hub: Hub) -> None:
+        self._memory.set_beats(worker, 0)
         ours, theirs = socket.socketpair()
         descriptors = (self._listener.fileno(), theirs.fileno(), self._memory.descriptor, self._setup)
         with theirs:
@@ -240,8 +247,28 @@ class Front:
         due_s = ends_s or min(self._restarts.values(), default=inf)
         while True:
             event = next_message(self._events, min(due_s - monotonic(), LOOK_S))
+            self._kill_stuck()
             if event is not None or monotonic() >= due_s:
                 return event
+
+    def _kill_stuck(self) -> None:
+        """Kill workers that have stopped for good: they hold connections, and requests that count as in flight."""
+        if monotonic() < self._last_look_s + LOOK_S:
+            return
+        self._last_look_s = monotonic()
+        for worker, process in self._processes.items():
+            beats = self._memory.beats_of(worker)
+            is_still = beats == self._beats[worker] and beats > 0  # 0: it is still loading, which may take long
+            self._beats[worker] = beats
+            self._n_still[worker] = self._n_still[worker] + 1 if is_still else 0
+            if self._n_still[worker] == STUCK_LOOKS:
+                logger.error(
+                    "HTTP worker %d (process %d) has not responded for %g s: killing it",
+                    worker + 1,
+                    process.pid,
+                    STUCK_LOOKS * LOOK_S,
+                )
+                process.kill()
 
     def _bury(self, gone: Gone) -> None:
         worker = gone.worker

@@ -22,6 +22,8 @@ from service.logs import set_up_logs
 from service.server import STOPS, Server, use_one_heap
 from service.settled_memory import settle_memory
 
+BEAT_S = 1.0  # how often a worker says that its event loop turns; see `supervisor.STUCK_LOOKS`
+
 
 class WorkerProtocol(DirectProtocol):
     """A connection that reports when it ends, and writes its answers through the outbox."""
@@ -61,8 +63,13 @@ class WorkerServer(Server):
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
             self.engine.attach(asyncio.get_running_loop())
+            self._beat(1)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `supervisor`
             yield
+
+    def _beat(self, n: int) -> None:
+        self.memory.set_beats(self.number, n)
+        asyncio.get_running_loop().call_later(BEAT_S, self._beat, n + 1)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,27 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(server: ServerProces
     os.kill(survivor, signal.SIGKILL)
     assert httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=LIMIT_S).status_code == 200
     assert numbers(httpx.get(server.url + "/metrics", timeout=LIMIT_S).text)[answered] == before[answered] + 25
+
+
+IMPATIENT = """
+import runpy
+from service.front import supervisor
+
+supervisor.LOOK_S, supervisor.STUCK_LOOKS = 0.05, 40
+runpy.run_module("service", run_name="__main__")
+"""
+
+
+def test_a_worker_that_stops_for_good_is_replaced(folder: Path, tmp_path: Path) -> None:
+    program = (sys.executable, "-c", IMPATIENT)
+    with running_server(folder / "bundle", tmp_path / "log", *IN_FRONT, program=program) as server:
+        stopped = workers_of(server)
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        response = httpx.post(server.url + "/classify", content=BODIES[0], headers=PNG, timeout=LIMIT_S)
+        assert response.status_code == 200
+        wait_until("both have been replaced", lambda: not set(stopped) & set(workers_of(server)))
+        assert f"(process {stopped[0]}) has not responded for 2 s" in server.log.read_text()
 
 
 @pytest.mark.parametrize("to_all", [False, True])

@@ -14,7 +14,7 @@ import pytest
 from models.bundle import load_bundle
 from service.budget.target import Targets
 from service.front.hub import Hub
-from service.front.supervisor import BEGIN_BACKOFF_S, Front, Gone
+from service.front.supervisor import BEGIN_BACKOFF_S, STUCK_LOOKS, Front, Gone
 from service.front.wire import Kind
 from service.settings import Settings
 from service.tally import OUTCOME_AT
@@ -76,3 +76,23 @@ def test_the_first_signal_after_a_breakdown_does_not_count_as_the_second(
     assert ends == []
     supervisor._on_signal(signal.SIGTERM, None)
     assert ends == [128 + signal.SIGTERM]
+
+
+def test_a_worker_whose_event_loop_stands_still_is_killed(supervisor: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.front.supervisor.LOOK_S", 0.0)
+    memory = supervisor._memory
+    with subprocess.Popen(["sleep", "60"]) as turns, subprocess.Popen(["sleep", "60"]) as stands:
+        supervisor._processes = {0: turns, 1: stands}
+        for _ in range(2 * STUCK_LOOKS):  # the second is still loading
+            memory.set_beats(0, memory.beats_of(0) + 1)
+            supervisor._kill_stuck()
+        for beats in (1, 2):
+            memory.set_beats(1, beats)
+            for _ in range(STUCK_LOOKS):  # the first of them sees it turn
+                memory.set_beats(0, memory.beats_of(0) + 1)
+                supervisor._kill_stuck()
+            assert stands.poll() is None
+        supervisor._kill_stuck()
+        assert stands.wait() == -signal.SIGKILL
+        assert turns.poll() is None
+        turns.kill()
