@@ -134,7 +134,7 @@ def serve(bundle_path: Path, listener: socket.socket, parent: "Connection[Any, A
     metrics.watch(engine.stats, engine.budget_state, bundle)
     keeper = Keeper(engine, targets.resolve("fraction", BUDGET_FRACTION))
     app = create_app(bundle, engine, metrics, targets, keeper, settings, None, on_started)
-    server = Server(app, app.lifecycle, settings)
+    server = Server(app, settings)
 
     def listen_to_parent() -> None:
         while True:

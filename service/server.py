@@ -15,7 +15,6 @@ from time import monotonic
 import uvicorn
 
 from service.api.gate import Gate
-from service.api.lifecycle import Lifecycle
 from service.api.protocol import DirectProtocol
 from service.settings import Settings
 
@@ -96,7 +95,7 @@ class Server(uvicorn.Server):
     A second signal ends the process at once, unless it is SIGHUP, which both a terminal and its shell may send.
     """
 
-    def __init__(self, app: Gate, lifecycle: Lifecycle, settings: Settings) -> None:
+    def __init__(self, app: Gate, settings: Settings) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -114,7 +113,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=LEAVING_S,  # type: ignore[arg-type]
             )
         )
-        self.lifecycle = lifecycle
+        self.lifecycle = app.lifecycle
         self.drain_s = settings.drain_s
         self.n_unanswered = 0
         self._listeners: list[socket.socket] = []

@@ -47,7 +47,7 @@ def serve(
         say_ready()
 
     app = create_app(bundle, engine, metrics, targets, keeper, settings, admin_token, on_started)
-    server = Server(app, app.lifecycle, settings)
+    server = Server(app, settings)
     server.run(sockets=[listener])
     if failure:
         raise ServerFailed(str(failure[0])) from failure[0]

@@ -17,9 +17,8 @@ from service.api.classify import Classifier, classify_routes
 from service.api.delivery import Delivery
 from service.api.direct import Desk
 from service.api.gate import Gate, LoggedGate
-from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names
+from service.api.lifecycle import ALWAYS_OPEN, Lifecycle
 from service.api.ports import EnginePort, KeeperPort, MetricsPort
-from service.api.room import Room
 from service.api.state import State
 from service.api.status import status_routes
 from service.api.stream import stream_routes
@@ -114,7 +113,7 @@ def create_app(
         redirect_slashes=False,  # redirects would use the client's Host header, and never https
     )
     problems.install(app)
-    classifier, room, names = Classifier(state), Room(state), Names()
+    classifier = Classifier(state)
     for routes in (
         classify_routes(classifier),
         stream_routes(classifier),
@@ -125,11 +124,8 @@ def create_app(
         app.include_router(routes)
     page.install(app, state)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-    has_log = settings.access_log == "json"
-    desk = Desk(classifier, room, names, has_log)
-    most_held_bytes = max(settings.max_held_bytes, settings.max_body_bytes)
-    make_gate = LoggedGate if has_log else Gate
-    return make_gate(app, lifecycle, room, names, desk, most_held_bytes, settings.origins)
+    desk = Desk(classifier)
+    return LoggedGate(app, desk) if desk.has_log else Gate(app, desk)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -74,14 +74,17 @@ class Desk:
 
     Args:
         classifier: reads options and builds answers.
+
+    Attributes:
         room: admission check, made before the body is read.
         names: assigns request ids.
         has_log: whether to write an access log line for each visit.
     """
 
-    def __init__(self, classifier: Classifier, room: Room, names: Names, has_log: bool) -> None:
-        self.classifier, self.room, self.names, self.has_log = classifier, room, names, has_log
-        self.state = classifier.state
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier, self.state = classifier, classifier.state
+        self.room, self.names = Room(self.state), Names()
+        self.has_log = self.state.settings.access_log == "json"
         self.lifecycle = self.state.lifecycle
         self._engine = self.state.engine
         self._decoder = self.state.decoder

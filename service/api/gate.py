@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from time import monotonic, perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,10 +10,9 @@ from service.api.access_log import log_request
 from service.api.access_log import logger as access_log
 from service.api.direct import Desk
 from service.api.documents import too_many_bytes
-from service.api.lifecycle import ALWAYS_OPEN, Lifecycle, Names, Phase
+from service.api.lifecycle import ALWAYS_OPEN, Phase
 from service.api.origins import Origins
 from service.api.problems import Problem, not_ready
-from service.api.room import Room
 from service.logs import NOTES
 
 
@@ -26,31 +24,20 @@ class Gate:
 
     Args:
         app: the application behind the gate.
-        lifecycle: the server's phase.
-        room: admission check while the server is ready.
-        names: assigns request ids.
-        desk: the fast path, which the protocol uses directly; its requests never come here.
-        most_held_bytes: limit on the body bytes held by all requests in flight together.
-        origins: web origins allowed by CORS, for all calls but setting the budget; by default only the server's own.
+        desk: the fast path, which the protocol uses directly; its requests never come here. Both share the server's
+            phase, the admission check and the request ids.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        lifecycle: Lifecycle,
-        room: Room,
-        names: Names,
-        desk: Desk,
-        most_held_bytes: int,
-        origins: Sequence[str] = (),
-    ) -> None:
-        self.app, self.lifecycle, self.room, self.names, self.desk = app, lifecycle, room, names, desk
-        self.most_held_bytes = most_held_bytes
-        self.has_origins = bool(origins)
-        self._entrance: ASGIApp = self._enter
-        if origins:  # wraps refusals too: without CORS fields a page cannot read them
-            self._entrance = Origins(self._enter, origins)
+    def __init__(self, app: ASGIApp, desk: Desk) -> None:
+        self.app, self.desk = app, desk
+        self.lifecycle, self.room, self.names = desk.lifecycle, desk.room, desk.names
+        settings = desk.state.settings
+        self._most_held_bytes = max(settings.max_held_bytes, settings.max_body_bytes)  # of all requests in flight
         self._held_bytes = 0
+        self.has_origins = bool(settings.origins)
+        self._entrance: ASGIApp = self._enter
+        if self.has_origins:  # wraps refusals too: without CORS fields a page cannot read them
+            self._entrance = Origins(self._enter, settings.origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,8 +68,8 @@ class Gate:
             is_body_kept = False
             message = await receive()
             n_bytes = len(message.get("body", b""))
-            if self._held_bytes + n_bytes > self.most_held_bytes:
-                raise too_many_bytes(self.most_held_bytes)
+            if self._held_bytes + n_bytes > self._most_held_bytes:
+                raise too_many_bytes(self._most_held_bytes)
             self._held_bytes += n_bytes
             held_bytes += n_bytes
             return message

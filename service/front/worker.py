@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         setup.admin_token,
         on_started=on_started,
     )
-    server = WorkerServer(app, app.lifecycle, settings)
+    server = WorkerServer(app, settings)
     server.engine, server.memory, server.number = engine, memory, number
     with socket.socket(fileno=listening) as listener:
         server.run(sockets=[listener])

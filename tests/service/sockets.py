@@ -93,7 +93,7 @@ def serving(folder: Path, **settings: Any) -> Iterator[Here]:
     engines: list[Engine] = []
     loops: Queue[asyncio.AbstractEventLoop] = Queue()
     app = build_app(folder, engines.append, lambda error: loops.put(asyncio.get_running_loop()), **settings)
-    server = Served(app, app.lifecycle, Settings(bundle=folder))
+    server = Served(app, Settings(bundle=folder))
     with listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
