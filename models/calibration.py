@@ -51,13 +51,6 @@ class Calibration:
             if not (values < np.inf).all():
                 raise ValueError(f"scores {name!r} contain NaN or +inf")
 
-    @property
-    def n_images(self) -> int:
-        return int(self.correct.shape[0])
-
-    @property
-    def n_exits(self) -> int:
-        return int(self.correct.shape[1])
 
     def save(self, path: Path) -> None:
         """Write the file, the same bytes for the same numbers: a bundle's version must not depend on the time."""
