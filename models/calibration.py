@@ -51,7 +51,6 @@ class Calibration:
             if not (values < np.inf).all():
                 raise ValueError(f"scores {name!r} contain NaN or +inf")
 
-
     def save(self, path: Path) -> None:
         """Write the file, the same bytes for the same numbers: a bundle's version must not depend on the time."""
         arrays: dict[str, NDArray[Any]] = {CORRECT: self.correct}

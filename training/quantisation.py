@@ -162,7 +162,7 @@ def _byte_borders(stages: Sequence[StageInfo], models: Sequence[onnx.ModelProto]
         for value in stage.outputs:
             given = _scale_of(model, _giver(model, value.name))
             readers = [
-                _scale_of(m, _only_reader(m, value.name, "QuantizeLinear"))
+                _scale_of(m, _taker(m, value.name))
                 for s, m in zip(stages, models, strict=True)
                 if value.name in {read.name for read in s.inputs}
             ]
@@ -176,10 +176,10 @@ def _giver(model: onnx.ModelProto, name: str) -> onnx.NodeProto | None:
     return next((n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.output[0] == name), None)
 
 
-def _only_reader(model: onnx.ModelProto, name: str, op_type: str) -> onnx.NodeProto | None:
-    """The node that reads a value, if there is exactly one and it is of that type."""
+def _taker(model: onnx.ModelProto, name: str) -> onnx.NodeProto | None:
+    """The QuantizeLinear that reads a value; None if another kind of node does, or more than one."""
     readers = [node for node in model.graph.node if name in node.input]
-    return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
+    return readers[0] if len(readers) == 1 and readers[0].op_type == "QuantizeLinear" else None
 
 
 def _scale_of(model: onnx.ModelProto, node: onnx.NodeProto | None) -> _Scale | None:
@@ -193,7 +193,7 @@ def _scale_of(model: onnx.ModelProto, node: onnx.NodeProto | None) -> _Scale | N
 def _take_bytes(model: onnx.ModelProto, value: ValueInfo, scale: _Scale) -> None:
     """Change a graph's input to bytes, and remove the node that quantised it."""
     graph = model.graph
-    quantise = _only_reader(model, value.name, "QuantizeLinear")
+    quantise = _taker(model, value.name)
     assert quantise is not None  # see `_byte_borders`
     by_name = {tensor.name: tensor for tensor in graph.initializer}
     for name, array in {quantise.input[1]: scale.scale, quantise.input[2]: scale.zero_point}.items():
