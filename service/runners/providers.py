@@ -56,19 +56,16 @@ def cuda_device_name() -> str:
 @functools.cache
 def tensorrt_version() -> int | None:
     """The version number that the TensorRT library reports; None if it or its parser cannot be loaded."""
-    for folder in (*_package_folders("tensorrt_libs"), Path()):
+    package = importlib.util.find_spec("tensorrt_libs")
+    folders = package.submodule_search_locations or () if package else ()
+    for folder in (*folders, ""):  # "": where the dynamic linker looks
         try:
-            library = ctypes.CDLL(str(folder / TENSORRT_LIBRARY))
-            ctypes.CDLL(str(folder / TENSORRT_PARSER))
+            library = ctypes.CDLL(str(Path(folder, TENSORRT_LIBRARY)))
+            ctypes.CDLL(str(Path(folder, TENSORRT_PARSER)))
         except OSError:
             continue
         return int(library.getInferLibVersion())
     return None
-
-
-def _package_folders(name: str) -> list[Path]:
-    spec = importlib.util.find_spec(name)
-    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
 
 
 @functools.cache
