@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from math import inf
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +26,7 @@ from service.engine.admission import Admission
 from service.engine.core import Core
 from service.engine.costs import HOST_BATCH_S, CostTable
 from service.engine.guard import HANG_S
-from service.engine.inbox import Abandon, Message, Wake
+from service.engine.inbox import Abandon, Wake
 from service.engine.loop import Loop
 from service.engine.observer import EngineStats, Observer
 from service.engine.outbox import resolve
@@ -75,14 +74,11 @@ class Engine:
         self.clock = clock
         self.stage_seconds: Sequence[dict[int, float]] = ()  # by batch rows, per stage; measured by `start`
         self._runner, self._first_states = runner, first_states_of(runner)
-        self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._admission = Admission(max_in_flight_rows)
         self._core = Core(budget, scheduler, class_names, exits, observer)
         self._degrade = Degrade(budget, max_in_flight_rows)
         self._degrade.set(budget.working_mflops, latency_s, clock())
-        self._loop = Loop(
-            self._core, runner, score, self._inbox, self._admission, self._degrade, max_queue_s, hang_s, clock
-        )
+        self._loop = Loop(self._core, runner, score, self._admission, self._degrade, max_queue_s, hang_s, clock)
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
@@ -217,11 +213,11 @@ class Engine:
     def flush(self) -> None:
         """Wake the engine's thread for submitted images, if it has asked for that."""
         if self._admission.is_to_wake():
-            self._inbox.put(Wake())
+            self._loop.inbox.put(Wake())
 
     def abandon(self, request: Request) -> None:
         """Give up a request: it runs no further stage and, unless its outcome was delivered before, gets none."""
-        self._inbox.put(Abandon(request))
+        self._loop.inbox.put(Abandon(request))
 
     def ask(self, function: Callable[[], T]) -> "Future[T]":
         """Run a function on the engine's thread, between batches. Waiting for it on that thread would deadlock."""

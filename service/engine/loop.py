@@ -46,10 +46,11 @@ def lanes_for(runner: Runner, score: Score, post: Callable[[Batch], None]) -> La
 class Loop:
     """Feeds the core with messages and finished batches, and the lanes with its batches.
 
+    Any thread may put messages into `inbox`.
+
     Args:
         core: owned by the thread from `start` until it ends.
         runner, score: for the lanes.
-        inbox: any thread may put messages.
         max_queue_s, hang_s: see `Engine`.
         clock: seconds.
     """
@@ -59,7 +60,6 @@ class Loop:
         core: Core,
         runner: Runner,
         score: Score,
-        inbox: SimpleQueue[Message],
         admission: Admission,
         degrade: Degrade,
         max_queue_s: float,
@@ -69,12 +69,12 @@ class Loop:
         self.core = core
         self.admission = admission
         self.degrade = degrade
+        self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.guard = Guard(runner.n_lanes, hang_s)
         self.pace = Pace(runner.n_lanes, 0.0)
         self.owns = False  # the thread is running and takes messages
         self.n_delivered = 0  # requests that the core has ended and admission has released
         self._lanes = lanes_for(runner, score, self._post)
-        self._inbox = inbox
         self._max_queue_s = max_queue_s
         self._max_rows = admission.room_rows
         self._clock = clock
@@ -107,14 +107,14 @@ class Loop:
         call = Call(function)
         with self._handing_over:
             if self.owns:
-                self._inbox.put(call)
+                self.inbox.put(call)
                 return call.future
         call.run()  # not started, ended or winding up: on the caller's thread, perhaps concurrently with other callers
         return call.future
 
     def stop(self) -> None:
         """Stop after the messages received so far, and wait for the threads to end."""
-        self._inbox.put(Stop())
+        self.inbox.put(Stop())
         if self._owner.is_alive():
             self._owner.join()
         self._lanes.stop(timeout_s=1.0)
@@ -126,7 +126,7 @@ class Loop:
         each time it wakes, its code has left the CPU cache, which costs more than processing a batch does."""
         self._ran.append(batch)
         if not (self._is_behind and self._lanes.n_waiting):
-            self._inbox.put(Wake())
+            self.inbox.put(Wake())
 
     # --- the engine's thread ------------------------------------------------------------------------------------
 
@@ -158,7 +158,7 @@ class Loop:
         lanes_are_free = len(self.guard.running) < self._max_running
         if self.admission.wait_for_one(lanes_are_free) or not lanes_are_free:
             self._wait()
-        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        self._messages += [self.inbox.get() for _ in range(self.inbox.qsize())]
         self._take_arrivals()
         self._ran.extend(self._lanes.poll())
         while self._ran:
@@ -190,7 +190,7 @@ class Loop:
         due_s = self._due_s
         if self._lanes.is_driven and self._n_out:
             return self._drive(due_s)
-        message = next_message(self._inbox, due_s - self._clock())
+        message = next_message(self.inbox, due_s - self._clock())
         if message is not None:
             self._messages.append(message)
 
@@ -202,7 +202,7 @@ class Loop:
         spin_s = now_s + SPIN_S if is_alone else 0.0
         if sum([len(batch.rows) for batch in self.guard.running]) >= MANY_ROWS:
             time.sleep(0)  # yield the interpreter to threads that submit images, so that batches stay large
-        while self._inbox.empty() and now_s < due_s:
+        while self.inbox.empty() and now_s < due_s:
             if ran := self._lanes.poll():
                 self._ran.extend(ran)
                 return
@@ -282,7 +282,7 @@ class Loop:
             self.owns = False
         # From here on, only abandonments and batches can arrive; their requests end below in any case.
         self._arrivals += self.admission.take()
-        self._messages += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        self._messages += [self.inbox.get() for _ in range(self.inbox.qsize())]
         for message in self._messages:
             if isinstance(message, Call):
                 message.run()

@@ -499,7 +499,7 @@ def test_outcomes_come_once_per_batch_and_a_raising_sink_affects_no_other(bundle
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_while_many_images_wait_the_engine_is_woken_only_if_a_lane_would_idle(bundle, is_behind):
     engine = faulty_engine(bundle)  # not started, so nothing takes batches or messages
-    loop, inbox = engine._loop, engine._inbox
+    loop, inbox = engine._loop, engine._loop.inbox
     loop._is_behind = is_behind
     ran, waiting = Batch(0, []), Batch(1, [])
     loop._lanes.put(waiting)

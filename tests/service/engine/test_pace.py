@@ -1,8 +1,7 @@
 """The measured time per image, whatever images leave for."""
 
 from math import inf
-from queue import SimpleQueue
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -31,8 +30,7 @@ def loop_around(here: World, target_s: float | None = None) -> Loop:
     degrade = Degrade(here.core.budget, 1024)
     degrade.set(FULL_MFLOPS, target_s, here.now_s)
     runner, score = cast(Runner, OneLane()), cast(Score, None)
-    inbox: SimpleQueue[Any] = SimpleQueue()
-    loop = Loop(here.core, runner, score, inbox, Admission(1024), degrade, inf, 600.0, lambda: here.now_s)
+    loop = Loop(here.core, runner, score, Admission(1024), degrade, inf, 600.0, lambda: here.now_s)
     loop.guard.expect([{1: STAGE_S}] * N_EXITS, 32)
     loop.pace = Pace(1, IMAGE_S)
     return loop

@@ -35,7 +35,7 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
     )  # it answers none of them before it is notified of the death
     assert began.wait(LIMIT_S)  # new messages stay in its inbox
     front.run(die())
-    wait_until("the hub has given its requests up", lambda: front.engine._inbox.qsize() > 20)
+    wait_until("the hub has given its requests up", lambda: front.engine._loop.inbox.qsize() > 20)
     done.set()
     assert front.someone_has_gone.wait(LIMIT_S)
     assert front.gone == [(0, 20)]
