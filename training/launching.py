@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from math import inf
 from types import FrameType
-from typing import Any
 
 import typer
 
@@ -23,28 +22,41 @@ GO_ON = "give the same command again to resume"
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m training` with these arguments in `count` processes that train together; return the exit status.
 
-    SIGTERM is passed on (Ctrl-C reaches them from the terminal): they save and stop, as they also do when this process
-    is gone. When one fails, the others are terminated once the cause is reported, or after `TELLING_S`. Bad input is
-    found by all and reported by process 0. What a process can't report of its own end (a signal) is reported here. Both
-    signal handlers are restored afterwards.
+    SIGINT (Ctrl-C) and SIGTERM are passed on as SIGTERM: the processes save and stop, as they also do when this one is
+    gone; a second SIGINT kills them. They ignore the terminal's SIGINT themselves: while modules are imported,
+    KeyboardInterrupt may be swallowed. When one fails, the others are terminated once the cause is reported, or after
+    `TELLING_S`. Bad input is found by all and reported by process 0. What a process can't report of its own end (a
+    signal) is reported here. Both signal handlers are restored afterwards.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), LAUNCHER: str(os.getpid())}
     command = [sys.executable, "-m", "training", *arguments]
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # which the processes inherit
     workers = [
         subprocess.Popen(command, env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
+    stops: list[int] = []  # signals that asked for the end
+    killed = False
 
-    def end(_: int | None = None, __: FrameType | None = None) -> None:
+    def end() -> None:
         for worker in workers:
             if worker.poll() is None:
                 worker.terminate()
 
-    handlers: dict[signal.Signals, Any] = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: end}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal killed
+        killed |= bool(stops) and number == signal.SIGINT
+        stops.append(number)
+        if not killed:
+            return end()
+        for worker in workers:
+            worker.kill()
+
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     failed: dict[int, int] = {}  # statuses by rank, in the order in which they came
     ends_s = inf  # deadline for terminating the others
     running = True
@@ -65,6 +77,9 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             signal.signal(number, handler)
     if not failed:
         return 0
+    of_stopping = {-signal.SIGTERM, LOST_ANOTHER, *([-signal.SIGKILL] if killed else [])}
+    if stops and set(failed.values()) <= of_stopping:  # stopped before training began, or killed
+        return 128 + stops[0]
     rank = next((rank for rank, status in failed.items() if status != LOST_ANOTHER), min(failed))
     if unreported := _unreported(rank, failed):
         typer.echo(f"error: {unreported}", err=True)

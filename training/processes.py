@@ -113,10 +113,14 @@ def end_if_lost(error: RuntimeError) -> None:
 
 
 class StopRequest:
-    """Notes SIGINT (Ctrl-C) and SIGTERM while entered, so that the loop can save first; a second Ctrl-C interrupts."""
+    """Notes SIGINT (Ctrl-C) and SIGTERM while entered, so that the loop can save first; a second Ctrl-C interrupts.
+
+    Under our launcher only SIGTERM, as which Ctrl-C is passed on.
+    """
 
     def __init__(self) -> None:
         self._noted = False
+        self._numbers = (signal.SIGTERM,) if LAUNCHER in os.environ else (signal.SIGINT, signal.SIGTERM)
 
     @property
     def received(self) -> bool:
@@ -124,12 +128,13 @@ class StopRequest:
         return self._noted or orphaned()
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         return self
 
     def _note(self, _: int, __: FrameType | None) -> None:
         self._noted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in self._numbers:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:
         if distributed.is_initialized():

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -108,6 +109,39 @@ def test_sigterm_saves_both_processes_and_the_same_command_resumes(tmp_path: Pat
     _, err = again.communicate(timeout=PATIENCE_S)
     assert again.returncode == 0, err
     assert run.load_checkpoint()["progress"]["step"] == step + 1
+
+
+@pytest.mark.parametrize(
+    ("ignored", "numbers", "status"),
+    [
+        ("INT", [signal.SIGINT], 130),  # as processes do that swallow KeyboardInterrupt while they import
+        ("INT", [signal.SIGTERM], 143),
+        ("INT TERM", [signal.SIGINT, signal.SIGINT], 130),
+    ],
+)
+def test_processes_that_do_not_train_yet_are_ended_without_a_message(
+    ignored: str,
+    numbers: list[int],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntrap '' {ignored}; touch {tmp_path}/$RANK; exec sleep 20\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+
+    def stop() -> None:
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            time.sleep(0.01)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # two signals at once would be one
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert launch(2, ["train"]) == status
+    assert capfd.readouterr().err == ""
 
 
 def test_bad_input_to_two_processes_is_reported_once(tmp_path: Path) -> None:
