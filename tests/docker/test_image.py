@@ -35,6 +35,16 @@ def test_cuda_packages_are_pinned_and_fit_the_runtime() -> None:
     assert f"onnxruntime-gpu=={named[1]};" in (REPOSITORY / "pyproject.toml").read_text()
 
 
+def test_the_kernels_compiler_has_the_version_of_cuda_that_torch_requires() -> None:
+    """torch with CUDA pins this package; with another version, `make setup` fails wherever torch is not the CPU's."""
+    pin = r"^ *\"?(nvidia-cuda-nvrtc==[0-9.]+)"
+    ours, images = (
+        re.findall(pin, (REPOSITORY / name).read_text(), re.MULTILINE)
+        for name in ("pyproject.toml", "docker/requirements-cuda.txt")
+    )
+    assert ours == images != []
+
+
 def test_the_build_context_contains_only_what_is_copied() -> None:
     patterns = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert patterns[0] == "*"
