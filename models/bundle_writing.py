@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ def write_bundle(
     # Beside the target, so that the rename stays within one file system.
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        shutil.copytree(contents, made, dirs_exist_ok=True)
-        (made / MANIFEST).unlink(missing_ok=True)
+        given = (file.relative_to(contents).as_posix() for file in contents.rglob("*") if file.is_file())
+        copy_files(contents, made, (file for file in given if file != MANIFEST))
         calibration.save(made / CALIBRATION)
         files = {
             file.relative_to(made).as_posix(): FileInfo(sha256=sha256_of(file), bytes=file.stat().st_size)
@@ -77,6 +77,16 @@ def write_bundle(
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return load_bundle(target, verify=False)
+
+
+def copy_files(source: Path, target: Path, files: Iterable[str]) -> None:
+    """Copy files, each named relative to the folder that it is in.
+
+    The first error is raised as it is (`shutil.copytree` raises one that no longer tells that the disk is full).
+    """
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target / file)
 
 
 def _put_in_place(made: Path, target: Path) -> None:

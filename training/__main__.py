@@ -6,6 +6,7 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Annotated
 
 import typer
@@ -40,7 +41,7 @@ A run that is stopped by --time-limit, Ctrl-C or SIGTERM resumes where it was wh
 run that is killed resumes from the end of its last epoch.
 To compare recipes, `python -m training study` trains variants of one and reports the effect of each change."""
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # disk full: errors of writes, which name no file
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of writes, which may name no file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -217,7 +218,10 @@ def run_command() -> None:
         app()
     except (TrainingError, OSError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            message: object = f"{error.strerror}: make room and give the same command again"
+            message: object = (
+                f"{error.strerror}: make room, also for temporary files in {gettempdir()}, or raise the limit, and give "
+                "the same command again"
+            )
         elif isinstance(error, OSError) and error.filename is None:
             raise  # names no file, so it is not the user's error
         else:

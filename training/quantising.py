@@ -5,7 +5,6 @@ then. The test images decide nothing.
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -18,8 +17,8 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
-from models.bundle import MANIFEST, Bundle, BundleError, load_bundle
-from models.bundle_writing import write_bundle
+from models.bundle import Bundle, BundleError, load_bundle
+from models.bundle_writing import copy_files, write_bundle
 from models.calibration import CALIBRATION, CALIBRATION_INT8
 from models.exits import outcome
 from models.frontier import build_frontier
@@ -89,9 +88,8 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
         _refuse_strange(bundle, heldout)
         with TemporaryDirectory() as made:
             contents = Path(made)
-            shutil.copytree(bundle.path, contents, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", FOLDER))
-            for name in (MANIFEST, CALIBRATION_INT8):
-                (contents / name).unlink(missing_ok=True)
+            kept = (file for file in bundle.manifest.files if not file.startswith(f"{FOLDER}/"))
+            copy_files(bundle.path, contents, (file for file in kept if file != CALIBRATION_INT8))
             stages = quantise_stages(bundle, images.train_images[np.sort(drawn)], contents)
             opened = [StageInfo.model_validate(stage) for stage in stages]
             int8_heldout, int8_test = _measure(contents, opened, images, split, "int8", gates)

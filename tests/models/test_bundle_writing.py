@@ -1,5 +1,7 @@
 """Writing bundles: atomically, and only if they would load."""
 
+import errno
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,20 @@ def test_a_bundle_that_would_not_load_is_not_written(
     with pytest.raises(BundleError, match=reason):
         write_bundle(bundle_path, manifest | {field: value}, calibration, contents, replace=True)
     assert load_bundle(bundle_path).manifest == before.manifest
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "contents"}
+
+
+def test_a_file_that_does_not_fit_is_told_by_its_number(bundle_path: Path, tmp_path: Path) -> None:
+    """And leaves nothing behind."""
+    manifest, calibration, contents = parts_of(bundle_path, tmp_path / "contents")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OSError, match="too large") as told:
+            write_bundle(tmp_path / "new", manifest, calibration, contents)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert told.value.errno == errno.EFBIG
     assert {path.name for path in tmp_path.iterdir()} == {"tiny", "contents"}
 
 

@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import onnxruntime as ort
@@ -259,7 +260,10 @@ def test_a_full_disk_is_reported(
     (run / "log.jsonl").symlink_to("/dev/full")
     assert command(monkeypatch, "train", run, "--data", data, "--recipe", recipe, "--device", "cpu") == 2
     told = capsys.readouterr().err
-    assert told == "error: No space left on device: make room and give the same command again\n"
+    assert told == (
+        f"error: No space left on device: make room, also for temporary files in {gettempdir()}, or raise the limit, "
+        "and give the same command again\n"
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(tmp_path: Path) -> None:
