@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -193,7 +194,10 @@ def _url(listener: socket.socket) -> str:
 
 
 def _refuse(error: Exception, code: int = 2) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    from service.logs import Outlet
+
+    with suppress(OSError):  # the exit code says it, too
+        Outlet(sys.stderr.fileno()).put(f"error: {error}")
     return code
 
 
