@@ -85,7 +85,7 @@ def quantise(path: Path, images: ImageSet, n_images: int, output: Path) -> Quant
         drawn = np.random.default_rng(0).permutation(split.train)[:n_images]
         gates = score if isinstance(score := bundle.score(), GateScore) else None
         heldout, test = _measure(bundle.path, bundle.manifest.stages, images, split, "fp32", gates)
-        _refuse_strange(bundle, heldout)
+        _refuse_strange(bundle, heldout, test)
         with TemporaryDirectory() as made:
             contents = Path(made)
             kept = (file for file in bundle.manifest.files if not file.startswith(f"{FOLDER}/"))
@@ -154,13 +154,24 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _refuse_strange(bundle: Bundle, heldout: ExitOutputs) -> None:
-    """Raise a DataError if the float stages' held-out answers differ from those in the bundle's calibration."""
+def _refuse_strange(bundle: Bundle, heldout: ExitOutputs, test: ExitOutputs) -> None:
+    """Raise a DataError if the float stages don't answer as the bundle says.
+
+    Compared are held-out answers with the bundle's calibration, and test images in number and accuracy.
+    """
     differ = float((heldout.correct != bundle.calibration.correct).mean())
     if differ > MOST_DIFFERENT:
         raise DataError(
             f"--data: {differ:.1%} of the held-out answers disagree with {bundle.path / CALIBRATION} about being "
             "correct: these are not the images that the bundle was trained on, or their order differs; give those"
+        )
+    n_images, accuracies = bundle.manifest.data.test_images, [e.test_accuracy for e in bundle.manifest.exits]
+    told = [(new, old) for new, old in zip(_shares(test.correct), accuracies, strict=True) if old is not None]
+    most = MOST_DIFFERENT + 1 / len(test.labels)  # of few images, one may differ
+    if len(test.labels) != n_images or any(abs(new - old) > most for new, old in told):
+        raise DataError(
+            f"--data: its {len(test.labels):,} test images are not the {n_images:,} on which {bundle.path} was "
+            "measured, so int8 could not be compared: give those"
         )
 
 

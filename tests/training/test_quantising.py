@@ -130,15 +130,22 @@ def test_float_stages_are_unchanged_and_the_card_describes_both(loaded, tmp_path
 
 def test_other_images_are_refused(tmp_path, images):
     path = tiny_bundle(tmp_path / "bundle")
+    manifest = read_manifest(path)
+    manifest["exits"][-1]["test_accuracy"] = 1.0  # tests are labelled with its answers
+    seal(path, manifest)
     swapped = replace(images, train_images=images.train_images[::-1].copy())
     fewer = replace(images, train_images=images.train_images[:-1], train_labels=images.train_labels[:-1])
     other = replace(images, class_names=[*images.class_names[:-1], "cat"])
     smaller = replace(images, train_images=images.train_images[:, :16, :16])
+    fewer_tests = replace(images, test_images=images.test_images[:-1], test_labels=images.test_labels[:-1])
+    other_tests = replace(images, test_labels=images.test_labels[::-1].copy())
     for wrong, why in (
         (swapped, "not the images that the bundle was trained on"),
         (fewer, "so the split differs"),
         (other, "holds the classes noise 0"),
         (smaller, "images of \\(16, 16\\) pixels"),
+        (fewer_tests, f"its {len(fewer_tests.test_labels)} test images are not the {len(images.test_labels)} on which"),
+        (other_tests, "test images are not the .* measured"),
     ):
         with pytest.raises(DataError, match=why):
             quantise(path, wrong, 10, tmp_path / "made")
