@@ -124,11 +124,23 @@ class RunFolder:
             log.write(json.dumps(record) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """One record per epoch, in order; a last line cut short because the run was killed is ignored."""
+        """One record per epoch, in order; a last line cut short because the run was killed is ignored.
+
+        Raises:
+            RunError: another line is damaged.
+        """
         if not self.log.is_file():
             return []
-        *lines, _ = self.log.read_text().split("\n")
-        return [json.loads(line) for line in lines]
+        *lines, _ = self.log.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+                if "epoch" not in records[-1]:
+                    raise ValueError("no epoch")
+            except (ValueError, TypeError) as error:
+                raise RunError(f"{self.log}: line {number} is damaged; remove that line, or the whole file") from error
+        return records
 
     def trim_log(self, n_epochs: int) -> None:
         """Drop epochs after `n_epochs`: a run killed after logging but before its checkpoint repeats them."""

@@ -109,6 +109,18 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path, images: ImageSet) -> N
         trainer(tmp_path / "run", images)
 
 
+@pytest.mark.parametrize("line", [b"\0\xff\0\n", b"{}\n", b"7\n"])
+def test_a_damaged_log_is_reported_and_may_be_removed(tmp_path: Path, images: ImageSet, line: bytes) -> None:
+    """A power cut may leave zeros in a file that was being written."""
+    trainer(tmp_path / "run", images, tiny.recipe(optimisation={"epochs": 1})).train()
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(log.read_bytes() + line)
+    with pytest.raises(RunError, match=r"log\.jsonl: line 2 is damaged; remove that line"):
+        trainer(tmp_path / "run", images, tiny.recipe(optimisation={"epochs": 1})).train()
+    log.unlink()
+    assert trainer(tmp_path / "run", images, tiny.recipe(optimisation={"epochs": 1})).train() == "finished"
+
+
 def test_contradictory_options_are_refused_before_training(tmp_path: Path, images: ImageSet) -> None:
     with pytest.raises(DataError, match="cannot hold out 104 of 104"):
         trainer(tmp_path / "a", images, Recipe.model_validate({**tiny.recipe().model_dump(), "held_out_images": 104}))
