@@ -36,9 +36,16 @@ def check_fields(config: object) -> None:
             if not isinstance(value, (int, float)) or not 0 < value <= 1:  # all floats are shares
                 raise ValueError(f"{name} must be above 0 and at most 1, and not {value!r}")
         else:  # an int, or a tuple of them
-            if any(type(number) is not int or number < 1 for number in (value if get_origin(kind) else [value])):
-                what = "whole numbers" if get_origin(kind) else "a whole number"
+            numbers, what = (value, "a list of whole numbers") if get_origin(kind) else ((value,), "a whole number")
+            if not isinstance(numbers, tuple) or any(type(number) is not int or number < 1 for number in numbers):
                 raise ValueError(f"{name} must be {what} of at least 1, and not {value!r}")
+
+
+def hold_tuples(config: object) -> None:
+    """Convert the lists of a frozen configuration to tuples: JSON and TOML give lists."""
+    for name, value in vars(config).items():
+        if isinstance(value, list):
+            object.__setattr__(config, name, tuple(value))
 
 
 def conv_bn_relu(n_in: int, n_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Sequential:

@@ -23,6 +23,7 @@ from models.layers import (
     check_fields,
     conv_bn_relu,
     first_map,
+    hold_tuples,
     initialise,
 )
 
@@ -47,9 +48,7 @@ class MSDNetConfig:
     reduction: float = 0.5  # factor on the channel units at a transition
 
     def __post_init__(self) -> None:
-        # JSON and TOML give lists; a frozen configuration holds tuples.
-        object.__setattr__(self, "growth_factors", tuple(self.growth_factors))
-        object.__setattr__(self, "bottleneck_factors", tuple(self.bottleneck_factors))
+        hold_tuples(self)
         check_fields(self)
         if len(self.growth_factors) != len(self.bottleneck_factors):
             raise ValueError("growth_factors and bottleneck_factors must have one entry per scale each")

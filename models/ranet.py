@@ -26,6 +26,7 @@ from models.layers import (
     check_fields,
     conv_bn_relu,
     first_map,
+    hold_tuples,
     initialise,
 )
 
@@ -50,9 +51,7 @@ class RANetConfig:
     reduction: float = 0.5  # factor on the channels at a transition
 
     def __post_init__(self) -> None:
-        # JSON and TOML give lists; a frozen configuration holds tuples.
-        for name in ("scales", "growth_factors", "bottleneck_factors"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        hold_tuples(self)
         check_fields(self)
         if not len(self.scales) == len(self.growth_factors) == len(self.bottleneck_factors):
             raise ValueError("scales, growth_factors and bottleneck_factors must have one entry per sub-network each")

@@ -219,8 +219,8 @@ def run_command() -> None:
     except (TrainingError, OSError) as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             message: object = (
-                f"{error.strerror}: make room, also for temporary files in {gettempdir()}, or raise the limit, and give "
-                "the same command again"
+                f"{error.strerror}: make room, also for temporary files in {gettempdir()}, or raise the limit, "
+                "and give the same command again"
             )
         elif isinstance(error, OSError) and error.filename is None:
             raise  # names no file, so it is not the user's error

@@ -12,6 +12,14 @@ from training.named import find_toml
 
 Share = Annotated[float, Field(gt=0, le=1)]
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
+SET_ELSEWHERE = {  # arguments of networks that a recipe's [network] can't set, and where they come from
+    "n_classes": "the class folders of the images",
+    "image_size_px": "--image-size",
+    "temperatures": "objective.temperatures",
+    "gradient_rescaling": "objective.gradient_rescaling",
+    "stop_gradient": "objective.stop_gradient",
+    "head_scales": "`calibrate`",
+}
 
 
 class RecipeError(TrainingError):
@@ -85,7 +93,7 @@ class Optimisation(_Section):
     milestones: list[int] = [150, 225]  # multistep: after these epochs ...
     decay: Annotated[float, Field(gt=0)] = 0.1  # ... the rate is multiplied by this
     warmup_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2  # one_cycle: share of the run in which the rate rises
-    momentum: Annotated[float, Field(ge=0)] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # > 0: evaluate and export a running average of the weights
@@ -170,12 +178,16 @@ class Recipe(_Section):
             values = tomllib.loads(path.read_text(encoding="utf-8"))
             for setting in settings:
                 _change(values, setting)
-            return cls.model_validate(values)
+            recipe = cls.model_validate(values)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not valid TOML: {error}") from error
         except ValidationError as error:
             lines = (f"  {'.'.join(map(str, e['loc']))}: {_what_is_wrong(e['loc'], e['msg'])}" for e in error.errors())
             raise RecipeError(f"{path}: these fields are wrong:\n" + "\n".join(lines)) from error
+        if ignored := SET_ELSEWHERE.keys() & recipe.network.arguments:
+            name = min(ignored)
+            raise RecipeError(f"{path}: network.arguments.{name}: leave it out; it comes from {SET_ELSEWHERE[name]}")
+        return recipe
 
 
 def changes(one: Recipe, other: Recipe) -> list[str]:

@@ -86,6 +86,7 @@ def test_a_file_in_another_encoding_is_refused(
         "optimisation.decay=nan",
         "optimisation.decay=0.0",
         "optimisation.momentum=-0.1",
+        "optimisation.momentum=1.0",
         "optimisation.weight_decay=-1e-4",
         "objective.temperatures=[nan]",
     ],
@@ -167,6 +168,8 @@ def test_settings_change_single_fields(tmp_path: Path) -> None:
         ("augmentation.crop_area=[0.2,0.9]", "crop_padding_px = 0"),
         ("augmentation.sizes_px=[32]", "set crop_area too"),
         ("held_out_images=1", "held_out_images: .*greater than or equal to 2"),
+        ("network.arguments.n_classes=7", r"network\.arguments\.n_classes: leave it out; it comes from the class f"),
+        ("network.arguments.temperatures=[0.1]", r"arguments\.temperatures: .*it comes from objective\.temperatures"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_explained(tmp_path: Path, setting: str, message: str) -> None:
