@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from training.cifar100 import PARTS, read_parts, read_strips, read_tar
-from training.image_folder import holds_classes, read_image_folder
+from training.image_folder import found_in, holds_classes, read_image_folder
 from training.image_set import DataError, ImageSet
 
 
@@ -34,5 +34,5 @@ def load_image_set(path: Path, image_size_px: int = 224) -> ImageSet:
         return read_image_folder(path, image_size_px)
     raise DataError(
         f"{path}: not an image set in a known form. Expected cifar-100-python.tar.gz, its folder (train, test, "
-        "meta), or an image folder with train/CLASS/ and val/CLASS/, or with CLASS/ alone"
+        "meta), or an image folder with train/CLASS/ and val/CLASS/, or with CLASS/ alone" + found_in(path)
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -26,7 +27,20 @@ Labelled = list[tuple[Path, int]]
 
 def holds_classes(path: Path) -> bool:
     """Whether `path` has at least two folders with pictures, one per class."""
-    return sum(any(_is_picture(file) for file in folder.iterdir()) for folder in _folders_in(path)) >= 2
+    return len(_with_pictures(path)) >= 2
+
+
+def found_in(path: Path) -> str:
+    """What a folder without classes has instead, for the error message; nothing for a file."""
+    if not path.is_dir():
+        return ""
+    folders, classes = _folders_in(path), _with_pictures(path)
+    there = f"only {classes[0].name}/ has" if classes else f"none of its {len(folders):,} folders has"
+    return f". Here, {there} images ({', '.join(sorted(IMAGE_SUFFIXES))}) directly in it"
+
+
+def _with_pictures(path: Path) -> list[Path]:
+    return [folder for folder in _folders_in(path) if any(map(_is_picture, folder.iterdir()))]
 
 
 def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
@@ -37,9 +51,12 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
     Raises:
         DataError: classes or pictures are missing, or pictures can't be read.
     """
-    name, folder, notes = printable(root.resolve().name), root / "train", []
+    name, folder, notes, unread = printable(root.resolve().name), root / "train", [], None
     if folder.is_dir() and not _is_class(folder):
         test_folder = _test_folder(root)
+        if test_folder.name == "val" and (root / "test").is_dir():
+            unread = root / "test"
+            notes.append("val/ is read as the test images, and test/ is not read: to measure on it, rename the two")
         class_names = _class_names(folder)
         train, test = _pictures_in(folder, class_names), _test_pictures(test_folder, class_names)
     else:
@@ -53,7 +70,8 @@ def read_image_folder(root: Path, image_size_px: int) -> ImageSet:
     if absent := [class_names[label] for label in range(len(class_names)) if label not in named]:
         raise DataError(f"{folder}: no images in {some(absent)}; add some, or remove the folder")
     read = {path for path, _ in (*train, *test)}
-    others = [path for path in root.rglob("*") if path.is_file() and _is_visible(path, root) and path not in read]
+    present = (path for path in root.rglob("*") if path.is_file() and _is_visible(path, root))
+    others = [path for path in present if path not in read and unread not in path.parents]
     if kinds := sorted({path.suffix or path.name for path in others if not _is_picture(path)}):
         n_files = sum(not _is_picture(path) for path in others)
         notes.append(f"ignored files that are not JPEG, PNG, WebP or BMP: {n_files:,} ({some(kinds)})")
@@ -164,7 +182,9 @@ def _read(files: Labelled, image_size_px: int, part: str, damaged: dict[Path, Ex
         except Exception as error:  # Pillow raises many kinds of errors for damaged files
             damaged[path] = error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
+        # Pillow warns of images above 89 million pixels and of odd EXIF data, without naming the file, and reads them.
+        warnings.filterwarnings("ignore", module="PIL")
         try:
             for _ in tqdm(pool.map(read, range(len(files))), f"reading {part}", len(files), unit="image", disable=None):
                 pass

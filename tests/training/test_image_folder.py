@@ -93,6 +93,14 @@ def test_class_folders_may_be_called_train_and_test(classes: Path) -> None:
     assert len(images.train_labels) + len(images.test_labels) == 28
 
 
+def test_of_two_test_folders_it_is_told_which_is_read(tmp_path: Path) -> None:
+    for number, (part, name) in enumerate((p, n) for p in ("train", "val", "test") for n in "ab"):
+        save(tmp_path / "set" / part / name / "picture.png", colour=number)
+    images = read(tmp_path / "set")
+    assert (colours(images.train_images), colours(images.test_images)) == ([0, 1], [2, 3])
+    assert images.notes == ("val/ is read as the test images, and test/ is not read: to measure on it, rename the two",)
+
+
 def test_symbolic_links_are_followed(classes: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     for name in NAMES[:2]:
@@ -153,10 +161,21 @@ def test_images_of_any_size_are_resized(classes: Path) -> None:
     assert {250, 251, 252} <= set(colours(images.train_images) + colours(images.test_images))
 
 
+def test_large_photographs_are_read_without_warnings(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 179 million pixels: as many as Pillow reads."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    save(classes / NAMES[2] / "large.png", 250, (10, 10))  # warnings are errors in tests
+    assert 250 in colours(read(classes).train_images)
+    save(classes / NAMES[2] / "larger.png", 250, (10, 11))
+    with pytest.raises(DataError, match=r"larger\.png: not a readable image \(Image size \(110 pixels\) exceeds"):
+        read(classes)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([b"only"], "not an image set"),
+        ([b"only"], r"not an image set.* Here, only only/ has images \(\.bmp, .*\) directly in it$"),
+        ([b"a/deeper", b"b/deeper"], r"not an image set.* Here, none of its 2 folders has images \(\.bmp, "),
         ([b"a", b"b"], "no class has 5 images"),
         ([b"a", b"b\xff"], r"unprintable names: 'b\\udcff'"),
         ([b"a", b"b\nc"], r"unprintable names: 'b\\nc'"),
