@@ -10,6 +10,9 @@ class Pace:
     Plain Python over numbers. A new image is predicted to wait for those in flight: `in flight x row_s`. This is right
     under load; it is too long while batches are small, since full ones cost less per image.
 
+    A batch counts at most `MOST_TIMES` the mean of the last ones. One that ran while the machine was suspended, for
+    minutes perhaps, would otherwise have nearly everything refused for thousands of images.
+
     Args:
         n_lanes: batches that run at once.
         image_s: expected lane seconds per image, until images have been measured.
@@ -17,11 +20,14 @@ class Pace:
 
     PRIOR_IMAGES: Final = 64
     MEMORY_IMAGES: Final = 512
+    MEMORY_BATCHES: Final = 16
+    MOST_TIMES: Final = 8.0  # a larger change that lasts is adopted within a few batches
 
     def __init__(self, n_lanes: int, image_s: float) -> None:
         self.n_lanes = n_lanes
         self._images = float(self.PRIOR_IMAGES)
         self._seconds = self._images * image_s
+        self._batch_s = 0.0  # mean; 0 before the first
 
     @property
     def row_s(self) -> float:
@@ -30,6 +36,11 @@ class Pace:
 
     def ran(self, seconds: float, n_ended: int) -> None:
         """Record a batch that took `seconds`, and `n_ended` images that have ended since the previous one."""
+        if self._batch_s > 0:
+            seconds = min(seconds, self.MOST_TIMES * self._batch_s)
+            self._batch_s += (seconds - self._batch_s) / self.MEMORY_BATCHES
+        else:
+            self._batch_s = seconds
         self._seconds += seconds
         self._images += n_ended
         if self._images > 2 * self.MEMORY_IMAGES:

@@ -106,6 +106,16 @@ def test_a_slower_pace_is_adopted(n_rows: int) -> None:
     assert pace.row_s == pytest.approx(10 * IMAGE_S, rel=0.1)
 
 
+def test_a_batch_during_which_the_machine_was_suspended_changes_the_pace_little() -> None:
+    pace = Pace(2, IMAGE_S)
+    for _ in range(100):
+        pace.ran(32 * IMAGE_S, 32)
+    room_rows = pace.room_rows(1.0, 1024)
+    for _ in range(pace.n_lanes):
+        pace.ran(600.0, 32)
+    assert pace.room_rows(1.0, 1024) > room_rows / 3
+
+
 def test_the_first_batch_sets_an_unknown_pace() -> None:
     pace = Pace(1, 0.0)
     pace.ran(0.064, 0)
