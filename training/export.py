@@ -20,6 +20,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import optimizer
 from safetensors.torch import save
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models.bundle import WEIGHTS
 from models.normalise import Normalise
@@ -62,7 +63,8 @@ def export_stages(
     half = {f"{NETWORK}{name}" for name, value in weights.items() if value.dtype == torch.float16}
     offsets = {f"{NETWORK}{name}": place for name, place in _read_offsets(folder / WEIGHTS).items()}
     descriptions, state = [], {"images": images}
-    for number, stage in enumerate(staged.stages, start=1):
+    # A stage takes several seconds.
+    for number, stage in enumerate(tqdm(staged.stages, "exporting", unit="stage", disable=None), start=1):
         file = f"stages/stage_{number}.onnx"
         inputs = tuple(state[name] for name in stage.inputs)
         model = _to_onnx(stage, inputs)

@@ -62,6 +62,10 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
         check_target(output, replace=True)
         with TemporaryDirectory() as made:
             contents = Path(made)
+            # Exporting takes longest, so everything that may be missing is read before.
+            calibration = calibration_of(ExitOutputs.load(folder.heldout))
+            shutil.copyfile(folder.frontier_plot, contents / folder.frontier_plot.name)
+            (contents / "README.md").write_text(model_card(name, about, recipe, record, evaluation, training, images))
             stages = export_stages(network, record.image_size_px, record.mean, record.std, contents)
             manifest = {
                 "name": name,
@@ -72,9 +76,6 @@ def pack(folder: RunFolder, output: Path, name: str, description: str | None = N
                 "stages": stages,
                 "training": training,
             }
-            shutil.copyfile(folder.frontier_plot, contents / folder.frontier_plot.name)
-            (contents / "README.md").write_text(model_card(name, about, recipe, record, evaluation, training, images))
-            calibration = calibration_of(ExitOutputs.load(folder.heldout))
             return write_bundle(output, manifest, calibration, contents, replace=True).manifest.version
     except (BundleError, StagingError) as error:
         raise RunError(str(error)) from error

@@ -1,6 +1,7 @@
 """Exported stages answer like the network at every batch size, and store no weight twice."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -170,9 +171,11 @@ class Preprocesses(TwoExits):
 
 
 @pytest.mark.parametrize("network", [InPlace, Chunks, Preprocesses], ids=lambda kind: kind.__name__)
-def test_networks_defined_elsewhere_are_exported(network, tmp_path):
+def test_networks_defined_elsewhere_are_exported(network, tmp_path, monkeypatch, capsys):
     torch.manual_seed(1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     exported = Exported(network(), (8, 12), tmp_path)
+    assert f"{len(exported.stages)}/{len(exported.stages)} [" in capsys.readouterr().err  # progress by stage
     images = random_images(5, 8, 12)
     for served, whole in zip(exported.run(images)[0], exported.run_whole(images), strict=True):
         np.testing.assert_allclose(served, whole, rtol=0, atol=1e-5)
