@@ -19,6 +19,7 @@ unlike `python -m training train`, it cannot be resumed.
 
 import argparse
 import importlib.util
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ from training.packing import bundle_name
 from training.telling import classes_without
 
 SHAPES = ["disc", "ring", "square", "triangle", "cross", "bars"]
+AS_IT_IS = "train it with code of your own, and pack it as it is: --epochs 0"
 LEAST_IMAGES = 10  # for training: a fifth is held out, and thresholds need two images
 
 
@@ -131,7 +133,11 @@ def on_cpu(images: ImageSet, pixels: NDArray[np.uint8], labels: NDArray[np.int64
 
 
 def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int = 64) -> None:
-    """Train with the plain joint objective: the sum of every exit's cross-entropy."""
+    """Train with the plain joint objective: the sum of every exit's cross-entropy.
+
+    Raises:
+        NetworkError: no gradient can be computed, or the loss is no longer a number.
+    """
     generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     n_batches = -(-len(images) // batch_rows)
@@ -144,10 +150,16 @@ def train(network: nn.Module, images: DeviceImages, epochs: int, batch_rows: int
             pixels, labels = images.augmented(rows, generator)
             loss = torch.stack([functional.cross_entropy(logits, labels) for logits in network(pixels)]).sum()
             optimiser.zero_grad()
-            loss.backward()
+            try:
+                loss.backward()
+            except RuntimeError as error:  # such as frozen weights, or changes in place
+                reason = str(error).partition("\n")[0]
+                raise NetworkError(f"the network can't be trained ({reason}); {AS_IT_IS}") from error
             optimiser.step()
             schedule.step()
             losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise NetworkError(f"epoch {epoch}: the loss is no longer a number; {AS_IT_IS}")
         print(f"epoch {epoch} of {epochs}: loss {np.mean(losses):.3f}")
 
 

@@ -123,6 +123,31 @@ def that_branches(n_classes):
     return parts.Answering(n_classes, lambda logits: [logits] if logits.sum() > 0 else [-logits])
 
 
+def dearest_first(n_classes):
+    class Reversed(parts.TwoExits):
+        def forward(self, images):
+            return super().forward(images)[::-1]
+
+    return Reversed(n_classes)
+
+
+def not_finite(n_classes):
+    return parts.Answering(n_classes, lambda logits: [logits / 0.0 - logits / 0.0])
+
+
+def frozen(n_classes):
+    return parts.TwoExits(n_classes).requires_grad_(False)
+
+
+def diverging(n_classes):  # finite on blank images only
+    network = parts.TwoExits(n_classes)
+    network.late.weight.data *= 1e38
+    network.late.bias.data *= 0.0
+    network.second.weight.data *= 1e20
+    network.second.bias.data.fill_(-1e19)
+    return network
+
+
 def at_no_cost(n_classes):
     return parts.Answering(n_classes, lambda logits: [logits, logits - logits.mean(1, keepdim=True)])
 """
@@ -206,6 +231,8 @@ def test_a_network_that_cannot_be_imported_is_reported_in_one_line(own_file, mon
         ("of_seven", "a tensor [2, 7]; it must return a list with a tensor of logits [2, 6]"),
         ("of_another_size", "fails on images [2, 3, 32, 32] (mat1 and mat2 shapes"),
         ("that_branches", "branch"),
+        ("dearest_first", "so leaving early saves nothing: return the cheapest exit first"),
+        ("not_finite", "returns logits that are not finite: check its weights"),
         ("at_no_cost", "exit 2 costs no more than exit 1 (counted: convolutions"),
     ],
 )
@@ -216,6 +243,18 @@ def test_a_network_that_cannot_be_packed_is_reported_before_training(own_file, c
     assert told.startswith("error: ")
     assert reason in told
     assert told.count("\n") == 1
+
+
+def test_a_network_that_cannot_be_trained_is_reported_in_one_line(own_file, capsys):
+    bundle = own_file.parent / "bundle"
+    for name, reason in (("frozen", "does not require grad"), ("diverging", "epoch 1: the loss is no longer a number")):
+        assert main(["--network", f"{own_file}:{name}", "--images", "60", "--output", str(bundle)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert reason in told
+        assert "pack it as it is: --epochs 0" in told
+        assert told.count("\n") == 1
+    assert not bundle.exists()
 
 
 def test_an_output_that_is_no_bundle_is_refused_before_training(tmp_path, capsys, monkeypatch):

@@ -12,6 +12,8 @@ from models.staging import split
 from training.errors import TrainingError
 from training.image_set import ImageSet
 
+LEAST_SAVED = 0.01  # by leaving at exit 1, of the full cost; the server's control of the budget needs room, too
+
 
 class NetworkError(TrainingError):
     """A network that can't be packed; the message says what it returned and what it must return."""
@@ -20,7 +22,8 @@ class NetworkError(TrainingError):
 def check_network(network: nn.Module, images: ImageSet) -> None:
     """Check that a network returns a list of logits [2, classes] for two blank images, and can be cut into stages.
 
-    Every exit must cost more than the one before it: otherwise leaving early saves nothing.
+    Every exit must cost more than the one before it, and the last at least `LEAST_SAVED` more than the first: otherwise
+    leaving early saves nothing.
 
     Raises:
         NetworkError: it fails, returns anything else, or has an exit that costs no more than the one before it.
@@ -46,6 +49,8 @@ def check_network(network: nn.Module, images: ImageSet) -> None:
             f"for two images the network returns {'a list of ' if exits else ''}{', '.join(came)}; it must return a "
             f"list with a tensor of logits [2, {n_classes}] for each exit, as there are {n_classes} classes"
         )
+    if not all(logits.isfinite().all() for logits in exits):
+        raise NetworkError("for two blank images the network returns logits that are not finite: check its weights")
     split(
         network,
         torch.randint(0, 256, (2, height_px, width_px, 3), dtype=torch.uint8),
@@ -59,3 +64,8 @@ def check_network(network: nn.Module, images: ImageSet) -> None:
                 f"exit {number} costs no more than {than} (counted: convolutions, linear layers and other matrix "
                 "products, ReLU, pooling): let it run more of the network, or remove it"
             )
+    if len(costs) > 1 and costs[0] > (1 - LEAST_SAVED) * costs[-1]:
+        raise NetworkError(
+            f"exit 1 costs {costs[0] / costs[-1]:.2%} of what the last exit costs, so leaving early saves nothing: "
+            "return the cheapest exit first, and let it run less of the network"
+        )
