@@ -15,6 +15,7 @@ from training.recipe import Recipe
 from training.sources import commit
 
 DESCRIBED = frozenset({"recipe", "seed", "data", "processes"})  # fields of run.json that later steps read
+CHECKPOINTED = frozenset({"network", "optimiser", "progress"})  # in every checkpoint
 
 
 class RunError(TrainingError):
@@ -176,10 +177,15 @@ class RunFolder:
                 f"{self.path}: no checkpoint.pt yet; `python -m training train` writes one after every epoch"
             )
         try:
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state: Any = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(f"{self.checkpoint}: can't be read ({reason}); remove it and train again") from error
+        if not isinstance(state, dict) or CHECKPOINTED - state.keys():
+            raise RunError(
+                f"{self.checkpoint}: not a checkpoint of `python -m training`; restore that of this run, or remove it "
+                "and train again"
+            )
         return state
 
     def restore_weights(self, network: nn.Module, state: dict[str, Any]) -> None:

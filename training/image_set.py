@@ -71,7 +71,7 @@ class Split:
     def make(cls, n_images: int, n_held_out: int, seed: int) -> "Split":
         if not 0 < n_held_out < n_images:
             raise DataError(
-                f"cannot hold out {n_held_out} of {n_images} training images: choose from 1 to {n_images - 1} "
+                f"cannot hold out {n_held_out} of {n_images} training images: choose from 2 to {n_images - 1} "
                 "(held_out_images of the recipe, or --set held_out_images=...)"
             )
         order = np.random.default_rng(seed).permutation(n_images).astype(np.int64)

@@ -16,7 +16,7 @@ from training.calibration import CalibrationRecord, ExitOutputs, calibrate
 from training.checkpoint import RunError, RunFolder
 from training.data import load_image_set
 from training.errors import TrainingError
-from training.launching import launch
+from training.launching import BAD_INPUT, launch
 from training.named import find_toml
 from training.objectives import boosting_of, network_of
 from training.options import DEFAULT_SIZE_PX, MAX_SEED
@@ -116,6 +116,8 @@ def run_study(
             options = ["--recipe", study.recipe, "--data", str(data), "--seed", str(seed), "--device", device.type]
             options += ["--image-size", str(image_size_px)]
             status = launch(n_processes, ["train", str(run.path), *options, *settings])
+            if status == BAD_INPUT:
+                raise StudyError(f"{run.path}: not trained, for the reason given above")
             if status or not is_trained(run, recipe):
                 raise StudyError(f"{run.path}: ended early; give the same command again to resume the study")
         record = calibration_of(run)

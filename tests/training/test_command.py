@@ -269,7 +269,8 @@ def test_a_full_disk_is_reported(
 def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.save_checkpoint({"step": 1})
+    kept = {"network": {}, "optimiser": {}, "progress": {"step": 1}}
+    folder.save_checkpoint(kept)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -280,7 +281,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one(tmp_path: Path) 
             RunFolder(tmp_path).save_checkpoint({"step": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert folder.load_checkpoint() == {"step": 1}
+    assert folder.load_checkpoint() == kept
     assert [path.name for path in folder.path.iterdir()] == ["checkpoint.pt"]
 
 

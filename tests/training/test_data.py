@@ -238,5 +238,5 @@ def test_a_split_contains_every_image_once_and_can_be_reloaded(tmp_path: Path) -
 
 @pytest.mark.parametrize("n_held_out", [0, 10, 11])
 def test_a_split_needs_images_on_both_sides(n_held_out: int) -> None:
-    with pytest.raises(DataError, match=r"choose from 1 to 9 .*--set held_out_images"):
+    with pytest.raises(DataError, match=r"choose from 2 to 9 .*--set held_out_images"):
         Split.make(10, n_held_out, seed=0)

@@ -109,6 +109,15 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path, images: ImageSet) -> N
         trainer(tmp_path / "run", images)
 
 
+@pytest.mark.parametrize("state", [{}, [1], {"network": {}, "optimiser": {}}])
+def test_a_file_that_is_no_checkpoint_is_reported(tmp_path: Path, images: ImageSet, state: object) -> None:
+    """Such as weights alone, saved by another program."""
+    trainer(tmp_path / "run", images).train(time_limit_s=0)
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(RunError, match=r"checkpoint\.pt: not a checkpoint of `python -m training`; restore"):
+        trainer(tmp_path / "run", images)
+
+
 @pytest.mark.parametrize("line", [b"\0\xff\0\n", b"{}\n", b"7\n"])
 def test_a_damaged_log_is_reported_and_may_be_removed(tmp_path: Path, images: ImageSet, line: bytes) -> None:
     """A power cut may leave zeros in a file that was being written."""
@@ -122,7 +131,7 @@ def test_a_damaged_log_is_reported_and_may_be_removed(tmp_path: Path, images: Im
 
 
 def test_contradictory_options_are_refused_before_training(tmp_path: Path, images: ImageSet) -> None:
-    with pytest.raises(DataError, match="cannot hold out 104 of 104"):
+    with pytest.raises(DataError, match="cannot hold out 104 of 104 training images: choose from 2 to 103"):
         trainer(tmp_path / "a", images, Recipe.model_validate({**tiny.recipe().model_dump(), "held_out_images": 104}))
     with pytest.raises(DataError, match="don't go together"):
         trainer(tmp_path / "b", images, tiny.recipe(optimisation={"batch_rows": 1000}))

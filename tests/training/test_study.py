@@ -145,9 +145,18 @@ def test_valid_shares_of_a_network_with_one_exit_are_drawn(tmp_path: Path) -> No
 
 
 def test_a_run_that_fails_ends_the_study(tmp_path: Path, study: Study, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(StudyError, match="joint-seed0: ended early; give the same command again"):
+    with pytest.raises(StudyError, match="joint-seed0: not trained, for the reason given above"):
         run_study(study, tmp_path / "runs", tiny.write_images(tmp_path / "own"), CPU, 1, image_size_px=64)
     assert "takes no images of 64 x 64 px, but 32" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 130])
+def test_a_run_that_is_stopped_ends_the_study(
+    tmp_path: Path, study: Study, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr("training.study.launch", lambda *_: status)
+    with pytest.raises(StudyError, match="joint-seed0: ended early; give the same command again"):
+        run_study(study, tmp_path / "runs", tmp_path, CPU, 1)
 
 
 def test_a_baseline_that_is_missing_is_named(tmp_path: Path, study: Study) -> None:
