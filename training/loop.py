@@ -134,6 +134,11 @@ class Trainer:
         return split
 
     def _resume(self, images: ImageSet) -> Split:
+        if not self.folder.description.is_file():
+            raise RunError(
+                f"{self.folder.path}: has a checkpoint.pt, but no run.json that tells what made it; restore that, or "
+                "give another folder"
+            )
         made_by = self.folder.read_description()
         data = {"images_sha256": images.sha256, "image_size_px": images.image_size_px, **made_by["data"]}
         changed = changes(self.folder.read_recipe(), self.recipe)

@@ -175,7 +175,7 @@ class Recipe(_Section):
         """
         path = find_toml(name_or_path, RECIPE_FOLDER, "recipe", RecipeError)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin it with a mark
             for setting in settings:
                 _change(values, setting)
             recipe = cls.model_validate(values)

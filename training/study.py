@@ -58,7 +58,7 @@ class Study(BaseModel):
         """
         path = find_toml(name_or_path, STUDY_FOLDER, "study", StudyError)
         try:
-            study = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            study = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise StudyError(f"{path}: {error}") from error
         if study.baseline not in study.variants:

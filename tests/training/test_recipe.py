@@ -79,6 +79,15 @@ def test_a_file_in_another_encoding_is_refused(
         load(str(path))
 
 
+def test_the_mark_with_which_some_editors_begin_a_file_is_skipped(tmp_path: Path) -> None:
+    path, study = tiny.write_recipe(tmp_path / "tiny.toml"), tmp_path / "study.toml"
+    wanted = Recipe.load(str(path))
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert Recipe.load(str(path)) == wanted
+    study.write_text(f'\ufeffdescription="x"\nrecipe="{path}"\nbaseline="a"\n[variants.a]\nlabel="a"', encoding="utf-8")
+    assert Study.load(str(study)).baseline == "a"
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -109,6 +109,13 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path, images: ImageSet) -> N
         trainer(tmp_path / "run", images)
 
 
+def test_a_checkpoint_of_unknown_origin_is_not_resumed(tmp_path: Path, images: ImageSet) -> None:
+    trainer(tmp_path / "run", images).train(time_limit_s=0)
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(RunError, match=r"has a checkpoint\.pt, but no run\.json .*; restore that, or give another"):
+        trainer(tmp_path / "run", images)
+
+
 @pytest.mark.parametrize("state", [{}, [1], {"network": {}, "optimiser": {}}])
 def test_a_file_that_is_no_checkpoint_is_reported(tmp_path: Path, images: ImageSet, state: object) -> None:
     """Such as weights alone, saved by another program."""
