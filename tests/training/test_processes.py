@@ -111,6 +111,14 @@ def test_sigterm_saves_both_processes_and_the_same_command_resumes(tmp_path: Pat
     assert run.load_checkpoint()["progress"]["step"] == step + 1
 
 
+def run_instead(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let launched processes run a shell script in place of Python."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+
+
 @pytest.mark.parametrize(
     ("ignored", "numbers", "status"),
     [
@@ -127,10 +135,7 @@ def test_processes_that_do_not_train_yet_are_ended_without_a_message(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\ntrap '' {ignored}; touch {tmp_path}/$RANK; exec sleep 20\n")
-    python.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(python))
+    run_instead(f"trap '' {ignored}; touch {tmp_path}/$RANK; exec sleep 20", tmp_path, monkeypatch)
 
     def stop() -> None:
         while not all((tmp_path / rank).exists() for rank in "01"):
@@ -197,10 +202,7 @@ def test_the_launcher_reports_failures_that_processes_cannot(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{script}\n")
-    python.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(python))
+    run_instead(script, tmp_path, monkeypatch)
     began = time.monotonic()
     assert launch(2, ["train"]) == status
     assert time.monotonic() - began < TELLING_S / 2  # it does not wait for a process that has reported

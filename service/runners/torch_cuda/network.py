@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models.bundle import Bundle
+from models.bundle import WEIGHTS, Bundle
 from models.normalise import Normalise
 from models.registry import ARCHITECTURES, build_network
 from models.staging import Stage, split
@@ -29,7 +29,6 @@ from service.runners.torch_cuda.rounding import rounded
 from service.runners.torch_cuda.small_conv import use_small_convs
 from service.runners.torch_cuda.widening import widen
 
-WEIGHTS = "weights.safetensors"
 CHANNELS = 8  # in half precision 16 bytes, the unit that tensor cores and the custom kernels read
 POOLING = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 Join = Callable[[nn.Conv2d, Any], nn.Module | None]  # None: it cannot join them
