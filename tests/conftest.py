@@ -25,8 +25,12 @@ for step in ("connect", "read", "write", "pool"):
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, step, LIMIT_S)
 
 
-def pytest_configure() -> None:
-    """Refuse compiled modules that are older than their sources."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all but the tests that need one; refuse compiled modules that are older than their sources."""
+    # Servers and training runs choose a GPU by themselves if there is one, and what the other tests expect of them (the
+    # runner, the number of processes, how soon they start) is a CPU's. Set before CUDA starts, and inherited, as above.
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if stale := staleness():
         raise pytest.UsageError(stale)
 

@@ -178,7 +178,6 @@ def test_onnx_runtime_is_checked_and_measured_if_installed(tmp_path: Path, monke
     assert "pip install onnxruntime-gpu onnx" in measure_onnx(case, plan)["onnx on cpu"]["skipped"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_an_unavailable_provider_is_skipped_with_its_reason(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path / "tiny"))
     calls = cast(CudaCalls, SimpleNamespace())  # not called
@@ -190,7 +189,6 @@ def test_an_unavailable_provider_is_skipped_with_its_reason(tmp_path: Path) -> N
     assert all("was asked for, but" in one["skipped"] for one in told.values())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_the_error_names_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--out", str(tmp_path / "out")]) == 2
     assert "sees no GPU; --device cpu --quick is a dry run without one" in capsys.readouterr().err

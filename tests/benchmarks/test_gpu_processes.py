@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.gpu_processes import main
 from tests.data import REPOSITORY
@@ -27,7 +26,6 @@ def test_parallel_engines_answer_and_keep_their_budget(tmp_path: Path) -> None:
     assert len(told.splitlines()) == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_it_fails_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "sees no GPU; --device cpu --quick is a dry run without one" in capsys.readouterr().err

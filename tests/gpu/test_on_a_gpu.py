@@ -43,7 +43,7 @@ from tests.service.slotted import (
 )
 from tests.waiting import LIMIT_S
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and `-m gpu`")]
 
 BUNDLE = REPOSITORY / "models/zoo/cifar100-msdnet"
 CUDA = torch.device("cuda", 0)

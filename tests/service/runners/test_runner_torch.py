@@ -314,7 +314,6 @@ def test_a_network_that_cannot_be_rebuilt_is_refused(bundle: Bundle) -> None:
         open_torch_runner(Bundle(bundle.path, fewer, bundle.calibration), 8, 8, device=Host())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_gpu_it_fails_with_an_error(bundle: Bundle) -> None:
     with pytest.raises(RunnerError, match="sees no GPU: choose the runner onnx or auto"):
         open_torch_runner(bundle, 8, 8)
