@@ -292,6 +292,25 @@ def test_a_budget_out_of_reach_is_refused_with_both_ends(bad):
     assert budget.state().budget_mflops == pytest.approx(0.5 * FULL_MFLOPS, abs=1e-6)
 
 
+def test_the_state_describes_the_budget_that_was_set_even_while_less_is_worked_at():
+    budget = controller(1.0)
+    as_set = budget.state()
+    assert (as_set.fraction, as_set.frontier_limited) == (1.0, True)
+    budget.work_at(0.3 * FULL_MFLOPS)
+    state = budget.state()
+    assert state.working_mflops == pytest.approx(0.3 * FULL_MFLOPS, rel=1e-6)
+    for name in ("budget_mflops", "fraction", "frontier_limited"):
+        assert getattr(state, name) == getattr(as_set, name), name
+
+
+def test_working_budgets_between_the_frontiers_end_and_a_budget_beyond_it_have_no_effect():
+    assert controller(0.4).useful_mflops == pytest.approx((COSTS_MFLOPS[0], 0.4 * FULL_MFLOPS), rel=1e-6)
+    budget = controller(1.0)
+    assert budget.useful_mflops == pytest.approx((COSTS_MFLOPS[0], FRONTIER.cost[-1]))
+    budget.work_at(FRONTIER.cost[-1])
+    assert budget.working_mflops == pytest.approx(FULL_MFLOPS)
+
+
 # --- where steering ends ----------------------------------------------------------------------------------------
 
 

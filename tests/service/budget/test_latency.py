@@ -7,6 +7,7 @@ import pytest
 
 from service.budget.controller import BudgetController
 from service.budget.degrade import Degrade
+from service.budget.latency import LatencyControl
 from tests.service.open_loop import Record, capacity, simulate_open_loop
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, frontier, population
 
@@ -187,6 +188,17 @@ def test_the_state_reports_the_limit_and_since_when():
     assert state is not None
     assert state.is_lowest
     assert budget.working_mflops == pytest.approx(LOWEST)
+
+
+def test_the_percentile_is_that_of_at_least_20_answers():
+    control = LatencyControl(TARGET_S, LOWEST, TOP, TOP, 0.0)
+    for took_ms in range(1, 20):
+        control.answered(1e-3 * took_ms, 0.1)
+    control.budget(0.2, predicted_wait_s=0.0, fullness=0.0)
+    assert (control.p95_s, control.n_answers) == (None, 19)
+    control.answered(0.020, 0.3)
+    control.budget(0.4, predicted_wait_s=0.0, fullness=0.0)
+    assert (control.p95_s, control.n_answers) == (0.019, 20)  # 19 of 20 took no longer
 
 
 def test_after_silence_the_budget_rises_by_itself():
