@@ -41,10 +41,10 @@ class Targets:
 
     def __init__(self, frontier: Frontier, exit_mflops: Sequence[float]) -> None:
         self.frontier = frontier
-        self.first_mflops, self.full_mflops = exit_mflops[0], exit_mflops[-1]
+        first_mflops, self.full_mflops = exit_mflops[0], exit_mflops[-1]
         self.allowed: dict[Kind, tuple[float, float]] = {
-            "average_mflops": (self.first_mflops, self.full_mflops),
-            "fraction": (self.first_mflops / self.full_mflops, 1.0),
+            "average_mflops": (first_mflops, self.full_mflops),
+            "fraction": (first_mflops / self.full_mflops, 1.0),
             "accuracy": (frontier.at(0.0).accuracy, frontier.best_accuracy[-1]),
         }
 
@@ -62,7 +62,7 @@ class Targets:
             value = self.frontier.at_accuracy(value).cost
         elif kind == "fraction":
             value *= self.full_mflops
-        return Target(kind, min(max(value, self.first_mflops), self.full_mflops))
+        return Target(kind, value)
 
     def expected(self, average_mflops: float) -> FrontierPoint:
         """The results to expect of a budget on images like the held-out ones."""
