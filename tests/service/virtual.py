@@ -12,6 +12,7 @@ from models.frontier import Frontier
 from service.budget.controller import BudgetController
 from service.engine.core import Core
 from service.engine.lanes import Batch, BatchResult
+from service.engine.observer import Observer
 from service.engine.rows import Answer, Options, Request, Step, Told
 from service.engine.scheduler import Scheduler
 from service.errors import EngineError
@@ -98,10 +99,14 @@ def curve() -> Frontier:
 
 
 def world(
-    budget_mflops: float = FULL_MFLOPS, burst_images: float = 1000.0, exits: bool = True, max_rows: int = 32
+    budget_mflops: float = FULL_MFLOPS,
+    burst_images: float = 1000.0,
+    exits: bool = True,
+    max_rows: int = 32,
+    observer: Observer | None = None,
 ) -> World:
     budget = BudgetController(curve(), COSTS_MFLOPS, budget_mflops, burst_images, steer=False)
-    return World(Core(budget, Scheduler(N_EXITS, max_rows), CLASS_NAMES, exits))
+    return World(Core(budget, Scheduler(N_EXITS, max_rows), CLASS_NAMES, exits, observer))
 
 
 def spent_is_what_answers_say(world: World, tokens: Sequence[Any]) -> bool:

@@ -1,12 +1,15 @@
 """Answers made from the results of a batch."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from service.engine.answering import answers_of
 from service.engine.lanes import Batch, BatchResult
-from service.engine.rows import Options, Request
+from service.engine.rows import Answer, Options, Request
 from service.runners.blocks import NO_VALUES, Block, RowState
+from tests.service.virtual import N_EXITS, world
 
 
 @pytest.mark.parametrize("leading", [1, 3])
@@ -20,3 +23,35 @@ def test_of_two_equal_classes_the_runners_choice_comes_first(leading: int) -> No
     assert [class_id for class_id, _ in answer.top_k] == [leading, 4 - leading, 2]
     assert answer.top_k[0] == (answer.class_id, answer.confidence)
     assert answer.label == "abcd"[leading]
+
+
+class Watch:
+    """Keeps what each batch was observed to take."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, float, Sequence[float]]] = []
+
+    def batch_ran(self, stage: int, seconds: float, queue_seconds: Sequence[float]) -> None:
+        self.batches.append((stage, pytest.approx(seconds), pytest.approx(queue_seconds)))
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        pass
+
+
+def test_an_answers_times_cover_all_stages_and_a_batchs_its_own() -> None:
+    """Two images run in batches of 10 ms, before each of which they wait for 5 ms."""
+    watch = Watch()
+    here = world(observer=watch)
+    here.admit("pinned", Options(exit=2))
+    here.admit("late", Options(exit=N_EXITS, deadline_s=here.now_s + 0.040))  # halfway through stage 3
+    for _ in range(3):
+        here.wait_until(here.now_s + 0.005)
+        batch = here.start()
+        assert batch is not None
+        here.wait_until(here.now_s + 0.010)
+        here.finish(batch)
+    assert [(a.queue_ms, a.compute_ms) for a in map(here.answer, ("pinned", "late"))] == [
+        pytest.approx((10.0, 20.0)),
+        pytest.approx((20.0, 20.0)),  # stage 3 had not returned
+    ]
+    assert watch.batches == [(1, 0.010, [0.005, 0.005]), (2, 0.010, [0.005, 0.005]), (3, 0.010, [0.005])]
