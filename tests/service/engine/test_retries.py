@@ -105,6 +105,29 @@ def test_rows_retried_alone_alternate_with_other_batches() -> None:
     assert here.start() is None
 
 
+def test_an_image_is_retried_once_at_every_stage() -> None:
+    here = world()
+    here.admit("a", Options(exit=4))
+
+    def fail() -> None:
+        batch = here.start()
+        assert batch is not None
+        batch.error = RuntimeError("poisoned")
+        here.core.finish(batch, here.now_s)
+        here.deliver()
+
+    for _ in range(3):
+        fail()
+        batch = here.start()
+        assert batch is not None
+        here.finish(batch)
+    fail()
+    assert not here.told
+    fail()
+    assert str(here.outcome("a")) == "stage 4 failed: poisoned"
+    assert here.core.n_failed == here.core.n_ended == 1
+
+
 @pytest.mark.parametrize("px", [32, 40])  # the network's size, and one that the device scales
 def test_a_hung_batch_that_returns_does_not_free_images_of_retried_rows(
     bundle: Bundle, images: NDArray[np.uint8], px: int
