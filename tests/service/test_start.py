@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from models.bundle import load_bundle
+from service.engine.policies import POLICIES
 from tests.bundles import random_images, seal
 from tests.service.apps import PNG, png
 from tests.service.process import REPOSITORY, command, environment, running_server
@@ -43,6 +45,45 @@ def test_it_answers_soon_after_its_start_and_without_torch(bundle_path: Path, lo
         assert "libtorch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
         assert server.stop() == 0
     assert "Traceback" not in log.read_text()
+
+
+SHOWING = """
+import sys
+from service import __main__, assembly
+build = assembly.build_engine
+
+def build_and_show(*args, **kwargs):
+    engine = build(*args, **kwargs)
+    print(engine._core.scheduler.policy, file=sys.stderr)
+    return engine
+
+assembly.build_engine = build_and_show
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_every_setting_of_engine_and_budget_takes_effect(bundle_path: Path, log: Path) -> None:
+    frontier = load_bundle(bundle_path).frontier()
+    accuracy = (frontier.accuracy[0] + frontier.best_accuracy[-1]) / 2
+    budget = ("--budget-accuracy", str(accuracy), "--burst-images", "77.5", "--latency-ms", "2500")
+    batches = ("--device", "cpu", "--lanes", "3", "--max-batch-rows", "5", "--scheduling-policy", "merge-full")
+    room = ("--max-in-flight", "9", "--max-queue-s", "1e-9")
+    program = (sys.executable, "-c", SHOWING)
+    with (
+        running_server(bundle_path, log, *budget, *batches, *room, program=program) as server,
+        httpx.Client(base_url=server.url) as http,
+    ):
+        state = http.get("/budget").json()
+        assert (state["set_as"], state["accuracy"]) == ("accuracy", pytest.approx(accuracy, abs=1e-3))
+        assert state["ledger"]["burst_images"] == 77.5
+        assert state["latency"]["target_ms"] == 2500
+        metrics = http.get("/metrics").text.splitlines()
+        assert 'exitserve_max_batch_rows{stage="1"} 5.0' in metrics
+        assert "exitserve_room_rows 9.0" in metrics
+        assert http.post("/classify", content=BODY, headers=PNG).status_code == 200
+        # As the wait may be next to nothing, there is room for two images per lane.
+        assert "exitserve_room_rows 6.0" in http.get("/metrics").text.splitlines()
+    assert str(POLICIES["merge-full"]) in log.read_text().splitlines()
 
 
 def start(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
