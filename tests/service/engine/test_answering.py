@@ -8,6 +8,7 @@ import pytest
 from service.engine.answering import answers_of
 from service.engine.lanes import Batch, BatchResult
 from service.engine.rows import Answer, Options, Request
+from service.engine.wishes import rank
 from service.runners.blocks import NO_VALUES, Block, RowState
 from tests.service.virtual import N_EXITS, world
 
@@ -23,6 +24,13 @@ def test_of_two_equal_classes_the_runners_choice_comes_first(leading: int) -> No
     assert [class_id for class_id, _ in answer.top_k] == [leading, 4 - leading, 2]
     assert answer.top_k[0] == (answer.class_id, answer.confidence)
     assert answer.label == "abcd"[leading]
+
+
+def test_equal_classes_are_ranked_by_their_numbers() -> None:
+    logits = np.random.default_rng(0).integers(0, 3, (20, 100)).astype(np.float32)
+    ranked = rank(logits, [0.5] * len(logits), 100)
+    for row, best in zip(logits, ranked, strict=True):
+        assert [class_id for class_id, _ in best] == sorted(range(100), key=lambda class_id: (-row[class_id], class_id))
 
 
 class Watch:

@@ -5,6 +5,7 @@ import pytest
 from service.engine.guard import FAILURES_BEFORE_TRIAL, LOOK_EVERY_S, TRIAL_EVERY_S, Guard
 from service.engine.lanes import TRIAL, Batch
 from service.engine.pace import Pace
+from service.engine.rows import ENDED, PLAIN, Request
 
 STAGE_SECONDS = ({1: 0.001, 8: 0.008}, {8: 0.1})  # full batches of 32: 32 ms and 400 ms
 
@@ -148,6 +149,16 @@ def test_after_repeated_failures_a_trial_distinguishes_images_from_the_runner() 
     end(here, again, 3.2)
     assert here.unsound is None
     assert here.n_failed == 2 + 3 + 3
+
+
+def test_failures_of_batches_whose_images_are_run_again_alone_need_no_trial() -> None:
+    here = guard()
+    for _ in range(FAILURES_BEFORE_TRIAL):
+        batch = begin(here, 0.0)
+        batch.rows = [Request(None, lambda told: None, PLAIN, ENDED)] * 2
+        assert end(here, batch, 0.0, RuntimeError("no memory"))
+    assert here.n_failed == FAILURES_BEFORE_TRIAL
+    assert here.trial(0.0) is None
 
 
 # --- the pace ---------------------------------------------------------------------------------------------------

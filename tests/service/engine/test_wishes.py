@@ -47,6 +47,15 @@ def test_an_image_leaves_at_the_first_exit_with_its_requested_confidence(least: 
     assert (here.answer("a").exit, here.answer("a").reason) == (exit_, reason)
 
 
+def test_a_confidence_is_reached_by_its_equal() -> None:
+    here = world()
+    here.admit("a", Options(exit=3))
+    here.run()
+    here.admit("b", Options(min_confidence=here.answer("a").confidence))
+    here.run()
+    assert here.answer("b").exit == 3
+
+
 @pytest.mark.parametrize(("cap", "exit_"), [(COSTS_MFLOPS[0], 1), (30.0, 2), (COSTS_MFLOPS[3], 4)])
 def test_an_image_goes_no_deeper_than_its_cost_limit_allows(cap: float, exit_: int) -> None:
     here = world()
