@@ -5,13 +5,18 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.bundle import Bundle
-from service.metrics import Metrics, _cost_bounds
+from service.budget.latency import LatencyState
+from service.budget.state import BudgetState
+from service.engine.observer import EngineStats
+from service.metrics import REASONS, Metrics, _cost_bounds
 from tests.bundles import random_images, tiny_bundle
 from tests.service.apps import PNG, Http, build_app, png, serving
 
@@ -29,9 +34,13 @@ def scrape(http: Http) -> Samples:
     response = http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return parsed(response.text)
+
+
+def parsed(text: str) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(response.text)
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
 
@@ -101,6 +110,113 @@ def test_gauges_equal_the_budgets_state(http: Http) -> None:
     [info] = [dict(labels) for name, labels in samples if name == "exitserve_model_info"]
     model = http.get("/model").json()
     assert (info["name"], info["version"]) == (model["name"], model["version"])
+
+
+STATS = EngineStats(
+    submitted=1001,
+    answered=1002,
+    refused=1003,
+    abandoned=1004,
+    failed=1005,
+    in_flight_rows=1006,
+    queued_rows=(1007, 1008, 1009, 1010),
+    running_batches=1011,
+    failed_batches=1012,
+    hung_batches=1013,
+    max_batch_rows=(1014, 1015, 1016, 1017),
+    room_rows=1018,
+    predicted_wait_s=1019.5,
+    exits={(2, "budget"): 1020, (4, "final"): 1021},
+    idle_mflops=1022.5,
+    latency_limited_s=1023.5,
+)
+LATENCY = LatencyState(target_s=2001.5, p95_s=2002.5, n_answers=2003, limited_s=2004.5, is_lowest=True)
+BUDGET = BudgetState(
+    budget_mflops=3001.5,
+    fraction=3002.5,
+    working_mflops=3003.5,
+    burst_images=3004.5,
+    position=3005.5,
+    thresholds=(3006.5, 3007.5, 3008.5, float("-inf")),
+    expected_mflops=3009.5,
+    expected_accuracy=3010.5,
+    expected_shares=(3011.5, 3012.5, 3013.5, 3014.5),
+    frontier_limited=True,
+    rolling_mflops=3015.5,
+    settled_mflops=3016.5,
+    reserved_mflops=3017.5,
+    answered=3018,
+    abandoned=3019,
+    spent_answered_mflops=3020.5,
+    spent_abandoned_mflops=3021.5,
+    latency=LATENCY,
+)
+OF_THE_ENGINE = {
+    "mflops_total": 3020.5,
+    "failed_batches_total": 1012,
+    "hung_batches_total": 1013,
+    "latency_limited_seconds_total": 1023.5,
+    "budget_mflops": 3001.5,
+    "working_mflops": 3003.5,
+    "latency_target_seconds": 2001.5,
+    "latency_p95_seconds": 2002.5,
+    "latency_limited": 1,
+    "latency_at_lowest": 1,
+    "burst_images": 3004.5,
+    "rolling_mflops": 3015.5,
+    "expected_mflops": 3009.5,
+    "expected_accuracy": 3010.5,
+    "saved_mflops": 3016.5,
+    "in_flight_rows": 1006,
+    "room_rows": 1018,
+    "predicted_wait_seconds": 1019.5,
+}
+
+
+def test_every_metric_of_engine_and_budget_has_its_own_number(bundle: Bundle) -> None:
+    metrics = Metrics(bundle.manifest)
+    metrics.watch(lambda: STATS, lambda: BUDGET, bundle)
+    samples = parsed(metrics.exposition(is_ready=True)[0].decode())
+    assert {name: value(samples, name) for name in OF_THE_ENGINE} == OF_THE_ENGINE
+    for i, number in enumerate(("1", "2", "3", "4")):
+        assert value(samples, "threshold", exit=number) == BUDGET.thresholds[i]
+        assert value(samples, "expected_share", exit=number) == BUDGET.expected_shares[i]
+        assert value(samples, "queue_rows", stage=number) == STATS.queued_rows[i]
+        assert value(samples, "max_batch_rows", stage=number) == STATS.max_batch_rows[i]
+        for reason in REASONS:
+            assert value(samples, "exits_total", exit=number, reason=reason) == STATS.exits.get((i + 1, reason), 0)
+
+
+def test_what_there_is_not_yet_is_no_number(bundle: Bundle) -> None:
+    """So that a panel shows a gap, and no alert sees a zero."""
+    metrics = Metrics(bundle.manifest)
+    metrics.watch(lambda: STATS, lambda: replace(BUDGET, rolling_mflops=None, latency=None), bundle)
+    samples = parsed(metrics.exposition(is_ready=True)[0].decode())
+    for name in ("rolling_mflops", "latency_target_seconds", "latency_p95_seconds"):
+        assert isnan(value(samples, name)), name
+    assert value(samples, "latency_limited") == value(samples, "latency_at_lowest") == 0
+
+
+def test_histograms_count_in_their_units(bundle: Bundle) -> None:
+    metrics = Metrics(bundle.manifest)
+    metrics.batch_ran(2, 0.004, [0.004, 0.3, 2.0])
+    metrics.responded(3, 0.004)
+    metrics.responded(3, 0.3)
+    metrics.decoded(0.00015)
+    samples = parsed(metrics.exposition(is_ready=True)[0].decode())
+    for name, labels, at_most, expected in (
+        ("stage_seconds", {"stage": "2"}, "0.005", (1, 1, 0.004)),
+        ("queue_seconds", {"stage": "2"}, "0.5", (2, 3, 2.304)),
+        ("batch_rows", {"stage": "2"}, "3.0", (1, 1, 3)),
+        ("request_seconds", {"exit": "3"}, "0.005", (1, 2, 0.304)),
+        ("decode_seconds", {}, "0.0002", (1, 1, 0.00015)),
+    ):
+        counted = (
+            value(samples, f"{name}_bucket", le=at_most, **labels),
+            value(samples, f"{name}_count", **labels),
+            value(samples, f"{name}_sum", **labels),
+        )
+        assert counted == pytest.approx(expected), name
 
 
 def test_client_input_creates_no_new_series(http: Http) -> None:
