@@ -204,14 +204,15 @@ def test_histograms_count_in_their_units(bundle: Bundle) -> None:
     metrics.responded(3, 0.3)
     metrics.decoded(0.00015)
     samples = parsed(metrics.exposition(is_ready=True)[0].decode())
-    for name, labels, at_most, expected in (
-        ("stage_seconds", {"stage": "2"}, "0.005", (1, 1, 0.004)),
-        ("queue_seconds", {"stage": "2"}, "0.5", (2, 3, 2.304)),
-        ("batch_rows", {"stage": "2"}, "3.0", (1, 1, 3)),
-        ("request_seconds", {"exit": "3"}, "0.005", (1, 2, 0.304)),
-        ("decode_seconds", {}, "0.0002", (1, 1, 0.00015)),
+    for name, labels, (below, at_most), expected in (
+        ("stage_seconds", {"stage": "2"}, ("0.002", "0.005"), (0, 1, 1, 0.004)),
+        ("queue_seconds", {"stage": "2"}, ("0.25", "0.5"), (1, 2, 3, 2.304)),
+        ("batch_rows", {"stage": "2"}, ("2.0", "3.0"), (0, 1, 1, 3)),
+        ("request_seconds", {"exit": "3"}, ("0.002", "0.005"), (0, 1, 2, 0.304)),
+        ("decode_seconds", {}, ("0.0001", "0.0002"), (0, 1, 1, 0.00015)),
     ):
         counted = (
+            value(samples, f"{name}_bucket", le=below, **labels),
             value(samples, f"{name}_bucket", le=at_most, **labels),
             value(samples, f"{name}_count", **labels),
             value(samples, f"{name}_sum", **labels),
