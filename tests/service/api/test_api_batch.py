@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -18,7 +19,7 @@ from service.api import answers
 from service.api.delivery import Delivery
 from service.engine.engine import Engine
 from service.engine.rows import Answer, Options
-from service.errors import EngineOverloaded
+from service.errors import EngineError, EngineOverloaded, EngineUnsound
 from service.images.decoder import ImageDecoder
 from tests.bundles import random_images
 from tests.service.api.test_delivery import keep_busy
@@ -104,17 +105,23 @@ def test_bodies_that_are_no_form_of_images_are_refused(http: Http) -> None:
     problem(http.post("/classify/batch?exit=0", files=files(BODIES[0])), 422, "bad-parameter")
 
 
-def test_if_no_image_can_be_admitted_the_whole_request_is_refused(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [(EngineOverloaded(1024), 429, "overloaded"), (EngineUnsound("all 2 lanes hang"), 503, "not-ready")],
+)
+def test_if_no_image_can_be_admitted_the_whole_request_is_refused(
+    http: Http, monkeypatch: pytest.MonkeyPatch, error: EngineError, status: int, kind: str
+) -> None:
     def refuses(*args: Any) -> None:
-        raise EngineOverloaded(1024)
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "submit_to", refuses)
         response = http.post("/classify/batch", files=files(*BODIES[:3]))
-        problem(response, 429, "overloaded")
+        problem(response, status, kind)
         assert int(response.headers["retry-after"]) >= 1
         mixed = batch(http, "", BODIES[0], b"no image")
-        assert [item["problem"]["status"] for item in mixed["results"]] == [429, 400]
+        assert [item["problem"]["status"] for item in mixed["results"]] == [status, 400]
     assert batch(http, "", *BODIES[:3])["answered"] == 3
 
 
@@ -169,6 +176,13 @@ def test_an_image_that_cannot_be_decoded_yet_waits_for_the_forms_others(
         patch.setattr(ImageDecoder, "decode", refuses)
         assert batch(http, "", *BODIES)["answered"] == len(BODIES)
     assert n_asked == len(BODIES) + 1
+
+
+def test_the_decoding_time_of_an_image_is_its_own(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that since the form had arrived. The clock advances by a second whenever it is read."""
+    monkeypatch.setattr("service.api.batch.perf_counter", count().__next__)
+    results = batch(http, "", *BODIES)["results"]
+    assert [item["answer"]["timings"]["decode_ms"] for item in results] == [1000.0] * len(BODIES)
 
 
 @pytest.fixture

@@ -69,9 +69,11 @@ def without_times(document: dict[str, Any]) -> dict[str, Any]:
         (BODY, "?exit=9", 422),
     ],
 )
-def test_the_answer_equals_the_applications(
+def test_the_answer_equals_the_applications_and_counts_as_much(
     here: Here, visits: list[int], body: bytes, query: str, status: int
 ) -> None:
+    names = ("decode_seconds_count", 'requests_total{outcome="answered"}', 'requests_total{outcome="invalid"}')
+    before = [here.metric(f"exitserve_{name}") for name in names]
     with contextlib.closing(here.connect()) as line:
         line.send(request(body, query, traceparent=TRACEPARENT))
         direct = line.receive()
@@ -88,6 +90,8 @@ def test_the_answer_equals_the_applications(
     assert direct[1]["content-type"] == application.headers["content-type"]
     assert direct[1]["traceparent"] == TRACEPARENT
     assert direct[1]["x-request-id"] == direct[2].get("request_id", direct[1]["x-request-id"])
+    counted = [here.metric(f"exitserve_{name}") - count for name, count in zip(names, before, strict=True)]
+    assert counted == ([2, 2, 0] if status == 200 else [0, 0, 2])  # one each
 
 
 def test_bodies_in_pieces_and_unusual_requests_go_to_the_application(here: Here, line: Line, visits: list[int]) -> None:
