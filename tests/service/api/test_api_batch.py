@@ -185,6 +185,19 @@ def test_the_decoding_time_of_an_image_is_its_own(http: Http, monkeypatch: pytes
     assert [item["answer"]["timings"]["decode_ms"] for item in results] == [1000.0] * len(BODIES)
 
 
+def test_every_answer_of_a_form_has_its_latency(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    def n_observed() -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("exitserve_request_seconds_count"))
+
+    before, took = n_observed(), list[float]()
+    monkeypatch.setattr(Engine, "took", lambda engine, seconds: took.append(seconds))
+    results = batch(http, "", *BODIES, b"no image")["results"]
+    assert n_observed() - before == len(BODIES)
+    totals_ms = [item["answer"]["timings"]["total_ms"] for item in results[:-1]]
+    assert sorted(totals_ms) == pytest.approx(sorted(1e3 * seconds for seconds in took), abs=1e-3)
+
+
 @pytest.fixture
 def narrow(folder: Path) -> Iterator[tuple[Http, Engine]]:
     """A server with room for eight images, of which a form may have four; and its engine."""

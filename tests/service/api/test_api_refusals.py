@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from service.api.room import SAME_FOR_S
 from service.engine.engine import Engine
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, encoded, png, problem, serving
@@ -278,3 +279,22 @@ def test_a_server_that_cannot_run_its_stages_is_not_ready(folder: Path) -> None:
         engines[0].stats()  # asked next, answered once the engine has followed
         assert client.get("/readyz").status_code == 200
         assert client.post("/classify", content=BODIES[0], headers=PNG).status_code == 200
+
+
+def test_the_predicted_wait_is_renewed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[Engine] = []
+    room = build_app(folder, keep=engines.append).room
+    admission, now_s = engines[0]._admission, 100.0
+    admission.in_flight, admission.room_rows, admission.row_s = 10, 10, 0.1
+    monkeypatch.setattr("service.api.room.monotonic", lambda: now_s)
+    first = room.problem()
+    assert first is not None
+    assert first.extensions == {"retry_after_s": 1.0}
+    admission.row_s = 0.2
+    assert room.problem() is first  # whose body is kept as it was written
+    now_s += SAME_FOR_S
+    second = room.problem()
+    assert second is not None
+    assert second.extensions == {"retry_after_s": 2.0}
+    admission.in_flight = 9
+    assert room.problem() is None
