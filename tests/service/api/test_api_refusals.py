@@ -258,6 +258,7 @@ def test_overload_is_refused_with_retry_after_before_the_body_is_read(
         assert response.headers["retry-after"] == "3"
         assert document["retry_after_s"] == pytest.approx(2.43)
         assert "2.4 s" in document["detail"]
+        problem(client.get("/classify"), 405, "method-not-allowed")  # it has no image
         monkeypatch.undo()
         assert client.post("/classify", content=BODIES[0], headers=PNG).status_code == 200
 

@@ -30,6 +30,8 @@ TOKEN = "correct-horse-battery"
         ("127.0.0.1", "http://", {}, False),
         ("127.0.0.1", "http://localhost:8000", {"X-Forwarded-For": "127.0.0.1"}, False),
         ("127.0.0.1", "http://localhost:8000", {"Forwarded": "for=10.0.0.1"}, False),
+        ("127.0.0.1", "http://localhost:8000", {"X-Real-IP": "127.0.0.1"}, False),
+        ("127.0.0.1", "http://localhost:8000", {"Via": "1.1 cache"}, False),
     ],
 )
 def test_without_a_token_only_local_clients_are_allowed(
