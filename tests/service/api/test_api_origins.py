@@ -31,6 +31,11 @@ def test_allowed_origins_get_cors_headers(http: Http) -> None:
     assert response.headers["access-control-allow-methods"] == "GET, POST"
 
 
+def test_pages_may_read_the_id_of_a_request_and_when_to_try_again(http: Http) -> None:
+    response = http.get("/model", headers={"Origin": SHOP})
+    assert response.headers["access-control-expose-headers"] == "X-Request-ID, Retry-After"
+
+
 @pytest.mark.parametrize(
     ("headers", "why"),
     [

@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 from pathlib import Path
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Any
 
 import httpx
@@ -285,18 +285,21 @@ def test_a_request_whose_error_cannot_be_sent_does_not_block_the_next(
 
 def test_every_request_is_logged(here: Here, line: Line, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "service.access")
+    began_s = perf_counter()
     line.send(request(query="?exit=2", traceparent=TRACEPARENT, X_Request_ID="mine-1"))
     assert line.receive()[1]["x-request-id"] == "mine-1"
     line.send(request(b"none", X_Request_ID="mine-2"))
     line.receive()
+    line.send(request(query="?exit=9", X_Request_ID="mine-3"))  # refused before its body
+    line.receive()
 
     def logged() -> list[dict[str, Any]]:
-        """Log lines of these two, since a client of an earlier test may leave only now."""
+        """Log lines of these three, since a client of an earlier test may leave only now."""
         lines = (JsonFormatter().format(record) for record in caplog.records if record.name == "service.access")
         return [line for line in map(json.loads, lines) if line["request_id"].startswith("mine-")]
 
-    wait_until("both are logged", lambda: len(logged()) == 2)
-    first, second = logged()
+    wait_until("all are logged", lambda: len(logged()) == 3)
+    first, second, third = logged()
     assert {
         "request_id": "mine-1",
         "traceparent": TRACEPARENT,
@@ -307,6 +310,8 @@ def test_every_request_is_logged(here: Here, line: Line, caplog: pytest.LogCaptu
     }.items() <= first.items()
     assert first["response_bytes"] > 100
     assert {"status": 400, "problem": "not-an-image"}.items() <= second.items()
+    assert {"status": 422, "problem": "bad-parameter"}.items() <= third.items()
+    assert 0 < sum(line["duration_ms"] for line in logged()) < 1e3 * (perf_counter() - began_s)
 
 
 def test_requests_in_progress_at_the_stop_are_answered_and_connections_closed(
