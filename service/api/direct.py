@@ -125,12 +125,11 @@ class Desk:
         self._bodies.append((visit, body))
 
     def leave(self, visit: Visit) -> None:
-        """The client has disconnected: abandon its image, which runs no further stage."""
+        """The client of a visit whose body had arrived has disconnected: its image runs no further stage."""
         if visit.ended:
             return
         visit.ended = True
-        if visit.started_s:
-            self.lifecycle.requests_in_flight -= 1
+        self.lifecycle.requests_in_flight -= 1
         self._give_up(visit)
         self.state.metrics.count("abandoned")
         self._log(visit, CLIENT_LEFT, 0)

@@ -53,6 +53,9 @@ class SlowClient:
                     length = int(value)
             return status, json.loads(file.read(length))
 
+    def is_disconnected(self) -> bool:
+        return self._socket.recv(1) == b""
+
     def close(self) -> None:
         self._socket.close()
 
@@ -227,6 +230,7 @@ def test_a_client_that_sends_too_slowly_gets_408(bundle_path: Path, log: Path) -
         status, document = client.response()
         assert status == 408
         assert document["type"] == "urn:exitserve:problem:body-too-slow"
+        assert client.is_disconnected(), "what it still sends is no request"
         assert httpx.post(server.url + "/classify", content=BODY, headers=PNG).status_code == 200
 
 

@@ -65,6 +65,7 @@ def test_a_client_may_choose_the_request_id(http: Http) -> None:
     [
         ("PNG", "image/png"),
         ("PNG", "image/jpeg"),
+        ("PNG", "Image/PNG"),
         ("PNG", "application/octet-stream"),
         ("WEBP", "image/webp"),
         ("BMP", "image/bmp"),

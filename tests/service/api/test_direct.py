@@ -214,6 +214,20 @@ def test_a_client_that_leaves_abandons_its_image_at_once(here: Here) -> None:
     assert here.metric(gone) == counted + 1
 
 
+def test_a_picture_whose_client_has_left_is_not_decoded(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, stop = here.app.desk.state.decoder._elsewhere, threading.Event()
+    decode = threads._decode
+    monkeypatch.setattr(threads, "_decode", lambda body: decode(body) if stop.wait(LIMIT_S) else None)
+    others = [threads.submit(LARGE) for _ in range(threads._n_threads)]
+    with contextlib.closing(here.connect()) as line:
+        line.send(request(LARGE))
+        wait_until("it waits for a thread", lambda: threads._n_submitted == len(others) + 1)
+    wait_until("it is given up", lambda: threads._n_submitted == len(others))
+    stop.set()
+    for other in others:
+        other.result(LIMIT_S)
+
+
 def test_an_open_connection_keeps_no_image_in_memory(here: Here, line: Line) -> None:
     body = BODY + bytes(50_000)  # data after the end of an image is ignored
     cycles: list[Any] = []

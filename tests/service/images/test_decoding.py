@@ -44,11 +44,19 @@ def test_images_that_would_wait_too_long_are_refused(stop: Event) -> None:
 
 
 def test_an_idle_thread_accepts_any_image(stop: Event) -> None:
-    decoding = Decoding(len, 2, max_wait_s=0.0)
+    def decode(body: bytes) -> int:
+        if body == b"slow":
+            assert stop.wait(LIMIT_S)
+        return len(body)
+
+    decoding = Decoding(decode, 2, max_wait_s=0.0)
     decoding._seconds, decoding._weight = 1.0, 1.0
-    for _ in range(3):
+    slow = decoding.submit(b"slow")
+    for _ in range(3):  # on the other thread
         assert decoding.submit(b"x" * 1000).result(LIMIT_S) == 1000
-        wait_until("it is forgotten", lambda: decoding._n_submitted == 0)
+        wait_until("it is forgotten", lambda: decoding._n_submitted == 1)
+    stop.set()
+    assert slow.result(LIMIT_S) == 4
     decoding.close()
 
 
