@@ -14,12 +14,14 @@ from service.api.stream import MEDIA_TYPE
 from service.engine.engine import Engine
 from service.engine.rows import Answer, Options, Step
 from service.errors import EngineError
+from service.tally import OUTCOMES
 from tests.bundles import random_images
 from tests.service.api.test_delivery import keep_busy, stays
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 
 IMAGES = random_images(8, seed=13)
 BODIES = [png(image) for image in IMAGES]
+STEP = Step(1, "noise 1", 0.3, ((1, 0.3),), 1, 0.5, 0.1, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,8 @@ def lines(http: Http, query: str = "", body: bytes = BODIES[0]) -> list[dict[str
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == MEDIA_TYPE
     assert "content-length" not in response.headers
+    # Nothing on the way may keep lines back.
+    assert (response.headers["cache-control"], response.headers["x-accel-buffering"]) == ("no-store", "no")
     assert response.text.endswith("\n")
     return [orjson.loads(line) for line in response.text.splitlines()]
 
@@ -96,26 +100,34 @@ def test_errors_after_the_first_line_are_the_last_line(
     http: Http, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: str, told: str
 ) -> None:
     async def breaks(*args: Any) -> Any:
-        yield Step(1, "noise 1", 0.3, ((1, 0.3),), 1, 0.5, 0.1, 0.2)
+        yield STEP
         raise error
 
     monkeypatch.setattr("service.api.delivery.Delivery.follow", breaks)
-    before = failed(http)
+    before = counted(http, "failed")
     first, last = lines(http)
     assert first["exit"] == 1
     assert last["type"] == f"urn:exitserve:problem:{kind}"
     assert (last["status"], last["final"], last["instance"]) == (500, True, "/classify/stream")
     assert told in last["detail"]
-    assert failed(http) == before + 1
+    assert counted(http, "failed") == before + 1
 
 
-def failed(http: Http) -> float:
-    [line] = [
-        line
-        for line in http.get("/metrics").text.splitlines()
-        if line.startswith('exitserve_requests_total{outcome="f')
-    ]
-    return float(line.split()[-1])
+def test_a_client_that_leaves_after_the_first_line_has_no_answer(http: Http, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def leaves(*args: Any) -> Any:
+        yield STEP
+        raise ClientDisconnect
+
+    monkeypatch.setattr("service.api.delivery.Delivery.follow", leaves)
+    before = {outcome: counted(http, outcome) for outcome in OUTCOMES}
+    assert len(lines(http)) == 1
+    assert {outcome: counted(http, outcome) for outcome in OUTCOMES} == {**before, "abandoned": before["abandoned"] + 1}
+
+
+def counted(http: Http, outcome: str) -> float:
+    prefix = f'exitserve_requests_total{{outcome="{outcome}"}} '
+    [line] = [line for line in http.get("/metrics").text.splitlines() if line.startswith(prefix)]
+    return float(line.removeprefix(prefix))
 
 
 def test_a_line_is_sent_as_soon_as_its_exit_is_done(http: Http, engines: list[Engine]) -> None:

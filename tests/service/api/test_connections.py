@@ -1,5 +1,6 @@
 """Connections: heads, bodies and clients that take too much memory or time, and data that is not HTTP."""
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -7,19 +8,20 @@ import logging
 import socket
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
+from service.api.connection import Connection
 from service.logs import JsonFormatter
 from service.server import listen
 from tests.bundles import random_images
 from tests.service.api.test_delivery import keep_busy
 from tests.service.apps import png
 from tests.service.sockets import Here, Line, head, request, serving
-from tests.waiting import wait_until
+from tests.waiting import LIMIT_S, wait_until
 
 BODY = png(random_images(1, seed=71)[0])
 CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
@@ -57,6 +59,31 @@ def test_a_connection_without_a_complete_request_is_closed(hasty: Here, begin: b
         assert line.receive()[0] == 200
         line.send(begin)
         assert line.ended()
+
+
+def test_the_time_to_begin_a_request_counts_from_the_latest_answer(here: Here, line: Line) -> None:
+    """Whichever way it took, and also if its head was not parsed again."""
+
+    def on_loop(read: Callable[[], float]) -> float:
+        async def now() -> float:
+            return read()
+
+        return asyncio.run_coroutine_threadsafe(now(), here.loop).result(LIMIT_S)
+
+    def quiet_since_s() -> float:
+        [connection] = here.server.server_state.connections
+        assert isinstance(connection, Connection)
+        return connection.quiet_since_s
+
+    for more in ({}, {}, {"Content_Type": "image/png; charset=binary"}, {}):
+        go_on = keep_busy(here.engine)
+        line.send(request(BODY, **more))
+        wait_until("it is in work", lambda: here.app.lifecycle.requests_in_flight == 1)
+        sleep(0.005)
+        before_s = on_loop(here.loop.time)
+        go_on.set()
+        assert line.receive()[0] == 200
+        assert on_loop(quiet_since_s) >= before_s
 
 
 def test_a_slow_head_times_out(hasty: Here) -> None:

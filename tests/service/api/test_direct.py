@@ -180,6 +180,13 @@ def test_a_repeated_head_is_not_parsed_again(
             wait_until("it is parsed", lambda both=n_parsed + 2: len(parsed) >= both)  # type: ignore[misc]
 
 
+def test_a_repeated_head_does_not_lift_the_limit_of_bodies(folder: Path) -> None:
+    with serving(folder, max_body_bytes=20_000) as here, contextlib.closing(here.connect()) as line:
+        for n_bytes, status in ((10_000, 200), (20_000, 200), (20_001, 413)):
+            line.send(request(BODY.ljust(n_bytes, b"\0")))
+            assert line.receive()[0] == status
+
+
 def test_a_quiet_connection_is_closed_and_a_busy_one_is_not(
     here: Here, monkeypatch: pytest.MonkeyPatch, visits: list[int]
 ) -> None:
