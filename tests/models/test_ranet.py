@@ -157,6 +157,28 @@ def exits_of_parameters(network: RANet) -> dict[str, int]:
     return exits
 
 
+def test_a_fusing_block_follows_its_definition() -> None:
+    """x <- [x, u, y] layer by layer, resized to y corner on corner; neither costs nor shapes show order and corners."""
+    plan = block_plans(TINY)[1][1]  # two layers, of which the second halves the map
+    assert plan.low is not None
+    assert (plan.scale_in, plan.scale_out, plan.low.scale_out) == (2, 1, 1)
+    torch.manual_seed(0)
+    block = Block(TINY, 1, plan).eval()
+    start, low = torch.randn(2, plan.widths[0], 16, 16), [torch.randn(2, n, 8, 8) for n in plan.low.widths]
+
+    def resized(x: Tensor, like: Tensor) -> Tensor:
+        return functional.interpolate(x, like.shape[2:], mode="bilinear", align_corners=True)
+
+    assert block.compress is not None
+    assert block.transition is not None
+    x = start
+    for own, of_low, u in zip(block.own, block.low, low[:-1], strict=True):
+        y = own(x)
+        x = torch.cat([resized(x, y), resized(of_low(u), y), y], 1)
+    x = block.transition(torch.cat([x, resized(block.compress(low[-1]), x)], 1))
+    torch.testing.assert_close(block(start, low)[0], x)
+
+
 def test_planned_exits_match_the_gradients(batch: tuple[Tensor, Tensor]) -> None:
     """An exit's loss reaches all blocks planned up to it and none after it, and of the heads only its own."""
     images, labels = batch
