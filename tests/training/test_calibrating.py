@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from models.boosting import Boosting
 from models.predictor import features_of
 from models.scores import plain_scores, score_exits
 from tests.training import tiny
 from training.calibration import CalibrationRecord, ExitOutputs, calibrate, load_trained, outputs_of
 from training.checkpoint import RunError, RunFolder
+from training.ensemble import fit_ensemble
 from training.evaluation import Evaluation
 from training.image_set import DataError, ImageSet, Split
 from training.loop import Trainer
@@ -63,6 +65,21 @@ def test_stored_outputs_equal_the_networks(folder: RunFolder, images: ImageSet) 
                 assert outputs.scores[name][row] == pytest.approx(score_exits(score, logits)[0], abs=1e-3)
             assert outputs.features[row] == pytest.approx(features_of(logits)[0], abs=1e-3)
         assert np.array_equal(outputs.correct, outputs.predictions == labels[:, None])
+
+
+def test_the_ensemble_is_fitted_to_the_held_out_images(folder: RunFolder, images: ImageSet) -> None:
+    """To training images it would be overconfident; the test images measure it."""
+    fitted = calibrate(folder, images, CPU).ensemble
+    assert fitted is not None
+    network, _ = load_trained(folder, n_classes=4)
+    temperatures, network.boosting = network.boosting.temperatures, Boosting([0.0, 0.0])
+    held_out = Split.load(folder.split, tiny.N_TRAIN).held_out
+    normal = (images.train_images[held_out] / 255.0 - np.array(images.mean)) / np.array(images.std)
+    with torch.no_grad():
+        heads = network(torch.from_numpy(normal.transpose(0, 3, 1, 2).astype(np.float32)))
+    expected = fit_ensemble(heads, torch.from_numpy(images.train_labels[held_out]), temperatures)
+    assert fitted.temperatures == pytest.approx(expected.temperatures, abs=1e-3)
+    assert fitted.head_scales == pytest.approx(expected.head_scales, abs=1e-3)
 
 
 def test_calibrating_twice_gives_the_same(folder: RunFolder, images: ImageSet) -> None:

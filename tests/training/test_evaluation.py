@@ -23,11 +23,13 @@ from training.plots import plot_anytime, plot_budgeted, plot_frontier, plot_poli
 from training.policies import PAPER, Policy
 from training.predicting import FITTED
 from training.published import CIFAR100_ANYTIME, CIFAR100_BUDGETED
+from training.reliability import expected_calibration_error
 from training.tables import print_evaluation, write_tables
 
 EXECUTED = (10_000_000, 20_000_000, 40_000_000)
 PUBLISHED = (12_000_000, 21_000_000, 40_000_000)
-COST = NetworkCost(PUBLISHED, EXECUTED, PUBLISHED, EXECUTED, (1, 2, 3))
+PUBLISHED_MACS, EXECUTED_MACS = (11_000_000, 19_000_000, 38_000_000), (9_000_000, 18_000_000, 37_000_000)
+COST = NetworkCost(PUBLISHED, EXECUTED, PUBLISHED_MACS, EXECUTED_MACS, (1, 2, 3))
 EXECUTED_M, PUBLISHED_M = (10.0, 20.0, 40.0), (12.0, 21.0, 40.0)
 
 
@@ -43,7 +45,8 @@ def outputs(n_images: int, seed: int) -> ExitOutputs:
     }
     features = np.zeros((n_images, 3, len(FEATURES)), np.float32)
     features[:, :, FEATURES.index("logit_margin")] = scores["logit_margin"]
-    return ExitOutputs(np.zeros(n_images, np.int64), predictions, correct, np.ones_like(correct), scores, features)
+    among_five = correct | (draw.random(correct.shape) < 0.5)
+    return ExitOutputs(np.zeros(n_images, np.int64), predictions, correct, among_five, scores, features)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,13 @@ def test_every_exit_is_measured(evaluation: Evaluation) -> None:
     assert [r.published_mflops for r in evaluation.exits] == list(PUBLISHED_M)
     assert [r.test_accuracy for r in evaluation.exits] == test.correct.mean(0).tolist()
     assert [r.heldout_accuracy for r in evaluation.exits] == heldout.correct.mean(0).tolist()
+    assert [r.test_top5_accuracy for r in evaluation.exits] == test.correct_top5.mean(0).tolist()
+    errors = [expected_calibration_error(test.confidence[:, i], test.correct[:, i]) for i in range(3)]
+    assert [r.test_calibration_error for r in evaluation.exits] == errors
+    assert [r.parameters for r in evaluation.exits] == [1, 2, 3]
+    told = evaluation.manifest_fields()["exits"]
+    assert [exit_["macs_m"] for exit_ in told] == [n / 1e6 for n in PUBLISHED_MACS]
+    assert [exit_["executed_macs_m"] for exit_ in told] == [n / 1e6 for n in EXECUTED_MACS]
 
 
 def test_the_more_informative_score_is_chosen(evaluation: Evaluation) -> None:

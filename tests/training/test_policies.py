@@ -6,7 +6,7 @@ import pytest
 from models.predictor import FEATURES, Predictor
 from training.calibration import ExitOutputs
 from training.comparison import N_COSTS, N_RESAMPLES, behaviour, compare, resamples
-from training.policies import PAPER, Policy, choose, crossfit_rightness, fit_scores, source_of
+from training.policies import N_HALVINGS, PAPER, Policy, choose, crossfit_rightness, fit_scores, source_of
 from training.predicting import FITTED, crossfit, fit_as_good, fit_expected_gain, logistic_regression
 
 COSTS = (10.0, 20.0, 40.0)
@@ -28,6 +28,30 @@ def test_crossfitting_finds_no_benefit_in_a_noise_score() -> None:
         # Exits at random are no better than a mixture of the exits, whose accuracy is between theirs.
         assert correct[:, 0].mean() - 0.02 < right.mean() < correct[:, 2].mean() + 0.02
         assert knows[family].mean() > right.mean() + 0.05
+
+
+def test_no_image_is_judged_by_thresholds_from_its_own_half() -> None:
+    draw = np.random.default_rng(0)
+    scores, correct = draw.normal(size=(51, 3)), draw.random((51, 3)) < 0.5
+    n_judged = np.zeros(51, int)
+
+    def source(fitted: np.ndarray, judged: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        assert sorted([*fitted, *judged]) == list(range(51))
+        assert len(fitted) in (25, 26)
+        n_judged[judged] += 1
+        return scores[fitted], scores[judged]
+
+    crossfit_rightness(source, correct, COSTS, BUDGETS)
+    assert n_judged.tolist() == [N_HALVINGS] * 51
+
+
+def test_what_a_half_spends_beside_the_budget_is_corrected() -> None:
+    """If all are wrong at exit 1 and right at exit 2, accuracy is the share of the way that the cost has gone."""
+    scores, correct = np.random.default_rng(1).normal(size=(300, 2)), np.tile([False, True], (300, 1))
+    budgets = [14.0, 17.0, 24.0]  # shares 0.2, 0.35 and 0.7; the other half spends a little more or less
+    rightness = crossfit_rightness(lambda a, b: (scores[a], scores[b]), correct, (10.0, 30.0), budgets)
+    for family, right in rightness.items():
+        assert right.mean() == pytest.approx((0.2 + 0.35 + 0.7) / 3, abs=1e-9), family
 
 
 def test_a_lead_within_one_standard_error_does_not_move_the_choice() -> None:

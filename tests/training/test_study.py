@@ -77,6 +77,8 @@ def test_missing_runs_are_trained_and_variants_compared_by_seed(tmp_path: Path, 
         )
         assert np.allclose(results["joint"].gain[i], ours - baseline)
         assert np.allclose(results["joint"].test_accuracy[i], ours)
+        held_out = ExitOutputs.load(RunFolder(folder / f"joint-seed{seed}").heldout).correct.mean(0)
+        assert np.allclose(results["joint"].held_out_accuracy[i], held_out)
     assert np.all(results["boosted"].gain == 0)
     assert np.all(results["boosted"].gain_error == 0)
     difference = np.mean(
