@@ -13,13 +13,24 @@ from rich.console import Console
 
 from models.predictor import FEATURES
 from tests.training import tiny
+from training.augment import DeviceImages
 from training.calibration import ExitOutputs, calibrate
 from training.checkpoint import RunFolder
-from training.image_set import DataError
+from training.image_set import DataError, Split
 from training.loop import Trainer
 from training.predicting import fit_exits
 from training.processes import Processes
-from training.signals import MARGIN, PAPER, Seen, apply, fitted_signals, judge, judged, plain_signals
+from training.signals import (
+    MARGIN,
+    PAPER,
+    Seen,
+    apply,
+    crossfit_columns,
+    fitted_signals,
+    judge,
+    judged,
+    plain_signals,
+)
 from training.signals_report import print_signals, write_signals
 
 CPU = torch.device("cpu")
@@ -55,6 +66,28 @@ def test_a_fit_gives_the_log_odds_of_the_event() -> None:
     assert np.all(log_odds[:, 2] == 0)  # nothing follows the last exit
 
 
+def test_a_held_out_image_is_scored_by_weights_that_were_not_fitted_to_it() -> None:
+    part = seen(60, 2, 1.0)
+    happens = part.mends
+    before = crossfit_columns(part.inputs, happens, 3.0)
+    happens[7] = ~happens[7]
+    after = crossfit_columns(part.inputs, happens, 3.0)
+    assert np.array_equal(before[7], after[7])
+    assert not np.array_equal(before, after)
+
+
+def test_gates_are_fitted_to_training_images_alone() -> None:
+    train, heldout, test = (seen(80, i, 1.0) for i in range(3))
+    turned = Seen(replace(heldout.outputs, correct=~heldout.outputs.correct), heldout.inputs)
+    first, again, other = (
+        next(signal for signal in fitted_signals(*parts) if signal.name == "the head's inputs")
+        for parts in ((train, heldout, test), (train, turned, test), (seen(80, 3, 1.0), heldout, test))
+    )
+    assert np.array_equal(first.heldout, again.heldout)
+    assert np.array_equal(first.test, again.test)
+    assert not np.array_equal(first.test, other.test)
+
+
 def test_informative_head_inputs_are_detected_and_noise_is_not() -> None:
     for tells, n_sure in ((3.0, 0.05), (0.0, 0.0)):
         train, heldout, test = (seen(n, i, tells) for i, n in enumerate((2000, 600, 600)))
@@ -78,12 +111,22 @@ WIDENING |= {"growth_factors": [1], "bottleneck_factors": [1]}
 
 
 @pytest.mark.parametrize(("gates", "network"), [(0.0, {}), (0.3, {"arguments": WIDENING})])
-def test_signals_of_a_run_are_printed_and_saved(tmp_path: Path, gates: float, network: dict[str, Any]) -> None:
+def test_signals_of_a_run_are_printed_and_saved(
+    tmp_path: Path, gates: float, network: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     images, folder = tiny.image_set(tmp_path / "cifar"), RunFolder(tmp_path / "run")
     recipe = tiny.recipe(objective={"gates": gates}, network=network)
     Trainer(recipe, images, folder, 0, Processes(0, 1, CPU)).train()
     calibrate(folder, images, CPU)
+    moved, augmented = list[int](), DeviceImages.augmented
+
+    def noted(self: DeviceImages, rows: torch.Tensor, draws: torch.Generator) -> object:
+        moved.extend(self.labels[rows].tolist())
+        return augmented(self, rows, draws)
+
+    monkeypatch.setattr(DeviceImages, "augmented", noted)
     results = judge(folder, images, CPU)
+    assert moved == images.train_labels[Split.load(folder.split, tiny.N_TRAIN).train].tolist()  # and no others
     names = [result.signal.name for result in results]
     assert names[:2] == [PAPER.score, MARGIN.score]
     assert ("gates trained with the network" in names) == bool(gates)
