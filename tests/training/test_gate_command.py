@@ -19,6 +19,7 @@ from tests.training.test_command import command
 from training.calibration import CalibrationRecord, ExitOutputs, load_trained
 from training.checkpoint import RunFolder
 from training.data import load_image_set
+from training.evaluation import cost_of
 from training.jei.inputs import head_rows
 from training.jei.record import SCORE, GateRecord, published_decision
 from training.quantising import quantise
@@ -53,6 +54,11 @@ def test_gates_are_tabulated_plotted_and_saved(made: Path) -> None:
     assert (gates.settings.trade_off, gates.settings.heads, gates.source) == (0.2, "fresh", "run")
     # Two steps are less than a turn, so there are only the gates of the start and of the end.
     assert [turn.step for turn in gates.turns] == [0, 2]
+    heldout, record = ExitOutputs.load(made / "gated" / "heldout.npz"), CalibrationRecord.load(RunFolder(made / "run"))
+    costs = cost_of(RunFolder(made / "run"), record).executed
+    kept, decided = gates.turns[gates.kept], published_decision(heldout.scores[SCORE], heldout.correct, costs)
+    assert kept.cost_share == pytest.approx(decided.mean_cost / costs[-1])
+    assert kept.accuracy == pytest.approx(decided.accuracy)
 
 
 def test_only_the_last_layers_change(made: Path) -> None:
@@ -164,6 +170,19 @@ def test_changed_test_images_are_not_taken_from_the_cache(made: Path, tmp_path: 
     rows = head_rows(folder, record, other, torch.device("cpu"), 1, 0)
     assert rows.test.labels.tolist() == other.test_labels.tolist()
     assert torch.allclose(rows.test.inputs[0], kept.test.inputs[0][last], atol=1e-5)
+
+
+def test_every_pass_augments_the_training_images_anew_and_no_others(made: Path, tmp_path: Path) -> None:
+    folder = RunFolder(Path(shutil.copytree(made / "run", tmp_path / "run")))
+    images, record = load_image_set(made / "cifar-100-python"), CalibrationRecord.load(folder)
+    plain, moved = (head_rows(folder, record, images, torch.device("cpu"), passes, 0) for passes in (0, 2))
+    assert moved.train.labels.tolist() == 2 * plain.train.labels.tolist()
+    for unmoved, both in zip(plain.train.inputs, moved.train.inputs, strict=True):
+        first, second = both.split(len(unmoved))
+        assert not torch.allclose(first, second, atol=1e-3)
+        assert not torch.allclose(first, unmoved, atol=1e-3)
+    for one, other in ((plain.heldout, moved.heldout), (plain.test, moved.test)):
+        assert all(torch.equal(a, b) for a, b in zip(one.inputs, other.inputs, strict=True))
 
 
 def test_runs_that_cannot_be_gated_are_refused(
