@@ -1,5 +1,6 @@
 """Int8 stages: made from a bundle alone, measured themselves, and refused for other images than the bundle's."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
+from models.exits import outcome
 from models.scores import score_exits
 from tests.bundles import (
     N_HELDOUT,
@@ -21,11 +23,11 @@ from tests.bundles import (
     tiny_images,
     tiny_int8_bundle,
 )
-from training import quantising
+from training import quantisation, quantising, stage_sessions
 from training.image_set import DataError, ImageSet, Split
 from training.quantisation import quantise_stages
 from training.quantising import HEADING, quantise
-from training.stage_sessions import StageSessions
+from training.stage_sessions import StageSessions, Values
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,22 @@ def test_weights_are_bytes_of_seven_bits_and_heads_stay_float(loaded):
         assert weights[gemm.input[1]].dtype == np.float32
 
 
+def test_weights_have_a_scale_per_channel_and_the_first_convolution_stays_float(loaded):
+    for number, stage in enumerate(loaded.at("int8").manifest.stages):
+        graph = onnx.load(loaded.path / stage.file).graph
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        widened = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+        n_float = 0
+        for conv in (node for node in graph.node if node.op_type == "Conv"):
+            if (node := widened.get(conv.input[1])) is None:
+                assert shapes[conv.input[1]][1] == 3  # the image's
+                n_float += 1
+                continue
+            assert shapes[node.input[1]] == shapes[node.input[0]][:1]
+            assert {a.name: a.i for a in node.attribute}["axis"] == 0
+        assert n_float == (number == 0)
+
+
 def test_ranges_come_from_training_images_only(tmp_path, images, monkeypatch):
     """Held-out images set thresholds and test images measure accuracy, so neither may influence the network."""
     seen = []
@@ -79,12 +97,21 @@ def test_ranges_come_from_training_images_only(tmp_path, images, monkeypatch):
         seen.append(pixels)
         return quantise_stages(bundle, pixels, folder)
 
+    fed, feed = [], quantisation._Feeds.__init__
+
+    def noted_feeds(self: quantisation._Feeds, feeds: Sequence[Values]) -> None:
+        fed.append(sum(len(next(iter(values.values()))) for values in feeds))
+        feed(self, feeds)
+
     monkeypatch.setattr(quantising, "quantise_stages", noted)
+    monkeypatch.setattr(stage_sessions, "BATCH_ROWS", 8)
+    monkeypatch.setattr(quantisation._Feeds, "__init__", noted_feeds)
     quantise(tiny_bundle(tmp_path / "bundle"), images, 20, tmp_path / "made")
     held_out = Split.make(len(images.train_labels), N_HELDOUT, SEED).held_out
     known = {picture.tobytes() for picture in np.delete(images.train_images, held_out, axis=0)}
     assert len(seen[0]) == 20
     assert {picture.tobytes() for picture in seen[0]} <= known
+    assert fed == [20] * 4  # all of them, for every stage
 
 
 def test_row_state_is_stored_as_bytes_except_for_logits(loaded):
@@ -125,6 +152,15 @@ def test_float_stages_are_unchanged_and_the_card_describes_both(loaded, tmp_path
     assert again.bundle.manifest.version == loaded.manifest.version
     card = (tmp_path / "again" / "README.md").read_text()
     assert card.count(HEADING) == 1
+    # Early exit is measured on test images, at thresholds that the held-out images set.
+    int8, frontier = again.bundle.at("int8"), again.bundle.at("int8").frontier()
+    logits = logits_of(int8, images.test_images)
+    scores = score_exits(int8.score(), logits)
+    correct = np.stack([x.argmax(axis=1) == images.test_labels for x in logits], axis=1)
+    for point in again.int8.budgets:
+        thresholds = frontier.at_cost(point.fraction * int8.costs_mflops[-1]).thresholds
+        done = outcome(scores, correct, int8.costs_mflops, thresholds)
+        assert (point.executed_mflops, point.accuracy) == pytest.approx((done.mean_cost, done.accuracy))
     assert f"| 1 | {100 * again.fp32.test_accuracy[0]:.2f} | {100 * again.int8.test_accuracy[0]:.2f} |" in card
 
 
