@@ -124,9 +124,10 @@ def test_resized_crops_have_areas_in_the_given_range() -> None:
     assert 0.57 < area.max() < 0.62
     assert 0.72 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < 1.37
-    top = batch[:, 0, 0, 16]
-    assert top.min() < 0.05
-    assert top.max() > 0.3
+    top, left = batch[:, 0, 0, 16], torch.minimum(batch[:, 1, 16, 0], batch[:, 1, 16, 31])
+    for edge in (top, left):
+        assert edge.min() < 0.05
+        assert edge.max() > 0.3
 
 
 def test_a_crop_of_the_whole_area_is_the_image() -> None:

@@ -9,11 +9,13 @@ import torch
 
 from tests.training import tiny
 from training.augment import DeviceImages
+from training.calibration import load_trained
 from training.checkpoint import RunFolder
-from training.image_set import ImageSet
+from training.image_set import ImageSet, Split
 from training.loop import Trainer
 from training.processes import Processes
 from training.recipe import Recipe
+from training.schedule import learning_rate
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 STEPS_PER_EPOCH = 4  # 64 images, 16 rows
@@ -38,6 +40,16 @@ def numbers(path: Path) -> list[dict]:
         {key: value for key, value in record.items() if key not in ("seconds", "images_per_s")}
         for record in RunFolder(path).read_log()
     ]
+
+
+def held_out_accuracy(path: Path, images: ImageSet) -> list[float]:
+    """Of the network in a run's checkpoint, as it would be served."""
+    network, _ = load_trained(RunFolder(path), len(images.class_names))
+    held_out = Split.load(RunFolder(path).split, len(images.train_labels)).held_out
+    normal = (images.train_images[held_out] / 255.0 - np.array(images.mean)) / np.array(images.std)
+    with torch.inference_mode():
+        logits = network(torch.from_numpy(normal.transpose(0, 3, 1, 2).astype(np.float32)))
+    return [round(float((x.argmax(1).numpy() == images.train_labels[held_out]).mean()), 4) for x in logits]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -98,24 +110,22 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path, images: ImageS
     recipe = tiny.recipe(optimisation={"ema_decay": 0.8})
     whole = trainer(tmp_path / "whole", images, recipe)
     expected = {name: value.clone() for name, value in whole.network.state_dict().items()}
-    update, n_updates = whole.averaging.update, 0
+    step = whole._step
 
-    def noted() -> None:
-        nonlocal n_updates
-        n_updates += 1
-        update()
-        first = whole.progress.step == 0  # the average starts from the weights after the first step
+    def noted(number: int) -> tuple[torch.Tensor, int]:
+        done = step(number)
+        first = number == 0  # the average starts from the weights after the first step
         for name, value in whole.network.state_dict().items():
             expected[name] = value.clone() if first else (0.8 * expected[name] + 0.2 * value).to(value.dtype)
+        return done
 
-    whole.averaging.update = noted  # type: ignore[method-assign]
+    whole._step = noted  # type: ignore[method-assign]
     whole.train()
-    assert n_updates == 2 * STEPS_PER_EPOCH
     kept = RunFolder(tmp_path / "whole").load_checkpoint()
     floats = [name for name, value in expected.items() if value.is_floating_point()]
     assert all(torch.allclose(kept["network"][name], expected[name], atol=1e-5) for name in floats)
     assert not all(torch.allclose(kept["trained"][name], expected[name], atol=1e-5) for name in floats)
-    assert numbers(tmp_path / "whole")[-1]["held_out_accuracy"] == whole.held_out_accuracy()
+    assert numbers(tmp_path / "whole")[-1]["held_out_accuracy"] == held_out_accuracy(tmp_path / "whole", images)
 
     while trainer(tmp_path / "pieces", images, recipe).train(time_limit_s=0) == "time limit":
         pass
@@ -172,6 +182,42 @@ def test_training_learns(tmp_path: Path, images: ImageSet) -> None:
     log = RunFolder(tmp_path / "run").read_log()
     assert all(later < first for first, later in zip(log[0]["losses"], log[-1]["losses"], strict=True))
     assert log[-1]["held_out_accuracy"][-1] > 0.6  # of 4 classes that differ in colour
+
+
+def test_every_step_updates_the_batch_statistics_and_every_epoch_is_judged_by_them(
+    tmp_path: Path, images: ImageSet
+) -> None:
+    run = trainer(tmp_path / "run", images)
+    run.train()
+    counts = {int(b) for name, b in run.network.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {2 * STEPS_PER_EPOCH}
+    assert numbers(tmp_path / "run")[-1]["held_out_accuracy"] == held_out_accuracy(tmp_path / "run", images)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_network_computes_in_the_recipes_precision(
+    tmp_path: Path, images: ImageSet, precision: str, dtype: torch.dtype
+) -> None:
+    run, seen = trainer(tmp_path / "run", images, tiny.recipe(numerics={"precision": precision})), []
+    run.network.heads[0].register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.dtype))
+    run._step(0)
+    run.held_out_accuracy()
+    assert seen == [dtype, dtype]
+
+
+def test_every_step_is_taken_at_the_rate_of_the_schedule(tmp_path: Path, images: ImageSet) -> None:
+    o = tiny.recipe(optimisation={"schedule": "one_cycle", "warmup_fraction": 0.5}).optimisation
+    run = trainer(tmp_path / "run", images, tiny.recipe(optimisation=o.model_dump()))
+    for step in (0, 3, 7):
+        run._step(step)
+        rates = [group["lr"] for group in run.optimiser.param_groups]
+        assert rates == [learning_rate(o, step, STEPS_PER_EPOCH)]
+
+
+def test_images_are_resized_as_the_run_goes_on(tmp_path: Path, images: ImageSet) -> None:
+    sizes = {"crop_padding_px": 0, "crop_area": (0.5, 1.0), "sizes_px": [32, 40]}
+    run = trainer(tmp_path / "run", images, tiny.recipe(augmentation=sizes))
+    assert [run.batches[step][0].shape[-1] for step in range(run.total_steps)] == [32] * 4 + [40] * 4
 
 
 def test_the_seed_decides_the_run(tmp_path: Path, images: ImageSet) -> None:
