@@ -1,5 +1,6 @@
 """`python -m training gate`: makes a run with gates from a run, and then a bundle that is served with them."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -46,19 +47,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_gates_are_tabulated_plotted_and_saved(made: Path) -> None:
     for name in ("gates.json", "gates.csv", "gates.png"):
         assert (made / "gated" / name).stat().st_size > 0
-    told = (made / "gated" / "gates.csv").read_text().splitlines()
-    assert len(told) == 6
-    assert told[1].startswith("gates as published")
     gates = GateRecord.load(RunFolder(made / "gated"))
     assert gates is not None
     assert (gates.settings.trade_off, gates.settings.heads, gates.source) == (0.2, "fresh", "run")
     # Two steps are less than a turn, so there are only the gates of the start and of the end.
     assert [turn.step for turn in gates.turns] == [0, 2]
-    heldout, record = ExitOutputs.load(made / "gated" / "heldout.npz"), CalibrationRecord.load(RunFolder(made / "run"))
-    costs = cost_of(RunFolder(made / "run"), record).executed
-    kept, decided = gates.turns[gates.kept], published_decision(heldout.scores[SCORE], heldout.correct, costs)
-    assert kept.cost_share == pytest.approx(decided.mean_cost / costs[-1])
-    assert kept.accuracy == pytest.approx(decided.accuracy)
+    costs = cost_of(RunFolder(made / "run"), CalibrationRecord.load(RunFolder(made / "run"))).executed
+    heldout, test = (ExitOutputs.load(made / "gated" / name) for name in ("heldout.npz", "test.npz"))
+    decided = [published_decision(part.scores[SCORE], part.correct, costs) for part in (heldout, test)]
+    kept = gates.turns[gates.kept]
+    assert (kept.cost_share, kept.accuracy) == pytest.approx((decided[0].mean_cost / costs[-1], decided[0].accuracy))
+    with (made / "gated" / "gates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    assert rows[0]["name"].startswith("gates as published")
+    for part, done in zip(("heldout", "test"), decided, strict=True):
+        told = float(rows[0][f"{part}_mflops"]), float(rows[0][f"{part}_accuracy"])
+        assert told == pytest.approx((done.mean_cost / 1e6, done.accuracy), rel=1e-4)
 
 
 def test_only_the_last_layers_change(made: Path) -> None:
@@ -148,6 +153,10 @@ def test_another_gating_reuses_the_cached_head_inputs(made: Path, monkeypatch: p
     before, after = (RunFolder(made / name).load_checkpoint()["network"] for name in ("run", "kept"))
     assert all(torch.equal(value, before[name]) for name, value in after.items())
     assert (output / "gates.png").stat().st_size > 0
+    with (output / "gates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    [same] = [row for row in rows if row["name"].endswith("on the new heads")]
+    assert [float(same[f"over_chosen_{key}"]) for key in ("mean", "error")] == pytest.approx([0, 0], abs=1e-3)
 
 
 def test_a_damaged_cache_is_rebuilt(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from models.predictor import FEATURES, Predictor
 from training.calibration import ExitOutputs
-from training.comparison import N_COSTS, N_RESAMPLES, behaviour, compare, resamples
+from training.comparison import N_COSTS, N_RESAMPLES, Behaviour, behaviour, compare, lead_at, resamples
 from training.policies import N_HALVINGS, PAPER, Policy, choose, crossfit_rightness, fit_scores, source_of
 from training.predicting import FITTED, crossfit, fit_as_good, fit_expected_gain, logistic_regression
 
@@ -205,6 +205,15 @@ def test_policies_are_compared_at_equal_measured_cost() -> None:
         [0] * sum(dear), abs=1e-3
     )
     assert compared.of(PAPER).mean_lead.mean == compared.of(PAPER).mean_lead.error == 0
+
+
+def test_one_operating_point_is_compared_at_the_cost_that_it_has() -> None:
+    """Between exit 1 for all, 40 % right, and the last exit for all, 80 % right, a third of the way is 53.3 %."""
+    correct = np.arange(300)[:, None] % 10 < [4, 6, 8]
+    ends = Behaviour.of_exits(np.tile([0, 2], (300, 1)), correct, COSTS)
+    second = Behaviour.of_exits(np.ones((300, 1), np.intp), correct, COSTS)
+    assert lead_at(second, ends).mean == pytest.approx(0.6 - (0.4 + 0.4 / 3))
+    assert lead_at(Behaviour.of_exits(np.full((300, 1), 2), correct, COSTS), ends).mean == pytest.approx(0)
 
 
 def test_paired_intervals_match_theory() -> None:
