@@ -86,13 +86,13 @@ class DeviceImages:
         return self._normalised(self.padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]])
 
     def _resized_crops(self, rows: Tensor, generator: torch.Generator, size_px: int) -> Tensor:
-        """Crops of random area and aspect ratio, resized bilinearly. Sides are limited to those of the image."""
+        """Crops of random area and aspect ratio, of square images, resized bilinearly. Sides are limited to theirs."""
         assert self.crop_area is not None
         device = self.padded.device
         area, ratio, left, top, flip = torch.rand((5, len(rows)), generator=generator, device=device)
         area = self.crop_area[0] + (self.crop_area[1] - self.crop_area[0]) * area
         low, high = (math.log(r) for r in ASPECT_RATIOS)
-        ratio = torch.exp(low + (high - low) * ratio) * (self.height_px / self.width_px)
+        ratio = torch.exp(low + (high - low) * ratio)
         width, height = (area * ratio).sqrt().clamp(max=1.0), (area / ratio).sqrt().clamp(max=1.0)
         # In grid_sample's coordinates, the image extends from -1 to 1.
         affine = torch.zeros(len(rows), 2, 3, device=device)

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.bundle import ZOO, load_bundle
 from service.images.decoder import ImageDecoder
 from tests.service.images.test_images import png_bomb
 from tests.training import tiny
+from training.cifar100 import CIFAR100_MEAN, CIFAR100_STD
 from training.data import load_image_set
+from training.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from training.image_set import DataError, ImageSet, Split
 
 
@@ -215,6 +218,17 @@ def test_inconsistent_train_and_test_folders_are_refused(tmp_path: Path) -> None
         load_image_set(tmp_path)
     (tmp_path / "train" / "ant").rmdir()
     assert load_image_set(tmp_path, image_size_px=8).class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "mean", "std"),
+    [("cifar100-msdnet", CIFAR100_MEAN, CIFAR100_STD), ("imagenette-msdnet", IMAGENET_MEAN, IMAGENET_STD)],
+)
+def test_images_are_normalised_as_those_of_the_bundles_that_ship(
+    bundle: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    told = load_bundle(ZOO / bundle, verify=False).manifest.input
+    assert (tuple(told.mean), tuple(told.std)) == (mean, std)
 
 
 def test_a_split_contains_every_image_once_and_can_be_reloaded(tmp_path: Path) -> None:
