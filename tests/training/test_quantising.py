@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
 from models.exits import outcome
+from models.manifest import StageInfo, ValueInfo
 from models.scores import score_exits
 from tests.bundles import (
     N_HELDOUT,
@@ -123,6 +124,36 @@ def test_row_state_is_stored_as_bytes_except_for_logits(loaded):
             assert quantised.dtype == ("uint8" if maps else "float32")
             assert quantised.shape == ([*value.shape[1:], value.shape[0]] if maps else value.shape)
         assert before.state_bytes_per_row / 4 <= after.state_bytes_per_row <= before.state_bytes_per_row / 3
+
+
+def one_node(kind: str, source: str, target: str, scale: float, zero_point: int = 7) -> onnx.ModelProto:
+    """A stage's graph that only widens bytes, or makes them of numbers."""
+    numbers = {"scale": np.float32(scale), "zero_point": np.uint8(zero_point)}
+    given = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in numbers.items()]
+    node = onnx.helper.make_node(kind, [source, *numbers], [target])
+    return onnx.ModelProto(graph=onnx.GraphProto(node=[node], initializer=given))
+
+
+@pytest.mark.parametrize(
+    ("readers", "pass_as_bytes"),
+    [
+        ([(0.5, 7)], True),
+        ([(0.50001, 7), (0.5, 7)], True),  # the same but for rounding
+        ([(0.5, 8)], False),
+        ([(0.5, 7), (0.6, 7)], False),
+        ([], False),
+    ],
+)
+def test_values_pass_as_bytes_where_all_stages_give_a_byte_the_same_meaning(
+    readers: list[tuple[float, int]], pass_as_bytes: bool
+) -> None:
+    value, other = (ValueInfo(name=name, shape=[4, 8, 8], dtype="float32") for name in ("map", "other"))
+    first = StageInfo(file="1.onnx", inputs=[other], outputs=[value], state_bytes_per_row=0)
+    later = StageInfo(file="2.onnx", inputs=[value], outputs=[other], state_bytes_per_row=0)
+    given = one_node("DequantizeLinear", "bytes", "map", 0.5)
+    taken = [one_node("QuantizeLinear", "map", "bytes", *reader) for reader in readers]
+    found = quantisation._byte_borders([first, *[later] * len(readers)], [given, *taken])
+    assert found.keys() == ({"map"} if pass_as_bytes else set())
 
 
 def test_accuracies_and_scores_are_measured_on_int8_stages(loaded, images):
