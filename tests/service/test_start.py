@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from models.bundle import load_bundle
@@ -62,27 +63,28 @@ sys.exit(__main__.main(sys.argv[1:]))
 """
 
 
-def test_every_setting_of_engine_and_budget_takes_effect(bundle_path: Path, log: Path) -> None:
+def test_every_setting_of_engine_budget_and_limits_takes_effect(bundle_path: Path, log: Path) -> None:
     frontier = load_bundle(bundle_path).frontier()
     accuracy = (frontier.accuracy[0] + frontier.best_accuracy[-1]) / 2
     budget = ("--budget-accuracy", str(accuracy), "--burst-images", "77.5", "--latency-ms", "2500")
     batches = ("--device", "cpu", "--lanes", "3", "--max-batch-rows", "5", "--scheduling-policy", "merge-full")
-    room = ("--max-in-flight", "9", "--max-queue-s", "1e-9")
+    limits = ("--max-in-flight", "9", "--max-queue-s", "1e-9", "--max-pixels", "1500", "--keep-alive-s", "0.3")
     program = (sys.executable, "-c", SHOWING)
-    with (
-        running_server(bundle_path, log, *budget, *batches, *room, program=program) as server,
-        httpx.Client(base_url=server.url) as http,
-    ):
-        state = http.get("/budget").json()
+    with running_server(bundle_path, log, *budget, *batches, *limits, program=program) as server:
+        state = httpx.get(server.url + "/budget").json()
         assert (state["set_as"], state["accuracy"]) == ("accuracy", pytest.approx(accuracy, abs=1e-3))
         assert state["ledger"]["burst_images"] == 77.5
         assert state["latency"]["target_ms"] == 2500
-        metrics = http.get("/metrics").text.splitlines()
+        metrics = httpx.get(server.url + "/metrics").text.splitlines()
         assert 'exitserve_max_batch_rows{stage="1"} 5.0' in metrics
         assert "exitserve_room_rows 9.0" in metrics
-        assert http.post("/classify", content=BODY, headers=PNG).status_code == 200
+        assert httpx.post(server.url + "/classify", content=BODY, headers=PNG).status_code == 200
         # As the wait may be next to nothing, there is room for two images per lane.
-        assert "exitserve_room_rows 6.0" in http.get("/metrics").text.splitlines()
+        assert "exitserve_room_rows 6.0" in httpx.get(server.url + "/metrics").text.splitlines()
+        large = png(np.zeros((40, 40, 3), np.uint8))
+        assert httpx.post(server.url + "/classify", content=large, headers=PNG).status_code == 413
+        with socket.create_connection(("127.0.0.1", server.port), LIMIT_S) as idle:
+            assert idle.recv(1) == b"", "it is closed sooner than by default"
     assert str(POLICIES["merge-full"]) in log.read_text().splitlines()
 
 

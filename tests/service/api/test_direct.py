@@ -235,6 +235,26 @@ def test_a_picture_whose_client_has_left_is_not_decoded(here: Here, monkeypatch:
         other.result(LIMIT_S)
 
 
+def test_a_picture_that_would_wait_too_long_for_a_thread_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(folder, max_queue_s=1e-9) as here, contextlib.closing(here.connect()) as line:
+        threads, stop = here.app.desk.state.decoder._elsewhere, threading.Event()
+        decode = threads._decode
+        monkeypatch.setattr(threads, "_decode", lambda body: decode(body) if stop.wait(LIMIT_S) else None)
+        others = [threads.submit(LARGE) for _ in range(threads._n_threads)]
+        line.send(request(LARGE))
+        status, headers, document = line.receive()
+        assert (status, document["type"]) == (429, "urn:exitserve:problem:overloaded")
+        assert headers["retry-after"] == "1"
+        stop.set()
+        for other in others:
+            other.result(LIMIT_S)
+        wait_until("the threads are idle", lambda: threads._n_submitted == 0)
+        line.send(request(LARGE))
+        assert line.receive()[0] == 200
+
+
 def test_an_open_connection_keeps_no_image_in_memory(here: Here, line: Line) -> None:
     body = BODY + bytes(50_000)  # data after the end of an image is ignored
     cycles: list[Any] = []
