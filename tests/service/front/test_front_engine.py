@@ -126,6 +126,22 @@ def test_workers_know_the_room_without_a_call(front: Front) -> None:
     assert len(outcomes) == N_SLOTS
 
 
+def test_abandoned_images_leave_the_room_to_others(front: Front) -> None:
+    async def abandon() -> None:
+        proxy = front.proxies[0]
+        front.engine.ask(lambda: done.wait(LIMIT_S))
+        tickets = [proxy.submit_to(lambda told: None, i, image) for i, image in enumerate(IMAGES[:3])]
+        for ticket in tickets:
+            proxy.abandon(ticket)
+        assert front.memory.in_flight_rows == 3
+        done.set()
+        await settled(proxy)
+
+    done = threading.Event()
+    front.run(abandon())
+    wait_until("other workers know it", lambda: front.memory.in_flight_rows == 0)
+
+
 def test_deadlines_hold_across_processes(front: Front) -> None:
     outcomes: list[Any] = []
 
