@@ -126,13 +126,16 @@ def test_workers_know_the_room_without_a_call(front: Front) -> None:
     assert len(outcomes) == N_SLOTS
 
 
-def test_abandoned_images_leave_the_room_to_others(front: Front) -> None:
+def test_abandoned_images_leave_the_room_to_others_once_the_engine_has_let_go_of_them(front: Front) -> None:
     async def abandon() -> None:
         proxy = front.proxies[0]
         front.engine.ask(lambda: done.wait(LIMIT_S))
         tickets = [proxy.submit_to(lambda told: None, i, image) for i, image in enumerate(IMAGES[:3])]
         for ticket in tickets:
             proxy.abandon(ticket)
+        while front.engine._loop.inbox.qsize() < 3:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
         assert front.memory.in_flight_rows == 3
         done.set()
         await settled(proxy)

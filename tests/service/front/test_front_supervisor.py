@@ -14,7 +14,7 @@ import pytest
 from models.bundle import load_bundle
 from service.budget.target import Targets
 from service.front.hub import Hub
-from service.front.supervisor import BEGIN_BACKOFF_S, STUCK_LOOKS, Front, Gone
+from service.front.supervisor import BEGIN_BACKOFF_S, MAX_BACKOFF_S, STUCK_LOOKS, Front, Gone
 from service.front.wire import Kind
 from service.settings import Settings
 from service.tally import OUTCOME_AT
@@ -53,6 +53,7 @@ def test_a_worker_that_cannot_be_restarted_is_retried_later(
         why = "worker 2 cannot be started ([Errno 12] Cannot allocate memory)"
         assert f"{why}: retrying in {times * BEGIN_BACKOFF_S:g} s" in caplog.text
     assert hub.told == []
+    assert max(supervisor._back_off(1) for _ in range(20)) == MAX_BACKOFF_S
 
 
 def test_requests_lost_with_a_worker_are_counted(supervisor: Front) -> None:

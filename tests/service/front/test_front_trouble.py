@@ -21,6 +21,8 @@ from tests.waiting import LIMIT_S, wait_until
 
 def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Front) -> None:
     before = front.engine.stats()
+    for worker in range(2):
+        front.memory.set_connections(worker, 3 * worker)
 
     async def die() -> None:
         for image in IMAGES[:20]:
@@ -39,6 +41,7 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
     done.set()
     assert front.someone_has_gone.wait(LIMIT_S)
     assert front.gone == [(0, 20)]
+    assert front.memory.least_connections_beside(1) is None  # for which the other would leave new clients
     wait_until("the engine has let go of them", lambda: front.engine.stats().in_flight_rows == 0)
     stats = front.engine.stats()
     assert (stats.submitted - before.submitted, stats.abandoned, front.memory.in_flight_rows) == (20, 20, 0)
