@@ -5,7 +5,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count
+from math import inf
 from types import SimpleNamespace
 from typing import cast
 
@@ -57,6 +59,9 @@ class BooksStream(HostStream):
     def query(self) -> bool:
         return not self._device.busy
 
+    def wait(self) -> None:
+        self._device.waits += 1
+
 
 class BooksHost(Host):
     def __init__(self, room_rows: int = 1000) -> None:
@@ -65,6 +70,7 @@ class BooksHost(Host):
         self.ran: list[tuple[int, int]] = []
         self.error: Exception | None = None
         self.lost = self.busy = False
+        self.waits = 0
         self.no_memory: Exception = torch.OutOfMemoryError("CUDA out of memory\nCompile with\n")
 
     def open_stream(self) -> Stream:
@@ -103,6 +109,11 @@ def test_with_gpu_lanes_the_interpreters_switch_interval_is_short(bundle: Bundle
         runner.is_on_gpu = True
         runner.warm_up()
         assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+        sys.setswitchinterval(SWITCH_S / 2)  # a shorter one is left as it is
+        runner = open_torch_runner(bundle, 2, 8, device=BooksHost())
+        runner.is_on_gpu = True
+        runner.warm_up()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S / 2)
     finally:
         sys.setswitchinterval(before)
 
@@ -145,6 +156,44 @@ def test_all_out_of_memory_errors_are_recognised(bundle: Bundle, error: Exceptio
         assert runner.max_rows == max_rows
 
 
+def test_memory_that_runs_out_while_another_error_is_handled_is_recognised(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when torch, out of memory within a capture, ends the capture, which fails in turn."""
+    device = BooksHost()
+    prepare = BooksStream.prepare
+
+    def ending(self: BooksStream, program: Program) -> Program:
+        try:
+            return prepare(self, program)
+        except torch.OutOfMemoryError:
+            raise RuntimeError("CUDA error: operation failed")  # noqa: B904: torch's has no cause, either
+
+    monkeypatch.setattr(BooksStream, "prepare", ending)
+    device.room_rows = 2
+    runner = open_torch_runner(bundle, 4, 8, device=device)
+    runner.warm_up()
+    assert runner.max_rows == 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_device_that_is_lost_during_warm_up_ends_the_engine(bundle: Bundle, lost: bool) -> None:
+    device = BooksHost(room_rows=0)
+    device.no_memory, device.lost = RuntimeError("CUDA error: unspecified launch failure"), lost
+    with pytest.raises(RunnerError, match="the stages cannot be prepared: CUDA error: unspecified") as told:
+        open_torch_runner(bundle, 4, 8, device=device).warm_up()
+    assert isinstance(told.value, FatalRunnerError) == lost
+
+
+def test_the_time_of_a_batch_is_the_shortest_of_its_runs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run after a start is slow, and another program may take the processor in any."""
+    runner = open_torch_runner(bundle, 2, 8, device=BooksHost())
+    runner.warm_up(0.0)
+    run, seconds = runner.run, iter([0.5, 0.1, 0.3] * 8)
+    monkeypatch.setattr(runner, "run", lambda stage, rows: replace(run(stage, rows), seconds=next(seconds)))
+    assert runner.warm_up(inf) == [{1: 0.1, 2: 0.1}] * 4
+
+
 def test_too_little_memory_for_the_state_is_reported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\n")
@@ -181,7 +230,8 @@ def test_threads_that_wait_for_a_copy_do_not_spin() -> None:
 def test_a_graph_is_captured_only_with_enough_free_memory() -> None:
     mib = 1 << 20
     assert has_room(100 * mib, 200 * mib, 0)
-    assert not has_room(100 * mib, 150 * mib, 0)  # a quarter more for fragmentation, and the graph's own memory
+    assert not has_room(100 * mib, 180 * mib, 0)  # a quarter more for fragmentation, and the graph's own memory
+    assert not has_room(100 * mib, 130 * mib, 0)
     assert has_room(100 * mib, 100 * mib, 100 * mib)
     assert not has_room(0, 10 * mib, 0)
 
@@ -336,8 +386,10 @@ def test_a_failed_launch_keeps_its_buffers_and_slots_until_its_turn(bundle: Bund
     following = runner.launch(0, third, failing)
     device.busy = False
     assert failing.has_run()
+    assert device.waits == 0
     with pytest.raises(RunnerError, match="stage 1 failed on a batch of 1: CUDA error: invalid argument"):
         failing.collect()
+    assert device.waits == 1  # its slots are free from now on
     assert np.array_equal(following.collect().logits, wanted[2])
     del first, third, running, failing, following
     assert all_free(runner.slots)
