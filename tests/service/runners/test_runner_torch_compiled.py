@@ -115,6 +115,36 @@ def test_the_fastest_compiler_with_equal_results_is_used(
         close(ours, expected[:2])
 
 
+def test_a_compiler_must_be_right_and_clearly_faster_than_the_best_so_far(caplog: pytest.LogCaptureFixture) -> None:
+    class Off(Slow):
+        """The fastest, whose results are wrong by more than half precision explains."""
+
+        def __call__(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(1.05 * value for value in super().__call__(*values))
+
+    compilers = {
+        "off": lambda stage: Off(stage.stage, 0.0),
+        "hardly": lambda stage: Slow(stage.stage, 0.0295),
+        "fast": lambda stage: Slow(stage.stage, 0.01),
+        "slow": lambda stage: Slow(stage.stage, 0.025),
+        "medium": lambda stage: Slow(stage.stage, 0.02),  # faster than the one before, but not than the best
+    }
+    runner = TorchCudaRunner(
+        tiny_network(), SHAPE, MEAN, STD, None, 2, 16, device=Host(), dtype=torch.float32, compilers=compilers
+    )
+    runner.stages[:] = [Slow(stage, 0.03) for stage in runner.stages]  # type: ignore[misc]
+    with caplog.at_level("INFO"):
+        runner.warm_up(0.0)
+    assert runner.compiled == dict.fromkeys(range(4), "fast")
+    assert [message for message in caplog.messages if message.startswith("stage 1 ")] == [
+        "stage 1 stays as it is, as off failed: its results differ",
+        "stage 1 by hardly takes 29.500 ms for 2 images, else 30.000 ms: not used",
+        "stage 1 by fast takes 10.000 ms for 2 images, else 30.000 ms: used",
+        "stage 1 by slow takes 25.000 ms for 2 images, else 10.000 ms: not used",
+        "stage 1 by medium takes 20.000 ms for 2 images, else 10.000 ms: not used",
+    ]
+
+
 class AddressesStream(HostStream):
     """A stream whose programs, like CUDA graphs, do not keep the stage alive that they run."""
 

@@ -395,6 +395,25 @@ def test_a_failed_launch_keeps_its_buffers_and_slots_until_its_turn(bundle: Bund
     assert all_free(runner.slots)
 
 
+def test_a_lane_is_given_back_once_though_a_launch_behind_its_batch_fails(
+    bundle: Bundle, images: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given back twice, it would run two batches at once, in the same buffers."""
+    runner = open_torch_runner(bundle, 4, 8, n_lanes=1, device=Host())
+    runner.warm_up(0.0)
+
+    def fail(*batch: object) -> None:
+        raise RuntimeError("no thread can be started")
+
+    running = runner.launch(0, [runner.first_state(images[0])])
+    with monkeypatch.context() as patched, pytest.raises(RunnerError, match="no thread can be started"):
+        patched.setattr(runner.lanes[0], "launch", fail)
+        runner.launch(0, [runner.first_state(images[1])], running)
+    assert runner._idle.qsize() == 0
+    running.collect()
+    assert runner._idle.qsize() == 1
+
+
 def test_a_batch_too_large_for_every_bucket_is_refused(bundle: Bundle, images: NDArray[np.uint8]) -> None:
     runner = open_torch_runner(bundle, 4, 8, device=Host())
     with pytest.raises(RunnerError, match="stage 1 got 5 images at once, but takes at most 4"):
