@@ -1,7 +1,9 @@
 """The check of the planner runs from its command line. Its accuracy is measured on an idle machine, not here."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from typer import Typer
 from typer.testing import CliRunner
@@ -50,6 +52,37 @@ def test_an_image_that_is_not_answered_ends_the_stream():
 
     with pytest.raises(EngineError, match="the device is lost"):
         Stream(Failing(), [None]).run([0.0, 0.0, 0.001])
+
+
+def test_latencies_count_from_when_images_were_due_once_the_stream_has_settled(monkeypatch):
+    """On a clock that only waiting and the engine move: the image of the first second takes 500 ms, others 1 to 100,
+    and the last two are due together, so that the second of them is late."""
+
+    class Clock:
+        now_s = 100.0
+
+        def sleep(self, seconds):
+            self.now_s += seconds
+
+    class Serving:
+        def submit_to(self, sink, due_s, image):
+            clock.now_s += next(latencies_s)
+            sink([(due_s, object())])
+
+    clock, latencies_s = Clock(), iter([0.5, *(i / 1e3 for i in range(1, 101)), 0.02])
+    monkeypatch.setattr(
+        plan_check,
+        "time",
+        SimpleNamespace(perf_counter=lambda: clock.now_s, thread_time=lambda: clock.now_s / 10, sleep=clock.sleep),
+    )
+    settled_s = plan_check.SETTLING_S
+    arrivals_s = [0.0, *(settled_s + i for i in range(100)), settled_s + 99.0]
+    stream = Stream(Serving(), [None])
+    p50_ms, p99_ms = stream.run(arrivals_s)
+    found_ms = [*range(1, 101), 120]  # the last waited 100 ms for the one before
+    assert (p50_ms, p99_ms) == pytest.approx(np.percentile(found_ms, [50, 99]).tolist())
+    assert p99_ms == pytest.approx(100)
+    assert stream.sender_s == pytest.approx((settled_s + 99.12) / 10 / 102)
 
 
 def test_the_error_is_relative_to_the_measured_value():

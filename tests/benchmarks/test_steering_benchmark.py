@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from benchmarks import steering
 from benchmarks.steering import TRAFFICS, main, network_of, simulate
 from models.bundle import load_bundle
+from models.exits import outcome
 from service.plan.simulation import Network, Record
 from tests.data import REPOSITORY
 
@@ -37,6 +39,30 @@ def test_its_results_match_a_case_computed_by_hand() -> None:
     assert found.at_end == found.lowest == found.highest == pytest.approx(0.8)
     assert found.cut_short == 0.5
     assert found.lost == 0.0
+
+
+def test_windows_count_from_settling_to_the_end() -> None:
+    """One image whose cost changes: windows of two answers, against a budget of 2 M."""
+    network = Network(np.array([[9.0]]), np.array([[True]]), [1.0], load_bundle(BUNDLE).frontier())
+    spent = [9, 9, 1, 2, 4, 1, 2]  # M
+    record = Record(row=[0] * 7, exit=[1] * 7, spent=[1_000_000 * mflops for mflops in spent], reason=["final"] * 7)
+    asked = []
+
+    def fixed(rows: NDArray[np.intp], cost_mflops: float) -> float:
+        asked.append((len(rows), cost_mflops))
+        return 0.75
+
+    found = steering.judge(network, record, 2.0, n_settling=4, fixed_accuracy=fixed, window_answers=2)
+    assert (found.at_end, found.lowest, found.highest) == (0.75, 0.75, 1.5)
+    assert found.lost == -0.25  # all are right here, three in four with fixed thresholds: a gain
+    assert asked == [(7, 4.0)]
+
+
+def test_fixed_thresholds_are_compared_at_the_same_mean_cost(network: Network) -> None:
+    rows = np.arange(len(network.scores))
+    for position in (0.25, 0.5):
+        found = outcome(network.scores, network.correct, network.costs_mflops, network.frontier.at(position).thresholds)
+        assert steering.accuracy_at(network, rows, found.mean_cost) == pytest.approx(found.accuracy)
 
 
 @pytest.mark.parametrize("traffic", [TRAFFICS[2], TRAFFICS[4], TRAFFICS[5]], ids=lambda traffic: traffic.name)
