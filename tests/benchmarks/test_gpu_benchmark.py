@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.closed_loop import Load
+from benchmarks.closed_loop import Load, ideal_rate
 from benchmarks.gpu import main, run_apart
-from benchmarks.gpu_cases import NETWORKS, Plan, make_case, make_cifar, make_images
+from benchmarks.gpu_cases import NETWORKS, Case, Plan, check_answers, make_case, make_cifar, make_images
+from benchmarks.gpu_engines import measure_engine
 from benchmarks.gpu_onnx import measure_onnx
 from benchmarks.gpu_page import write_up
+from benchmarks.gpu_stages import measure_stages, stage_bytes
 from models.bundle import load_bundle
 from service.errors import EngineError
 from service.runners.base import FatalRunnerError
 from service.runners.torch_cuda.cuda_calls import CudaCalls
 from service.runners.torch_cuda.device import Cuda, Host
 from service.runners.torch_cuda.network import load_network
+from service.runners.torch_cuda.runner import TorchCudaRunner
 from tests.bundles import MEAN, REPOSITORY, STD, tiny_bundle
 
 MISSING = ("onnxruntime", "fastapi", "starlette", "uvicorn", "orjson", "PIL", "typer", "rich", "prometheus_client")
@@ -137,6 +141,54 @@ def test_given_images_leave_by_the_bundles_calibration(tmp_path: Path) -> None:
     assert case.bundle is not None
     assert case.frontier.at(0.5).thresholds == case.bundle.frontier().at(0.5).thresholds
     assert case.kind == "images of test.npz, exits as calibrated"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Plan, Case, TorchCudaRunner]:
+    plan = Plan(Host(), torch.float32, **NETWORKS["tiny"].amounts)
+    case = NETWORKS["tiny"].make(plan)
+    return plan, case, case.runner(plan)
+
+
+def test_one_answer_that_differs_is_seen(tiny: tuple[Plan, Case, TorchCudaRunner]) -> None:
+    _, case, runner = tiny
+    n_images = len(case.images)
+    logits = [np.concatenate([np.roll(of[:1], 1, axis=1), of[1:]]) for of in case.logits]
+    told = check_answers(replace(case, logits=logits), runner)
+    assert told["same_label_and_exit"] == (n_images - 1) / n_images
+    assert not told["met"]
+    assert told["same_at_other_budgets"] == {"25%": (n_images - 1) / n_images, "60%": (n_images - 1) / n_images}
+    assert told["worst_logit_error_of_largest"] > 0.01
+    assert check_answers(case, runner)["met"]
+
+
+def test_a_roofline_is_that_of_compute_or_of_memory(tiny: tuple[Plan, Case, TorchCudaRunner]) -> None:
+    """At one multiply-add per second and any number of bytes, and the other way round."""
+    plan, case, runner = tiny
+    for row in measure_stages(case, runner, plan, (1.0, inf)):
+        assert row["roofline_ms"] == pytest.approx(1e3 * case.stage_macs[row["stage"] - 1] * row["rows"])
+        assert row["share_of_roofline"] == pytest.approx(row["roofline_ms"] / row["device_ms"])
+    for row in measure_stages(case, runner, plan, (inf, 1.0)):
+        row_bytes, weight_bytes = stage_bytes(runner, row["stage"] - 1)
+        assert row["roofline_ms"] == pytest.approx(1e3 * (weight_bytes + row["rows"] * row_bytes))
+    first, last = runner.stages[0], runner.stages[-1]
+    written = sum(runner.values.row_bytes(name) for name in first.outputs if name in runner.values)
+    read = sum(map(runner.values.row_bytes, last.inputs))
+    assert [stage_bytes(runner, stage)[0] for stage in (0, runner.n_stages - 1)] == [32 * 32 * 3 + written, read]
+
+
+def test_the_share_of_the_ideal_and_of_idle_time_follow_from_device_times(
+    tiny: tuple[Plan, Case, TorchCudaRunner],
+) -> None:
+    plan, case, runner = tiny
+    for batch_s, idle in ((1e-9, pytest.approx(1.0, abs=1e-3)), (1e3, 0.0)):
+        device_s = {(stage, rows): batch_s for stage in range(1, runner.n_stages + 1) for rows in runner.buckets}
+        [told] = measure_engine(case, runner, "default", plan, device_s, (0.4,))
+        ideal = ideal_rate([batch_s / runner.max_rows] * runner.n_stages, told["shares"], 1)
+        assert told["ideal_images_per_s"] == pytest.approx(ideal)
+        assert told["share_of_ideal"] == pytest.approx(told["images_per_s"] / ideal)
+        assert told["device_idle"] == idle
+        assert told["cost"] == pytest.approx(np.dot(told["shares"], case.costs_mflops) / case.costs_mflops[-1])
 
 
 def test_an_image_that_is_not_answered_ends_the_load() -> None:

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu_processes import main
+from benchmarks import gpu_processes
+from benchmarks.gpu_processes import ROUNDS, main, measure
 from tests.data import REPOSITORY
 
 
@@ -24,6 +27,27 @@ def test_parallel_engines_answer_and_keep_their_budget(tmp_path: Path) -> None:
     assert "SYNTHETIC" in both["what"]
     assert told.startswith("DRY RUN, these numbers mean nothing. At 40% budget; the engine runs ")
     assert len(told.splitlines()) == 2
+
+
+def test_the_total_rate_ends_with_the_last_engine_and_costs_are_weighted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine answers 100 images in a second and another 200 in two, after a round that adapts them."""
+
+    def told(images: int, seconds: float, cost: float) -> StringIO:
+        lines = [{"what": "a network"}, {"images": 1, "seconds": 50.0, "cost": 1.0}]
+        lines += [{"images": images, "seconds": seconds, "cost": cost}] * ROUNDS
+        return StringIO("".join(json.dumps(line) + "\n" for line in lines))
+
+    outputs = iter([told(100, 1.0, 0.3), told(200, 2.0, 0.6)])
+
+    def start(command: list[str], **options: object) -> SimpleNamespace:
+        nothing = dict.fromkeys(("wait", "kill"), lambda: 0)
+        return SimpleNamespace(stdin=StringIO(), stdout=next(outputs), **nothing)
+
+    monkeypatch.setattr(gpu_processes.subprocess, "Popen", start)
+    found = measure(2, [], 1.0)
+    assert found["images_per_s"] == 150
+    assert found["lowest_and_highest"] == [150, 150]
+    assert found["cost"] == pytest.approx(0.5)
 
 
 def test_without_a_gpu_it_fails_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:

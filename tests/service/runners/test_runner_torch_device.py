@@ -167,7 +167,7 @@ def test_memory_that_runs_out_while_another_error_is_handled_is_recognised(
         try:
             return prepare(self, program)
         except torch.OutOfMemoryError:
-            raise RuntimeError("CUDA error: operation failed")  # noqa: B904: torch's has no cause, either
+            raise RuntimeError("CUDA error: operation failed") from None
 
     monkeypatch.setattr(BooksStream, "prepare", ending)
     device.room_rows = 2
@@ -406,12 +406,26 @@ def test_a_lane_is_given_back_once_though_a_launch_behind_its_batch_fails(
         raise RuntimeError("no thread can be started")
 
     running = runner.launch(0, [runner.first_state(images[0])])
-    with monkeypatch.context() as patched, pytest.raises(RunnerError, match="no thread can be started"):
-        patched.setattr(runner.lanes[0], "launch", fail)
+    monkeypatch.setattr(runner.lanes[0], "launch", fail)
+    with pytest.raises(RunnerError, match="no thread can be started"):
         runner.launch(0, [runner.first_state(images[1])], running)
     assert runner._idle.qsize() == 0
     running.collect()
     assert runner._idle.qsize() == 1
+
+
+def test_rows_given_up_while_two_batches_run_leave_slots_for_all_that_may_be_in_flight(
+    bundle: Bundle, images: NDArray[np.uint8]
+) -> None:
+    runner = open_torch_runner(bundle, 4, 8, n_lanes=1, device=Host())
+    runner.warm_up(0.0)
+    running = runner.launch(0, runner.first_states(images, range(4)))
+    following = runner.launch(0, runner.first_states(images, range(4)), running)  # nobody else holds their rows
+    rows = runner.first_states(images, range(8))
+    runner.slots.begin(rows)
+    assert len({row.slot for row in rows}) == 8
+    running.collect()
+    following.collect()
 
 
 def test_a_batch_too_large_for_every_bucket_is_refused(bundle: Bundle, images: NDArray[np.uint8]) -> None:

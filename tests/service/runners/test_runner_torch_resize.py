@@ -57,6 +57,6 @@ def test_images_of_other_sizes_are_sent_unscaled_and_get_the_same_answers() -> N
         close(ours, theirs, tolerance=0.05)
         np.testing.assert_array_equal(ours.argmax(axis=1), theirs.argmax(axis=1))
         close(ours[:1], theirs[:1], tolerance=1e-6)  # of the network's own size: not touched
-    for wrong in (np.zeros((65, 64, 3), np.uint8), np.zeros((64, 64, 4), np.uint8), np.zeros((0, 64, 3), np.uint8)):
+    for shape in ((65, 64, 3), (64, 65, 3), (64, 64, 4), (0, 64, 3), (64, 0, 3)):
         with pytest.raises(ValueError, match="but the network takes uint8"):
-            runner.first_state(wrong)
+            runner.first_state(np.zeros(shape, np.uint8))
