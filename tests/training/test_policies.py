@@ -231,7 +231,7 @@ def test_paired_intervals_match_theory() -> None:
     error = difference.std() / np.sqrt(n_images)
     assert lead.mean == pytest.approx(difference.mean(), abs=1e-6)
     assert lead.error == pytest.approx(error, rel=0.15)
-    assert (lead.high - lead.low) == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert (lead.high - lead.low) == pytest.approx(2 * 1.96 * lead.error, rel=0.05)
     single = compared.of(PAPER).error[0]
     assert single == pytest.approx(correct[:, 0].std() / np.sqrt(n_images), rel=0.15)
     assert lead.error < single

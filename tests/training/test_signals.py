@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from training.signals import (
     MARGIN,
     PAPER,
     Seen,
+    _this_head,
+    _two_heads,
+    _with_inputs,
     apply,
     crossfit_columns,
     fitted_signals,
@@ -74,6 +78,23 @@ def test_a_held_out_image_is_scored_by_weights_that_were_not_fitted_to_it() -> N
     after = crossfit_columns(part.inputs, happens, 3.0)
     assert np.array_equal(before[7], after[7])
     assert not np.array_equal(before, after)
+
+
+@pytest.mark.parametrize("columns", [_this_head, _two_heads, _with_inputs])
+def test_an_exit_does_not_see_later_ones(columns: Callable[[Seen], np.ndarray]) -> None:
+    part = seen(20, 4, 1.0)
+
+    def with_other_scores(exit_index: int) -> np.ndarray:
+        changed = {name: values.copy() for name, values in part.outputs.scores.items()}
+        for values in changed.values():
+            values[:, exit_index] += 1
+        return columns(Seen(replace(part.outputs, scores=changed), part.inputs))
+
+    sees = [
+        [not np.array_equal(with_other_scores(changed)[:, i], columns(part)[:, i]) for changed in range(3)]
+        for i in range(3)
+    ]
+    assert sees == [[j == i or (columns is not _this_head and j == i - 1) for j in range(3)] for i in range(3)]
 
 
 def test_gates_are_fitted_to_training_images_alone() -> None:
