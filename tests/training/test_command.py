@@ -129,7 +129,13 @@ def test_from_images_to_a_bundle(
 
     card = (output / "README.md").read_text()
     for result in results["exits"]:
-        assert f"{100 * result['test_accuracy']:.2f}" in card
+        shown = [result["published_mflops"], result["executed_mflops"]]
+        shown += [100 * result["test_accuracy"], 100 * result["test_top5_accuracy"]]
+        assert f"\n| {result['exit']} | {' | '.join(f'{number:.2f}' for number in shown)} | " in card
+    [chosen] = [result for result in results["policies"] if result["policy"] == results["policy"]]
+    cheapest = chosen["points"][0]
+    shown = [cheapest["budget_mflops"], cheapest["test_executed_mflops"], 100 * cheapest["test_accuracy"]]
+    assert f"\n| {' | '.join(f'{number:.2f}' for number in shown)} | 100 0 |" in card
     assert "Krizhevsky" in card
     assert "Partly trained" not in card
     assert "2 epochs on 64 images in 0." in card  # not in 0.0 hours
