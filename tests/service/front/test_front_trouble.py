@@ -4,13 +4,14 @@ import asyncio
 import socket
 import threading
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
 from service.engine.rows import Answer, Options, Told
-from service.errors import EngineDraining, EngineError
+from service.errors import EngineDraining, EngineError, EngineUnsound
 from service.front import wire
 from service.front.calls import RemoteKeeper
 from service.front.channel import Channel
@@ -49,6 +50,15 @@ def test_a_workers_death_frees_its_slots_and_its_place_in_the_engine(front: Fron
     proxy = front.connect(0)
 
     assert isinstance(front.run(answer_of(proxy, IMAGES[0])), Answer)
+
+
+def test_workers_know_when_no_stage_can_be_run(front: Front) -> None:
+    guard = front.engine._loop.guard
+    for why in ("all 2 lanes hang", None):
+        front.engine.ask(partial(setattr, guard, "unsound", why)).result(LIMIT_S)
+        wait_until("all know it", lambda why=why: [proxy.trouble for proxy in front.proxies] == [why] * 2)  # type: ignore
+        told = front.run(answer_of(front.proxies[0], IMAGES[0]))
+        assert isinstance(told, Answer if why is None else EngineUnsound)
 
 
 def narrow(channel: Channel) -> None:
