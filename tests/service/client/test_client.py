@@ -121,6 +121,8 @@ def test_the_client_makes_every_call(url: str, pictures: list[Path]) -> None:
         assert isinstance(answer, Classification)
         assert (answer.exit, answer.reason, len(answer.top_k)) == (3, "pinned", 4)
         assert client.classify(pictures[0], exit=3).confidence == answer.confidence
+        any_will_do = client.classify(BODIES[0], min_confidence=0.0)
+        assert (any_will_do.exit, any_will_do.reason) == (1, "confident")
         *steps, last = client.stream(BODIES[0], exit=3)
         assert [step.exit for step in steps if isinstance(step, Step)] == [1, 2]
         assert isinstance(last, LastStep)
@@ -239,7 +241,7 @@ def test_every_problem_has_its_exception_class(status: int, kind: str, expected:
     assert type(error) is expected
     assert (str(error), error.kind, error.status, error.retry_after_s) == ("why", kind, status, 2.0)
     # Of a batch or a stream, where no head says it: to the millisecond.
-    assert refusal({**document, "retry_after_s": 0.125}).retry_after_s == 0.125
+    assert refusal({**document, "retry_after_s": 0.125}, 1.0).retry_after_s == 0.125  # which is more precise
 
 
 def test_answers_of_other_servers_are_recognised() -> None:
