@@ -96,6 +96,9 @@ def test_the_command_gets_the_same_answers_from_a_server(
         assert [line["image"] for line in lines] == list(map(str, pictures))
         answers.append([(line["answer"]["label"], line["answer"]["confidence"]) for line in lines])
     assert answers[0] == answers[1]
+    for line in lines:  # without a server, all times of an image are known
+        times = line["answer"]["timings"]
+        assert times.pop("total_ms") == pytest.approx(sum(times.values()), abs=0.01)
 
 
 def test_the_command_says_what_is_wrong(folder: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
