@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.bundle import Bundle, load_bundle
+from models.onnx_weights import StageLoadError, load_stage_session
 from service.runners.base import FatalRunnerError, RunnerError, StageOutput
 from service.runners.onnx import OnnxRunner
 from service.runners.onnx_device import staging
@@ -323,6 +324,30 @@ def test_with_little_memory_batches_get_smaller_with_a_warning(
         f"too little memory for 4 images at once; now at most 2: {said}",
     ]
     assert runner.run(0, [runner.first_state(image) for image in images[:2]]).block.n_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"), [("Failed to allocate memory for requested buffer of size 4096", True), ("no graphs", False)]
+)
+def test_graphs_are_given_up_if_refused_but_not_for_want_of_memory(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, error: str, kept: bool
+) -> None:
+    """Without memory, smaller batches are tried, still with graphs."""
+    made = OnnxDeviceRunner(bundle, "cpu", 4, 8, 1)
+    made.cuda_graphs = True
+
+    def refusing(*stage: Any) -> ort.InferenceSession:
+        if made.cuda_graphs:
+            raise StageLoadError(error)
+        return load_stage_session(*stage)
+
+    monkeypatch.setattr("service.runners.onnx_device.runner.load_stage_session", refusing)
+    if kept:
+        with pytest.raises(StageLoadError, match=error):
+            made._open_sessions()
+    else:
+        assert len(made._open_sessions()) == made.n_stages
+    assert made.cuda_graphs == kept
 
 
 class Breaking:

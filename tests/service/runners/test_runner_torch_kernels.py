@@ -275,6 +275,31 @@ def test_maps_grow_in_place_if_only_products_read_them_with_gaps(made: Kernels) 
     assert n_appending == 13 + len(rooms(stages)) == 24
 
 
+class Carried(nn.Module):
+    """A map that grows in the second stage, and is `read_again` in the third by what cannot read gaps."""
+
+    def __init__(self, read_again: bool) -> None:
+        super().__init__()
+        self.first, self.product, self.again = (nn.Conv2d(n, 8, k, padding=k // 2) for n, k in ((3, 3), (8, 1), (8, 3)))
+        self.heads = nn.ModuleList(nn.Linear(n, 4) for n in (8, 16, 24))
+        self.relus, self.read_again = nn.ModuleList(nn.ReLU() for _ in range(3)), read_again
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        carried = self.relus[0](self.first(images))
+        grown = torch.cat([carried, self.relus[1](self.product(carried))], 1)
+        again = self.relus[2](self.again(carried if self.read_again else grown[:, :8]))
+        maps = (carried, grown, torch.cat([again, grown], 1))
+        return [head(x.mean((2, 3))) for head, x in zip(self.heads, maps, strict=True)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_map_that_a_third_stage_reads_is_gathered_without_room(made: Kernels, read_again: bool) -> None:
+    network = Carried(read_again).eval()
+    stages = lower(cut(network, SHAPE, MEAN, STD), CPU, torch.float16, kernels=made, ways=ON_HOST)
+    assert list(rooms(stages).values()) == ([] if read_again else [16])
+
+
 @needs_compiler
 @pytest.mark.parametrize("channels", [(8, 8), (24, 16), (16, 8), (48, 32), (128, 8)])
 @pytest.mark.parametrize("stride", [1, 2])
