@@ -44,12 +44,11 @@ def _about(case: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _answers(answers: dict[str, Any]) -> str:
-    others = answers["same_of_the_others"]
     elsewhere = ", ".join(f"{same:.2%} at {budget}" for budget, same in answers["same_at_other_budgets"].items())
     return (
         f"Same label and exit as float32: {answers['same_label_and_exit']:.2%} at 40% budget ({answers['wanted']:.1%}: "
-        f"{'met' if answers['met'] else 'NOT MET'}), {elsewhere}; of the others, without close calls "
-        f"({1 - answers['close_calls']:.1%}): {'-' if others is None else f'{others:.2%}'}; worst logit error "
+        f"{'met' if answers['met'] else 'NOT MET'}), {elsewhere}; close calls, with margins "
+        f"within the error: {answers['close_calls']:.1%}; worst logit error "
         f"{answers['worst_logit_error_of_largest']:.1e} of the largest logit."
     )
 

@@ -120,7 +120,7 @@ def test_only_runs_a_single_part(tmp_path: Path) -> None:
     assert set(case["found"]) == {"answers"}
     assert case["failed"] == {"answer": "no part has this name"}
     assert case["dtype"] == "torch.float16"
-    assert case["found"]["answers"]["same_of_the_others"] == 1.0
+    assert case["found"]["answers"]["worst_logit_error_of_largest"] < 5e-3
     assert " at 25%, " in write_up({"dry": False, "seconds": 1.0, "networks": [case]})
 
 
