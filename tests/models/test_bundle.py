@@ -16,7 +16,6 @@ import torch
 
 from models.bundle import BundleError, load_bundle
 from models.calibration import Calibration
-from models.exits import logit_margin
 from models.gates import GATE_FEATURES
 from models.onnx_weights import load_stage_session
 from models.predictor import FEATURES, Predictor
@@ -99,11 +98,11 @@ def test_one_changed_byte_is_found(bundle_path: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_truncated_file_is_found_before_it_is_read(bundle_path: Path, verify: bool) -> None:
+def test_a_file_of_another_size_is_found_before_it_is_read(bundle_path: Path, verify: bool) -> None:
     data = (bundle_path / "weights.safetensors").read_bytes()
-    (bundle_path / "weights.safetensors").write_bytes(data[:1000])
-    error = refusal(bundle_path, verify)
-    assert error.reason == f"1000 bytes, but the manifest says {len(data)}"
+    for changed in (data[:1000], data + b"\0"):
+        (bundle_path / "weights.safetensors").write_bytes(changed)
+        assert refusal(bundle_path, verify).reason == f"{len(changed)} bytes, but the manifest says {len(data)}"
 
 
 def test_a_missing_file_is_named(bundle_path: Path) -> None:
@@ -215,11 +214,13 @@ def gates_of(n_exits: int) -> dict[str, Any]:
         (change("exits", 0, "executed_mflops", to="1.0"), "exits.0.executed_mflops: Input should be a valid number"),
         (change("exits", 0, "executed_mflops", to=99.0), "executed_mflops must be cumulative"),
         (change("exits", 0, "executed_mflops", to=1e-9), "in whole multiply-adds"),  # costs are divisors
+        (lambda m: m["exits"][1].update(executed_mflops=m["exits"][0]["executed_mflops"]), "must be cumulative"),
         (change("exits", 1, "executed_mflops", to=float("inf")), "exits.1.executed_mflops"),
         (change("exits", 1, "executed_mflops", to=float("nan")), "exits.1.executed_mflops"),
         (change("exits", 0, "published_mflops", to=99.0), "published_mflops must be cumulative"),
         (change("exits", 0, "heldout_accuracy", to=71.2), "exits.0.heldout_accuracy: Input should be less"),
         (change("exits", 1, "heldout_accuracy", to=0.01), "are right where the manifest says 0.0100"),
+        (lambda m: m["exits"][1].update(heldout_accuracy=m["exits"][1]["heldout_accuracy"] - 1 / 2000), "are right"),
         (change("input", "height_px", to=0), "input.height_px: Input should be greater"),
         (change("input", "width_px", to=31), "stage 1 must take one uint8 image of the shape [32, 31, 3]"),
         (change("input", "std", to=[0.0, 1.0, 1.0]), "input.std.0: Input should be greater"),
@@ -269,8 +270,10 @@ def test_a_bundle_that_replaced_another_is_detected(bundle_path: Path) -> None:
     bundle = load_bundle(bundle_path)
     bundle.check_unchanged()
     manifest = read_manifest(bundle_path)
-    (bundle_path / "README.md").write_text("another")
+    text = (bundle_path / "README.md").read_text()
+    (bundle_path / "README.md").write_text(f"B{text[1:]}")  # of the same size
     seal(bundle_path, manifest)
+    assert load_bundle(bundle_path).manifest.version != bundle.manifest.version
     with pytest.raises(BundleError, match="another bundle was put there while this one was opened; start again"):
         bundle.check_unchanged()
     (bundle_path / "weights.safetensors").write_bytes(b"cut short")
@@ -291,13 +294,3 @@ def test_a_fitted_score_is_served_with_its_weights(bundle_path: Path) -> None:
     logits = np.random.default_rng(0).normal(size=(4, 5, 10)).astype(np.float32)
     row = np.array(predictor_of(4)["gain"])
     assert np.array_equal(score_exits(fitted.score(), logits), score_exits(Predictor(row), logits))
-
-
-def test_a_bundle_of_format_1_is_still_read(bundle_path: Path) -> None:
-    manifest = read_manifest(bundle_path)
-    del manifest["family"], manifest["predictor"]
-    write_manifest(bundle_path, manifest | {"format_version": 1})
-    bundle = load_bundle(bundle_path)
-    logits = np.random.default_rng(0).normal(size=(4, 5, 10)).astype(np.float32)
-    assert np.array_equal(score_exits(bundle.score(), logits), np.stack([logit_margin(x) for x in logits], axis=1))
-    assert bundle.frontier().family in ("geometric", "ratio")

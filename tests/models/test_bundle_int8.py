@@ -6,6 +6,7 @@ import pytest
 
 from models.bundle import load_bundle
 from models.calibration import CALIBRATION_INT8, Calibration
+from models.scores import plain_scores
 from tests.bundles import read_manifest, refusal, seal, tiny_bundle, tiny_int8_bundle
 
 
@@ -38,7 +39,10 @@ def test_older_formats_are_read(tmp_path, version):
     for field in ("family", "predictor") if version == 1 else ():
         del manifest[field]
     seal(path, manifest)
-    assert load_bundle(path).int8 is None
+    bundle = load_bundle(path)
+    assert bundle.int8 is None
+    assert bundle.score() == plain_scores(4)["logit_margin"]
+    assert bundle.frontier().family in ("geometric", "ratio")
 
 
 def test_every_int8_file_is_checked(path):

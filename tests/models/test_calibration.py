@@ -112,6 +112,14 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(bundle_path: Path) -> None:
     assert (bundle_path / "calibration.npz").stat().st_size < 2**20
 
 
+def test_a_file_above_the_limit_is_refused_before_it_is_opened(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its list of members alone might fill the memory."""
+    monkeypatch.setattr("models.bundle.MAX_CALIBRATION_BYTES", 1000)
+    assert refusal(bundle_path).reason == "larger than 1000 bytes"
+
+
 def test_a_zip_that_understates_its_sizes_is_refused(bundle_path: Path) -> None:
     path = bundle_path / "calibration.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

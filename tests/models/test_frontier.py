@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.exits import SCORES, Calibrator, outcome, take_exits
-from models.frontier import FAMILIES, SHARES, Frontier, build_frontier
+from models.frontier import FAMILIES, SHARES, Frontier, _interpolable, build_frontier
 
 C_BATCH_4 = [15.140452, 25.751240, 33.659180, 43.336592, 51.822068, 60.307544]
 
@@ -124,6 +124,21 @@ def test_cost_and_accuracy_look_ups(frontier: Frontier) -> None:
     with pytest.raises(ValueError, match=r"best within reach is 0\.") as refused:
         frontier.at_accuracy(0.999)
     assert f"{max(frontier.accuracy):.4f}" in str(refused.value)
+
+
+def test_an_accuracy_is_reached_at_the_cheapest_point_even_if_costlier_ones_fall_short() -> None:
+    cost, shares = (1.0, 2.0, 3.0, 4.0, 5.0), ((1.0, 0.0),) * 5
+    accuracy = (0.5, 0.7, 0.6, 0.65, 0.8)
+    dips = Frontier("ratio", (0.0, 0.25, 0.5, 0.75, 1.0), cost, accuracy, shares, ((0.0, -math.inf),) * 5)
+    found = [dips.at_accuracy(wanted).cost for wanted in (0.65, 0.7, 0.75)]
+    assert found == pytest.approx([1.75, 2.0, 4 + 2 / 3])
+
+
+def test_thresholds_that_all_or_no_images_reach_stay_so() -> None:
+    scores = np.array([[3.0, 0.0], [1.0, 0.0], [2.0, -np.inf]])
+    everybody, nobody = _interpolable(np.array([[-np.inf, -np.inf], [np.inf, -np.inf]]), scores)
+    assert everybody[0] < 1.0
+    assert 3.0 < nobody[0] < math.inf
 
 
 def test_positions_outside_are_clamped(frontier: Frontier) -> None:

@@ -67,6 +67,13 @@ def test_it_runs_from_exit_1_to_the_best_accuracy_and_never_falls() -> None:
     assert measured[-1].accuracy > correct.mean(axis=0).max() - 0.005
 
 
+def test_either_half_of_the_images_counts_as_much_as_the_other() -> None:
+    scores, correct = heads(400, 6)
+    swapped = np.arange(400).reshape(-1, 2)[:, ::-1].ravel()
+    expected = optimal_thresholds(scores, correct, COSTS, 33)
+    assert np.array_equal(optimal_thresholds(scores[swapped], correct[swapped], COSTS, 33), expected)
+
+
 def test_it_skips_an_exit_that_is_not_worth_its_cost() -> None:
     """Exit 2 is no better than exit 1, and expensive; shares by a formula send images there nevertheless."""
     scores, correct = heads(4000, 2)

@@ -52,6 +52,7 @@ def test_quotas_are_exact_without_ties_and_agree_with_the_released_walk(shares: 
 def test_a_threshold_lies_between_the_last_to_leave_and_the_best_to_stay() -> None:
     scores = np.array([[4.0, 0.0], [3.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
     assert thresholds_for_shares(scores, [0.5, 0.5]).tolist() == [2.0, -np.inf]
+    assert thresholds_for_shares(scores[[0, 1, 1, 2]], [0.5, 0.5]).tolist() == [2.0, -np.inf]  # ties leave together
 
 
 def test_rounding_leaves_no_remainder_for_the_last_exit() -> None:
