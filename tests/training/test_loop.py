@@ -242,13 +242,13 @@ def test_the_seed_decides_order_and_augmentation_by_themselves(
         return augmented(self, rows, draws, size_px)
 
     monkeypatch.setattr(DeviceImages, "augmented", noted)
-    for seed, rank, count in ((0, 0, 1), (1, 0, 1), (0, 0, 2), (0, 1, 2)):
+    for seed, rank, count, step in ((0, 0, 1, 5), (1, 0, 1, 5), (0, 0, 2, 5), (0, 1, 2, 5), (0, 0, 1, 1)):
         run = trainer(tmp_path / "run", images)
         run.batches.seed, run.batches.processes = seed, Processes(rank, count, ALONE.device)
-        run._step(5)
+        run._step(step)
     assert rows_seen[0] != rows_seen[1]
     assert rows_seen[0] == [*rows_seen[2], *rows_seen[3]]
-    for one, other in combinations(pixels_seen, 2):  # and so does every process
+    for one, other in combinations(pixels_seen, 2):  # and so do every process and every epoch
         assert not torch.equal(one, other)
 
 
