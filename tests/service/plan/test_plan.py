@@ -84,9 +84,10 @@ def test_the_network_that_ships_gets_a_sane_plan(capsys, shipped_times):
 
 
 def test_int8_stages_have_their_own_scores(capsys, shipped_times, short_runs):
-    asked = ["--rate", "2000", "--budget", "40%", "--seconds", "1"]
+    asked = ["--rate", "2000", "--budget", "40%", "--seconds", "1", "--host-us", "110"]
     found = [planned(capsys, shipped_times, *asked, "--precision", name)[1] for name in ("fp32", "int8")]
     assert [plan["network"].split()[-1] for plan in found] == ["fp32", "int8"]
+    assert [plan["setup"]["http_image_s"] for plan in found] == [pytest.approx(110e-6)] * 2
     assert found[0]["replica_at_rate"]["accuracy"] != found[1]["replica_at_rate"]["accuracy"]
 
 
@@ -213,6 +214,7 @@ def test_a_plot_without_matplotlib_is_refused_at_once(capsys, monkeypatch):
     ("arguments", "told"),
     [
         (["--budget", "1%"], "fraction 0.01 is below what the first exit costs"),
+        (["--budget", "0.4"], "average_mflops 0.4 is below what the first exit costs"),
         (["--budget", "61M"], "average_mflops 61 is above what the last exit costs"),
         (["--budget", "cheap"], "--budget cheap: give a share of the full network, such as 40%"),
         (["--budget", ""], "--budget : give a share"),

@@ -9,7 +9,7 @@ from models.frontier import build_frontier
 from service.plan import planning
 from service.plan.arrivals import poisson
 from service.plan.planning import Planner, first, least_replicas, observe
-from service.plan.simulation import Network, Setup, Simulation
+from service.plan.simulation import Network, Record, Setup, Simulation
 from service.plan.stage_times import StageTimes
 from tests.service.simulation import COSTS_MFLOPS, FULL_MFLOPS, population
 
@@ -217,7 +217,7 @@ def test_the_number_of_replicas_is_the_least_for_the_latency(network, monkeypatc
     found = planner.replicas_for(rate, 30.0, capacity)
     assert found.needed is not None
     assert found.needed >= least_replicas(rate, capacity) == 3
-    assert found.p99_ms <= 30.0
+    assert found.p99_ms == planner.at(rate / found.needed, 800).p99_ms <= 30.0
     impossible = planner.replicas_for(rate, 0.5, capacity)  # less than one stage takes
     assert impossible.needed is None
     assert impossible.p99_ms > 0.5
@@ -227,6 +227,32 @@ def test_the_number_of_replicas_is_the_least_for_the_latency(network, monkeypatc
 def test_the_search_finds_the_first(answer):
     assert first(lambda n: n >= answer, 3, 40) == answer
     assert first(lambda n: False, 3, 40) is None
+
+
+def test_an_outcome_describes_the_answers_after_settling():
+    """Two that settled, 500 at the first exit and 1,000 at the last, a tenth of them cut short; one every 10 ms."""
+    scores, correct = np.zeros((2, 2)), np.array([[True, False], [False, True]])
+    network = Network(scores, correct, (10.0, 30.0), build_frontier(scores, correct, (10.0, 30.0)))
+    exits = [1, 1] + [1] * 500 + [2] * 1_000
+    record = Record(
+        row=[1, 1] + [0] * 500 + [1] * 900 + [0] * 100,
+        came_s=[0.01 * i for i in range(1_502)],
+        answered_s=[0.01 * i + (0.5 if i < 2 else 0.002 if i < 1_480 else 0.009) for i in range(1_502)],
+        exit=exits,
+        reason=["budget"] * 2 + ["budget"] * 150 + ["confident"] * 350 + ["final"] * 1_000,
+        spent=[10_000_000 if number == 1 else 30_000_000 for number in exits],
+        batch_rows=[[1, 3], []],
+    )
+    outcome = observe(network, record, n_settling=2)
+    assert outcome.images == 1_500
+    assert outcome.images_per_s == pytest.approx(1_500 / (15.019 - 0.51))
+    assert (outcome.p50_ms, outcome.p95_ms, outcome.p99_ms) == pytest.approx((2.0, 2.0, 9.0))
+    assert outcome.batch_rows == (2.0, 0.0)
+    assert outcome.mean_mflops == pytest.approx(70 / 3)
+    assert outcome.worst_mflops == 30.0
+    assert outcome.shares == pytest.approx((1 / 3, 2 / 3))
+    assert outcome.cut_short == pytest.approx(0.1)
+    assert outcome.accuracy == pytest.approx(1_400 / 1_500)
 
 
 def test_the_settling_phase_is_not_counted():

@@ -108,8 +108,6 @@ def test_logits_are_copied_only_on_request_and_scores_always(
     runner: TorchCudaRunner, images: NDArray[np.uint8]
 ) -> None:
     rows = runner.first_states(images, range(5))
-    for row in rows:
-        row.keeps_picture = True
     first, without, again = (runner.launch(0, rows, None, wanted).collect() for wanted in (True, False, True))
     assert without.logits is NO_LOGITS
     assert len(first.logits) == 5
@@ -391,9 +389,13 @@ def test_storing_many_images_at_once_equals_one_by_one(
     monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_RUNS", many_runs)
     monkeypatch.setattr("service.runners.torch_cuda.runner.MANY_NUMBERS", many_numbers)
     which = [7, 8, 1, 1, 50]
-    states = runner.first_states(np.array(images, order=order), which)
-    for state, i in zip(states, which, strict=True):
-        assert np.array_equal(runner.pictures[state.place], images[i])
+    for first in (0, runner.slots.n_slots - 2):  # the second time in two parts, as places go round a ring
+        runner.slots._next_place = first
+        states = runner.first_states(np.array(images, order=order), which)
+        assert states[0].place == first
+        for state, i in zip(states, which, strict=True):
+            assert np.array_equal(runner.pictures[state.place], images[i])
+        del state, states
     with pytest.raises(ValueError, match="but the network takes"):
         runner.first_states(images[:, 1:], which)
 
