@@ -250,8 +250,6 @@ class SlotRunner(ABC, Generic[L]):
         for bucket in self.buckets:
             blank = np.zeros(self.image_shape, self.image_dtype)
             rows = [self.first_state(blank) for _ in range(bucket)]
-            for row in rows:
-                row.keeps_picture = True
             for stage in range(self.n_stages):
                 seconds = []
                 for _ in range(REPEATS):
