@@ -34,6 +34,7 @@ def line_of(caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
     assert "\n" not in line
     caplog.clear()
     document: dict[str, Any] = json.loads(line)
+    assert document["time"].endswith("+00:00")
     return document
 
 
@@ -54,6 +55,8 @@ def test_every_request_has_one_line_with_its_outcome(http: Http, caplog: pytest.
     assert line["traceparent"] == response.headers["traceparent"] == TRACEPARENT
     assert line["response_bytes"] == len(response.content)
     assert line["duration_ms"] >= response.json()["timings"]["total_ms"]
+    assert line["mflops"] == response.json()["mflops"]
+    assert line["confidence"] == pytest.approx(response.json()["confidence"], abs=1e-6)
     http.post("/classify", content=b"no image", headers=PNG)
     assert {"status": 400, "problem": "not-an-image", "traceparent": None}.items() <= line_of(caplog).items()
     http.post("/classify/batch", files=[("image", ("a.png", BODY)), ("image", ("b.png", b"none"))])

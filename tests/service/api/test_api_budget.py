@@ -5,12 +5,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
-from service.budget.target import Keeper, Target
+from models.bundle import Bundle
+from service.api.budget import _answer
+from service.budget.latency import LatencyState
+from service.budget.state import BudgetState
+from service.budget.target import Keeper, Target, Targets
 from tests.bundles import random_images
 from tests.service.apps import PNG, Http, build_app, png, problem, serving
 from tests.waiting import LIMIT_S, wait_until
@@ -155,6 +161,65 @@ def test_the_ledger_equals_the_answers(folder: Path) -> None:
         assert state["ledger"]["total_mflops"] == pytest.approx(spent, rel=1e-9)
         assert state["rolling"]["average_mflops"] == pytest.approx(spent / 60, rel=1e-9)
         assert spent <= (60 + state["ledger"]["burst_images"]) * state["average_mflops"]
+
+
+def test_every_number_of_the_document_is_its_own(bundle: Bundle) -> None:
+    latency = LatencyState(target_s=0.0505, p95_s=0.0405, n_answers=30, limited_s=60.0, is_lowest=False)
+    now = BudgetState(
+        budget_mflops=0.5,
+        fraction=0.1234567,
+        working_mflops=bundle.costs_mflops[0],
+        burst_images=40.0,
+        position=0.5,
+        thresholds=(0.25, inf, 0.5, -inf),
+        expected_mflops=0.41,
+        expected_accuracy=0.42,
+        expected_shares=(0.1, 0.2, 0.3, 0.4),
+        frontier_limited=True,
+        rolling_mflops=0.43,
+        settled_mflops=0.44,
+        reserved_mflops=0.45,
+        answered=1_234,
+        abandoned=5,
+        spent_answered_mflops=600.5,
+        spent_abandoned_mflops=2.5,
+        latency=latency,
+    )
+    targets = Targets(bundle.frontier(), bundle.costs_mflops)
+    document = orjson.loads(_answer(targets, Target("accuracy", 0.5, 0.0505), now).body)
+    set_for, working = targets.expected(0.5), targets.expected(bundle.costs_mflops[0])
+    since = datetime.fromisoformat(document["latency"].pop("limited_since"))
+    assert timedelta(seconds=50) < datetime.now(UTC) - since < timedelta(seconds=60 + LIMIT_S)
+    assert document == {
+        "average_mflops": 0.5,
+        "fraction": 0.123457,
+        "accuracy": round(set_for.accuracy, 5),
+        "set_as": "accuracy",
+        "expected": {
+            "average_mflops": set_for.cost,
+            "accuracy": round(set_for.accuracy, 5),
+            "exit_shares": [round(share, 5) for share in set_for.shares],
+        },
+        "frontier_ends_below_budget": True,
+        "thresholds": [0.25, None, 0.5, None],
+        "rolling": {"images": 1_000, "average_mflops": 0.43},
+        "ledger": {"answered": 1_234, "total_mflops": 600.5, "saved_mflops": 0.44, "burst_images": 40.0},
+        "latency": {
+            "target_ms": 50.5,
+            "p95_ms": 40.5,
+            "answers": 30,
+            "limited": True,
+            "at_lowest": False,
+            "working": {
+                "average_mflops": bundle.costs_mflops[0],
+                "fraction": round(bundle.costs_mflops[0] / bundle.costs_mflops[-1], 6),
+                "accuracy": round(working.accuracy, 5),
+            },
+        },
+        "allowed": {
+            kind: dict(zip(("lowest", "highest"), ends, strict=True)) for kind, ends in targets.allowed.items()
+        },
+    }
 
 
 # --- a latency target -------------------------------------------------------------------------------------------

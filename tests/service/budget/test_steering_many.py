@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.steering import Traffic, network_of, times_of
 from models.bundle import load_bundle
+from service.assembly import build_engine
 from service.budget.ledger import Ledger, window_for
 from service.plan.simulation import Setup, Simulation
 from tests.data import REPOSITORY
@@ -35,3 +36,10 @@ def test_savings_of_many_answers_are_available_for_hard_images() -> None:
             ledger.close(ledger.open(50, 1_000), 1_000, 50, 50, answered=True)
         hard = ledger.open(50, 1_500)
         assert ledger.commit(hard, 1_500, 50, 150) == n_going_on
+
+
+def test_the_engines_average_is_over_as_many_answers() -> None:
+    bundle = load_bundle(REPOSITORY / "models/zoo/cifar100-msdnet")
+    for max_in_flight in (1_024, 1_500):
+        engine = build_engine(bundle, 24.0, device="cpu", n_lanes=1, max_in_flight_rows=max_in_flight)
+        assert engine._core.budget.ledger._average_over == window_for(max_in_flight)
