@@ -129,7 +129,6 @@ def test_workers_know_the_room_without_a_call(front: Front) -> None:
 def test_abandoned_images_leave_the_room_to_others_once_the_engine_has_let_go_of_them(front: Front) -> None:
     async def abandon() -> None:
         proxy = front.proxies[0]
-        front.engine.ask(lambda: done.wait(LIMIT_S))
         tickets = [proxy.submit_to(lambda told: None, i, image) for i, image in enumerate(IMAGES[:3])]
         for ticket in tickets:
             proxy.abandon(ticket)
@@ -140,7 +139,9 @@ def test_abandoned_images_leave_the_room_to_others_once_the_engine_has_let_go_of
         done.set()
         await settled(proxy)
 
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
+    front.engine.ask(lambda: begun.set() or done.wait(LIMIT_S))
+    assert begun.wait(LIMIT_S)  # from now on the engine takes nothing from its inbox
     front.run(abandon())
     wait_until("other workers know it", lambda: front.memory.in_flight_rows == 0)
 
