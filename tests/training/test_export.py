@@ -212,6 +212,14 @@ def test_a_missing_or_damaged_stage_is_reported(exported, tmp_path):
         load_stage_session(tmp_path, "stage_1.onnx")
 
 
+def test_only_weights_of_layers_are_rounded_to_half_precision():
+    network = randomise_statistics(build_network("msdnet", ARGUMENTS))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    round_to_half(network)
+    for name, value in network.state_dict().items():  # normalisation and biases have a wide range
+        assert torch.equal(value, before[name].half().float() if value.ndim > 1 else before[name]), name
+
+
 def test_half_precision_weights_take_half_the_space_and_give_the_same_answers(tmp_path):
     torch.manual_seed(1)
     network = build_network("msdnet", {**ARGUMENTS, "n_blocks": 2, "temperatures": 0.5})

@@ -205,6 +205,10 @@ def test_policies_are_compared_at_equal_measured_cost() -> None:
         [0] * sum(dear), abs=1e-3
     )
     assert compared.of(PAPER).mean_lead.mean == compared.of(PAPER).mean_lead.error == 0
+    # Leads are those on the images themselves; resamples only give their spread.
+    measured = np.subtract(lead.accuracy, compared.of(PAPER).accuracy)
+    assert [at_cost.mean for at_cost in lead.lead] == pytest.approx(measured.tolist(), abs=1e-12)
+    assert lead.mean_lead.mean == pytest.approx(measured.mean())
 
 
 def test_one_operating_point_is_compared_at_the_cost_that_it_has() -> None:
